@@ -1,0 +1,317 @@
+"""keymgmt.toml: the providers, what is trusted, and how to seal.
+
+Where it is looked for: the path given, else ``$KEYMGMT_CONFIG``, else the user's config directory,
+else ``/etc/keymgmt/keymgmt.toml``. Never the working directory (the command line does that itself,
+and says so). Nothing else is read from the environment.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import stat
+import threading
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from keymgmt._names import KeyRef, is_key, is_name
+from keymgmt._provider import KeyProvider, Settings
+from keymgmt._registry import load_backend
+from keymgmt._secret import ConfigPath
+from keymgmt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from pydantic import BaseModel
+
+__all__ = ["Config", "Policy", "SealDefaults", "find_config", "load_config", "parse_settings"]
+
+FILE_NAME: Final = "keymgmt.toml"
+MAX_CONFIG: Final = 1 << 20
+
+
+class Policy(Settings):
+    """``[policy]``: what a sealed model must prove before it opens.
+
+    Attributes:
+        publishers: public key file (PEM) -> model names that it may publish, or ``["*"]``.
+        require_signature: whether a model must be signed by one of them; on unless it is turned
+            off here in so many words.
+        names: the only model names that open; empty for any.
+        minimum_release: model name -> lowest release that opens; with it, other names are refused.
+        remember_releases: file that remembers the highest verified release of each name.
+        prefer: providers to ask first, in this order.
+    """
+
+    publishers: dict[str, list[str]] = Field(default_factory=dict)
+    require_signature: bool = True
+    names: list[str] = Field(default_factory=list)
+    minimum_release: dict[str, Annotated[int, Field(ge=0, lt=1 << 53)]] = Field(
+        default_factory=dict
+    )
+    remember_releases: ConfigPath | None = None
+    prefer: list[str] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _floors_need_signatures(self) -> Policy:
+        if (self.minimum_release or self.remember_releases) and not self.require_signature:
+            raise ValueError("a release counts for nothing unsigned: leave require_signature on")
+        if self.publishers and not self.require_signature:
+            raise ValueError("publishers are named, so signatures are required")
+        return self
+
+
+class SealDefaults(Settings):
+    """``[seal]``: what ``keymgmt seal`` does when it is not told.
+
+    Attributes:
+        sign: key that signs new models, as ``provider:key``.
+        to: recipient groups, each as ``--to`` takes it.
+        profile: ``default`` or ``fips``.
+    """
+
+    sign: str | None = None
+    to: list[str] = Field(default_factory=list)
+    profile: str = "default"
+
+
+class _File(Settings):
+    providers: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    policy: Policy = Field(default_factory=Policy)
+    seal: SealDefaults = Field(default_factory=SealDefaults)
+
+
+class Config:
+    """A loaded config and the providers made from it, each once and when first asked for.
+
+    Safe to share between threads. A context manager that closes its providers.
+    """
+
+    def __init__(self, data: Mapping[str, Any], *, path: Path | None = None) -> None:
+        """Check ``data`` as if read from ``path``; relative paths are relative to its directory.
+
+        Raises:
+            ConfigError: naming the file, the table and the key, with the nearest known one.
+        """
+        self.path = path
+        self._base = path.parent.absolute() if path else Path.cwd()
+        checked = parse_settings(_File, data, self._base, str(path or "config"), "")
+        self.policy: Final = checked.policy
+        self.seal: Final = checked.seal
+        self._tables = checked.providers
+        self._made: dict[str, KeyProvider[Any]] = {}
+        self._lock = threading.RLock()
+        for name, table in self._tables.items():
+            self._check_table(name, table)
+        for name in self.policy.prefer:
+            if name not in self._tables:
+                raise self._unknown(name, "[policy] prefer")
+
+    def _check_table(self, name: str, table: Mapping[str, Any]) -> None:
+        where = f"{self.path or 'config'}: [providers.{name}]"
+        if not is_name(name):
+            raise ConfigError(
+                f"{where} is no provider name",
+                hint="lower-case letters, digits, '-' and '_', at most 32",
+            )
+        if not isinstance(table.get("backend"), str):
+            raise ConfigError(f"{where} has no backend", hint='add a line such as backend = "file"')
+
+    @property
+    def base(self) -> Path:
+        """The directory to which relative paths are relative."""
+        return self._base
+
+    @property
+    def provider_names(self) -> tuple[str, ...]:
+        """The configured providers in the order of the file, preferred ones first."""
+        first = [name for name in self.policy.prefer if name in self._tables]
+        return (*first, *(name for name in self._tables if name not in first))
+
+    def backend_of(self, name: str) -> str:
+        """The backend of a configured provider; ConfigError if there is no such provider."""
+        if name not in self._tables:
+            raise self._unknown(name, "")
+        return str(self._tables[name]["backend"])
+
+    def provider(self, name: str) -> KeyProvider[Any]:
+        """The provider called ``name``, made on the first call.
+
+        Raises:
+            ConfigError: no such provider, or its table is wrong.
+            BackendNotInstalled: its backend is not there.
+        """
+        backend = self.backend_of(name)
+        with self._lock:
+            if name not in self._made:
+                table = dict(self._tables[name])
+                del table["backend"]
+                distribution = table.pop("distribution", None)
+                kind = load_backend(backend, distribution)
+                settings = parse_settings(
+                    kind.Settings,
+                    table,
+                    self._base,
+                    str(self.path or "config"),
+                    f"providers.{name}",
+                )
+                self._made[name] = kind(name, settings)
+            return self._made[name]
+
+    def _unknown(self, name: str, where: str) -> ConfigError:
+        near = difflib.get_close_matches(name, self._tables, n=1)
+        known = ", ".join(self._tables) or "none"
+        place = f"{self.path or 'config'}: " + (f"{where}: " if where else "")
+        return ConfigError(
+            f"{place}no provider named {name!r}",
+            hint=f"did you mean {near[0]!r}?" if near else f"configured: {known}",
+        )
+
+    def close(self) -> None:
+        """Close every provider that was made; the config may be used again."""
+        with self._lock:
+            made, self._made = self._made, {}
+        for provider in made.values():
+            provider.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Config {self.path or ''} providers={list(self._tables)}>"
+
+
+def find_config() -> Path:
+    """The config file that is used when none is named; ConfigError if there is none."""
+    named = os.environ.get("KEYMGMT_CONFIG")
+    if named:
+        return Path(named)
+    user = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    candidates = [user / "keymgmt" / FILE_NAME, Path("/etc/keymgmt") / FILE_NAME]
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise ConfigError(
+        "no config file: looked at $KEYMGMT_CONFIG, " + ", ".join(map(str, candidates)),
+        hint="make one with: keymgmt init",
+    )
+
+
+def load_config(path: str | os.PathLike[str] | None = None) -> Config:
+    """Read a config file; with no path, the one that ``find_config`` finds.
+
+    Raises:
+        ConfigError: missing, unreadable, writable by others, not TOML, or wrong in a member.
+    """
+    file = Path(path) if path is not None else find_config()
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(descriptor, "rb") as stream:  # noqa: PTH123 - a descriptor
+            info = os.fstat(stream.fileno())
+            _refuse_writable(file, info)
+            content = stream.read(MAX_CONFIG + 1)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the config {file}: {error.strerror}", hint="make one with: keymgmt init"
+        ) from error
+    if len(content) > MAX_CONFIG:
+        raise ConfigError(f"the config {file} is larger than {MAX_CONFIG} bytes")
+    try:
+        data = tomllib.loads(content.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{file} is not TOML: {error}") from error
+    return Config(data, path=file)
+
+
+def _refuse_writable(file: Path, info: os.stat_result) -> None:
+    if not stat.S_ISREG(info.st_mode):
+        raise ConfigError(f"the config {file} is not a regular file")
+    if info.st_uid not in (os.geteuid(), 0):
+        raise ConfigError(
+            f"the config {file} is refused: it belongs to user {info.st_uid}",
+            hint="whoever writes the config chooses whom to trust; own it yourself",
+        )
+    if info.st_mode & 0o022:
+        raise ConfigError(
+            f"the config {file} is refused: others can write it", hint=f"chmod go-w {file}"
+        )
+
+
+def parse_settings(
+    model: type[Any], data: Mapping[str, Any], base: Path, file: str, table: str
+) -> Any:
+    """Check ``data`` against a Settings model; a ConfigError names file, table and key."""
+    try:
+        return model.model_validate(data, context={"base": base})
+    except ValidationError as error:
+        raise _explain(error, model, file, table) from None
+
+
+def _explain(error: ValidationError, model: type[BaseModel], file: str, table: str) -> ConfigError:
+    first = error.errors(include_input=False, include_url=False)[0]
+    path = [str(part) for part in first["loc"]]
+    where = ".".join(part for part in [table, *path[:-1]] if part)
+    key = path[-1] if path else ""
+    place = f"{file}: " + (f"[{where}] " if where else "") + (f"{key}: " if key else "")
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, _members(model, path[:-1]), n=1)
+        known = ", ".join(sorted(_members(model, path[:-1])))
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {known}"
+        return ConfigError(f"{place}unknown key", hint=hint)
+    message = first["msg"].removeprefix("Value error, ")
+    more = error.error_count() - 1
+    return ConfigError(
+        f"{place}{message[:1].lower()}{message[1:]}",
+        hint=f"{more} more in this table" if more else None,
+    )
+
+
+def _members(model: type[BaseModel], path: list[str]) -> list[str]:
+    for part in path:
+        field = model.model_fields.get(part)
+        kinds = [field.annotation] if field else []
+        kinds += [argument for kind in kinds for argument in getattr(kind, "__args__", ())]
+        nested = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Settings)]
+        if not nested:
+            return []
+        model = nested[0]
+    return list(model.model_fields)
+
+
+def check_model_name(name: str) -> str:
+    """Return ``name`` if a model may be called so (the grammar of key names), else ConfigError."""
+    if not is_key(name):
+        raise ConfigError(
+            f"not a model name: {name[:80]!r}",
+            hint="lower-case letters, digits, '.', '_' and '-', at most 64",
+        )
+    return name
+
+
+def parse_group(text: str) -> tuple[str, ...]:
+    """Split one ``--to`` group, ``a:x+b:y+@file``, into its members; ConfigError if malformed."""
+    members = tuple(text.split("+"))
+    for member in members:
+        if not member.startswith("@"):
+            KeyRef.parse(member)
+        elif member == "@":
+            raise ConfigError(f"{text!r} names no recipient file after '@'")
+    if len(set(members)) != len(members):
+        raise ConfigError(
+            f"{text!r} names the same key twice",
+            hint="the shares of a group go to different keys; name each once",
+        )
+    return members

@@ -1,0 +1,119 @@
+"""Installed backends, found through the entry points of group ``keymgmt.backends``.
+
+Only the backend that is asked for is imported, and one that is broken harms no other.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Final
+
+from keymgmt._names import is_name
+from keymgmt._provider import API_VERSION, KeyProvider, Settings
+from keymgmt.errors import BackendNotInstalled, ConfigError
+
+__all__ = ["BackendInfo", "backends", "load_backend"]
+
+GROUP: Final = "keymgmt.backends"
+_OURS: Final = {"file", "vault", "pkcs11", "tpm2"}
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """One backend that a distribution announces; nothing of it has been imported."""
+
+    name: str
+    distribution: str
+    version: str
+    entry_point: EntryPoint
+
+
+def backends() -> dict[str, tuple[BackendInfo, ...]]:
+    """All announced backends by name; a name with more than one entry is ambiguous."""
+    found: dict[str, dict[tuple[str, str], BackendInfo]] = {}
+    for entry in entry_points(group=GROUP):
+        distribution = entry.dist.name if entry.dist else "unknown"
+        version = entry.dist.version if entry.dist else "unknown"
+        # A distribution may stand on sys.path twice; the first one wins, as for imports.
+        found.setdefault(entry.name, {}).setdefault(
+            (distribution, entry.value), BackendInfo(entry.name, distribution, version, entry)
+        )
+    return {name: tuple(found[name].values()) for name in sorted(found)}
+
+
+@functools.cache
+def load_backend(name: str, distribution: str | None = None) -> type[KeyProvider[Settings]]:
+    """Import the one backend called ``name``.
+
+    Args:
+        name: entry-point name.
+        distribution: if given, only this distribution may provide it.
+
+    Raises:
+        BackendNotInstalled: nobody provides it; the hint is the exact ``pip install``.
+        ConfigError: two distributions provide it, another one than ``distribution`` does, it fails
+            to import, is no key provider, or was written for another API version.
+    """
+    known = backends()
+    candidates = known.get(name, ())
+    if not candidates:
+        raise BackendNotInstalled(
+            f"the backend {name!r} is not installed", hint=_install_hint(name, list(known))
+        )
+    if distribution is not None:
+        allowed = [info for info in candidates if info.distribution == distribution]
+        if not allowed:
+            raise ConfigError(
+                f"the backend {name!r} comes from {candidates[0].distribution}, "
+                f"but the config allows only {distribution}",
+                hint=f"pip uninstall {candidates[0].distribution}; pip install {distribution}",
+            )
+        candidates = tuple(allowed)
+    if len(candidates) > 1:
+        names = " and ".join(info.distribution for info in candidates)
+        raise ConfigError(
+            f"the backend {name!r} is provided twice, by {names}",
+            hint="uninstall one, or name the right one: distribution = "
+            f'"{candidates[0].distribution}"',
+        )
+    return _load(candidates[0])
+
+
+def _load(info: BackendInfo) -> type[KeyProvider[Settings]]:
+    source = f"the backend {info.name!r} of {info.distribution} {info.version}"
+    try:
+        loaded = info.entry_point.load()
+    except Exception as error:
+        raise ConfigError(
+            f"{source} fails to import: {type(error).__name__}: {error}",
+            hint=f"repair it with: pip install --force-reinstall {info.distribution}",
+        ) from error
+    if not (isinstance(loaded, type) and issubclass(loaded, KeyProvider)):
+        raise ConfigError(f"{source} is no KeyProvider", hint="report it to its author")
+    if loaded.api_version != API_VERSION:
+        older = loaded.api_version < API_VERSION
+        raise ConfigError(
+            f"{source} speaks version {loaded.api_version} of the provider API, "
+            f"this keymgmt speaks {API_VERSION}",
+            hint=f"pip install --upgrade {info.distribution if older else 'keymgmt'}",
+        )
+    if getattr(loaded, "backend", None) != info.name:
+        raise ConfigError(
+            f"{source} calls itself {getattr(loaded, 'backend', None)!r}",
+            hint="its class attribute `backend` must equal its entry-point name",
+        )
+    return loaded
+
+
+def _install_hint(name: str, known: list[str]) -> str:
+    if name in _OURS:
+        return f'pip install "keymgmt[{name}]"'
+    near = difflib.get_close_matches(name, [*known, *_OURS], n=1)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    if not is_name(name):
+        return "a backend has a short name in lower case, such as vault"
+    return f"install the distribution that provides it; installed: {', '.join(known) or 'none'}"

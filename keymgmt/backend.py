@@ -1,0 +1,82 @@
+"""All that a backend imports from keymgmt. The contract in full: docs/writing-a-backend.md."""
+
+from keymgmt._dek import DEK_LENGTH, Dek, fill_random, wipe
+from keymgmt._files import replace_file, sync_directory
+from keymgmt._inner import inner_unwrap, inner_wrap
+from keymgmt._names import check_key, is_key, is_version
+from keymgmt._provider import (
+    API_VERSION,
+    MAX_BLOB,
+    Finding,
+    Health,
+    KeyInfo,
+    KeyProvider,
+    KeyVersion,
+    Settings,
+    Signature,
+    SupportsBatchUnwrap,
+    SupportsKeyManagement,
+    SupportsOfflineRecipients,
+    SupportsSigning,
+    WrappedKey,
+    within,
+)
+from keymgmt._recipient import Recipient
+from keymgmt._secret import ConfigPath, SecretSource, private_file_problem
+from keymgmt.errors import (
+    AccessDenied,
+    ConfigError,
+    KeymgmtError,
+    KeyNotFound,
+    KeyRetired,
+    LockedOut,
+    ProviderError,
+    ProviderUnavailable,
+    UnsupportedOperation,
+    UnwrapFailed,
+    WrongKey,
+)
+
+__all__ = [
+    "API_VERSION",
+    "DEK_LENGTH",
+    "MAX_BLOB",
+    "AccessDenied",
+    "ConfigError",
+    "ConfigPath",
+    "Dek",
+    "Finding",
+    "Health",
+    "KeyInfo",
+    "KeyNotFound",
+    "KeyProvider",
+    "KeyRetired",
+    "KeyVersion",
+    "KeymgmtError",
+    "LockedOut",
+    "ProviderError",
+    "ProviderUnavailable",
+    "Recipient",
+    "SecretSource",
+    "Settings",
+    "Signature",
+    "SupportsBatchUnwrap",
+    "SupportsKeyManagement",
+    "SupportsOfflineRecipients",
+    "SupportsSigning",
+    "UnsupportedOperation",
+    "UnwrapFailed",
+    "WrappedKey",
+    "WrongKey",
+    "check_key",
+    "fill_random",
+    "inner_unwrap",
+    "inner_wrap",
+    "is_key",
+    "is_version",
+    "private_file_problem",
+    "replace_file",
+    "sync_directory",
+    "wipe",
+    "within",
+]
