@@ -1,0 +1,337 @@
+"""FLOE, the payload cipher: Fast Lightweight Online Encryption (c2sp.org/FLOE).
+
+Bytes in, bytes out, no I/O. A ciphertext is a header of 74 bytes and one or more segments, each
+encrypted with AES-256-GCM under keys that HKDF-Expand-SHA-384 derives from the caller's key, the
+header's random IV and the caller's AAD; the header commits to all three.
+
+Rules: whoever calls says which position a segment has and whether it is the last one, from a
+length that he trusts, and never from the segment itself. Segments are independent: they may be
+encrypted and decrypted in any order and by several threads at once. What failed to authenticate
+is wiped from the caller's buffer before the error is raised.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Self
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA384
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
+
+from keymgmt._dek import wipe
+from keymgmt.errors import FormatError, IntegrityError
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from typing_extensions import Buffer
+
+__all__ = [
+    "HEADER_LENGTH",
+    "KEY_LENGTH",
+    "OVERHEAD",
+    "FloeDecryptor",
+    "FloeEncryptor",
+    "FloeParameters",
+    "ciphertext_length",
+    "decrypt",
+    "encrypt",
+    "segment_count",
+]
+
+# FLOE.md, "Parameters" and "Derived Parameters".
+KEY_LENGTH: Final = 32
+HEADER_LENGTH: Final = 74  # encoded parameters 10, IV 32, header tag 32
+OVERHEAD: Final = 32  # of each segment: length field 4, AES-GCM IV 12, AES-GCM tag 16
+_IV_LENGTH: Final = 32
+_TAG_LENGTH: Final = 32
+_MESSAGE_KEY_LENGTH: Final = 48
+_AEAD_IV: Final = slice(4, 16)
+_AEAD_BODY: Final = slice(16, None)
+_NOT_FINAL: Final = 0xFFFFFFFF
+_MAX_SEGMENTS: Final = 1 << 40
+_MAX_SEGMENT_LENGTH: Final = 1 << 30  # the AES-GCM below takes less than 2**31 bytes in a call
+
+
+@dataclass(frozen=True, slots=True)
+class FloeParameters:
+    """The parameters of FLOE that vary; both sides have to use the same.
+
+    ``segment_length``: bytes of one whole encrypted segment, 33 to 2**30.
+    ``rotation_bits``: a new AES key every 2**rotation_bits segments. The specification fixes 20
+    and the header does not carry it; other values exist for its known answers alone.
+    """
+
+    segment_length: int = 1 << 20
+    rotation_bits: int = 20
+
+    def __post_init__(self) -> None:
+        if not OVERHEAD < self.segment_length <= _MAX_SEGMENT_LENGTH:
+            raise ValueError(f"a segment has 33 to 2**30 bytes, not {self.segment_length}")
+        if not 0 <= self.rotation_bits <= 40:
+            raise ValueError(f"rotation_bits is 0 to 40, not {self.rotation_bits}")
+
+    @property
+    def plaintext_length(self) -> int:
+        """Bytes of plaintext in every segment but the last."""
+        return self.segment_length - OVERHEAD
+
+    def encode(self) -> bytes:
+        """PARAM_ENCODE of the specification, 10 bytes."""
+        return struct.pack(">BBII", 0, 0, self.segment_length, _IV_LENGTH)
+
+
+def segment_count(size: int, segment_length: int) -> int:
+    """Segments of ``size`` bytes of plaintext: at least one, and the last is empty only if all is.
+
+    Raises:
+        ValueError: negative, or more than the 2**40 segments of the specification.
+    """
+    plaintext_length = FloeParameters(segment_length).plaintext_length
+    count = max(1, -(-size // plaintext_length))
+    if size < 0 or count > _MAX_SEGMENTS:
+        raise ValueError(f"{size} bytes are not 1 to 2**40 segments of {segment_length}")
+    return count
+
+
+def ciphertext_length(size: int, segment_length: int) -> int:
+    """Bytes of the whole ciphertext, header included, of ``size`` bytes of plaintext."""
+    return HEADER_LENGTH + size + OVERHEAD * segment_count(size, segment_length)
+
+
+class _Segments:
+    """The state of both directions: IV, AAD, message key and the AES key in use."""
+
+    def __init__(self, key: Buffer, aad: bytes, parameters: FloeParameters, iv: bytes) -> None:
+        self.parameters = parameters
+        self._prefix = parameters.encode() + iv
+        self._aad = aad
+        self._message_key = bytearray(_MESSAGE_KEY_LENGTH)
+        self._header_tag = bytearray(_TAG_LENGTH)
+        # One entry, replaced as a whole: threads at two keys derive them in turn, and are right.
+        self._cipher: tuple[int, AESGCM] | None = None
+        if memoryview(key).nbytes != KEY_LENGTH:
+            raise ValueError(f"a FLOE key has {KEY_LENGTH} bytes")
+        self._kdf(key, b"HEADER_TAG:", self._header_tag)
+        self._kdf(key, b"MESSAGE_KEY:", self._message_key)
+
+    def _kdf(self, key: Buffer, purpose: bytes, target: bytearray) -> None:
+        info = self._prefix + purpose + self._aad
+        HKDFExpand(SHA384(), len(target), info).derive_into(memoryview(key), target)
+
+    def _cipher_of(self, position: int) -> AESGCM:
+        if not 0 <= position < _MAX_SEGMENTS:
+            raise ValueError(f"a segment's position is 0 to 2**40 - 1, not {position}")
+        bits = self.parameters.rotation_bits
+        first = position >> bits << bits
+        cached = self._cipher
+        if cached is not None and cached[0] == first:
+            return cached[1]
+        if not self._message_key:
+            raise ValueError("this FLOE state was closed")
+        key = bytearray(KEY_LENGTH)
+        try:
+            self._kdf(self._message_key, b"DEK:" + first.to_bytes(8, "big"), key)
+            cipher = AESGCM(key)
+        finally:
+            wipe(key)
+        self._cipher = (first, cipher)
+        return cipher
+
+    def close(self) -> None:
+        """Wipe the derived keys; may be called again. No thread may be in a call."""
+        wipe(self._message_key)
+        self._message_key = bytearray()
+        # The library clears its copy of the AES key when the last reference is gone.
+        self._cipher = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_message_key"):
+            self.close()
+
+
+def _aead_aad(position: int, final: bool) -> bytes:
+    return struct.pack(">QB", position, final)
+
+
+class FloeEncryptor(_Segments):
+    """Encrypts the segments of one new ciphertext; ``header`` (74 bytes) goes before them.
+
+    A context manager that wipes the derived keys. It does not know the whole: that every position
+    from 0 to one final segment is there once is for the caller to see to.
+    """
+
+    def __init__(self, key: Buffer, aad: bytes, parameters: FloeParameters | None = None) -> None:
+        """Begin a ciphertext under ``key`` (32 bytes), bound to ``aad``, with a random IV.
+
+        Raises:
+            ValueError: another length of key.
+        """
+        super().__init__(key, aad, parameters or FloeParameters(), os.urandom(_IV_LENGTH))
+        self.header = self._prefix + bytes(self._header_tag)
+
+    def encrypt_segment_into(
+        self, position: int, final: bool, plaintext: Buffer, target: Buffer
+    ) -> None:
+        """Encrypt one segment; any thread.
+
+        Args:
+            position: 0 for the first segment.
+            final: whether it is the last.
+            plaintext: ``parameters.plaintext_length`` bytes; the last may have fewer, also none.
+            target: writable, 32 bytes more than ``plaintext``, not overlapping it.
+
+        Raises:
+            ValueError: lengths or position are wrong, or this state was closed.
+        """
+        source, view = memoryview(plaintext).cast("B"), memoryview(target).cast("B")
+        full = self.parameters.plaintext_length
+        if len(source) > full or (not final and len(source) != full):
+            raise ValueError(f"{len(source)} bytes are no segment of {full} bytes")
+        if len(view) != len(source) + OVERHEAD:
+            raise ValueError(f"{len(source)} bytes do not encrypt to {len(view)}")
+        cipher = self._cipher_of(position)
+        iv = os.urandom(12)
+        struct.pack_into(">I12s", view, 0, len(view) if final else _NOT_FINAL, iv)
+        cipher.encrypt_into(iv, source, _aead_aad(position, final), view[_AEAD_BODY])
+
+
+class FloeDecryptor(_Segments):
+    """Decrypts the segments of one ciphertext, in any order. Made from its header.
+
+    A context manager that wipes the derived keys.
+    """
+
+    def __init__(
+        self, key: Buffer, aad: bytes, header: bytes, parameters: FloeParameters | None = None
+    ) -> None:
+        """Check the header (74 bytes) against key, AAD and parameters, before any segment.
+
+        Raises:
+            FormatError: not a FLOE header, or one of other parameters.
+            IntegrityError: of another key or AAD, or changed.
+            ValueError: ``key`` has another length than 32.
+        """
+        parameters = parameters or FloeParameters()
+        if len(header) != HEADER_LENGTH:
+            raise FormatError(f"a FLOE header has {HEADER_LENGTH} bytes, here are {len(header)}")
+        encoded, iv, tag = header[:10], header[10:-_TAG_LENGTH], header[-_TAG_LENGTH:]
+        if encoded != parameters.encode():
+            raise FormatError(
+                f"the FLOE header says parameters {bytes(encoded).hex()}, "
+                f"expected are {parameters.encode().hex()}"
+            )
+        super().__init__(key, aad, parameters, bytes(iv))
+        if not hmac.compare_digest(self._header_tag, tag):
+            self.close()
+            raise IntegrityError("the FLOE header is not of this key and context, or was changed")
+
+    def decrypt_segment_into(
+        self, position: int, final: bool, segment: Buffer, target: Buffer
+    ) -> None:
+        """Decrypt one segment; any thread.
+
+        Args:
+            position: 0 for the first segment.
+            final: whether it is the last, from a length that the caller trusts.
+            segment: ``parameters.segment_length`` bytes; the last may have fewer, down to 32.
+            target: writable, 32 bytes fewer than ``segment``; all zeros after an IntegrityError.
+
+        Raises:
+            FormatError: the segment's length cannot be.
+            IntegrityError: it is not the segment of this position of this ciphertext.
+            ValueError: ``target`` or the position is wrong, or this state was closed.
+        """
+        source, view = memoryview(segment).cast("B"), memoryview(target).cast("B")
+        full = self.parameters.segment_length
+        if not (OVERHEAD <= len(source) <= full if final else len(source) == full):
+            raise FormatError(f"segment {position} has {len(source)} bytes, it should have {full}")
+        if len(view) != len(source) - OVERHEAD:
+            raise ValueError(f"{len(source)} bytes do not decrypt to {len(view)}")
+        cipher = self._cipher_of(position)
+        (length,) = struct.unpack_from(">I", source)
+        if length != (len(source) if final else _NOT_FINAL):
+            wipe(view)
+            raise IntegrityError(f"segment {position} does not say its own length")
+        try:
+            cipher.decrypt_into(
+                source[_AEAD_IV], source[_AEAD_BODY], _aead_aad(position, final), view
+            )
+        except BaseException as error:
+            # A failed tag leaves plaintext in the buffer that nobody vouches for.
+            wipe(view)
+            if isinstance(error, InvalidTag):
+                raise IntegrityError(f"segment {position} is damaged or forged") from error
+            raise
+
+
+def encrypt(
+    key: Buffer, aad: bytes, plaintext: Buffer, parameters: FloeParameters | None = None
+) -> bytes:
+    """Encrypt all of ``plaintext`` under ``key`` (32 bytes); header and segments in one."""
+    source = memoryview(plaintext).cast("B")
+    with FloeEncryptor(key, aad, parameters) as encryptor:
+        step, size = encryptor.parameters.plaintext_length, encryptor.parameters.segment_length
+        count = segment_count(len(source), size)
+        result = bytearray(ciphertext_length(len(source), size))
+        result[:HEADER_LENGTH] = encryptor.header
+        body = memoryview(result)[HEADER_LENGTH:]
+        for index in range(count):
+            encryptor.encrypt_segment_into(
+                index,
+                index == count - 1,
+                source[index * step : (index + 1) * step],
+                body[index * size : (index + 1) * size],
+            )
+    return bytes(result)
+
+
+def decrypt(
+    key: Buffer, aad: bytes, ciphertext: Buffer, parameters: FloeParameters | None = None
+) -> bytes:
+    """Decrypt a whole ciphertext; all or nothing.
+
+    Accepts what the specification accepts, an empty last segment after full ones included. That
+    one has the same plaintext as without it, so where the plaintext's size is known, compare
+    ``ciphertext_length`` first.
+
+    Raises:
+        FormatError: not a FLOE ciphertext of these parameters, or cut off.
+        IntegrityError: of another key or AAD, or changed.
+    """
+    source = memoryview(ciphertext).cast("B")
+    header, body = bytes(source[:HEADER_LENGTH]), source[HEADER_LENGTH:]
+    with FloeDecryptor(key, aad, header, parameters) as decryptor:
+        step, size = decryptor.parameters.plaintext_length, decryptor.parameters.segment_length
+        count = max(1, -(-len(body) // size))
+        if len(body) < count * OVERHEAD or len(body) - (count - 1) * size < OVERHEAD:
+            raise FormatError("the FLOE ciphertext is cut off")
+        result = bytearray(len(body) - count * OVERHEAD)
+        view = memoryview(result)
+        try:
+            for index in range(count):
+                decryptor.decrypt_segment_into(
+                    index,
+                    index == count - 1,
+                    body[index * size : (index + 1) * size],
+                    view[index * step : (index + 1) * step],
+                )
+            return bytes(result)
+        finally:
+            wipe(result)
