@@ -1,0 +1,76 @@
+"""The command line. Errors are ``error:`` and ``hint:`` on stderr, and the exit code says whose.
+
+0 ok, 2 usage, 3 config, 4 damaged or untrusted, 5 denied, 6 unavailable, 1 anything else.
+
+Other distributions add commands by an entry point of group ``keymgmt.commands``: a name and a
+``typer.Typer``. It is imported when it is run and never before. Its commands take a
+``typer.Context`` whose ``obj`` is a ``State``: ``obj.config()`` is the loaded config. They raise
+errors of ``keymgmt.errors``, which are printed here.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from keymgmt.cli._output import print_error
+from keymgmt.cli._plugins import CommandGroup
+from keymgmt.cli._state import State
+from keymgmt.errors import KeymgmtError
+
+__all__ = ["State", "app", "main"]
+
+app = typer.Typer(
+    cls=CommandGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="rich",
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        typer.echo(f"keymgmt {version('keymgmt')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _keymgmt(
+    context: typer.Context,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            "-c",
+            metavar="FILE",
+            help="Config file; else $KEYMGMT_CONFIG, ./keymgmt.toml, the user's, the machine's.",
+        ),
+    ] = None,
+    verbose: Annotated[
+        int, typer.Option("--verbose", "-v", count=True, help="Show audit events; -vv debugs.")
+    ] = 0,
+    _show_version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Ship models to machines you do not control: sealed at rest, opened in memory."""
+    context.obj = State(config, verbose)
+
+
+def main() -> None:
+    """Run the command line and exit: the console script ``keymgmt``."""
+    try:
+        app(prog_name="keymgmt")
+    except KeymgmtError as error:
+        print_error(error)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        # A full disk or a missing directory is the world's doing, not a bug to trace.
+        print_error(KeymgmtError(str(error)))
+        sys.exit(1)
