@@ -1,24 +1,81 @@
-"""A recipient: the public part of a wrapping key, to which anyone seals without its provider."""
+"""A recipient: the public part of a wrapping key, to which anyone seals without its provider.
+
+A recipient file is canonical JSON (RFC 8785) of everything that a device says of one version of
+one key. Who seals to it must know that it is genuine: by its fingerprint, which covers all of it,
+or by a detached signature beside it (``FILE.sig``) of a signer that the config trusts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import base64
+import binascii
+import hashlib
+import hmac
+import json
+import os
+import re
+import stat
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
-__all__ = ["Recipient"]
+import rfc8785
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
+from cryptography.hazmat.primitives.serialization import load_der_public_key
+
+from keymgmt._files import replace_file
+from keymgmt._hpke import HPKE_KINDS, check_public, hpke_seal
+from keymgmt._inner import inner_wrap
+from keymgmt._names import is_key, is_name, is_version
+from keymgmt._provider import Signature, WrappedKey
+from keymgmt._verify import pre_authentication, verify_signature
+from keymgmt.errors import ConfigError, FormatError, UntrustedPublisher
+
+if TYPE_CHECKING:
+    from keymgmt._dek import Dek
+
+__all__ = [
+    "RECIPIENT_KINDS",
+    "RSA_OAEP_256",
+    "Recipient",
+    "find_signer",
+    "public_key_id",
+    "recipient_message",
+    "sign_recipient",
+    "wrap_for",
+]
+
+FORMAT: Final = "keymgmt.recipient/1"
+SIGNATURE_FORMAT: Final = "keymgmt.recipient-signatures/1"
+PAYLOAD_TYPE: Final = "application/vnd.keymgmt.recipient+json"
+RSA_OAEP_256: Final = "RSA-OAEP-256"
+RECIPIENT_KINDS: Final = (*HPKE_KINDS, RSA_OAEP_256)
+MAX_FILE: Final = 32768
+MAX_ATTRIBUTES: Final = 32
+MAX_SIGNATURES: Final = 16
+_ATTRIBUTE: Final = re.compile(r"[a-z][a-z0-9_]{0,31}")
+_VALUE: Final = re.compile(r"[\x20-\x7e]{0,512}")
+_OAEP: Final = padding.OAEP(padding.MGF1(hashes.SHA256()), hashes.SHA256(), None)
 
 
 @dataclass(frozen=True)
 class Recipient:
-    """What a device exports of one of its keys; a recipient file is its JSON.
+    """What a device exports of one of its keys.
 
     Attributes:
-        kind: how to wrap for it, a mechanism of ``keymgmt._hpke`` or ``RSA-OAEP-256``.
+        kind: how to wrap for it: one of ``RECIPIENT_KINDS``.
         backend: kind of key service that unwraps.
         key: the KEK's name there.
         version: its version.
-        public_key: the public key as its kind says.
-        attributes: what the device says of the key, short plain strings.
+        public_key: as ``keymgmt._hpke`` serialises it; DER SubjectPublicKeyInfo for RSA.
+        attributes: what the device says of the key: at most 32, of printable ASCII. They prove
+            nothing by themselves.
+
+    Raises:
+        FormatError: a member is not of its grammar, or the public key not of its kind.
     """
 
     kind: str
@@ -27,3 +84,243 @@ class Recipient:
     version: str
     public_key: bytes = field(repr=False)
     attributes: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for value, valid, what in (
+            (self.backend, is_name, "backend name"),
+            (self.key, is_key, "key name"),
+            (self.version, is_version, "key version"),
+        ):
+            if not valid(value):
+                raise FormatError(f"the recipient has no valid {what}: {str(value)[:80]!r}")
+        if self.kind == RSA_OAEP_256:
+            _load_rsa(self.public_key)
+        else:
+            check_public(self.kind, self.public_key)
+        if len(self.attributes) > MAX_ATTRIBUTES or not all(
+            _ATTRIBUTE.fullmatch(name) and isinstance(value, str) and _VALUE.fullmatch(value)
+            for name, value in self.attributes.items()
+        ):
+            raise FormatError("the recipient has attributes that are too many, too long, or odd")
+
+    def __str__(self) -> str:
+        return f"{self.backend}:{self.key}@{self.version}"
+
+    def to_bytes(self) -> bytes:
+        """The recipient file: canonical JSON of every member."""
+        return rfc8785.dumps(
+            {
+                "format": FORMAT,
+                "kind": self.kind,
+                "backend": self.backend,
+                "key": self.key,
+                "version": self.version,
+                "public_key": base64.b64encode(self.public_key).decode(),
+                "attributes": dict(self.attributes),
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Recipient:
+        """Read a recipient file; FormatError where it is not exactly what ``to_bytes`` makes."""
+        data = _parse(content, FORMAT, "recipient file")
+        members = {"format", "kind", "backend", "key", "version", "public_key", "attributes"}
+        if set(data) != members or not isinstance(data["attributes"], dict):
+            raise FormatError("the recipient file has missing or unknown members")
+        if not all(isinstance(data[name], str) for name in members - {"attributes"}):
+            raise FormatError("the recipient file has members that are no strings")
+        recipient = cls(
+            data["kind"],
+            data["backend"],
+            data["key"],
+            data["version"],
+            _decode(data["public_key"], "recipient file"),
+            data["attributes"],
+        )
+        if recipient.to_bytes() != content:
+            raise FormatError("the recipient file is not canonical JSON (RFC 8785)")
+        return recipient
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Recipient:
+        """Read a recipient file.
+
+        Raises:
+            ConfigError: it cannot be read.
+            FormatError: it is too large or no recipient file; the message names it.
+        """
+        content = _read(Path(path))
+        try:
+            return cls.from_bytes(content)
+        except FormatError as error:
+            raise FormatError(f"{path}: {error}", hint=error.hint) from error
+
+    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
+        """Write a recipient file, readable by all; ConfigError if it exists and not ``force``."""
+        _save(Path(path), self.to_bytes(), force=force)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the whole file in hex, in 8 groups of 8 with '-' between them."""
+        digest = hashlib.sha256(self.to_bytes()).hexdigest()
+        return "-".join(digest[start : start + 8] for start in range(0, 64, 8))
+
+    def has_fingerprint(self, text: str) -> bool:
+        """Whether ``text`` is the whole fingerprint; case and separators do not matter."""
+        given = re.sub(r"[\s:-]", "", text).lower()
+        return hmac.compare_digest(given.encode(), self.fingerprint.replace("-", "").encode())
+
+
+def public_key_id(public_key: bytes) -> str:
+    """The parameter ``pk`` of a wrap: 128 bits of SHA-256 over the serialised public key, in hex.
+
+    Many devices have the same backend and key name; by it a provider knows without decrypting
+    whether a wrap is for its key.
+    """
+    return hashlib.sha256(public_key).hexdigest()[:32]
+
+
+def wrap_for(recipient: Recipient, dek: Dek, context: bytes) -> WrappedKey:
+    """Wrap ``dek`` for a recipient, bound to ``context``, with nothing but its public key.
+
+    An HPKE kind binds the context as ``info``; RSA-OAEP-256 (RFC 8017, MGF1-SHA-256, empty label)
+    wraps an InnerKey that carries it.
+    """
+    if recipient.kind == RSA_OAEP_256:
+        public = _load_rsa(recipient.public_key)
+        blob = inner_wrap(dek, context, lambda inner: public.encrypt(bytes(inner.view()), _OAEP))
+    else:
+        blob = hpke_seal(recipient.kind, recipient.public_key, dek, context)
+    return WrappedKey(
+        recipient.backend,
+        recipient.key,
+        recipient.version,
+        recipient.kind,
+        blob,
+        {"pk": public_key_id(recipient.public_key)},
+    )
+
+
+def recipient_message(recipient: Recipient) -> bytes:
+    """What a signer of a recipient file signs (DSSE over the whole file)."""
+    return pre_authentication(PAYLOAD_TYPE, recipient.to_bytes())
+
+
+def sign_recipient(signatures: Sequence[Signature]) -> bytes:
+    """The content of ``FILE.sig``: signatures over ``recipient_message``, with their key ids."""
+    return rfc8785.dumps(
+        {
+            "format": SIGNATURE_FORMAT,
+            "signatures": [
+                {
+                    "key": public_key_id(one.public_key),
+                    "signature": base64.b64encode(one.signature).decode(),
+                }
+                for one in signatures
+            ],
+        }
+    )
+
+
+def find_signer(recipient: Recipient, signatures: bytes, trusted: Mapping[str, bytes]) -> str:
+    """The name of a trusted key that signed this recipient file.
+
+    Args:
+        recipient: as loaded.
+        signatures: content of the ``.sig`` file beside it.
+        trusted: name -> DER SubjectPublicKeyInfo of whom the config trusts to vouch for devices.
+
+    Raises:
+        FormatError: not a signature file.
+        UntrustedPublisher: no signature in it is a valid one of a trusted key.
+        ConfigError: a trusted key is of no kind that signs.
+    """
+    data = _parse(signatures, SIGNATURE_FORMAT, "signature file")
+    entries = data.get("signatures")
+    if (
+        set(data) != {"format", "signatures"}
+        or not isinstance(entries, list)
+        or len(entries) > MAX_SIGNATURES
+        or not all(
+            isinstance(entry, dict)
+            and set(entry) == {"key", "signature"}
+            and all(isinstance(value, str) for value in entry.values())
+            for entry in entries
+        )
+    ):
+        raise FormatError("the signature file has missing, unknown or too many members")
+    known = {public_key_id(public): (name, public) for name, public in trusted.items()}
+    message = recipient_message(recipient)
+    bad = None
+    for entry in entries:
+        # The id only picks the trusted key to try; the algorithm and the trust come from that key.
+        name, public = known.get(entry["key"], (None, b""))
+        if name is None:
+            continue
+        if verify_signature(public, message, _decode(entry["signature"], "signature file")):
+            return name
+        bad = name
+    if bad is not None:
+        raise UntrustedPublisher(
+            f"the signature of {bad} on the recipient {recipient} is not valid",
+            hint="the recipient file is not the one that was signed; export and sign it again",
+        )
+    raise UntrustedPublisher(
+        f"nobody whom this config trusts signed the recipient {recipient}",
+        hint=f"compare its fingerprint {recipient.fingerprint} with the device's, and give it",
+    )
+
+
+def _load_rsa(data: bytes) -> rsa.RSAPublicKey:
+    try:
+        key = load_der_public_key(data)
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise FormatError("the recipient has no RSA public key (DER)") from error
+    if not isinstance(key, rsa.RSAPublicKey) or not 2048 <= key.key_size <= 8192:
+        raise FormatError("the recipient has no RSA public key of 2048 to 8192 bits")
+    return key
+
+
+def _parse(content: bytes, expected: str, what: str) -> dict[str, Any]:
+    if len(content) > MAX_FILE:
+        raise FormatError(f"the {what} is larger than {MAX_FILE} bytes")
+    try:
+        data = json.loads(content.decode("ascii"))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"not a {what}: no JSON in ASCII") from error
+    if not isinstance(data, dict) or data.get("format") != expected:
+        found = data.get("format") if isinstance(data, dict) else None
+        raise FormatError(
+            f"not a {what}: its format is {str(found)[:40]!r}, not {expected!r}",
+            hint="a newer keymgmt may have written it"
+            if str(found).startswith("keymgmt.")
+            else None,
+        )
+    return data
+
+
+def _decode(text: str, what: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise FormatError(f"the {what} has bytes that are not base64") from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:  # noqa: PTH123 - a descriptor
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ConfigError(f"{path} is not a regular file")
+            return file.read(MAX_FILE + 1)
+    except OSError as error:
+        raise ConfigError(f"cannot read the recipient file {path}: {error.strerror}") from error
+
+
+def _save(path: Path, content: bytes, *, force: bool) -> None:
+    try:
+        replace_file(path, content, exclusive=not force)
+    except FileExistsError as error:
+        raise ConfigError(f"{path} exists", hint="name another file, or give --force") from error
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error

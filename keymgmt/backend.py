@@ -2,6 +2,15 @@
 
 from keymgmt._dek import DEK_LENGTH, Dek, fill_random, wipe
 from keymgmt._files import replace_file, sync_directory
+from keymgmt._hpke import (
+    HPKE_KINDS,
+    hpke_generate,
+    hpke_open,
+    hpke_public,
+    hpke_seal,
+    hpke_split,
+    open_with_ecdh,
+)
 from keymgmt._inner import inner_unwrap, inner_wrap
 from keymgmt._names import check_key, is_key, is_version
 from keymgmt._provider import (
@@ -21,7 +30,7 @@ from keymgmt._provider import (
     WrappedKey,
     within,
 )
-from keymgmt._recipient import Recipient
+from keymgmt._recipient import RSA_OAEP_256, Recipient, public_key_id, wrap_for
 from keymgmt._secret import ConfigPath, SecretSource, private_file_problem
 from keymgmt.errors import (
     AccessDenied,
@@ -40,7 +49,9 @@ from keymgmt.errors import (
 __all__ = [
     "API_VERSION",
     "DEK_LENGTH",
+    "HPKE_KINDS",
     "MAX_BLOB",
+    "RSA_OAEP_256",
     "AccessDenied",
     "ConfigError",
     "ConfigPath",
@@ -70,13 +81,21 @@ __all__ = [
     "WrongKey",
     "check_key",
     "fill_random",
+    "hpke_generate",
+    "hpke_open",
+    "hpke_public",
+    "hpke_seal",
+    "hpke_split",
     "inner_unwrap",
     "inner_wrap",
     "is_key",
     "is_version",
+    "open_with_ecdh",
     "private_file_problem",
+    "public_key_id",
     "replace_file",
     "sync_directory",
     "wipe",
     "within",
+    "wrap_for",
 ]
