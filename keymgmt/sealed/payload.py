@@ -1,0 +1,521 @@
+"""The payload engine: one file to and from one FLOE ciphertext, on all cores, in little memory.
+
+Works on file descriptors, which stay the caller's, and never moves their offsets. Each thread has
+buffers of one segment; a segment is read once into such a private buffer, and the same bytes are
+hashed and decrypted, so a file that changes underneath cannot pass one check and fail the other.
+
+Rules: the plaintext's size comes from the caller, who trusts it (the manifest says it), and
+decides the file's exact length, the number of segments and which one is final. Nothing is handed
+out before the segment it came from, and where a root is given the whole file's digest, was
+checked. On any failure or interrupt the caller's buffer is wiped once no thread writes to it.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import threading
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING, Protocol, Self
+
+from keymgmt import floe
+from keymgmt._dek import wipe
+from keymgmt.errors import ConfigError, IntegrityError
+from keymgmt.floe import HEADER_LENGTH, OVERHEAD, FloeDecryptor, FloeEncryptor, FloeParameters
+from keymgmt.sealed.digests import DIGEST_LENGTH, DigestName, leaf_hash, tree_root
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+    from typing_extensions import Buffer
+
+    Progress = Callable[[int], object]  # told how many bytes of plaintext are done, in total
+
+__all__ = ["PayloadReader", "digest_payload", "seal_payload"]
+
+_PROGRESS_INTERVAL = 0.1  # seconds
+
+
+class _Layout:
+    """Where the segments of ``size`` bytes of plaintext lie."""
+
+    def __init__(self, size: int, segment_length: int) -> None:
+        self.size, self.segment_length = size, segment_length
+        self.step = segment_length - OVERHEAD
+        self.count = floe.segment_count(size, segment_length)
+
+    def plaintext_of(self, index: int) -> tuple[int, int]:
+        """Offset and length of a segment in the plaintext."""
+        start = index * self.step
+        return start, min(self.step, self.size - start)
+
+    def segment_of(self, index: int) -> tuple[int, int]:
+        """Offset and length of an encrypted segment in the file."""
+        return HEADER_LENGTH + index * self.segment_length, self.plaintext_of(index)[1] + OVERHEAD
+
+    def check_file(self, fd: int) -> None:
+        expected = floe.ciphertext_length(self.size, self.segment_length)
+        found = os.fstat(fd).st_size
+        if found != expected:
+            raise IntegrityError(
+                f"the payload file has {found} bytes, and {self.size} bytes seal to {expected}",
+                hint="it was cut off or changed; fetch it again",
+            )
+
+
+class _Worker(Protocol):
+    """What one thread does; made in it, called for segments, closed at the end."""
+
+    def __call__(self, index: int) -> int:
+        """Do one segment; bytes of plaintext done."""
+
+    def close(self) -> None:
+        """Wipe the private buffers."""
+
+
+def _on_all_cores(
+    count: int, make_worker: Callable[[], _Worker], progress: Progress | None
+) -> None:
+    """Give each index below ``count`` to a worker; on return no thread is running any more.
+
+    The first error ends it, and so does an interrupt or an error of ``progress``.
+    """
+    indices = itertools.count()  # next() of it is one step under the GIL: no index comes twice
+    stop = threading.Event()
+    done: list[int] = []
+
+    def work() -> None:
+        worker = make_worker()
+        try:
+            while not stop.is_set() and (index := next(indices)) < count:
+                done.append(worker(index))
+        except BaseException:
+            stop.set()
+            raise
+        finally:
+            worker.close()
+
+    threads = min(count, len(os.sched_getaffinity(0)))
+    if threads == 1 and progress is None:
+        work()
+        return
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="keymgmt-payload")
+    futures: list[Future[None]] = []
+    try:
+        futures += [pool.submit(work) for _ in range(threads)]
+        pending = set(futures)
+        while pending:
+            timeout = _PROGRESS_INTERVAL if progress else None
+            _, pending = wait(pending, timeout, FIRST_EXCEPTION)
+            if progress:
+                progress(sum(done))
+        for future in futures:
+            future.result()
+    finally:
+        stop.set()
+        _join(pool)
+
+
+def _join(pool: ThreadPoolExecutor) -> None:
+    """Wait for the threads, a second interrupt or not: the caller wipes what they write to."""
+    interrupt: BaseException | None = None
+    while True:
+        try:
+            pool.shutdown(wait=True)
+        except KeyboardInterrupt as error:
+            interrupt = error
+        else:
+            break
+    if interrupt:
+        raise interrupt
+
+
+def _read_exactly(fd: int, view: memoryview, offset: int) -> bool:
+    """Fill ``view`` from the file; False if the file ends before."""
+    while len(view):
+        count = os.preadv(fd, [view], offset)
+        if not count:
+            return False
+        view, offset = view[count:], offset + count
+    return True
+
+
+def _write_exactly(fd: int, view: memoryview, offset: int) -> None:
+    while len(view):
+        count = os.pwrite(fd, view, offset)
+        view, offset = view[count:], offset + count
+
+
+class _Leaves:
+    """The leaf hashes of one file as threads find them: the header's, then each segment's."""
+
+    def __init__(self, digest: DigestName, header: bytes, count: int) -> None:
+        self.digest: DigestName = digest
+        self._hashes = bytearray(DIGEST_LENGTH * (1 + count))
+        self._hashes[:DIGEST_LENGTH] = leaf_hash(digest, header)
+
+    def add(self, index: int, segment: Buffer) -> None:
+        start = DIGEST_LENGTH * (1 + index)
+        self._hashes[start : start + DIGEST_LENGTH] = leaf_hash(self.digest, segment)
+
+    def check(self, index: int, segment: Buffer) -> None:
+        start = DIGEST_LENGTH * (1 + index)
+        if leaf_hash(self.digest, segment) != self._hashes[start : start + DIGEST_LENGTH]:
+            raise IntegrityError(f"segment {index} changed since the file was checked")
+
+    def root(self) -> bytes:
+        return tree_root(self.digest, self._hashes)
+
+
+class _Sealer:
+    def __init__(
+        self,
+        source_fd: int,
+        target_fd: int,
+        layout: _Layout,
+        encryptor: FloeEncryptor,
+        leaves: _Leaves,
+    ) -> None:
+        self._source_fd, self._target_fd = source_fd, target_fd
+        self._layout, self._encryptor, self._leaves = layout, encryptor, leaves
+        length = layout.segment_of(0)[1]
+        self._plaintext = memoryview(bytearray(length - OVERHEAD))
+        self._segment = memoryview(bytearray(length))
+
+    def __call__(self, index: int) -> int:
+        start, length = self._layout.plaintext_of(index)
+        plaintext = self._plaintext[:length]
+        segment = self._segment[: length + OVERHEAD]
+        if not _read_exactly(self._source_fd, plaintext, start):
+            raise _changed()
+        final = index == self._layout.count - 1
+        self._encryptor.encrypt_segment_into(index, final, plaintext, segment)
+        self._leaves.add(index, segment)
+        _write_exactly(self._target_fd, segment, self._layout.segment_of(index)[0])
+        return length
+
+    def close(self) -> None:
+        wipe(self._plaintext)
+
+
+def _changed() -> ConfigError:
+    return ConfigError(
+        "the file changed while it was being sealed", hint="seal it when nothing writes to it"
+    )
+
+
+def seal_payload(
+    source_fd: int,
+    size: int,
+    target_fd: int,
+    *,
+    key: Buffer,
+    aad: bytes,
+    segment_length: int,
+    digest: DigestName,
+    progress: Progress | None = None,
+) -> bytes:
+    """Encrypt a file of exactly ``size`` bytes to an empty file; the root of its digest tree.
+
+    Memory is two segments per core, whatever the size. The target is not synced.
+
+    Args:
+        source_fd: open for reading, a regular file.
+        size: of the source in bytes, as the caller will write it down.
+        target_fd: open for writing; left half-written if this raises.
+        key: 32 bytes, of this one file.
+        aad: what the ciphertext is bound to.
+        segment_length: bytes of one encrypted segment.
+        digest: "blake3" or "sha256".
+        progress: called in this thread with the bytes done so far; what it raises ends the work.
+
+    Raises:
+        ConfigError: the source does not have ``size`` bytes, or changed meanwhile.
+        OSError: reading or writing failed.
+    """
+    layout = _Layout(size, segment_length)
+    before = os.fstat(source_fd)
+    if before.st_size != size:
+        raise _changed()
+    with FloeEncryptor(key, aad, FloeParameters(segment_length)) as encryptor:
+        leaves = _Leaves(digest, encryptor.header, layout.count)
+        _write_exactly(target_fd, memoryview(encryptor.header), 0)
+        _on_all_cores(
+            layout.count,
+            lambda: _Sealer(source_fd, target_fd, layout, encryptor, leaves),
+            progress,
+        )
+    after = os.fstat(source_fd)
+    if (after.st_size, after.st_mtime_ns) != (size, before.st_mtime_ns):
+        raise _changed()
+    return leaves.root()
+
+
+class _Reader:
+    """Reads a segment into a private buffer, and hashes and decrypts what it was asked to."""
+
+    def __init__(
+        self,
+        fd: int,
+        layout: _Layout,
+        leaves: _Leaves | None,
+        decryptor: FloeDecryptor | None = None,
+        target: memoryview | None = None,
+    ) -> None:
+        self._fd, self._layout, self._leaves = fd, layout, leaves
+        self._decryptor, self._target = decryptor, target
+        length = layout.segment_of(0)[1]
+        self._segment = memoryview(bytearray(length))
+        needs_scratch = decryptor is not None and target is None
+        self._scratch = memoryview(bytearray(length - OVERHEAD if needs_scratch else 0))
+
+    def __call__(self, index: int) -> int:
+        start, length = self._layout.plaintext_of(index)
+        segment = _read_segment(self._fd, self._layout, index, self._segment)
+        if self._leaves is not None:
+            self._leaves.add(index, segment)
+        if self._decryptor is not None:
+            target = (
+                self._scratch[:length]
+                if self._target is None
+                else self._target[start : start + length]
+            )
+            final = index == self._layout.count - 1
+            self._decryptor.decrypt_segment_into(index, final, segment, target)
+        return length
+
+    def close(self) -> None:
+        wipe(self._scratch)
+
+
+def _read_segment(fd: int, layout: _Layout, index: int, buffer: memoryview) -> memoryview:
+    """Read one encrypted segment into a buffer of one segment; the part that it fills."""
+    offset, length = layout.segment_of(index)
+    segment = buffer[:length]
+    if not _read_exactly(fd, segment, offset):
+        raise IntegrityError("the payload file became shorter while it was read")
+    return segment
+
+
+def _read_header(fd: int) -> bytes:
+    header = bytearray(HEADER_LENGTH)
+    if not _read_exactly(fd, memoryview(header), 0):
+        raise IntegrityError("the payload file became shorter while it was read")
+    return bytes(header)
+
+
+def digest_payload(
+    fd: int,
+    size: int,
+    *,
+    segment_length: int,
+    digest: DigestName,
+    progress: Progress | None = None,
+) -> bytes:
+    """The root of a payload file's digest tree, without any key.
+
+    Args:
+        fd: open for reading.
+        size: bytes of the plaintext, as the manifest says.
+        segment_length: bytes of one encrypted segment.
+        digest: "blake3" or "sha256".
+        progress: called in this thread with the bytes done so far.
+
+    Raises:
+        IntegrityError: the file does not have the length that ``size`` makes.
+        OSError: reading failed.
+    """
+    return _learn_leaves(fd, _Layout(size, segment_length), digest, progress).root()
+
+
+def _learn_leaves(
+    fd: int, layout: _Layout, digest: DigestName, progress: Progress | None
+) -> _Leaves:
+    layout.check_file(fd)
+    leaves = _Leaves(digest, _read_header(fd), layout.count)
+    _on_all_cores(layout.count, lambda: _Reader(fd, layout, leaves), progress)
+    return leaves
+
+
+class PayloadReader:
+    """Decrypts one payload file: all of it in parallel, or any part.
+
+    A context manager that wipes the derived keys; it does not close the descriptor. Any thread
+    may call any method, except ``close`` while another call runs.
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        size: int,
+        *,
+        key: Buffer,
+        aad: bytes,
+        segment_length: int,
+        digest: DigestName = "blake3",
+        root: bytes | None = None,
+    ) -> None:
+        """Check the file's length and its header; nothing else is read yet.
+
+        Args:
+            fd: open for reading.
+            size: bytes of the plaintext, as the manifest says.
+            key: 32 bytes, of this one file.
+            aad: what the ciphertext is bound to.
+            segment_length: bytes of one encrypted segment.
+            digest: "blake3" or "sha256".
+            root: of the digest tree; None where digests are not to be checked.
+
+        Raises:
+            FormatError: no FLOE header of these parameters.
+            IntegrityError: the file has another length, or its header is of another key or AAD.
+            OSError: reading failed.
+        """
+        self.size = size
+        self._fd, self._layout = fd, _Layout(size, segment_length)
+        self._digest, self._root = digest, root
+        self._layout.check_file(fd)
+        self._header = _read_header(fd)
+        self._decryptor = FloeDecryptor(key, aad, self._header, FloeParameters(segment_length))
+        self._leaves: _Leaves | None = None  # of the whole file, once its root was right
+        self._learning = threading.Lock()
+
+    def read_into(self, buffer: Buffer, progress: Progress | None = None) -> None:
+        """Decrypt all of it into ``buffer``, which is writable and has exactly ``size`` bytes.
+
+        Args:
+            buffer: filled if this returns, all zeros if it raises.
+            progress: called in this thread with the bytes done so far; what it raises ends it.
+
+        Raises:
+            FormatError, IntegrityError: the file is damaged or forged.
+            OSError: reading failed.
+            ValueError: ``buffer`` has another length.
+        """
+        view = memoryview(buffer).cast("B")
+        if len(view) != self.size:
+            raise ValueError(f"a buffer of {len(view)} bytes for {self.size} bytes")
+        try:
+            self._prove(view, progress)
+        except BaseException:
+            wipe(view)
+            raise
+
+    def verify(self, progress: Progress | None = None) -> None:
+        """Decrypt every segment and keep nothing; raises as ``read_into`` does."""
+        self._prove(None, progress)
+
+    def _prove(self, target: memoryview | None, progress: Progress | None) -> None:
+        layout, leaves = self._layout, None
+        layout.check_file(self._fd)
+        if self._root is not None:
+            leaves = _Leaves(self._digest, self._header, layout.count)
+        _on_all_cores(
+            layout.count,
+            lambda: _Reader(self._fd, layout, leaves, self._decryptor, target),
+            progress,
+        )
+        if leaves is not None:
+            self._accept(leaves)
+
+    def _accept(self, leaves: _Leaves) -> None:
+        if leaves.root() != self._root:
+            raise IntegrityError("the payload file is not the one that the manifest lists")
+        self._leaves = leaves
+
+    def read_segment_into(self, index: int, target: Buffer) -> int:
+        """Decrypt segment ``index`` into the start of ``target``; its bytes of plaintext.
+
+        Where a root is given, the first call hashes the whole file and later ones compare.
+        """
+        with self._learning:
+            if self._root is not None and self._leaves is None:
+                self._accept(_learn_leaves(self._fd, self._layout, self._digest, None))
+        _, length = self._layout.plaintext_of(index)
+        private = memoryview(bytearray(length + OVERHEAD))
+        segment = _read_segment(self._fd, self._layout, index, private)
+        if self._leaves is not None:
+            self._leaves.check(index, segment)
+        self._decryptor.decrypt_segment_into(
+            index, index == self._layout.count - 1, segment, memoryview(target).cast("B")[:length]
+        )
+        return length
+
+    def open(self) -> io.RawIOBase:
+        """A read-only, seekable file of the plaintext; this reader must stay open meanwhile."""
+        return _PayloadFile(self, self._layout)
+
+    def close(self) -> None:
+        """Wipe the derived keys; may be called again."""
+        self._decryptor.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class _PayloadFile(io.RawIOBase):
+    """The plaintext as a file. Holds one decrypted segment, wiped when another is needed."""
+
+    def __init__(self, reader: PayloadReader, layout: _Layout) -> None:
+        super().__init__()
+        self._reader, self._layout = reader, layout
+        self._position = 0
+        self._segment = bytearray(layout.plaintext_of(0)[1])
+        self._held: int | None = None  # index of the segment in the buffer
+        self._lock = threading.Lock()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._layout.size}
+        if whence not in base or base[whence] + offset < 0:
+            raise ValueError(f"cannot seek to {offset} (whence {whence})")
+        self._position = base[whence] + offset
+        return self._position
+
+    def readinto(self, buffer: Buffer) -> int:
+        """Fill ``buffer`` up to the end of the file; fewer bytes only there."""
+        if self.closed:
+            raise ValueError("I/O operation on closed file")
+        view = memoryview(buffer).cast("B")
+        done = 0
+        with self._lock:
+            try:
+                while done < len(view) and self._position < self._layout.size:
+                    index, skip = divmod(self._position, self._layout.step)
+                    if self._held != index:
+                        self._held = None
+                        self._reader.read_segment_into(index, self._segment)
+                        self._held = index
+                    end = self._layout.plaintext_of(index)[1]
+                    part = memoryview(self._segment)[skip : min(end, skip + len(view) - done)]
+                    view[done : done + len(part)] = part
+                    done += len(part)
+                    self._position += len(part)
+            except BaseException:
+                wipe(view)
+                raise
+        return done
+
+    def close(self) -> None:
+        if not self.closed:
+            wipe(self._segment)
+            self._held = None
+        super().close()

@@ -1,0 +1,410 @@
+"""The payload engine: whole files, any part of them, and every way that a file can be wrong."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from keymgmt import floe
+from keymgmt.errors import ConfigError, FormatError, IntegrityError, SealedModelError
+from keymgmt.floe import FloeParameters
+from keymgmt.sealed.digests import leaf_hash, tree_root
+from keymgmt.sealed.payload import PayloadReader, digest_payload, seal_payload
+
+L = 1024
+STEP = L - 32
+KEY = bytes(range(32))
+AAD = b"files/weights.bin"
+SIZES = [0, 1, STEP - 1, STEP, STEP + 1, 2 * STEP, 2 * STEP + 1, 7 * STEP - 1, 7 * STEP + 13]
+Digest = Literal["blake3", "sha256"]
+
+
+class Sealed:
+    """A file, its ciphertext and its root; both files stay open while the test runs."""
+
+    def __init__(self, directory: Path, size: int, digest: Digest = "blake3") -> None:
+        self.plaintext = random.Random(size).randbytes(size)
+        self.digest: Digest = digest
+        self.path = directory / f"{size}.floe"
+        source = directory / f"{size}.bin"
+        source.write_bytes(self.plaintext)
+        self.source_fd = os.open(source, os.O_RDONLY)
+        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT)
+        self.root = seal_payload(
+            self.source_fd, size, self.fd, key=KEY, aad=AAD, segment_length=L, digest=digest
+        )
+
+    @property
+    def size(self) -> int:
+        return len(self.plaintext)
+
+    def reader(self, *, checked: bool = True, aad: bytes = AAD, key: bytes = KEY) -> PayloadReader:
+        root = self.root if checked else None
+        return PayloadReader(
+            self.fd,
+            self.size,
+            key=key,
+            aad=aad,
+            segment_length=L,
+            digest=self.digest,
+            root=root,
+        )
+
+    def flip(self, offset: int) -> None:
+        (byte,) = os.pread(self.fd, 1, offset)
+        os.pwrite(self.fd, bytes([byte ^ 0x10]), offset)
+
+    def close(self) -> None:
+        os.close(self.fd)
+        os.close(self.source_fd)
+
+
+@pytest.fixture(params=SIZES)
+def sealed(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Sealed]:
+    sealed = Sealed(tmp_path, request.param)
+    yield sealed
+    sealed.close()
+
+
+@pytest.fixture
+def seven(tmp_path: Path) -> Iterator[Sealed]:
+    sealed = Sealed(tmp_path, 7 * STEP - 5)
+    yield sealed
+    sealed.close()
+
+
+def test_what_is_sealed_is_a_floe_ciphertext(sealed: Sealed) -> None:
+    ciphertext = sealed.path.read_bytes()
+    assert len(ciphertext) == floe.ciphertext_length(sealed.size, L)
+    assert floe.decrypt(KEY, AAD, ciphertext, FloeParameters(L)) == sealed.plaintext
+
+
+def test_all_is_read(sealed: Sealed) -> None:
+    for checked in (True, False):
+        buffer = bytearray(sealed.size)
+        with sealed.reader(checked=checked) as reader:
+            reader.read_into(buffer)
+            reader.verify()
+            reader.read_into(buffer)
+        assert buffer == sealed.plaintext
+
+
+def test_offsets_of_the_descriptors_stay(seven: Sealed) -> None:
+    with seven.reader() as reader:
+        reader.verify()
+    assert os.lseek(seven.fd, 0, os.SEEK_CUR) == 0
+    assert os.lseek(seven.source_fd, 0, os.SEEK_CUR) == 0
+
+
+@pytest.mark.parametrize("digest", ["blake3", "sha256"])
+def test_the_root_is_the_tree_over_header_and_segments(tmp_path: Path, digest: Digest) -> None:
+    sealed = Sealed(tmp_path, 3 * STEP + 1, digest)
+    ciphertext = sealed.path.read_bytes()
+    parts = [ciphertext[:74]] + [ciphertext[74 + i * L : 74 + (i + 1) * L] for i in range(4)]
+    root = tree_root(digest, b"".join(leaf_hash(digest, part) for part in parts))
+    assert sealed.root == root
+    assert digest_payload(sealed.fd, sealed.size, segment_length=L, digest=digest) == root
+    with sealed.reader() as reader:
+        reader.verify()
+    sealed.close()
+
+
+def check_refused(sealed: Sealed, *, checked: bool) -> None:
+    """No way of reading lets it through, and no buffer keeps a byte of it."""
+    before = bytes(b"?" * sealed.size)
+    buffer = bytearray(before)
+    with pytest.raises(SealedModelError), sealed.reader(checked=checked) as reader:
+        reader.read_into(buffer)
+    assert buffer in (bytes(sealed.size), before)
+    with pytest.raises(SealedModelError), sealed.reader(checked=checked) as reader:
+        reader.verify()
+    with (
+        pytest.raises(SealedModelError),
+        sealed.reader(checked=checked) as reader,
+        reader.open() as file,
+    ):
+        file.read()
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_any_flipped_byte_is_refused(tmp_path: Path, checked: bool) -> None:
+    sealed = Sealed(tmp_path, 2 * STEP + 3)
+    length = sealed.path.stat().st_size
+    places = {*range(90), *range(90, length, 41), 74 + L - 1, 74 + L, length - 1}
+    for offset in sorted(places):
+        sealed.flip(offset)
+        check_refused(sealed, checked=checked)
+        assert digest_payload(sealed.fd, sealed.size, segment_length=L, digest="blake3") != (
+            sealed.root
+        )
+        sealed.flip(offset)
+    with sealed.reader(checked=checked) as reader:
+        reader.verify()
+    sealed.close()
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_another_length_is_refused(sealed: Sealed, checked: bool) -> None:
+    length = sealed.path.stat().st_size
+    for other in {0, 73, 74, 75, length - L, length - 32, length - 1, length + 1, length + 32}:
+        if 0 <= other != length:
+            os.truncate(sealed.path, other)
+            check_refused(sealed, checked=checked)
+            with pytest.raises(IntegrityError, match=f"has {other} bytes"):
+                digest_payload(sealed.fd, sealed.size, segment_length=L, digest="blake3")
+            os.truncate(sealed.path, length)
+
+
+def test_another_size_is_refused(sealed: Sealed) -> None:
+    for size in {sealed.size - 1, sealed.size + 1, sealed.size + STEP} - {-1}:
+        with pytest.raises(IntegrityError, match="bytes seal to"):
+            PayloadReader(sealed.fd, size, key=KEY, aad=AAD, segment_length=L)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_swapped_and_repeated_segments_are_refused(seven: Sealed, checked: bool) -> None:
+    original = seven.path.read_bytes()
+    for one, other in [(0, 1), (1, 5), (4, 5)]:
+        moved = bytearray(original)
+        a, b = (slice(74 + i * L, 74 + (i + 1) * L) for i in (one, other))
+        moved[a], moved[b] = original[b], original[a]
+        os.pwrite(seven.fd, moved, 0)
+        check_refused(seven, checked=checked)
+        moved[b] = original[b]
+        os.pwrite(seven.fd, moved, 0)
+        check_refused(seven, checked=checked)
+
+
+def test_another_key_context_or_segment_length_is_refused(seven: Sealed) -> None:
+    with pytest.raises(IntegrityError):
+        seven.reader(key=bytes(32))
+    with pytest.raises(IntegrityError):
+        seven.reader(aad=b"files/other.bin")
+    # A segment length that makes the same number of segments, and so the same length of file.
+    with pytest.raises(FormatError, match="parameters"):
+        PayloadReader(seven.fd, seven.size, key=KEY, aad=AAD, segment_length=L + 1)
+
+
+def test_a_valid_ciphertext_of_another_root_is_refused_and_wiped(seven: Sealed) -> None:
+    """Whoever holds the DEK can forge segments; the digest, under the signature, refuses them."""
+    root = seven.root
+    forged = seal_payload(
+        seven.source_fd, seven.size, seven.fd, key=KEY, aad=AAD, segment_length=L, digest="blake3"
+    )
+    assert forged != root
+    buffer = bytearray(b"?" * seven.size)
+    with seven.reader() as reader:
+        with pytest.raises(IntegrityError, match="manifest"):
+            reader.read_into(buffer)
+        assert buffer == bytes(seven.size)
+        with reader.open() as file:
+            first = bytearray(10)
+            with pytest.raises(IntegrityError, match="manifest"):
+                file.readinto(first)
+            assert first == bytes(10)
+
+
+def test_random_access_compares_each_segment_with_the_checked_file(seven: Sealed) -> None:
+    with seven.reader() as reader, reader.open() as file:
+        assert file.read(10) == seven.plaintext[:10]
+        other = seal_payload(
+            seven.source_fd,
+            seven.size,
+            seven.fd,
+            key=KEY,
+            aad=AAD,
+            segment_length=L,
+            digest="blake3",
+        )
+        assert other != seven.root
+        file.seek(3 * STEP)
+        with pytest.raises(IntegrityError):
+            file.read(10)
+
+
+def test_a_damaged_segment_stops_random_access_only_there_without_digests(seven: Sealed) -> None:
+    seven.flip(74 + 3 * L + 100)
+    with seven.reader(checked=False) as reader, reader.open() as file:
+        assert file.read(STEP) == seven.plaintext[:STEP]
+        file.seek(3 * STEP)
+        with pytest.raises(IntegrityError, match="segment 3"):
+            file.read(1)
+        file.seek(-5, io.SEEK_END)
+        assert file.read() == seven.plaintext[-5:]
+
+
+def test_random_access_equals_the_plaintext(sealed: Sealed) -> None:
+    rng = random.Random(1)
+    whole = io.BytesIO(sealed.plaintext)
+    with sealed.reader() as reader, reader.open() as file:
+        assert file.readable()
+        assert file.seekable()
+        assert not file.writable()
+        for _ in range(200):
+            offset, length = rng.randrange(sealed.size + 20), rng.randrange(3 * STEP)
+            assert file.seek(offset) == whole.seek(offset)
+            assert file.read(length) == whole.read(length)
+            assert file.tell() == whole.tell()
+        assert file.seek(0, io.SEEK_END) == sealed.size
+        assert file.read(1) == b""
+        file.seek(0)
+        assert file.read() == sealed.plaintext
+        with pytest.raises(ValueError, match="seek"):
+            file.seek(-1)
+    with pytest.raises(ValueError, match="closed"):
+        file.read(1)
+
+
+def test_threads_read_one_payload_at_once(seven: Sealed) -> None:
+    wrong: list[object] = []
+    with seven.reader() as reader:
+
+        def read(seed: int) -> None:
+            rng = random.Random(seed)
+            try:
+                with reader.open() as file:
+                    for _ in range(50):
+                        offset = rng.randrange(seven.size)
+                        file.seek(offset)
+                        if file.read(99) != seven.plaintext[offset : offset + 99]:
+                            wrong.append(offset)
+            except Exception as error:  # noqa: BLE001 - seen by the assertion
+                wrong.append(error)
+
+        threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+
+
+def test_a_failure_in_one_segment_wipes_the_whole_buffer(seven: Sealed) -> None:
+    seven.flip(74 + 6 * L + 20)
+    buffer = bytearray(b"?" * seven.size)
+    with seven.reader(checked=False) as reader, pytest.raises(IntegrityError, match="segment 6"):
+        reader.read_into(buffer)
+    assert buffer == bytes(seven.size)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupt_wipes_the_buffer(seven: Sealed, error: type[BaseException]) -> None:
+    def progress(done: int) -> None:
+        raise error
+
+    buffer = bytearray(b"?" * seven.size)
+    with seven.reader() as reader:
+        with pytest.raises(error):
+            reader.read_into(buffer, progress)
+        assert buffer == bytes(seven.size)
+        assert not [t for t in threading.enumerate() if t.name.startswith("keymgmt-payload")]
+        reader.read_into(buffer)
+    assert buffer == seven.plaintext
+
+
+def test_progress_ends_at_the_size(sealed: Sealed) -> None:
+    told: list[int] = []
+    with sealed.reader() as reader:
+        reader.read_into(bytearray(sealed.size), told.append)
+    assert told == sorted(told)
+    assert told[-1] == sealed.size
+
+
+def test_a_buffer_of_another_length_is_refused(seven: Sealed) -> None:
+    with seven.reader() as reader:
+        for length in (0, seven.size - 1, seven.size + 1):
+            with pytest.raises(ValueError, match="buffer"):
+                reader.read_into(bytearray(length))
+
+
+def test_a_closed_reader_reads_nothing(seven: Sealed) -> None:
+    reader = seven.reader()
+    reader.close()
+    reader.close()
+    buffer = bytearray(seven.size)
+    with pytest.raises(ValueError, match="closed"):
+        reader.read_into(buffer)
+    assert buffer == bytes(seven.size)
+
+
+def test_a_source_that_changes_is_refused(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(bytes(5 * STEP))
+    with source.open("rb") as file, target.open("wb") as out:
+
+        def seal(size: int, change: int | None = None) -> None:
+            def progress(done: int) -> None:
+                if change is not None:
+                    os.truncate(source, change)
+
+            seal_payload(
+                file.fileno(),
+                size,
+                out.fileno(),
+                key=KEY,
+                aad=AAD,
+                segment_length=L,
+                digest="blake3",
+                progress=progress,
+            )
+
+        seal(5 * STEP)
+        for size in (5 * STEP - 1, 5 * STEP + 1):
+            with pytest.raises(ConfigError, match="changed"):
+                seal(size)
+        for change in (STEP, 6 * STEP):
+            with pytest.raises(ConfigError, match="changed"):
+                seal(source.stat().st_size, change)
+
+
+def test_a_full_disk_is_the_systems_error(seven: Sealed) -> None:
+    with open("/dev/full", "wb") as full, pytest.raises(OSError, match="No space"):  # noqa: PTH123
+        seal_payload(
+            seven.source_fd,
+            seven.size,
+            full.fileno(),
+            key=KEY,
+            aad=AAD,
+            segment_length=L,
+            digest="blake3",
+        )
+
+
+SEAL_AND_VERIFY = """
+import os, resource, sys
+from keymgmt.sealed.payload import PayloadReader, seal_payload
+source, target, size = os.open(sys.argv[1], os.O_RDONLY), sys.argv[2], int(sys.argv[3])
+fd = os.open(target, os.O_RDWR | os.O_CREAT)
+common = dict(key=bytes(32), aad=b"", segment_length=1 << 20, digest="blake3")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+root = seal_payload(source, size, fd, **common)
+with PayloadReader(fd, size, root=root, **common) as reader:
+    reader.verify()
+    with reader.open() as file:
+        file.seek(size - 10)
+        assert file.read() == bytes(10)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    size = 300 << 20
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(size)
+    result = subprocess.run(
+        [sys.executable, "-c", SEAL_AND_VERIFY, tmp_path / "sparse", tmp_path / "out", str(size)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    cores = len(os.sched_getaffinity(0))
+    assert int(result.stdout) < (16 + 8 * cores) * 1024  # KiB
