@@ -1,0 +1,258 @@
+"""From a sealed model to OpenVINO: everything that can be refused is refused before work starts.
+
+Order: the caller's options and device; the signature and policy (``keymgmt.open``); room for the
+weights; then the bytes, verified as they are decrypted; then OpenVINO.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import openvino as ov
+
+import keymgmt
+from keymgmt.errors import ConfigError, FormatError, KeymgmtError
+from keymgmt_openvino._memory import Memory, private_bytes, release
+from keymgmt_openvino._model import LoadedModel
+from keymgmt_openvino._onnx import check_self_contained
+
+if TYPE_CHECKING:
+    from keymgmt import Config, SealedModel
+
+__all__ = ["check_core", "check_options", "load", "read", "read_sealed"]
+
+Options = Mapping[str, Any]
+T = TypeVar("T")
+
+_CACHING: Final = {"CACHE_DIR", "CACHE_MODE", "CACHE_ENCRYPTION_CALLBACKS", "WEIGHTS_PATH"}
+_NO_CACHE: Final = (
+    "OpenVINO's model cache holds the weights in plaintext, even with its encryption callbacks; "
+    "leave it off (docs/loader.md, 'No cache')"
+)
+
+
+def load(
+    path: str | os.PathLike[str],
+    device: str = "CPU",
+    ov_config: Options | None = None,
+    *,
+    name: str | None = None,
+    keys: str | os.PathLike[str] | Config | None = None,
+    core: ov.Core | None = None,
+) -> LoadedModel:
+    """Open a sealed model in memory and compile it.
+
+    Args:
+        path: the sealed model, an IR or a self-contained ONNX file inside.
+        device: an OpenVINO device, such as ``CPU`` or ``AUTO``.
+        ov_config: as for ``Core.compile_model``; a model cache is refused.
+        name: the model that is expected; another one is refused.
+        keys: config, or its path; else the one that ``keymgmt.load_config`` finds.
+        core: the Core to use; else a new one. It must have no model cache set.
+
+    Returns:
+        The model; a context manager whose end wipes it.
+
+    Raises:
+        ConfigError: a model cache, a device that is not there, or the config.
+        SealedModelError: damaged, untrusted, too old, or not a model for OpenVINO.
+        CannotUnlock: no key of this config opens it.
+        KeymgmtError: too little memory, or OpenVINO refused the model.
+    """
+    options = dict(ov_config or {})
+    check_options(options)
+    core = _core(core, device)
+    with keymgmt.open(path, name=name, keys=keys) as sealed:
+        title = sealed.manifest.name
+        model, memory = read_sealed(sealed, core)
+    try:
+        compiled = _ask(
+            f"OpenVINO cannot compile {title} for {device}",
+            core.compile_model,
+            model,
+            device,
+            options,
+        )
+    except BaseException:
+        # The error's traceback holds this frame, which must not hold the graph.
+        del model
+        _release(memory)
+        raise
+    return LoadedModel(title, compiled, memory)
+
+
+def read(
+    path: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    keys: str | os.PathLike[str] | Config | None = None,
+    core: ov.Core | None = None,
+) -> ov.Model:
+    """Open a sealed model as an ``openvino.Model``, to look at, reshape or preprocess.
+
+    The weights are wiped when the model and all that was compiled from it are gone. What is saved
+    or cached from it is plaintext, and that is the caller's doing.
+
+    Raises:
+        SealedModelError, CannotUnlock, ConfigError, KeymgmtError: as ``load``.
+    """
+    core = _core(core, None)
+    with keymgmt.open(path, name=name, keys=keys) as sealed:
+        model, memory = read_sealed(sealed, core)
+    _release(memory)
+    return model
+
+
+def read_sealed(
+    sealed: SealedModel, core: ov.Core, main: str | None = None
+) -> tuple[ov.Model, Memory | None]:
+    """Read the graph at ``main`` (else the manifest's) of an open sealed model.
+
+    Returns:
+        The graph, and the storage of its weights, which the caller hands to ``release``; None
+        where OpenVINO keeps copies of its own (ONNX).
+    """
+    manifest = sealed.manifest
+    main = main or manifest.main
+    suffix = PurePosixPath(main or "").suffix.lower()
+    if main is None or suffix not in (".xml", ".onnx"):
+        raise FormatError(
+            f"{manifest.name} ({manifest.kind}) has no OpenVINO IR or ONNX file to load",
+            hint="convert the model with openvino.convert_model and save_model, then seal the .xml",
+        )
+    size = manifest.file(main).size
+    what = f"{main} of {manifest.name}"
+    cannot = f"OpenVINO cannot read {what}"
+    if suffix == ".onnx":
+        # The frontend parses a copy and copies each tensor; measured with 1 GiB: four times.
+        _check_room(4 * size, manifest.name)
+        with private_bytes(size) as (data, room):
+            sealed.read_into(main, room)
+            check_self_contained(room, what)
+            return _ask(cannot, core.read_model, data), None
+    weights = str(PurePosixPath(main).with_suffix(".bin"))
+    entries = {entry.path: entry.size for entry in manifest.files}
+    _check_room(entries.get(weights, 0), manifest.name)
+    memory = Memory(entries.get(weights, 0))
+    try:
+        if memory.size:
+            sealed.read_into(weights, memory.view())
+        with private_bytes(size) as (data, room):
+            sealed.read_into(main, room)
+            return _ask(cannot, core.read_model, data, memory.tensor), memory
+    except BaseException:
+        release(memory)
+        raise
+
+
+def check_options(options: Options) -> None:
+    """Refuse what would write plaintext to a disk, also inside DEVICE_PROPERTIES.
+
+    Raises:
+        ConfigError: a model cache is asked for.
+    """
+    for key, value in options.items():
+        option = str(key).upper()
+        if option in _CACHING and value not in ("", None):
+            raise ConfigError(f"{option} is refused for a sealed model", hint=_NO_CACHE)
+        if isinstance(value, Mapping):
+            check_options(value)
+
+
+def check_core(core: ov.Core, device: str | None = None) -> None:
+    """Refuse a Core with a model cache, or one that lacks the device.
+
+    Raises:
+        ConfigError: either of the two.
+    """
+    devices = core.available_devices
+    for place in (None, *devices):
+        try:
+            cache = (
+                core.get_property("CACHE_DIR")
+                if place is None
+                else core.get_property(place, "CACHE_DIR")
+            )
+        except RuntimeError:  # a device without that property has no cache
+            continue
+        if cache:
+            where = "the Core" if place is None else f"{place} in the Core"
+            raise ConfigError(f"CACHE_DIR is set on {where}: {cache}", hint=_NO_CACHE)
+    if device is None:
+        return
+    # AUTO, MULTI:CPU,GPU, HETERO:GPU,CPU, BATCH:CPU(4): the names after the colon must be there.
+    kind, _, listed = device.partition(":")
+    wanted = [each.partition("(")[0].lstrip("-") for each in listed.split(",") if each]
+    if kind not in ("AUTO", "MULTI", "HETERO", "BATCH"):
+        wanted = [device]
+    for each in wanted:
+        if not any(known == each or known.startswith(f"{each}.") for known in devices):
+            raise ConfigError(
+                f"no device {each!r} here", hint=f"OpenVINO sees {', '.join(devices) or 'none'}"
+            )
+
+
+def _core(core: ov.Core | None, device: str | None) -> ov.Core:
+    core = core or ov.Core()
+    check_core(core, device)
+    return core
+
+
+def _release(memory: Memory | None) -> None:
+    if memory is not None:
+        release(memory)
+
+
+def _ask(what: str, call: Callable[..., T], *arguments: object) -> T:
+    """Call OpenVINO; its refusal is one sentence, and keeps nothing of the arguments alive."""
+    try:
+        return call(*arguments)
+    except RuntimeError as error:
+        # Its messages are a page of source locations; the last line is the news.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # Outside of the handler: a chained exception's frames would hold the graph, so the weights.
+    del arguments
+    raise KeymgmtError(f"{what}: {lines[-1] if lines else 'no reason given'}")
+
+
+def _check_room(size: int, name: str) -> None:
+    free = _free_memory()
+    if free is not None and size > free:
+        raise KeymgmtError(
+            f"{name} needs {_mib(size)} of memory and {_mib(free)} are free",
+            hint="nothing was started; free some memory or raise the limit of the container",
+        )
+
+
+def _free_memory() -> int | None:
+    """Bytes that this process may still use, by the machine and its cgroup; None if unknown."""
+    limits = []
+    try:
+        with open("/proc/meminfo") as file:  # noqa: PTH123 - no file of a disk
+            limits += [int(line.split()[1]) << 10 for line in file if line.startswith("MemAvail")]
+    except OSError:
+        pass
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        (
+            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        ),
+    ):
+        try:
+            limits.append(max(0, int(_text(limit)) - int(_text(used))))
+        except (OSError, ValueError):  # another kind of cgroup, or the word "max"
+            continue
+    return min(limits, default=None)
+
+
+def _text(path: str) -> str:
+    with open(path) as file:  # noqa: PTH123
+        return file.read().strip()
+
+
+def _mib(size: int) -> str:
+    return f"{size / (1 << 20):,.0f} MiB"

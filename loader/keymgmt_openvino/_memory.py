@@ -1,0 +1,227 @@
+"""Plaintext in memory that OpenVINO owns, and its end.
+
+Rules:
+* The bytes live in an ``ov.Tensor`` whose storage OpenVINO allocated: every graph, compiled model
+  and request made from it holds the storage alive, and reads it until its own end. So dropping our
+  reference is always safe, and wiping is safe only when ours is the last one.
+* Whether ours is the last one is asked of the storage itself: the use count of its shared pointer.
+  Python's own references cannot tell, since an ``AsyncInferQueue`` or a request of another thread
+  holds the storage from C++ alone.
+* Where the count cannot be read (another OpenVINO with another layout) nothing is ever wiped by
+  us: a wipe too early gives silently wrong answers, and that is the greater harm.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import functools
+import logging
+import mmap
+import os
+import resource
+import threading
+from typing import TYPE_CHECKING, Final
+
+import openvino as ov
+
+from keymgmt.backend import wipe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["Memory", "private_bytes", "release"]
+
+log = logging.getLogger("keymgmt.openvino")
+
+_MADV_DONTDUMP: Final = 16  # <linux/mman.h>; the module mmap has it from 3.13 on
+_MADV_DODUMP: Final = 17
+_MLOCK_ONFAULT: Final = 1
+_WORD: Final = ctypes.sizeof(ctypes.c_void_p)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mlock2.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint]
+_libc.munlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+class Memory:
+    """Room for ``size`` bytes of plaintext in storage that OpenVINO owns.
+
+    Out of core dumps (MADV_DONTDUMP) and, within the limit of the process, kept from swap.
+
+    Attributes:
+        tensor: u8 tensor of shape [size]; hand it to OpenVINO, and keep no reference to it.
+        locked: whether it is kept from swap (mlock2).
+    """
+
+    def __init__(self, size: int) -> None:
+        """Allocate; nothing is touched yet.
+
+        Raises:
+            MemoryError: the system refuses that much.
+        """
+        try:
+            self.tensor = ov.Tensor(ov.Type.u8, ov.Shape([size]))
+        except RuntimeError as error:
+            raise MemoryError(f"no room for {size} bytes of weights") from error
+        self.size = size
+        self.wiped = False
+        # Whole pages around the storage: a neighbour's bytes in them are locked and left out too.
+        address = self.tensor.data.ctypes.data
+        self._start = address & -mmap.PAGESIZE
+        self._length = address + size - self._start + -(address + size) % mmap.PAGESIZE
+        self.locked = False
+        if size:
+            _libc.madvise(self._start, self._length, _MADV_DONTDUMP)
+            # On fault: the pages are locked as they are filled, by as many threads as fill them.
+            self.locked = _libc.mlock2(self._start, self._length, _MLOCK_ONFAULT) == 0
+            if not self.locked:
+                _say_unlocked(ctypes.get_errno())
+
+    def view(self) -> memoryview:
+        """The storage, writable; drop the view before the memory is released."""
+        return memoryview(self.tensor.data)
+
+    def in_use(self) -> bool:
+        """Whether anything but this object holds the storage; True where that cannot be known."""
+        return not self.wiped and (not _counting_works() or _use_count(self.tensor) != 1)
+
+    def wipe(self) -> None:
+        """Overwrite with zeros and let go. Only while ``in_use`` is false; may be called again."""
+        if self.wiped:
+            return
+        self.wiped = True
+        if self.size:
+            wipe(self.view())
+            _libc.madvise(self._start, self._length, _MADV_DODUMP)
+            if self.locked:
+                _libc.munlock(self._start, self._length)
+        del self.tensor
+
+
+@contextlib.contextmanager
+def private_bytes(size: int) -> Iterator[tuple[bytes, memoryview]]:
+    """A new ``bytes`` object, a writable view of it to fill it through, and a wipe at the end.
+
+    For calls that take nothing but ``bytes``. The object is ours alone until it is handed on
+    (PyBytes_FromStringAndSize(NULL, size) permits filling it then), and the caller keeps no
+    reference beyond the block.
+    """
+    make = ctypes.pythonapi.PyBytes_FromStringAndSize
+    make.restype, make.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_ssize_t]
+    if not size:  # the one empty object is everybody's; nothing to fill, nothing to wipe
+        yield b"", memoryview(bytearray())
+        return
+    locate = ctypes.pythonapi.PyBytes_AsString
+    locate.restype, locate.argtypes = ctypes.c_void_p, [ctypes.py_object]
+    data: bytes = make(None, size)
+    room = (ctypes.c_char * size).from_address(locate(data))
+    try:
+        yield data, memoryview(room).cast("B")
+    finally:
+        ctypes.memset(room, 0, size)
+
+
+def _read_word(address: int) -> int:
+    # Through the kernel: a layout other than expected is an error here, never a crash.
+    descriptor = os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        word = os.pread(descriptor, _WORD, address)
+    finally:
+        os.close(descriptor)
+    return int.from_bytes(word, "little")
+
+
+def _use_count(tensor: ov.Tensor) -> int:
+    # PyObject of pybind11 -> ov::Tensor -> its std::shared_ptr<ITensor> (pointer, control block)
+    # -> use count of libstdc++'s control block, an int after the vtable.
+    block = _read_word(_read_word(id(tensor) + object.__basicsize__) + _WORD)
+    return _read_word(block + _WORD) & 0xFFFFFFFF
+
+
+@functools.cache
+def _counting_works() -> bool:
+    try:
+        tensor = ov.Tensor(ov.Type.u8, ov.Shape([64]))
+        alone = _use_count(tensor)
+        part = ov.Tensor(tensor, ov.Coordinate([0]), ov.Coordinate([1]))
+        shared = _use_count(tensor)
+        del part
+        works = (alone, shared, _use_count(tensor)) == (1, 2, 1)
+    except OSError:
+        works = False
+    if not works:
+        log.warning(
+            "OpenVINO %s does not let us see who uses a model's memory: "
+            "it is given back at the end, but not overwritten",
+            ov.__version__,
+        )
+    return works
+
+
+@functools.cache
+def _say_unlocked(number: int) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    log.warning(
+        "model memory may be swapped out: it is not locked (%s, limit %d KiB); "
+        "raise it (ulimit -l, LimitMEMLOCK=) or have no swap, or an encrypted one",
+        os.strerror(number),
+        limit >> 10,
+    )
+
+
+class _Wiper:
+    """Wipes what was released as soon as its last user is gone."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting: list[Memory] = []
+        self._thread: threading.Thread | None = None
+
+    def add(self, memory: Memory) -> None:
+        with self._changed:
+            self._waiting.append(memory)
+            if self.sweep():
+                return
+            self._changed.notify()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="keymgmt wipe", daemon=True)
+                self._thread.start()
+
+    def sweep(self) -> bool:
+        """Wipe what nobody uses; whether nothing is left."""
+        with self._changed:
+            for memory in self._waiting:
+                if not memory.in_use():
+                    memory.wipe()
+            self._waiting = [memory for memory in self._waiting if not memory.wiped]
+            return not self._waiting
+
+    def _run(self) -> None:
+        # Nothing tells that a C++ owner ended, so it is asked: often at first, then once a second.
+        pause = 0.01
+        with self._changed:
+            while not self.sweep():
+                pause = 0.01 if self._changed.wait(pause) else min(pause * 1.5, 1.0)
+            self._thread = None
+
+
+_wiper = _Wiper()
+
+
+def _forget() -> None:
+    # A forked child has no such thread, and its copies of the pages are its own: wiping them would
+    # copy them first.
+    global _wiper
+    _wiper = _Wiper()
+
+
+atexit.register(lambda: _wiper.sweep())
+os.register_at_fork(after_in_child=_forget)
+
+
+def release(memory: Memory) -> None:
+    """Wipe ``memory`` now, or, while anything made from it lives, when the last of it dies."""
+    _wiper.add(memory)
