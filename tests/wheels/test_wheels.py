@@ -1,0 +1,119 @@
+"""What ships: each wheel its own modules and no more, one version, installed by pip alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from email import message_from_bytes
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROJECTS = {
+    tomllib.loads(path.read_text())["project"]["name"]: path.parent
+    for path in [
+        ROOT / "pyproject.toml",
+        *sorted(ROOT.glob("backends/*/pyproject.toml")),
+        ROOT / "loader" / "pyproject.toml",
+    ]
+}
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of everything built: tox built it already, at a desk it is built here."""
+    if built := os.environ.get("KEYMGMT_TEST_DIST"):
+        return Path(built)
+    folder = tmp_path_factory.mktemp("dist")
+    command = ["uv", "build", "--quiet", "--all-packages", "--out-dir", str(folder)]
+    subprocess.run(command, check=True, cwd=ROOT, timeout=300)
+    return folder
+
+
+def package_of(project: str) -> str:
+    return project.replace("-", "_")
+
+
+def wheel_of(dist: Path, project: str) -> Path:
+    (wheel,) = dist.glob(f"{package_of(project)}-[0-9]*.whl")
+    return wheel
+
+
+def test_everything_is_built(dist: Path) -> None:
+    assert len(list(dist.glob("*.whl"))) == len(list(dist.glob("*.tar.gz"))) == len(PROJECTS)
+
+
+@pytest.mark.parametrize("project", PROJECTS)
+def test_a_wheel_holds_its_own_modules_all_of_them_and_nothing_else(
+    dist: Path, project: str
+) -> None:
+    package = package_of(project)
+    with zipfile.ZipFile(wheel_of(dist, project)) as wheel:
+        names = wheel.namelist()
+    assert f"{package}/py.typed" in names
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {package}
+    source = PROJECTS[project] / package
+    modules = {str(path.relative_to(source.parent)) for path in source.rglob("*.py")}
+    assert modules == {name for name in names if name.endswith(".py")}
+
+
+@pytest.mark.parametrize("project", PROJECTS)
+def test_a_source_distribution_holds_its_package_only(dist: Path, project: str) -> None:
+    package = package_of(project)
+    (path,) = dist.glob(f"{package}-[0-9]*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2].partition("/")[0] for name in archive.getnames()}
+    assert names == {package, "pyproject.toml", "README.md", "LICENSE", "PKG-INFO", ".gitignore"}
+
+
+def test_one_version_for_all(dist: Path) -> None:
+    versions = set()
+    for project in PROJECTS:
+        with zipfile.ZipFile(wheel_of(dist, project)) as wheel:
+            (name,) = (each for each in wheel.namelist() if each.endswith(".dist-info/METADATA"))
+            metadata = message_from_bytes(wheel.read(name))
+        versions.add(metadata["Version"])
+        for requirement in metadata.get_all("Requires-Dist", []):
+            # Ours go together: a backend of another version was tested with another core.
+            if requirement.startswith("keymgmt"):
+                assert f"=={metadata['Version']}" in requirement.replace(" ", ""), requirement
+        assert metadata["Requires-Python"] == ">=3.11"
+        assert metadata["License-Expression"] == "Apache-2.0"
+    assert len(versions) == 1
+
+
+def test_pip_installs_the_wheels_without_uv(dist: Path, tmp_path: Path) -> None:
+    subprocess.run(
+        [
+            sys.base_prefix + f"/bin/python3.{sys.version_info.minor}",
+            "-m",
+            "venv",
+            tmp_path / "venv",
+        ],
+        check=True,
+        timeout=300,
+    )
+    python = tmp_path / "venv" / "bin" / "python"
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("UV_", "PYTHON"))
+    }
+    install = [python, "-m", "pip", "install", "--quiet", "--find-links", dist, "keymgmt[file]"]
+    subprocess.run(install, check=True, env=environment, cwd=tmp_path, timeout=280)
+    program = python.parent / "keymgmt"
+    done = subprocess.run(
+        [program, "--version"], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout.startswith("keymgmt 0.")
+
+
+def test_every_folder_of_tests_is_run_by_tox() -> None:
+    settings = (ROOT / "tox.ini").read_text()
+    folders = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
+    missing = {name for name in folders if f"{{[run]tests}}/{name}" not in settings}
+    assert not missing, f"tox.ini runs nothing of tests/{missing}"
