@@ -89,16 +89,8 @@ def test_one_version_for_all(dist: Path) -> None:
 
 
 def test_pip_installs_the_wheels_without_uv(dist: Path, tmp_path: Path) -> None:
-    subprocess.run(
-        [
-            sys.base_prefix + f"/bin/python3.{sys.version_info.minor}",
-            "-m",
-            "venv",
-            tmp_path / "venv",
-        ],
-        check=True,
-        timeout=300,
-    )
+    base = Path(sys.base_prefix, "bin", f"python3.{sys.version_info.minor}")
+    subprocess.run([base, "-m", "venv", tmp_path / "venv"], check=True, timeout=300)
     python = tmp_path / "venv" / "bin" / "python"
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("UV_", "PYTHON"))
