@@ -25,9 +25,28 @@ from typing import Any, Final, Literal
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA65PrivateKey
 
-from keymgmt.backend import KeyInfo, KeyVersion, ProviderError, fill_random, wipe
+from keymgmt.backend import (
+    HPKE_KINDS,
+    KeyInfo,
+    KeyVersion,
+    ProviderError,
+    fill_random,
+    hpke_generate,
+    hpke_public,
+    wipe,
+)
 
-__all__ = ["KINDS", "MAX_FILE", "KeySet", "Kind", "SigningKey", "signing_key"]
+__all__ = [
+    "KINDS",
+    "MAX_FILE",
+    "KeySet",
+    "Kind",
+    "SigningKey",
+    "decode",
+    "encode",
+    "load_json",
+    "signing_key",
+]
 
 MAX_FILE: Final = 4 << 20
 _KID: Final = re.compile(r"[1-9][0-9]{0,8}")
@@ -46,45 +65,39 @@ class Kind:
         marks: the members by which a JWK is known to be of it.
         secret: the member that holds the secret.
         length: bytes of the secret.
-        public: the member that holds the public key, where it has one.
-        operations: ``key_ops`` of its JWK.
     """
 
     name: str
     purpose: Literal["wrap", "sign"]
     marks: Mapping[str, str]
     secret: str
-    length: int
-    public: str | None
-    operations: tuple[str, ...]
+    length: int = 32
+
+    @property
+    def is_hpke(self) -> bool:
+        """Whether others can wrap for it with its public key alone."""
+        return self.name in HPKE_KINDS
+
+    @property
+    def operations(self) -> list[str]:
+        """``key_ops`` of its JWK (RFC 7517, section 4.3)."""
+        if self.purpose == "sign":
+            return ["sign"]
+        return ["deriveKey"] if self.is_hpke else ["wrapKey", "unwrapKey"]
 
 
-KINDS: Final[Mapping[str, Kind]] = {
-    kind.name: kind
-    for kind in (
-        # RFC 7517 lets `alg` be a name of one's own; A256GCM would say that the key encrypts
-        # directly, and it only ever derives.
-        Kind(
-            "aes256",
-            "wrap",
-            {"kty": "oct", "alg": "HKDF-SHA256-A256GCM"},
-            "k",
-            32,
-            None,
-            ("wrapKey", "unwrapKey"),
-        ),
-        Kind(
-            "ed25519",
-            "sign",
-            {"kty": "OKP", "crv": "Ed25519", "alg": "Ed25519"},
-            "d",
-            32,
-            "x",
-            ("sign",),
-        ),
-        Kind("ml-dsa-65", "sign", {"kty": "AKP", "alg": "ML-DSA-65"}, "priv", 32, "pub", ("sign",)),
-    )
-}
+# The `alg` of a wrapping key is the mechanism of its wraps: a name of our own, as RFC 7517 allows,
+# since the registered ones mean something else (A256GCM would be a key that encrypts directly).
+_KINDS: Final = (
+    Kind("aes256", "wrap", {"kty": "oct", "alg": "HKDF-SHA256-A256GCM"}, "k"),
+    Kind("hpke-p256", "wrap", {"kty": "EC", "crv": "P-256", "alg": "hpke-p256"}, "d"),
+    Kind("hpke-p384", "wrap", {"kty": "EC", "crv": "P-384", "alg": "hpke-p384"}, "d", 48),
+    Kind("hpke-x25519", "wrap", {"kty": "OKP", "crv": "X25519", "alg": "hpke-x25519"}, "d"),
+    Kind("hpke-mlkem768-x25519", "wrap", {"kty": "AKP", "alg": "hpke-mlkem768-x25519"}, "priv"),
+    Kind("ed25519", "sign", {"kty": "OKP", "crv": "Ed25519", "alg": "Ed25519"}, "d"),
+    Kind("ml-dsa-65", "sign", {"kty": "AKP", "alg": "ML-DSA-65"}, "priv"),
+)
+KINDS: Final[Mapping[str, Kind]] = {kind.name: kind for kind in _KINDS}
 
 
 def signing_key(kind: Kind, secret: bytearray) -> SigningKey:
@@ -92,6 +105,19 @@ def signing_key(kind: Kind, secret: bytearray) -> SigningKey:
     if kind.name == "ed25519":
         return Ed25519PrivateKey.from_private_bytes(secret)
     return MLDSA65PrivateKey.from_seed_bytes(secret)
+
+
+def _public_members(kind: Kind, secret: bytearray) -> dict[str, str]:
+    if kind.name == "aes256":
+        return {}
+    if kind.purpose == "sign":
+        public = signing_key(kind, secret).public_key().public_bytes_raw()
+    else:
+        public = hpke_public(kind.name, secret)
+    if kind.marks["kty"] == "EC":
+        # An uncompressed point: 4, x, y (SEC 1, section 2.3.3).
+        return {"x": encode(public[1 : 1 + kind.length]), "y": encode(public[1 + kind.length :])}
+    return {"pub" if kind.marks["kty"] == "AKP" else "x": encode(public)}
 
 
 @dataclass
@@ -104,27 +130,22 @@ class KeySet:
     extra: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def parse(cls, key: str, content: bytes | bytearray) -> KeySet:
+    def parse(cls, key: str, data: dict[str, Any]) -> KeySet:
         """Read a JWK Set.
 
         Raises:
             ProviderError: it is damaged, empty, of mixed kinds or of a kind unknown here.
         """
         try:
-            data = json.loads(content, object_pairs_hook=_members)
-            versions = data.pop("keys")
+            versions = data["keys"]
             kind = _kind_of(versions[0])
             last = 0
             for jwk in versions:
                 _check(jwk, kind, last)
                 last = int(jwk["kid"])
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            # Whatever the parser said may quote the content: no cause, no detail.
-            raise ProviderError(
-                f"the key file of {key!r} is damaged or of an unknown kind",
-                hint="put it back from a backup; until then this key opens nothing",
-            ) from None
-        return cls(key, kind, versions, data)
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise _damaged(key) from None
+        return cls(key, kind, versions, {k: v for k, v in data.items() if k != "keys"})
 
     def dump(self) -> bytes:
         """The JWK Set as the file holds it."""
@@ -133,22 +154,20 @@ class KeySet:
     def add_version(self) -> None:
         """Make the next version; new wraps and signatures use it."""
         last = int(self.versions[-1]["kid"]) if self.versions else 0
-        secret = bytearray(self.kind.length)
+        secret = _generate(self.kind)
         try:
-            fill_random(secret)
-            jwk: dict[str, Any] = {
-                **self.kind.marks,
-                "kid": str(last + 1),
-                "key_ops": list(self.kind.operations),
-                "iat": int(time.time()),
-                self.kind.secret: _encode(secret),
-            }
-            if self.kind.public:
-                public = signing_key(self.kind, secret).public_key().public_bytes_raw()
-                jwk[self.kind.public] = _encode(public)
+            self.versions.append(
+                {
+                    **self.kind.marks,
+                    "kid": str(last + 1),
+                    "key_ops": self.kind.operations,
+                    "iat": int(time.time()),
+                    **_public_members(self.kind, secret),
+                    self.kind.secret: encode(secret),
+                }
+            )
         finally:
             wipe(secret)
-        self.versions.append(jwk)
 
     @property
     def newest(self) -> str:
@@ -163,7 +182,17 @@ class KeySet:
         """The secret bytes of one version; the caller wipes them."""
         jwk = self.find(version)
         assert jwk is not None  # noqa: S101 - callers looked it up
-        return bytearray(_decode(jwk[self.kind.secret]))
+        return bytearray(decode(jwk[self.kind.secret]))
+
+    def hpke_public(self, version: str) -> bytes:
+        """The public key of one version of an HPKE kind; ProviderError if its file is damaged."""
+        secret = self.secret(version)
+        try:
+            return hpke_public(self.kind.name, secret)
+        except ValueError:
+            raise _damaged(self.key) from None
+        finally:
+            wipe(secret)
 
     def retire(self, version: str) -> None:
         """Mark one version as retired; its material stays, so that it can be undone by hand."""
@@ -189,6 +218,33 @@ class KeySet:
         return "active" if jwk is self.versions[-1] else "old"
 
 
+def _generate(kind: Kind) -> bytearray:
+    if kind.is_hpke:
+        return hpke_generate(kind.name)
+    secret = bytearray(kind.length)
+    fill_random(secret)
+    return secret
+
+
+def load_json(key: str, content: bytes | bytearray) -> dict[str, Any]:
+    """Read the JSON object of a key file; ProviderError where it is none."""
+    try:
+        data = json.loads(content, object_pairs_hook=_members)
+    except (ValueError, RecursionError):
+        # Whatever the parser said may quote the content: no cause, no detail.
+        raise _damaged(key) from None
+    if not isinstance(data, dict):
+        raise _damaged(key)
+    return data
+
+
+def _damaged(key: str) -> ProviderError:
+    return ProviderError(
+        f"the key file of {key!r} is damaged or of an unknown kind",
+        hint="put it back from a backup; until then this key opens nothing",
+    )
+
+
 def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) != len(pairs):
@@ -198,9 +254,7 @@ def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _kind_of(jwk: Mapping[str, Any]) -> Kind:
     for kind in KINDS.values():
-        if all(jwk.get(name, value) == value for name, value in kind.marks.items()) and (
-            kind.secret in jwk and jwk["kty"] == kind.marks["kty"]
-        ):
+        if all(jwk.get(name) == value for name, value in kind.marks.items()):
             return kind
     raise ValueError("unknown kind")
 
@@ -210,16 +264,20 @@ def _check(jwk: Mapping[str, Any], kind: Kind, last: int) -> None:
         raise ValueError("not the next version")
     if len(jwk[kind.secret]) != -(-kind.length * 4 // 3):
         raise ValueError("length")
-    wipe(bytearray(_decode(jwk[kind.secret])))
+    wipe(bytearray(decode(jwk[kind.secret])))
     if "iat" in jwk and not (type(jwk["iat"]) is int and 0 <= jwk["iat"] <= _LATEST):
         raise ValueError("time")
 
 
-def _encode(data: bytes | bytearray) -> str:
+def encode(data: bytes | bytearray) -> str:
+    """Base64url without padding (RFC 7515, section 2)."""
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
-def _decode(text: str) -> bytes:
+def decode(text: str) -> bytes:
+    """Strict base64url without padding; ValueError or AttributeError for anything else."""
+    if "+" in text or "/" in text or "=" in text:
+        raise ValueError("not base64url")
     return binascii.a2b_base64(
         text.translate({45: 43, 95: 47}) + "=" * (-len(text) % 4), strict_mode=True
     )

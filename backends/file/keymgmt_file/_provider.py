@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar, Final, Literal
 
 from cryptography.exceptions import InvalidTag
@@ -25,23 +25,29 @@ from keymgmt.backend import (
     KeyNotFound,
     KeyProvider,
     KeyRetired,
+    Recipient,
+    SecretSource,
     Settings,
     Signature,
     SupportsKeyManagement,
+    SupportsOfflineRecipients,
     SupportsSigning,
     UnsupportedOperation,
     UnwrapFailed,
     WrappedKey,
     WrongKey,
     check_key,
+    hpke_open,
+    public_key_id,
     wipe,
+    wrap_for,
 )
 from keymgmt_file._jwk import KINDS, KeySet, signing_key
+from keymgmt_file._passphrase import Passphrase
 from keymgmt_file._store import Store
 
 __all__ = ["FileProvider", "FileSettings"]
 
-MECHANISM: Final = "HKDF-SHA256-A256GCM"
 _SALT: Final = 32
 _BLOB: Final = _SALT + DEK_LENGTH + 16
 _LABEL: Final = b"keymgmt-file wrap 1"
@@ -52,12 +58,19 @@ class FileSettings(Settings):
 
     Attributes:
         path: the key directory; relative to the config file.
+        passphrase: where the passphrase of locked key files is; see ``keymgmt file lock``.
     """
 
     path: ConfigPath
+    passphrase: SecretSource | None = None
 
 
-class FileProvider(KeyProvider[FileSettings], SupportsKeyManagement, SupportsSigning):
+class FileProvider(
+    KeyProvider[FileSettings],
+    SupportsKeyManagement,
+    SupportsSigning,
+    SupportsOfflineRecipients,
+):
     """Keys in private files of this machine; no server, no hardware.
 
     Example::
@@ -71,16 +84,26 @@ class FileProvider(KeyProvider[FileSettings], SupportsKeyManagement, SupportsSig
     the files has the keys, so this backend protects sealed models that are elsewhere: on a disk
     that was sold, in a bucket, on a mirror. A machine in strange hands wants ``tpm2``.
 
-    Kinds: ``aes256`` wraps; ``ed25519`` (RFC 8032) and ``ml-dsa-65`` (FIPS 204) sign.
+    Kinds: ``aes256`` wraps; ``hpke-p256``, ``hpke-p384``, ``hpke-x25519`` and the hybrid
+    ``hpke-mlkem768-x25519`` wrap, and others can seal to them with a recipient file alone;
+    ``ed25519`` (RFC 8032) and ``ml-dsa-65`` (FIPS 204) sign.
 
-    Wrapping (``HKDF-SHA256-A256GCM``): HKDF-SHA-256 (RFC 5869) of the KEK with a random salt of
-    32 bytes, and in its info the key name, version and context, gives a key that encrypts this one
-    DEK with AES-256-GCM, the context as additional data. No two wraps share a key, so their
-    number has no bound that anybody will meet. The blob is salt, ciphertext, tag: 80 bytes.
+    Wrapping with ``aes256`` (``HKDF-SHA256-A256GCM``): HKDF-SHA-256 (RFC 5869) of the KEK with a
+    random salt of 32 bytes, and in its info the key name, version and context, gives a key that
+    encrypts this one DEK with AES-256-GCM, the context as additional data. No two wraps share a
+    key, so their number has no bound that anybody will meet. The blob is salt, ciphertext, tag: 80
+    bytes.
 
     Rotation adds a version; old ones still unwrap. A retired version unwraps nothing more, but
     its material stays in the file: removing its member ``revoked`` undoes it, and deleting the
     version from the file (and from the backups) makes it final.
+
+    A passphrase may lie around the files (``keymgmt file lock``): Argon2id and AES-256-GCM. What is
+    derived from it is kept in memory until ``close``.
+
+    Several processes and threads may use and change one directory at once. A DEK wrapped for
+    another key of the same name is ``UnwrapFailed`` with ``aes256``, and ``WrongKey`` with an HPKE
+    kind, whose wraps name the public key.
 
     Losing the directory is losing every model that only its keys open: back it up, encrypted.
     """
@@ -93,11 +116,14 @@ class FileProvider(KeyProvider[FileSettings], SupportsKeyManagement, SupportsSig
 
     def __init__(self, name: str, settings: FileSettings) -> None:
         super().__init__(name, settings)
-        self._store = Store(settings.path)
+        source = settings.passphrase
+        self._store = Store(settings.path, Passphrase(source.read if source else None, name))
 
     def wrap(self, key: str, dek: Dek, context: bytes) -> WrappedKey:
-        """See KeyProvider; the newest version, mechanism ``HKDF-SHA256-A256GCM``."""
+        """See KeyProvider; always the newest version."""
         keys = self._find(key, "wrap")
+        if keys.kind.is_hpke:
+            return wrap_for(self._recipient(keys), dek, context)
         version = keys.newest
         salt = os.urandom(_SALT)
         derived = _derive(keys, version, salt, context)
@@ -106,32 +132,33 @@ class FileProvider(KeyProvider[FileSettings], SupportsKeyManagement, SupportsSig
             sealed = AESGCM(derived).encrypt(bytes(12), dek.view(), context)
         finally:
             wipe(derived)
-        return WrappedKey(self.backend, key, version, MECHANISM, salt + sealed)
+        return WrappedKey(self.backend, key, version, keys.kind.marks["alg"], salt + sealed)
 
     def unwrap(self, wrapped: WrappedKey, context: bytes) -> Dek:
         """See KeyProvider."""
         keys = self._holding(wrapped)
-        if wrapped.mechanism != MECHANISM:
+        if wrapped.mechanism != keys.kind.marks["alg"]:
             raise UnsupportedOperation(
                 f"the key {wrapped.key!r} is {keys.kind.name} and unwraps no {wrapped.mechanism}"
             )
-        if len(wrapped.blob) != _BLOB or wrapped.params:
+        if set(wrapped.params) != ({"pk"} if keys.kind.is_hpke else set()):
             raise UnwrapFailed(f"what was wrapped by {wrapped} is malformed")
-        salt, sealed = wrapped.blob[:_SALT], wrapped.blob[_SALT:]
-        plain = bytearray(DEK_LENGTH)
-        derived = _derive(keys, wrapped.version, salt, context)
-        try:
-            AESGCM(derived).decrypt_into(bytes(12), sealed, context, plain)
-            return Dek(plain)
-        except InvalidTag as error:
-            raise UnwrapFailed(
-                f"{wrapped} of {self.name!r} does not authenticate",
-                hint="it was damaged, or wrapped by another key of this name",
-            ) from error
-        finally:
-            # decrypt_into leaves unverified bytes behind on failure, and the key on success.
-            wipe(plain)
-            wipe(derived)
+        return (_unwrap_hpke if keys.kind.is_hpke else _unwrap_aes)(keys, wrapped, context)
+
+    def export_recipient(self, key: str) -> Recipient:
+        """See SupportsOfflineRecipients."""
+        keys = self._find(key, "wrap")
+        if not keys.kind.is_hpke:
+            raise UnsupportedOperation(
+                f"the key {key!r} is {keys.kind.name}, which has no public part",
+                hint=f"keymgmt keys create {self.name}:NAME --kind hpke-x25519",
+            )
+        return self._recipient(keys)
+
+    def _recipient(self, keys: KeySet) -> Recipient:
+        version = keys.newest
+        public = keys.hpke_public(version)
+        return Recipient(keys.kind.name, self.backend, keys.key, version, public)
 
     def public_key(self, key: str) -> bytes:
         """See SupportsSigning."""
@@ -217,16 +244,7 @@ class FileProvider(KeyProvider[FileSettings], SupportsKeyManagement, SupportsSig
         findings: list[Finding] = []
         try:
             names = self._store.names()
-            findings.append(
-                Finding("key directory", "ok", f"{self._store.path}: private, {len(names)} keys")
-                if names
-                else Finding(
-                    "key directory",
-                    "warning",
-                    f"{self._store.path}: no keys yet",
-                    f"make one with: keymgmt keys create {self.name}:KEY",
-                )
-            )
+            findings.append(self._look())
         except KeymgmtError as error:
             return Health((_failed("key directory", error),))
         for name in names if key is None else [key]:
@@ -242,6 +260,50 @@ class FileProvider(KeyProvider[FileSettings], SupportsKeyManagement, SupportsSig
                     Finding(f"key {name}", "ok", f"{info.kind}, version {info.newest}{done}")
                 )
         return Health(tuple(findings))
+
+    def _look(self) -> Finding:
+        path, name = self._store.path, "key directory"
+        if not self._store.names():
+            make = f"make one with: keymgmt keys create {self.name}:KEY"
+            return Finding(name, "warning", f"{path}: no keys yet", make)
+        states = self._store.locked_keys().values()
+        detail = f"{path}: private, {len(states)} keys, {sum(states)} locked with a passphrase"
+        if not all(states) and self._store.passphrase.configured:
+            lock = f"lock the others with: keymgmt file lock {self.name}"
+            return Finding(name, "warning", detail, lock)
+        return Finding(name, "ok", detail)
+
+    def lock(self, read: Callable[[], bytearray] | None = None) -> int:
+        """Lock every key file that is not locked yet with the configured passphrase.
+
+        Args:
+            read: gives the passphrase instead, and replaces the one of files locked already.
+
+        Returns:
+            How many files changed; all that had to, or none if this raises.
+
+        Raises:
+            ConfigError: no passphrase is configured, so that nothing could open them again.
+            AccessDenied: another file is locked with another passphrase.
+        """
+        if not self._store.passphrase.configured:
+            raise ConfigError(
+                f"[providers.{self.name}] has no passphrase",
+                hint='say where it is, such as: passphrase = { prompt = "Passphrase" }',
+            )
+        return self._store.relock(Passphrase(read, self.name) if read else self._store.passphrase)
+
+    def unlock(self) -> int:
+        """Take the passphrase off every key file; returns how many changed, as for ``lock``."""
+        return self._store.relock(None)
+
+    def locked_keys(self) -> dict[str, bool]:
+        """Which keys are locked with a passphrase; needs none."""
+        return self._store.locked_keys()
+
+    def close(self) -> None:
+        """See KeyProvider; what was derived from the passphrase is wiped."""
+        self._store.passphrase.close()
 
     def _round_trip(self, info: KeyInfo) -> None:
         if info.purpose == "sign":
@@ -285,6 +347,39 @@ class FileProvider(KeyProvider[FileSettings], SupportsKeyManagement, SupportsSig
                 hint="rewrap the model where another group opens it",
             )
         return keys
+
+
+def _unwrap_aes(keys: KeySet, wrapped: WrappedKey, context: bytes) -> Dek:
+    if len(wrapped.blob) != _BLOB:
+        raise UnwrapFailed(f"what was wrapped by {wrapped} is malformed")
+    salt, sealed = wrapped.blob[:_SALT], wrapped.blob[_SALT:]
+    plain = bytearray(DEK_LENGTH)
+    derived = _derive(keys, wrapped.version, salt, context)
+    try:
+        AESGCM(derived).decrypt_into(bytes(12), sealed, context, plain)
+        return Dek(plain)
+    except InvalidTag as error:
+        raise UnwrapFailed(
+            f"what was wrapped by {wrapped} does not authenticate",
+            hint="it was damaged, bound to another model, or wrapped by another key of that name",
+        ) from error
+    finally:
+        # decrypt_into leaves unverified bytes behind on failure, and the key on success.
+        wipe(plain)
+        wipe(derived)
+
+
+def _unwrap_hpke(keys: KeySet, wrapped: WrappedKey, context: bytes) -> Dek:
+    if wrapped.params["pk"] != public_key_id(keys.hpke_public(wrapped.version)):
+        raise WrongKey(
+            f"{wrapped} was sealed to another key of that name",
+            hint="each device has its own; seal to the recipient file of this one too",
+        )
+    secret = keys.secret(wrapped.version)
+    try:
+        return hpke_open(keys.kind.name, secret, wrapped.blob, context)
+    finally:
+        wipe(secret)
 
 
 def _derive(keys: KeySet, version: str, salt: bytes, context: bytes) -> bytearray:

@@ -4,6 +4,11 @@ Rules: ``NAME.jwks`` holds one key with all its versions. Reading takes no lock,
 replaces a whole file. Changing takes ``.lock`` (flock(2)) and reads again under it, so that
 several processes and threads add versions one after the other. Nothing is cached, so what another
 process changed is seen at once, and a fork shares nothing.
+
+Locking and unlocking changes all files or none. The new ones are staged under names that carry a
+batch number; writing that number to ``.commit`` makes them the truth for every reader at once;
+then they move into place. Whoever takes the lock next completes what was committed and removes
+what was not.
 """
 
 from __future__ import annotations
@@ -13,10 +18,12 @@ import errno
 import fcntl
 import io
 import os
+import re
+import secrets
 import stat
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from keymgmt.backend import (
     AccessDenied,
@@ -29,7 +36,8 @@ from keymgmt.backend import (
     replace_file,
     wipe,
 )
-from keymgmt_file._jwk import MAX_FILE, KeySet
+from keymgmt_file._jwk import MAX_FILE, KeySet, load_json
+from keymgmt_file._passphrase import Kdf, Passphrase, is_locked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,30 +46,28 @@ __all__ = ["Store"]
 
 SUFFIX: Final = ".jwks"
 LOCK: Final = ".lock"
+COMMIT: Final = ".commit"
 LOCK_SECONDS: Final = 30.0
 _READ: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+_BATCH: Final = re.compile("[0-9a-f]{16}")
 
 
 class Store:
     """One directory of key files; it holds no open files between calls."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, passphrase: Passphrase) -> None:
         self.path = path
+        self.passphrase = passphrase
 
     def names(self) -> list[str]:
         """The keys, sorted; none where the directory does not exist."""
         try:
-            with self._directory() as directory, _translated(self.path):
-                entries = os.listdir(directory)  # noqa: PTH208 - a descriptor
+            with self._directory() as directory:
+                return _names(directory)
         except ProviderUnavailable as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 return []
             raise
-        return sorted(
-            name.removesuffix(SUFFIX)
-            for name in entries
-            if name.endswith(SUFFIX) and is_key(name.removesuffix(SUFFIX))
-        )
 
     def read(self, key: str) -> KeySet:
         """All versions of one key, whose name was checked.
@@ -69,18 +75,28 @@ class Store:
         Raises:
             KeyNotFound: there is no such file.
             ConfigError: the directory or the file is open to others.
-            ProviderError: unreadable or damaged.
+            AccessDenied: it may not be read, or is locked with another passphrase.
+            ProviderError: it is damaged.
         """
         with self._directory() as directory:
-            content = self._read_file(directory, key)
-        try:
-            return KeySet.parse(key, content)
-        finally:
-            wipe(content)
+            data, _ = self._load(directory, key)
+        return KeySet.parse(key, data)
+
+    def locked_keys(self) -> dict[str, bool]:
+        """Which keys are locked with a passphrase; nothing is decrypted."""
+        with self._directory() as directory:
+            return {key: is_locked(self._raw(directory, key)) for key in _names(directory)}
 
     def write(self, keys: KeySet) -> None:
-        """Replace the file of one key; only inside ``changing``."""
-        content = keys.dump()
+        """Replace the file of one key; only inside ``changing``.
+
+        With a passphrase configured, or another file locked, it is written locked.
+        """
+        content: bytes = keys.dump()
+        with self._directory() as directory:
+            kdf = self._kdf_in_use(directory)
+        if kdf is not None or self.passphrase.configured:
+            content = self.passphrase.seal(keys.key, content, kdf or Kdf())
         if len(content) > MAX_FILE:
             raise ProviderError(
                 f"the key {keys.key!r} has too many versions for one file",
@@ -88,6 +104,32 @@ class Store:
             )
         with _translated(self.path):
             replace_file(self.path / (keys.key + SUFFIX), content, mode=0o600)
+
+    def relock(self, new: Passphrase | None) -> int:
+        """Put every key file under ``new``, or under none: all of them or none.
+
+        Args:
+            new: the store's own passphrase locks what is not locked yet; another one replaces it.
+
+        Returns:
+            How many files changed.
+        """
+        with self.changing(), self._directory() as directory:
+            kdf = self._kdf_in_use(directory) if new is self.passphrase else None
+            staged: dict[str, bytes] = {}
+            for key in _names(directory):
+                data, locked = self._load(directory, key)
+                content = KeySet.parse(key, data).dump()
+                if new is None:
+                    if locked:
+                        staged[key] = content
+                elif not (locked and new is self.passphrase):
+                    kdf = kdf or Kdf()
+                    staged[key] = new.seal(key, content, kdf)
+                    wipe(new.open(key, load_json(key, staged[key])))
+            if staged:
+                self._commit(directory, staged)
+            return len(staged)
 
     @contextlib.contextmanager
     def changing(self, *, create: bool = False) -> Iterator[None]:
@@ -102,13 +144,49 @@ class Store:
         with self._directory() as directory:
             descriptor = self._lock(directory)
             try:
-                self._sweep(directory)
+                with _translated(self.path):
+                    _finish(directory)
                 yield
             finally:
                 # Unlocked by name and not just closed: a process forked meanwhile has a copy of
                 # this descriptor, and would go on holding the lock.
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
                 os.close(descriptor)
+
+    def _commit(self, directory: int, contents: dict[str, bytes]) -> None:
+        batch = secrets.token_hex(8)
+        with _translated(self.path):
+            for key, content in contents.items():
+                replace_file(self.path / _staged(key, batch), content, mode=0o600)
+            # From here on every reader finds the new files; before it, the old ones.
+            replace_file(self.path / COMMIT, batch.encode(), mode=0o600)
+            _finish(directory)
+
+    def _kdf_in_use(self, directory: int) -> Kdf | None:
+        # Opened, and so known to be of this passphrase, before anything else is locked with it.
+        for key in _names(directory):
+            data = self._raw(directory, key)
+            if is_locked(data):
+                wipe(self.passphrase.open(key, data))
+                return Kdf.parse(data["kdf"])
+        return None
+
+    def _load(self, directory: int, key: str) -> tuple[dict[str, Any], bool]:
+        data = self._raw(directory, key)
+        if not is_locked(data):
+            return data, False
+        content = self.passphrase.open(key, data)
+        try:
+            return load_json(key, content), True
+        finally:
+            wipe(content)
+
+    def _raw(self, directory: int, key: str) -> dict[str, Any]:
+        content = self._read_file(directory, key)
+        try:
+            return load_json(key, content)
+        finally:
+            wipe(content)
 
     @contextlib.contextmanager
     def _directory(self) -> Iterator[int]:
@@ -121,24 +199,18 @@ class Store:
             os.close(descriptor)
 
     def _read_file(self, directory: int, key: str) -> bytearray:
-        path = self.path / (key + SUFFIX)
-        try:
-            descriptor = os.open(path.name, _READ, dir_fd=directory)
-        except FileNotFoundError:
-            raise KeyNotFound(f"there is no key {key!r} in {self.path}") from None
-        except OSError as error:
-            raise _explain(error, path) from error
-        with _translated(path), io.FileIO(descriptor) as file:
-            info = os.fstat(descriptor)
-            if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_FILE:
-                raise ProviderError(f"{path} is no key file of at most {MAX_FILE} bytes")
-            # Not a ProviderError, which would pass on to the next recipient in silence: the
-            # operator must hear that a key lies open.
-            _refuse_open(info, path, "key file", "600")
-            content = bytearray(info.st_size)
-            if file.readinto(content) != info.st_size:
-                raise ProviderError(f"{path} changed while it was read")
-            return content
+        batch = _batch(directory)
+        for name in ([_staged(key, batch)] if batch else []) + [key + SUFFIX]:
+            path = self.path / name
+            try:
+                descriptor = os.open(name, _READ, dir_fd=directory)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise _explain(error, path) from error
+            with _translated(path), io.FileIO(descriptor) as file:
+                return _read_private(file, path)
+        raise KeyNotFound(f"there is no key {key!r} in {self.path}")
 
     def _lock(self, directory: int) -> int:
         until = time.monotonic() + LOCK_SECONDS
@@ -171,13 +243,64 @@ class Store:
                 )
             time.sleep(0.01)
 
-    def _sweep(self, directory: int) -> None:
-        # Whoever writes holds the lock, so a temporary file found under it was left by a process
-        # that was killed. It holds key material and nobody will ever need it.
-        with _translated(self.path):
-            for name in os.listdir(directory):
-                if name.startswith(".") and name.endswith(".tmp"):
-                    os.unlink(name, dir_fd=directory)
+
+def _names(directory: int) -> list[str]:
+    names = os.listdir(directory)
+    return sorted(
+        name.removesuffix(SUFFIX)
+        for name in names
+        if name.endswith(SUFFIX) and is_key(name.removesuffix(SUFFIX))
+    )
+
+
+def _staged(key: str, batch: str) -> str:
+    return f".{key}{SUFFIX}.{batch}.next"
+
+
+def _batch(directory: int) -> str | None:
+    try:
+        descriptor = os.open(COMMIT, _READ, dir_fd=directory)
+    except FileNotFoundError:
+        return None
+    with io.FileIO(descriptor) as file:
+        text = (file.read(64) or b"").decode(errors="replace")
+    if not _BATCH.fullmatch(text):
+        raise ProviderError(f"{COMMIT} in the key directory is damaged: {text[:16]!r}")
+    return text
+
+
+def _finish(directory: int) -> None:
+    """Complete a committed batch and remove what killed processes left; under the lock."""
+    batch = _batch(directory)
+    names = os.listdir(directory)
+    if batch:
+        end = f"{SUFFIX}.{batch}.next"
+        for name in names:
+            if name.endswith(end):
+                final = name.removesuffix(f".{batch}.next")[1:]
+                os.replace(name, final, src_dir_fd=directory, dst_dir_fd=directory)
+        os.fsync(directory)
+        os.unlink(COMMIT, dir_fd=directory)
+        os.fsync(directory)
+    # Whoever writes holds the lock, so a temporary file found under it was left by a process that
+    # was killed. It holds key material, and nobody will ever need it.
+    for name in names:
+        if name.startswith(".") and name.endswith((".tmp", ".next")):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=directory)
+
+
+def _read_private(file: io.FileIO, path: Path) -> bytearray:
+    info = os.fstat(file.fileno())
+    if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_FILE:
+        raise ProviderError(f"{path} is no key file of at most {MAX_FILE} bytes")
+    # Not a ProviderError, which would pass on to the next recipient in silence: the operator must
+    # hear that a key lies open.
+    _refuse_open(info, path, "key file", "600")
+    content = bytearray(info.st_size)
+    if file.readinto(content) != info.st_size:
+        raise ProviderError(f"{path} changed while it was read")
+    return content
 
 
 def _refuse_open(info: os.stat_result, path: Path, what: str, mode: str) -> None:
