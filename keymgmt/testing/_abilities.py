@@ -1,0 +1,316 @@
+"""Checks of abilities: whatever a provider claims by its base classes, it keeps."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+
+from keymgmt._recipient import Recipient, wrap_for
+from keymgmt._verify import algorithm_of, verify_signature
+from keymgmt.backend import (
+    ConfigError,
+    Dek,
+    KeyInfo,
+    KeyNotFound,
+    KeyProvider,
+    KeyRetired,
+    Signature,
+    SupportsBatchUnwrap,
+    SupportsKeyManagement,
+    SupportsOfflineRecipients,
+    SupportsSigning,
+    UnsupportedOperation,
+    UnwrapFailed,
+    WrappedKey,
+    WrongKey,
+)
+from keymgmt.errors import ProviderError
+from keymgmt.testing._demand import describe
+from keymgmt.testing._fixtures import ContractFixtures, NewKey
+
+__all__ = ["AbilityChecks"]
+
+
+class AbilityChecks(ContractFixtures):
+    """Key management, signing, offline recipients, batches."""
+
+    @pytest.fixture
+    def manager(self, provider: KeyProvider[Any], may_create_keys: bool) -> Iterator[Any]:
+        """Return the provider where it manages keys, else skip."""
+        if not isinstance(provider, SupportsKeyManagement):
+            self.skip("this provider does not claim SupportsKeyManagement")
+        if not may_create_keys:
+            self.skip("not allowed to create keys in this service")
+        return provider  # type: ignore[return-value]
+
+    @pytest.fixture
+    def signer(self, provider: KeyProvider[Any]) -> Any:
+        """Return the provider where it signs, else skip."""
+        if not isinstance(provider, SupportsSigning):
+            self.skip("this provider does not claim SupportsSigning")
+        return provider
+
+    # Key management.
+
+    def test_creates_keys_of_every_kind(self, manager: Any, dek: Dek) -> None:
+        """Every kind in key_kinds can be created, is listed and described, and serves its purpose
+        and no other, because a claimed kind is offered to the operator; look at create_key() of
+        the kind that is named.
+        """
+        made = []
+        for kind, purpose in manager.key_kinds.items():
+            name = f"kit-kind-{secrets.token_hex(4)}"
+            info = self.demand.works(
+                partial(manager.create_key, name, kind, {}), f"create_key({kind!r})"
+            )
+            self.demand.that(
+                isinstance(info, KeyInfo)
+                and (info.key, info.purpose) == (name, purpose)
+                and [version.state for version in info.versions] == ["active"],
+                f"create_key({kind!r}) returned {info!r}",
+            )
+            same = self.demand.works(partial(manager.describe_key, name), "describe_key()")
+            self.demand.that(same == info, f"describe_key() said {same!r}, create_key() {info!r}")
+            self._serves(manager, name, kind, purpose, dek)
+            made.append(name)
+        listed = [info.key for info in self.demand.works(manager.list_keys, "list_keys()")]
+        self.demand.that(set(made) <= set(listed), "list_keys() lacks a key that was created")
+        self.demand.that(listed == sorted(listed), "list_keys() is not sorted by name")
+
+    def _serves(self, manager: Any, name: str, kind: str, purpose: str, dek: Dek) -> None:
+        if purpose == "wrap":
+            wrapped = self.demand.works(partial(manager.wrap, name, dek, b"c"), f"{kind}: wrap()")
+            got = self.demand.works(partial(manager.unwrap, wrapped, b"c"), f"{kind}: unwrap()")
+            self.demand.same_key(got, dek, f"{kind}: unwrap()")
+            if isinstance(manager, SupportsSigning):
+                self.demand.refused(
+                    partial(manager.sign, name, b"m"),
+                    f"sign() with a {kind} key, which wraps,",
+                    UnsupportedOperation,
+                )
+        else:
+            self._verifies(manager.sign(name, b"m"), manager.public_key(name), b"m", kind)
+            self.demand.refused(
+                partial(manager.wrap, name, dek, b"c"),
+                f"wrap() with a {kind} key, which signs,",
+                UnsupportedOperation,
+            )
+
+    def test_create_is_careful(self, manager: Any, new_key: NewKey) -> None:
+        """Creating a key that exists, or with an unknown kind or option, is a ConfigError and
+        changes nothing, because the old key still opens models; look whether create_key() lets
+        the service refuse instead of replace.
+        """
+        name = new_key("wrap")
+        before = manager.describe_key(name)
+        kind = before.kind if before.kind in manager.key_kinds else next(iter(manager.key_kinds))
+        for what, call in (
+            ("a key that exists", partial(manager.create_key, name, kind, {})),
+            ("an unknown kind", partial(manager.create_key, f"{name}-b", "no-such-kind", {})),
+            ("an unknown option", partial(manager.create_key, f"{name}-c", kind, {"no_such": "x"})),
+        ):
+            self.demand.refused(call, f"create_key() with {what}", ConfigError)
+        self.demand.that(manager.describe_key(name) == before, "the existing key was changed")
+        listed = {info.key for info in manager.list_keys()}
+        self.demand.that(not listed & {f"{name}-b", f"{name}-c"}, "a refused key was made")
+
+    def test_management_of_missing_keys(self, manager: Any) -> None:
+        """Describing, rotating or retiring a key that is not there is KeyNotFound, because a typing
+        error must not pass for work done; look at the mapping of the service's "not found".
+        """
+        name = f"kit-missing-{secrets.token_hex(6)}"
+        for what, call in (
+            ("describe_key()", partial(manager.describe_key, name)),
+            ("rotate_key()", partial(manager.rotate_key, name)),
+            ("retire_version()", partial(manager.retire_version, name, "1")),
+        ):
+            self.demand.refused(call, f"{what} of a missing key", KeyNotFound)
+
+    def test_rotation(self, manager: Any, new_key: NewKey, dek: Dek) -> None:
+        """After rotation new wraps use the newest version and old wraps still open, and a blob of
+        one version presented as another's does not, because re-keying takes months; look at where
+        wrap() and unwrap() take the version from.
+        """
+        name = new_key("wrap")
+        wraps: list[WrappedKey] = []
+        for _ in range(3):
+            wraps.append(self.demand.works(partial(manager.wrap, name, dek, b"c"), "wrap()"))
+            info = manager.describe_key(name)
+            self.demand.that(
+                wraps[-1].version == info.newest,
+                f"wrap() used version {wraps[-1].version!r}, the newest is {info.newest!r}",
+            )
+            if len(wraps) < 3:
+                self.demand.works(partial(manager.rotate_key, name), "rotate_key()")
+        versions = [wrapped.version for wrapped in wraps]
+        self.demand.that(len(set(versions)) == 3, f"three versions were called {versions}")
+        listed = [version.version for version in manager.describe_key(name).versions]
+        self.demand.that(listed == versions, f"describe_key() lists {listed}, made were {versions}")
+        for wrapped in wraps:
+            what = f"unwrap() of version {wrapped.version} after two rotations"
+            got = self.demand.works(partial(manager.unwrap, wrapped, b"c"), what)
+            self.demand.same_key(got, dek, what)
+        self.demand.refused(
+            partial(manager.unwrap, replace(wraps[0], version=versions[1]), b"c"),
+            "unwrap() of a blob of the first version presented as the second's",
+            UnwrapFailed,
+            WrongKey,
+        )
+
+    def test_retiring(self, manager: Any, new_key: NewKey, dek: Dek) -> None:
+        """A retired version unwraps no more (KeyRetired), the others still do, and the newest or an
+        unknown one cannot be retired (ConfigError), because retiring is how a key is revoked; look
+        at what retire_version() really switches off in the service.
+        """
+        name = new_key("wrap")
+        wraps = [self.demand.works(partial(manager.wrap, name, dek, b"c"), "wrap()")]
+        for _ in range(2):
+            self.demand.works(partial(manager.rotate_key, name), "rotate_key()")
+            wraps.append(self.demand.works(partial(manager.wrap, name, dek, b"c"), "wrap()"))
+        first, *others = wraps
+        info = self.demand.works(
+            partial(manager.retire_version, name, first.version), "retire_version()"
+        )
+        states = {version.version: version.state for version in info.versions}
+        self.demand.that(
+            states.get(first.version, "retired") == "retired",
+            f"after retire_version() its state is {states.get(first.version)!r}",
+        )
+        self.demand.refused(
+            partial(manager.unwrap, first, b"c"),
+            "unwrap() of a retired version",
+            KeyRetired,
+            WrongKey,
+        )
+        for wrapped in others:
+            what = f"unwrap() of version {wrapped.version}, which was not retired,"
+            got = self.demand.works(partial(manager.unwrap, wrapped, b"c"), what)
+            self.demand.same_key(got, dek, what)
+        for what, version in (("newest", others[-1].version), ("unknown", "no-such-version")):
+            self.demand.refused(
+                partial(manager.retire_version, name, version),
+                f"retire_version() of the {what} version",
+                ConfigError,
+            )
+        got = self.demand.works(partial(manager.unwrap, others[-1], b"c"), "unwrap() afterwards")
+        self.demand.same_key(got, dek, "unwrap() of the newest version")
+
+    # Signing.
+
+    def _verifies(self, made: Signature, public: bytes, message: bytes, what: str) -> None:
+        self.demand.works(partial(algorithm_of, made.public_key), f"{what}: its public key")
+        self.demand.that(made.public_key == public, f"{what}: public_key() and sign() differ")
+        self.demand.that(
+            verify_signature(public, message, made.signature), f"{what}: a signature is not valid"
+        )
+        self.demand.that(
+            not verify_signature(public, message + b"x", made.signature),
+            f"{what}: a signature is valid for another message",
+        )
+
+    def test_signing(self, signer: Any, signing_key: str) -> None:
+        """sign() signs the message itself with the algorithm that the public key stands for, and
+        public_key() is the key that verifies it, because verifiers have nothing else; look at the
+        digest, padding and encoding that the service uses.
+        """
+        for message in (b"", b"m", bytes(range(256)) * 256):
+            made = self.demand.works(
+                partial(signer.sign, signing_key, message), f"sign() of {len(message)} bytes"
+            )
+            public = self.demand.works(partial(signer.public_key, signing_key), "public_key()")
+            self._verifies(made, public, message, f"of {len(message)} bytes")
+
+    def test_signing_after_rotation(self, manager: Any, signer: Any, new_key: NewKey) -> None:
+        """After rotation sign() and public_key() use the newest version, because publishers rotate
+        too; look at where sign() takes the version from.
+        """
+        name = new_key("sign")
+        before = signer.public_key(name)
+        self.demand.works(partial(manager.rotate_key, name), "rotate_key()")
+        made = self.demand.works(partial(signer.sign, name, b"m"), "sign()")
+        self.demand.that(made.public_key != before, "sign() used the old version")
+        self._verifies(made, signer.public_key(name), b"m", "after rotation")
+
+    def test_signing_with_a_missing_key(self, signer: Any) -> None:
+        """Signing with a key that is not there is KeyNotFound and makes none, because a new
+        publisher key must never appear by accident; look whether the service creates on use.
+        """
+        name = f"kit-missing-{secrets.token_hex(6)}"
+        for _ in range(2):
+            self.demand.refused(partial(signer.sign, name, b"m"), "sign()", KeyNotFound)
+            self.demand.refused(partial(signer.public_key, name), "public_key()", KeyNotFound)
+
+    # Offline recipients.
+
+    def test_offline_recipient(self, provider: KeyProvider[Any], wrap_key: str, dek: Dek) -> None:
+        """What anybody wraps to the exported public key, with the core alone, opens in the
+        provider with that context and no other, because build machines do not reach the device;
+        look at export_recipient() and at the mechanism that unwrap() allows.
+        """
+        if not isinstance(provider, SupportsOfflineRecipients):
+            self.skip("this provider does not claim SupportsOfflineRecipients")
+        recipient = self.demand.works(partial(provider.export_recipient, wrap_key), "export")
+        self.demand.that(
+            (recipient.backend, recipient.key) == (provider.backend, wrap_key),
+            f"the recipient is {recipient}",
+        )
+        again = Recipient.from_bytes(recipient.to_bytes())
+        wrapped = wrap_for(again, dek, b"c")
+        what = "unwrap() of what was wrapped offline"
+        got = self.demand.works(partial(provider.unwrap, wrapped, b"c"), what)
+        self.demand.same_key(got, dek, what)
+        self.demand.refused(
+            partial(provider.unwrap, wrapped, b"d"), f"{what} with another context", UnwrapFailed
+        )
+        damaged = replace(wrapped, blob=wrapped.blob[:-1] + bytes([wrapped.blob[-1] ^ 1]))
+        self.demand.refused(
+            partial(provider.unwrap, damaged, b"c"), f"{what}, damaged,", UnwrapFailed
+        )
+
+    # Batches.
+
+    def test_batch(self, provider: KeyProvider[Any], wrap_key: str) -> None:
+        """unwrap_batch() answers every item in order and one bad item fails alone, exactly as
+        unwrap() would have said, because a fleet's models are opened together; look at how the
+        service's partial answer is matched to the items.
+        """
+        if not isinstance(provider, SupportsBatchUnwrap):
+            self.skip("this provider does not claim SupportsBatchUnwrap")
+        deks = [Dek.generate() for _ in range(12)]
+        items = [
+            (self.demand.works(partial(provider.wrap, wrap_key, d, b"%d" % n), "wrap()"), b"%d" % n)
+            for n, d in enumerate(deks)
+        ]
+        items[3] = (items[3][0], b"another context")
+        good = items[5][0]
+        items[5] = (replace(good, blob=good.blob[:-1] + bytes([good.blob[-1] ^ 1])), items[5][1])
+        items[7] = (replace(items[7][0], key=f"kit-missing-{secrets.token_hex(6)}"), items[7][1])
+        items[9] = (replace(items[9][0], backend="no-such-backend"), items[9][1])
+        self.demand.that(
+            list(self.demand.works(partial(provider.unwrap_batch, []), "an empty batch")) == [],
+            "an empty batch has answers",
+        )
+        answers = self.demand.works(partial(provider.unwrap_batch, items), "unwrap_batch()")
+        self.demand.that(
+            len(answers) == len(items), f"{len(items)} items have {len(answers)} answers"
+        )
+        for number, answer in enumerate(answers):
+            what = f"item {number} of a batch"
+            if number not in (3, 5, 7, 9):
+                if isinstance(answer, Exception):
+                    self.demand.fail(f"{what} failed although it is good: {describe(answer)}")
+                self.demand.same_key(answer, deks[number], what)
+                continue
+            self.demand.that(isinstance(answer, ProviderError), f"{what} is bad and was accepted")
+            alone = self.demand.refused(
+                partial(provider.unwrap, *items[number]), f"{what} alone", ProviderError
+            )
+            self.demand.that(
+                type(answer) is type(alone),
+                f"{what} is {type(answer).__name__}, alone it is {type(alone).__name__}",
+            )

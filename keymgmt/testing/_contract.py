@@ -1,0 +1,41 @@
+"""ProviderContract: all checks in one class."""
+
+from __future__ import annotations
+
+from keymgmt.testing._abilities import AbilityChecks
+from keymgmt.testing._conduct import ConductChecks
+from keymgmt.testing._faults import FaultChecks
+from keymgmt.testing._hostile import HostileNameChecks
+from keymgmt.testing._wrapping import WrappingChecks
+
+__all__ = ["ProviderContract"]
+
+
+class ProviderContract(
+    WrappingChecks, HostileNameChecks, ConductChecks, AbilityChecks, FaultChecks
+):
+    """What every provider must do, as tests for pytest.
+
+    A backend's test is a subclass that supplies fixtures::
+
+        class TestAcme(ProviderContract):
+            @pytest.fixture
+            def provider_factory(self, server):
+                return lambda: AcmeProvider("acme", AcmeSettings(address=server.address))
+
+            @pytest.fixture
+            def wrap_key(self, server):
+                return server.make_key("kit")
+
+            @pytest.fixture
+            def break_service(self, server):
+                return server.stop
+
+            @pytest.fixture
+            def heal_service(self, server):
+                return server.start
+
+    All fixtures that it may supply are in ``keymgmt.testing.ContractFixtures``. A check that needs
+    one which was not supplied, or an ability that the provider does not claim, is skipped and says
+    so. A check that fails says what it demands, why, and where to look.
+    """

@@ -1,0 +1,142 @@
+"""How a check says what it demands: every failure repeats the check's own docstring.
+
+Also the search for secrets in text, in the spellings in which they usually escape.
+"""
+
+from __future__ import annotations
+
+import base64
+import inspect
+import threading
+import traceback
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import pytest
+
+from keymgmt.errors import KeymgmtError
+
+if TYPE_CHECKING:
+    from keymgmt.backend import Dek
+
+__all__ = ["Demand", "describe", "find_secret", "printed"]
+
+R = TypeVar("R")
+E = TypeVar("E", bound=BaseException)
+
+
+class Demand:
+    """What one check demands, and the ways to demand it."""
+
+    def __init__(self, doc: str | None) -> None:
+        """Take the check's docstring; it becomes the second half of every failure."""
+        self.text = " ".join(inspect.cleandoc(doc or "").split())
+
+    def fail(self, seen: str) -> NoReturn:
+        """Fail with what was seen, then what was demanded and where to look."""
+        pytest.fail(f"seen: {seen}\ndemanded: {self.text}", pytrace=False)
+
+    def that(self, condition: object, seen: str) -> None:
+        """Fail with ``seen`` unless ``condition`` holds."""
+        if not condition:
+            self.fail(seen)
+
+    def same_key(self, got: object, expected: Dek, what: str) -> None:
+        """Fail unless ``got`` is the data key that was wrapped; nothing of either is shown."""
+        from keymgmt.backend import Dek
+
+        self.that(isinstance(got, Dek), f"{what} gave {type(got).__name__}, not a Dek")
+        self.that(got == expected, f"{what} gave another data key than the one that was wrapped")
+
+    def works(self, call: Callable[[], R], what: str) -> R:
+        """Return what ``call`` returns; fail where it raises."""
+        try:
+            return call()
+        except Exception as error:  # noqa: BLE001 - reported whatever it is
+            self.fail(f"{what} raised {describe(error)}")
+
+    def refused(self, call: Callable[[], object], what: str, *kinds: type[E]) -> E:
+        """Return the error with which ``call`` refuses; fail where it is of another kind or none.
+
+        A subclass of a named kind is of that kind.
+        """
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        try:
+            call()
+        except kinds as error:
+            return error
+        except Exception as error:  # noqa: BLE001 - reported whatever it is
+            self.fail(f"{what} raised {describe(error)}; expected {expected}")
+        else:
+            self.fail(f"{what} was accepted; expected {expected}")
+
+    def ends(self, seconds: float, call: Callable[[], R], what: str) -> R:
+        """Run ``call`` and pass on its outcome; fail where it has not ended after ``seconds``."""
+        box: list[R] = []
+        failure: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                box.append(call())
+            except BaseException as error:  # noqa: BLE001 - raised again below
+                failure.append(error)
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        thread.join(seconds)
+        if failure:
+            raise failure[0]
+        if not box:
+            self.fail(f"{what} has not ended after {seconds:g} seconds")
+        return box[0]
+
+
+def describe(error: BaseException) -> str:
+    """Name an error and say whether it is one of ours; a foreign one has leaked."""
+    kind = f"{type(error).__module__}.{type(error).__qualname__}"
+    if isinstance(error, KeymgmtError):
+        return f"{type(error).__name__}: {error}"
+    return f"{kind}, which is no KeymgmtError and leaked out of the provider: {error}"
+
+
+def printed(error: BaseException) -> str:
+    """All that a log could show of an error: traceback, causes, arguments, attributes."""
+    seen: list[str] = traceback.format_exception(error)
+    chain: list[BaseException | None] = [error]
+    for item in chain:
+        if item is not None and len(chain) < 20:
+            seen.append(f"{item!r} {item.args!r} {vars(item)!r}")
+            chain += [item.__cause__, item.__context__]
+    return "\n".join(seen)
+
+
+def find_secret(text: str | bytes, secrets: Iterable[bytes]) -> str | None:
+    """Say in which spelling one of ``secrets`` stands in ``text``, or None."""
+    data = text.encode(errors="surrogateescape") if isinstance(text, str) else text
+    for secret in secrets:
+        for spelling, form in _spellings(secret):
+            if form and form in data:
+                return spelling
+    return None
+
+
+def _spellings(secret: bytes) -> Iterable[tuple[str, bytes]]:
+    yield "as it is", secret
+    yield "in hex", secret.hex().encode()
+    yield "in hex", secret.hex().upper().encode()
+    yield "in base64", base64.b64encode(secret).rstrip(b"=")
+    yield "in base64url", base64.urlsafe_b64encode(secret).rstrip(b"=")
+    yield "as a Python literal", repr(secret)[2:-1].encode()
+    yield "as a list of numbers", str(list(secret))[1:-1].encode()
+
+
+def strings_in(value: Any) -> Iterable[str]:
+    """Every string inside a nest of mappings and sequences (keys of mappings left out)."""
+    if isinstance(value, dict):
+        for item in value.values():
+            yield from strings_in(item)
+    elif isinstance(value, list | tuple | set | frozenset):
+        for item in value:
+            yield from strings_in(item)
+    elif value is not None and not isinstance(value, bool | int | float | bytes):
+        yield str(value)

@@ -1,0 +1,247 @@
+"""Checks of bad days: the service is gone, hangs, returns, forgets the login, says no.
+
+They need the hooks of the backend's author and are skipped, with the reason, without them.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+
+from keymgmt.backend import (
+    AccessDenied,
+    Dek,
+    Health,
+    KeymgmtError,
+    KeyProvider,
+    LockedOut,
+    ProviderUnavailable,
+    WrappedKey,
+)
+from keymgmt.testing._demand import describe, find_secret, printed
+from keymgmt.testing._fixtures import ContractFixtures, Hook, ProviderFactory
+
+__all__ = ["FaultChecks"]
+
+GRACE = 5.0
+"""Seconds beyond the declared time limit that a call may take on a loaded machine."""
+
+
+class FaultChecks(ContractFixtures):
+    """The service breaks, hangs, heals, expires logins, denies."""
+
+    @pytest.fixture
+    def _healed(self, heal_service: Hook | None) -> Iterator[None]:
+        yield
+        if heal_service is not None:
+            heal_service()
+
+    def _until_it_works(
+        self, provider: KeyProvider[Any], wrapped: WrappedKey, dek: Dek, seconds: float
+    ) -> None:
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                got = provider.unwrap(wrapped, b"c")
+            except ProviderUnavailable as error:
+                if time.monotonic() > end:
+                    self.demand.fail(
+                        f"{seconds:g} s after it healed, unwrap() still raised {describe(error)}"
+                    )
+                time.sleep(0.05)
+            except Exception as error:  # noqa: BLE001 - reported whatever it is
+                self.demand.fail(f"after it healed, unwrap() raised {describe(error)}")
+            else:
+                self.demand.same_key(got, dek, "after the service healed, unwrap()")
+                return
+
+    @pytest.mark.usefixtures("_healed")
+    def test_service_goes_and_returns(
+        self,
+        provider: KeyProvider[Any],
+        provider_factory: ProviderFactory,
+        dek: Dek,
+        wrap_key: str,
+        break_service: Hook | None,
+        heal_service: Hook | None,
+        time_limit: float,
+        recovery_time: float,
+    ) -> None:
+        """While the service is gone every call is ProviderUnavailable within the time limit, for a
+        connected and for a new provider, and the same providers work once it is back, because a
+        server outlives its key service; look at error mapping and at how a lost connection is
+        dropped and made again.
+        """
+        broken = self.need(break_service, "break_service")
+        heal = self.need(heal_service, "heal_service")
+        wrapped = self.demand.works(partial(provider.wrap, wrap_key, dek, b"c"), "wrap()")
+        with provider_factory() as other:
+            broken()
+            for which, one in (("a connected", provider), ("a new", other)):
+                for what, call in (
+                    ("unwrap()", partial(one.unwrap, wrapped, b"c")),
+                    ("wrap()", partial(one.wrap, wrap_key, dek, b"c")),
+                ):
+                    said = f"{what} of {which} provider, with the service gone,"
+                    self.demand.refused(
+                        partial(self.demand.ends, time_limit + GRACE, call, said),
+                        said,
+                        ProviderUnavailable,
+                    )
+            heal()
+            for one in (provider, other):
+                self._until_it_works(one, wrapped, dek, recovery_time)
+
+    @pytest.mark.usefixtures("_healed")
+    def test_check_of_a_broken_service(
+        self, provider: KeyProvider[Any], wrap_key: str, break_service: Hook | None
+    ) -> None:
+        """check() of a service that is gone reports a failed finding and raises nothing, because
+        doctor is run exactly then; look whether check() catches every ProviderError.
+        """
+        self.need(break_service, "break_service")()
+        for arguments in ((), (wrap_key,)):
+            health = self.demand.works(partial(provider.check, *arguments), f"check{arguments}")
+            self.demand.that(isinstance(health, Health), f"it returned {type(health).__name__}")
+            self.demand.that(not health.ok, f"check{arguments} reported that all is well")
+
+    @pytest.mark.usefixtures("_healed")
+    def test_closing_a_broken_service(
+        self,
+        provider: KeyProvider[Any],
+        dek: Dek,
+        wrap_key: str,
+        break_service: Hook | None,
+        time_limit: float,
+    ) -> None:
+        """Making and closing providers while the service is gone raises nothing and ends within the
+        time limit, because shutdown must not fail; look whether close() says goodbye to a service
+        that no longer listens.
+        """
+        broken = self.need(break_service, "break_service")
+        self.demand.works(partial(provider.wrap, wrap_key, dek, b"c"), "wrap()")
+        broken()
+        said = "close() with the service gone"
+
+        def close() -> bool:
+            provider.close()
+            return True
+
+        self.demand.works(partial(self.demand.ends, time_limit + GRACE, close, said), said)
+        kind = type(provider)
+        self.demand.works(lambda: kind(provider.name, provider.settings).close(), "a new provider")
+
+    @pytest.mark.usefixtures("_healed")
+    def test_service_hangs(
+        self,
+        provider: KeyProvider[Any],
+        provider_factory: ProviderFactory,
+        dek: Dek,
+        wrap_key: str,
+        hang_service: Hook | None,
+        heal_service: Hook | None,
+        time_limit: float,
+        recovery_time: float,
+    ) -> None:
+        """A service that never answers makes every call ProviderUnavailable within the time limit,
+        and the provider works once it answers again, because a stuck key service must not stick
+        the application; look at time-outs of connecting, reading and of C calls (within()).
+        """
+        hang = self.need(hang_service, "hang_service")
+        heal = self.need(heal_service, "heal_service")
+        wrapped = self.demand.works(partial(provider.wrap, wrap_key, dek, b"c"), "wrap()")
+        with provider_factory() as other:
+            hang()
+            for which, one in (("a connected", provider), ("a new", other)):
+                said = f"unwrap() of {which} provider, with the service hung,"
+                call = partial(one.unwrap, wrapped, b"c")
+                self.demand.refused(
+                    partial(self.demand.ends, time_limit + GRACE, call, said),
+                    said,
+                    ProviderUnavailable,
+                )
+            health = self.demand.works(
+                partial(self.demand.ends, time_limit + GRACE, provider.check, "check()"), "check()"
+            )
+            self.demand.that(not health.ok, "check() reported that all is well")
+            heal()
+            for one in (provider, other):
+                self._until_it_works(one, wrapped, dek, recovery_time)
+
+    def test_login_expires(
+        self, provider: KeyProvider[Any], dek: Dek, wrap_key: str, expire_login: Hook | None
+    ) -> None:
+        """After the service ended the login, the next call logs in again and works, because tokens
+        and sessions end in the middle of the night; look how an expired login is told from a
+        refusal, and whether it is tried again exactly once.
+        """
+        expire = self.need(expire_login, "expire_login")
+        wrapped = self.demand.works(partial(provider.wrap, wrap_key, dek, b"c"), "wrap()")
+        for _ in range(2):
+            expire()
+            got = self.demand.works(partial(provider.unwrap, wrapped, b"c"), "unwrap()")
+            self.demand.same_key(got, dek, "after the login ended, unwrap()")
+        expire()
+        self.demand.works(partial(provider.wrap, wrap_key, dek, b"c"), "after that, wrap()")
+
+    def test_denied(
+        self,
+        provider: KeyProvider[Any],
+        dek: Dek,
+        wrap_key: str,
+        denied_factory: ProviderFactory | None,
+        secret_values: Sequence[bytes],
+    ) -> None:
+        """A login that the service refuses is AccessDenied (LockedOut where it locks), never
+        unavailable or a damaged blob, and repeats no secret, because the operator must know whom
+        to ask; look at the mapping of errors at login.
+        """
+        if denied_factory is None:
+            self.skip("the fixture denied_factory was not supplied")
+        wrapped = self.demand.works(partial(provider.wrap, wrap_key, dek, b"c"), "wrap()")
+        with denied_factory() as denied:
+            for what, call in (
+                ("unwrap()", partial(denied.unwrap, wrapped, b"c")),
+                ("wrap()", partial(denied.wrap, wrap_key, dek, b"c")),
+            ):
+                error = self.demand.refused(call, what, AccessDenied, LockedOut)
+                spelling = find_secret(printed(error), [bytes(dek.view()), *secret_values])
+                self.demand.that(not spelling, f"a secret stands in its error {spelling}")
+            health = self.demand.works(denied.check, "check()")
+            self.demand.that(not health.ok, "check() reported that all is well")
+
+    @pytest.mark.usefixtures("_healed")
+    def test_no_secret_escapes_when_broken(
+        self,
+        provider: KeyProvider[Any],
+        dek: Dek,
+        wrap_key: str,
+        secret_values: Sequence[bytes],
+        break_service: Hook | None,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        """The errors and logs of a service that is gone hold neither the data key nor a secret,
+        because client libraries put the request that failed into them; look at what the library's
+        exceptions carry before they become __cause__.
+        """
+        broken = self.need(break_service, "break_service")
+        name = f"kit-missing-{secrets.token_hex(6)}"
+        wrapped = self.demand.works(partial(provider.wrap, wrap_key, dek, b"c"), "wrap()")
+        caplog.set_level("DEBUG")
+        broken()
+        hidden = [bytes(dek.view()), *secret_values]
+        for what, call in (
+            ("wrap()", partial(provider.wrap, wrap_key, dek, b"c")),
+            ("wrap() under a missing key", partial(provider.wrap, name, dek, b"c")),
+            ("unwrap()", partial(provider.unwrap, wrapped, b"c")),
+        ):
+            error = self.demand.refused(call, what, KeymgmtError)
+            spelling = find_secret(printed(error), hidden)
+            self.demand.that(not spelling, f"a secret stands in the error of {what} {spelling}")
+        spelling = find_secret(caplog.text, hidden)
+        self.demand.that(not spelling, f"a secret stands in the log {spelling}")

@@ -1,0 +1,167 @@
+"""What a backend supplies to the kit: two fixtures, and more where it can do more.
+
+Override a fixture in the test class; one that is not overridden means "I cannot show that", and the
+checks that need it are skipped with the reason.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NoReturn
+
+import pytest
+
+from keymgmt.backend import Dek, KeyProvider, SupportsKeyManagement
+from keymgmt.testing._demand import Demand
+
+__all__ = ["ContractFixtures", "Hook", "NewKey", "ProviderFactory"]
+
+ProviderFactory = Callable[[], KeyProvider[Any]]
+Hook = Callable[[], None]
+NewKey = Callable[[Literal["wrap", "sign"]], str]
+
+
+class ContractFixtures:
+    """The fixtures of the kit. ``provider_factory`` and ``wrap_key`` must be overridden."""
+
+    demand: Demand
+
+    # What every backend supplies.
+
+    @pytest.fixture
+    def provider_factory(self) -> ProviderFactory:
+        """Return a function that makes a new provider of the same service on every call.
+
+        Two of them share nothing but the service. They connect on first use. Configure them with a
+        short time limit, so that a hung service is found soon.
+        """
+        raise NotImplementedError("override the fixture provider_factory")
+
+    @pytest.fixture
+    def wrap_key(self) -> str:
+        """Return the name of a KEK that exists and that the providers may use."""
+        raise NotImplementedError("override the fixture wrap_key")
+
+    # What a backend supplies where it can.
+
+    @pytest.fixture
+    def other_wrap_key(self, request: pytest.FixtureRequest) -> str:
+        """Return the name of a second KEK; made where the provider manages keys."""
+        new_key: NewKey = request.getfixturevalue("new_key")
+        return new_key("wrap")
+
+    @pytest.fixture
+    def signing_key(self, request: pytest.FixtureRequest) -> str:
+        """Return the name of a signing key; made where the provider manages keys."""
+        new_key: NewKey = request.getfixturevalue("new_key")
+        return new_key("sign")
+
+    @pytest.fixture
+    def may_create_keys(self) -> bool:
+        """Return whether the checks may leave new keys in the service."""
+        return True
+
+    @pytest.fixture
+    def denied_factory(self) -> ProviderFactory | None:
+        """Return a function that makes a provider whose login the service refuses."""
+        return None
+
+    @pytest.fixture
+    def break_service(self) -> Hook | None:
+        """Return a function that makes the service unreachable: stopped, unplugged, sealed."""
+        return None
+
+    @pytest.fixture
+    def hang_service(self) -> Hook | None:
+        """Return a function that makes the service take calls and never answer (SIGSTOP, say)."""
+        return None
+
+    @pytest.fixture
+    def heal_service(self) -> Hook | None:
+        """Return a function that undoes ``break_service`` and ``hang_service``; may run twice."""
+        return None
+
+    @pytest.fixture
+    def expire_login(self) -> Hook | None:
+        """Return a function that ends every login or session now open at the service."""
+        return None
+
+    # What a backend declares.
+
+    @pytest.fixture
+    def time_limit(self) -> float:
+        """Return the seconds within which every call of these providers ends, come what may."""
+        return 15.0
+
+    @pytest.fixture
+    def recovery_time(self) -> float:
+        """Return the seconds that a healed service may take until it answers again."""
+        return 30.0
+
+    @pytest.fixture
+    def secret_values(self) -> Sequence[bytes]:
+        """Return what must never be seen: PIN, token, passphrase (8 bytes or more, to be found)."""
+        return ()
+
+    @pytest.fixture
+    def place_values(self) -> Sequence[str]:
+        """Return places that must not stand in a wrapped key, beyond those in the settings."""
+        return ()
+
+    @pytest.fixture
+    def hides_missing_keys(self) -> bool:
+        """Return whether the service answers "denied" for a key that does not exist."""
+        return False
+
+    @pytest.fixture
+    def lives_in_this_process(self) -> bool:
+        """Return whether the service exists only in this process (a fake, say)."""
+        return False
+
+    # What the kit makes of it.
+
+    @pytest.fixture(autouse=True)
+    def _demanding(self, request: pytest.FixtureRequest) -> None:
+        self.demand = Demand(getattr(request.function, "__doc__", None))
+
+    @pytest.fixture
+    def provider(self, provider_factory: ProviderFactory) -> Iterator[KeyProvider[Any]]:
+        """Make the provider of one check, and close it."""
+        made = provider_factory()
+        yield made
+        made.close()
+
+    @pytest.fixture
+    def dek(self) -> Iterator[Dek]:
+        """Make the data key of one check."""
+        with Dek.generate() as dek:
+            yield dek
+
+    @pytest.fixture
+    def new_key(self, provider: KeyProvider[Any], may_create_keys: bool) -> NewKey:
+        """Return a function that makes a key for a purpose, or skips the check."""
+
+        def make(purpose: Literal["wrap", "sign"]) -> str:
+            if not isinstance(provider, SupportsKeyManagement):
+                self.skip("this provider does not create keys; supply the fixture of that key")
+            if not may_create_keys:
+                self.skip("not allowed to create keys in this service")
+            kind = next((k for k, use in provider.key_kinds.items() if use == purpose), None)
+            if kind is None:
+                self.skip(f"this provider creates no key to {purpose} with")
+            name = f"kit-{purpose}-{secrets.token_hex(4)}"
+            self.demand.works(lambda: provider.create_key(name, kind, {}), f"create_key({kind!r})")
+            return name
+
+        return make
+
+    def skip(self, reason: str) -> NoReturn:
+        """Skip this check and say why."""
+        pytest.skip(reason)
+
+    def need(self, hook: Hook | None, name: str) -> Hook:
+        """Return the hook, or skip the check because it was not supplied."""
+        if hook is None:
+            self.skip(f"the hook {name} was not supplied")
+        return hook

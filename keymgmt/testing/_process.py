@@ -1,0 +1,154 @@
+"""Other processes, and a look into this one: fork, spawn, audit events, objects held."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import select
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Final
+
+from keymgmt.backend import Dek, KeyProvider, WrappedKey
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+__all__ = ["holds", "in_fork", "in_spawn", "watched"]
+
+Task = tuple[type[KeyProvider[Any]], str, Any, WrappedKey, bytes]
+
+_WATCHED: Final = {
+    "open",
+    "os.listdir",
+    "os.scandir",
+    "socket.connect",
+    "socket.bind",
+    "socket.getaddrinfo",
+    "subprocess.Popen",
+    "os.posix_spawn",
+    "ctypes.dlopen",
+    "sqlite3.connect",
+}
+_watching: threading.local = threading.local()
+_installed = False
+
+
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    events: list[str] | None = getattr(_watching, "events", None)
+    if events is not None and event in _WATCHED:
+        shown = str(arguments[0])[:120] if arguments else ""
+        if not shown.endswith((".py", ".pyc", ".so")):  # a module that is imported late
+            events.append(f"{event} {shown}")
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[str]]:
+    """Collect what this thread opens, connects to or starts (audit events, PEP 578)."""
+    global _installed  # an audit hook is never removed, so there is one
+    if not _installed:
+        sys.addaudithook(_audit)
+        _installed = True
+    events: list[str] = []
+    _watching.events = events
+    try:
+        yield events
+    finally:
+        _watching.events = None
+
+
+def in_fork(call: Callable[[], str], seconds: float) -> str:
+    """Run ``call`` in a forked child and return what it says, or how it died."""
+    read, write = os.pipe()
+    with warnings.catch_warnings():
+        # Forking with threads alive is what is tested here.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        try:
+            answer = call()
+        except BaseException as error:  # noqa: BLE001 - the child must not return into pytest
+            answer = f"{type(error).__name__}: {error}"
+        os.write(write, answer.encode(errors="replace")[:4000])
+        os._exit(0)
+    os.close(write)
+    try:
+        if not select.select([read], [], [], seconds)[0]:
+            os.kill(child, signal.SIGKILL)
+            return f"no answer within {seconds:g} seconds"
+        return os.read(read, 4096).decode() or "it died"
+    finally:
+        os.close(read)
+        os.waitpid(child, 0)
+
+
+def in_spawn(task: Task, expected: bytes, seconds: float) -> str:
+    """Unwrap in a new process with a provider made there; return what it says, or how it died."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_spawned, args=(theirs, *task), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(seconds):
+            return f"no answer within {seconds:g} seconds"
+        answer = ours.recv()
+    except EOFError:
+        return "it died"
+    else:
+        if isinstance(answer, str):
+            return answer
+        return "right" if answer == expected else "unwrap() gave another key"
+    finally:
+        process.kill()
+        process.join()
+        ours.close()
+
+
+def _spawned(
+    connection: Connection,
+    kind: type[KeyProvider[Any]],
+    name: str,
+    settings: Any,
+    wrapped: WrappedKey,
+    context: bytes,
+) -> None:
+    try:
+        with kind(name, settings) as provider, provider.unwrap(wrapped, context) as dek:
+            connection.send(bytes(dek.view()))
+    except Exception as error:  # noqa: BLE001 - reported by the check
+        connection.send(f"{type(error).__module__}.{type(error).__qualname__}: {error}")
+
+
+def holds(thing: object, dek: Dek) -> str | None:
+    """Say where under ``thing`` a copy of ``dek`` is held, or None."""
+    secret = bytes(dek.view())
+    seen: set[int] = set()
+    queue: list[tuple[str, object, int]] = [(f"<{type(thing).__name__}>", thing, 0)]
+    while queue:
+        path, item, depth = queue.pop()
+        if id(item) in seen or depth > 6:
+            continue
+        seen.add(id(item))
+        if isinstance(item, Dek):
+            with contextlib.suppress(ValueError):
+                if item is not dek and item == dek:
+                    return path
+        elif isinstance(item, bytes | bytearray | memoryview):
+            with contextlib.suppress(ValueError, TypeError):
+                if secret in bytes(item):
+                    return path
+        elif isinstance(item, dict):
+            queue += [(f"{path}[{key!r:.40}]", value, depth + 1) for key, value in item.items()]
+            queue += [(f"a key of {path}", key, depth + 1) for key in item]
+        elif isinstance(item, list | tuple | set | frozenset):
+            queue += [(f"{path}[...]", value, depth + 1) for value in item]
+        elif not isinstance(item, str | int | float | type | Callable):
+            queue += [
+                (f"{path}.{k}", v, depth + 1) for k, v in getattr(item, "__dict__", {}).items()
+            ]
+    return None

@@ -1,0 +1,246 @@
+"""A key service in memory, for tests that need a provider and no key service.
+
+It does what a real one does: AES-256-GCM under KEKs that it keeps, versions, signatures, failures
+on demand. **Its KEKs are made from their names, so they protect nothing.** That lets a forked or
+spawned process see the same service; keys made while it runs exist in this process only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Final, Literal
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from pydantic import Field
+
+from keymgmt.backend import (
+    DEK_LENGTH,
+    ConfigError,
+    Dek,
+    Finding,
+    Health,
+    KeyInfo,
+    KeymgmtError,
+    KeyNotFound,
+    KeyProvider,
+    KeyRetired,
+    KeyVersion,
+    ProviderError,
+    ProviderUnavailable,
+    Settings,
+    Signature,
+    SupportsBatchUnwrap,
+    SupportsKeyManagement,
+    SupportsSigning,
+    UnsupportedOperation,
+    UnwrapFailed,
+    WrappedKey,
+    WrongKey,
+    check_key,
+    wipe,
+)
+
+__all__ = ["MemoryProvider", "MemoryService", "MemorySettings"]
+
+MECHANISM: Final = "A256GCM"
+_NONCE: Final = 12
+
+
+@dataclass
+class _Key:
+    purpose: Literal["wrap", "sign"]
+    versions: int = 1
+    retired: set[int] = field(default_factory=set)
+
+
+class MemoryService:
+    """A key service of this process, found by name; ``up`` and ``answering`` are its switches."""
+
+    _all: ClassVar[dict[str, MemoryService]] = {}
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, name: str) -> None:
+        """Make an empty service; ``find`` is how providers reach one."""
+        self.name = name
+        self.keys: dict[str, _Key] = {}
+        self.up = True
+        self.answering = threading.Event()
+        self.answering.set()
+
+    @classmethod
+    def find(cls, name: str) -> MemoryService:
+        """The service of that name, made on first use."""
+        with cls._lock:
+            return cls._all.setdefault(name, cls(name))
+
+    def secret(self, key: str, version: int) -> bytes:
+        """32 bytes that anybody who knows the names can make again."""
+        return hashlib.sha256(f"{self.name}/{key}/{version}".encode()).digest()
+
+
+class MemorySettings(Settings):
+    """``service`` names the service; ``keys`` are wrapping keys that it has from the start.
+
+    ``timeout`` is the time limit of a call, in seconds.
+    """
+
+    service: str = "memory"
+    keys: list[str] = Field(default_factory=list)
+    timeout: float = 5.0
+
+
+class MemoryProvider(
+    KeyProvider[MemorySettings], SupportsKeyManagement, SupportsSigning, SupportsBatchUnwrap
+):
+    """A provider of a MemoryService. For tests only: it protects nothing."""
+
+    backend: ClassVar[str] = "memory"
+    Settings: ClassVar[type[MemorySettings]] = MemorySettings
+    key_kinds: ClassVar[Mapping[str, Literal["wrap", "sign"]]] = {
+        "aes256": "wrap",
+        "ed25519": "sign",
+    }
+
+    @property
+    def service(self) -> MemoryService:
+        """The service, asked on every call: it may be down or hang."""
+        service = MemoryService.find(self.settings.service)
+        if not service.answering.wait(self.settings.timeout):
+            raise ProviderUnavailable(f"no answer within {self.settings.timeout:g} seconds")
+        if not service.up:
+            raise ProviderUnavailable("the service is down")
+        for key in self.settings.keys:
+            service.keys.setdefault(key, _Key("wrap"))
+        return service
+
+    def _key(self, service: MemoryService, key: str, purpose: str | None = None) -> _Key:
+        found = service.keys.get(check_key(key))
+        if found is None:
+            raise KeyNotFound(f"no key named {key!r}")
+        if purpose and found.purpose != purpose:
+            raise UnsupportedOperation(f"the key {key!r} does not {purpose}")
+        return found
+
+    def wrap(self, key: str, dek: Dek, context: bytes) -> WrappedKey:
+        """See KeyProvider."""
+        service = self.service
+        version = self._key(service, key, "wrap").versions
+        nonce = os.urandom(_NONCE)
+        cipher = AESGCM(service.secret(key, version))
+        blob = nonce + cipher.encrypt(nonce, dek.view(), context)
+        return WrappedKey(self.backend, key, str(version), MECHANISM, blob)
+
+    def unwrap(self, wrapped: WrappedKey, context: bytes) -> Dek:
+        """See KeyProvider."""
+        service = self.service
+        if wrapped.backend != self.backend:
+            raise WrongKey(f"{wrapped} is not of the backend {self.backend!r}")
+        found = service.keys.get(check_key(wrapped.key))
+        versions = range(1, found.versions + 1) if found else ()
+        version = next((v for v in versions if str(v) == wrapped.version), None)
+        if found is None or version is None:
+            raise WrongKey(f"{wrapped} is not here")
+        if version in found.retired:
+            raise KeyRetired(f"{wrapped} is retired")
+        if wrapped.mechanism != MECHANISM or found.purpose != "wrap":
+            raise UnsupportedOperation(f"{wrapped} does not unwrap {wrapped.mechanism}")
+        if len(wrapped.blob) != _NONCE + DEK_LENGTH + 16 or wrapped.params:
+            raise UnwrapFailed("the wrapped key has not the form of its kind")
+        nonce, sealed = wrapped.blob[:_NONCE], wrapped.blob[_NONCE:]
+        plain = bytearray(DEK_LENGTH)
+        try:
+            AESGCM(service.secret(wrapped.key, version)).decrypt_into(nonce, sealed, context, plain)
+            return Dek(plain)
+        except InvalidTag as error:
+            raise UnwrapFailed("the wrapped key does not authenticate") from error
+        finally:
+            wipe(plain)
+
+    def unwrap_batch(
+        self, items: Sequence[tuple[WrappedKey, bytes]]
+    ) -> Sequence[Dek | ProviderError]:
+        """See SupportsBatchUnwrap."""
+        answers: list[Dek | ProviderError] = []
+        for wrapped, context in items:
+            try:
+                answers.append(self.unwrap(wrapped, context))
+            except ProviderError as error:
+                answers.append(error)
+        return answers
+
+    def check(self, key: str | None = None) -> Health:
+        """See KeyProvider."""
+        try:
+            service = self.service
+            if key is not None:
+                self._key(service, key)
+                if service.keys[key].purpose == "wrap":
+                    with Dek.generate() as dek:
+                        self.unwrap(self.wrap(key, dek, b"check"), b"check").wipe()
+        except KeymgmtError as error:
+            return Health((Finding("service", "failed", str(error), error.hint),))
+        return Health((Finding("service", "ok", f"memory {service.name}"),))
+
+    def _info(self, name: str, key: _Key) -> KeyInfo:
+        kind = next(kind for kind, purpose in self.key_kinds.items() if purpose == key.purpose)
+        states: list[KeyVersion] = []
+        for number in range(1, key.versions + 1):
+            old: Literal["active", "old"] = "active" if number == key.versions else "old"
+            states.append(KeyVersion(str(number), "retired" if number in key.retired else old))
+        return KeyInfo(name, key.purpose, kind, tuple(states))
+
+    def create_key(self, key: str, kind: str, options: Mapping[str, str]) -> KeyInfo:
+        """See SupportsKeyManagement; there are no options."""
+        service = self.service
+        if check_key(key) in service.keys:
+            raise ConfigError(f"the key {key!r} exists")
+        if kind not in self.key_kinds:
+            raise ConfigError(f"no kind {kind!r}", hint=f"kinds: {', '.join(self.key_kinds)}")
+        if options:
+            raise ConfigError(f"no option {next(iter(options))!r}")
+        service.keys[key] = _Key(self.key_kinds[kind])
+        return self._info(key, service.keys[key])
+
+    def list_keys(self) -> list[KeyInfo]:
+        """See SupportsKeyManagement."""
+        return [self._info(name, key) for name, key in sorted(self.service.keys.items())]
+
+    def describe_key(self, key: str) -> KeyInfo:
+        """See SupportsKeyManagement."""
+        return self._info(key, self._key(self.service, key))
+
+    def rotate_key(self, key: str) -> KeyInfo:
+        """See SupportsKeyManagement."""
+        found = self._key(self.service, key)
+        found.versions += 1
+        return self._info(key, found)
+
+    def retire_version(self, key: str, version: str) -> KeyInfo:
+        """See SupportsKeyManagement."""
+        found = self._key(self.service, key)
+        number = next((n for n in range(1, found.versions) if str(n) == version), None)
+        if number is None:
+            raise ConfigError(f"{key}@{version} is no version that can be retired")
+        found.retired.add(number)
+        return self._info(key, found)
+
+    def _signing_key(self, key: str) -> Ed25519PrivateKey:
+        service = self.service
+        version = self._key(service, key, "sign").versions
+        return Ed25519PrivateKey.from_private_bytes(service.secret(key, version))
+
+    def public_key(self, key: str) -> bytes:
+        """See SupportsSigning; Ed25519."""
+        public = self._signing_key(key).public_key()
+        return public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
+    def sign(self, key: str, message: bytes) -> Signature:
+        """See SupportsSigning; Ed25519."""
+        return Signature(self._signing_key(key).sign(message), self.public_key(key))
