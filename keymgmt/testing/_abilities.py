@@ -164,7 +164,7 @@ class AbilityChecks(ContractFixtures):
 
     def test_retiring(self, manager: Any, new_key: NewKey, dek: Dek) -> None:
         """A retired version unwraps no more (KeyRetired), the others still do, and the newest or an
-        unknown one cannot be retired (ConfigError), because retiring is how a key is revoked; look
+        unknown one cannot be retired, because retiring is how a key is revoked; look
         at what retire_version() really switches off in the service.
         """
         name = new_key("wrap")
@@ -191,12 +191,17 @@ class AbilityChecks(ContractFixtures):
             what = f"unwrap() of version {wrapped.version}, which was not retired,"
             got = self.demand.works(partial(manager.unwrap, wrapped, b"c"), what)
             self.demand.same_key(got, dek, what)
-        for what, version in (("newest", others[-1].version), ("unknown", "no-such-version")):
-            self.demand.refused(
-                partial(manager.retire_version, name, version),
-                f"retire_version() of the {what} version",
-                ConfigError,
-            )
+        self.demand.refused(
+            partial(manager.retire_version, name, others[-1].version),
+            "retire_version() of the newest version",
+            ConfigError,
+        )
+        self.demand.refused(
+            partial(manager.retire_version, name, "no-such-version"),
+            "retire_version() of an unknown version",
+            ConfigError,
+            KeyNotFound,
+        )
         got = self.demand.works(partial(manager.unwrap, others[-1], b"c"), "unwrap() afterwards")
         self.demand.same_key(got, dek, "unwrap() of the newest version")
 

@@ -34,7 +34,8 @@ class Demand:
 
     def fail(self, seen: str) -> NoReturn:
         """Fail with what was seen, then what was demanded and where to look."""
-        pytest.fail(f"seen: {seen}\ndemanded: {self.text}", pytrace=False)
+        # Without a cause: the error that was seen is in the sentence.
+        raise pytest.fail.Exception(f"seen: {seen}\ndemanded: {self.text}", False) from None
 
     def that(self, condition: object, seen: str) -> None:
         """Fail with ``seen`` unless ``condition`` holds."""
