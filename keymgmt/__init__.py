@@ -1,5 +1,23 @@
 """Seal models for machines you do not control; open them in memory with a key from any service."""
 
 from keymgmt._config import Config, load_config
+from keymgmt._inspect import Inspection, inspect
+from keymgmt._open import SealedModel
+from keymgmt._open import open_model as open  # noqa: A004 - keymgmt.open, as in gzip and tarfile
+from keymgmt._prove import Verification, unseal, verify
+from keymgmt._seal import seal
+from keymgmt._sign import sign
 
-__all__ = ["Config", "load_config"]
+__all__ = [
+    "Config",
+    "Inspection",
+    "SealedModel",
+    "Verification",
+    "inspect",
+    "load_config",
+    "open",
+    "seal",
+    "sign",
+    "unseal",
+    "verify",
+]

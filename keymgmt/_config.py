@@ -7,12 +7,13 @@ and says so). Nothing else is read from the environment.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import stat
 import threading
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Self
 
@@ -22,6 +23,7 @@ from keymgmt._names import KeyRef, is_key, is_name
 from keymgmt._provider import KeyProvider, Settings
 from keymgmt._registry import load_backend
 from keymgmt._secret import ConfigPath
+from keymgmt._verify import PublicKey
 from keymgmt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,7 +31,15 @@ if TYPE_CHECKING:
 
     from pydantic import BaseModel
 
-__all__ = ["Config", "Policy", "SealDefaults", "find_config", "load_config", "parse_settings"]
+__all__ = [
+    "Config",
+    "Policy",
+    "SealDefaults",
+    "find_config",
+    "load_config",
+    "parse_settings",
+    "use_config",
+]
 
 FILE_NAME: Final = "keymgmt.toml"
 MAX_CONFIG: Final = 1 << 20
@@ -45,6 +55,7 @@ class Policy(Settings):
         names: the only model names that open; empty for any.
         minimum_release: model name -> lowest release that opens; with it, other names are refused.
         remember_releases: file that remembers the highest verified release of each name.
+        recipient_signers: public key files (PEM) of those who vouch for recipient files.
         prefer: providers to ask first, in this order.
     """
 
@@ -55,6 +66,7 @@ class Policy(Settings):
         default_factory=dict
     )
     remember_releases: ConfigPath | None = None
+    recipient_signers: list[str] = Field(default_factory=list)
     prefer: list[str] = Field(default_factory=list)
 
     @model_validator(mode="after")
@@ -163,6 +175,19 @@ class Config:
                 self._made[name] = kind(name, settings)
             return self._made[name]
 
+    def public_key(self, name: str) -> bytes:
+        """A public key file of the config (PEM) as DER; ConfigError where it is none."""
+        file = self._base / Path(name).expanduser()
+        try:
+            return PublicKey.from_pem(file.read_bytes()).der
+        except OSError as error:
+            raise ConfigError(
+                f"cannot read the public key {file}: {error.strerror}",
+                hint="export it with: keymgmt keys export PROVIDER:KEY --format pem",
+            ) from error
+        except ConfigError as error:
+            raise ConfigError(f"the public key {file} is refused: {error}") from error
+
     def _unknown(self, name: str, where: str) -> ConfigError:
         near = difflib.get_close_matches(name, self._tables, n=1)
         known = ", ".join(self._tables) or "none"
@@ -234,6 +259,16 @@ def load_config(path: str | os.PathLike[str] | None = None) -> Config:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{file} is not TOML: {error}") from error
     return Config(data, path=file)
+
+
+@contextlib.contextmanager
+def use_config(keys: Config | str | os.PathLike[str] | None) -> Iterator[Config]:
+    """The config that a verb works with: the caller's own, or one loaded here and closed after."""
+    if isinstance(keys, Config):
+        yield keys
+    else:
+        with load_config(keys) as config:
+            yield config
 
 
 def _refuse_writable(file: Path, info: os.stat_result) -> None:

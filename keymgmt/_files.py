@@ -1,13 +1,24 @@
-"""Writing files so that a reader finds the old content or the new, never half of either."""
+"""Writing files and folders so that a reader finds the old state or the new, never a mixture."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
+import fcntl
 import os
+import re
 import secrets
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
-__all__ = ["replace_file", "sync_directory"]
+__all__ = ["new_directory", "replace_file", "sync_directory"]
+
+_AT_FDCWD: Final = -100
+_RENAME_NOREPLACE: Final = 1
+_RENAME_EXCHANGE: Final = 2
 
 
 def sync_directory(directory: Path) -> None:
@@ -31,7 +42,7 @@ def replace_file(path: Path, content: bytes, *, mode: int = 0o644, exclusive: bo
     Raises:
         OSError: as the system says; the old file is whole and the temporary one is gone.
     """
-    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.tmp")
+    temporary = _temporary(path)
     descriptor = os.open(
         temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode
     )
@@ -49,3 +60,105 @@ def replace_file(path: Path, content: bytes, *, mode: int = 0o644, exclusive: bo
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
     sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def new_directory(target: Path, *, replace: bool = False, mode: int = 0o777) -> Iterator[Path]:
+    """Give a temporary folder beside ``target`` to fill; it becomes ``target`` when all went well.
+
+    On an exception the folder is removed and ``target`` is as it was. What a killed process left
+    for the same target is removed here by the next one.
+
+    Args:
+        target: the folder to be; its parent exists.
+        replace: exchange an existing ``target`` atomically, and remove the old one afterwards.
+        mode: permission bits; the umask may take more away.
+
+    Raises:
+        FileExistsError: ``target`` exists and ``replace`` is false, now or at the end.
+        OSError: as the system says.
+    """
+    if not replace and os.path.lexists(target):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    _remove_abandoned(target)
+    temporary = _temporary(target)
+    temporary.mkdir(mode=mode)
+    lock = _lock(temporary)
+    try:
+        yield temporary
+        _sync_tree(temporary)
+        if replace and os.path.lexists(target):
+            _rename(temporary, target, _RENAME_EXCHANGE)
+        else:
+            _rename(temporary, target, _RENAME_NOREPLACE)
+        sync_directory(target.parent)
+    finally:
+        # After an exchange this name is the old folder; after a plain rename nothing has it.
+        shutil.rmtree(temporary, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _temporary(path: Path) -> Path:
+    # At most 255 bytes in all; a long name is cut at a whole character.
+    stem = path.name.encode()[:200].decode(errors="ignore")
+    return path.with_name(f".{stem}.{secrets.token_hex(8)}.tmp")
+
+
+def _lock(directory: Path) -> int | None:
+    """Lock a folder against removal as abandoned; None if somebody else has it."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_abandoned(target: Path) -> None:
+    stem = target.name.encode()[:200].decode(errors="ignore")
+    pattern = re.compile(rf"\.{re.escape(stem)}\.[0-9a-f]{{16}}\.tmp")
+    for path in target.parent.iterdir():
+        if pattern.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            with contextlib.suppress(OSError):
+                lock = _lock(path)
+                if lock is not None:
+                    shutil.rmtree(path, ignore_errors=True)
+                    os.close(lock)
+
+
+def _sync_tree(directory: Path) -> None:
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            descriptor = os.open(Path(parent) / name, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_directory(Path(parent))
+
+
+def _rename(source: Path, target: Path, flags: int) -> None:
+    """renameat2(2); on a file system that lacks the flags, the nearest that rename(2) can do."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    paths = os.fsencode(source), os.fsencode(target)
+    if libc.renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], flags) == 0:
+        return
+    code = ctypes.get_errno()
+    if code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        raise OSError(code, os.strerror(code), str(target))
+    if flags == _RENAME_EXCHANGE:
+        # Not atomic here: the old folder waits under a third name until the new one is in place.
+        aside = _temporary(target)
+        target.rename(aside)
+        try:
+            source.rename(target)
+        except BaseException:
+            aside.rename(target)
+            raise
+        aside.rename(source)
+    elif os.path.lexists(target):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    else:
+        source.rename(target)

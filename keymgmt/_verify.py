@@ -6,16 +6,18 @@ signature. The algorithms are those of ``SupportsSigning``.
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass, field
 from typing import Final
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, mldsa, padding, rsa
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
 from keymgmt.errors import ConfigError
 
-__all__ = ["algorithm_of", "pre_authentication", "verify_signature"]
+__all__ = ["PublicKey", "algorithm_of", "pre_authentication", "verify_signature"]
 
 _HASHES: Final = {"secp256r1": hashes.SHA256(), "secp384r1": hashes.SHA384()}
 _RSA_BITS: Final = range(2048, 8193)
@@ -73,3 +75,46 @@ def verify_signature(public_key: bytes, message: bytes, signature: bytes) -> boo
     except (InvalidSignature, ValueError):
         return False
     return True
+
+
+@dataclass(frozen=True)
+class PublicKey:
+    """A public key that signatures are checked with, by a person's choice.
+
+    Attributes:
+        der: DER SubjectPublicKeyInfo (RFC 5280).
+    """
+
+    der: bytes = field(repr=False)
+
+    def __post_init__(self) -> None:
+        algorithm_of(self.der)
+
+    @property
+    def algorithm(self) -> str:
+        """What it signs with."""
+        return algorithm_of(self.der)
+
+    @property
+    def id(self) -> str:
+        """SHA-256 of ``der`` in hex."""
+        return hashlib.sha256(self.der).hexdigest()
+
+    @classmethod
+    def from_pem(cls, pem: bytes) -> PublicKey:
+        """Read a PEM ``PUBLIC KEY`` (RFC 7468); ConfigError if it is none that signs here."""
+        try:
+            key = serialization.load_pem_public_key(pem)
+        except (ValueError, UnsupportedAlgorithm) as error:
+            raise ConfigError("not a public key in PEM") from error
+        return cls(
+            key.public_bytes(
+                serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+            )
+        )
+
+    def to_pem(self) -> bytes:
+        """The PEM form."""
+        return serialization.load_der_public_key(self.der).public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )

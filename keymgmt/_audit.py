@@ -1,0 +1,26 @@
+"""The logger ``keymgmt.audit``: one event for each wrap, unwrap, seal, rewrap, sign and load.
+
+An event is one line of ``name=value`` pairs, with the same pairs as a dict in the record's
+attribute ``audit``. No pair is ever secret.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Final
+
+__all__ = ["audit"]
+
+_LOGGER: Final = logging.getLogger("keymgmt.audit")
+
+
+def audit(event: str, *, error: BaseException | None = None, **pairs: object) -> None:
+    """Log one event at INFO, or at WARNING with the class of what went wrong."""
+    outcome = "ok" if error is None else type(error).__name__
+    fields = {"event": event, **pairs, "outcome": outcome}
+    _LOGGER.log(
+        logging.INFO if error is None else logging.WARNING,
+        "%s",
+        " ".join(f"{name}={value}" for name, value in fields.items()),
+        extra={"audit": fields},
+    )

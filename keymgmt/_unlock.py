@@ -1,0 +1,223 @@
+"""From an unlock policy and a config to the data key.
+
+Groups are tried as written, or preferred providers' first. A recipient is matched to providers by
+its backend, never by a name that the file could choose. Every ProviderError moves on to the next
+candidate and is kept; ConfigError, SealedModelError and interrupts stop. Bounded for each open: 64
+attempts that got as far as a key service, one for each distinct blob, a total time, and a provider
+that was unavailable is not asked again.
+"""
+
+from __future__ import annotations
+
+import hmac
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from keymgmt._audit import audit
+from keymgmt._dek import Dek
+from keymgmt.errors import (
+    Attempt,
+    BackendNotInstalled,
+    CannotUnlock,
+    ConfigError,
+    KeymgmtError,
+    ProviderError,
+    ProviderUnavailable,
+    UnwrapFailed,
+    WrongKey,
+)
+from keymgmt.sealed.derive import commitment
+from keymgmt.sealed.keys import Group, recipient_name
+
+if TYPE_CHECKING:
+    from keymgmt._config import Config
+    from keymgmt._provider import KeyProvider, WrappedKey
+    from keymgmt.sealed.keys import UnlockPolicy
+    from keymgmt.sealed.manifest import Manifest
+
+__all__ = ["Unlocker"]
+
+MAX_TRIES: Final = 64
+TIME_LIMIT: Final = 120.0
+
+
+class Unlocker:
+    """One try to open one sealed model with one config; ``attempts`` keeps every reason."""
+
+    def __init__(self, config: Config, manifest: Manifest, policy: UnlockPolicy) -> None:
+        self._config = config
+        self._manifest = manifest
+        self._policy = policy
+        self._deadline = time.monotonic() + TIME_LIMIT
+        self._tries = 0
+        self._unavailable: dict[str, ProviderError] = {}
+        self._failed: dict[tuple[str, bytes], KeymgmtError] = {}
+        self._by_backend: dict[str, list[str]] = {}
+        for name in config.provider_names:
+            self._by_backend.setdefault(config.backend_of(name), []).append(name)
+        self.attempts: list[Attempt] = []
+
+    def unlock(self) -> tuple[Dek, int]:
+        """The data key, and the index of the group that gave it.
+
+        Raises:
+            CannotUnlock: no group opens here, with every reason.
+            ConfigError: the config is wrong.
+            IntegrityError: the policy was changed by somebody without the data key.
+        """
+        for index in self._order():
+            dek = self.open_group(index)
+            if dek is not None:
+                self._policy.check_mac(dek, self._manifest.id)
+                return dek, index
+        hint: str | None
+        if not self._by_backend:
+            hint = "the config has no providers; add one, or make a config with: keymgmt init"
+        else:
+            hint = next((a.error.hint for a in self.attempts if a.error.hint), None)
+        raise CannotUnlock(
+            f"no recipient of {self._manifest.name} opens with this config",
+            attempts=self.attempts,
+            hint=hint,
+        )
+
+    def _order(self) -> Sequence[int]:
+        prefer = self._config.policy.prefer
+        indices = range(len(self._policy.groups))
+        if not prefer:
+            return indices
+        rank = {name: place for place, name in enumerate(prefer)}
+
+        def place(index: int) -> int:
+            # A group is as preferred as the least preferred member that it cannot do without.
+            return max(
+                min(
+                    (rank.get(name, len(rank)) for name in self._candidates(wrapped)),
+                    default=len(rank),
+                )
+                for wrapped in self._policy.groups[index].recipients
+            )
+
+        return sorted(indices, key=place)
+
+    def _candidates(self, wrapped: WrappedKey) -> list[str]:
+        return self._by_backend.get(wrapped.backend, [])
+
+    def open_group(self, index: int) -> Dek | None:
+        """The data key if this group opens here, else None with the reasons in ``attempts``.
+
+        The commitment of the manifest is checked, the MAC of the policy is not.
+        """
+        group = self._policy.groups[index]
+        if not all(self._candidates(wrapped) for wrapped in group.recipients):
+            for member, wrapped in enumerate(group.recipients):
+                if not self._candidates(wrapped):
+                    missing = f"no provider of the backend {wrapped.backend} is configured"
+                    self._note(index, member, group, None, WrongKey(missing))
+            return None
+        shares: list[Dek] = []
+        try:
+            for member in range(len(group.recipients)):
+                share = self._open_member(index, member, group)
+                if share is None:
+                    return None
+                shares.append(share)
+            dek = Dek.join(shares)
+        finally:
+            for share in shares:
+                share.wipe()
+        found = commitment(dek, self._manifest.id)
+        if hmac.compare_digest(found, self._manifest.commitment):
+            return dek
+        dek.wipe()
+        error = UnwrapFailed(
+            "it unwrapped to a key that is not this model's",
+            hint="somebody who is not the sealer made this recipient",
+        )
+        self._note(index, 0, group, None, error)
+        return None
+
+    def _open_member(self, index: int, member: int, group: Group) -> Dek | None:
+        wrapped = group.recipients[member]
+        context = group.context(self._policy.manifest, member)
+        for name in self._candidates(wrapped):
+            try:
+                dek = self._ask(name, wrapped, context)
+            except ProviderError as error:
+                self._note(index, member, group, name, error)
+            else:
+                audit(
+                    "unwrap",
+                    model=self._manifest.id.hex(),
+                    provider=name,
+                    key=wrapped.key,
+                    version=wrapped.version,
+                )
+                return dek
+        return None
+
+    def _ask(self, name: str, wrapped: WrappedKey, context: bytes) -> Dek:
+        if name in self._unavailable:
+            raise self._unavailable[name]
+        if (name, wrapped.blob) in self._failed:
+            raise self._failed[name, wrapped.blob]
+        if self._tries >= MAX_TRIES:
+            raise ProviderError(
+                f"not tried: {MAX_TRIES} recipients were tried before it",
+                hint="name the providers to ask first in [policy] prefer",
+            )
+        if time.monotonic() > self._deadline:
+            raise ProviderUnavailable(f"not tried: {TIME_LIMIT:g} seconds had passed")
+        try:
+            dek: Dek = call_provider(self._config, name, lambda p: p.unwrap(wrapped, context))
+        except ProviderError as error:
+            self._tries += not isinstance(error, WrongKey)
+            if isinstance(error, (ProviderUnavailable, BackendNotInstalled)):
+                self._unavailable[name] = error
+            else:
+                self._failed[name, wrapped.blob] = error
+            raise
+        self._tries += 1
+        return dek
+
+    def _note(
+        self, index: int, member: int, group: Group, name: str | None, error: ProviderError
+    ) -> None:
+        wrapped = group.recipients[member]
+        self.attempts.append(Attempt(index, member, recipient_name(wrapped), name, error))
+        if name is not None and not isinstance(error, WrongKey):
+            audit(
+                "unwrap",
+                error=error,
+                model=self._manifest.id.hex(),
+                provider=name,
+                key=wrapped.key,
+                version=wrapped.version,
+            )
+
+
+def call_provider(config: Config, name: str, call: Any) -> Any:
+    """Run ``call(provider)``; what a plugin lets through is turned into a ProviderError."""
+    try:
+        provider: KeyProvider[Any] = config.provider(name)
+        return call(provider)
+    except KeymgmtError:
+        raise
+    except Exception as error:
+        # Its text could quote anything, so only its class is repeated.
+        raise ProviderError(
+            f"the provider {name} failed with {type(error).__name__}",
+            hint="a backend raises only errors of keymgmt; report this one to its author",
+        ) from error
+
+
+def require(config: Config, name: str, ability: type[Any], what: str) -> Any:
+    """The provider called ``name`` if it has the ability; ConfigError if it has not."""
+    provider = config.provider(name)
+    if not isinstance(provider, ability):
+        raise ConfigError(
+            f"the provider {name} ({config.backend_of(name)}) {what}",
+            hint="see what each backend can do with: keymgmt backends",
+        )
+    return provider

@@ -1,0 +1,179 @@
+"""JSON in one spelling only: RFC 8785, bounded, without duplicate members, floats or surprises.
+
+A reader accepts exactly the bytes that a writer makes, so what was signed or hashed is what was
+read.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+from typing import Any, Final, NoReturn
+
+import rfc8785
+
+from keymgmt.errors import FormatError
+
+__all__ = ["MAX_INTEGER", "Reader", "base64_bytes", "dump", "load"]
+
+MAX_INTEGER: Final = (1 << 53) - 1
+_HEX: Final = re.compile(r"(?:[0-9a-f]{2})*")
+
+
+def dump(value: Any) -> bytes:
+    """Encode as RFC 8785; the value has only objects, arrays, strings, integers and null."""
+    return rfc8785.dumps(value)
+
+
+def load(data: bytes, what: str, limit: int) -> Reader:
+    """Decode one canonical JSON object of at most ``limit`` bytes.
+
+    Args:
+        data: the bytes as read.
+        what: name of the file, for messages.
+        limit: bound in bytes, looked at before anything is parsed.
+
+    Raises:
+        FormatError: too large, not UTF-8, not JSON, not an object, or another spelling.
+    """
+    if len(data) > limit:
+        raise FormatError(f"{what} is larger than {limit} bytes")
+
+    def integer(text: str) -> int:
+        # Length first: the conversion of a long number takes quadratic time.
+        if len(text) > 17 or abs(int(text)) > MAX_INTEGER:
+            raise FormatError(f"{what} holds an integer of 2^53 or more")
+        return int(text)
+
+    def refuse(text: str) -> NoReturn:
+        raise FormatError(f"{what} holds {text[:20]!r}, and only integers are numbers here")
+
+    def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise FormatError(f"{what} has a member twice")
+        return found
+
+    try:
+        value = json.loads(
+            data.decode("utf-8", "strict"),
+            parse_int=integer,
+            parse_float=refuse,
+            parse_constant=refuse,
+            object_pairs_hook=members,
+        )
+        spelled = dump(value)
+    except FormatError:
+        raise
+    except (ValueError, RecursionError, rfc8785.CanonicalizationError) as error:
+        raise FormatError(f"{what} is not JSON: {type(error).__name__}") from error
+    if not isinstance(value, dict):
+        raise FormatError(f"{what} is not a JSON object")
+    if spelled != data:
+        raise FormatError(
+            f"{what} is not in its canonical form (RFC 8785)",
+            hint="it was edited or reformatted; fetch it again as it was published",
+        )
+    return Reader(value, what)
+
+
+def base64_bytes(text: str, what: str) -> bytes:
+    """Decode standard base64 with padding, in its one canonical spelling; else FormatError."""
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise FormatError(f"{what} is not base64") from error
+    if base64.b64encode(data).decode() != text:
+        raise FormatError(f"{what} is not canonical base64")
+    return data
+
+
+class Reader:
+    """Takes members out of one JSON object, each once and of one type; the rest is refused."""
+
+    def __init__(self, value: Any, what: str) -> None:
+        if not isinstance(value, dict):
+            raise FormatError(f"{what} is not a JSON object")
+        self._left: dict[str, Any] = dict(value)
+        self._what = what
+
+    def _take(self, name: str, kind: type[Any], called: str) -> Any:
+        if name not in self._left:
+            raise FormatError(f"{self._what} has no {name}")
+        value = self._left.pop(name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise FormatError(f"{name} in {self._what} is not {called}")
+        return value
+
+    def text(self, name: str, *, limit: int) -> str:
+        """A string of at most ``limit`` characters."""
+        value: str = self._take(name, str, "a string")
+        if len(value) > limit:
+            raise FormatError(f"{name} in {self._what} is longer than {limit} characters")
+        return value
+
+    def text_or_none(self, name: str, *, limit: int) -> str | None:
+        """A string of at most ``limit`` characters, or null."""
+        if name in self._left and self._left[name] is None:
+            del self._left[name]
+            return None
+        return self.text(name, limit=limit)
+
+    def integer(self, name: str, *, least: int = 0, most: int = MAX_INTEGER) -> int:
+        """An integer from ``least`` to ``most``."""
+        value: int = self._take(name, int, "an integer")
+        if not least <= value <= most:
+            raise FormatError(f"{name} in {self._what} is not between {least} and {most}")
+        return value
+
+    def hex(self, name: str, *, length: int) -> bytes:
+        """Exactly ``length`` bytes as lower-case hexadecimal."""
+        value = self.text(name, limit=2 * length)
+        if len(value) != 2 * length or not _HEX.fullmatch(value):
+            raise FormatError(f"{name} in {self._what} is not {length} bytes in lower-case hex")
+        return bytes.fromhex(value)
+
+    def base64(self, name: str, *, limit: int) -> bytes:
+        """At most ``limit`` bytes as canonical base64."""
+        text = self.text(name, limit=(limit + 2) // 3 * 4)
+        return base64_bytes(text, f"{name} in {self._what}")
+
+    def array(self, name: str, *, least: int, most: int) -> list[Any]:
+        """An array of ``least`` to ``most`` elements."""
+        value: list[Any] = self._take(name, list, "an array")
+        if not least <= len(value) <= most:
+            raise FormatError(f"{name} in {self._what} has not {least} to {most} elements")
+        return value
+
+    def texts(self, name: str, *, most: int, key_limit: int, limit: int) -> dict[str, str]:
+        """An object of at most ``most`` strings, each at most ``limit`` characters."""
+        value = self.members(name)
+        if len(value) > most:
+            raise FormatError(f"{name} in {self._what} has more than {most} members")
+        for key, text in value.items():
+            if len(key) > key_limit or not isinstance(text, str) or len(text) > limit:
+                raise FormatError(
+                    f"{name} in {self._what} has a member that is no string of its bounds"
+                )
+        return value
+
+    def members(self, name: str) -> dict[str, Any]:
+        """An object, with nothing said of its members."""
+        value: dict[str, Any] = self._take(name, dict, "an object")
+        return value
+
+    def version(self, expected: str, hint: str) -> None:
+        """The member ``format``, which must equal ``expected``."""
+        value = self.text("format", limit=64)
+        if value != expected:
+            raise FormatError(
+                f"{self._what} has the format {value!r}; this reader knows {expected!r}", hint=hint
+            )
+
+    def end(self) -> None:
+        """Refuse members that nobody took."""
+        if self._left:
+            name = min(self._left)
+            raise FormatError(f"{self._what} has an unknown member: {name[:40]!r}")

@@ -1,0 +1,169 @@
+"""The folder of a sealed model, read through one directory handle.
+
+Only regular files are opened and no symbolic link is followed below the folder itself, so that
+what is looked at is what is in the folder, whoever else writes to the disk meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Self
+
+from keymgmt.errors import FormatError, IntegrityError, SealedModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+    from keymgmt.sealed.manifest import Manifest
+
+__all__ = ["KEYS", "MANIFEST", "PAYLOAD", "SIGNATURES", "SealedFolder", "payload_name"]
+
+MANIFEST: Final = "manifest.json"
+KEYS: Final = "keys.json"
+SIGNATURES: Final = "signatures.json"
+PAYLOAD: Final = "payload"
+_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+# O_NONBLOCK: opening a fifo must not wait for a writer; it changes nothing for a regular file.
+_FILE: Final = _FLAGS | os.O_NONBLOCK | os.O_NOCTTY
+_DIRECTORY: Final = _FLAGS | os.O_DIRECTORY
+
+
+def payload_name(path: str) -> str:
+    """Where the ciphertext of a model's file lies, relative to the folder."""
+    return f"{PAYLOAD}/{path}.floe"
+
+
+class SealedFolder:
+    """An open sealed model's folder; a context manager that closes its handle."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Open the folder; FormatError if there is none or it is no sealed model's."""
+        self.path = Path(path)
+        try:
+            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
+        except NotADirectoryError as error:
+            raise FormatError(
+                f"{self.path} is not a folder",
+                hint="a sealed model is a folder with a manifest.json in it",
+            ) from error
+        except OSError as error:
+            raise SealedModelError(f"cannot open {self.path}: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Close the handle; may be called again."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def descriptor(self) -> int:
+        """The directory handle."""
+        return self._fd
+
+    def read(self, name: str, limit: int, *, optional: bool = False) -> bytes:
+        """Read a small file at the top of the folder, at most ``limit`` bytes.
+
+        Raises:
+            FormatError: missing (unless ``optional``, which gives ``b""``), too large, no file.
+            SealedModelError: the system cannot read it.
+        """
+        try:
+            descriptor = self._open(name)
+        except FileNotFoundError as error:
+            if optional:
+                return b""
+            raise FormatError(
+                f"{self.path} has no {name}", hint="it is no sealed model, or not all of one"
+            ) from error
+        with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123 - a descriptor
+            parts = []
+            left = limit + 1
+            try:
+                while left and (part := file.read(min(left, 1 << 20))):
+                    parts.append(part)
+                    left -= len(part)
+            except OSError as error:
+                raise SealedModelError(f"cannot read {name}: {error.strerror}") from error
+        if not left:
+            raise FormatError(f"{name} is larger than {limit} bytes")
+        return b"".join(parts)
+
+    def open_payload(self, path: str) -> int:
+        """Open the ciphertext of a model's file; the caller closes the descriptor.
+
+        Raises:
+            IntegrityError: it is missing.
+            FormatError: it, or a folder above it, is no regular file or folder.
+        """
+        try:
+            return self._open(payload_name(path))
+        except FileNotFoundError as error:
+            raise IntegrityError(
+                f"{payload_name(path)} is missing", hint="fetch the sealed model again"
+            ) from error
+
+    def _open(self, name: str) -> int:
+        """Open a regular file below the folder, one part of the name at a time."""
+        *parents, last = name.split("/")
+        descriptor = self._fd
+        try:
+            for part in parents:
+                below = os.open(part, _DIRECTORY, dir_fd=descriptor)
+                if descriptor != self._fd:
+                    os.close(descriptor)
+                descriptor = below
+            file = os.open(last, _FILE, dir_fd=descriptor)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            # ELOOP and ENOTDIR: a link or a file where a folder should be. ENXIO: a socket.
+            raise FormatError(f"{name} is not a readable regular file: {error.strerror}") from error
+        finally:
+            if descriptor != self._fd:
+                os.close(descriptor)
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            os.close(file)
+            raise FormatError(f"{name} is not a regular file")
+        return file
+
+    def check_listing(self, manifest: Manifest) -> None:
+        """FormatError where payload/ holds anything that the manifest does not list."""
+        files = {payload_name(entry.path) for entry in manifest.files}
+        folders = {str(parent) for name in files for parent in Path(name).parents}
+        try:
+            for name, is_folder in self._walk(PAYLOAD, self._fd):
+                if name not in (folders if is_folder else files):
+                    raise FormatError(
+                        f"{name[:200]} is not listed in manifest.json",
+                        hint="remove what was added to payload/, or fetch the model again",
+                    )
+        except OSError as error:
+            raise FormatError(f"payload/ is not a readable folder: {error.strerror}") from error
+
+    def _walk(self, name: str, parent: int) -> Iterator[tuple[str, bool]]:
+        # A folder that is not listed ends the walk at once, so depth and count are bounded.
+        descriptor = os.open(name.rpartition("/")[2], _DIRECTORY, dir_fd=parent)
+        try:
+            with os.scandir(descriptor) as entries:
+                for entry in entries:
+                    below = f"{name}/{entry.name}"
+                    is_folder = entry.is_dir(follow_symlinks=False)
+                    yield below, is_folder
+                    if is_folder:
+                        yield from self._walk(below, descriptor)
+        finally:
+            os.close(descriptor)

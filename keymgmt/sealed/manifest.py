@@ -1,0 +1,173 @@
+"""manifest.json: what a sealed model is. Written once; every other file is bound to its hash."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+from keymgmt._names import is_key
+from keymgmt.errors import FormatError
+from keymgmt.sealed.canonical import Reader, dump, load
+from keymgmt.sealed.paths import check_paths
+
+__all__ = ["DIGESTS", "FORMAT", "MAX_MANIFEST", "SEGMENT", "FileEntry", "Manifest", "Profile"]
+
+FORMAT: Final = "keymgmt-sealed/0"
+MAX_MANIFEST: Final = 16 << 20
+MAX_FILES: Final = 16384
+MIN_SEGMENT: Final = 4096
+MAX_SEGMENT: Final = 4 << 20
+SEGMENT: Final = 1 << 20
+
+Profile = Literal["default", "fips"]
+Digest = Literal["blake3", "sha256"]
+DIGESTS: Final[Mapping[Profile, Digest]] = {"default": "blake3", "fips": "sha256"}
+
+_CREATED: Final = re.compile(r"\d{4}-(0\d|1[0-2])-([0-2]\d|3[01])T([01]\d|2[0-3]):[0-5]\d:[0-5]\dZ")
+_KIND: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])?")
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a model: its path, its plain size in bytes, the digest of its ciphertext."""
+
+    path: str
+    size: int
+    digest: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a sealed model is; nothing in it is secret.
+
+    Attributes:
+        id: 16 random bytes that no other sealed model has.
+        name: what a publisher signs for, in the grammar of key names.
+        release: counts up from 0; what guards against rollback.
+        created: when it was sealed, UTC, RFC 3339 with seconds; told, never trusted.
+        profile: ``default`` (digests by BLAKE3) or ``fips`` (by SHA-256).
+        segment_length: bytes of one encrypted FLOE segment, a power of two.
+        commitment: 32 bytes that only this model's data key gives.
+        kind: what the files are, such as ``openvino-ir``.
+        main: path of the file that a loader reads first, or None.
+        files: every file, sorted by path.
+        metadata: at most 64 short strings for people and tools.
+    """
+
+    id: bytes
+    name: str
+    release: int
+    created: str
+    profile: Profile
+    segment_length: int
+    commitment: bytes = field(repr=False)
+    kind: str
+    main: str | None
+    files: tuple[FileEntry, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> Digest:
+        """The hash of the digest trees, which the profile decides."""
+        return DIGESTS[self.profile]
+
+    @property
+    def size(self) -> int:
+        """Plain size of all files together, bytes."""
+        return sum(entry.size for entry in self.files)
+
+    def file(self, path: str) -> FileEntry:
+        """The entry of ``path``; FileNotFoundError if the model has no such file."""
+        for entry in self.files:
+            if entry.path == path:
+                return entry
+        raise FileNotFoundError(f"{path!r} is not in the sealed model {self.name}")
+
+    def to_json(self) -> dict[str, Any]:
+        """The members of manifest.json."""
+        return {
+            "format": FORMAT,
+            "id": self.id.hex(),
+            "name": self.name,
+            "release": self.release,
+            "created": self.created,
+            "profile": self.profile,
+            "segment_length": self.segment_length,
+            "commitment": self.commitment.hex(),
+            "kind": self.kind,
+            "main": self.main,
+            "files": [
+                {"path": entry.path, "size": entry.size, "digest": entry.digest.hex()}
+                for entry in self.files
+            ],
+            "metadata": dict(self.metadata),
+        }
+
+    def to_bytes(self) -> bytes:
+        """The canonical bytes of manifest.json; FormatError if it may not be written."""
+        self._check()
+        data = dump(self.to_json())
+        if len(data) > MAX_MANIFEST:
+            raise FormatError(f"manifest.json would be larger than {MAX_MANIFEST} bytes")
+        return data
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Manifest:
+        """Read manifest.json within its bounds; FormatError where anything is not as SPEC says."""
+        reader = load(data, "manifest.json", MAX_MANIFEST)
+        reader.version(FORMAT, "another version of keymgmt sealed it: upgrade the older of the two")
+        profile = reader.text("profile", limit=32)
+        if profile not in DIGESTS:
+            raise FormatError(
+                f"manifest.json has the unknown profile {profile!r}",
+                hint=f"this reader knows {', '.join(DIGESTS)}",
+            )
+        manifest = cls(
+            id=reader.hex("id", length=16),
+            name=reader.text("name", limit=64),
+            release=reader.integer("release"),
+            created=reader.text("created", limit=20),
+            profile="fips" if profile == "fips" else "default",
+            segment_length=reader.integer("segment_length", least=MIN_SEGMENT, most=MAX_SEGMENT),
+            commitment=reader.hex("commitment", length=32),
+            kind=reader.text("kind", limit=32),
+            main=reader.text_or_none("main", limit=1024),
+            files=tuple(_file(item) for item in reader.array("files", least=1, most=MAX_FILES)),
+            metadata=reader.texts("metadata", most=64, key_limit=64, limit=4096),
+        )
+        reader.end()
+        manifest._check()
+        return manifest
+
+    def _check(self) -> None:
+        if not is_key(self.name):
+            raise FormatError(f"manifest.json has no valid model name: {self.name[:80]!r}")
+        if not _CREATED.fullmatch(self.created):
+            raise FormatError("created in manifest.json is not a UTC time in seconds")
+        if self.segment_length & (self.segment_length - 1):
+            raise FormatError("segment_length in manifest.json is not a power of two")
+        if not _KIND.fullmatch(self.kind):
+            raise FormatError(f"kind in manifest.json is not a short word: {self.kind!r}")
+        paths = [entry.path for entry in self.files]
+        check_paths(paths)
+        if self.main is not None and self.main not in paths:
+            raise FormatError("main in manifest.json is not one of its files")
+
+
+def manifest_hash(data: bytes) -> bytes:
+    """SHA-256 over the bytes of manifest.json, to which keys.json is bound."""
+    return hashlib.sha256(data).digest()
+
+
+def _file(item: Any) -> FileEntry:
+    reader = Reader(item, "a file in manifest.json")
+    entry = FileEntry(
+        path=reader.text("path", limit=1024),
+        size=reader.integer("size"),
+        digest=reader.hex("digest", length=32),
+    )
+    reader.end()
+    return entry
