@@ -1,6 +1,7 @@
 """Seal models for machines you do not control; open them in memory with a key from any service."""
 
 from keymgmt._config import Config, load_config
+from keymgmt._harden import harden
 from keymgmt._inspect import Inspection, inspect
 from keymgmt._open import SealedModel
 from keymgmt._open import open_model as open  # noqa: A004 - keymgmt.open, as in gzip and tarfile
@@ -13,6 +14,7 @@ __all__ = [
     "Inspection",
     "SealedModel",
     "Verification",
+    "harden",
     "inspect",
     "load_config",
     "open",

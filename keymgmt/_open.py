@@ -12,7 +12,7 @@ from keymgmt._config import use_config
 from keymgmt._dek import Dek, wipe
 from keymgmt._releases import remember_release, remembered_release
 from keymgmt._unlock import Unlocker
-from keymgmt.errors import KeymgmtError
+from keymgmt.errors import IntegrityError, KeymgmtError
 from keymgmt.sealed.derive import file_key, payload_aad
 from keymgmt.sealed.payload import PayloadReader
 
@@ -78,7 +78,13 @@ class SealedModel:
             ValueError: the buffer has another length, or the model is closed.
             IntegrityError: damaged or forged; the buffer was wiped.
         """
-        self.reader(path).read_into(buffer, progress)
+        try:
+            self.reader(path).read_into(buffer, progress)
+        except IntegrityError as error:
+            raise IntegrityError(
+                f"{path} of {self.manifest.name}: {error}",
+                hint=error.hint or "it was damaged on its way or changed; fetch it again",
+            ) from error
 
     def read(self, path: str) -> bytearray:
         """Decrypt a whole file into new memory, which the caller may wipe; raises alike."""

@@ -5,7 +5,8 @@
 Other distributions add commands by an entry point of group ``keymgmt.commands``: a name and a
 ``typer.Typer``. It is imported when it is run and never before. Its commands take a
 ``typer.Context`` whose ``obj`` is a ``State``: ``obj.config()`` is the loaded config. They raise
-errors of ``keymgmt.errors``, which are printed here.
+errors of ``keymgmt.errors``, which are printed here, and print with ``console``, ``table``,
+``clean`` and ``print_json``.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from typing import Annotated
 
 import typer
 
-from keymgmt.cli._output import print_error
+from keymgmt.cli._output import clean, console, print_error, print_json, table
 from keymgmt.cli._plugins import CommandGroup
 from keymgmt.cli._state import State
 from keymgmt.errors import KeymgmtError
 
-__all__ = ["State", "app", "main"]
+__all__ = ["State", "app", "clean", "console", "main", "print_json", "table"]
 
 app = typer.Typer(
     cls=CommandGroup,

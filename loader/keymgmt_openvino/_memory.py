@@ -21,6 +21,7 @@ import logging
 import mmap
 import os
 import resource
+import sys
 import threading
 from typing import TYPE_CHECKING, Final
 
@@ -42,6 +43,8 @@ _WORD: Final = ctypes.sizeof(ctypes.c_void_p)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mlock2.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint]
+_libc.write.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+_libc.write.restype = ctypes.c_ssize_t
 _libc.munlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
@@ -86,7 +89,12 @@ class Memory:
 
     def in_use(self) -> bool:
         """Whether anything but this object holds the storage; True where that cannot be known."""
-        return not self.wiped and (not _counting_works() or _use_count(self.tensor) != 1)
+        if self.wiped:
+            return False
+        try:
+            return not _counting_works() or _use_count(self.tensor) != 1
+        except OSError:  # out of descriptors, say: asked again later
+            return True
 
     def wipe(self) -> None:
         """Overwrite with zeros and let go. Only while ``in_use`` is false; may be called again."""
@@ -125,13 +133,15 @@ def private_bytes(size: int) -> Iterator[tuple[bytes, memoryview]]:
 
 
 def _read_word(address: int) -> int:
-    # Through the kernel: a layout other than expected is an error here, never a crash.
-    descriptor = os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)
+    # The kernel copies it: with another layout than expected this is an error, never a crash.
+    reader, writer = os.pipe()
     try:
-        word = os.pread(descriptor, _WORD, address)
+        if _libc.write(writer, address, _WORD) != _WORD:
+            raise OSError(ctypes.get_errno(), "not an address")
+        return int.from_bytes(os.read(reader, _WORD), sys.byteorder)
     finally:
-        os.close(descriptor)
-    return int.from_bytes(word, "little")
+        os.close(reader)
+        os.close(writer)
 
 
 def _use_count(tensor: ov.Tensor) -> int:
