@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from keymgmt.sealed.keys import Wrap
     from keymgmt.sealed.manifest import Profile
 
-__all__ = ["seal", "write_sealed"]
+__all__ = ["seal", "target_exists", "write_sealed"]
 
 Progress = Callable[[int, int], object]
 
@@ -108,7 +108,7 @@ def seal(
                     progress=progress,
                 )
         except FileExistsError as error:
-            raise _exists(output) from error
+            raise target_exists(output) from error
         except FormatError as error:
             # Nothing was read from a sealed model here: what does not fit came as an argument.
             raise ConfigError(f"cannot seal this: {error}", hint=error.hint) from error
@@ -218,11 +218,12 @@ def _check_target(target: Path, *, force: bool) -> None:
     if not os.path.lexists(target):
         return
     if not force:
-        raise _exists(target)
+        raise target_exists(target)
     # --force replaces a sealed model, and never somebody's home directory.
     if target.is_symlink() or not (target / MANIFEST).is_file():
         raise ConfigError(f"{target} exists and is no sealed model, so it is not replaced")
 
 
-def _exists(target: Path) -> ConfigError:
+def target_exists(target: Path) -> ConfigError:
+    """The error for an output that is there already."""
     return ConfigError(f"{target} exists", hint="name another folder, or replace it with --force")

@@ -36,7 +36,10 @@ if TYPE_CHECKING:
     from keymgmt.sealed.keys import UnlockPolicy
     from keymgmt.sealed.manifest import Manifest
 
-__all__ = ["Unlocker"]
+__all__ = ["Answers", "Unlocker", "call_provider", "require"]
+
+# What providers answered ahead, many in one call: (provider, blob, context) -> its answer.
+Answers = dict[tuple[str, bytes, bytes], Dek | ProviderError]
 
 MAX_TRIES: Final = 64
 TIME_LIMIT: Final = 120.0
@@ -45,7 +48,14 @@ TIME_LIMIT: Final = 120.0
 class Unlocker:
     """One try to open one sealed model with one config; ``attempts`` keeps every reason."""
 
-    def __init__(self, config: Config, manifest: Manifest, policy: UnlockPolicy) -> None:
+    def __init__(
+        self,
+        config: Config,
+        manifest: Manifest,
+        policy: UnlockPolicy,
+        answers: Answers | None = None,
+    ) -> None:
+        """Nothing is asked yet; ``answers`` are taken before a provider is asked."""
         self._config = config
         self._manifest = manifest
         self._policy = policy
@@ -56,6 +66,8 @@ class Unlocker:
         self._by_backend: dict[str, list[str]] = {}
         for name in config.provider_names:
             self._by_backend.setdefault(config.backend_of(name), []).append(name)
+        self._answers = answers if answers is not None else {}
+        self._opened: dict[tuple[int, int], str] = {}
         self.attempts: list[Attempt] = []
 
     def unlock(self) -> tuple[Dek, int]:
@@ -147,6 +159,7 @@ class Unlocker:
             except ProviderError as error:
                 self._note(index, member, group, name, error)
             else:
+                self._opened[index, member] = name
                 audit(
                     "unwrap",
                     model=self._manifest.id.hex(),
@@ -156,6 +169,10 @@ class Unlocker:
                 )
                 return dek
         return None
+
+    def providers(self, index: int) -> list[str]:
+        """The names of the providers that opened the members of a group that did open."""
+        return [self._opened[index, m] for m in range(len(self._policy.groups[index].recipients))]
 
     def _ask(self, name: str, wrapped: WrappedKey, context: bytes) -> Dek:
         if name in self._unavailable:
@@ -169,6 +186,10 @@ class Unlocker:
             )
         if time.monotonic() > self._deadline:
             raise ProviderUnavailable(f"not tried: {TIME_LIMIT:g} seconds had passed")
+        if (name, wrapped.blob, context) in self._answers:
+            answer = self._answers.pop((name, wrapped.blob, context))
+            if isinstance(answer, Dek):
+                return answer
         try:
             dek: Dek = call_provider(self._config, name, lambda p: p.unwrap(wrapped, context))
         except ProviderError as error:

@@ -172,13 +172,13 @@ class _Leaves:
 class _Sealer:
     def __init__(
         self,
-        source_fd: int,
+        source: int | PayloadReader,
         target_fd: int,
         layout: _Layout,
         encryptor: FloeEncryptor,
         leaves: _Leaves,
     ) -> None:
-        self._source_fd, self._target_fd = source_fd, target_fd
+        self._source, self._target_fd = source, target_fd
         self._layout, self._encryptor, self._leaves = layout, encryptor, leaves
         length = layout.segment_of(0)[1]
         self._plaintext = memoryview(bytearray(length - OVERHEAD))
@@ -188,7 +188,9 @@ class _Sealer:
         start, length = self._layout.plaintext_of(index)
         plaintext = self._plaintext[:length]
         segment = self._segment[: length + OVERHEAD]
-        if not _read_exactly(self._source_fd, plaintext, start):
+        if isinstance(self._source, PayloadReader):
+            self._source.read_segment_into(index, plaintext)
+        elif not _read_exactly(self._source, plaintext, start):
             raise _changed()
         final = index == self._layout.count - 1
         self._encryptor.encrypt_segment_into(index, final, plaintext, segment)
@@ -207,7 +209,7 @@ def _changed() -> ConfigError:
 
 
 def seal_payload(
-    source_fd: int,
+    source: int | PayloadReader,
     size: int,
     target_fd: int,
     *,
@@ -222,7 +224,8 @@ def seal_payload(
     Memory is two segments per core, whatever the size. The target is not synced.
 
     Args:
-        source_fd: open for reading, a regular file.
+        source: a regular file open for reading, or a payload of the same segment length, whose
+            plaintext then never leaves this function's buffers.
         size: of the source in bytes, as the caller will write it down.
         target_fd: open for writing; left half-written if this raises.
         key: 32 bytes, of this one file.
@@ -236,21 +239,28 @@ def seal_payload(
         OSError: reading or writing failed.
     """
     layout = _Layout(size, segment_length)
-    before = os.fstat(source_fd)
-    if before.st_size != size:
+    before = _state(source)
+    if before is not None and before[0] != size:
         raise _changed()
     with FloeEncryptor(key, aad, FloeParameters(segment_length)) as encryptor:
         leaves = _Leaves(digest, encryptor.header, layout.count)
         _write_exactly(target_fd, memoryview(encryptor.header), 0)
         _on_all_cores(
             layout.count,
-            lambda: _Sealer(source_fd, target_fd, layout, encryptor, leaves),
+            lambda: _Sealer(source, target_fd, layout, encryptor, leaves),
             progress,
         )
-    after = os.fstat(source_fd)
-    if (after.st_size, after.st_mtime_ns) != (size, before.st_mtime_ns):
+    if _state(source) != before:
         raise _changed()
     return leaves.root()
+
+
+def _state(source: int | PayloadReader) -> tuple[int, int] | None:
+    """Size and time of change of a plain file; a payload authenticates itself instead."""
+    if isinstance(source, PayloadReader):
+        return None
+    info = os.fstat(source)
+    return info.st_size, info.st_mtime_ns
 
 
 class _Reader:
