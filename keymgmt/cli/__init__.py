@@ -17,6 +17,7 @@ from typing import Annotated
 
 import typer
 
+from keymgmt.cli import backends, doctor, init, keys
 from keymgmt.cli._output import clean, console, print_error, print_json, table
 from keymgmt.cli._plugins import CommandGroup
 from keymgmt.cli._state import State
@@ -54,7 +55,14 @@ def _keymgmt(
         ),
     ] = None,
     verbose: Annotated[
-        int, typer.Option("--verbose", "-v", count=True, help="Show audit events; -vv debugs.")
+        int,
+        typer.Option(
+            "--verbose",
+            "-v",
+            count=True,
+            show_default=False,
+            help="Show audit events; -vv debugs.",
+        ),
     ] = 0,
     _show_version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
@@ -62,6 +70,12 @@ def _keymgmt(
 ) -> None:
     """Ship models to machines you do not control: sealed at rest, opened in memory."""
     context.obj = State(config, verbose)
+
+
+app.command()(init.init)
+app.command()(backends.backends)
+app.command()(doctor.doctor)
+app.add_typer(keys.app, name="keys")
 
 
 def main() -> None:

@@ -14,12 +14,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from keymgmt.errors import CannotUnlock
+from keymgmt._files import replace_file
+from keymgmt.errors import CannotUnlock, ConfigError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from keymgmt.errors import KeymgmtError
 
-__all__ = ["clean", "console", "print_error", "print_json", "table"]
+__all__ = ["clean", "console", "print_error", "print_json", "table", "write_result"]
 
 _PIPE_WIDTH: Final = 160
 
@@ -72,3 +75,17 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     for row in rows:
         made.add_row(*(Text(clean(cell)) for cell in row))
     return made
+
+
+def write_result(content: bytes, path: Path | None, *, force: bool) -> None:
+    """Write ``content`` to a new file or to stdout; ConfigError where it exists."""
+    if path is None:
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
+        return
+    try:
+        replace_file(path, content, exclusive=not force)
+    except FileExistsError as error:
+        raise ConfigError(f"{path} exists", hint="name another file, or --force") from error
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error

@@ -32,11 +32,11 @@ class State:
         local = Path(FILE_NAME)
         return local if local.is_file() else None
 
-    def config(self) -> Config:
+    def config(self, *, quiet: bool = False) -> Config:
         """Load the config; ConfigError where there is none or it is wrong."""
         if self._config is None:
             path = self.config_path()
-            if path is not None and path != self._path:
+            if path is not None and path != self._path and not quiet:
                 typer.echo(f"using the config ./{path}", err=True)
             self._config = load_config(path)
         return self._config

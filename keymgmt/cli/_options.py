@@ -1,0 +1,96 @@
+"""Options and arguments that several commands share, and what the shell completes for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from keymgmt._config import Config
+from keymgmt._provider import SupportsKeyManagement, within
+from keymgmt.cli._state import State
+from keymgmt.errors import ConfigError, KeymgmtError
+
+__all__ = ["Force", "Group", "Json", "Key", "Provider", "option_pairs"]
+
+_COMPLETION_SECONDS: Final = 2.0
+_ASKS: Final = {"prompt", "keyring"}
+
+
+def _quiet_config(context: typer.Context) -> Config | None:
+    # While completing, no callback has run, and what is wrong is not said.
+    named = context.find_root().params.get("config")
+    try:
+        return State(Path(named) if named else None).config(quiet=True)
+    except KeymgmtError:
+        return None
+
+
+def complete_provider(context: typer.Context, incomplete: str) -> list[str]:
+    """Names of configured providers."""
+    config = _quiet_config(context)
+    names = config.provider_names if config else ()
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def complete_key(context: typer.Context, incomplete: str) -> list[str]:
+    """``provider:key``: providers until the colon, then the keys that the provider lists."""
+    before, plus, last = incomplete.rpartition("+")
+    name, colon, _ = last.partition(":")
+    config = _quiet_config(context)
+    if config is None:
+        return []
+    if not colon:
+        return [f"{before}{plus}{each}:" for each in config.provider_names if each.startswith(last)]
+    try:
+        provider = config.provider(name)
+        # One that would ask the person for a secret is left alone while he types.
+        if not isinstance(provider, SupportsKeyManagement) or _asks(provider.settings.model_dump()):
+            return []
+        found = within(_COMPLETION_SECONDS, f"completion from {name}", provider.list_keys)
+    except KeymgmtError:
+        return []
+    candidates = [f"{before}{plus}{name}:{info.key}" for info in found]
+    return [each for each in candidates if each.startswith(incomplete)]
+
+
+def _asks(settings: object) -> bool:
+    if isinstance(settings, dict):
+        return any((key in _ASKS and value) or _asks(value) for key, value in settings.items())
+    return False
+
+
+def option_pairs(texts: list[str]) -> dict[str, str]:
+    """Read ``NAME=VALUE`` options; ConfigError where one is not that, or comes twice."""
+    pairs: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name or name in pairs:
+            raise ConfigError(f"not an option: {text!r}", hint="write NAME=VALUE, each name once")
+        pairs[name] = value
+    return pairs
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Replace what exists.")]
+Key = Annotated[
+    str,
+    typer.Argument(metavar="PROVIDER:KEY", help="A key.", autocompletion=complete_key),
+]
+Provider = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[PROVIDER]...", help="Providers; else all.", autocompletion=complete_provider
+    ),
+]
+Group = Annotated[
+    list[str],
+    typer.Option(
+        "--to",
+        metavar="GROUP",
+        help="Who opens it: PROVIDER:KEY or @FILE (a recipient file); joined by '+', all of them "
+        "together. Again for another group that opens it alone.",
+        autocompletion=complete_key,
+    ),
+]

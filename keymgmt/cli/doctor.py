@@ -1,0 +1,147 @@
+"""``keymgmt doctor``: look at everything that opening and sealing need, and say what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Final, ParamSpec
+
+import typer
+from rich.text import Text
+
+from keymgmt._config import Config, parse_group
+from keymgmt._names import KeyRef
+from keymgmt._provider import Finding, Health, within
+from keymgmt._verify import algorithm_of
+from keymgmt.cli._options import Json, complete_key
+from keymgmt.cli._output import clean, console, print_json
+from keymgmt.cli._state import State
+from keymgmt.errors import KeymgmtError
+
+__all__ = ["doctor"]
+
+P = ParamSpec("P")
+SECONDS: Final = 60.0
+_MARKS: Final = {
+    "ok": ("ok", "green"),
+    "warning": ("warning", "yellow"),
+    "failed": ("failed", "bold red"),
+    "skipped": ("skipped", "dim"),
+}
+
+
+def doctor(
+    context: typer.Context,
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[PROVIDER|PROVIDER:KEY]...",
+            help="What to look at; else everything in the config.",
+            autocompletion=complete_key,
+        ),
+    ] = None,
+    open_model: Annotated[
+        list[Path] | None,
+        typer.Option("--open", metavar="MODEL.sealed", help="Also open this model."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check the config, every provider and its keys; exit 1 if anything failed."""
+    state: State = context.obj
+    config = state.config()
+    found: list[tuple[str, Finding]] = []
+    out = console()
+    for subject, finding in _look(config, what or [], open_model or []):
+        found.append((subject, finding))
+        if not as_json:
+            mark, style = _MARKS[finding.status]
+            line = f"{subject}: {finding.name}" + (f": {finding.detail}" if finding.detail else "")
+            out.print(Text.assemble((f"{mark:8}", style), clean(line)), soft_wrap=True)
+            if finding.hint and finding.status != "ok":
+                out.print(Text(f"{'':8}hint: {clean(finding.hint)}"), soft_wrap=True)
+    failed = any(finding.status == "failed" for _, finding in found)
+    if as_json:
+        findings = [{"subject": subject, **asdict(finding)} for subject, finding in found]
+        print_json({"ok": not failed, "config": str(config.path), "findings": findings})
+    if failed:
+        raise typer.Exit(1)
+
+
+def _look(config: Config, what: list[str], models: list[Path]) -> Iterator[tuple[str, Finding]]:
+    named = {text.partition(":")[0] for text in what}
+    keys = {str(KeyRef.parse(text)) for text in what if ":" in text}
+    if not what:
+        yield from (("policy", finding) for finding in _policy(config))
+        keys = set(_seal_keys(config))
+    for name in config.provider_names if not what else sorted(named):
+        backend = config.backend_of(name)
+        subject = f"{name} ({backend})"
+        wanted: list[str | None] = [
+            KeyRef.parse(text).key for text in sorted(keys) if text.startswith(f"{name}:")
+        ]
+        for key in wanted or (None,):
+            for finding in _check(config, name, key).findings:
+                yield subject, finding
+    for path in models:
+        yield str(path), _attempt("opens", _open, config, path)
+
+
+def _check(config: Config, name: str, key: str | None) -> Health:
+    what = f"the check of {name}"
+    try:
+        return within(SECONDS, what, lambda: config.provider(name).check(key))
+    except KeymgmtError as error:
+        return Health((Finding("provider", "failed", str(error), error.hint),))
+    except Exception as error:  # noqa: BLE001 - a stranger's backend; the others are still looked at
+        detail = f"{type(error).__name__}: {error}"
+        return Health((Finding("provider", "failed", detail, "report it to the backend's author"),))
+
+
+def _attempt(name: str, call: Callable[P, str], *args: P.args, **more: P.kwargs) -> Finding:
+    try:
+        return Finding(name, "ok", call(*args, **more))
+    except KeymgmtError as error:
+        attempts = getattr(error, "attempts", ())
+        reasons = [f"{each.recipient}: {each.error}" for each in attempts]
+        return Finding(name, "failed", "; ".join([str(error), *reasons]), error.hint)
+
+
+def _open(config: Config, path: Path) -> str:
+    import keymgmt
+
+    with keymgmt.open(path, keys=config) as model:
+        return f"{model.manifest.name}, release {model.manifest.release}"
+
+
+def _policy(config: Config) -> Iterator[Finding]:
+    policy = config.policy
+    yield Finding("config", "ok", str(config.path))
+    if not policy.require_signature:
+        yield Finding(
+            "signatures",
+            "warning",
+            "not required: whoever can wrap to these keys can make a model that opens here",
+            "name publishers under [policy] and remove require_signature = false",
+        )
+    elif not policy.publishers:
+        yield Finding(
+            "signatures",
+            "warning",
+            "required, and no publisher is named: nothing opens",
+            'publishers = { "FILE.pem" = ["MODEL"] } under [policy]',
+        )
+    for file, models in policy.publishers.items():
+        scope = "any model" if "*" in models else ", ".join(models)
+        yield _attempt(f"publisher {file}", _publisher, config, file, scope)
+
+
+def _publisher(config: Config, file: str, scope: str) -> str:
+    return f"{algorithm_of(config.public_key(file))}, may publish {scope}"
+
+
+def _seal_keys(config: Config) -> Iterator[str]:
+    for group in config.seal.to:
+        yield from (member for member in parse_group(group) if not member.startswith("@"))
+    if config.seal.sign:
+        yield str(KeyRef.parse(config.seal.sign))

@@ -1,0 +1,111 @@
+"""``keymgmt init``: a config that is safe from the start."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_der_public_key,
+)
+
+from keymgmt._config import FILE_NAME, Config
+from keymgmt._files import replace_file
+from keymgmt._names import check_key
+from keymgmt._provider import SupportsKeyManagement, SupportsSigning
+from keymgmt.cli._output import clean, console
+from keymgmt.errors import ConfigError, KeyNotFound, ProviderUnavailable
+
+__all__ = ["init", "pem"]
+
+_CONFIG: Final = """\
+# The providers (where keys are), the policy (what may be opened) and how to seal.
+
+[providers.local]
+backend = "file"
+path = "keys"
+
+[policy]
+# Only models that this publisher signed are opened. Instead of "*", name the models it may publish.
+publishers = {{ "{publisher}.pem" = ["*"] }}
+
+[seal]
+to = ["local:{kek}"]
+sign = "local:{publisher}"
+"""
+
+
+def init(
+    directory: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[DIRECTORY]",
+            help="Where to make it; else the user's config directory, where every application "
+            "finds it.",
+        ),
+    ] = None,
+    kek: Annotated[str, typer.Option(metavar="NAME", help="The key that wraps.")] = "models",
+    publisher: Annotated[
+        str, typer.Option(metavar="NAME", help="The key that signs.")
+    ] = "publisher",
+) -> None:
+    """Make a config with a file provider, a key that wraps and one that signs.
+
+    Models that it opens must be signed. Nothing that exists is replaced.
+    """
+    if directory is None:
+        home = os.environ.get("XDG_CONFIG_HOME")
+        directory = (Path(home) if home else Path.home() / ".config") / "keymgmt"
+    content = _CONFIG.format(kek=check_key(kek), publisher=check_key(publisher))
+    if kek == publisher:
+        raise ConfigError("a key has one purpose", hint="give --kek and --publisher two names")
+    path = directory / FILE_NAME
+    if os.path.lexists(path):
+        raise ConfigError(
+            f"there is a config already: {path}", hint="edit it, or name another directory"
+        )
+    table = {"backend": "file", "path": "keys"}
+    with Config({"providers": {"local": table}}, path=path) as config:
+        provider = config.provider("local")
+        if not (
+            isinstance(provider, SupportsKeyManagement) and isinstance(provider, SupportsSigning)
+        ):
+            raise ConfigError("the installed backend 'file' makes no keys")
+        directory.mkdir(parents=True, exist_ok=True)
+        # The config comes last: where it is, everything that it names is there.
+        wraps = _ensure(provider, kek, "wrap")
+        signs = _ensure(provider, publisher, "sign")
+        public = directory / f"{publisher}.pem"
+        replace_file(public, pem(provider.public_key(publisher)))
+    try:
+        replace_file(path, content.encode(), exclusive=True)
+    except FileExistsError as error:
+        raise ConfigError(f"there is a config already: {path}") from error
+    out = console()
+    out.print(f"config     {clean(path)}")
+    out.print(f"key        local:{kek} ({wraps})")
+    out.print(f"publisher  local:{publisher} ({signs}), public part in {clean(public)}")
+    out.print(f"\nBack up {clean(directory / 'keys')}, encrypted: without it, nothing opens again.")
+
+
+def _ensure(provider: SupportsKeyManagement, key: str, purpose: str) -> str:
+    """Make a key unless an earlier, interrupted run made it; returns its kind."""
+    try:
+        info = provider.describe_key(key)
+    except (KeyNotFound, ProviderUnavailable):  # no directory yet
+        kind = next(name for name, use in provider.key_kinds.items() if use == purpose)
+        info = provider.create_key(key, kind, {})
+    if info.purpose != purpose:
+        raise ConfigError(f"the key {key!r} exists and does not {purpose}", hint="name another one")
+    return info.kind
+
+
+def pem(public_key: bytes) -> bytes:
+    """A DER SubjectPublicKeyInfo as PEM (RFC 7468)."""
+    return load_der_public_key(public_key).public_bytes(
+        Encoding.PEM, PublicFormat.SubjectPublicKeyInfo
+    )
