@@ -1,0 +1,302 @@
+"""Looking after Transit keys, and signing with them."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from hvac.exceptions import VaultError
+
+from keymgmt.backend import (
+    ConfigError,
+    KeyInfo,
+    KeyNotFound,
+    KeyVersion,
+    ProviderUnavailable,
+    Signature,
+    UnsupportedOperation,
+)
+from keymgmt_vault._client import text_of
+from keymgmt_vault._mechanisms import KINDS, RSA
+
+if TYPE_CHECKING:
+    from keymgmt_vault._client import Client
+
+__all__ = ["Described", "Keys"]
+
+_ECDSA: Final = {
+    "ecdsa-p256": ("sha2-256", hashes.SHA256()),
+    "ecdsa-p384": ("sha2-384", hashes.SHA384()),
+}
+_PERIOD: Final = re.compile(r"[1-9][0-9]{0,5}[smh]")
+_SIGNATURE: Final = re.compile(r"vault:v([1-9][0-9]{0,8}):([A-Za-z0-9+/]{4,8000}={0,2})")
+_MAX_VERSIONS: Final = 10_000
+
+
+@dataclass(frozen=True)
+class Described:
+    """A Transit key as the server describes it."""
+
+    key: str
+    native: str
+    kind: str
+    purpose: Literal["wrap", "sign"]
+    newest: int
+    oldest: int
+    floor: int
+    versions: Mapping[str, Any]
+    detail: Mapping[str, str]
+
+    @property
+    def wrapping(self) -> tuple[str, ...]:
+        """The kinds that wrap."""
+        return tuple(kind for kind, purpose in KINDS.items() if purpose == "wrap")
+
+    def info(self) -> KeyInfo:
+        """The key in the core's words."""
+        versions = tuple(
+            KeyVersion(
+                str(number),
+                "active" if number == self.newest else "old" if number >= self.floor else "retired",
+                _created(self.versions.get(str(number))),
+            )
+            for number in range(self.oldest, self.newest + 1)
+        )
+        return KeyInfo(self.key, self.purpose, self.kind, versions, self.detail)
+
+    def public_key(self) -> bytes:
+        """The newest version's public key as DER SubjectPublicKeyInfo."""
+        entry = self.versions.get(str(self.newest))
+        text = text_of(entry if isinstance(entry, dict) else {}, "public_key")
+        try:
+            if self.kind == "ed25519":
+                public: Any = Ed25519PublicKey.from_public_bytes(binascii.a2b_base64(text))
+            else:
+                public = serialization.load_pem_public_key(text.encode())
+        except ValueError as error:
+            raise ProviderUnavailable("the server's answer is no public key") from error
+        encoded: bytes = public.public_bytes(
+            serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+        return encoded
+
+
+class Keys:
+    """Transit's key endpoints for one provider; every ``key`` has matched its grammar."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._settings = client.settings
+
+    def read(self, key: str) -> Described:
+        """One key; KeyNotFound if it is not there, UnsupportedOperation if it is no use to us."""
+        native = self._settings.native(key)
+        data = self._client.call(
+            "read",
+            native,
+            lambda: self._client.transit.read_key(native, mount_point=self._settings.mount),
+        )
+        described = self._describe(key, native, data)
+        if described is None:
+            raise UnsupportedOperation(
+                f"the Transit key {native!r} is {str(data.get('type'))[:40]}, or derived, and has "
+                "no use here",
+                hint=f"kinds that have: {', '.join(KINDS)}; not derived",
+            )
+        return described
+
+    def _describe(self, key: str, native: str, data: Mapping[str, Any]) -> Described | None:
+        kind, versions = data.get("type"), data.get("keys")
+        if not isinstance(kind, str) or not isinstance(versions, dict):
+            return None
+        if kind not in KINDS or data.get("derived"):
+            return None
+        newest = _number(data, "latest_version")
+        floor = _number(data, "min_decryption_version")
+        oldest = max(1, int(data.get("min_available_version") or 0))
+        if not oldest <= newest < oldest + _MAX_VERSIONS:
+            raise ProviderUnavailable("the server's answer has no sensible versions")
+        entry = self._settings.keys.get(key)
+        purpose: Literal["wrap", "sign"] = KINDS[kind]
+        if kind in RSA and entry and entry.purpose:
+            purpose = entry.purpose
+        detail = {"transit": f"{self._settings.mount}/{native}"}
+        if data.get("exportable"):
+            detail["exportable"] = "yes: whoever may read transit/export has this key"
+        if data.get("allow_plaintext_backup"):
+            detail["plaintext backup"] = "allowed: whoever may read transit/backup has this key"
+        if data.get("deletion_allowed"):
+            detail["deletion"] = "allowed"
+        if period := data.get("auto_rotate_period"):
+            detail["auto-rotate"] = f"{period} s"
+        return Described(key, native, kind, purpose, newest, oldest, floor, versions, detail)
+
+    def create(self, key: str, kind: str, options: Mapping[str, str]) -> KeyInfo:
+        """Make a key that cannot be exported; ConfigError if there is one."""
+        if kind not in KINDS:
+            raise ConfigError(f"Transit keys are not of kind {kind[:40]!r}", hint=", ".join(KINDS))
+        unknown = set(options) - {"auto-rotate"}
+        period = options.get("auto-rotate")
+        if unknown or (period is not None and not _PERIOD.fullmatch(period)):
+            raise ConfigError(
+                f"no option {min(unknown)!r}" if unknown else f"{period!r} is no period",
+                hint="known: auto-rotate, such as auto-rotate=2160h",
+            )
+        native = self._settings.native(key)
+        with self._client.adapter.operation():
+            # Transit answers success, and changes nothing, where the key exists.
+            try:
+                self.read(key)
+            except KeyNotFound:
+                pass
+            except UnsupportedOperation as error:
+                raise ConfigError(f"there is a Transit key {native!r} already") from error
+            else:
+                raise ConfigError(
+                    f"there is a Transit key {native!r} already",
+                    hint=f"rotate it, or choose another name: keymgmt keys show {key}",
+                )
+            body: dict[str, Any] = {
+                "type": kind,
+                "exportable": False,
+                "allow_plaintext_backup": False,
+                "derived": False,
+            }
+            if period is not None:
+                body["auto_rotate_period"] = period
+            self._write("create", native, "", body)
+            return self.read(key).info()
+
+    def _write(self, verb: str, native: str, rest: str, body: Mapping[str, Any]) -> None:
+        path = f"/v1/{self._settings.mount}/keys/{native}{rest}"
+        self._client.call(
+            verb, native, lambda: self._client.adapter.post(path, json=body, once=True)
+        )
+
+    def list(self) -> list[KeyInfo]:
+        """Every key that we can use, by name; other engines' users may have more."""
+        try:
+            data = self._client.call(
+                "list",
+                "",
+                lambda: self._client.transit.list_keys(mount_point=self._settings.mount),
+            )
+        except KeyNotFound as error:
+            # Transit answers 404, and gives no reason, where there is no key yet.
+            if isinstance(error.__cause__, VaultError) and not error.__cause__.errors:
+                return []
+            raise
+        names = data.get("keys")
+        found = []
+        for native in names if isinstance(names, list) else []:
+            key = self._settings.ours(str(native))
+            if key is None:
+                continue
+            try:
+                found.append(self.read(key).info())
+            except (UnsupportedOperation, KeyNotFound):
+                continue
+        return sorted(found, key=lambda info: info.key)
+
+    def rotate(self, key: str) -> KeyInfo:
+        """Add a version."""
+        with self._client.adapter.operation():
+            before = self.read(key)
+            self._write("rotate", before.native, "/rotate", {})
+            return self.read(key).info()
+
+    def retire(self, key: str, version: str) -> KeyInfo:
+        """Raise ``min_decryption_version`` past the oldest version that is in use."""
+        with self._client.adapter.operation():
+            before = self.read(key)
+            known = {entry.version: entry.state for entry in before.info().versions}
+            if version not in known:
+                raise ConfigError(f"the key {key!r} has no version {version[:40]!r}")
+            if version == str(before.newest):
+                raise ConfigError(
+                    f"version {version} of {key!r} is the newest",
+                    hint=f"rotate first: keymgmt keys rotate {key}",
+                )
+            if known[version] == "retired":
+                return before.info()
+            floor = max(before.floor, before.oldest)
+            if int(version) != floor:
+                raise ConfigError(
+                    f"retiring version {version} would retire those before it too",
+                    hint=f"Transit has only a floor: retire {floor} first",
+                )
+            body = {"min_decryption_version": int(version) + 1}
+            self._write("retire", before.native, "/config", body)
+            return self.read(key).info()
+
+    def signing(self, key: str) -> Described:
+        """A key that signs; UnsupportedOperation for one that wraps."""
+        described = self.read(key)
+        if described.purpose != "sign":
+            raise UnsupportedOperation(
+                f"the key {key!r} is {described.kind} and wraps; it does not sign",
+                hint=f'an RSA key signs where the config says so: [...keys.{key}] purpose = "sign"'
+                if described.kind in RSA
+                else "a key that signs is of kind ed25519, ecdsa-p256 or ecdsa-p384",
+            )
+        return described
+
+    def sign(self, key: str, message: bytes) -> Signature:
+        """Sign with the version whose public key is returned with it."""
+        with self._client.adapter.operation():
+            described = self.signing(key)
+            public = described.public_key()
+            data = self._client.call(
+                "sign",
+                described.native,
+                lambda: self._client.transit.sign_data(
+                    described.native,
+                    key_version=described.newest,
+                    mount_point=self._settings.mount,
+                    **_algorithm(described.kind, message),
+                ),
+            )
+        match = _SIGNATURE.fullmatch(text_of(data, "signature"))
+        if match is None or int(match[1]) != described.newest:
+            raise ProviderUnavailable("the server's answer is no signature of the newest version")
+        return Signature(binascii.a2b_base64(match[2]), public)
+
+
+def _algorithm(kind: str, message: bytes) -> dict[str, Any]:
+    if kind == "ed25519":
+        return {"hash_input": base64.b64encode(message).decode()}
+    name, algorithm = _ECDSA.get(kind, ("sha2-256", hashes.SHA256()))
+    digest = hashes.Hash(algorithm)
+    digest.update(message)
+    options: dict[str, Any] = {
+        "hash_input": base64.b64encode(digest.finalize()).decode(),
+        "prehashed": True,
+        "hash_algorithm": name,
+    }
+    if kind in _ECDSA:
+        return options | {"marshaling_algorithm": "asn1"}
+    return options | {"signature_algorithm": "pss", "salt_length": "hash"}
+
+
+def _number(data: Mapping[str, Any], name: str) -> int:
+    value = data.get(name)
+    if not isinstance(value, int) or value < 0:
+        raise ProviderUnavailable(f"the server's answer has no {name}")
+    return value
+
+
+def _created(entry: Any) -> str | None:
+    if isinstance(entry, dict):
+        entry = entry.get("creation_time")
+    if isinstance(entry, int) and 0 < entry < 1 << 40:
+        return datetime.fromtimestamp(entry, UTC).isoformat().replace("+00:00", "Z")
+    if isinstance(entry, str):
+        return entry[:19] + "Z" if re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", entry) else None
+    return None

@@ -1,0 +1,106 @@
+"""VaultProvider keeps the contract of every provider, on a real server."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from keymgmt.testing import Hook, ProviderContract, ProviderFactory
+
+# A token for everything that the contract asks for, and no more.
+POLICY = """
+path "transit/keys" { capabilities = ["list"] }
+path "transit/keys/*" { capabilities = ["create", "read", "update"] }
+path "transit/encrypt/*" { capabilities = ["create", "update"] }
+path "transit/decrypt/*" { capabilities = ["update"] }
+path "transit/sign/*" { capabilities = ["update"] }
+"""
+
+
+@pytest.fixture(scope="module")
+def server(new_bao: Callable[..., Any]) -> Any:
+    bao = new_bao()
+    bao.transit("transit", "model", "other")
+    return bao
+
+
+@pytest.fixture(scope="module")
+def role(server: Any) -> tuple[str, str]:
+    return server.approle(POLICY)
+
+
+class TestVault(ProviderContract):
+    """With AppRole; ``create`` on encrypt, so that only our look stops the upsert trap."""
+
+    @pytest.fixture
+    def provider_factory(
+        self, server: Any, role: tuple[str, str], secret_file: Any
+    ) -> ProviderFactory:
+        return self.factory(server, role[0], role[1], secret_file)
+
+    def factory(self, server: Any, role_id: str, secret_id: str, place: Any) -> ProviderFactory:
+        from keymgmt_vault import VaultProvider, VaultSettings
+
+        settings = VaultSettings.model_validate(
+            {
+                "address": server.address,
+                "ca_file": str(server.authority.ca_file),
+                "auth": {
+                    "method": "approle",
+                    "role_id": place(role_id),
+                    "secret_id": place(secret_id),
+                },
+                "timeout": 4.0,
+                "call_timeout": 2.0,
+            }
+        )
+        return lambda: VaultProvider("site", settings)
+
+    @pytest.fixture
+    def wrap_key(self) -> str:
+        return "model"
+
+    @pytest.fixture
+    def other_wrap_key(self) -> str:
+        return "other"
+
+    @pytest.fixture
+    def denied_factory(self, server: Any, role: tuple[str, str], secret_file: Any) -> Any:
+        return self.factory(server, role[0], "not-the-secret-id", secret_file)
+
+    @pytest.fixture
+    def break_service(self, server: Any) -> Hook:
+        return lambda: server.do("PUT", "sys/seal")
+
+    @pytest.fixture
+    def hang_service(self, server: Any) -> Hook:
+        return lambda: server.send(signal.SIGSTOP)
+
+    @pytest.fixture
+    def heal_service(self, server: Any) -> Iterator[Hook]:
+        def heal() -> None:
+            server.send(signal.SIGCONT)
+            server.unseal()
+            server.wait_active()
+
+        return heal
+
+    @pytest.fixture
+    def expire_login(self, server: Any) -> Hook:
+        return lambda: server.do("PUT", "sys/leases/revoke-prefix/auth/approle/login")
+
+    @pytest.fixture
+    def time_limit(self) -> float:
+        return 4.0
+
+    @pytest.fixture
+    def secret_values(self, server: Any, role: tuple[str, str]) -> list[bytes]:
+        return [role[1].encode(), server.root.encode()]
+
+    @pytest.fixture
+    def place_values(self, server: Any) -> list[str]:
+        return [str(server.port), "127.0.0.1", Path(server.directory).name]
