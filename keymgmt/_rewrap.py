@@ -132,6 +132,11 @@ def rewrap_one(
                 work.refresh()
             work.drop(drop, missing_ok=missing_ok)
             work.add(add)
+            if not work.groups:
+                raise ConfigError(
+                    f"no group that opens {path} would be left, so nobody could ever open it",
+                    hint="delete the folder instead, if that is what is wanted",
+                )
             data = work.new_keys() if work.changed else b""
             if not force and not work.opens_here():
                 raise ConfigError(

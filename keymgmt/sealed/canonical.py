@@ -23,8 +23,11 @@ _HEX: Final = re.compile(r"(?:[0-9a-f]{2})*")
 
 
 def dump(value: Any) -> bytes:
-    """Encode as RFC 8785; the value has only objects, arrays, strings, integers and null."""
-    return rfc8785.dumps(value)
+    """Encode as RFC 8785; FormatError where it has an integer of 2^53 or more, or an odd string."""
+    try:
+        return rfc8785.dumps(value)
+    except (rfc8785.CanonicalizationError, UnicodeError) as error:
+        raise FormatError(f"no canonical JSON: {error}") from error
 
 
 def load(data: bytes, what: str, limit: int) -> Reader:
@@ -67,7 +70,7 @@ def load(data: bytes, what: str, limit: int) -> Reader:
         spelled = dump(value)
     except FormatError:
         raise
-    except (ValueError, RecursionError, rfc8785.CanonicalizationError) as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{what} is not JSON: {type(error).__name__}") from error
     if not isinstance(value, dict):
         raise FormatError(f"{what} is not a JSON object")

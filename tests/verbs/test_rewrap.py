@@ -1,0 +1,297 @@
+"""Rewrap, reseal and usage: keys change, payloads do not, and nothing is lost on the way."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import keymgmt
+from keymgmt import errors
+
+
+def groups(path):
+    return ["+".join(group) for group in keymgmt.inspect(path).groups]
+
+
+def opens(site, path):
+    with keymgmt.open(path, keys=site.config()) as model:
+        assert model.read("model.bin") == (site.plain / "model.bin").read_bytes()
+    return True
+
+
+def test_newest_versions(site, tree_of):
+    path = site.seal("local:a+local:b", "local:c")
+    before = tree_of(path)
+    site.provider.rotate_key("b")
+    done = keymgmt.rewrap(path, keys=site.config())
+    assert done.changed
+    assert groups(path) == ["file:a@1+file:b@2", "file:c@1"]
+    changed = {name for name, content in tree_of(path).items() if content != before[name]}
+    assert changed == {"keys.json"}
+    assert opens(site, path)
+    site.provider.retire_version("b", "1")
+    assert opens(site, path)
+
+
+def test_doing_it_again_changes_nothing(site, tree_of):
+    path = site.seal("local:a")
+    site.provider.rotate_key("a")
+    keymgmt.rewrap(path, keys=site.config(), add=["local:b"])
+    keymgmt.rewrap(path, keys=site.config())
+    before = tree_of(path)
+    assert not keymgmt.rewrap(path, keys=site.config()).changed
+    assert not keymgmt.rewrap(path, keys=site.config(), add=["local:b"]).changed
+    assert tree_of(path) == before
+
+
+def test_a_new_member_makes_fresh_shares_for_the_whole_group(site):
+    path = site.seal("local:a+local:b")
+    old = keymgmt.sealed.keys.UnlockPolicy.from_bytes((path / "keys.json").read_bytes())
+    site.provider.rotate_key("b")
+    keymgmt.rewrap(path, keys=site.config())
+    new = keymgmt.sealed.keys.UnlockPolicy.from_bytes((path / "keys.json").read_bytes())
+    assert old.groups[0].nonce != new.groups[0].nonce
+    provider = site.provider
+    for member in range(2):
+        before = provider.unwrap(
+            old.groups[0].recipients[member], old.groups[0].context(old.manifest, member)
+        )
+        after = provider.unwrap(
+            new.groups[0].recipients[member], new.groups[0].context(new.manifest, member)
+        )
+        assert before != after
+
+
+def test_dry_run_writes_nothing(site, tree_of):
+    path = site.seal()
+    before = tree_of(path)
+    assert keymgmt.rewrap(path, keys=site.config(), add=["local:b"], dry_run=True).changed
+    assert tree_of(path) == before
+
+
+def test_add_and_drop(site):
+    path = site.seal("local:a")
+    done = keymgmt.rewrap(path, keys=site.config(), add=["local:b"], drop=["file:a"])
+    assert [(state.group, state.change) for state in done.groups] == [
+        ("file:a@1", "dropped"),
+        ("file:b@1", "added"),
+    ]
+    assert groups(path) == ["file:b@1"]
+    assert opens(site, path)
+
+
+def test_the_last_group_that_opens_here_goes_only_by_force(site):
+    path = site.seal("local:a", "local:b")
+    away = site.root / "b.away"
+    file = next(f for f in (site.root / "keys").iterdir() if f.name.split(".")[0] == "b")
+    file.rename(away)
+    with pytest.raises(errors.ConfigError, match="no group that opens here"):
+        keymgmt.rewrap(path, keys=site.config(), drop=["file:a"])
+    keymgmt.rewrap(path, keys=site.config(), drop=["file:a"], force=True)
+    away.rename(file)
+    assert groups(path) == ["file:b@1"]
+    assert opens(site, path)
+
+
+@pytest.mark.parametrize(
+    ("drop", "says"),
+    [
+        ("file:a", "one member of the group"),
+        ("file:zz", "no group"),
+        ("file:a@1+file:b@1", "nobody could ever open it"),
+    ],
+)
+def test_what_cannot_be_dropped(site, tree_of, drop, says):
+    path = site.seal("local:a+local:b")
+    before = tree_of(path)
+    with pytest.raises(errors.ConfigError, match=says) as caught:
+        keymgmt.rewrap(path, keys=site.config(), drop=[drop])
+    assert caught.value.hint
+    assert tree_of(path) == before
+
+
+def test_rewrap_never_wraps_to_a_recipient_that_was_added(site, tree_of):
+    path, other = site.seal(), site.seal("local:b", target="n.sealed")
+    from keymgmt.sealed.keys import UnlockPolicy
+
+    policy = UnlockPolicy.from_bytes((path / "keys.json").read_bytes())
+    foreign = UnlockPolicy.from_bytes((other / "keys.json").read_bytes())
+    forged = UnlockPolicy(policy.manifest, policy.groups + foreign.groups, policy.mac)
+    (path / "keys.json").write_bytes(forged.to_bytes())
+    before = tree_of(path)
+    with pytest.raises(errors.IntegrityError):
+        keymgmt.rewrap(path, keys=site.config(), add=["local:c"])
+    assert tree_of(path) == before
+
+
+def test_a_group_that_does_not_open_here_is_kept(site, tmp_path):
+    path = site.seal("local:a", "local:b")
+    (site.root / "keys" / "hidden").mkdir()
+    file = next(f for f in (site.root / "keys").iterdir() if f.name.split(".")[0] == "b")
+    file.rename(site.root / "b.away")
+    (site.root / "keys" / "hidden").rmdir()
+    site.provider.rotate_key("a")
+    done = keymgmt.rewrap(path, keys=site.config())
+    assert [(s.group, s.change, s.tested) for s in done.groups] == [
+        ("file:a@2", "rewrapped", True),
+        ("file:b@1", "kept", False),
+    ]
+    (site.root / "b.away").rename(file)
+    (site.root / "keys" / "a.json").unlink(missing_ok=True)
+    assert groups(path) == ["file:a@2", "file:b@1"]
+
+
+def _rewrap_in_process(root, path, add):
+    from keymgmt import Config
+
+    data = {
+        "providers": {"local": {"backend": "file", "path": f"{root}/keys"}},
+        "policy": {"publishers": {"pub.pem": ["*"]}},
+    }
+    keymgmt.rewrap(path, keys=Config(data, path=Path(root) / "keymgmt.toml"), add=[add])
+
+
+def test_two_rewraps_at_once_lose_nothing(site):
+    path = site.seal("local:a")
+    spawn = multiprocessing.get_context("spawn")
+    processes = [
+        spawn.Process(target=_rewrap_in_process, args=(str(site.root), str(path), key))
+        for key in ("local:b", "local:c")
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert sorted(groups(path)) == ["file:a@1", "file:b@1", "file:c@1"]
+    assert opens(site, path)
+
+
+def test_killed_rewraps_leave_the_old_state_or_the_new(site, tmp_path):
+    path = site.seal("local:a")
+    config = tmp_path / "keymgmt.toml"
+    config.write_text(
+        f'[providers.local]\nbackend = "file"\npath = "{site.root}/keys"\n'
+        '[policy]\npublishers = { "pub.pem" = ["*"] }\n'
+    )
+    script = tmp_path / "rewrap.py"
+    script.write_text(
+        "import os, signal, sys, keymgmt\n"
+        "calls = int(sys.argv[1])\n"
+        "def counted(real):\n"
+        "    def call(*arguments, **options):\n"
+        "        global calls\n"
+        "        calls -= 1\n"
+        "        if calls < 0: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        return real(*arguments, **options)\n"
+        "    return call\n"
+        "os.fsync = counted(os.fsync)\n"
+        "os.open = counted(os.open)\n"
+        "os.replace = counted(os.replace)\n"
+        f"keymgmt.rewrap({str(path)!r}, keys={str(config)!r}, add=['local:b'])\n"
+    )
+    codes = []
+    for calls in range(0, 40, 3):
+        done = subprocess.run(
+            [sys.executable, script, str(calls)], capture_output=True, check=False
+        )
+        codes.append(done.returncode)
+        assert opens(site, path)
+        assert groups(path)[0] == "file:a@1"
+        if done.returncode == 0:
+            break
+    assert -signal.SIGKILL in codes
+    assert codes[-1] == 0
+    assert groups(path) == ["file:a@1", "file:b@1"]
+
+
+@pytest.fixture
+def tree(site):
+    for number in range(5):
+        site.seal("local:a", target=f"tree{number}.sealed")
+    folder = site.root / "tree"
+    folder.mkdir()
+    for number in range(5):
+        below = folder / f"d{number % 2}"
+        below.mkdir(exist_ok=True)
+        (site.root / f"tree{number}.sealed").rename(below / f"m{number}.sealed")
+    (folder / "loop").symlink_to(folder)
+    return folder
+
+
+def test_a_tree(site, tree):
+    (tree / "d0" / "m0.sealed" / "keys.json").write_bytes(b"{}")
+    site.provider.rotate_key("a")
+    done = list(keymgmt.rewrap_tree(tree, keys=site.config()))
+    failures = [item for item in done if isinstance(item, keymgmt.Failure)]
+    assert [Path(item.path).name for item in failures] == ["m0.sealed"]
+    assert sum(isinstance(item, keymgmt.Rewrapped) and item.changed for item in done) == 4
+    again = list(keymgmt.rewrap_tree(tree, keys=site.config()))
+    assert not any(isinstance(item, keymgmt.Rewrapped) and item.changed for item in again)
+
+
+def test_usage_of_a_tree(site, tree):
+    keymgmt.rewrap(tree / "d0" / "m0.sealed", keys=site.config(), add=["local:b"])
+    found = keymgmt.usage(tree)
+    assert found.models == 5
+    assert found.of("file", "a", "1").opens == 5
+    assert len(found.of("file", "a", "1").only_way_into) == 4
+    assert found.of("file", "b", "1").only_way_into == []
+    assert found.of("file", "a", "2") is None
+    assert found.to_json()["complete"] is True
+
+
+def test_usage_says_what_it_could_not_read(site, tree):
+    (tree / "d0" / "m0.sealed" / "manifest.json").write_bytes(b"{}")
+    found = keymgmt.usage(tree)
+    assert found.models == 4
+    assert found.to_json()["complete"] is False
+    assert keymgmt.usage(site.root / "nowhere").to_json()["complete"] is False
+
+
+def test_reseal_is_a_new_model(site):
+    path = site.seal("local:a", "local:b", name="minilm", release=4)
+    old = keymgmt.inspect(path).manifest
+    keymgmt.reseal(path, to=["local:c"], keys=site.config())
+    new = keymgmt.inspect(path)
+    assert (new.manifest.name, new.manifest.release) == ("minilm", 4)
+    assert new.manifest.id != old.id
+    assert new.manifest.commitment != old.commitment
+    assert [list(group) for group in new.groups] == [["file:c@1"]]
+    assert opens(site, path)
+    assert not [p.name for p in site.root.iterdir() if p.name.endswith(".tmp")]
+
+
+def test_reseal_of_a_damaged_model_keeps_it(site, tree_of):
+    path = site.seal()
+    payload = path / "payload" / "model.bin.floe"
+    payload.write_bytes(payload.read_bytes()[:-1] + b"\0")
+    before = tree_of(path)
+    with pytest.raises(errors.IntegrityError):
+        keymgmt.reseal(path, to=["local:b"], keys=site.config())
+    assert tree_of(path) == before
+    assert not [p.name for p in site.root.iterdir() if p.name.endswith(".tmp")]
+
+
+def test_reseal_without_a_signer_where_signatures_are_required(site):
+    path = site.seal()
+    config = site.config()
+    config.seal.__dict__["sign"] = None
+    with pytest.raises(errors.ConfigError, match="no key to sign with"):
+        keymgmt.reseal(path, to=["local:b"], keys=config)
+
+
+def test_an_unreadable_folder_in_a_tree(site, tree):
+    if os.geteuid() == 0:
+        pytest.skip("root reads every folder")
+    (tree / "d1").chmod(0)
+    try:
+        assert keymgmt.usage(tree).to_json()["complete"] is False
+    finally:
+        (tree / "d1").chmod(0o755)
