@@ -252,16 +252,18 @@ class AbilityChecks(ContractFixtures):
 
     # Offline recipients.
 
-    def test_offline_recipient(self, provider: KeyProvider[Any], wrap_key: str, dek: Dek) -> None:
+    def test_offline_recipient(
+        self, provider: KeyProvider[Any], recipient_key: str, dek: Dek
+    ) -> None:
         """What anybody wraps to the exported public key, with the core alone, opens in the
         provider with that context and no other, because build machines do not reach the device;
         look at export_recipient() and at the mechanism that unwrap() allows.
         """
         if not isinstance(provider, SupportsOfflineRecipients):
             self.skip("this provider does not claim SupportsOfflineRecipients")
-        recipient = self.demand.works(partial(provider.export_recipient, wrap_key), "export")
+        recipient = self.demand.works(partial(provider.export_recipient, recipient_key), "export")
         self.demand.that(
-            (recipient.backend, recipient.key) == (provider.backend, wrap_key),
+            (recipient.backend, recipient.key) == (provider.backend, recipient_key),
             f"the recipient is {recipient}",
         )
         again = Recipient.from_bytes(recipient.to_bytes())

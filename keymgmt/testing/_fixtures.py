@@ -52,6 +52,11 @@ class ContractFixtures:
         return new_key("wrap")
 
     @pytest.fixture
+    def recipient_key(self, wrap_key: str) -> str:
+        """Return the name of a KEK with a public part; another one where ``wrap_key`` has none."""
+        return wrap_key
+
+    @pytest.fixture
     def signing_key(self, request: pytest.FixtureRequest) -> str:
         """Return the name of a signing key; made where the provider manages keys."""
         new_key: NewKey = request.getfixturevalue("new_key")

@@ -1,0 +1,80 @@
+"""The file backend keeps the contract: with symmetric keys, with HPKE keys, and when locked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from keymgmt_file import FileProvider
+
+from keymgmt.testing import Hook, ProviderContract, ProviderFactory
+
+Open = Callable[..., FileProvider]
+PASSPHRASE = "correct horse battery staple"
+
+
+class FileContract(ProviderContract):
+    """What all of them share: the service is a directory, which may be moved away."""
+
+    kind = "aes256"
+
+    @pytest.fixture
+    def provider_factory(self, open_store: Open) -> ProviderFactory:
+        return open_store
+
+    @pytest.fixture
+    def wrap_key(self, provider_factory: ProviderFactory) -> str:
+        files = provider_factory()
+        assert isinstance(files, FileProvider)
+        files.create_key("kit", self.kind, {})
+        files.close()
+        return "kit"
+
+    @pytest.fixture
+    def break_service(self, path: Path) -> Hook:
+        return lambda: path.rename(path.with_name("unplugged")) and None
+
+    @pytest.fixture
+    def heal_service(self, path: Path) -> Hook:
+        def heal() -> None:
+            if not path.exists():
+                path.with_name("unplugged").rename(path)
+
+        return heal
+
+
+class TestFile(FileContract):
+    """Symmetric keys."""
+
+    @pytest.fixture
+    def secret_values(self, wrap_key: str, path: Path) -> Sequence[bytes]:
+        return ()
+
+
+class TestFileP256(FileContract):
+    kind = "hpke-p256"
+
+
+class TestFileX25519(FileContract):
+    kind = "hpke-x25519"
+
+
+class TestFileHybrid(FileContract):
+    kind = "hpke-mlkem768-x25519"
+
+
+class TestFileLocked(FileContract):
+    """Key files under a passphrase."""
+
+    @pytest.fixture
+    def provider_factory(self, open_store: Open) -> ProviderFactory:
+        return lambda: open_store(PASSPHRASE)
+
+    @pytest.fixture
+    def denied_factory(self, open_store: Open) -> ProviderFactory:
+        return lambda: open_store("another passphrase")
+
+    @pytest.fixture
+    def secret_values(self) -> Sequence[bytes]:
+        return [PASSPHRASE.encode()]
