@@ -327,11 +327,15 @@ def test_a_file_of_any_size_is_bounded(files: FileProvider, path: Path) -> None:
 
 def test_a_directory_that_is_missing(files: FileProvider, path: Path) -> None:
     assert files.list_keys() == []
-    assert files.check().ok
+    assert not files.check().ok
     with pytest.raises(ProviderUnavailable, match="does not exist") as caught:
         files.wrap("release", Dek.generate(), b"")
     assert "keymgmt keys create" in str(caught.value.hint)
     assert not path.exists()
+    path.mkdir(mode=0o700)
+    (finding,) = files.check().findings
+    assert finding.status == "warning"
+    path.rmdir()
     path.write_text("a file")
     with pytest.raises(ProviderUnavailable):
         files.create_key("release", "aes256", {})

@@ -11,17 +11,18 @@ from keymgmt_file import FileProvider
 from keymgmt.testing import Hook, ProviderContract, ProviderFactory
 
 Open = Callable[..., FileProvider]
-PASSPHRASE = "correct horse battery staple"
 
 
 class FileContract(ProviderContract):
     """What all of them share: the service is a directory, which may be moved away."""
 
     kind = "aes256"
+    passphrase: str | None = None
 
     @pytest.fixture
-    def provider_factory(self, open_store: Open) -> ProviderFactory:
-        return open_store
+    def provider_factory(self, open_store: Open, path: Path) -> ProviderFactory:
+        path.mkdir(mode=0o700)
+        return lambda: open_store(self.passphrase)
 
     @pytest.fixture
     def wrap_key(self, provider_factory: ProviderFactory) -> str:
@@ -30,6 +31,14 @@ class FileContract(ProviderContract):
         files.create_key("kit", self.kind, {})
         files.close()
         return "kit"
+
+    @pytest.fixture
+    def recipient_key(self, provider_factory: ProviderFactory) -> str:
+        files = provider_factory()
+        assert isinstance(files, FileProvider)
+        files.create_key("kit-device", "hpke-x25519" if self.kind == "aes256" else self.kind, {})
+        files.close()
+        return "kit-device"
 
     @pytest.fixture
     def break_service(self, path: Path) -> Hook:
@@ -47,10 +56,6 @@ class FileContract(ProviderContract):
 class TestFile(FileContract):
     """Symmetric keys."""
 
-    @pytest.fixture
-    def secret_values(self, wrap_key: str, path: Path) -> Sequence[bytes]:
-        return ()
-
 
 class TestFileP256(FileContract):
     kind = "hpke-p256"
@@ -67,9 +72,7 @@ class TestFileHybrid(FileContract):
 class TestFileLocked(FileContract):
     """Key files under a passphrase."""
 
-    @pytest.fixture
-    def provider_factory(self, open_store: Open) -> ProviderFactory:
-        return lambda: open_store(PASSPHRASE)
+    passphrase = "correct horse battery staple"
 
     @pytest.fixture
     def denied_factory(self, open_store: Open) -> ProviderFactory:
@@ -77,4 +80,4 @@ class TestFileLocked(FileContract):
 
     @pytest.fixture
     def secret_values(self) -> Sequence[bytes]:
-        return [PASSPHRASE.encode()]
+        return [b"correct horse battery staple"]

@@ -263,10 +263,10 @@ class FileProvider(
 
     def _look(self) -> Finding:
         path, name = self._store.path, "key directory"
-        if not self._store.names():
+        states = self._store.locked_keys().values()
+        if not states:
             make = f"make one with: keymgmt keys create {self.name}:KEY"
             return Finding(name, "warning", f"{path}: no keys yet", make)
-        states = self._store.locked_keys().values()
         detail = f"{path}: private, {len(states)} keys, {sum(states)} locked with a passphrase"
         if not all(states) and self._store.passphrase.configured:
             lock = f"lock the others with: keymgmt file lock {self.name}"
