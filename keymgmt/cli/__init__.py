@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from keymgmt.cli import backends, doctor, init, keys
+from keymgmt.cli import backends, doctor, init, inspect, keys, rewrap, seal
 from keymgmt.cli._output import clean, console, print_error, print_json, table
 from keymgmt.cli._plugins import CommandGroup
 from keymgmt.cli._state import State
@@ -75,6 +75,16 @@ def _keymgmt(
 app.command()(init.init)
 app.command()(backends.backends)
 app.command()(doctor.doctor)
+for command in (
+    seal.seal,
+    inspect.inspect,
+    inspect.verify,
+    seal.unseal,
+    seal.sign,
+    rewrap.rewrap,
+    rewrap.reseal,
+):
+    app.command()(command)
 app.add_typer(keys.app, name="keys")
 
 

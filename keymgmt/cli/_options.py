@@ -12,7 +12,20 @@ from keymgmt._provider import SupportsKeyManagement, within
 from keymgmt.cli._state import State
 from keymgmt.errors import ConfigError, KeymgmtError
 
-__all__ = ["Force", "Group", "Json", "Key", "Provider", "option_pairs"]
+__all__ = [
+    "Fingerprint",
+    "Force",
+    "Group",
+    "Json",
+    "Key",
+    "Model",
+    "Name",
+    "Provider",
+    "Sign",
+    "complete_key",
+    "complete_provider",
+    "option_pairs",
+]
 
 _COMPLETION_SECONDS: Final = 2.0
 _ASKS: Final = {"prompt", "keyring"}
@@ -84,13 +97,35 @@ Provider = Annotated[
         metavar="[PROVIDER]...", help="Providers; else all.", autocompletion=complete_provider
     ),
 ]
+Model = Annotated[Path, typer.Argument(metavar="MODEL.sealed", help="A sealed model.")]
+Name = Annotated[
+    str | None, typer.Option("--name", metavar="NAME", help="Refuse a model of another name.")
+]
 Group = Annotated[
-    list[str],
+    list[str] | None,
     typer.Option(
         "--to",
         metavar="GROUP",
         help="Who opens it: PROVIDER:KEY or @FILE (a recipient file); joined by '+', all of them "
         "together. Again for another group that opens it alone.",
         autocompletion=complete_key,
+    ),
+]
+
+Sign = Annotated[
+    str | None,
+    typer.Option(
+        "--sign",
+        metavar="PROVIDER:KEY",
+        help="The publisher's key; else that of the config.",
+        autocompletion=complete_key,
+    ),
+]
+Fingerprint = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--fingerprint",
+        metavar="HEX",
+        help="Of a recipient file that no trusted signer vouches for; may come again.",
     ),
 ]

@@ -5,12 +5,23 @@ Names come from files that others wrote, so a control character never reaches th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -20,11 +31,24 @@ from keymgmt.errors import CannotUnlock, ConfigError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from keymgmt._provider import Finding
     from keymgmt.errors import KeymgmtError
 
-__all__ = ["clean", "console", "print_error", "print_json", "table", "write_result"]
+__all__ = [
+    "clean",
+    "console",
+    "counter",
+    "print_error",
+    "print_finding",
+    "print_json",
+    "progress",
+    "table",
+    "write_result",
+]
 
 _PIPE_WIDTH: Final = 160
+_STYLES: Final = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "dim"}
+_LINE_SECONDS: Final = 10.0
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -60,6 +84,64 @@ def print_error(error: KeymgmtError) -> None:
         out.print(table(["group", "recipient", "provider", "error", "reason"], rows))
     if error.hint:
         out.print(Text.assemble(("hint: ", "bold cyan"), clean(error.hint)), soft_wrap=True)
+
+
+def print_finding(subject: str, finding: Finding) -> None:
+    """Print one finding of a check, and the way out where it is not well."""
+    out = console()
+    line = subject + (f": {finding.detail}" if finding.detail else "")
+    style = _STYLES[finding.status]
+    out.print(Text.assemble((f"{finding.status:8}", style), clean(line)), soft_wrap=True)
+    if finding.hint and finding.status != "ok":
+        out.print(f"{'':8}hint: {clean(finding.hint)}", soft_wrap=True)
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], object]]:
+    """Show bytes done of bytes in all on stderr: a bar on a terminal, now and then a line else."""
+    out = console(stderr=True)
+    if not out.is_terminal:
+        last = time.monotonic()
+
+        def line(done: int, total: int) -> None:
+            nonlocal last
+            if time.monotonic() - last >= _LINE_SECONDS:
+                last = time.monotonic()
+                share = 100 * done // total if total else 100
+                out.print(f"{what}: {share} % of {decimal(total)}")
+
+        yield line
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=out, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def counter(what: str) -> Iterator[Callable[[], object]]:
+    """Count things whose number is not known on stderr: a spinner on a terminal, lines else."""
+    out = console(stderr=True)
+    count, last = 0, time.monotonic()
+    spinner = out.status(what) if out.is_terminal else None
+
+    def tick() -> None:
+        nonlocal count, last
+        count += 1
+        if spinner is not None:
+            spinner.update(f"{what}: {count}")
+        elif time.monotonic() - last >= _LINE_SECONDS:
+            last = time.monotonic()
+            out.print(f"{what}: {count}")
+
+    with spinner or contextlib.nullcontext():
+        yield tick
 
 
 def print_json(value: Any) -> None:

@@ -20,6 +20,8 @@ class State:
     def __init__(self, config: Path | None = None, verbose: int = 0) -> None:
         self._path = config
         self._config: Config | None = None
+        # Without a handler of ours, logging would print audit warnings beside our errors.
+        logging.getLogger("keymgmt").addHandler(logging.NullHandler())
         if verbose:
             logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stderr)
             logging.getLogger("keymgmt").setLevel(logging.DEBUG if verbose > 1 else logging.INFO)

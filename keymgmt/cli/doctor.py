@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Annotated, Final, ParamSpec
 
 import typer
-from rich.text import Text
 
 from keymgmt._config import Config, parse_group
 from keymgmt._names import KeyRef
 from keymgmt._provider import Finding, Health, within
 from keymgmt._verify import algorithm_of
 from keymgmt.cli._options import Json, complete_key
-from keymgmt.cli._output import clean, console, print_json
+from keymgmt.cli._output import print_finding, print_json
 from keymgmt.cli._state import State
 from keymgmt.errors import KeymgmtError
 
@@ -23,12 +22,6 @@ __all__ = ["doctor"]
 
 P = ParamSpec("P")
 SECONDS: Final = 60.0
-_MARKS: Final = {
-    "ok": ("ok", "green"),
-    "warning": ("warning", "yellow"),
-    "failed": ("failed", "bold red"),
-    "skipped": ("skipped", "dim"),
-}
 
 
 def doctor(
@@ -51,15 +44,10 @@ def doctor(
     state: State = context.obj
     config = state.config()
     found: list[tuple[str, Finding]] = []
-    out = console()
     for subject, finding in _look(config, what or [], open_model or []):
         found.append((subject, finding))
         if not as_json:
-            mark, style = _MARKS[finding.status]
-            line = f"{subject}: {finding.name}" + (f": {finding.detail}" if finding.detail else "")
-            out.print(Text.assemble((f"{mark:8}", style), clean(line)), soft_wrap=True)
-            if finding.hint and finding.status != "ok":
-                out.print(Text(f"{'':8}hint: {clean(finding.hint)}"), soft_wrap=True)
+            print_finding(f"{subject}: {finding.name}", finding)
     failed = any(finding.status == "failed" for _, finding in found)
     if as_json:
         findings = [{"subject": subject, **asdict(finding)} for subject, finding in found]
@@ -77,12 +65,14 @@ def _look(config: Config, what: list[str], models: list[Path]) -> Iterator[tuple
     for name in config.provider_names if not what else sorted(named):
         backend = config.backend_of(name)
         subject = f"{name} ({backend})"
-        wanted: list[str | None] = [
-            KeyRef.parse(text).key for text in sorted(keys) if text.startswith(f"{name}:")
-        ]
-        for key in wanted or (None,):
+        wanted = [KeyRef.parse(text) for text in sorted(keys)]
+        said: set[Finding] = set()
+        for key in [each.key for each in wanted if each.provider == name] or (None,):
             for finding in _check(config, name, key).findings:
-                yield subject, finding
+                # What holds for the whole provider is found once for every key.
+                if finding not in said:
+                    said.add(finding)
+                    yield subject, finding
     for path in models:
         yield str(path), _attempt("opens", _open, config, path)
 

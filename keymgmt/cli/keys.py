@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+import keymgmt
 from keymgmt._names import KeyRef
 from keymgmt._provider import (
     KeyInfo,
@@ -183,11 +186,87 @@ def retire(
             metavar="PROVIDER:KEY@VERSION", help="A version.", autocompletion=complete_key
         ),
     ],
+    tree: Annotated[
+        Path | None,
+        typer.Option(metavar="TREE", help="Refuse while a sealed model below still names it."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Stop a version from being used: what only it opens does not open any more."""
     reference, provider = _managed(context, key, version=True)
+    if tree is not None:
+        backend = context.obj.config().backend_of(reference.provider)
+        _refuse_needed(tree, backend, reference)
     _show(reference, provider.retire_version(reference.key, str(reference.version)), as_json)
+
+
+def _refuse_needed(tree: Path, backend: str, reference: KeyRef) -> None:
+    found = keymgmt.usage(tree)
+    if found.failures:
+        first = found.failures[0]
+        raise ConfigError(
+            f"{len(found.failures)} in {tree} cannot be read, so nobody knows whether {reference} "
+            f"is needed; the first: {first.path}: {first.error}",
+            hint="repair or remove them, or retire without --tree",
+        )
+    use = found.of(backend, reference.key, str(reference.version))
+    if use is not None:
+        raise ConfigError(
+            f"{reference} opens {use.opens} models in {tree}, and is the only way into "
+            f"{len(use.only_way_into)}",
+            hint=f"first: keymgmt rewrap {tree}",
+        )
+
+
+@app.command()
+def usage(
+    context: typer.Context,
+    tree: Annotated[Path, typer.Argument(metavar="TREE", help="A folder of sealed models.")],
+    key: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[PROVIDER:KEY]...",
+            help="Keys of the config, to see which of their versions nothing names.",
+            autocompletion=complete_key,
+        ),
+    ] = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV on stdout.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show which key versions the sealed models of a tree need. Nothing of it is authenticated."""
+    found = keymgmt.usage(tree)
+    uses = [
+        (use.backend, use.key, use.version, use.opens, len(use.only_way_into)) for use in found.keys
+    ]
+    known = {use[:3] for use in uses}
+    for text in key or []:
+        reference, provider = _managed(context, text)
+        backend = context.obj.config().backend_of(reference.provider)
+        for version in provider.describe_key(reference.key).versions:
+            place = (backend, reference.key, version.version)
+            if place not in known:
+                uses.append((*place, 0, 0))
+    columns = ("backend", "key", "version", "opens", "only_way_into")
+    if as_json:
+        unused = [dict(zip(columns[:3], use[:3], strict=True)) for use in uses if not use[3]]
+        print_json({**found.to_json(), "not_referenced": unused})
+    elif as_csv:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerows([columns, *uses])
+    else:
+        rows = [(*use[:3], _verdict(use[3], use[4], complete=not found.failures)) for use in uses]
+        console().print(table(["backend", "key", "version", "in this tree"], rows))
+        console().print(f"{found.models} models, unauthenticated: who writes here can hide one")
+    for failure in found.failures:
+        console(stderr=True).print(f"{clean(failure.path)}: {clean(failure.error)}")
+    if found.failures:
+        raise typer.Exit(found.failures[0].error.exit_code)
+
+
+def _verdict(opens: int, only: int, *, complete: bool) -> str:
+    if opens:
+        return f"opens {opens} models, is the only way into {only}"
+    return "not referenced in this tree" if complete else "unknown: not all could be read"
 
 
 def _find(context: typer.Context, text: str) -> tuple[KeyRef, KeyProvider[Any]]:

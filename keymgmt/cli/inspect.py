@@ -1,0 +1,104 @@
+"""``keymgmt inspect`` and ``verify``: what a sealed model says, and what of it is proved."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.filesize import decimal
+from rich.text import Text
+
+import keymgmt
+from keymgmt.cli._options import Json, Model, Name
+from keymgmt.cli._output import clean, console, print_finding, print_json, progress, table
+
+if TYPE_CHECKING:
+    from keymgmt import Inspection
+
+__all__ = ["inspect", "show", "verify"]
+
+_MANY = 20
+
+
+def inspect(
+    model: Model,
+    every_file: Annotated[
+        bool, typer.Option("--all", "-a", help="List every file and recipient.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a sealed model says of itself; it takes no key, and proves nothing."""
+    show(keymgmt.inspect(model), as_json=as_json, everything=every_file)
+
+
+def verify(
+    context: typer.Context,
+    model: Model,
+    name: Name = None,
+    signature_only: Annotated[
+        bool,
+        typer.Option("--signature-only", help="Check signature and digests; ask no key service."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Prove all that can be proved: the publisher, the key, and every byte."""
+    with progress("verifying") as done:
+        verification = keymgmt.verify(
+            model,
+            name=name,
+            keys=context.obj.config(),
+            signature_only=signature_only,
+            progress=done,
+        )
+    if as_json:
+        print_json(verification.to_json())
+        return
+    manifest = verification.manifest
+    console().print(f"{clean(manifest.name)}, release {manifest.release}, id {manifest.id.hex()}")
+    for finding in verification.findings:
+        print_finding(finding.name, finding)
+
+
+def show(
+    inspection: Inspection, *, as_json: bool, verified: bool = False, everything: bool = False
+) -> None:
+    """Print an inspection; ``verified`` where we just made the model ourselves."""
+    if as_json:
+        print_json(inspection.to_json() | {"verified": verified})
+        return
+    manifest = inspection.manifest
+    out = console()
+    out.print(Text(clean(inspection.path), style="bold"))
+    if not verified:
+        out.print(Text("nothing here is verified: `keymgmt verify` proves it", style="yellow"))
+    facts = {
+        "name": manifest.name,
+        "release": manifest.release,
+        "created": manifest.created,
+        "id": manifest.id.hex(),
+        "kind": manifest.kind + (f", opened by {manifest.main}" if manifest.main else ""),
+        "profile": f"{manifest.profile}: AES-256-GCM (FLOE), {manifest.digest} digests",
+        **manifest.metadata,
+    }
+    width = max(map(len, facts))
+    for name, fact in facts.items():
+        out.print(f"{clean(name):{width}}  {clean(fact)}", soft_wrap=True)
+    out.print()
+    limit = None if everything else _MANY
+    files = [(entry.path, decimal(entry.size)) for entry in manifest.files]
+    out.print(table(["file", "size"], files[:limit]))
+    _more(len(files), limit)
+    out.print()
+    groups = [(n, " and ".join(group)) for n, group in enumerate(inspection.groups, 1)]
+    out.print(table(["group", "opened by"], groups[:limit]))
+    _more(len(groups), limit)
+    out.print()
+    for signer in inspection.signers:
+        out.print(f"signed by  {signer}")
+    if not inspection.signers:
+        out.print("not signed")
+
+
+def _more(count: int, limit: int | None) -> None:
+    if limit is not None and count > limit:
+        console().print(f"... and {count - limit} more: --all")
