@@ -19,7 +19,7 @@ from keymgmt.errors import KeymgmtError
 if TYPE_CHECKING:
     from keymgmt.backend import Dek
 
-__all__ = ["Demand", "describe", "find_secret", "printed"]
+__all__ = ["Demand", "describe", "find_secret", "printed", "raised", "strings_in"]
 
 R = TypeVar("R")
 E = TypeVar("E", bound=BaseException)
@@ -109,6 +109,18 @@ def printed(error: BaseException) -> str:
             seen.append(f"{item!r} {item.args!r} {vars(item)!r}")
             chain += [item.__cause__, item.__context__]
     return "\n".join(seen)
+
+
+def raised(call: Callable[[], object]) -> str:
+    """All that a log could show of the error with which ``call`` ends; nothing where it ends well.
+
+    Which error it is, is for other checks to judge.
+    """
+    try:
+        call()
+    except Exception as error:  # noqa: BLE001 - shown, not handled
+        return printed(error)
+    return ""
 
 
 def find_secret(text: str | bytes, secrets: Iterable[bytes]) -> str | None:

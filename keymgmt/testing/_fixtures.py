@@ -6,9 +6,10 @@ checks that need it are skipped with the reason.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn
 
 import pytest
 
@@ -26,6 +27,10 @@ class ContractFixtures:
     """The fixtures of the kit. ``provider_factory`` and ``wrap_key`` must be overridden."""
 
     demand: Demand
+    grace: ClassVar[float] = 5.0
+    """Seconds beyond the time limit that a call may take on a loaded machine."""
+    patience: ClassVar[float] = 20.0
+    """Seconds beyond the time limit that a forked process may take."""
 
     # What every backend supplies.
 
@@ -135,7 +140,8 @@ class ContractFixtures:
         """Make the provider of one check, and close it."""
         made = provider_factory()
         yield made
-        made.close()
+        with contextlib.suppress(Exception):  # closing has checks of its own
+            made.close()
 
     @pytest.fixture
     def dek(self) -> Iterator[Dek]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import os
+import pickle
 import select
 import signal
 import sys
@@ -13,14 +15,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
-from keymgmt.backend import Dek, KeyProvider, WrappedKey
+from keymgmt.backend import Dek, WrappedKey
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-__all__ = ["holds", "in_fork", "in_spawn", "watched"]
+__all__ = ["NOT_IMPORTABLE", "holds", "in_fork", "in_spawn", "watched"]
 
-Task = tuple[type[KeyProvider[Any]], str, Any, WrappedKey, bytes]
+Task = tuple[str, str, str, WrappedKey, bytes, bytes]
+NOT_IMPORTABLE: Final = "not importable"
 
 _WATCHED: Final = {
     "open",
@@ -111,17 +114,21 @@ def in_spawn(task: Task, expected: bytes, seconds: float) -> str:
 
 def _spawned(
     connection: Connection,
-    kind: type[KeyProvider[Any]],
+    module: str,
+    kind: str,
     name: str,
-    settings: Any,
     wrapped: WrappedKey,
     context: bytes,
+    settings: bytes,
 ) -> None:
     try:
-        with kind(name, settings) as provider, provider.unwrap(wrapped, context) as dek:
+        made = getattr(importlib.import_module(module), kind)(name, pickle.loads(settings))  # noqa: S301 - ours
+        with made as provider, provider.unwrap(wrapped, context) as dek:
             connection.send(bytes(dek.view()))
     except Exception as error:  # noqa: BLE001 - reported by the check
-        connection.send(f"{type(error).__module__}.{type(error).__qualname__}: {error}")
+        missing = isinstance(error, ModuleNotFoundError) and module.startswith(str(error.name))
+        said = f"{type(error).__module__}.{type(error).__qualname__}: {error}"
+        connection.send(NOT_IMPORTABLE if missing else said)
 
 
 def holds(thing: object, dek: Dek) -> str | None:

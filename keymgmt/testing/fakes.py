@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Final, Literal
@@ -22,6 +22,7 @@ from pydantic import Field
 
 from keymgmt.backend import (
     DEK_LENGTH,
+    AccessDenied,
     ConfigError,
     Dek,
     Finding,
@@ -61,24 +62,35 @@ class _Key:
 
 
 class MemoryService:
-    """A key service of this process, found by name; ``up`` and ``answering`` are its switches."""
+    """A key service of this process, found by name, with switches for its bad days.
+
+    ``up`` and ``answering`` are what they say; ``denied`` are users that it refuses; raising
+    ``epoch`` ends every login.
+    """
 
     _all: ClassVar[dict[str, MemoryService]] = {}
-    _lock: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(self, name: str) -> None:
         """Make an empty service; ``find`` is how providers reach one."""
         self.name = name
         self.keys: dict[str, _Key] = {}
+        self.denied: set[str] = set()
+        self.epoch = 0
         self.up = True
-        self.answering = threading.Event()
-        self.answering.set()
+        self.answering = True
 
     @classmethod
     def find(cls, name: str) -> MemoryService:
         """The service of that name, made on first use."""
-        with cls._lock:
-            return cls._all.setdefault(name, cls(name))
+        # No lock here or below: a fork would inherit it held.
+        return cls._all.setdefault(name, cls(name))
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for an answer at most that long, and say whether there is one."""
+        end = time.monotonic() + seconds
+        while not self.answering and time.monotonic() < end:
+            time.sleep(0.01)
+        return self.answering
 
     def secret(self, key: str, version: int) -> bytes:
         """32 bytes that anybody who knows the names can make again."""
@@ -86,12 +98,17 @@ class MemoryService:
 
 
 class MemorySettings(Settings):
-    """``service`` names the service; ``keys`` are wrapping keys that it has from the start.
+    """``[providers.NAME]`` of a provider in memory.
 
-    ``timeout`` is the time limit of a call, in seconds.
+    Attributes:
+        service: name of the service.
+        user: who logs in.
+        keys: wrapping keys that the service has from the start.
+        timeout: time limit of a call, in seconds.
     """
 
     service: str = "memory"
+    user: str = "somebody"
     keys: list[str] = Field(default_factory=list)
     timeout: float = 5.0
 
@@ -108,14 +125,24 @@ class MemoryProvider(
         "ed25519": "sign",
     }
 
+    _login: int | None = None
+
+    def login(self, service: MemoryService) -> int:
+        """Ask the service for a login; AccessDenied where it refuses the user."""
+        if self.settings.user in service.denied:
+            raise AccessDenied(f"the user {self.settings.user!r} is refused")
+        return service.epoch
+
     @property
     def service(self) -> MemoryService:
-        """The service, asked on every call: it may be down or hang."""
+        """The service, reached and logged in at on every call."""
         service = MemoryService.find(self.settings.service)
-        if not service.answering.wait(self.settings.timeout):
+        if not service.wait(self.settings.timeout):
             raise ProviderUnavailable(f"no answer within {self.settings.timeout:g} seconds")
         if not service.up:
             raise ProviderUnavailable("the service is down")
+        if self._login != service.epoch:
+            self._login = self.login(service)
         for key in self.settings.keys:
             service.keys.setdefault(key, _Key("wrap"))
         return service

@@ -18,7 +18,7 @@ class TestMemoryProvider(ProviderContract):
     def service(self) -> Iterator[MemoryService]:
         service = MemoryService.find(f"service-{next(NUMBERS)}")
         yield service
-        service.answering.set()
+        service.answering = True
 
     @pytest.fixture
     def provider_factory(self, service: MemoryService) -> ProviderFactory:
@@ -39,12 +39,22 @@ class TestMemoryProvider(ProviderContract):
 
     @pytest.fixture
     def hang_service(self, service: MemoryService) -> Hook:
-        return service.answering.clear
+        return lambda: setattr(service, "answering", False)
 
     @pytest.fixture
     def heal_service(self, service: MemoryService) -> Hook:
         def heal() -> None:
             service.up = True
-            service.answering.set()
+            service.answering = True
 
         return heal
+
+    @pytest.fixture
+    def expire_login(self, service: MemoryService) -> Hook:
+        return lambda: setattr(service, "epoch", service.epoch + 1)
+
+    @pytest.fixture
+    def denied_factory(self, service: MemoryService) -> ProviderFactory:
+        service.denied.add("nobody")
+        settings = MemorySettings(service=service.name, user="nobody", timeout=0.3)
+        return lambda: MemoryProvider("memory", settings)

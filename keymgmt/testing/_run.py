@@ -1,0 +1,145 @@
+"""Running the kit from a program: the checks of one contract class, and what became of each."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import pytest
+
+from keymgmt.errors import ConfigError
+from keymgmt.testing._contract import ProviderContract
+from keymgmt.testing._demand import Demand
+
+__all__ = ["Result", "run_contract"]
+
+Outcome = Literal["passed", "failed", "skipped"]
+
+_STUB: Final = "from keymgmt.testing._run import stub\n\nTestProvider = stub.contract\n"
+_QUIET: Final = ("terminal", "cacheprovider", "faulthandler")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One check: its name, what it demands, how it ended, the reason where it did not pass."""
+
+    name: str
+    demands: str
+    outcome: Outcome
+    reason: str
+    seconds: float
+
+
+class _Stub:
+    """Carries the class into the file that pytest collects."""
+
+    contract: type[ProviderContract] | None = None
+
+
+stub = _Stub()
+
+
+class _Collect:
+    def __init__(self, told: Callable[[Result], None]) -> None:
+        self.results: dict[str, Result] = {}
+        self._demands: dict[str, str] = {}
+        self._told = told
+        self.errors: list[str] = []
+
+    def pytest_itemcollected(self, item: Any) -> None:
+        self._demands[item.nodeid] = Demand(item.function.__doc__).text
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.errors.append(report.longreprtext)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        known = self.results.get(report.nodeid)
+        if report.when != "call" and report.outcome == "passed":
+            if known is not None and report.when == "teardown":
+                self._told(known)
+            return
+        seconds = report.duration + (known.seconds if known else 0)
+        outcome: Outcome = report.outcome
+        reason = report.longreprtext
+        if isinstance(report.longrepr, tuple):
+            reason = report.longrepr[2].removeprefix("Skipped: ")
+        elif report.when != "call" and outcome == "failed":
+            reason = f"in {report.when}: {reason}"
+        if known is not None and known.outcome == "failed":
+            outcome, reason = "failed", known.reason
+        name = report.nodeid.rpartition("::")[2]
+        result = Result(name, self._demands.get(report.nodeid, ""), outcome, reason, seconds)
+        self.results[report.nodeid] = result
+        if report.when == "teardown":
+            self._told(result)
+
+
+def run_contract(
+    contract: type[ProviderContract],
+    *,
+    junit: Path | None = None,
+    suite: str = "keymgmt",
+    properties: Sequence[tuple[str, str]] = (),
+    told: Callable[[Result], None] = lambda _: None,
+) -> list[Result]:
+    """Run every check of ``contract`` in this process.
+
+    Args:
+        contract: the class with its fixtures.
+        junit: file to write a JUnit report to.
+        suite: name of the suite in that report.
+        properties: names and values for that report.
+        told: called with each result as soon as it is there.
+
+    Raises:
+        ConfigError: pytest could not run them.
+    """
+
+    class Properties:
+        @pytest.fixture(scope="session", autouse=True)
+        def _versions(self, record_testsuite_property: Any) -> None:
+            for name, value in properties:
+                record_testsuite_property(name, value)
+
+    collect = _Collect(told)
+    with tempfile.TemporaryDirectory(prefix="keymgmt-kit-") as directory:
+        # A name of its own, because pytest keeps the module that it imported under that name.
+        module = f"test_provider_{secrets.token_hex(4)}"
+        file = Path(directory) / f"{module}.py"
+        file.write_text(_STUB)
+        arguments = [
+            str(file),
+            "-c",
+            os.devnull,
+            "--rootdir",
+            directory,
+            "-o",
+            "junit_family=xunit2",
+        ]
+        arguments += ["--import-mode=importlib", "--disable-plugin-autoload"]
+        arguments += [part for name in _QUIET for part in ("-p", f"no:{name}")]
+        arguments += ["--basetemp", str(Path(directory) / "tmp"), "-o", f"junit_suite_name={suite}"]
+        plugins: list[object] = [collect]
+        if junit is not None:
+            arguments.append(f"--junitxml={junit}")
+            plugins.append(Properties())
+        stub.contract = contract
+        try:
+            code = pytest.main(arguments, plugins)
+        finally:
+            stub.contract = None
+            sys.modules.pop(module, None)
+    if code == pytest.ExitCode.INTERRUPTED and not collect.errors:
+        raise KeyboardInterrupt
+    if collect.errors or code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        raise ConfigError(
+            "the checks could not be run: " + ("; ".join(collect.errors) or f"pytest said {code}")
+        )
+    return list(collect.results.values())
