@@ -154,11 +154,15 @@ def _inputs(
         if name in arrays:
             array = arrays[name]
             if not np.can_cast(array.dtype, kind, "same_kind"):
-                raise ConfigError(f"the input {name} takes {kind}, and the file has {array.dtype}")
+                raise ConfigError(
+                    f"the input {name} takes {kind}, and the file has {array.dtype}",
+                    hint=f"save it as {kind}: numpy.save(file, array.astype({str(kind)!r}))",
+                )
             if not port.partial_shape.compatible(_partial(array)):
                 raise ConfigError(
                     f"the input {name} has the shape {port.partial_shape}, "
-                    f"and the file {list(array.shape)}"
+                    f"and the file {list(array.shape)}",
+                    hint="a '?' in a shape takes any length; the number of dimensions is fixed",
                 )
             found[name] = array.astype(kind, copy=False)
         else:
