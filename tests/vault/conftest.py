@@ -350,6 +350,12 @@ def new_cluster(new_bao: Callable[..., Bao]) -> Callable[..., list[Bao]]:
 
     def make(*, standby_reads: bool = True) -> list[Bao]:
         first = new_bao(storage="raft", standby_reads=standby_reads)
+        # Else a node may vote only after ten seconds.
+        first.do(
+            "POST",
+            "sys/storage/raft/autopilot/configuration",
+            {"server_stabilization_time": "1s"},
+        )
         nodes = [first]
         for _ in range(2):
             node = new_bao(
@@ -406,3 +412,8 @@ def make(secret_file: Secrets) -> Iterator[Make]:
     yield provider
     for one in made:
         one.close()
+
+
+@pytest.fixture(scope="session")
+def wait_for() -> Callable[..., None]:
+    return wait

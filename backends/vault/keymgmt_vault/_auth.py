@@ -6,7 +6,6 @@ no longer be renewed. One thread does that; the others go on with the token that
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import time
@@ -152,12 +151,17 @@ class Login:
     def _take(self, source: SecretSource) -> None:
         self._adapter.token = _read(source)
         self._renew_at = None
-        # A token that may not look itself up is used as it is, and never renewed.
-        with contextlib.suppress(exceptions.VaultError, ProviderUnavailable):
+        try:
             answer = Token(self._adapter).lookup_self()
-            data = answer.get("data") if isinstance(answer, dict) else None
-            if isinstance(data, dict):
-                self._plan(data.get("ttl"), data.get("renewable"))
+        except exceptions.VaultError:
+            # A token that may not look itself up is used as it is, and never renewed.
+            return
+        except ProviderUnavailable:
+            self._adapter.token = None
+            raise
+        data = answer.get("data") if isinstance(answer, dict) else None
+        if isinstance(data, dict):
+            self._plan(data.get("ttl"), data.get("renewable"))
 
     def _keep(self, answer: Any) -> None:
         self._adapter.token = self._adapter.get_login_token(answer)
