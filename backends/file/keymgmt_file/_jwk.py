@@ -115,7 +115,6 @@ def _public_members(kind: Kind, secret: bytearray) -> dict[str, str]:
     else:
         public = hpke_public(kind.name, secret)
     if kind.marks["kty"] == "EC":
-        # An uncompressed point: 4, x, y (SEC 1, section 2.3.3).
         return {"x": encode(public[1 : 1 + kind.length]), "y": encode(public[1 + kind.length :])}
     return {"pub" if kind.marks["kty"] == "AKP" else "x": encode(public)}
 
@@ -185,14 +184,33 @@ class KeySet:
         return bytearray(decode(jwk[self.kind.secret]))
 
     def hpke_public(self, version: str) -> bytes:
-        """The public key of one version of an HPKE kind; ProviderError if its file is damaged."""
+        """The public key of one version of an HPKE kind, derived from its secret.
+
+        Raises:
+            ProviderError: it is not the public key that the file states.
+        """
         secret = self.secret(version)
         try:
-            return hpke_public(self.kind.name, secret)
+            public = hpke_public(self.kind.name, secret)
         except ValueError:
             raise _damaged(self.key) from None
         finally:
             wipe(secret)
+        # Whatever is sealed to a public key that is not the secret's would never open again.
+        if public != self.stated_public(version):
+            raise _damaged(self.key)
+        return public
+
+    def stated_public(self, version: str) -> bytes:
+        """The public key that the file states, which costs nothing to derive."""
+        jwk = self.find(version) or {}
+        try:
+            if self.kind.marks["kty"] == "EC":
+                # An uncompressed point: 4, x, y (SEC 1, section 2.3.3).
+                return b"\4" + decode(jwk["x"]) + decode(jwk["y"])
+            return decode(jwk["pub" if self.kind.marks["kty"] == "AKP" else "x"])
+        except (ValueError, LookupError, AttributeError, TypeError):
+            raise _damaged(self.key) from None
 
     def retire(self, version: str) -> None:
         """Mark one version as retired; its material stays, so that it can be undone by hand."""
