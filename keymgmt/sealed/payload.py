@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 from keymgmt import floe
 from keymgmt._dek import wipe
+from keymgmt._memory import populate
 from keymgmt.errors import ConfigError, IntegrityError
 from keymgmt.floe import HEADER_LENGTH, OVERHEAD, FloeDecryptor, FloeEncryptor, FloeParameters
 from keymgmt.sealed.digests import DIGEST_LENGTH, DigestName, leaf_hash, tree_root
@@ -287,11 +288,11 @@ class _Reader:
         if self._leaves is not None:
             self._leaves.add(index, segment)
         if self._decryptor is not None:
-            target = (
-                self._scratch[:length]
-                if self._target is None
-                else self._target[start : start + length]
-            )
+            if self._target is None:
+                target = self._scratch[:length]
+            else:
+                target = self._target[start : start + length]
+                populate(target)
             final = index == self._layout.count - 1
             self._decryptor.decrypt_segment_into(index, final, segment, target)
         return length
@@ -405,8 +406,8 @@ class PayloadReader:
             ValueError: ``buffer`` has another length.
         """
         view = memoryview(buffer).cast("B")
-        if len(view) != self.size:
-            raise ValueError(f"a buffer of {len(view)} bytes for {self.size} bytes")
+        if len(view) != self.size or view.readonly:
+            raise ValueError(f"{self.size} bytes go into a writable buffer of that length")
         try:
             self._prove(view, progress)
         except BaseException:

@@ -324,6 +324,8 @@ def test_a_buffer_of_another_length_is_refused(seven: Sealed) -> None:
         for length in (0, seven.size - 1, seven.size + 1):
             with pytest.raises(ValueError, match="buffer"):
                 reader.read_into(bytearray(length))
+        with pytest.raises(ValueError, match="writable"):
+            reader.read_into(bytes(seven.size))
 
 
 def test_a_closed_reader_reads_nothing(seven: Sealed) -> None:
