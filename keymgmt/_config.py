@@ -296,7 +296,9 @@ def parse_settings(
 
 
 def _explain(error: ValidationError, model: type[BaseModel], file: str, table: str) -> ConfigError:
-    first = error.errors(include_input=False, include_url=False)[0]
+    found = error.errors(include_input=False, include_url=False)
+    # A misspelt key is also a missing one; to say that it is missing would not help.
+    first = next((each for each in found if each["type"] == "extra_forbidden"), found[0])
     path = [str(part) for part in first["loc"]]
     where = ".".join(part for part in [table, *path[:-1]] if part)
     key = path[-1] if path else ""

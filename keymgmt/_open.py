@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from typing import TYPE_CHECKING, Self
@@ -18,7 +19,7 @@ from keymgmt.sealed.payload import PayloadReader
 
 if TYPE_CHECKING:
     import io
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
     from types import TracebackType
 
@@ -78,13 +79,8 @@ class SealedModel:
             ValueError: the buffer has another length, or the model is closed.
             IntegrityError: damaged or forged; the buffer was wiped.
         """
-        try:
+        with self.naming(path):
             self.reader(path).read_into(buffer, progress)
-        except IntegrityError as error:
-            raise IntegrityError(
-                f"{path} of {self.manifest.name}: {error}",
-                hint=error.hint or "it was damaged on its way or changed; fetch it again",
-            ) from error
 
     def read(self, path: str) -> bytearray:
         """Decrypt a whole file into new memory, which the caller may wipe; raises alike."""
@@ -94,11 +90,23 @@ class SealedModel:
 
     def verify(self, path: str, progress: Callable[[int], object] | None = None) -> None:
         """Authenticate a whole file and keep nothing of it; raises as ``read_into``."""
-        self.reader(path).verify(progress)
+        with self.naming(path):
+            self.reader(path).verify(progress)
 
     def open(self, path: str) -> io.RawIOBase:
         """A read-only seekable file that decrypts what is read of it; closed with the model."""
         return self.reader(path).open()
+
+    @contextlib.contextmanager
+    def naming(self, path: str) -> Iterator[None]:
+        """What is wrong with a payload file is said with its name."""
+        try:
+            yield
+        except IntegrityError as error:
+            raise IntegrityError(
+                f"{path} of {self.manifest.name}: {error}",
+                hint=error.hint or "it was damaged on its way or changed; fetch it again",
+            ) from error
 
     def reader(self, path: str) -> PayloadReader:
         """The payload reader of one file; it is the model's, and closed with it."""

@@ -165,6 +165,7 @@ def _write_plain(
     done = 0
     with (
         open(descriptor, "wb", buffering=0) as output,  # noqa: PTH123 - a descriptor
+        model.naming(path),
         model.open(path) as content,
     ):
         buffer = memoryview(bytearray(model.manifest.segment_length))

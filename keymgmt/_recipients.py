@@ -81,7 +81,7 @@ def resolve_groups(
     tried: set[Wrap] = set()
     with Dek.generate() as probe:
         for wrap in (wrap for group in groups for wrap in group):
-            if wrap not in tried and isinstance(wrap, ProviderKey):
+            if isinstance(wrap, ProviderKey) and wrap not in tried:
                 wrap(probe, b"keymgmt probe")
                 tried.add(wrap)
     return groups

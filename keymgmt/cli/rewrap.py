@@ -96,6 +96,8 @@ def _tree(path: Path, options: dict[str, object], *, dry_run: bool, as_json: boo
             done.append(item)
             if item.changed and not as_json:
                 _tell(item, dry_run=dry_run)
+    if not done and not failed:
+        raise ConfigError(f"no sealed model at or below {path}")
     changed = sum(item.changed for item in done)
     if as_json:
         failures = [{"path": each.path, "error": str(each.error)} for each in failed]
@@ -105,8 +107,6 @@ def _tree(path: Path, options: dict[str, object], *, dry_run: bool, as_json: boo
         console().print(f"{len(done)} models, {word} {changed}, failed {len(failed)}")
     if failed:
         raise typer.Exit(failed[0].error.exit_code)
-    if not done:
-        raise ConfigError(f"no sealed model at or below {path}")
 
 
 def _tell(done: Rewrapped, *, dry_run: bool) -> None:

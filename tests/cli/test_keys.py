@@ -1,0 +1,140 @@
+"""keymgmt keys."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+Cli = Callable[..., Any]
+pytest.importorskip("keymgmt_file")
+
+
+def test_a_key_is_made_rotated_and_retired(cli: Cli, site: Path) -> None:
+    made = cli("keys", "create", "local:edge", "--json").json()
+    assert (made["reference"], made["purpose"], made["newest"]) == ("local:edge", "wrap", "1")
+    assert cli("keys", "rotate", "local:edge", "--json").json()["newest"] == "2"
+    retired = cli("keys", "retire", "local:edge@1", "--json").json()
+    assert [each["state"] for each in retired["versions"]] == ["retired", "active"]
+    assert cli("keys", "show", "local:edge", "--json").json() == retired
+
+
+def test_the_kind_follows_from_what_the_key_is_for(cli: Cli, site: Path) -> None:
+    assert cli("keys", "create", "local:pub", "--sign", "--json").json()["purpose"] == "sign"
+    assert cli("keys", "create", "local:q", "--kind", "ml-dsa-65", "--json").json()["kind"] == (
+        "ml-dsa-65"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "hint"),
+    [
+        (("create", "local:models"), "already", "rotate local:models"),
+        (("create", "local:x", "--kind", "aes265"), "aes265", "did you mean 'aes256'?"),
+        (("create", "local:x", "--kind", "aes256", "--sign"), "does not sign", "leave out"),
+        (("create", "local:x", "--option", "bits"), "not an option", "NAME=VALUE"),
+        (("create", "local:x", "--option", "bits=4"), "bits", ""),
+        (("create", "local:../x"), "not a key name", "lower-case"),
+        (("create", "nowhere"), "not a key reference", "provider:key"),
+        (("create", "lokal:x"), "no provider named 'lokal'", "did you mean 'local'?"),
+        (("show", "local:models@1"), "not a key", "leave out the version"),
+        (("retire", "local:models"), "which version", "local:models@VERSION"),
+        (("retire", "local:models@1"), "newest", "keys rotate local:models"),
+        (("export", "local:publisher", "--format", "der"), "no format 'der'", "pem, recipient"),
+        (("export", "local:publisher", "--sign", "local:publisher"), "--output", ""),
+    ],
+)
+def test_a_wrong_argument_is_the_operators_error_and_changes_nothing(
+    cli: Cli, site: Path, arguments: tuple[str, ...], said: str, hint: str
+) -> None:
+    before = {path: path.read_bytes() for path in site.rglob("*") if path.is_file()}
+    ran = cli("keys", *arguments)
+    assert ran.code == 3, ran.err
+    assert said in ran.error
+    assert hint in ran.hint
+    assert before == {path: path.read_bytes() for path in site.rglob("*") if path.is_file()}
+
+
+def test_a_missing_key_is_named_with_the_nearest(cli: Cli, site: Path) -> None:
+    ran = cli("keys", "show", "local:model")
+    assert ran.code == 1
+    assert "model" in ran.error
+    assert "local:models" in ran.hint
+
+
+def test_export_writes_pem_and_replaces_nothing_unasked(cli: Cli, site: Path) -> None:
+    assert cli("keys", "export", "local:publisher").out == (site / "publisher.pem").read_text()
+    (site / "publisher.pem").write_text("mine")
+    ran = cli("keys", "export", "local:publisher", "-o", "publisher.pem")
+    assert ran.code == 3
+    assert "--force" in ran.hint
+    assert (site / "publisher.pem").read_text() == "mine"
+    assert cli("keys", "export", "local:publisher", "-o", "publisher.pem", "--force").code == 0
+    load_pem_public_key((site / "publisher.pem").read_bytes())
+
+
+def test_a_device_exports_a_recipient_to_which_another_machine_seals(cli: Cli, site: Path) -> None:
+    assert cli("keys", "create", "local:device7", "--kind", "hpke-x25519").code == 0
+    exported = cli("keys", "export", "local:device7", "-o", "device7.recipient")
+    assert exported.code == 0
+    fingerprint = exported.err.split()[-1]
+    ran = cli("seal", "model", "d.sealed", "--to", "@device7.recipient")
+    assert ran.code == 4
+    assert "genuine" in ran.error
+    sealing = ("seal", "model", "d.sealed", "--to", "@device7.recipient")
+    ran = cli(*sealing, "--fingerprint", fingerprint)
+    assert ran.code == 0, ran.err
+    assert cli("verify", "d.sealed").code == 0
+
+
+def test_a_recipient_file_may_be_vouched_for_by_a_trusted_signer(cli: Cli, site: Path) -> None:
+    assert cli("keys", "create", "local:device7", "--kind", "hpke-x25519").code == 0
+    ran = cli("keys", "export", "local:device7", "-o", "d.recipient", "--sign", "local:publisher")
+    assert ran.code == 0
+    config = site / "keymgmt.toml"
+    text = config.read_text()
+    signers = '[policy]\nrecipient_signers = ["publisher.pem"]\n'
+    config.write_text(text.replace("[policy]\n", signers))
+    assert cli("seal", "model", "d.sealed", "--to", "@d.recipient").code == 0
+
+
+def test_usage_says_what_each_version_opens_and_guards_retiring(cli: Cli, sealed: Path) -> None:
+    assert cli("keys", "rotate", "local:models").code == 0
+    shown = cli("keys", "usage", ".", "local:models")
+    assert "opens 1 models, is the only way into 1" in shown.out
+    assert "not referenced in this tree" in shown.out
+    refused = cli("keys", "retire", "local:models@1", "--tree", ".")
+    assert refused.code == 3
+    assert "opens 1 models" in refused.error
+    assert "keymgmt rewrap" in refused.hint
+    assert cli("rewrap", ".").code == 0
+    assert cli("keys", "retire", "local:models@1", "--tree", ".").code == 0
+    rows = list(csv.DictReader(io.StringIO(cli("keys", "usage", ".", "--csv").out)))
+    assert [(row["version"], row["opens"]) for row in rows] == [("2", "1")]
+
+
+def test_what_cannot_be_read_blocks_the_verdict(cli: Cli, sealed: Path) -> None:
+    assert cli("keys", "rotate", "local:models").code == 0
+    (sealed / "keys.json").write_bytes(b"{}")
+    ran = cli("keys", "usage", ".", "local:models", "--json")
+    assert ran.code == 4
+    assert ran.json()["complete"] is False
+    refused = cli("keys", "retire", "local:models@1", "--tree", ".")
+    assert refused.code == 3
+    assert "cannot be read" in refused.error
+
+
+def test_listing_shows_the_others_where_one_provider_is_down(cli: Cli, site: Path) -> None:
+    config = site / "keymgmt.toml"
+    config.write_text('[providers.gone]\nbackend = "file"\npath = "gone"\n' + config.read_text())
+    (site / "gone").mkdir(mode=0o700)
+    (site / "gone" / "damaged.jwks").touch(mode=0o600)
+    ran = cli("keys", "list", "--json")
+    assert ran.code == 1
+    assert [key["reference"] for key in ran.json()] == ["local:models", "local:publisher"]
+    assert "damaged" in ran.error

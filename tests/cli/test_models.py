@@ -1,0 +1,125 @@
+"""seal, inspect, verify, unseal, sign, rewrap and reseal, from one end to the other."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Cli = Callable[..., Any]
+pytest.importorskip("keymgmt_file")
+
+
+def test_what_is_sealed_is_unsealed_the_same(cli: Cli, site: Path, sealed: Path) -> None:
+    ran = cli("unseal", sealed, "plain")
+    assert ran.code == 0
+    assert "plaintext" in ran.err
+    for file in (site / "model").iterdir():
+        assert (site / "plain" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_inspect_takes_no_config_and_says_that_nothing_is_verified(
+    cli: Cli, sealed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = cli("inspect", sealed)
+    assert ran.code == 0
+    assert "nothing here is verified" in ran.out
+    for fact in ("resnet50", "weights.bin", "file:models@1", "signed by"):
+        assert fact in ran.out
+    report = cli("inspect", sealed, "--json").json()
+    assert report["verified"] is False
+    assert report["manifest"]["name"] == "resnet50"
+
+
+def test_verify_says_what_was_proved_and_what_was_not(cli: Cli, sealed: Path) -> None:
+    report = cli("verify", sealed, "--json").json()
+    assert {one["name"]: one["status"] for one in report["findings"]} == {
+        "signature": "ok",
+        "digests": "ok",
+        "data key": "ok",
+        "segments": "ok",
+    }
+    # Without the keys, the signature and the digests are still proved.
+    (sealed.parent / "keys").rename(sealed.parent / "elsewhere")
+    ran = cli("verify", sealed, "--signature-only")
+    assert ran.code == 0
+    assert "skipped data key" in ran.out
+
+
+def test_a_second_publisher_signs(cli: Cli, sealed: Path) -> None:
+    assert cli("keys", "create", "local:second", "--sign").code == 0
+    assert cli("sign", sealed, "local:second").code == 0
+    assert len(cli("inspect", sealed, "--json").json()["signers"]) == 2
+    assert cli("verify", sealed).code == 0
+
+
+def test_rewrap_moves_to_the_newest_version_and_says_so(cli: Cli, sealed: Path) -> None:
+    assert cli("keys", "rotate", "local:models").code == 0
+    before = (sealed / "keys.json").read_bytes()
+    assert "would change" in cli("rewrap", sealed, "--dry-run").out
+    assert (sealed / "keys.json").read_bytes() == before
+    assert "file:models@2" in cli("rewrap", sealed).out
+    assert cli("rewrap", sealed, "--json").json()["changed"] is False
+
+
+def test_rewrap_of_a_tree_counts_and_stops_for_nothing(cli: Cli, site: Path, sealed: Path) -> None:
+    assert cli("seal", "model", "other.sealed").code == 0
+    assert cli("keys", "rotate", "local:models").code == 0
+    (sealed / "manifest.json").write_bytes(b"[]")
+    ran = cli("rewrap", ".")
+    assert ran.code == 4
+    assert "1 models, changed 1, failed 1" in ran.out
+    assert "model.sealed" in ran.err
+
+
+def test_reseal_makes_another_model_of_the_same_content(cli: Cli, site: Path, sealed: Path) -> None:
+    old = cli("inspect", sealed, "--json").json()["manifest"]
+    new = cli("reseal", sealed, "--json").json()["manifest"]
+    assert new["id"] != old["id"]
+    assert new["commitment"] != old["commitment"]
+    assert cli("unseal", sealed, "plain").code == 0
+    content = (site / "model" / "weights.bin").read_bytes()
+    assert (site / "plain" / "weights.bin").read_bytes() == content
+
+
+def test_with_json_nothing_else_is_on_stdout(cli: Cli, site: Path) -> None:
+    sealing = ("seal", "model", "model.sealed", "--json")
+    assert cli(*sealing).json()["manifest"]["name"] == "model"
+    for command in ("inspect", "verify", "rewrap", "reseal"):
+        assert cli(command, "model.sealed", "--json").json()
+    assert cli("unseal", "model.sealed", "plain", "--json").json()["files"]
+
+
+def test_audit_events_show_with_verbose_and_hold_no_secret(cli: Cli, sealed: Path) -> None:
+    key_file = json.loads((sealed.parent / "keys" / "models.jwks").read_text())
+    command = [sys.executable, "-m", "keymgmt.cli", "-v", "verify", str(sealed)]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=sealed.parent, timeout=60)
+    assert "keymgmt.audit: event=unwrap" in ran.stderr
+    assert key_file["keys"][0]["k"] not in ran.stdout + ran.stderr
+    quiet = subprocess.run(
+        command[:3] + command[4:], capture_output=True, text=True, timeout=60, cwd=sealed.parent
+    )
+    assert "event=" not in quiet.stderr
+
+
+def test_the_shell_completes_providers_and_keys(cli: Cli, site: Path) -> None:
+    def complete(words: str) -> str:
+        environment = os.environ | {
+            "_KEYMGMT_COMPLETE": "complete_zsh",
+            "_TYPER_COMPLETE_ARGS": f"keymgmt {words}",
+        }
+        command = [sys.executable, "-c", "from keymgmt.cli import main; main()"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+        return done.stdout.replace("\\", "")
+
+    assert "local:" in complete("keys show loc")
+    shown = complete("keys show local:mod")
+    assert "models" in shown
+    assert "publisher" not in shown

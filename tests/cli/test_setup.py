@@ -1,0 +1,131 @@
+"""init, backends, doctor and the config that the command line finds."""
+
+from __future__ import annotations
+
+import stat
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+import keymgmt
+
+Cli = Callable[..., Any]
+
+
+def test_init_makes_a_config_that_is_safe_from_the_start(cli: Cli, site: Path) -> None:
+    settings = tomllib.loads((site / "keymgmt.toml").read_text())
+    assert settings["policy"] == {"publishers": {"publisher.pem": ["*"]}}
+    assert stat.S_IMODE((site / "keys").stat().st_mode) == 0o700
+    for file in (site / "keys").iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    load_pem_public_key((site / "publisher.pem").read_bytes())
+    with keymgmt.load_config(site / "keymgmt.toml") as config:
+        assert config.policy.require_signature
+        assert config.provider("local").check("models").ok
+
+
+def test_init_without_a_directory_is_found_by_every_application(cli: Cli, tmp_path: Path) -> None:
+    pytest.importorskip("keymgmt_file")
+    assert cli("init").code == 0
+    assert keymgmt.load_config().path == tmp_path / "xdg" / "keymgmt" / "keymgmt.toml"
+
+
+def test_init_replaces_nothing(cli: Cli, site: Path) -> None:
+    before = {path: path.read_bytes() for path in site.rglob("*") if path.is_file()}
+    ran = cli("init", ".")
+    assert ran.code == 3
+    assert "there is a config already" in ran.error
+    assert ran.hint
+    assert before == {path: path.read_bytes() for path in site.rglob("*") if path.is_file()}
+
+
+def test_init_goes_on_where_it_was_interrupted_with_the_same_keys(cli: Cli, site: Path) -> None:
+    (site / "keymgmt.toml").unlink()
+    before = (site / "keys" / "models.jwks").read_bytes()
+    assert cli("init", ".").code == 0
+    assert (site / "keys" / "models.jwks").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--kek", "a", "--publisher", "a"), ("--kek", "../a"), ("--publisher", "A")]
+)
+def test_init_refuses_bad_key_names_and_makes_nothing(
+    cli: Cli, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    ran = cli("init", ".", *arguments)
+    assert ran.code == 3
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_the_config_of_the_working_directory_is_read_and_said(cli: Cli, site: Path) -> None:
+    ran = cli("keys", "list", "--json")
+    assert ran.err == "using the config ./keymgmt.toml\n"
+    assert [key["reference"] for key in ran.json()] == ["local:models", "local:publisher"]
+
+
+def test_a_named_config_comes_first_and_nothing_is_said(
+    cli: Cli, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other.toml"
+    other.write_text('[providers.other]\nbackend = "file"\npath = "work/keys"\n')
+    for arguments, environment in ((("--config", other), ""), ((), str(other))):
+        monkeypatch.setenv("KEYMGMT_CONFIG", environment)
+        ran = cli(*arguments, "keys", "list", "--json")
+        assert ran.err == ""
+        assert ran.json()[0]["reference"] == "other:models"
+
+
+def test_backends_shows_what_is_installed_and_what_is_missing(cli: Cli) -> None:
+    pytest.importorskip("keymgmt_file")
+    (file,) = (row for row in cli("backends", "--json").json() if row["name"] == "file")
+    assert file["distribution"] == "keymgmt-file"
+    assert file["version"] == "0.1.0"
+    assert file["api"] == 1
+    assert {"keys", "sign"} <= set(file["abilities"])
+    assert file["problem"] is None
+    assert "keymgmt-file" in cli("backends").out
+
+
+def test_doctor_finds_a_new_site_well_and_opens_its_model(cli: Cli, sealed: Path) -> None:
+    ran = cli("doctor", "--open", sealed, "--json")
+    assert ran.code == 0
+    report = ran.json()
+    assert report["ok"] is True
+    names = {finding["name"] for finding in report["findings"]}
+    assert {"key models", "key publisher", "publisher publisher.pem", "opens"} <= names
+    assert {finding["status"] for finding in report["findings"]} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ("keys/models.jwks", "local (file)"),
+        ("publisher.pem", "policy"),
+        ("model.sealed/manifest.json", "model.sealed"),
+    ],
+)
+def test_doctor_names_what_is_wrong_and_looks_at_the_rest(
+    cli: Cli, sealed: Path, broken: str, said: str
+) -> None:
+    file = sealed.parent / broken
+    file.write_bytes(b"{")
+    ran = cli("doctor", "--open", sealed, "--json")
+    assert ran.code == 1
+    findings = ran.json()["findings"]
+    failed = {f["subject"].rpartition("/")[2] for f in findings if f["status"] == "failed"}
+    assert said in failed
+    assert "ok" in {f["status"] for f in findings}
+
+
+def test_doctor_warns_where_unsigned_models_open(cli: Cli, site: Path) -> None:
+    (site / "keymgmt.toml").write_text(
+        '[providers.local]\nbackend = "file"\npath = "keys"\n[policy]\nrequire_signature = false\n'
+    )
+    ran = cli("doctor")
+    assert ran.code == 0
+    assert "warning" in ran.out
+    assert "signatures" in ran.out
