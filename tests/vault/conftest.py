@@ -159,7 +159,7 @@ cluster_addr = "https://127.0.0.1:{self.cluster_port}"
 """
         )
 
-    def start(self) -> Bao:
+    def start(self, *, listens: bool = True) -> Bao:
         environment = {"HOME": str(self.directory), "PATH": os.environ["PATH"]}
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(
@@ -168,8 +168,14 @@ cluster_addr = "https://127.0.0.1:{self.cluster_port}"
                 stderr=log,
                 env=environment,
             )
-        wait(self.listens, "the server listens", lambda: (self.directory / "log").read_text())
+        heard = self.listens if listens else self.accepts
+        wait(heard, "the server listens", lambda: (self.directory / "log").read_text())
         return self
+
+    def accepts(self) -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
+            return True
+        return False
 
     def listens(self) -> bool:
         assert self.process is not None
@@ -323,10 +329,12 @@ def new_bao(
     """Make servers that are stopped at the end."""
     made: list[Bao] = []
 
-    def make(*, of: Authority = authority, init: bool = True, **options: Any) -> Bao:
+    def make(
+        *, of: Authority = authority, init: bool = True, listens: bool = True, **options: Any
+    ) -> Bao:
         bao = Bao(bao_binary, tmp_path_factory.mktemp("bao"), of, **options)
         made.append(bao)
-        bao.start()
+        bao.start(listens=listens)
         return bao.init() if init else bao
 
     yield make
@@ -412,6 +420,11 @@ def make(secret_file: Secrets) -> Iterator[Make]:
     yield provider
     for one in made:
         one.close()
+
+
+@pytest.fixture(name="free_port")
+def a_free_port() -> int:
+    return free_port()
 
 
 @pytest.fixture(scope="session")

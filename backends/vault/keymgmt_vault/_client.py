@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hvac import exceptions
@@ -71,7 +71,7 @@ class Client:
         self.adapter.close()
 
 
-def text_of(data: dict[str, Any], name: str) -> str:
+def text_of(data: Mapping[str, Any], name: str) -> str:
     """A string member of an answer; ProviderUnavailable if it is not there."""
     value = data.get(name)
     if not isinstance(value, str):

@@ -53,9 +53,12 @@ HINTS: Final = {
 class _RoundFailed(Exception):
     """No node gave an answer that can be used."""
 
-    def __init__(self, failures: Mapping[str, NodeFailure]) -> None:
-        super().__init__("; ".join(f"{place}: {failure}" for place, failure in failures.items()))
+    def __init__(self, failures: dict[str, NodeFailure]) -> None:
+        super().__init__()
         self.failures = failures
+
+    def __str__(self) -> str:
+        return "; ".join(f"{place}: {failure}" for place, failure in self.failures.items())
 
     @property
     def passing(self) -> bool:
@@ -224,14 +227,23 @@ class ClusterAdapter(Adapter):  # type: ignore[misc]
         except _RoundFailed as failed:
             if not failed.passing:
                 raise
-        again = Retrying(
+            known = failed.failures
+        time.sleep(min(0.05, max(0.0, self._left())))
+        for attempt in Retrying(
             stop=stop_before_delay(max(0.0, self._left())),
             wait=_BACKOFF,
             retry=retry_if_exception(lambda e: isinstance(e, _RoundFailed) and e.passing),
             reraise=True,
-        )
-        time.sleep(min(0.05, max(0.0, self._left())))
-        return again(self._round, ask)
+        ):
+            with attempt:
+                try:
+                    return self._round(ask)
+                except _RoundFailed as failed:
+                    # A call that the end of the operation cut short says nothing of the node.
+                    known |= {k: v for k, v in failed.failures.items() if not v.cut}
+                    failed.failures = known
+                    raise
+        raise AssertionError  # the last attempt returns or raises
 
     def _round(self, ask: _Ask) -> Reply:
         nodes = self.nodes
@@ -258,6 +270,7 @@ class ClusterAdapter(Adapter):  # type: ignore[misc]
             if (trouble := _trouble(reply)) is not None:
                 raise trouble
         except NodeFailure as failure:
+            failure.cut = failure.kind == "stalled" and seconds < self._settings.call_timeout
             if failure.kind in ("name", "refused", "stalled", "tls"):
                 nodes.resting[node] = time.monotonic() + 5 * self._settings.call_timeout
             if ask.once and failure.sent:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Final, Literal, NamedTuple
 from hvac import exceptions
 
 from keymgmt.backend import (
+    DEK_LENGTH,
     Dek,
     Health,
     KeyInfo,
@@ -272,12 +273,13 @@ class VaultProvider(
 
 
 def _finish(wrapped: WrappedKey, context: bytes, data: Mapping[str, Any]) -> Dek:
-    text = data.get("plaintext")
     try:
-        plain = binascii.a2b_base64(str(text), strict_mode=True)
-        dek = Dek(plain)
+        plain = binascii.a2b_base64(text_of(data, "plaintext"), strict_mode=True)
     except ValueError as error:
-        raise UnwrapFailed(f"what {wrapped} holds is no data key") from error
+        raise ProviderUnavailable("the server's answer has no plaintext in base64") from error
+    if len(plain) != DEK_LENGTH:
+        raise UnwrapFailed(f"what {wrapped} holds is no data key")
+    dek = Dek(plain)
     if has_inner(wrapped.mechanism):
         return inner_unwrap(wrapped.blob, context, lambda _: dek)
     return dek

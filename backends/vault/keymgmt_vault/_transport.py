@@ -32,6 +32,7 @@ __all__ = ["MAX_ANSWER", "Node", "NodeFailure", "Reply", "tls_context"]
 
 MAX_ANSWER: Final = 4 << 20
 _POOL: Final = 32
+_LENGTH: Final = {"content-length", "transfer-encoding"}
 _deadline = threading.local()
 
 
@@ -153,7 +154,10 @@ class NodeFailure(Exception):
     Attributes:
         kind: what is wrong; ``name`` and ``tls`` do not go away by waiting.
         sent: whether the node may have carried out what it was asked.
+        cut: whether the operation's end made the call shorter than a call may be.
     """
+
+    cut = False
 
     def __init__(
         self,
@@ -234,11 +238,12 @@ class Node:
             return self._call(method, path, body, headers, seconds)
         except broken.NameResolutionError as error:
             raise NodeFailure("name", "its name is not known", sent=False) from error
+        except broken.NewConnectionError as error:
+            cause = error.__cause__
+            reason = (cause.strerror if isinstance(cause, OSError) else None) or "refused"
+            raise NodeFailure("refused", f"no connection: {reason}", sent=False) from error
         except broken.ConnectTimeoutError as error:
             raise NodeFailure("stalled", f"no connection in {seconds:.3g} s", sent=False) from error
-        except broken.NewConnectionError as error:
-            reason = str(error.__cause__ or error)
-            raise NodeFailure("refused", f"no connection: {reason}", sent=False) from error
         except broken.SSLError as error:
             raise NodeFailure("tls", _tls_reason(error), sent=False) from error
         except (broken.TimeoutError, TimeoutError) as error:
@@ -267,6 +272,9 @@ class Node:
                 data += chunk
                 if len(data) > MAX_ANSWER:
                     raise NodeFailure("oversized", f"an answer of more than {MAX_ANSWER} bytes")
+            if response.status != 204 and not _LENGTH & {name.lower() for name in response.headers}:
+                # Without a length, an answer that was cut off looks like a whole one.
+                raise NodeFailure("broken", "the connection broke")
             clean = True
             return Reply(response.status, response.headers, data)
         finally:
