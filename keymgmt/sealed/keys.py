@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_KEYS", "Group", "UnlockPolicy", "wrap_group"]
 
-FORMAT: Final = "keymgmt-keys/0"
+FORMAT: Final = "keymgmt-keys/1"
 MAX_KEYS: Final = 64 << 20
 MAX_RECIPIENTS: Final = 16384
 MAX_GROUP: Final = 16

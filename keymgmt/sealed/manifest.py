@@ -15,7 +15,7 @@ from keymgmt.sealed.paths import check_paths
 
 __all__ = ["DIGESTS", "FORMAT", "MAX_MANIFEST", "SEGMENT", "FileEntry", "Manifest", "Profile"]
 
-FORMAT: Final = "keymgmt-sealed/0"
+FORMAT: Final = "keymgmt-sealed/1"
 MAX_MANIFEST: Final = 16 << 20
 MAX_FILES: Final = 16384
 MIN_SEGMENT: Final = 4096
