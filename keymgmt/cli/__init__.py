@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from keymgmt.cli import backends, doctor, init, inspect, keys, rewrap, seal
+from keymgmt.cli import backends, doctor, init, inspect, keys, plugin, rewrap, seal
 from keymgmt.cli._output import clean, console, print_error, print_json, table
 from keymgmt.cli._plugins import CommandGroup
 from keymgmt.cli._state import State
@@ -86,6 +86,7 @@ for command in (
 ):
     app.command()(command)
 app.add_typer(keys.app, name="keys")
+app.add_typer(plugin.app, name="plugin")
 
 
 def main() -> None:

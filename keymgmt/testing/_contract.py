@@ -12,9 +12,9 @@ __all__ = ["ProviderContract"]
 
 
 class ProviderContract(
-    WrappingChecks, HostileNameChecks, ConductChecks, AbilityChecks, FaultChecks
+    FaultChecks, AbilityChecks, ConductChecks, HostileNameChecks, WrappingChecks
 ):
-    """What every provider must do, as tests for pytest.
+    """What every provider must do, as tests for pytest; the last base runs first.
 
     A backend's test is a subclass that supplies fixtures::
 

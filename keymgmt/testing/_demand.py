@@ -6,6 +6,7 @@ Also the search for secrets in text, in the spellings in which they usually esca
 from __future__ import annotations
 
 import base64
+import contextlib
 import inspect
 import threading
 import traceback
@@ -13,13 +14,15 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import pytest
+from pydantic import BaseModel
 
+from keymgmt.backend import SecretSource
 from keymgmt.errors import KeymgmtError
 
 if TYPE_CHECKING:
     from keymgmt.backend import Dek
 
-__all__ = ["Demand", "describe", "find_secret", "printed", "raised", "strings_in"]
+__all__ = ["Demand", "describe", "find_secret", "printed", "raised", "secrets_of", "strings_in"]
 
 R = TypeVar("R")
 E = TypeVar("E", bound=BaseException)
@@ -153,3 +156,17 @@ def strings_in(value: Any) -> Iterable[str]:
             yield from strings_in(item)
     elif value is not None and not isinstance(value, bool | int | float | bytes):
         yield str(value)
+
+
+def secrets_of(settings: object) -> Iterable[bytes]:
+    """What the secret sources of some settings hold, where it can be read without asking."""
+    if isinstance(settings, SecretSource):
+        if settings.prompt is None and settings.keyring is None:
+            with contextlib.suppress(KeymgmtError):
+                yield bytes(settings.read())
+    elif isinstance(settings, BaseModel):
+        for _, value in settings:
+            yield from secrets_of(value)
+    elif isinstance(settings, list | tuple | dict):
+        for value in settings.values() if isinstance(settings, dict) else settings:
+            yield from secrets_of(value)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, NoReturn
 import pytest
 
 from keymgmt.backend import Dek, KeyProvider, SupportsKeyManagement
-from keymgmt.testing._demand import Demand
+from keymgmt.testing._demand import Demand, secrets_of
 
 __all__ = ["ContractFixtures", "Hook", "NewKey", "ProviderFactory"]
 
@@ -110,9 +110,13 @@ class ContractFixtures:
         return 30.0
 
     @pytest.fixture
-    def secret_values(self) -> Sequence[bytes]:
-        """Return what must never be seen: PIN, token, passphrase (8 bytes or more, to be found)."""
-        return ()
+    def secret_values(self, provider_factory: ProviderFactory) -> Sequence[bytes]:
+        """Return what must never be seen; by default what the secret sources of the settings hold.
+
+        A PIN of less than 6 bytes is left out: it would be found everywhere by chance.
+        """
+        with provider_factory() as provider:
+            return [secret for secret in secrets_of(provider.settings) if len(secret) >= 6]
 
     @pytest.fixture
     def place_values(self) -> Sequence[str]:

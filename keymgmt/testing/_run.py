@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ __all__ = ["Result", "run_contract"]
 Outcome = Literal["passed", "failed", "skipped"]
 
 _STUB: Final = "from keymgmt.testing._run import stub\n\nTestProvider = stub.contract\n"
+_MODULE: Final = "test_provider"
 _QUIET: Final = ("terminal", "cacheprovider", "faulthandler")
 
 
@@ -110,9 +110,7 @@ def run_contract(
 
     collect = _Collect(told)
     with tempfile.TemporaryDirectory(prefix="keymgmt-kit-") as directory:
-        # A name of its own, because pytest keeps the module that it imported under that name.
-        module = f"test_provider_{secrets.token_hex(4)}"
-        file = Path(directory) / f"{module}.py"
+        file = Path(directory) / f"{_MODULE}.py"
         file.write_text(_STUB)
         arguments = [
             str(file),
@@ -135,7 +133,7 @@ def run_contract(
             code = pytest.main(arguments, plugins)
         finally:
             stub.contract = None
-            sys.modules.pop(module, None)
+            sys.modules.pop(_MODULE, None)  # or it would be the module of the next run
     if code == pytest.ExitCode.INTERRUPTED and not collect.errors:
         raise KeyboardInterrupt
     if collect.errors or code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):

@@ -1,0 +1,60 @@
+"""What ``keymgmt plugin new`` writes: templates beside this file, with the names filled in."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Final
+
+from keymgmt.errors import ConfigError
+
+__all__ = ["write_scaffold"]
+
+_FILES: Final = {
+    "pyproject.toml": "pyproject.toml",
+    "README.md": "README.md",
+    "tox.ini": "tox.ini",
+    "gitignore": ".gitignore",
+    "init.py": "$package/__init__.py",
+    "provider.py": "$package/provider.py",
+    "client.py": "$package/client.py",
+    "test_contract.py": "tests/test_contract.py",
+}
+
+
+def write_scaffold(name: str, directory: Path) -> list[Path]:
+    """Write the files of a new backend into a directory that is new or empty.
+
+    Args:
+        name: the backend's name, checked by the caller.
+        directory: where to write.
+
+    Returns:
+        The files, relative to the directory.
+
+    Raises:
+        ConfigError: there is something in the directory already.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ConfigError(f"{directory} exists and is not empty", hint="name another directory")
+    release = version("keymgmt")
+    words = {
+        "backend": name,
+        "distribution": f"keymgmt-{name}",
+        "package": f"keymgmt_{name.replace('-', '_')}",
+        "kind": "".join(part.capitalize() for part in name.replace("-", "_").split("_")),
+        "version": release,
+    }
+    templates = files("keymgmt.cli").joinpath("scaffold")
+    written: list[Path] = []
+    for template, target in _FILES.items():
+        path = Path(Template(target).substitute(words))
+        content = templates.joinpath(f"{template}.txt").read_text("utf-8")
+        (directory / path).parent.mkdir(parents=True, exist_ok=True)
+        (directory / path).write_text(Template(content).substitute(words), "utf-8")
+        written.append(path)
+    marker = Path(words["package"], "py.typed")
+    (directory / marker).touch()
+    return [*written, marker]

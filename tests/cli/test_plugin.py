@@ -1,0 +1,129 @@
+"""``keymgmt plugin check`` on the file backend, and ``keymgmt plugin new``."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("keymgmt_file")
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    def keymgmt(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-P", "-m", "keymgmt.cli", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
+
+    return keymgmt
+
+
+@pytest.fixture
+def config(tmp_path: Path, run: Run) -> Path:
+    path = tmp_path / "site.toml"
+    path.write_text('[providers.local]\nbackend = "file"\npath = "keys"\n')
+    path.chmod(0o600)
+    (tmp_path / "keys").mkdir(mode=0o700)
+    run("-c", path, "keys", "create", "local:kek")
+    return path
+
+
+def test_a_good_provider_passes_and_reports(config: Path, run: Run, tmp_path: Path) -> None:
+    junit, report = tmp_path / "junit.xml", tmp_path / "report.json"
+    arguments = ["local", "--config", config, "--junit", junit, "--report", report]
+    done = run("plugin", "check", *arguments)
+    assert "keeps the contract" in done.stdout
+    assert "the hook break_service was not supplied" in done.stdout
+    assert "not allowed to create keys in this service" in done.stdout
+    made = json.loads(report.read_text())
+    assert made["ok"] is True
+    assert made["versions"]["distribution"] == "keymgmt-file"
+    outcomes = {check["name"]: check["outcome"] for check in made["checks"]}
+    assert outcomes["test_round_trip"] == "passed"
+    assert outcomes["test_service_hangs"] == "skipped"
+    suite = ET.parse(junit).getroot().find("testsuite")
+    assert suite is not None
+    assert suite.get("failures") == "0"
+    assert int(suite.get("tests", "0")) == len(made["checks"])
+    versions = {each.get("name"): each.get("value") for each in suite.iter("property")}
+    assert versions["distribution"] == "keymgmt-file"
+
+
+def test_no_key_is_made_unless_allowed(config: Path, run: Run) -> None:
+    keys = config.parent / "keys"
+    before = sorted(path.name for path in keys.iterdir())
+    run("plugin", "check", "file", "--config", config)
+    assert sorted(path.name for path in keys.iterdir()) == before
+    done = run("plugin", "check", "local:kek", "--config", config, "--create-keys", "--json")
+    outcomes = {each["name"]: each["outcome"] for each in json.loads(done.stdout)["checks"]}
+    assert outcomes["test_rotation"] == outcomes["test_signing"] == "passed"
+    assert len(list(keys.iterdir())) > len(before)
+
+
+def test_hooks_are_run_when_given(config: Path, run: Run, tmp_path: Path) -> None:
+    hooks = tmp_path / "hooks.py"
+    hooks.write_text(
+        textwrap.dedent(
+            f"""
+            import os
+            KEYS = {str(config.parent / "keys")!r}
+
+            def break_service():
+                os.rename(KEYS, KEYS + ".away")
+
+            def heal_service():
+                if os.path.exists(KEYS + ".away"):
+                    os.rename(KEYS + ".away", KEYS)
+            """
+        )
+    )
+    done = run("plugin", "check", "local:kek", "-c", config, "--hooks", hooks, "--json")
+    made = json.loads(done.stdout)
+    assert made["hooks"] == ["break_service", "heal_service"]
+    outcomes = {each["name"]: each["outcome"] for each in made["checks"]}
+    assert outcomes["test_service_goes_and_returns"] == "passed"
+    assert outcomes["test_service_hangs"] == "skipped"
+    assert (config.parent / "keys").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("x = 1", "defines no hook"),
+        ("def break_service(): ...", "define heal_service"),
+        ("1/0", "ZeroDivisionError"),
+    ],
+)
+def test_bad_hooks_are_refused(
+    config: Path, run: Run, tmp_path: Path, text: str, said: str
+) -> None:
+    hooks = tmp_path / "hooks.py"
+    hooks.write_text(text)
+    done = run("plugin", "check", "local:kek", "-c", config, "--hooks", hooks, code=3)
+    assert said in done.stderr
+
+
+def test_an_unknown_provider_and_a_missing_key(config: Path, run: Run) -> None:
+    done = run("plugin", "check", "loca", "-c", config, code=3)
+    assert "did you mean 'local'?" in done.stderr
+    done = run("plugin", "check", "local:nothing", "-c", config, code=1)
+    assert "raised KeyNotFound" in done.stdout
+
+
+def test_new_refuses_bad_names_and_full_directories(run: Run, tmp_path: Path) -> None:
+    for name in ("Acme", "../acme"):
+        assert "not a name for a backend" in run("plugin", "new", name, code=3).stderr
+    assert "exists already" in run("plugin", "new", "file", code=3).stderr
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious").touch()
+    assert "not empty" in run("plugin", "new", "acme", "full", code=3).stderr
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["precious"]
