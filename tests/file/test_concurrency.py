@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,10 +74,7 @@ def leftovers(path: Path) -> set[str]:
 
 
 def killed_at(step: int, path: Path, action: Callable[[], object]) -> bool:
-    """Run ``action`` in a fork that dies before file operation ``step``; False if it got through.
-
-    Every process that is killed leaves only what the kernel already has.
-    """
+    """Run ``action`` in a fork that dies before its file operation ``step``, if it has so many."""
     child = os.fork()
     if not child:
         left = step
@@ -101,10 +99,19 @@ def killed_at(step: int, path: Path, action: Callable[[], object]) -> bool:
 
 
 def kill_everywhere(path: Path, action: Callable[[], object], look: Callable[[], None]) -> int:
+    """Kill ``action`` before each of its steps, each time from the same beginning, and look."""
+    before = {each.name: each.read_bytes() for each in path.iterdir()} if path.exists() else None
     for step in range(1, 400):
-        if not killed_at(step, path, action):
-            return step
+        shutil.rmtree(path, ignore_errors=True)
+        if before is not None:
+            path.mkdir(mode=0o700)
+            for name, content in before.items():
+                (path / name).touch(mode=0o600)
+                (path / name).write_bytes(content)
+        killed = killed_at(step, path, action)
         look()
+        if not killed:
+            return step
     raise AssertionError("the action never ends")
 
 
@@ -231,53 +238,6 @@ def test_a_process_killed_among_others_harms_none(open_store: Open, path: Path) 
     assert leftovers(path) == set()
 
 
-@pytest.mark.parametrize("locked", [False, True], ids=["plain", "locked"])
-def test_killed_at_every_step_of_a_change(open_store: Open, path: Path, locked: bool) -> None:
-    files = open_store("correct horse" if locked else None)
-    files.create_key("release", "aes256", {})
-    files.rotate_key("release")
-    with Dek.generate() as dek:
-        wrapped = files.wrap("release", dek, b"")
-
-        newest = [2]
-
-        def look() -> None:
-            newest.append(int(files.describe_key("release").newest))
-            assert newest[-1] - newest[-2] in (0, 1)
-            assert files.unwrap(wrapped, b"") == dek
-
-        assert kill_everywhere(path, lambda: files.rotate_key("release"), look) > 15
-        look()
-        assert {2, 3} <= set(newest), "it was killed before the change and after it"
-        assert leftovers(path) == set()
-
-        def retired() -> None:
-            assert files.describe_key("release").versions[0].state in ("old", "retired")
-            assert files.unwrap(wrapped, b"") == dek
-
-        kill_everywhere(path, lambda: files.retire_version("release", "1"), retired)
-        assert files.describe_key("release").versions[0].state == "retired"
-
-
-def test_killed_at_every_step_of_making_a_key(open_store: Open, path: Path) -> None:
-    files = open_store()
-    made: list[int] = []
-
-    def make() -> None:
-        # A key that an earlier fork did make before it died is there whole.
-        if "release" not in [info.key for info in files.list_keys()]:
-            files.create_key("release", "ed25519", {})
-
-    def look() -> None:
-        made.append(len(files.list_keys()))
-
-    kill_everywhere(path, make, look)
-    assert made == sorted(made)
-    assert files.sign("release", b"it works").signature
-    files.rotate_key("release")
-    assert leftovers(path) == set()
-
-
 class CheapKdf(Kdf):
     """Parameters for tests alone: deriving takes no time, and protects nothing."""
 
@@ -285,6 +245,51 @@ class CheapKdf(Kdf):
         self, salt: bytes = b"", memory_kib: int = 64, passes: int = 1, lanes: int = 1
     ) -> None:
         super().__init__(salt or os.urandom(16), memory_kib, passes, lanes)
+
+
+@pytest.mark.parametrize("locked", [False, True], ids=["plain", "locked"])
+def test_killed_at_every_step_of_a_change(
+    open_store: Open, path: Path, locked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("keymgmt_file._store.Kdf", CheapKdf)
+    monkeypatch.setattr("keymgmt_file._passphrase.Kdf", CheapKdf)
+    files = open_store("correct horse" if locked else None)
+    files.create_key("release", "aes256", {})
+    files.rotate_key("release")
+    with Dek.generate() as dek:
+        wrapped = files.wrap("release", dek, b"")
+        seen = set()
+
+        def look() -> None:
+            info = files.describe_key("release")
+            seen.add((info.newest, info.versions[0].state))
+            assert files.unwrap(wrapped, b"") == dek
+            assert files.rotate_key("release").newest == str(int(info.newest) + 1)
+            assert leftovers(path) == set()
+
+        assert kill_everywhere(path, lambda: files.rotate_key("release"), look) > 15
+        assert seen == {("2", "old"), ("3", "old")}, "it was killed before the change and after"
+        seen.clear()
+        assert kill_everywhere(path, lambda: files.retire_version("release", "1"), look) > 15
+        assert {state for _, state in seen} == {"old", "retired"}
+
+
+def test_killed_at_every_step_of_making_a_key(open_store: Open, path: Path) -> None:
+    files = open_store()
+    seen = set()
+
+    def look() -> None:
+        made = [info.key for info in files.list_keys()]
+        seen.add(tuple(made))
+        if made:
+            assert files.sign("release", b"it works").signature
+        else:
+            files.create_key("release", "ed25519", {})
+        files.rotate_key("release")
+        assert leftovers(path) == set()
+
+    assert kill_everywhere(path, lambda: files.create_key("release", "ed25519", {}), look) > 10
+    assert seen == {(), ("release",)}
 
 
 @pytest.mark.parametrize("action", ["lock", "unlock", "passwd"])
@@ -319,26 +324,25 @@ def test_killed_at_every_step_of_locking(
             assert set(found) <= {0, 3}
             assert any(found)
             seen.add(found)
+            # Whatever was left half done is tidied up by whoever changes something next.
+            (plain if found[2] else old if found[0] else new).rotate_key("a")
+            assert leftovers(path) == set()
+            assert (opens(old), opens(new), opens(plain)) == found
 
-        if action == "lock":
-            run: Callable[[], object] = old.lock
-        elif action == "unlock":
-            run = old.unlock
-        else:
-
-            def run() -> object:
-                try:
-                    return old.lock(lambda: bytearray(b"battery staple"))
-                except AccessDenied:
-                    return new.describe_key("a")  # an earlier fork got past the commit
-
-        steps = kill_everywhere(path, run, look)
-        look()
-        assert steps > 20
-        assert len(seen) == 2, "before and after were both seen"
-        (old if action == "lock" else plain if action == "unlock" else new).rotate_key("a")
-        assert leftovers(path) == set()
-        assert {"lock": (3, 0, 0), "unlock": (3, 3, 3), "passwd": (0, 3, 0)}[action] in seen
+        actions: dict[str, Callable[[], object]] = {
+            "lock": old.lock,
+            "unlock": old.unlock,
+            "passwd": lambda: old.lock(lambda: bytearray(b"battery staple")),
+        }
+        assert kill_everywhere(path, actions[action], look) > 40
+        assert (
+            seen
+            == {
+                "lock": {(3, 3, 3), (3, 0, 0)},
+                "unlock": {(3, 0, 0), (3, 3, 3)},
+                "passwd": {(3, 0, 0), (0, 3, 0)},
+            }[action]
+        )
 
 
 def test_the_lock_is_waited_for_and_given_up_at_last(
@@ -369,6 +373,31 @@ def test_a_lock_file_that_was_removed_locks_nobody_out(files: FileProvider, path
         fcntl.flock(held, fcntl.LOCK_EX)
         (path / LOCK).unlink()
         assert files.rotate_key("release").newest == "2"
+
+
+def test_a_lock_file_that_is_removed_at_the_worst_moment(
+    files: FileProvider, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.create_key("release", "aes256", {})
+    real = fcntl.flock
+    calls = 0
+
+    def flock(descriptor: int, operation: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            # Opened, and not locked yet: somebody replaces it.
+            (path / LOCK).unlink()
+            (path / LOCK).touch(mode=0o600)
+        real(descriptor, operation)
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with (
+        files._store.changing(),
+        (path / LOCK).open("rb") as other,
+        pytest.raises(BlockingIOError),
+    ):
+        real(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_a_fork_in_the_middle_of_a_change_does_not_keep_the_lock(files: FileProvider) -> None:
