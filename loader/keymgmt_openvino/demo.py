@@ -16,11 +16,6 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import openvino as ov
 import typer
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    PublicFormat,
-    load_der_public_key,
-)
 from rich import box
 from rich.panel import Panel
 from rich.syntax import Syntax
@@ -29,10 +24,11 @@ from rich.text import Text
 from rich.tree import Tree
 
 import keymgmt
-from keymgmt.backend import SupportsKeyManagement, SupportsSigning, replace_file
+from keymgmt.backend import replace_file
 from keymgmt.cli import clean, console
 from keymgmt.errors import KeymgmtError
 from keymgmt_openvino import _magika, load
+from keymgmt_openvino._site import config_text, make_site
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,18 +41,6 @@ __all__ = ["app"]
 
 app = typer.Typer(help=__doc__, add_completion=False)
 
-CONFIG: Final = """\
-[providers.local]
-backend = "file"
-path = "keys"
-
-[policy]
-publishers = { "release.pub.pem" = ["magika"] }
-
-[seal]
-to = ["local:models"]
-sign = "local:publisher"
-"""
 _WIDTH: Final = 100
 
 
@@ -114,8 +98,8 @@ class _Demo:
 
     def run(self) -> None:
         self._heading(1, "Keys", "a config, a key that wraps (KEK) and a publisher's signing key")
-        config = make_site(self.home)
-        self.out.print(Syntax(CONFIG, "toml", background_color="default"))
+        config = make_site(self.home, "magika")
+        self.out.print(Syntax(config_text("magika").strip(), "toml", background_color="default"))
 
         self._heading(2, "Model", "magika's classifier of file types (Apache-2.0), ONNX to IR")
         plain = self.base / "plain" / "magika.xml"
@@ -273,10 +257,10 @@ class _Demo:
             yield _Refusal("the last 1000 bytes cut off", self._try(copy, config))
 
         thief = self.base / "thief"
-        with make_site(thief) as other:
+        with make_site(thief, "magika") as other:
             # The thief trusts the real publisher; what is missing is the key.
             shutil.copy(self.home / "release.pub.pem", thief / "trusted.pub.pem")
-            text = CONFIG.replace("release.pub.pem", "trusted.pub.pem")
+            text = config_text("magika").replace("release.pub.pem", "trusted.pub.pem")
             replace_file(thief / "keymgmt.toml", text.encode(), mode=0o600)
             del other
         with keymgmt.load_config(thief / "keymgmt.toml") as stolen:
@@ -284,7 +268,7 @@ class _Demo:
 
         stranger = (thief / "release.pub.pem").read_bytes()
         replace_file(self.home / "stranger.pub.pem", stranger)
-        text = CONFIG.replace("release.pub.pem", "stranger.pub.pem")
+        text = config_text("magika").replace("release.pub.pem", "stranger.pub.pem")
         replace_file(self.home / "strict.toml", text.encode(), mode=0o600)
         with keymgmt.load_config(self.home / "strict.toml") as strict:
             yield _Refusal("signed by a publisher not trusted", self._try(self.sealed, strict))
@@ -331,26 +315,6 @@ class _Demo:
             table.add_row(refusal.what, said)
             table.add_row()
         self.out.print(table)
-
-
-def make_site(home: Path, publishes: str = "magika") -> Config:
-    """A new folder with a config, a wrapping key and a publisher's key; the loaded config.
-
-    ``publishes`` is the one model name, or ``*`` for any, that the publisher is trusted for.
-    """
-    home.mkdir(mode=0o700)
-    text = CONFIG.replace('"magika"', f'"{publishes}"')
-    replace_file(home / "keymgmt.toml", text.encode(), mode=0o600)
-    config = keymgmt.load_config(home / "keymgmt.toml")
-    provider = config.provider("local")
-    if not isinstance(provider, SupportsKeyManagement) or not isinstance(provider, SupportsSigning):
-        raise TypeError("the file backend makes and signs with keys")
-    provider.create_key("models", "aes256", {})
-    provider.create_key("publisher", "ed25519", {})
-    public = load_der_public_key(provider.public_key("publisher"))
-    pem = public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    replace_file(home / "release.pub.pem", pem)
-    return config
 
 
 def _answer(scores: Any, names: list[str]) -> str:

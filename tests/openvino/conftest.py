@@ -13,7 +13,8 @@ import pytest
 pytest.importorskip("keymgmt_openvino", reason="these are tests of the loader")
 
 import openvino as ov
-from keymgmt_openvino import _magika, demo
+from keymgmt_openvino import _magika
+from keymgmt_openvino._site import make_site
 
 import keymgmt
 from keymgmt import Config
@@ -27,7 +28,7 @@ Seal = Callable[..., Path]
 def site(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A config with the KEK local:models and the publisher local:publisher, as the demo has it."""
     home = tmp_path_factory.mktemp("site") / "home"
-    demo.make_site(home, publishes="*")
+    make_site(home, "*")
     return keymgmt.load_config(home / "keymgmt.toml")
 
 

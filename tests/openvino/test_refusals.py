@@ -7,7 +7,8 @@ from pathlib import Path
 
 import openvino.properties as props
 import pytest
-from keymgmt_openvino import _load, demo, load, read
+from keymgmt_openvino import _load, load, read
+from keymgmt_openvino._site import make_site
 
 import keymgmt
 from keymgmt.errors import (
@@ -119,7 +120,7 @@ def test_damage_and_strangers(magika_sealed, tmp_path, site):
         file.truncate(1 << 20)
     with pytest.raises(IntegrityError):
         load(cut, keys=site)
-    with demo.make_site(tmp_path / "other") as other, pytest.raises(UntrustedPublisher):
+    with make_site(tmp_path / "other", "*") as other, pytest.raises(UntrustedPublisher):
         load(magika_sealed, keys=other)
     shutil.copy(site.base / "release.pub.pem", tmp_path / "other" / "release.pub.pem")
     with (
