@@ -13,7 +13,7 @@ from keymgmt._config import use_config
 from keymgmt._dek import Dek, wipe
 from keymgmt._releases import remember_release, remembered_release
 from keymgmt._unlock import Unlocker
-from keymgmt.errors import IntegrityError, KeymgmtError
+from keymgmt.errors import IntegrityError, KeymgmtError, SealedModelError
 from keymgmt.sealed.derive import file_key, payload_aad
 from keymgmt.sealed.payload import PayloadReader
 
@@ -78,6 +78,7 @@ class SealedModel:
             FileNotFoundError: no such file in the model.
             ValueError: the buffer has another length, or the model is closed.
             IntegrityError: damaged or forged; the buffer was wiped.
+            SealedModelError: the disk does not read; the buffer was wiped.
         """
         with self.naming(path):
             self.reader(path).read_into(buffer, progress)
@@ -106,6 +107,11 @@ class SealedModel:
             raise IntegrityError(
                 f"{path} of {self.manifest.name}: {error}",
                 hint=error.hint or "it was damaged on its way or changed; fetch it again",
+            ) from error
+        except OSError as error:
+            raise SealedModelError(
+                f"cannot read {path} of {self.manifest.name}: {error.strerror}",
+                hint="look at the disk that it is on",
             ) from error
 
     def reader(self, path: str) -> PayloadReader:
