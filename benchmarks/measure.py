@@ -1,0 +1,94 @@
+"""Interleaved runs in fresh processes, and what is said of them.
+
+Every case is a command that does its work once and prints one JSON object: ``seconds`` (the work
+alone), ``cpu`` (seconds of CPU, all threads) and ``peak_mib`` (the process's largest RSS). Rounds
+run all cases, in a new random order each, so that what else the machine does falls on all alike.
+A ratio of two cases is the median over the rounds of the ratio within a round.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+Run = dict[str, float]
+
+
+def timed(work: Callable[[], object]) -> Run:
+    """Do it once; what a case prints."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    work()
+    seconds, spent = time.perf_counter() - wall, time.process_time() - cpu
+    return {"seconds": seconds, "cpu": spent, "peak_mib": peak_mib()}
+
+
+def peak_mib() -> float:
+    # Not ru_maxrss: a child begins with its parent's.
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def interleave(
+    cases: Mapping[str, list[str]], rounds: int, env: Mapping[str, str] | None = None
+) -> dict[str, list[Run]]:
+    """Run every case once a round."""
+    runs: dict[str, list[Run]] = {name: [] for name in cases}
+    shuffle = random.Random(0).shuffle
+    for number in range(rounds):
+        order = list(cases)
+        shuffle(order)
+        for name in order:
+            output = subprocess.run(
+                cases[name], env={**os.environ, **(env or {})}, stdout=subprocess.PIPE, check=True
+            ).stdout
+            runs[name].append(json.loads(output.splitlines()[-1]))
+        print(f"round {number + 1} of {rounds}, load {os.getloadavg()[0]:.1f}", file=sys.stderr)
+    return runs
+
+
+def median(runs: list[Run], what: str = "seconds") -> float:
+    return statistics.median(run[what] for run in runs)
+
+
+def speedup(runs: list[Run], over: list[Run], what: str = "seconds") -> float:
+    """How many times faster ``runs`` is than ``over``."""
+    return statistics.median(b[what] / a[what] for a, b in zip(runs, over, strict=True))
+
+
+def machine(*packages: str) -> dict[str, object]:
+    cpu = next(
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    )
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }
+
+
+def write(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"\nall runs: {path}")
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table that also reads well on a terminal."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in [head, ["-" * width for width in widths], *rows]
+    ]
+    return "\n".join(lines)
