@@ -129,6 +129,11 @@ class ContractFixtures:
         return False
 
     @pytest.fixture
+    def wraps_offline(self) -> bool:
+        """Return whether wrap() takes a public key only, and so works without the service."""
+        return False
+
+    @pytest.fixture
     def lives_in_this_process(self) -> bool:
         """Return whether the service exists only in this process (a fake, say)."""
         return False

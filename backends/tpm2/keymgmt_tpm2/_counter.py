@@ -1,0 +1,121 @@
+"""NV counters: what an approval compares with, so that bumping one outdates older approvals.
+
+A counter starts where the highest counter that this TPM ever had left off (Part 3, 31.8), so its
+value is of this TPM alone, and undefining it brings no old value back. Only the owner counts it up;
+whoever uses the key reads it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from keymgmt.backend import ConfigError, KeyNotFound
+from keymgmt_tpm2._errors import TpmError
+from keymgmt_tpm2._policy import NV_COUNTER, NV_WRITTEN
+from keymgmt_tpm2._setup import give_owner_auth
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from keymgmt_tpm2._provider import Tpm2Provider
+    from keymgmt_tpm2._tpm import Tpm
+
+__all__ = ["DEFAULT_INDEX", "bump_counter", "create_counter", "parse_index", "read_counter"]
+
+DEFAULT_INDEX: Final = 0x01800100
+_NV_DEFINED: Final = 0x14C
+
+
+def parse_index(text: str) -> int:
+    """Read ``0x018001xx``; ConfigError where it is no index for the owner's use."""
+    try:
+        index = int(text, 16)
+    except ValueError:
+        index = 0
+    # Registry of Reserved TPM 2.0 Handles, 2.2: the owner's indices.
+    if not 0x01800000 <= index <= 0x01BFFFFF:
+        raise ConfigError(f"{text[:20]!r} is no NV index of the owner", hint="0x01800000-0x01bfffff")
+    return index
+
+
+def create_counter(provider: Tpm2Provider, index: int = DEFAULT_INDEX) -> int:
+    """Define a counter and count it once, so that it can be read; returns its value.
+
+    Raises:
+        ConfigError: the index is in use.
+        AccessDenied: the owner hierarchy has a password, and it was not or wrongly given.
+    """
+    from tpm2_pytss import constants as c
+    from tpm2_pytss import types as t
+
+    public = t.TPM2B_NV_PUBLIC(
+        nvPublic=t.TPMS_NV_PUBLIC(
+            nvIndex=index,
+            nameAlg=c.TPM2_ALG.SHA256,
+            attributes=c.TPMA_NV(NV_COUNTER),
+            dataSize=8,
+        )
+    )
+
+    def operation(tpm: Tpm) -> int:
+        give_owner_auth(tpm, provider)
+        session = tpm.session()
+        try:
+            tpm.call("nv_define_space", b"", public, c.ESYS_TR.OWNER, session1=session)
+        except TpmError as error:
+            if error.code == _NV_DEFINED:
+                raise ConfigError(
+                    f"the NV index {index:#010x} is in use", hint="name another: --index 0x018001.."
+                ) from error
+            raise
+        return _count(tpm, index, session)
+
+    return provider.service.run(f"defining the counter {index:#010x}", operation)
+
+
+def bump_counter(provider: Tpm2Provider, index: int = DEFAULT_INDEX) -> int:
+    """Count up once; every approval for a lower value is outdated. Returns the new value."""
+
+    def operation(tpm: Tpm) -> int:
+        give_owner_auth(tpm, provider)
+        return _count(tpm, index, tpm.session())
+
+    return provider.service.run(f"bumping the counter {index:#010x}", operation)
+
+
+def read_counter(provider: Tpm2Provider, index: int = DEFAULT_INDEX) -> int:
+    """The present value; KeyNotFound where there is no counter."""
+    return provider.service.run(
+        f"reading the counter {index:#010x}", lambda tpm: _read(tpm, _find(tpm, index))
+    )
+
+
+def _find(tpm: Tpm, index: int) -> Any:
+    handle = tpm.persistent(index)
+    if handle is None:
+        raise KeyNotFound(
+            f"the TPM has no counter {index:#010x}",
+            hint="make it with: keymgmt tpm counter create PROVIDER",
+        )
+    answer = tpm.call("nv_read_public", handle)
+    public = answer[0]
+    area = public.nvPublic
+    attributes = int(area.attributes)
+    if attributes & ~NV_WRITTEN != NV_COUNTER or int(area.dataSize) != 8:
+        raise ConfigError(
+            f"the NV index {index:#010x} is no counter of ours: attributes {attributes:#010x}"
+        )
+    return handle
+
+
+def _count(tpm: Tpm, index: int, session: Any) -> int:
+    from tpm2_pytss import constants as c
+
+    handle = _find(tpm, index)
+    tpm.call("nv_increment", handle, auth_handle=c.ESYS_TR.OWNER, session1=session)
+    return _read(tpm, handle)
+
+
+def _read(tpm: Tpm, handle: Any) -> int:
+    answer = tpm.call("nv_read", handle, 8, 0, auth_handle=handle)
+    return int.from_bytes(bytes(answer), "big")

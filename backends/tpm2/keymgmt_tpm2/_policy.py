@@ -1,0 +1,253 @@
+"""What a key asks for before the TPM uses it, and the digests that say so.
+
+Strategy: a policy is named data, and its digest is computed here, without a TPM, exactly as the
+TPM's own commands would (Part 3, 23). The key directory may lie about a policy; the digest that
+the TPM enforces is in the key, so ``Policy.check`` compares them before anything is asked of it.
+
+    none             the empty auth value; userWithAuth set
+    PIN              PolicyAuthValue
+    PCR              PolicyPCR, then PolicyAuthValue where there is a PIN
+    signed           PolicyAuthorize(approver, ref), then PolicyAuthValue where there is a PIN;
+                     an approval signs PolicyPCR, then PolicyNV(counter <= v) where there is one
+
+PolicyAuthValue is outside what is approved, so the PIN stays required whatever is approved.
+PolicyPassword gives the same digest and would send the PIN in clear: it is never used.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from cryptography.hazmat.primitives.serialization import load_der_public_key
+
+from keymgmt_tpm2._structures import Public, sha256, sized, u16, u32, verifier_public
+
+__all__ = [
+    "Approver",
+    "Counter",
+    "PcrState",
+    "Policy",
+    "approved_digest",
+    "parse_pcrs",
+]
+
+_BANKS: Final = {"sha1": (0x0004, 20), "sha256": (0x000B, 32), "sha384": (0x000C, 48)}
+_START: Final = bytes(32)
+_CC_AUTHORIZE: Final = 0x16A
+_CC_AUTH_VALUE: Final = 0x16B
+_CC_NV: Final = 0x149
+_CC_PCR: Final = 0x17F
+_UNSIGNED_LE: Final = 9
+NV_WRITTEN: Final = 0x20000000
+NV_COUNTER: Final = 0x02060012
+"""TPMA_NV of our counters: ownerWrite, ownerRead, authRead, noDA, type counter."""
+
+
+def parse_pcrs(text: str) -> tuple[str, tuple[int, ...]]:
+    """Read ``[BANK:]0,2,7`` (bank sha256 if not named) into bank and sorted indices; ValueError."""
+    bank, colon, listed = text.rpartition(":")
+    bank = bank if colon else "sha256"
+    if bank not in _BANKS:
+        raise ValueError(f"no PCR bank {bank[:20]!r}; known: {', '.join(_BANKS)}")
+    try:
+        indices = sorted({int(part) for part in listed.split(",")})
+    except ValueError:
+        raise ValueError(f"not a list of PCRs: {text[:80]!r}; write 0,2,7") from None
+    if not indices or indices[0] < 0 or indices[-1] > 23:
+        raise ValueError("PCRs are numbered from 0 to 23")
+    return bank, tuple(indices)
+
+
+@dataclass(frozen=True)
+class PcrState:
+    """Values of some PCRs of one bank, by index."""
+
+    bank: str
+    values: Mapping[int, bytes]
+
+    def __post_init__(self) -> None:
+        if self.bank not in _BANKS or not self.values:
+            raise ValueError("PCR values name a known bank and at least one PCR")
+        length = _BANKS[self.bank][1]
+        if not all(0 <= i <= 23 and len(v) == length for i, v in self.values.items()):
+            raise ValueError(f"a PCR of {self.bank} has {length} bytes and an index up to 23")
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """The PCRs, in order."""
+        return tuple(sorted(self.values))
+
+    @property
+    def selection(self) -> bytes:
+        """The TPML_PCR_SELECTION of these PCRs."""
+        bitmap = bytearray(3)
+        for index in self.indices:
+            bitmap[index // 8] |= 1 << index % 8
+        return u32(1) + u16(_BANKS[self.bank][0]) + b"\x03" + bytes(bitmap)
+
+    def __str__(self) -> str:
+        return f"{self.bank}:{','.join(map(str, self.indices))}"
+
+    def extend(self, digest: bytes) -> bytes:
+        """The policy digest after PolicyPCR."""
+        values = sha256(*(self.values[index] for index in self.indices))
+        return sha256(digest, u32(_CC_PCR), self.selection, values)
+
+    def differences(self, now: PcrState) -> tuple[int, ...]:
+        """The PCRs whose value ``now`` is another one."""
+        return tuple(i for i in self.indices if now.values.get(i) != self.values[i])
+
+    def to_json(self) -> dict[str, Any]:
+        """``{bank, pcrs: {index: hex}}``."""
+        return {"bank": self.bank, "pcrs": {str(i): self.values[i].hex() for i in self.indices}}
+
+    @classmethod
+    def from_json(cls, data: Any) -> PcrState:
+        """Reverse ``to_json``; ValueError."""
+        _members(data, {"bank", "pcrs"})
+        if not isinstance(data["bank"], str) or not isinstance(data["pcrs"], dict):
+            raise ValueError("PCR values are a bank and a table")  # noqa: TRY004
+        values = {int(index): bytes.fromhex(value) for index, value in data["pcrs"].items()}
+        return cls(data["bank"], values)
+
+
+@dataclass(frozen=True)
+class Counter:
+    """An NV counter of one TPM, and the highest value at which an approval still counts."""
+
+    index: int
+    value: int
+    attributes: int = NV_COUNTER
+
+    def __post_init__(self) -> None:
+        if not 0x01000000 <= self.index <= 0x01FFFFFF or not 0 <= self.value < 1 << 64:
+            raise ValueError("an NV counter has an index 0x01...... and a 64-bit value")
+
+    @property
+    def operand(self) -> bytes:
+        """The value as PolicyNV compares it: 8 bytes, big-endian."""
+        return self.value.to_bytes(8, "big")
+
+    def extend(self, digest: bytes) -> bytes:
+        """The policy digest after PolicyNV(counter <= value)."""
+        # The name of an index that was written once, as a counter is before its first read.
+        public = u32(self.index) + u16(0x000B) + u32(self.attributes | NV_WRITTEN)
+        name = u16(0x000B) + sha256(public, sized(b""), u16(8))
+        arguments = sha256(self.operand, u16(0), u16(_UNSIGNED_LE))
+        return sha256(digest, u32(_CC_NV), arguments, name)
+
+    def to_json(self) -> dict[str, Any]:
+        """``{index, value}``."""
+        return {"index": f"{self.index:#010x}", "value": str(self.value)}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Counter:
+        """Reverse ``to_json``; ValueError."""
+        _members(data, {"index", "value"})
+        return cls(int(data["index"], 16), int(data["value"]))
+
+
+def approved_digest(pcrs: PcrState, counter: Counter | None) -> bytes:
+    """What an approver signs (followed by the ref): a boot state, and a counter if there is one."""
+    digest = pcrs.extend(_START)
+    return counter.extend(digest) if counter else digest
+
+
+@dataclass(frozen=True)
+class Approver:
+    """Who may approve boot states: an ECDSA P-256 key, and a ref that its approvals carry."""
+
+    public_key: bytes = field(repr=False)
+    ref: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.ref.encode()) > 64:
+            raise ValueError("the ref of an approver has at most 64 bytes")
+        self.structure()
+
+    def structure(self) -> Public:
+        """The key as a TPM loads it; ValueError where it is not ECDSA P-256."""
+        return verifier_public(load_der_public_key(self.public_key))
+
+    def extend(self, digest: bytes) -> bytes:
+        """The policy digest after PolicyAuthorize, which replaces what was before it."""
+        del digest
+        return sha256(sha256(_START, u32(_CC_AUTHORIZE), self.structure().name), self.ref.encode())
+
+    def to_json(self) -> dict[str, Any]:
+        """``{public_key, ref}``."""
+        return {"public_key": base64.b64encode(self.public_key).decode(), "ref": self.ref}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Approver:
+        """Reverse ``to_json``; ValueError."""
+        _members(data, {"public_key", "ref"})
+        try:
+            return cls(base64.b64decode(data["public_key"], validate=True), str(data["ref"]))
+        except binascii.Error as error:
+            raise ValueError("a public key that is not base64") from error
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What one key asks for; all three empty is the policy *none*."""
+
+    pin: bool = False
+    pcrs: PcrState | None = None
+    approver: Approver | None = None
+
+    def __post_init__(self) -> None:
+        if self.pcrs and self.approver:
+            raise ValueError("a key is bound to PCR values or to an approver of them, not to both")
+
+    @property
+    def digest(self) -> bytes:
+        """The authPolicy of the key: 32 bytes, or empty where there is none."""
+        digest = _START
+        for step in (self.pcrs, self.approver):
+            if step:
+                digest = step.extend(digest)
+        if self.pin:
+            digest = sha256(digest, u32(_CC_AUTH_VALUE))
+        return digest if digest != _START else b""
+
+    def __str__(self) -> str:
+        words = []
+        if self.pcrs:
+            words.append(f"PCR {self.pcrs} as they were")
+        if self.approver:
+            name = self.approver.structure().name.hex()[4:20]
+            ref = f", ref {self.approver.ref!r}" if self.approver.ref else ""
+            words.append(f"PCRs approved by {name}{ref}")
+        if self.pin:
+            words.append("PIN")
+        return " and ".join(words) or "none"
+
+    def to_json(self) -> dict[str, Any]:
+        """A table with ``pin``, ``pcrs`` and ``approver``."""
+        return {
+            "pin": self.pin,
+            "pcrs": self.pcrs.to_json() if self.pcrs else None,
+            "approver": self.approver.to_json() if self.approver else None,
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Policy:
+        """Reverse ``to_json``; ValueError."""
+        _members(data, {"pin", "pcrs", "approver"})
+        if not isinstance(data["pin"], bool):
+            raise ValueError("whether there is a PIN is true or false")  # noqa: TRY004
+        return cls(
+            data["pin"],
+            PcrState.from_json(data["pcrs"]) if data["pcrs"] is not None else None,
+            Approver.from_json(data["approver"]) if data["approver"] is not None else None,
+        )
+
+
+def _members(data: Any, names: Sequence[str] | set[str]) -> None:
+    if not isinstance(data, dict) or set(data) != set(names):
+        raise ValueError(f"a table with exactly the members {', '.join(sorted(names))}")

@@ -1,0 +1,242 @@
+"""TPM structures as bytes: what is needed to check a TPM's statements without having a TPM.
+
+Strategy: only ``cryptography`` and arithmetic, so a build machine or an enrolment server runs it
+without libtss2. Structures are those of "Trusted Platform Module Library, Part 2" (TCG, 1.59); all
+integers are big-endian and a ``TPM2B`` is a 2-byte length and its content. Whatever is parsed here
+came from outside: ValueError for anything that is not exactly one structure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Final
+
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+__all__ = [
+    "ALG_ECC",
+    "ALG_ECDSA",
+    "ALG_NULL",
+    "ALG_RSA",
+    "ALG_SHA256",
+    "Public",
+    "Reader",
+    "describe_attributes",
+    "sha256",
+    "sized",
+    "u16",
+    "u32",
+    "verifier_public",
+]
+
+ALG_RSA: Final = 0x0001
+ALG_SHA256: Final = 0x000B
+ALG_NULL: Final = 0x0010
+ALG_RSASSA: Final = 0x0014
+ALG_OAEP: Final = 0x0017
+ALG_ECDSA: Final = 0x0018
+ALG_ECC: Final = 0x0023
+_CURVES: Final[dict[int, ec.EllipticCurve]] = {
+    0x0003: ec.SECP256R1(),
+    0x0004: ec.SECP384R1(),
+}
+
+FIXED_TPM: Final = 0x2
+FIXED_PARENT: Final = 0x10
+SENSITIVE_DATA_ORIGIN: Final = 0x20
+USER_WITH_AUTH: Final = 0x40
+ADMIN_WITH_POLICY: Final = 0x80
+NO_DA: Final = 0x400
+RESTRICTED: Final = 0x10000
+DECRYPT: Final = 0x20000
+SIGN: Final = 0x40000
+_ATTRIBUTES: Final = {
+    FIXED_TPM: "fixedTPM",
+    0x4: "stClear",
+    FIXED_PARENT: "fixedParent",
+    SENSITIVE_DATA_ORIGIN: "sensitiveDataOrigin",
+    USER_WITH_AUTH: "userWithAuth",
+    ADMIN_WITH_POLICY: "adminWithPolicy",
+    NO_DA: "noDA",
+    0x800: "encryptedDuplication",
+    RESTRICTED: "restricted",
+    DECRYPT: "decrypt",
+    SIGN: "sign",
+}
+
+
+def sha256(*parts: bytes) -> bytes:
+    """SHA-256 over the parts, one after the other."""
+    return hashlib.sha256(b"".join(parts)).digest()
+
+
+def u16(value: int) -> bytes:
+    """A UINT16."""
+    return value.to_bytes(2, "big")
+
+
+def u32(value: int) -> bytes:
+    """A UINT32."""
+    return value.to_bytes(4, "big")
+
+
+def sized(content: bytes) -> bytes:
+    """A TPM2B of ``content``."""
+    return u16(len(content)) + content
+
+
+def describe_attributes(attributes: int) -> str:
+    """TPMA_OBJECT in the words of the specification."""
+    names = [name for bit, name in _ATTRIBUTES.items() if attributes & bit]
+    rest = attributes & ~sum(_ATTRIBUTES)
+    return "|".join(names + ([hex(rest)] if rest else [])) or "none"
+
+
+class Reader:
+    """Reads integers and TPM2Bs from bytes; ValueError where they end too early."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._at = 0
+
+    def take(self, count: int) -> bytes:
+        """The next ``count`` bytes."""
+        if self._at + count > len(self._data):
+            raise ValueError("the structure ends too early")
+        self._at += count
+        return self._data[self._at - count : self._at]
+
+    def number(self, count: int, order: str = "big") -> int:
+        """The next ``count`` bytes as an unsigned integer."""
+        return int.from_bytes(self.take(count), "little" if order == "little" else "big")
+
+    def sized(self) -> bytes:
+        """The content of the next TPM2B."""
+        return self.take(self.number(2))
+
+    @property
+    def left(self) -> int:
+        """Bytes not read yet."""
+        return len(self._data) - self._at
+
+    def end(self) -> None:
+        """ValueError unless all was read."""
+        if self.left:
+            raise ValueError("the structure has bytes behind its end")
+
+
+@dataclass(frozen=True)
+class Public:
+    """A TPMT_PUBLIC of an RSA or ECC key.
+
+    ``unique`` is (x, y) in the curve's length, or (modulus,). ``raw`` is the marshalled structure.
+    """
+
+    raw: bytes
+    kind: int
+    name_alg: int
+    attributes: int
+    policy: bytes
+    symmetric: int
+    scheme: int
+    scheme_hash: int | None
+    curve: int | None
+    bits: int | None
+    exponent: int
+    unique: tuple[bytes, ...]
+
+    @classmethod
+    def parse(cls, raw: bytes) -> Public:
+        """Read exactly one TPMT_PUBLIC (Part 2, 12.2.4); ValueError for any other bytes."""
+        reader = Reader(raw)
+        kind, name_alg = reader.number(2), reader.number(2)
+        attributes, policy = reader.number(4), reader.sized()
+        if kind not in (ALG_RSA, ALG_ECC):
+            raise ValueError(f"a key of an algorithm that is not used here: {kind:#06x}")
+        symmetric = reader.number(2)
+        if symmetric != ALG_NULL:
+            reader.take(4)  # key bits and mode
+        scheme = reader.number(2)
+        scheme_hash = None if scheme in (ALG_NULL, 0x0015) else reader.number(2)  # 0015: RSAES
+        if kind == ALG_RSA:
+            bits, exponent = reader.number(2), reader.number(4)
+            unique: tuple[bytes, ...] = (reader.sized(),)
+            curve = None
+        else:
+            curve, bits, exponent = reader.number(2), None, 0
+            if reader.number(2) != ALG_NULL:
+                reader.take(2)  # the hash of the key derivation scheme
+            if curve not in _CURVES:
+                raise ValueError(f"a curve that is not used here: {curve:#06x}")
+            # A TPM may leave out leading zeros of a coordinate.
+            length = (_CURVES[curve].key_size + 7) // 8
+            unique = tuple(reader.sized().rjust(length, b"\0") for _ in "xy")
+        reader.end()
+        return cls(
+            raw=raw,
+            kind=kind,
+            name_alg=name_alg,
+            attributes=attributes,
+            policy=policy,
+            symmetric=symmetric,
+            scheme=scheme,
+            scheme_hash=scheme_hash,
+            curve=curve,
+            bits=bits,
+            exponent=exponent or 65537,
+            unique=unique,
+        )
+
+    @property
+    def name(self) -> bytes:
+        """The object's name: its name algorithm and the hash of ``raw`` (Part 1, 16)."""
+        if self.name_alg != ALG_SHA256:
+            raise ValueError("a name algorithm other than SHA-256")
+        return u16(ALG_SHA256) + sha256(self.raw)
+
+    @property
+    def point(self) -> bytes:
+        """The uncompressed point of an ECC key, 65 bytes for P-256."""
+        if self.kind != ALG_ECC:
+            raise ValueError("not an ECC key")
+        return b"\x04" + b"".join(self.unique)
+
+    def key(self) -> ec.EllipticCurvePublicKey | rsa.RSAPublicKey:
+        """The public key; ValueError where it is none (a point off its curve, say)."""
+        if self.curve is not None:
+            return ec.EllipticCurvePublicKey.from_encoded_point(_CURVES[self.curve], self.point)
+        return rsa.RSAPublicNumbers(
+            self.exponent, int.from_bytes(self.unique[0], "big")
+        ).public_key()
+
+    def der(self) -> bytes:
+        """The public key as DER SubjectPublicKeyInfo."""
+        return self.key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
+
+def verifier_public(key: object) -> Public:
+    """The TPMT_PUBLIC under which a TPM loads an ECDSA P-256 key to verify with it.
+
+    Its name is part of every policy that names the key, so these bytes never change: userWithAuth
+    and sign, no policy, no symmetric algorithm, no scheme, no key derivation.
+
+    Raises:
+        ValueError: not a public key on P-256.
+    """
+    if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp256r1":
+        raise ValueError("a TPM verifies approvals of an ECDSA P-256 key")
+    point = key.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
+    return Public.parse(
+        u16(ALG_ECC)
+        + u16(ALG_SHA256)
+        + u32(USER_WITH_AUTH | SIGN)
+        + sized(b"")
+        + u16(ALG_NULL)
+        + u16(ALG_NULL)
+        + u16(0x0003)
+        + u16(ALG_NULL)
+        + sized(point[1:33])
+        + sized(point[33:])
+    )

@@ -1,0 +1,145 @@
+"""TPM emulators: swtpm processes with their own state, started, stopped, hung and restarted."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Self
+
+import pytest
+from keymgmt_tpm2 import Tpm2Provider, Tpm2Settings
+
+
+def free_ports() -> int:
+    """The first of two free consecutive ports, which swtpm's TCTI wants."""
+    for _ in range(200):
+        port = random.randrange(20000, 30000)
+        with contextlib.ExitStack() as stack:
+            try:
+                for number in (port, port + 1):
+                    bound = stack.enter_context(socket.socket())
+                    bound.bind(("127.0.0.1", number))
+            except OSError:
+                continue
+            return port
+    raise RuntimeError("no two free consecutive ports")
+
+
+class Swtpm:
+    """One emulated TPM. A context manager; its state outlives ``stop`` and ``kill``."""
+
+    def __init__(self, program: Path, state: Path) -> None:
+        self.program, self.state = program, state
+        self.port = free_ports()
+        self.process: subprocess.Popen[bytes] | None = None
+        state.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def tcti(self) -> str:
+        return f"swtpm:host=127.0.0.1,port={self.port}"
+
+    def start(self) -> None:
+        command = [str(self.program), "socket", "--tpm2", "--tpmstate", f"dir={self.state}"]
+        command += ["--server", f"type=tcp,port={self.port},bindaddr=127.0.0.1"]
+        command += ["--ctrl", f"type=tcp,port={self.port + 1},bindaddr=127.0.0.1"]
+        command += ["--flags", "not-need-init,startup-clear"]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE)
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"swtpm ended: {self.process.stderr.read()!r}")
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection(("127.0.0.1", self.port + 1), 1),
+            ):
+                return
+            time.sleep(0.005)
+        raise RuntimeError("swtpm does not listen")
+
+    def kill(self) -> None:
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.process.pid, signal.SIGCONT)
+            self.process.kill()
+            self.process.wait()
+            self.process.stderr.close()
+            self.process = None
+
+    def restart(self) -> None:
+        self.kill()
+        self.start()
+
+    def hang(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Undo ``hang`` and ``kill``; may be called at any time."""
+        if self.process is None or self.process.poll() is not None:
+            self.kill()
+            self.start()
+        else:
+            self.process.send_signal(signal.SIGCONT)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+
+@pytest.fixture(scope="session")
+def swtpm_program(require_tool) -> Path:
+    return require_tool("swtpm", package="swtpm")
+
+
+@pytest.fixture
+def make_swtpm(swtpm_program, tmp_path) -> Iterator[Callable[[str], Swtpm]]:
+    """Start emulators by name; all are stopped at the end."""
+    with contextlib.ExitStack() as stack:
+        yield lambda name: stack.enter_context(Swtpm(swtpm_program, tmp_path / f"state-{name}"))
+
+
+@pytest.fixture
+def swtpm(make_swtpm) -> Swtpm:
+    return make_swtpm("one")
+
+
+@pytest.fixture
+def set_up(tmp_path) -> Callable[..., Tpm2Settings]:
+    """Make the storage root key of an emulator and return settings that pin it."""
+    from keymgmt_tpm2._setup import set_up as make
+
+    def settings(swtpm: Swtpm, **changes: object) -> Tpm2Settings:
+        values: dict[str, object] = {"keys": tmp_path / "keys", "tcti": swtpm.tcti}
+        with Tpm2Provider("tpm", Tpm2Settings(**values)) as provider:
+            name = make(provider, create=True).name
+        return Tpm2Settings(**(values | {"srk_name": name, "timeout": 5.0} | changes))
+
+    return settings
+
+
+@pytest.fixture
+def settings(swtpm, set_up) -> Tpm2Settings:
+    return set_up(swtpm)
+
+
+@pytest.fixture
+def pin_file(tmp_path) -> Path:
+    path = tmp_path / "pin"
+    path.write_text("correct-pin-71\n")
+    path.chmod(0o600)
+    return path
+
+
+@pytest.fixture
+def provider(settings) -> Iterator[Tpm2Provider]:
+    with Tpm2Provider("tpm", settings) as made:
+        yield made

@@ -1,0 +1,87 @@
+"""The TPM backend does what every provider must do, on swtpm."""
+
+from __future__ import annotations
+
+import pytest
+from keymgmt_tpm2 import Tpm2Provider
+
+from keymgmt.backend import SecretSource
+from keymgmt.testing import ProviderContract
+
+
+class TestTpm2(ProviderContract):
+    @pytest.fixture
+    def settings(self, swtpm, set_up):
+        return set_up(swtpm, timeout=6.0)
+
+    @pytest.fixture
+    def provider_factory(self, settings):
+        return lambda: Tpm2Provider("tpm", settings)
+
+    @pytest.fixture
+    def wrap_key(self, settings):
+        with Tpm2Provider("tpm", settings) as provider:
+            return provider.create_key("kit", "ecc-p256", {}).key
+
+    @pytest.fixture
+    def break_service(self, swtpm):
+        return swtpm.kill
+
+    @pytest.fixture
+    def hang_service(self, swtpm):
+        return swtpm.hang
+
+    @pytest.fixture
+    def heal_service(self, swtpm):
+        return swtpm.resume
+
+    @pytest.fixture
+    def expire_login(self, swtpm):
+        return swtpm.restart
+
+    @pytest.fixture
+    def time_limit(self):
+        return 8.0
+
+    @pytest.fixture
+    def wraps_offline(self):
+        return True
+
+
+class TestTpm2WithPin(TestTpm2):
+    """The same with a PIN; another PIN is a login that is refused."""
+
+    @pytest.fixture
+    def settings(self, swtpm, set_up, pin_file):
+        return set_up(swtpm, timeout=6.0, pin={"file": pin_file})
+
+    @pytest.fixture
+    def wrap_key(self, settings):
+        with Tpm2Provider("tpm", settings) as provider:
+            return provider.create_key("kit", "ecc-p256", {"pin": "yes"}).key
+
+    @pytest.fixture
+    def denied_factory(self, settings, tmp_path):
+        path = tmp_path / "wrong"
+        path.write_text("wrong-pin-45")
+        path.chmod(0o600)
+        wrong = settings.model_copy(update={"pin": SecretSource(file=path)})
+        return lambda: Tpm2Provider("tpm", wrong)
+
+    @pytest.fixture
+    def secret_values(self):
+        return (b"correct-pin-71", b"wrong-pin-45")
+
+
+class TestTpm2Rsa(TestTpm2):
+    """The same with RSA-OAEP, for chips without ECDH."""
+
+    @pytest.fixture
+    def wrap_key(self, settings):
+        with Tpm2Provider("tpm", settings) as provider:
+            return provider.create_key("kit", "rsa-2048", {}).key
+
+    @pytest.fixture
+    def other_wrap_key(self, settings):
+        with Tpm2Provider("tpm", settings) as provider:
+            return provider.create_key("kit2", "rsa-2048", {}).key
