@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import hmac
 import json
 import os
 import re
@@ -42,6 +41,7 @@ __all__ = [
     "RSA_OAEP_256",
     "Recipient",
     "find_signer",
+    "plain_fingerprint",
     "public_key_id",
     "recipient_message",
     "sign_recipient",
@@ -165,10 +165,10 @@ class Recipient:
         digest = hashlib.sha256(self.to_bytes()).hexdigest()
         return "-".join(digest[start : start + 8] for start in range(0, 64, 8))
 
-    def has_fingerprint(self, text: str) -> bool:
-        """Whether ``text`` is the whole fingerprint; case and separators do not matter."""
-        given = re.sub(r"[\s:-]", "", text).lower()
-        return hmac.compare_digest(given.encode(), self.fingerprint.replace("-", "").encode())
+
+def plain_fingerprint(text: str) -> str:
+    """A fingerprint as a person typed it, without separators and in lower case."""
+    return re.sub(r"[\s:-]", "", text).lower()
 
 
 def public_key_id(public_key: bytes) -> str:

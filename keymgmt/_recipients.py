@@ -11,7 +11,7 @@ from keymgmt._audit import audit
 from keymgmt._config import parse_group
 from keymgmt._dek import Dek
 from keymgmt._names import KeyRef
-from keymgmt._recipient import Recipient, find_signer, wrap_for
+from keymgmt._recipient import Recipient, find_signer, plain_fingerprint, wrap_for
 from keymgmt._unlock import call_provider
 from keymgmt.errors import ConfigError, KeymgmtError, UntrustedPublisher
 
@@ -77,7 +77,8 @@ def resolve_groups(
         )
     if len(set(texts)) != len(texts):
         raise ConfigError("the same group of recipients is named twice")
-    groups = [resolve_group(text, config, fingerprints) for text in texts]
+    given = frozenset(map(plain_fingerprint, fingerprints))
+    groups = [_resolve(text, config, given) for text in texts]
     tried: set[Wrap] = set()
     with Dek.generate() as probe:
         for wrap in (wrap for group in groups for wrap in group):
@@ -89,6 +90,10 @@ def resolve_groups(
 
 def resolve_group(text: str, config: Config, fingerprints: Sequence[str] = ()) -> list[Wrap]:
     """One ``--to`` text; raises as ``resolve_groups`` does, and tries nothing."""
+    return _resolve(text, config, frozenset(map(plain_fingerprint, fingerprints)))
+
+
+def _resolve(text: str, config: Config, fingerprints: frozenset[str]) -> list[Wrap]:
     wraps: list[Wrap] = []
     for member in parse_group(text):
         if member.startswith("@"):
@@ -105,9 +110,9 @@ def resolve_group(text: str, config: Config, fingerprints: Sequence[str] = ()) -
     return wraps
 
 
-def _recipient_file(path: Path, config: Config, fingerprints: Sequence[str]) -> RecipientFile:
+def _recipient_file(path: Path, config: Config, fingerprints: frozenset[str]) -> RecipientFile:
     recipient = Recipient.load(path)
-    if any(recipient.has_fingerprint(text) for text in fingerprints):
+    if plain_fingerprint(recipient.fingerprint) in fingerprints:
         return RecipientFile(path, recipient)
     trusted = {}
     for name in config.policy.recipient_signers:
