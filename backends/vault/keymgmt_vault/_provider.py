@@ -30,7 +30,7 @@ from keymgmt.backend import (
     inner_wrap,
     is_key,
 )
-from keymgmt_vault import _doctor, _keys
+from keymgmt_vault import _doctor, _keys, _policies
 from keymgmt_vault._client import Client, text_of
 from keymgmt_vault._errors import translate
 from keymgmt_vault._mechanisms import (
@@ -262,6 +262,16 @@ class VaultProvider(
     def sign(self, key: str, message: bytes) -> Signature:
         """See SupportsSigning; all but Ed25519 hash here and send the digest."""
         return self._keys.sign(check_key(key), message)
+
+    def policy(self, role: str, key: str) -> str:
+        """The policy in HCL that ``role`` (of ``_policies.ROLES``) needs for ``key``; no I/O."""
+        return _policies.policy(role, self.settings.mount, self.settings.native(check_key(key)))
+
+    def administer(self, path: str, body: Mapping[str, Any]) -> Any:
+        """POST to a path of the server's own API and return its answer; for ``keymgmt vault``."""
+        with self._client.adapter.operation():
+            self._client.login.ensure()
+            return self._client.adapter.post(path, json=body, once=True)
 
     def check(self, key: str | None = None) -> Health:
         """See KeyProvider; each address, then the login and its token, then the key."""
