@@ -269,3 +269,22 @@ def test_doctor_of_a_signing_key(make: Any, bao: Any) -> None:
     assert "round trip" not in found
     with pytest.raises(KeyNotFound):
         make(bao).public_key("absent")
+
+
+def test_rsa_is_oaep_with_sha256(make: Any, bao: Any) -> None:
+    """As SPEC.md says, made here from the public key alone, in the shape of InnerKey."""
+    from keymgmt.backend import inner_wrap
+
+    bao.transit("transit", "rsa-spec", kind="rsa-2048")
+    pem = bao.do("GET", "transit/keys/rsa-spec")["data"]["keys"]["1"]["public_key"]
+    public = serialization.load_pem_public_key(pem.encode())
+    oaep = padding.OAEP(padding.MGF1(hashes.SHA256()), hashes.SHA256(), None)
+
+    def wrap(inner: Dek) -> bytes:
+        sealed = public.encrypt(bytes(inner.view()), oaep)  # type: ignore[union-attr]
+        return b"vault:v1:" + base64.b64encode(sealed)
+
+    with Dek.generate() as dek:
+        blob = inner_wrap(dek, b"c", wrap)
+        wrapped = WrappedKey("vault", "rsa-spec", "1", "rsa-oaep-sha256+inner", blob)
+        assert make(bao).unwrap(wrapped, b"c") == dek

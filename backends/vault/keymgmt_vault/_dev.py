@@ -77,7 +77,8 @@ class DevServer:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         address, root = f"http://127.0.0.1:{port}", secrets.token_urlsafe(24)
         log = directory / "server.log"
-        with log.open("wb") as output:
+        # It holds the unseal key and the root token.
+        with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as output:  # noqa: PTH123
             process = subprocess.Popen(
                 [program, "server", "-dev", "-dev-no-store-token", _listen(port)],
                 stdin=subprocess.DEVNULL,
