@@ -1,8 +1,9 @@
 """Seal models for machines you do not control; open them in memory with a key from any service."""
 
 from keymgmt._config import Config, load_config
-from keymgmt._harden import harden
+from keymgmt._harden import harden, unencrypted_swap
 from keymgmt._inspect import Inspection, inspect
+from keymgmt._mount import mount
 from keymgmt._open import SealedModel
 from keymgmt._open import open_model as open  # noqa: A004 - keymgmt.open, as in gzip and tarfile
 from keymgmt._prove import Verification, unseal, verify
@@ -24,12 +25,14 @@ __all__ = [
     "harden",
     "inspect",
     "load_config",
+    "mount",
     "open",
     "reseal",
     "rewrap",
     "rewrap_tree",
     "seal",
     "sign",
+    "unencrypted_swap",
     "unseal",
     "usage",
     "verify",

@@ -1,4 +1,4 @@
-"""Keep this process's memory to itself, on request: no core dumps, no readers of the same user."""
+"""Keep a process's memory to itself: no core dumps, no readers of the same user; and swap."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Final
 
 from keymgmt.errors import KeymgmtError
 
-__all__ = ["harden"]
+__all__ = ["harden", "unencrypted_swap"]
 
 _PR_GET_DUMPABLE: Final = 3  # <linux/prctl.h>
 _PR_SET_DUMPABLE: Final = 4
@@ -41,3 +41,39 @@ def harden() -> None:
             f"process {tracer} traces this one and can read its memory",
             hint="end the debugger, or do without harden() while debugging",
         )
+
+
+def unencrypted_swap() -> tuple[str, ...]:
+    """Swap devices and files to which this process's memory could go in plaintext; () if none.
+
+    A device counts as encrypted if it is dm-crypt, and zram as memory unless it writes back to a
+    disk. A cgroup that may not swap (``memory.swap.max`` 0) has none.
+    """
+    if _swap_forbidden():
+        return ()
+    try:
+        lines = Path("/proc/swaps").read_text().splitlines()[1:]
+    except OSError:
+        return ()
+    return tuple(line.split()[0] for line in lines if not _keeps_secrets(line.split()[0]))
+
+
+def _swap_forbidden() -> bool:
+    try:
+        groups = Path("/proc/self/cgroup").read_text().splitlines()
+        group = next(line[3:] for line in groups if line.startswith("0::"))
+        limit = Path(f"/sys/fs/cgroup{group}") / "memory.swap.max"
+        return limit.read_text().strip() == "0"
+    except (OSError, StopIteration):
+        return False
+
+
+def _keeps_secrets(device: str) -> bool:
+    name = Path(device).resolve().name
+    try:
+        if name.startswith("zram"):
+            return Path(f"/sys/block/{name}/backing_dev").read_text().strip() == "none"
+        return Path(f"/sys/block/{name}/dm/uuid").read_text().startswith("CRYPT-")
+    except OSError:
+        # zram without that file cannot write back; anything else without it is a plain disk.
+        return name.startswith("zram")

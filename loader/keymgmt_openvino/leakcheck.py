@@ -235,11 +235,9 @@ def _core_dumps() -> Finding:
 
 
 def _swap() -> Finding:
-    lines = Path("/proc/swaps").read_text().splitlines()[1:]
-    devices = [line.split()[0] for line in lines]
-    plain = [device for device in devices if not _is_encrypted(device)]
+    plain = keymgmt.unencrypted_swap()
     if not plain:
-        return Finding("swap", "ok", f"encrypted: {', '.join(devices)}" if devices else "none")
+        return Finding("swap", "ok", "none, or encrypted")
     return Finding(
         "swap",
         "warn",
@@ -247,12 +245,3 @@ def _swap() -> Finding:
         "encrypt it, switch it off, or set MemorySwapMax=0 for the unit: "
         "OpenVINO's own copies of the weights are not locked",
     )
-
-
-def _is_encrypted(device: str) -> bool:
-    name = Path(device).resolve().name
-    if name.startswith("zram"):  # memory, unless it writes back to a disk
-        backing = Path(f"/sys/block/{name}/backing_dev")
-        return not backing.exists() or backing.read_text().strip() == "none"
-    uuid = Path(f"/sys/block/{name}/dm/uuid")
-    return uuid.exists() and uuid.read_text().startswith("CRYPT-")

@@ -143,4 +143,3 @@ def test_what_cannot_be_read_is_not_called_clean(tmp_path):
 def test_core_dumps_and_swap_are_looked_at():
     assert module._core_dumps().state in ("ok", "warn")
     assert module._swap().state in ("ok", "warn")
-    assert not module._is_encrypted("/dev/nothing-at-all")

@@ -1,0 +1,321 @@
+"""``keymgmt.mount``: files by path that are on no disk and in no other process's reach.
+
+A mount makes its process non-dumpable for good, so each test has a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+NOBODY = 65534
+
+
+def python(program: str, *arguments: object, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
+    )
+
+
+def lines(program: str, *arguments: object, **options) -> list[str]:
+    done = python(program, *arguments, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory, seal) -> tuple[Path, Path]:
+    """A folder with subfolders, an empty and a larger file; and its sealed copy."""
+    plain = tmp_path_factory.mktemp("tree") / "tree"
+    (plain / "sub" / "deeper").mkdir(parents=True)
+    (plain / "config.json").write_text('{"a": 1}')
+    (plain / "sub" / "empty").write_bytes(b"")
+    (plain / "sub" / "deeper" / "large.bin").write_bytes(os.urandom(3_000_001))
+    return plain, seal(plain, "tree")
+
+
+def test_the_files_are_those_of_the_model_and_read_only(tree, site):
+    plain, sealed = tree
+    found = lines(
+        """
+        import hashlib, os, sys
+        import keymgmt
+        with keymgmt.mount(sys.argv[1], name="tree", keys=sys.argv[2]) as folder:
+            for path in sorted(folder.rglob("*")):
+                if path.is_file():
+                    print(path.relative_to(folder), hashlib.sha256(path.read_bytes()).hexdigest())
+                    for flags in (os.O_WRONLY, os.O_RDWR):
+                        try:
+                            os.write(os.open(path, flags), b"x")
+                            print("written")
+                        except OSError:
+                            pass
+        """,
+        sealed,
+        site.path,
+    )
+    import hashlib
+
+    expected = [
+        f"{path.relative_to(plain)} {hashlib.sha256(path.read_bytes()).hexdigest()}"
+        for path in sorted(plain.rglob("*"))
+        if path.is_file()
+    ]
+    assert found == expected
+
+
+def test_nothing_stays_after_the_block(tree, site):
+    folder, exists, opened = lines(
+        """
+        import os, sys
+        import keymgmt
+        before = len(os.listdir("/proc/self/fd"))
+        with keymgmt.mount(sys.argv[1], keys=sys.argv[2]) as folder:
+            pass
+        print(folder)
+        print(folder.exists())
+        print(len(os.listdir("/proc/self/fd")) - before)
+        """,
+        tree[1],
+        site.path,
+    )
+    assert exists == "False"
+    assert opened == "0"
+    assert not Path(folder).exists()
+
+
+def test_an_exception_in_the_block_cleans_up_alike(tree, site):
+    done = python(
+        """
+        import sys
+        import keymgmt
+        try:
+            with keymgmt.mount(sys.argv[1], keys=sys.argv[2]) as folder:
+                raise ZeroDivisionError
+        except ZeroDivisionError:
+            print(folder.exists())
+        """,
+        tree[1],
+        site.path,
+    )
+    assert done.stdout == "False\n", done.stderr
+
+
+def test_what_stays_open_is_not_inherited_by_programs(tree, site):
+    inside, after, content = lines(
+        """
+        import os, subprocess, sys
+        import keymgmt
+        with keymgmt.mount(sys.argv[1], keys=sys.argv[2]) as folder:
+            kept = os.open(folder / "config.json", os.O_RDONLY)
+            os.set_inheritable(kept, True)  # as OpenVINO opens
+            inside = os.get_inheritable(kept)
+        print(inside)
+        print(os.get_inheritable(kept))
+        print(os.read(kept, 100).decode())
+        """,
+        tree[1],
+        site.path,
+    )
+    assert (inside, after, content) == ("True", "False", '{"a": 1}')
+
+
+CHILD = f"""
+import ctypes, os, sys
+import keymgmt, keymgmt_file
+libc = ctypes.CDLL(None)
+with keymgmt.load_config(sys.argv[2]) as config:
+    with keymgmt.mount(sys.argv[1], keys=config) as folder:
+        target = os.readlink(folder / "config.json")
+        if os.geteuid() == 0:
+            os.setgroups([])
+            os.setgid({NOBODY})
+            os.setuid({NOBODY})
+        libc.prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)  # PR_SET_PTRACER
+        if sys.argv[3] == "dumpable":
+            libc.prctl(4, 1, 0, 0, 0)
+        print(target, flush=True)
+        sys.stdin.readline()
+        os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(("how", "readable"), [("as it is", False), ("dumpable", True)])
+def test_another_process_of_the_same_user_cannot_follow(how, readable, tree, site):
+    with subprocess.Popen(
+        [sys.executable, "-c", CHILD, tree[1], site.path, how],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        target = process.stdout.readline().strip()
+        path = target.replace("self", str(process.pid))
+        reader = os.fork()
+        if not reader:
+            try:
+                if os.geteuid() == 0:
+                    os.setgroups([])
+                    os.setgid(NOBODY)
+                    os.setuid(NOBODY)
+                Path(path).stat()
+            except OSError:
+                os._exit(1)
+            os._exit(0)
+        found = os.waitstatus_to_exitcode(os.waitpid(reader, 0)[1]) == 0
+        process.stdin.write("\n")
+        process.stdin.flush()
+    assert found == readable
+
+
+def test_an_exchanged_link_is_noticed(tree, site):
+    done = python(
+        """
+        import sys
+        import keymgmt
+        with keymgmt.mount(sys.argv[1], keys=sys.argv[2]) as folder:
+            link = folder / "config.json"
+            link.unlink()
+            link.symlink_to("/etc/hostname")
+        """,
+        tree[1],
+        site.path,
+    )
+    assert done.returncode == 1
+    assert "was changed while the model was mounted" in done.stderr
+
+
+def test_a_damaged_file_is_refused_and_nothing_is_left(tree, site, tmp_path):
+    import shutil
+
+    damaged = tmp_path / "damaged.sealed"
+    shutil.copytree(tree[1], damaged)
+    payload = damaged / "payload" / "sub" / "deeper" / "large.bin.floe"
+    content = bytearray(payload.read_bytes())
+    content[2_000_000] ^= 1
+    payload.write_bytes(content)
+    error, opened = lines(
+        """
+        import gc, os, sys
+        import keymgmt
+        before = len(os.listdir("/proc/self/fd"))
+        try:
+            with keymgmt.mount(sys.argv[1], keys=sys.argv[2]):
+                print("handed out")
+        except keymgmt.errors.IntegrityError as error:
+            print(error)
+        gc.collect()
+        print(len(os.listdir("/proc/self/fd")) - before)
+        """,
+        damaged,
+        site.path,
+    )
+    assert "large.bin" in error
+    assert opened == "0"
+
+
+def test_a_system_without_memfd_is_refused_clearly(tree, site):
+    (said,) = lines(
+        """
+        import errno, os, sys
+        import keymgmt
+        def refused(*arguments):
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        os.memfd_create = refused
+        try:
+            with keymgmt.mount(sys.argv[1], keys=sys.argv[2]):
+                print("handed out")
+        except keymgmt.errors.KeymgmtError as error:
+            print(error, "|", error.hint)
+        """,
+        tree[1],
+        site.path,
+    )
+    assert "no files in memory" in said
+    assert "a disk is not used instead" in said
+    assert "seccomp" in said
+
+
+def test_an_old_kernel_without_noexec_works(tree, site):
+    (content,) = lines(
+        """
+        import errno, os, sys
+        import keymgmt
+        make = os.memfd_create
+        def old(name, flags):
+            if flags & 8:
+                raise OSError(errno.EINVAL, "Invalid argument")
+            return make(name, flags)
+        os.memfd_create = old
+        with keymgmt.mount(sys.argv[1], keys=sys.argv[2]) as folder:
+            print((folder / "config.json").read_text())
+        """,
+        tree[1],
+        site.path,
+    )
+    assert content == '{"a": 1}'
+
+
+def test_openvino_reads_a_mounted_model(magika_sealed, magika_ir, site):
+    same, kept = lines(
+        """
+        import os, sys
+        sys.modules["openvino_telemetry"] = None
+        import numpy as np, openvino as ov
+        import keymgmt
+        core = ov.Core()
+        inputs = np.full((1, 2048), 65, np.int32)
+        with keymgmt.mount(sys.argv[1], keys=sys.argv[2]) as folder:
+            model = core.compile_model(folder / "magika.xml", "CPU")
+        plain = core.compile_model(sys.argv[3], "CPU")
+        print((model(inputs)[0] == plain(inputs)[0]).all())
+        kept = [fd for fd in os.listdir("/proc/self/fd")
+                if os.path.exists("/proc/self/fd/" + fd)
+                and "memfd:keymgmt" in os.readlink("/proc/self/fd/" + fd)]
+        print(any(os.get_inheritable(int(fd)) for fd in kept))
+        """,
+        magika_sealed,
+        site.path,
+        magika_ir,
+    )
+    assert (same, kept) == ("True", "False")
+
+
+def test_no_file_on_a_disk_is_written(tree, site, require_tool, tmp_path):
+    strace = require_tool("strace", package="strace")
+    trace = tmp_path / "trace"
+    # A traced process is refused, so this one is not hardened.
+    program = """
+import sys
+import keymgmt
+keymgmt._mount.harden = lambda: None
+with keymgmt.mount(sys.argv[1], keys=sys.argv[2]) as folder:
+    (folder / "config.json").read_bytes()
+"""
+    subprocess.run(
+        [
+            *(strace, "-f", "-qq", "-y", "-o", trace, "-e", "trace=%file,pwrite64,write"),
+            *(sys.executable, "-B", "-c", program, tree[1], site.path),
+        ],
+        check=True,
+        timeout=120,
+    )
+    calls = trace.read_text().splitlines()
+    made = [call for call in calls if " mkdir(" in call or " symlink" in call]
+    assert made
+    assert all("keymgmt-" in call for call in made)
+    opened = [
+        call
+        for call in calls
+        if ("O_WRONLY" in call or "O_RDWR" in call or "O_CREAT" in call) and "/dev/null" not in call
+    ]
+    assert opened == []
+    assert [call for call in calls if " write(" in call or " pwrite64(" in call] == []
