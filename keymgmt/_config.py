@@ -133,6 +133,8 @@ class Config:
             )
         if not isinstance(table.get("backend"), str):
             raise ConfigError(f"{where} has no backend", hint='add a line such as backend = "file"')
+        if not isinstance(table.get("distribution", ""), str):
+            raise ConfigError(f"{where} distribution: one name of a distribution, as a string")
 
     @property
     def base(self) -> Path:

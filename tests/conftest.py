@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 RequireTool = Callable[..., Path]
+Install = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +40,31 @@ def require_tool() -> RequireTool:
         pytest.skip(message)
 
     return find
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Install a distribution of a stranger, in this process and in those that it starts.
+
+    ``install("acme-hsm", "keymgmt.backends", {"acme": "acme_hsm:Acme"}, acme_hsm="source")``;
+    returns the folder on the path.
+    """
+    site = tmp_path / "strangers"
+    site.mkdir()
+    monkeypatch.syspath_prepend(site)
+    monkeypatch.setenv("PYTHONPATH", str(site))
+
+    def add(name: str, group: str, entries: dict[str, str], **modules: str) -> Path:
+        info = site / f"{name.replace('-', '_')}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        lines = "".join(f"{key} = {value}\n" for key, value in entries.items())
+        (info / "entry_points.txt").write_text(f"[{group}]\n{lines}")
+        for module, source in modules.items():
+            (site / f"{module}.py").write_text(source)
+            # A module of this name may be left from another test.
+            monkeypatch.delitem(sys.modules, module, raising=False)
+        importlib.invalidate_caches()
+        return site
+
+    return add

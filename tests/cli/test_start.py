@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,30 +10,12 @@ from pathlib import Path
 import pytest
 
 Install = Callable[..., Path]
+GROUP = "keymgmt.commands"
 
 
-@pytest.fixture
-def strangers(tmp_path: Path) -> Install:
-    """Put a distribution that announces commands on a path; returns that path."""
-
-    def install(name: str, commands: dict[str, str], **modules: str) -> Path:
-        site = tmp_path / "site"
-        info = site / f"{name.replace('-', '_')}-1.0.dist-info"
-        info.mkdir(parents=True)
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        lines = "".join(f"{key} = {value}\n" for key, value in commands.items())
-        (info / "entry_points.txt").write_text(f"[keymgmt.commands]\n{lines}")
-        for module, source in modules.items():
-            (site / f"{module}.py").write_text(source)
-        return site
-
-    return install
-
-
-def keymgmt(*arguments: str, site: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | ({"PYTHONPATH": str(site)} if site else {})
+def keymgmt(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "keymgmt.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
 def test_help_imports_neither_openvino_nor_a_backend() -> None:
@@ -55,17 +36,17 @@ print([name for name in sys.modules if name.startswith(("openvino", "keymgmt_", 
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_a_strangers_command_is_imported_when_it_runs_and_not_for_help(strangers: Install) -> None:
+def test_a_strangers_command_is_imported_when_it_runs_and_not_for_help(install: Install) -> None:
     source = (
         '"""Look after Acme HSMs.\n\nMore."""\nimport typer\nprint("imported")\n'
         "app = typer.Typer()\n@app.command()\n"
         "def go(context: typer.Context) -> None:\n    print(type(context.obj).__name__)\n"
     )
-    site = strangers("acme-keymgmt", {"acme": "acme_commands:app"}, acme_commands=source)
-    listed = keymgmt("--help", site=site)
+    install("acme-keymgmt", GROUP, {"acme": "acme_commands:app"}, acme_commands=source)
+    listed = keymgmt("--help")
     assert "Look after Acme HSMs. (acme-keymgmt)" in listed.stdout
     assert "imported" not in listed.stdout
-    ran = keymgmt("acme", site=site)
+    ran = keymgmt("acme")
     assert (ran.returncode, ran.stdout) == (0, "imported\nState\n")
 
 
@@ -79,11 +60,11 @@ def test_a_strangers_command_is_imported_when_it_runs_and_not_for_help(strangers
     ],
 )
 def test_a_broken_command_is_explained_and_breaks_nothing_else(
-    strangers: Install, source: str, said: str
+    install: Install, source: str, said: str
 ) -> None:
-    site = strangers("acme-keymgmt", {"acme": "acme_commands:app"}, acme_commands=source)
-    assert keymgmt("--help", site=site).returncode == 0
-    ran = keymgmt("acme", site=site)
+    install("acme-keymgmt", GROUP, {"acme": "acme_commands:app"}, acme_commands=source)
+    assert keymgmt("--help").returncode == 0
+    ran = keymgmt("acme")
     assert ran.returncode == 3
     assert "error: the command 'acme' of acme-keymgmt" in ran.stderr
     assert said in ran.stderr
@@ -91,11 +72,11 @@ def test_a_broken_command_is_explained_and_breaks_nothing_else(
     assert "Traceback" not in ran.stderr
 
 
-def test_a_command_provided_twice_is_refused_by_both_names(strangers: Install) -> None:
+def test_a_command_provided_twice_is_refused_by_both_names(install: Install) -> None:
     source = "import typer\napp = typer.Typer()\n"
-    strangers("acme-one", {"acme": "acme_one:app"}, acme_one=source)
-    site = strangers("acme-two", {"acme": "acme_two:app"}, acme_two=source)
-    ran = keymgmt("acme", site=site)
+    install("acme-one", GROUP, {"acme": "acme_one:app"}, acme_one=source)
+    install("acme-two", GROUP, {"acme": "acme_two:app"}, acme_two=source)
+    ran = keymgmt("acme")
     assert ran.returncode == 3
     assert "provided twice, by acme-one and acme-two" in ran.stderr
 
