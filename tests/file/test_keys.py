@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.serialization import load_der_public_key
 from keymgmt_file import FileProvider
 
 from keymgmt.backend import (
+    AccessDenied,
     ConfigError,
     Dek,
     KeymgmtError,
@@ -236,6 +237,29 @@ def test_refused_when_it_belongs_to_another(files: FileProvider, path: Path) -> 
     with pytest.raises(ConfigError, match="belongs to user 4711") as caught:
         files.describe_key("release")
     assert "chown" in str(caught.value.hint)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_is_denied(files: FileProvider, path: Path) -> None:
+    files.create_key("release", "aes256", {})
+    wrapped = files.wrap("release", Dek.generate(), b"")
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            os.setuid(65534)
+            for call in (
+                lambda: files.unwrap(wrapped, b""),
+                lambda: files.rotate_key("release"),
+                lambda: files.create_key("another", "aes256", {}),
+                files.list_keys,
+            ):
+                with pytest.raises(AccessDenied, match="Permission denied"):
+                    call()
+            code = 2 if files.check().ok else 0
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_key_file_is_a_regular_file(files: FileProvider, path: Path, tmp_path: Path) -> None:
