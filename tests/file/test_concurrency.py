@@ -442,6 +442,11 @@ def test_a_commit_that_is_damaged_is_said(files: FileProvider, path: Path) -> No
     for call in (lambda: files.describe_key("release"), lambda: files.rotate_key("release")):
         with pytest.raises(KeymgmtError, match="damaged"):
             call()
+    (path / COMMIT).unlink()
+    (path / COMMIT).symlink_to("/etc/hostname")
+    for call in (lambda: files.describe_key("release"), lambda: files.rotate_key("release")):
+        with pytest.raises(KeymgmtError):
+            call()
 
 
 def test_a_full_disk_changes_nothing(open_store: Open, path: Path) -> None:

@@ -19,7 +19,11 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import load_der_public_key
+from hypothesis import example, given
+from hypothesis import strategies as st
 from keymgmt_file import FileProvider
+from keymgmt_file._jwk import KeySet, load_json
+from keymgmt_file._passphrase import Passphrase, is_locked
 
 from keymgmt.backend import (
     AccessDenied,
@@ -34,6 +38,7 @@ from keymgmt.backend import (
     UnwrapFailed,
     WrappedKey,
     WrongKey,
+    is_version,
     wrap_for,
 )
 
@@ -327,6 +332,46 @@ def test_a_damaged_file_is_said_and_kept(files: FileProvider, path: Path, conten
         files.create_key("release", "aes256", {})
     assert (path / "release.jwks").read_bytes() == content.encode("latin-1", "replace")
     assert not files.check().ok
+
+
+NAMES = st.sampled_from(
+    "keys kty alg crv kid k d x y priv pub iat revoked format kdf nonce ciphertext name salt "
+    "memory_kib passes lanes".split()
+)
+VALUES = st.sampled_from([*GOOD.values(), "argon2id", "keymgmt-file-locked/1", "EC", "P-256"])
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(max_size=50)
+    | VALUES,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES, inner, max_size=6),
+    max_leaves=12,
+)
+CHANGES = st.dictionaries(NAMES, JSON, max_size=2)
+
+
+@given(
+    st.binary(max_size=200)
+    | JSON.map(lambda data: json.dumps(data).encode())
+    | CHANGES.map(lambda change: json.dumps({"keys": [{**GOOD, **change}]}).encode())
+)
+@example(json.dumps({"keys": [GOOD]}).encode())
+def test_any_bytes_are_a_key_or_a_provider_error(content: bytes) -> None:
+    passphrase = Passphrase(None, "local")
+    try:
+        data = load_json("release", content)
+        if is_locked(data):
+            # It gets as far as asking for the passphrase, of which there is none.
+            passphrase.open("release", data)
+        keys = KeySet.parse("release", data)
+    except ProviderError:
+        return
+    info = keys.info()
+    assert is_version(info.newest)
+    assert keys.kind.length == len(keys.secret(info.newest))
+    assert KeySet.parse("release", load_json("release", keys.dump())) == keys
 
 
 @pytest.mark.parametrize("kind", HPKE)

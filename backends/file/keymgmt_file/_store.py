@@ -192,11 +192,11 @@ class Store:
     def _directory(self) -> Iterator[int]:
         with _translated(self.path):
             descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            _refuse_open(os.fstat(descriptor), self.path, "key directory", "700")
-            yield descriptor
-        finally:
-            os.close(descriptor)
+            try:
+                _refuse_open(os.fstat(descriptor), self.path, "key directory", "700")
+                yield descriptor
+            finally:
+                os.close(descriptor)
 
     def _read_file(self, directory: int, key: str) -> bytearray:
         batch = _batch(directory)
