@@ -34,7 +34,9 @@ def parse_index(text: str) -> int:
         index = 0
     # Registry of Reserved TPM 2.0 Handles, 2.2: the owner's indices.
     if not 0x01800000 <= index <= 0x01BFFFFF:
-        raise ConfigError(f"{text[:20]!r} is no NV index of the owner", hint="0x01800000-0x01bfffff")
+        raise ConfigError(
+            f"{text[:20]!r} is no NV index of the owner", hint="0x01800000-0x01bfffff"
+        )
     return index
 
 

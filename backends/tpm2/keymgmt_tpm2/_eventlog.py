@@ -39,7 +39,8 @@ def read_event_log(path: Path, bank: str, indices: Iterable[int]) -> PcrState:
         return PcrState(bank, {index: values[index] for index in indices})
     except KeyError as error:
         raise ConfigError(
-            f"{path} has no event for PCR {error}", hint="approve only PCRs that the firmware extends"
+            f"{path} has no event for PCR {error}",
+            hint="approve only PCRs that the firmware extends",
         ) from error
     except ValueError as error:
         raise ConfigError(f"{path} is no event log: {error}") from error

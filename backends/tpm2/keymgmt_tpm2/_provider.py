@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final, Literal
 
@@ -40,7 +40,7 @@ from keymgmt_tpm2 import _approval
 from keymgmt_tpm2._errors import FAILURE, VALUE, TpmError
 from keymgmt_tpm2._keys import KeyDirectory, TpmKey, TpmKeyVersion
 from keymgmt_tpm2._options import KeyOptions
-from keymgmt_tpm2._policy import Policy
+from keymgmt_tpm2._policy import PcrState, Policy
 from keymgmt_tpm2._service import CREATE_SECONDS, Service
 from keymgmt_tpm2._settings import Tpm2Settings
 from keymgmt_tpm2._structures import describe_attributes, sha256
@@ -284,6 +284,11 @@ class Tpm2Provider(
     def close(self) -> None:
         """See KeyProvider; no connection is held."""
         self.service.forget()
+
+    def pcrs(self, bank: str, indices: Iterable[int]) -> PcrState:
+        """Present PCR values; KeyNotFound where the TPM has no such bank."""
+        wanted = tuple(indices)
+        return self.service.run("reading PCRs", lambda tpm: tpm.pcrs(bank, wanted))
 
     @property
     def key_directory(self) -> Path:
