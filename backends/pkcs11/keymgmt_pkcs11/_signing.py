@@ -1,0 +1,75 @@
+"""Signatures of token keys in the encodings that verifiers know.
+
+ECDSA on P-256 with SHA-256 and P-384 with SHA-384, as DER Ecdsa-Sig-Value (RFC 3279); a token gives
+the two numbers side by side (PKCS#11, CKM_ECDSA). RSA-PSS with SHA-256, MGF1-SHA-256 and 32 bytes
+of salt (RFC 8017). The digest is made here: every token that signs at all signs a digest. Each
+signature is verified before it is handed out.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from cryptography.hazmat.primitives.asymmetric.utils import Prehashed, encode_dss_signature
+from pkcs11 import MGF, Mechanism
+
+from keymgmt.backend import ProviderUnavailable, UnsupportedOperation
+from keymgmt_pkcs11._cryptoki import Parameters
+
+if TYPE_CHECKING:
+    from keymgmt_pkcs11._keys import KeyObject
+    from keymgmt_pkcs11._sessions import Channel
+
+__all__ = ["can_sign", "sign"]
+
+_SALT: Final = 32
+
+
+def can_sign(key: KeyObject) -> bool:
+    """Whether the key is of a kind that signs here, and its attributes allow it."""
+    if not key.can("sign"):
+        return False
+    if isinstance(key.public, rsa.RSAPublicKey):
+        return key.bits >= 2048
+    return isinstance(key.public, ec.EllipticCurvePublicKey)
+
+
+def sign(channel: Channel, key: KeyObject, message: bytes) -> bytes:
+    """Sign ``message`` with a private key of the token.
+
+    Raises:
+        UnsupportedOperation: the key is of no kind that signs here.
+        ProviderUnavailable: the token gave a signature that its public key does not verify.
+    """
+    public = key.public
+    if not can_sign(key) or public is None:
+        raise UnsupportedOperation(
+            f"{key} does not sign", hint="make one: keymgmt keys create --kind ecdsa-p256"
+        )
+    algorithm: hashes.HashAlgorithm = hashes.SHA384() if key.bits == 384 else hashes.SHA256()
+    digest = hashes.Hash(algorithm)
+    digest.update(message)
+    hashed = digest.finalize()
+    try:
+        if isinstance(public, rsa.RSAPublicKey):
+            how = Parameters.pss(Mechanism.RSA_PKCS_PSS, Mechanism.SHA256, MGF.SHA256, _SALT)
+            signature = channel.ck.sign(channel.handle, how, key.handle, hashed)
+            pss = padding.PSS(padding.MGF1(algorithm), _SALT)
+            public.verify(signature, hashed, pss, Prehashed(algorithm))
+        else:
+            how = Parameters(Mechanism.ECDSA)
+            raw = channel.ck.sign(channel.handle, how, key.handle, hashed)
+            half = len(raw) // 2
+            signature = encode_dss_signature(
+                int.from_bytes(raw[:half], "big"), int.from_bytes(raw[half:], "big")
+            )
+            public.verify(signature, hashed, ec.ECDSA(Prehashed(algorithm)))
+    except InvalidSignature as error:
+        raise ProviderUnavailable(
+            f"the token signed with {key}, and its public key does not verify that",
+            hint="see whether two key pairs share this label and id",
+        ) from error
+    return signature
