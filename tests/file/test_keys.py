@@ -335,8 +335,10 @@ def test_a_damaged_file_is_said_and_kept(files: FileProvider, path: Path, conten
 
 
 NAMES = st.sampled_from(
-    "keys kty alg crv kid k d x y priv pub iat revoked format kdf nonce ciphertext name salt "
-    "memory_kib passes lanes".split()
+    [
+        *("keys", "kty", "alg", "crv", "kid", "k", "d", "x", "y", "priv", "pub", "iat", "revoked"),
+        *("format", "kdf", "nonce", "ciphertext", "name", "salt", "memory_kib", "passes", "lanes"),
+    ]
 )
 VALUES = st.sampled_from([*GOOD.values(), "argon2id", "keymgmt-file-locked/1", "EC", "P-256"])
 JSON = st.recursive(
