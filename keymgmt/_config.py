@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from keymgmt._cache import DekCache
 from keymgmt._names import KeyRef, is_key, is_name
 from keymgmt._provider import KeyProvider, Settings
 from keymgmt._registry import load_backend
@@ -92,10 +93,23 @@ class SealDefaults(Settings):
     profile: str = "default"
 
 
+class CacheSettings(Settings):
+    """``[cache]``: keep data keys for a while, where the key service is slow. Off without it.
+
+    Attributes:
+        seconds: how long a data key is kept, more than 0 and at most a day.
+        uses: how many opens it serves before the key service is asked again.
+    """
+
+    seconds: Annotated[float, Field(gt=0, le=86400, strict=False)]
+    uses: Annotated[int, Field(ge=1, le=1_000_000)]
+
+
 class _File(Settings):
     providers: dict[str, dict[str, Any]] = Field(default_factory=dict)
     policy: Policy = Field(default_factory=Policy)
     seal: SealDefaults = Field(default_factory=SealDefaults)
+    cache: CacheSettings | None = None
 
 
 class Config:
@@ -115,6 +129,8 @@ class Config:
         checked = parse_settings(_File, data, self._base, str(path or "config"), "")
         self.policy: Final = checked.policy
         self.seal: Final = checked.seal
+        self._cache_settings = checked.cache
+        self._cache: DekCache | None = None
         self._tables = checked.providers
         self._made: dict[str, KeyProvider[Any]] = {}
         self._lock = threading.RLock()
@@ -177,6 +193,24 @@ class Config:
                 self._made[name] = kind(name, settings)
             return self._made[name]
 
+    @property
+    def cache(self) -> DekCache | None:
+        """The cache of data keys, or None if ``[cache]`` is not in the config.
+
+        Raises:
+            ConfigError: its memory cannot be locked.
+        """
+        with self._lock:
+            if self._cache is None and self._cache_settings is not None:
+                try:
+                    self._cache = DekCache(self._cache_settings.seconds, self._cache_settings.uses)
+                except OSError as error:
+                    raise ConfigError(
+                        f"[cache] needs one page of locked memory: {error.strerror}",
+                        hint="raise the limit (ulimit -l, LimitMEMLOCK=), or take [cache] out",
+                    ) from error
+            return self._cache
+
     def public_key(self, name: str) -> bytes:
         """A public key file of the config (PEM) as DER; ConfigError where it is none."""
         file = self._base / Path(name).expanduser()
@@ -203,6 +237,8 @@ class Config:
         """Close every provider that was made; the config may be used again."""
         with self._lock:
             made, self._made = self._made, {}
+            if self._cache is not None:
+                self._cache.clear()
         for provider in made.values():
             provider.close()
 

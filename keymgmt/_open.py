@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hmac
 import os
 import threading
 from typing import TYPE_CHECKING, Self
@@ -14,7 +15,7 @@ from keymgmt._dek import Dek, wipe
 from keymgmt._releases import remember_release, remembered_release
 from keymgmt._unlock import Unlocker
 from keymgmt.errors import IntegrityError, KeymgmtError, SealedModelError
-from keymgmt.sealed.derive import file_key, payload_aad
+from keymgmt.sealed.derive import commitment, file_key, payload_aad
 from keymgmt.sealed.payload import PayloadReader
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class SealedModel:
     Attributes:
         manifest: what the model is, its files and metadata.
         publisher: file name of the trusted publisher's key, or None where none was required.
-        group: index of the group of recipients that opened it.
+        group: index of the group of recipients that opened it; None if a cached key did.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class SealedModel:
         dek: Dek,
         *,
         publisher: Publisher | None = None,
-        group: int = 0,
+        group: int | None = None,
         check_digests: bool = True,
     ) -> None:
         self.manifest: Manifest = candidate.manifest
@@ -203,7 +204,7 @@ def open_model(
 
 def _unlock(candidate: Candidate, publisher: Publisher | None, config: Config) -> SealedModel:
     manifest = candidate.manifest
-    dek, group = Unlocker(config, manifest, candidate.policy()).unlock()
+    dek, group = _data_key(candidate, config)
     try:
         if config.policy.remember_releases:
             _remember(candidate, config.policy.remember_releases)
@@ -218,6 +219,22 @@ def _unlock(candidate: Candidate, publisher: Publisher | None, config: Config) -
         group=group,
         check_digests=config.policy.require_signature,
     )
+
+
+def _data_key(candidate: Candidate, config: Config) -> tuple[Dek, int | None]:
+    """The data key, from the config's cache if it has one, and the group that opened."""
+    manifest, policy, cache = candidate.manifest, candidate.policy(), config.cache
+    if cache is None:
+        return Unlocker(config, manifest, policy).unlock()
+    # Any change of the manifest or of who may open it is another name, and asks again.
+    name = policy.manifest + policy.mac
+    dek = cache.get(name)
+    if dek is not None and hmac.compare_digest(commitment(dek, manifest.id), manifest.commitment):
+        policy.check_mac(dek, manifest.id)
+        return dek, None
+    dek, group = Unlocker(config, manifest, policy).unlock()
+    cache.put(name, dek)
+    return dek, group
 
 
 def _remember(candidate: Candidate, memory: Path) -> None:

@@ -119,9 +119,13 @@ def _findings(model: SealedModel) -> tuple[Finding, ...]:
         Finding("digests", "ok", f"{files} as published")
         if signed
         else Finding("digests", "skipped", "without a signature they prove nothing"),
-        Finding("data key", "ok", f"opened by group {model.group + 1}; commitment and MAC hold"),
+        Finding("data key", "ok", f"{_opened_by(model)}; commitment and MAC hold"),
         Finding("segments", "ok", f"{files}, {manifest.size} bytes decrypted and authenticated"),
     )
+
+
+def _opened_by(model: SealedModel) -> str:
+    return "cached" if model.group is None else f"opened by group {model.group + 1}"
 
 
 def unseal(
