@@ -1,0 +1,61 @@
+"""Canonical JSON: one spelling, which is RFC 8785's."""
+
+from __future__ import annotations
+
+import pytest
+import rfc8785
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keymgmt.errors import FormatError
+from keymgmt.sealed.canonical import MAX_INTEGER, dump, load
+
+ascii_text = st.text(st.characters(max_codepoint=127), max_size=20)
+any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+
+
+def values(text):
+    scalar = st.one_of(st.none(), text, st.integers(-MAX_INTEGER, MAX_INTEGER))
+    return st.dictionaries(
+        text,
+        st.recursive(
+            scalar, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner)
+        ),
+        max_size=4,
+    )
+
+
+@given(values(ascii_text) | values(any_text))
+def test_it_is_rfc_8785(value):
+    assert dump(value) == rfc8785.dumps(value)
+
+
+@given(values(any_text))
+def test_what_is_written_is_read(value):
+    load(dump(value), "a file", 1 << 20)
+
+
+def test_members_are_sorted_by_utf_16():
+    """RFC 8785, section 3.2.3: U+1F600 before U+FB33, since its first unit is 0xD83D."""
+    assert dump({"\ufb33": 1, "\U0001f600": 2}) == '{"\U0001f600":2,"\ufb33":1}'.encode()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"a": 1}',
+        b'{"b":1,"a":1}',
+        b'{"a":1}\n',
+        b'{"a":1,"a":1}',
+        b'{"a":1.0}',
+        b'{"a":"\\u0061"}',
+    ],
+)
+def test_other_spellings_are_refused(data):
+    with pytest.raises(FormatError):
+        load(data, "a file", 100)
+
+
+def test_the_bound_comes_before_the_parser():
+    with pytest.raises(FormatError, match="larger than 10 bytes"):
+        load(b"[" * 11, "a file", 10)
