@@ -1,14 +1,19 @@
 """Installed backends, found through the entry points of group ``keymgmt.backends``.
 
-Only the backend that is asked for is imported, and one that is broken harms no other.
+Rules: only the backend that is asked for is imported, one that is broken harms no other, and
+nothing comes from the working directory just because Python was started there.
 """
 
 from __future__ import annotations
 
 import difflib
 import functools
+import re
+import sys
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import Distribution, EntryPoint, entry_points
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Final
 
 from keymgmt._names import is_name
@@ -34,9 +39,13 @@ class BackendInfo:
 def backends() -> dict[str, tuple[BackendInfo, ...]]:
     """All announced backends by name; a name with more than one entry is ambiguous."""
     found: dict[str, dict[tuple[str, str], BackendInfo]] = {}
+    stray = _working_directory()
     for entry in entry_points(group=GROUP):
-        distribution = entry.dist.name if entry.dist else "unknown"
-        version = entry.dist.version if entry.dist else "unknown"
+        if entry.dist is not None and _place(entry.dist) == stray:
+            continue
+        # A half-removed distribution may have neither.
+        distribution = (entry.dist and entry.dist.name) or "unknown"
+        version = (entry.dist and entry.dist.version) or "unknown"
         # A distribution may stand on sys.path twice; the first one wins, as for imports.
         found.setdefault(entry.name, {}).setdefault(
             (distribution, entry.value), BackendInfo(entry.name, distribution, version, entry)
@@ -64,7 +73,8 @@ def load_backend(name: str, distribution: str | None = None) -> type[KeyProvider
             f"the backend {name!r} is not installed", hint=_install_hint(name, list(known))
         )
     if distribution is not None:
-        allowed = [info for info in candidates if info.distribution == distribution]
+        wanted = _normal(distribution)
+        allowed = [info for info in candidates if _normal(info.distribution) == wanted]
         if not allowed:
             raise ConfigError(
                 f"the backend {name!r} comes from {candidates[0].distribution}, "
@@ -85,18 +95,22 @@ def load_backend(name: str, distribution: str | None = None) -> type[KeyProvider
 def _load(info: BackendInfo) -> type[KeyProvider[Settings]]:
     source = f"the backend {info.name!r} of {info.distribution} {info.version}"
     try:
+        _refuse_stray(info, source)
         loaded = info.entry_point.load()
-    except Exception as error:
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:
         raise ConfigError(
             f"{source} fails to import: {type(error).__name__}: {error}",
             hint=f"repair it with: pip install --force-reinstall {info.distribution}",
         ) from error
     if not (isinstance(loaded, type) and issubclass(loaded, KeyProvider)):
         raise ConfigError(f"{source} is no KeyProvider", hint="report it to its author")
-    if loaded.api_version != API_VERSION:
-        older = loaded.api_version < API_VERSION
+    speaks = loaded.api_version
+    if speaks != API_VERSION:
+        older = isinstance(speaks, int) and speaks < API_VERSION
         raise ConfigError(
-            f"{source} speaks version {loaded.api_version} of the provider API, "
+            f"{source} speaks version {speaks!r} of the provider API, "
             f"this keymgmt speaks {API_VERSION}",
             hint=f"pip install --upgrade {info.distribution if older else 'keymgmt'}",
         )
@@ -106,6 +120,37 @@ def _load(info: BackendInfo) -> type[KeyProvider[Settings]]:
             hint="its class attribute `backend` must equal its entry-point name",
         )
     return loaded
+
+
+def _refuse_stray(info: BackendInfo, source: str) -> None:
+    stray = _working_directory()
+    spec = find_spec(info.entry_point.module.partition(".")[0])
+    if stray is None or spec is None:
+        return
+    places = [*(spec.submodule_search_locations or []), spec.origin or ""]
+    if any(Path(place).absolute().parent == stray for place in places if place):
+        raise ConfigError(
+            f"{source} is hidden by {spec.name} in the working directory",
+            hint="start it from another directory, or with python -P",
+        )
+
+
+def _working_directory() -> Path | None:
+    """The directory that ``python -m``, ``-c`` and the prompt put on ``sys.path`` unasked."""
+    here = Path.cwd()
+    unasked = "" in sys.path or getattr(sys.modules.get("__main__"), "__spec__", None) is not None
+    # Twice: it was also put there on purpose, by an editable install or PYTHONPATH.
+    times = sys.path.count("") + sys.path.count(str(here))
+    return here if unasked and times == 1 else None
+
+
+def _place(distribution: Distribution) -> Path:
+    return Path(str(distribution.locate_file(""))).absolute()
+
+
+def _normal(name: str) -> str:
+    """The distribution name that pip compares (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _install_hint(name: str, known: list[str]) -> str:
