@@ -8,6 +8,7 @@ import random
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -93,6 +94,94 @@ class Swtpm:
 
     def __exit__(self, *_: object) -> None:
         self.kill()
+
+
+class Wire:
+    """What lies between a client and a TPM: records all, and may answer in the TPM's place.
+
+    A context manager. ``intercept(command)`` returns a response, or None to ask the TPM.
+    """
+
+    def __init__(self, swtpm: Swtpm) -> None:
+        self.port = free_ports()
+        self.recorded = bytearray()
+        self.commands: list[int] = []
+        self.intercept: Callable[[bytes], bytes | None] = lambda command: None
+        self._target = swtpm.port
+        self._servers: list[socket.socket] = []
+
+    @property
+    def tcti(self) -> str:
+        return f"swtpm:host=127.0.0.1,port={self.port}"
+
+    def __enter__(self) -> Self:
+        for offset, serve in ((0, self._data), (1, self._control)):
+            server = socket.create_server(("127.0.0.1", self.port + offset))
+            self._servers.append(server)
+            threading.Thread(target=self._accept, args=(server, serve), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for server in self._servers:
+            server.close()
+
+    def _accept(self, server: socket.socket, serve: Callable[[socket.socket], None]) -> None:
+        while True:
+            try:
+                client, _ = server.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._guarded, args=(serve, client), daemon=True).start()
+
+    def _guarded(self, serve: Callable[[socket.socket], None], client: socket.socket) -> None:
+        with client, contextlib.suppress(OSError, EOFError):
+            serve(client)
+
+    def _data(self, client: socket.socket) -> None:
+        tpm = None
+        try:
+            while True:
+                command = _message(client)
+                self.recorded += command
+                self.commands.append(int.from_bytes(command[6:10], "big"))
+                answer = self.intercept(command)
+                if answer is None:
+                    # Connected late, so that a hook may start, stop or kill the TPM first.
+                    tpm = tpm or socket.create_connection(("127.0.0.1", self._target))
+                    tpm.sendall(command)
+                    answer = _message(tpm)
+                self.recorded += answer
+                client.sendall(answer)
+        finally:
+            if tpm is not None:
+                tpm.close()
+
+    def _control(self, client: socket.socket) -> None:
+        with socket.create_connection(("127.0.0.1", self._target + 1)) as tpm:
+            while data := client.recv(4096):
+                tpm.sendall(data)
+                client.sendall(tpm.recv(4096))
+
+
+def _message(stream: socket.socket) -> bytes:
+    head = _exactly(stream, 10)
+    return head + _exactly(stream, int.from_bytes(head[2:6], "big") - 10)
+
+
+def _exactly(stream: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        part = stream.recv(count - len(data))
+        if not part:
+            raise EOFError
+        data += part
+    return data
+
+
+@pytest.fixture
+def wire(swtpm) -> Iterator[Wire]:
+    with Wire(swtpm) as between:
+        yield between
 
 
 @pytest.fixture(scope="session")
