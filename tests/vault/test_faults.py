@@ -548,6 +548,44 @@ def test_a_retired_version(make: Any, bao: Any) -> None:
             provider.unwrap(wrapped, b"c")
 
 
+def test_a_soft_deleted_key(make: Any, bao: Any) -> None:
+    provider = make(bao)
+    provider.create_key("dropped", "aes256-gcm96", {})
+    with Dek.generate() as dek:
+        wrapped = provider.wrap("dropped", dek, b"c")
+        bao.do("DELETE", "transit/keys/dropped/soft-delete")
+        for call in (
+            lambda: provider.wrap("dropped", dek, b"c"),
+            lambda: provider.unwrap(wrapped, b"c"),
+            lambda: provider.rotate_key("dropped"),
+        ):
+            with pytest.raises(KeyRetired, match="soft-deleted") as caught:
+                call()
+            hint = str(caught.value.hint)
+            assert hint == "bao write -f transit/keys/dropped/soft-delete-restore"
+        assert provider.describe_key("dropped").versions[0].state == "retired"
+        bao.do("POST", "transit/keys/dropped/soft-delete-restore", {})
+        assert provider.unwrap(wrapped, b"c") == dek
+
+
+def test_a_rate_limit_is_waited_for(make: Any, bao: Any) -> None:
+    bao.transit("limited", "model")
+    provider = make(bao, mount="limited", timeout=20.0)
+    with Dek.generate() as dek:
+        wrapped = provider.wrap("model", dek, b"c")
+        bao.do("POST", "sys/quotas/rate-limit/t", {"path": "limited/", "rate": 2, "interval": "1s"})
+        for _ in range(6):
+            assert provider.unwrap(wrapped, b"c") == dek
+        hasty = make(bao, mount="limited", timeout=0.2)
+
+        def hurry() -> None:
+            for _ in range(20):
+                hasty.unwrap(wrapped, b"c").wipe()
+
+        with pytest.raises(ProviderUnavailable, match="rate limit"):
+            hurry()
+
+
 def test_a_fork_and_its_parent_do_not_share_a_connection(
     make: Any, bao: Any, wrapped: WrappedKey
 ) -> None:

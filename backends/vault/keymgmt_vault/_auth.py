@@ -6,9 +6,11 @@ no longer be renewed. One thread does that; the others go on with the token that
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from hvac import exceptions
@@ -73,7 +75,7 @@ class Login:
             # The thread that held the lock at the fork does not exist here.
             self._lock, self._pid = threading.Lock(), os.getpid()
         if self._adapter.token is None:
-            with self._lock:
+            with self._turn():
                 if self._adapter.token is None:
                     self._login()
         elif self._is_due() and self._lock.acquire(blocking=False):
@@ -103,10 +105,21 @@ class Login:
         """Replace the token ``dead``; False where nobody but the operator can."""
         if not self.needs_token:
             return False
-        with self._lock:
+        with self._turn():
             if self._adapter.token == dead:
                 self._login()
             return self._adapter.token != dead
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Hold the lock; a thread that waits for another's login still ends in time."""
+        lock = self._lock
+        if not lock.acquire(timeout=max(0.0, self._adapter.left())):
+            raise ProviderUnavailable("the login of another thread gave no answer in time")
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _login(self) -> None:
         auth = self._auth

@@ -214,11 +214,12 @@ class ClusterAdapter(Adapter):  # type: ignore[misc]
         with self.operation():
             headers = {"X-Vault-Request": "true", "User-Agent": "keymgmt"}
             ask = _Ask("GET", path, None, headers, once=False)
-            seconds = max(0.001, min(self._settings.call_timeout, self._left()))
+            seconds = max(0.001, min(self._settings.call_timeout, self.left()))
             reply = node.call("GET", path, None, headers, seconds)
             return reply.status, _decode(ask, reply, raise_exception=False)
 
-    def _left(self) -> float:
+    def left(self) -> float:
+        """Seconds that the operation of this thread has left; negative when it is over."""
         return float(self._operation.ends) - time.monotonic()
 
     def _persist(self, ask: _Ask) -> Reply:
@@ -228,9 +229,9 @@ class ClusterAdapter(Adapter):  # type: ignore[misc]
             if not failed.passing:
                 raise
             known = failed.failures
-        time.sleep(min(0.05, max(0.0, self._left())))
+        time.sleep(min(0.05, max(0.0, self.left())))
         for attempt in Retrying(
-            stop=stop_before_delay(max(0.0, self._left())),
+            stop=stop_before_delay(max(0.0, self.left())),
             wait=_BACKOFF,
             retry=retry_if_exception(lambda e: isinstance(e, _RoundFailed) and e.passing),
             reraise=True,
@@ -249,7 +250,7 @@ class ClusterAdapter(Adapter):  # type: ignore[misc]
         nodes = self.nodes
         failures: dict[str, NodeFailure] = {}
         for node in nodes.order():
-            if failures and self._left() <= 0:
+            if failures and self.left() <= 0:
                 break
             try:
                 reply = self._try(ask, node)
@@ -262,7 +263,7 @@ class ClusterAdapter(Adapter):  # type: ignore[misc]
 
     def _try(self, ask: _Ask, node: Node) -> Reply:
         nodes = self.nodes
-        seconds = max(0.001, min(self._settings.call_timeout, self._left()))
+        seconds = max(0.001, min(self._settings.call_timeout, self.left()))
         if ask.once:
             seconds = _SLOW
         try:
@@ -299,7 +300,7 @@ class ClusterAdapter(Adapter):  # type: ignore[misc]
         # The leader is not one of ours by name: behind a load balancer, say. Standbys were seen to
         # lag by up to 100 ms.
         for pause in (0.05, 0.1, 0.2, 0.4):
-            time.sleep(min(pause, max(0.0, self._left())))
+            time.sleep(min(pause, max(0.0, self.left())))
             for other in self.nodes.order():
                 with contextlib.suppress(_RoundFailed):
                     reply = self._try(ask, other)
@@ -360,8 +361,17 @@ def _trouble(reply: Reply) -> NodeFailure | None:
     if status == 500 and b"active cluster node not found" in data:
         return NodeFailure("status", "it knows no leader", sent=False)
     if status >= 500:
-        return NodeFailure("status", f"it answered with status {status}")
+        return NodeFailure("status", f"it answered with status {status}{_words(data)}")
     return None
+
+
+def _words(data: bytearray) -> str:
+    """The server's own words of an error, short and printable, after a colon."""
+    try:
+        text = "; ".join(map(str, jsonlib.loads(data)["errors"]))
+    except (ValueError, RecursionError, LookupError, TypeError):
+        return ""
+    return ": " + "".join(char if char.isprintable() else " " for char in text)[:200]
 
 
 def _decode(ask: _Ask, reply: Reply, *, raise_exception: bool) -> Any:

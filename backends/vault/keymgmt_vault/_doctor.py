@@ -6,6 +6,7 @@ import os
 import ssl
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
 
 from hvac import exceptions
@@ -47,8 +48,10 @@ def _findings(provider: VaultProvider, client: Client, key: str | None) -> Itera
         yield Finding("config", "failed", str(error), error.hint)
         return
     usable = False
-    for node in nodes:
-        for finding in _node(client, node):
+    with ThreadPoolExecutor(len(nodes)) as pool:
+        looked = list(pool.map(lambda node: (node, list(_node(client, node))), nodes))
+    for node, found in looked:
+        for finding in found:
             usable = usable or (finding.status == "ok" and finding.name == str(node.address))
             yield finding
     if not usable:

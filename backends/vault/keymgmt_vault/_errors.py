@@ -1,7 +1,7 @@
 """What Vault's refusals mean, in the words of ``keymgmt.errors``.
 
 Vault answers most mistakes with status 400 and a sentence; the sentences here were seen from
-OpenBao 2.7 and are the same in HashiCorp Vault's source.
+OpenBao 2.7, whose Transit comes from HashiCorp Vault's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from keymgmt.backend import (
 if TYPE_CHECKING:
     from keymgmt_vault._settings import VaultSettings
 
-__all__ = ["denied", "reason_of", "translate"]
+__all__ = ["denied", "expired", "reason_of", "soft_deleted", "translate"]
 
 _CAPABILITY: Final = {
     "encrypt": "update",
@@ -36,6 +36,14 @@ _CAPABILITY: Final = {
     "retire": "update",
     "list": "list",
 }
+
+
+def soft_deleted(place: str) -> KeyRetired:
+    """The key is there, and marked so that the server refuses to use it."""
+    return KeyRetired(
+        f"the Transit key {place} is soft-deleted",
+        hint=f"bao write -f {place.replace('/', '/keys/', 1)}/soft-delete-restore",
+    )
 
 
 def reason_of(error: exceptions.VaultError) -> str:
@@ -102,6 +110,8 @@ def translate(
             f"that version of the Transit key {place} is retired",
             hint="rewrap the model elsewhere, or lower min_decryption_version for a while",
         )
+    if "soft-deleted" in low:
+        return soft_deleted(place)
     if verb == "decrypt":
         if "non-aead" in low or "not supported for key type" in low or "does not support" in low:
             return WrongKey(f"the Transit key {place} is of another type than this blob's")

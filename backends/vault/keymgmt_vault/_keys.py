@@ -24,6 +24,7 @@ from keymgmt.backend import (
     UnsupportedOperation,
 )
 from keymgmt_vault._client import text_of
+from keymgmt_vault._errors import soft_deleted
 from keymgmt_vault._mechanisms import KINDS, RSA
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Described:
     newest: int
     oldest: int
     floor: int
+    deleted: bool
     versions: Mapping[str, Any]
     detail: Mapping[str, str]
 
@@ -64,12 +66,23 @@ class Described:
         versions = tuple(
             KeyVersion(
                 str(number),
-                "active" if number == self.newest else "old" if number >= self.floor else "retired",
+                self._state(number),
                 _created(self.versions.get(str(number))),
             )
             for number in range(self.oldest, self.newest + 1)
         )
         return KeyInfo(self.key, self.purpose, self.kind, versions, self.detail)
+
+    def _state(self, number: int) -> Literal["active", "old", "retired"]:
+        if self.deleted or number < self.floor:
+            return "retired"
+        return "active" if number == self.newest else "old"
+
+    def alive(self) -> Described:
+        """The key itself; KeyRetired if it was soft-deleted."""
+        if self.deleted:
+            raise soft_deleted(self.detail["transit"])
+        return self
 
     def public_key(self) -> bytes:
         """The newest version's public key as DER SubjectPublicKeyInfo."""
@@ -136,7 +149,11 @@ class Keys:
             detail["deletion"] = "allowed"
         if period := data.get("auto_rotate_period"):
             detail["auto-rotate"] = f"{period} s"
-        return Described(key, native, kind, purpose, newest, oldest, floor, versions, detail)
+        if deleted := data.get("soft_deleted") is True:
+            detail["soft-deleted"] = "yes: restore it before it is used"
+        return Described(
+            key, native, kind, purpose, newest, oldest, floor, deleted, versions, detail
+        )
 
     def create(self, key: str, kind: str, options: Mapping[str, str]) -> KeyInfo:
         """Make a key that cannot be exported; ConfigError if there is one."""
@@ -208,14 +225,14 @@ class Keys:
     def rotate(self, key: str) -> KeyInfo:
         """Add a version."""
         with self._client.adapter.operation():
-            before = self.read(key)
+            before = self.read(key).alive()
             self._write("rotate", before.native, "/rotate", {})
             return self.read(key).info()
 
     def retire(self, key: str, version: str) -> KeyInfo:
         """Raise ``min_decryption_version`` past the oldest version that is in use."""
         with self._client.adapter.operation():
-            before = self.read(key)
+            before = self.read(key).alive()
             known = {entry.version: entry.state for entry in before.info().versions}
             if version not in known:
                 raise ConfigError(f"the key {key!r} has no version {version[:40]!r}")
@@ -238,7 +255,7 @@ class Keys:
 
     def signing(self, key: str) -> Described:
         """A key that signs; UnsupportedOperation for one that wraps."""
-        described = self.read(key)
+        described = self.read(key).alive()
         if described.purpose != "sign":
             raise UnsupportedOperation(
                 f"the key {key!r} is {described.kind} and wraps; it does not sign",

@@ -101,7 +101,7 @@ class VaultProvider(
     def wrap(self, key: str, dek: Dek, context: bytes) -> WrappedKey:
         """See KeyProvider; two calls, since the key is looked at before."""
         with self._client.adapter.operation():
-            described = self._keys.read(check_key(key))
+            described = self._keys.read(check_key(key)).alive()
             mechanism = mechanism_of(described.kind) if described.purpose == "wrap" else None
             if mechanism is None:
                 raise UnsupportedOperation(
