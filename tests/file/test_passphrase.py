@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -272,16 +273,47 @@ def test_asked_once_for_all_keys_threads_and_forks(
         assert counter.asked == 2, "close wiped what was derived"
 
 
-def test_a_mistyped_passphrase_is_asked_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistyped_passphrase_is_asked_again_and_not_at_once(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     counter = Counter(monkeypatch, b"correct horse")
     with prompting(path) as files:
         fill(files)
     counter.asked, counter.answers = 0, (b"corect horse", b"correct horse")
+    now = time.monotonic()
+    monkeypatch.setattr("keymgmt_file._passphrase.time.monotonic", lambda: now)
     with prompting(path) as files:
-        with pytest.raises(AccessDenied):
-            files.describe_key("key-aes256")
+        for _ in range(100):
+            with pytest.raises(AccessDenied):
+                files.describe_key("key-aes256")
+        assert counter.asked == 1, "one open tries many recipients"
+        now += 4
         assert files.describe_key("key-aes256").newest == "1"
         assert counter.asked == 2
+
+
+def test_a_damaged_file_does_not_make_the_others_ask_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter = Counter(monkeypatch, b"correct horse")
+    with prompting(path) as files:
+        fill(files)
+    (path / "damaged.jwks").touch(mode=0o600)
+    (path / "damaged.jwks").write_bytes((path / "key-aes256.jwks").read_bytes())
+    counter.asked = 0
+    now = time.monotonic()
+    monkeypatch.setattr("keymgmt_file._passphrase.time.monotonic", lambda: now)
+    with prompting(path) as files:
+        for name in ("damaged", "key-aes256", "damaged", "key-aes256"):
+            if name == "damaged":
+                with pytest.raises(AccessDenied):
+                    files.describe_key(name)
+            else:
+                files.describe_key(name)
+            now += 2
+        now += 4
+        files.describe_key("key-aes256")
+        assert counter.asked == 1
 
 
 def test_a_locked_store_is_refused_open_to_others(open_store: Open, path: Path) -> None:

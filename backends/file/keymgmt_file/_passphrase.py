@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -32,6 +33,9 @@ FORMAT: Final = "keymgmt-file-locked/1"
 MAX_MEMORY_KIB: Final = 1 << 20
 MAX_PASSES: Final = 10
 MAX_LANES: Final = 4
+# One open may try thousands of recipients: a wrong passphrase is neither asked for nor derived from
+# for each of them, and yet a person who mistyped it is asked again.
+ASK_AGAIN_SECONDS: Final = 3.0
 _MEMBERS: Final = {"format", "kdf", "nonce", "ciphertext"}
 
 
@@ -111,6 +115,8 @@ class Passphrase:
         self._read = read
         self._provider = provider
         self._keys: dict[Kdf, bytearray] = {}
+        self._proven: set[Kdf] = set()
+        self._failed: dict[Kdf, float] = {}
         # One lock for each process: a fork may copy this one while another thread holds it.
         self._locks: dict[int, threading.Lock] = {}
 
@@ -133,14 +139,15 @@ class Passphrase:
             AESGCM(derived).decrypt_into(nonce, sealed, _bound(key, kdf), content)
         except InvalidTag:
             wipe(content)
-            # A passphrase may be mistyped at a prompt, so it is asked for again.
-            self._forget(kdf)
+            if kdf not in self._proven:
+                self._failed.setdefault(kdf, time.monotonic())
             raise AccessDenied(
                 f"the key file of {key!r} does not open with this passphrase",
                 hint="try the right one; a file that was damaged or renamed looks the same",
             ) from None
         finally:
             wipe(derived)
+        self._proven.add(kdf)
         return content
 
     def seal(self, key: str, content: bytes | bytearray, kdf: Kdf) -> bytes:
@@ -161,8 +168,10 @@ class Passphrase:
 
     def close(self) -> None:
         """Wipe the derived keys."""
-        for kdf in list(self._keys):
-            self._forget(kdf)
+        with self._lock():
+            for kdf in list(self._keys):
+                self._drop(kdf)
+            self._proven.clear()
 
     def _lock(self) -> threading.Lock:
         return self._locks.setdefault(os.getpid(), threading.Lock())
@@ -170,6 +179,11 @@ class Passphrase:
     def _derive(self, kdf: Kdf) -> bytearray:
         # A copy, so that a close in another thread cannot turn a key in use into zeros.
         with self._lock():
+            failed = self._failed.get(kdf)
+            if kdf in self._proven or failed is None:
+                self._failed.pop(kdf, None)
+            elif time.monotonic() - failed > ASK_AGAIN_SECONDS:
+                self._drop(kdf)
             if kdf not in self._keys:
                 self._keys[kdf] = self._ask(kdf)
             return bytearray(self._keys[kdf])
@@ -187,9 +201,9 @@ class Passphrase:
         finally:
             wipe(secret)
 
-    def _forget(self, kdf: Kdf) -> None:
-        with self._lock():
-            wipe(self._keys.pop(kdf, bytearray()))
+    def _drop(self, kdf: Kdf) -> None:
+        wipe(self._keys.pop(kdf, bytearray()))
+        self._failed.pop(kdf, None)
 
 
 def _parse(key: str, data: Mapping[str, Any]) -> tuple[Kdf, bytes, bytes]:
