@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -172,3 +174,92 @@ def _close_providers(request: pytest.FixtureRequest) -> Iterator[None]:
             token = request.getfixturevalue(name)
             while token.made:
                 token.made.pop().close()
+
+
+CALLS = {
+    "C_Initialize": 0,
+    "C_OpenSession": 12,
+    "C_Login": 18,
+    "C_EncryptInit": 29,
+    "C_DecryptInit": 33,
+    "C_Decrypt": 34,
+    "C_WrapKey": 60,
+    "C_DeriveKey": 62,
+}
+FOREVER = -1
+
+
+class Faults:
+    """The switches of ``fault.c``; see there."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        library.fault_answer.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_long]
+        library.fault_calls.restype = library.fault_sessions.restype = ctypes.c_long
+
+    def answer(self, call: str, code: int, times: int = FOREVER) -> None:
+        self._library.fault_answer(CALLS[call], code, times)
+
+    def hang(self, call: str, on: bool = True) -> None:
+        self._library.fault_hang(CALLS[call], int(on))
+
+    def calls(self, call: str) -> int:
+        return int(self._library.fault_calls(CALLS[call]))
+
+    @property
+    def sessions(self) -> int:
+        return int(self._library.fault_sessions())
+
+    def limit(self, sessions: int) -> None:
+        self._library.fault_limit(ctypes.c_long(sessions))
+
+    def locks(self) -> None:
+        self._library.fault_locks(ctypes.c_long(1))
+
+    def own_iv(self) -> None:
+        self._library.fault_own_iv(ctypes.c_long(1))
+
+    def clear(self) -> None:
+        self._library.fault_clear()
+
+
+@pytest.fixture(scope="session")
+def _faulty(softhsm: SoftHsm, require_tool: Any) -> tuple[Token, Faults]:
+    compiler = require_tool("cc", "gcc", "clang", package="gcc")
+    # A copy of its own, so that its state is not that of the SoftHSM which other tests use.
+    target = softhsm.directory / "libsofthsm2-behind.so"
+    shutil.copy(softhsm.module, target)
+    shim = softhsm.directory / "libfault.so"
+    source = Path(__file__).with_name("fault.c")
+    subprocess.run(
+        [
+            *(str(compiler), "-shared", "-fPIC", "-O1", "-Wall", f'-DTARGET="{target}"'),
+            *("-o", str(shim), str(source), "-ldl"),
+        ],
+        check=True,
+        timeout=120,
+    )
+    token = softhsm.token("faulty")
+    token.module = shim
+    return token, Faults(ctypes.CDLL(str(shim)))
+
+
+@pytest.fixture
+def faulty(_faulty: tuple[Token, Faults]) -> Iterator[Token]:
+    """A SoftHSM token behind a module that fails on request."""
+    token, faults = _faulty
+    faults.clear()
+    yield token
+    faults.clear()
+    while token.made:
+        token.made.pop().close()
+    # What was abandoned in a hung call closes its session when the call comes back.
+    end = time.monotonic() + 10
+    while faults.sessions and time.monotonic() < end:
+        time.sleep(0.01)
+    assert faults.sessions == 0, "a session was leaked"
+
+
+@pytest.fixture
+def faults(_faulty: tuple[Token, Faults], faulty: Token) -> Faults:
+    return _faulty[1]

@@ -89,7 +89,8 @@ def _outside(settings: Pkcs11Settings) -> list[Finding]:
         token = find_token(module, settings)
         found.append(Finding("token", "ok", f"{describe(token)}, {_clean(str(token.model))}"))
         flags = [Finding("PIN", *_FLAGS[flag]) for flag in _FLAGS if token.flags & flag]  # type: ignore[arg-type]
-        return found + (flags or [Finding("PIN", "ok", "no flag is raised")])
+        # The gravest comes first, and the lesser ones follow from it.
+        return [*found, *(flags or [Finding("PIN", "ok", "no flag is raised")])[:1]]
 
 
 def _session(provider: Pkcs11Provider, channel: Channel) -> Iterator[Finding]:

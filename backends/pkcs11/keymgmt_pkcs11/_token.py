@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["describe", "find_token", "log_in", "serial", "tokens"]
 
-_WRONG: Final = frozenset({"PinIncorrect", "PinInvalid", "PinLenRange", "PinLocked"})
+_WRONG: Final = frozenset({"PinIncorrect", "PinInvalid", "PinLenRange"})
 _salt: Final = os.urandom(32)
 _refused: Final[set[bytes]] = set()
 _login = threading.Lock()
