@@ -15,6 +15,15 @@ RequireTool = Callable[..., Path]
 Install = Callable[..., Path]
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Run what is marked ``once`` on one Python only, where ``KEYMGMT_TEST_ONCE`` names it."""
+    chosen = os.environ.get("KEYMGMT_TEST_ONCE")
+    if chosen and chosen != f"{sys.version_info.major}.{sys.version_info.minor}":
+        left_out = [item for item in items if item.get_closest_marker("once")]
+        items[:] = [item for item in items if not item.get_closest_marker("once")]
+        config.hook.pytest_deselected(items=left_out)
+
+
 @pytest.fixture(scope="session")
 def require_tool() -> RequireTool:
     """Find a program (or, given an absolute path, a file): ``require_tool("swtpm") -> Path``.
