@@ -81,9 +81,7 @@ def new_directory(target: Path, *, replace: bool = False, mode: int = 0o777) -> 
     if not replace and os.path.lexists(target):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
     _remove_abandoned(target)
-    temporary = _temporary(target)
-    temporary.mkdir(mode=mode)
-    lock = _lock(temporary)
+    temporary, lock = _make_locked(target, mode)
     try:
         yield temporary
         _sync_tree(temporary)
@@ -95,8 +93,7 @@ def new_directory(target: Path, *, replace: bool = False, mode: int = 0o777) -> 
     finally:
         # After an exchange this name is the old folder; after a plain rename nothing has it.
         shutil.rmtree(temporary, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+        os.close(lock)
 
 
 def _temporary(path: Path) -> Path:
@@ -105,14 +102,33 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{stem}.{secrets.token_hex(8)}.tmp")
 
 
+def _make_locked(target: Path, mode: int) -> tuple[Path, int]:
+    """A new temporary folder and the lock that says it is in use."""
+    while True:
+        temporary = _temporary(target)
+        temporary.mkdir(mode=mode)
+        # Another process may have taken it for abandoned before it was locked.
+        lock = _lock(temporary)
+        if lock is not None:
+            if temporary.exists():
+                return temporary, lock
+            os.close(lock)
+
+
 def _lock(directory: Path) -> int | None:
-    """Lock a folder against removal as abandoned; None if somebody else has it."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    """Lock a folder against removal as abandoned; None if somebody else has it, or it is gone."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         os.close(descriptor)
         return None
+    except BaseException:
+        os.close(descriptor)
+        raise
     return descriptor
 
 

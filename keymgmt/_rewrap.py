@@ -7,13 +7,11 @@ written is read back and opened again, before it takes its place and after.
 
 from __future__ import annotations
 
-import fcntl
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Literal
 
 from keymgmt._admit import admit
 from keymgmt._audit import audit
@@ -38,8 +36,6 @@ if TYPE_CHECKING:
     from keymgmt.sealed.keys import Wrap
 
 __all__ = ["GroupChange", "Rewrapped", "rewrap"]
-
-_WAIT: Final = 60.0
 
 Change = Literal["kept", "rewrapped", "added", "dropped"]
 
@@ -122,7 +118,10 @@ def rewrap_one(
     """
     candidate, _ = admit(path, config, name)
     with candidate:
-        _lock(candidate, Path(path))
+        candidate.lock()
+        for abandoned in Path(path).glob(f".{KEYS}.*.tmp"):
+            # Nobody else writes keys.json while the lock is held, so a killed rewrap left it.
+            abandoned.unlink(missing_ok=True)
         policy = candidate.policy()
         unlocker = Unlocker(config, candidate.manifest, policy, answers)
         dek, opened = unlocker.unlock()
@@ -149,23 +148,6 @@ def rewrap_one(
             return Rewrapped(
                 str(path), candidate.manifest.name, work.changed, tuple(work.states.values())
             )
-
-
-def _lock(candidate: Candidate, path: Path) -> None:
-    """Wait for another rewrap of the same model; the lock is the folder's and ends with it."""
-    deadline = time.monotonic() + _WAIT
-    while True:
-        try:
-            fcntl.flock(candidate.folder.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise ConfigError(
-                    f"another rewrap of {path} has gone on for {_WAIT:g} seconds",
-                    hint="try again when it has finished",
-                ) from None
-            time.sleep(0.05)
-        else:
-            return
 
 
 class _Work:

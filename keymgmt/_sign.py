@@ -15,7 +15,7 @@ from keymgmt._names import KeyRef
 from keymgmt._provider import Signature, SupportsSigning
 from keymgmt._unlock import call_provider, require
 from keymgmt._verify import PublicKey, verify_signature
-from keymgmt.errors import ConfigError, KeymgmtError, ProviderError
+from keymgmt.errors import ConfigError, IntegrityError, KeymgmtError, ProviderError
 from keymgmt.sealed.folder import SIGNATURES
 from keymgmt.sealed.signatures import signed_bytes
 
@@ -88,5 +88,11 @@ def sign(
         signer = Signer(config, named)
         candidate.policy()
         candidate.check_digests(progress)
-        signatures = candidate.signatures.with_signature(*signer.sign(candidate.data))
+        made = signer.sign(candidate.data)
+        candidate.lock()
+        # Read again under the lock: another publisher may have signed meanwhile.
+        with Candidate.read(path) as current:
+            if current.data != candidate.data:
+                raise IntegrityError(f"{path} was exchanged while it was being signed")
+            signatures = current.signatures.with_signature(*made)
         replace_file(Path(path) / SIGNATURES, signatures.to_bytes())

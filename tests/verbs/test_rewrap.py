@@ -295,3 +295,15 @@ def test_an_unreadable_folder_in_a_tree(site, tree):
         assert keymgmt.usage(tree).to_json()["complete"] is False
     finally:
         (tree / "d1").chmod(0o755)
+
+
+def test_what_a_killed_rewrap_left_is_swept_up(site):
+    path = site.seal()
+    (path / ".keys.json.0123456789abcdef.tmp").write_bytes(b"half")
+    keymgmt.rewrap(path, keys=site.config(), add=["local:b"])
+    assert sorted(p.name for p in path.iterdir()) == [
+        "keys.json",
+        "manifest.json",
+        "payload",
+        "signatures.json",
+    ]
