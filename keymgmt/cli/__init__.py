@@ -11,6 +11,7 @@ errors of ``keymgmt.errors``, which are printed here, and print with ``console``
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -70,6 +71,7 @@ def _keymgmt(
 ) -> None:
     """Ship models to machines you do not control: sealed at rest, opened in memory."""
     context.obj = State(config, verbose)
+    context.call_on_close(context.obj.close)
 
 
 app.command()(init.init)
@@ -91,6 +93,8 @@ app.add_typer(plugin.app, name="plugin")
 
 def main() -> None:
     """Run the command line and exit: the console script ``keymgmt``."""
+    # As an exception, so that what is half done is cleared away, as it is for Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:
         app(prog_name="keymgmt")
     except KeymgmtError as error:

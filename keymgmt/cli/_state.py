@@ -34,6 +34,11 @@ class State:
         local = Path(FILE_NAME)
         return local if local.is_file() else None
 
+    def close(self) -> None:
+        """Close the providers: let go of connections, and wipe what is secret."""
+        if self._config is not None:
+            self._config.close()
+
     def config(self, *, quiet: bool = False) -> Config:
         """Load the config; ConfigError where there is none or it is wrong."""
         if self._config is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -123,3 +124,19 @@ def test_the_shell_completes_providers_and_keys(cli: Cli, site: Path) -> None:
     shown = complete("keys show local:mod")
     assert "models" in shown
     assert "publisher" not in shown
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_seal_leaves_nothing(site: Path, number: int) -> None:
+    with (site / "model" / "large.bin").open("wb") as file:
+        file.truncate(8 << 30)
+    before = set(site.iterdir())
+    command = [sys.executable, "-m", "keymgmt.cli", "seal", "model", "model.sealed"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, cwd=site) as process:
+        while set(site.iterdir()) == before:
+            assert process.poll() is None
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode not in (0, -number)
+    assert b"Traceback" not in said
+    assert set(site.iterdir()) == before
