@@ -30,11 +30,20 @@ from keymgmt._provider import (
     WrappedKey,
     within,
 )
-from keymgmt._recipient import RSA_OAEP_256, Recipient, public_key_id, wrap_for
+from keymgmt._recipient import (
+    RSA_OAEP_256,
+    Recipient,
+    public_key_id,
+    recipient_message,
+    sign_recipient,
+    wrap_for,
+)
 from keymgmt._secret import ConfigPath, SecretSource, private_file_problem
 from keymgmt.errors import (
     AccessDenied,
     ConfigError,
+    FormatError,
+    IntegrityError,
     KeymgmtError,
     KeyNotFound,
     KeyRetired,
@@ -57,7 +66,9 @@ __all__ = [
     "ConfigPath",
     "Dek",
     "Finding",
+    "FormatError",
     "Health",
+    "IntegrityError",
     "KeyInfo",
     "KeyNotFound",
     "KeyProvider",
@@ -93,7 +104,9 @@ __all__ = [
     "open_with_ecdh",
     "private_file_problem",
     "public_key_id",
+    "recipient_message",
     "replace_file",
+    "sign_recipient",
     "sync_directory",
     "wipe",
     "within",

@@ -102,12 +102,12 @@ class Wire:
     A context manager. ``intercept(command)`` returns a response, or None to ask the TPM.
     """
 
-    def __init__(self, swtpm: Swtpm) -> None:
+    def __init__(self, target: int) -> None:
         self.port = free_ports()
         self.recorded = bytearray()
         self.commands: list[int] = []
         self.intercept: Callable[[bytes], bytes | None] = lambda command: None
-        self._target = swtpm.port
+        self._target = target
         self._servers: list[socket.socket] = []
 
     @property
@@ -179,9 +179,15 @@ def _exactly(stream: socket.socket, count: int) -> bytes:
 
 
 @pytest.fixture
-def wire(swtpm) -> Iterator[Wire]:
-    with Wire(swtpm) as between:
-        yield between
+def make_wire() -> Iterator[Callable[[int], Wire]]:
+    """Put a wire before the emulator at a port; closed at the end."""
+    with contextlib.ExitStack() as stack:
+        yield lambda port: stack.enter_context(Wire(port))
+
+
+@pytest.fixture
+def wire(make_wire, swtpm) -> Wire:
+    return make_wire(swtpm.port)
 
 
 @pytest.fixture(scope="session")

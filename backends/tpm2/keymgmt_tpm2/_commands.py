@@ -15,6 +15,7 @@ from keymgmt_tpm2._counter import (
     parse_index,
     read_counter,
 )
+from keymgmt_tpm2._enroll_commands import app as enroll_app
 from keymgmt_tpm2._policy import parse_pcrs
 from keymgmt_tpm2._policy_commands import app as policy_app
 from keymgmt_tpm2._provider import Tpm2Provider
@@ -28,6 +29,7 @@ counter_app = typer.Typer(
 )
 app.add_typer(policy_app, name="policy")
 app.add_typer(counter_app, name="counter")
+app.add_typer(enroll_app, name="enroll")
 
 Provider = Annotated[str, typer.Argument(metavar="PROVIDER", help="Provider in the config.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -2,7 +2,7 @@
 
     keys/NAME.json              public and private parts as the TPM gave them, and the policy
     keys/approvals/HEX.json     approved boot states, found by what they approve
-    keys/attestation.json       the attestation key, made by `keymgmt tpm enroll request`
+    keys/.attestation.json      the attestation key, made by `keymgmt tpm enroll request`
 
 The private parts are encrypted under the TPM's storage root key and useless elsewhere; the
 directory is still private, because whoever can change it can put a weaker key in place of one. What

@@ -13,9 +13,12 @@ from keymgmt_tpm2._policy import Policy
 
 __all__ = [
     "AK_ATTRIBUTES",
+    "EK_ATTRIBUTES",
+    "EK_POLICY",
     "KINDS",
     "ak_template",
     "attributes_for",
+    "ek_template",
     "key_template",
     "problem_with",
     "srk_template",
@@ -29,6 +32,9 @@ KINDS: Final[dict[str, Literal["wrap", "sign"]]] = {
 _BORN_HERE: Final = s.FIXED_TPM | s.FIXED_PARENT | s.SENSITIVE_DATA_ORIGIN
 AK_ATTRIBUTES: Final = _BORN_HERE | s.USER_WITH_AUTH | s.NO_DA | s.RESTRICTED | s.SIGN
 _SRK_ATTRIBUTES: Final = _BORN_HERE | s.USER_WITH_AUTH | s.NO_DA | s.RESTRICTED | s.DECRYPT
+EK_ATTRIBUTES: Final = _BORN_HERE | s.ADMIN_WITH_POLICY | s.RESTRICTED | s.DECRYPT
+EK_POLICY: Final = bytes.fromhex("837197674484b3f81a90cc8d46a5d724fd52d76e06520b64f2a1da1b331469aa")
+"""PolicyA, PolicySecret(endorsement): "TCG EK Credential Profile", B.6.2."""
 _ECDSA_SHA256: Final = s.u16(s.ALG_ECDSA) + s.u16(s.ALG_SHA256)
 _OAEP_SHA256: Final = s.u16(s.ALG_OAEP) + s.u16(s.ALG_SHA256)
 _NULL: Final = s.u16(s.ALG_NULL)
@@ -58,6 +64,15 @@ def ak_template() -> bytes:
     """An attestation key: restricted, ECDSA P-256 with SHA-256."""
     rest = _NULL + _ECDSA_SHA256 + _P256 + _NULL + s.sized(b"") * 2
     return _head(s.ALG_ECC, AK_ATTRIBUTES, b"") + rest
+
+
+def ek_template(kind: str) -> bytes:
+    """An endorsement key of "TCG EK Credential Profile", B.3.3 and B.3.4; ``rsa`` or ``ecc``."""
+    if kind == "rsa":
+        rest = _AES_128_CFB + _NULL + s.u16(2048) + s.u32(0) + s.sized(bytes(256))
+        return _head(s.ALG_RSA, EK_ATTRIBUTES, EK_POLICY) + rest
+    rest = _AES_128_CFB + _NULL + _P256 + _NULL + s.sized(bytes(32)) * 2
+    return _head(s.ALG_ECC, EK_ATTRIBUTES, EK_POLICY) + rest
 
 
 def srk_template(kind: str) -> bytes:

@@ -78,14 +78,14 @@ class Tpm:
         if isinstance(error, TpmError):
             error.auth_sent = self._auth_set
         try:
-            while self._open:
-                self.flush(self._open[-1][0])
+            self.flush_all()
         finally:
             self._connection.close()
 
     # Handles
 
-    def _opened(self, handle: Any, name: bytes | None = None) -> Any:
+    def opened(self, handle: Any, name: bytes | None = None) -> Any:
+        """Take over a transient object or session, to be flushed at the end."""
         self._open.append((handle, name))
         return handle
 
@@ -98,6 +98,11 @@ class Tpm:
         except (TpmError, TimeLimit):
             if name is not None:
                 self._left_behind(name)
+
+    def flush_all(self) -> None:
+        """Free everything that this object loaded."""
+        while self._open:
+            self.flush(self._open[-1][0])
 
     def load(self, public: Public, private: bytes) -> Any:
         """Load a key under the storage root key; the TPM checks that the two parts belong."""
@@ -114,14 +119,14 @@ class Tpm:
             if not self._connection.alive:
                 self._left_behind(public.name)
             raise
-        return self._opened(handle, public.name)
+        return self.opened(handle, public.name)
 
     def load_verifier(self, public: Public) -> Any:
         """Load a public key to verify with, where its tickets count for PolicyAuthorize."""
         # In the NULL hierarchy, the default, the ticket would be empty.
         blob = t.TPM2B_PUBLIC.unmarshal(sized(public.raw))[0]
         handle = self._call("load_external", blob, hierarchy=c.ESYS_TR.OWNER)
-        return self._opened(handle, public.name)
+        return self.opened(handle, public.name)
 
     def srk(self) -> Any:
         """The storage root key.
@@ -173,7 +178,7 @@ class Tpm:
     def session(self, *, policy: bool = False) -> Any:
         """A session salted to the storage root key that encrypts the first parameter both ways."""
         kind = c.TPM2_SE.POLICY if policy else c.TPM2_SE.HMAC
-        session = self._opened(
+        session = self.opened(
             self._call(
                 "start_auth_session",
                 tpm_key=self.srk(),
@@ -245,6 +250,20 @@ class Tpm:
             session1=session,
         )
         return _ecdsa(answer)
+
+    def certify(
+        self, key: Any, ak: Any, value: bytes, session: Any
+    ) -> tuple[bytes, tuple[int, int]]:
+        """TPMS_ATTEST of a key by an attestation key, with ``value`` in it, and its signature."""
+        scheme = t.TPMT_SIG_SCHEME(scheme=c.TPM2_ALG.NULL)
+        answer = self._call("certify", key, ak, value, scheme, session1=session)
+        attest, signature = answer[0], answer[1]
+        return bytes(attest), _ecdsa(signature)
+
+    @staticmethod
+    def take(value: Any) -> bytearray:
+        """Copy a secret out of a TPM2B and clear it there; the caller wipes the copy."""
+        return _take(value)
 
     # State
 

@@ -1,0 +1,306 @@
+"""Enrolment on swtpm with a certified endorsement key, and the ways to cheat at it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from keymgmt_tpm2 import Tpm2Provider, _enroll
+from keymgmt_tpm2._attest import AttestationError, make_credential
+from keymgmt_tpm2._enroll import Request, accept, answer_value, challenge
+from keymgmt_tpm2._identity import make_request, respond
+from keymgmt_tpm2._policy import Policy
+from keymgmt_tpm2._structures import Public, sized, u16, u32
+from keymgmt_tpm2._templates import AK_ATTRIBUTES, attributes_for
+
+from keymgmt.backend import AccessDenied, Dek, FormatError, KeyNotFound, SecretSource, wrap_for
+
+CONTEXT = b"a context"
+
+
+@pytest.fixture(scope="module")
+def manufactured(tmp_path_factory, require_tool):
+    """State of a TPM whose endorsement key a maker certified, and the maker's certificates."""
+    setup = require_tool("swtpm_setup", package="swtpm-tools")
+    localca = require_tool("swtpm_localca", package="swtpm-tools")
+    folder = tmp_path_factory.mktemp("maker")
+    ca, state = folder / "ca", folder / "state"
+    ca.mkdir()
+    state.mkdir()
+    (folder / "options").write_text(
+        "--platform-manufacturer ACME\n--platform-version 2.1\n--platform-model Test\n"
+    )
+    (folder / "localca.conf").write_text(
+        f"statedir={ca}\nsigningkey={ca}/signkey.pem\nissuercert={ca}/issuercert.pem\n"
+        f"certserial={ca}/certserial\n"
+    )
+    (folder / "setup.conf").write_text(
+        f"create_certs_tool={localca}\ncreate_certs_tool_config={folder}/localca.conf\n"
+        f"create_certs_tool_options={folder}/options\nactive_pcr_banks=sha256\n"
+    )
+    command = [str(setup), "--tpm2", "--tpmstate", str(state), "--config", f"{folder}/setup.conf"]
+    command += ["--create-ek-cert", "--lock-nvram", "--pcr-banks", "sha256"]
+    result = subprocess.run(
+        [*command, "--logfile", f"{folder}/log"], capture_output=True, text=True, check=False
+    )
+    log = (folder / "log").read_text() if (folder / "log").exists() else ""
+    assert result.returncode == 0, f"{result.stderr}\n{log}"
+    return state, ca
+
+
+@pytest.fixture
+def genuine(manufactured, make_swtpm, tmp_path, set_up, pin_file):
+    """A provider of that TPM, with a fresh copy of its state."""
+    import shutil
+
+    state, _ = manufactured
+    shutil.copytree(state, tmp_path / "state-genuine")
+    settings = set_up(make_swtpm("genuine"), pin=SecretSource(file=pin_file))
+    with Tpm2Provider("tpm", settings) as provider:
+        provider.create_key("dev", "ecc-p256", {"pcr": "7"})
+        yield provider
+
+
+@pytest.fixture(scope="module")
+def roots(manufactured):
+    _, ca = manufactured
+    pems = b"".join(path.read_bytes() for path in sorted(ca.glob("*cert.pem")))
+    certificates = x509.load_pem_x509_certificates(pems)
+    trusted = [c for c in certificates if c.issuer == c.subject]
+    between = [c for c in certificates if c.issuer != c.subject]
+    assert trusted
+    return tuple([c.public_bytes(Encoding.DER) for c in group] for group in (trusted, between))
+
+
+def software_key(kind: str = "ecc-p256", policy: Policy | None = None) -> Public:
+    """The public area of a key that lives in software and claims to be in a TPM."""
+    point = ec.generate_private_key(ec.SECP256R1()).public_key()
+    raw = point.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
+    attributes = AK_ATTRIBUTES if kind == "ak" else attributes_for(kind, policy or Policy())
+    scheme = u16(0x0018) + u16(0x000B) if kind == "ak" else u16(0x0010)
+    head = u16(0x0023) + u16(0x000B) + u32(attributes) + sized(policy.digest if policy else b"")
+    rest = u16(0x0010) + scheme + u16(3) + u16(0x0010) + sized(raw[1:33]) + sized(raw[33:])
+    return Public.parse(head + rest)
+
+
+@pytest.mark.parametrize("options", [{}, {"pcr": "7"}, {"pin": "yes"}, {"pin": "yes", "pcr": "7"}])
+def test_an_attested_recipient(genuine, roots, options):
+    genuine.create_key("key", "ecc-p256", options)
+    sent, kept = challenge(Request.from_bytes(make_request(genuine, "key").to_bytes()), *roots)
+    recipient = accept(kept, respond(genuine, "key", sent), *roots)
+    assert recipient.attributes["attested"] == "tpm2"
+    assert recipient.attributes["policy"] == genuine.describe_key("key").detail["policy"]
+    assert "swtpm" in recipient.attributes["ek_issuer"]
+    with Dek.generate() as dek:
+        wrapped = wrap_for(recipient, dek, CONTEXT)
+        with genuine.unwrap(wrapped, CONTEXT) as again:
+            assert again == dek
+
+
+def test_rsa_keys_enrol_too(genuine, roots):
+    genuine.create_key("key", "rsa-2048", {})
+    sent, kept = challenge(make_request(genuine, "key"), *roots)
+    assert accept(kept, respond(genuine, "key", sent), *roots).kind == "RSA-OAEP-256"
+
+
+def test_an_ecc_endorsement_key_opens_credentials_too(genuine):
+    """What real chips have; swtpm certifies RSA and P-384 only."""
+    from keymgmt_tpm2 import _identity
+    from keymgmt_tpm2._templates import ek_template
+    from tpm2_pytss import constants as c
+    from tpm2_pytss import types as t
+
+    def operation(tpm):
+        session = tpm.session(policy=True)
+        tpm.call("policy_secret", c.ESYS_TR.ENDORSEMENT, session, b"", b"", b"", 0)
+        public, private = _identity._attestation_key(genuine, tpm)
+        answer = tpm.call(
+            "create_primary",
+            t.TPM2B_SENSITIVE_CREATE(),
+            t.TPM2B_PUBLIC.unmarshal(sized(ek_template("ecc")))[0],
+            c.ESYS_TR.ENDORSEMENT,
+        )
+        ek = tpm.opened(answer[0])
+        credential, seed = make_credential(tpm.public_of(ek), public.name, b"s" * 32)
+        ak = tpm.load(public, private)
+        return bytes(tpm.call("activate_credential", ak, ek, credential, seed, session2=session))
+
+    assert genuine.service.run("test", operation) == b"s" * 32
+
+
+def test_a_tpm_without_a_certificate(provider):
+    provider.create_key("dev", "ecc-p256", {})
+    with pytest.raises(KeyNotFound, match="carries no certificate"):
+        make_request(provider, "dev")
+
+
+def test_an_unknown_maker_is_refused(genuine, roots):
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "Another maker")])
+    from datetime import UTC, datetime, timedelta
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    other = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(datetime.now(UTC) - timedelta(days=1))
+        .not_valid_after(datetime.now(UTC) + timedelta(days=1))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+        .public_bytes(Encoding.DER)
+    )
+    with pytest.raises(AttestationError, match="no trusted manufacturer"):
+        challenge(make_request(genuine, "dev"), [other], roots[1])
+    with pytest.raises(AttestationError, match="no trusted manufacturer"):
+        challenge(make_request(genuine, "dev"), *([roots[0]] if roots[1] else [[other]]))
+
+
+def test_a_certificate_beside_another_endorsement_key_is_refused(genuine, roots):
+    asked = make_request(genuine, "dev")
+    number = rsa.generate_private_key(65537, 2048).public_key().public_numbers().n
+    raw = asked.ek.raw[:-256] + number.to_bytes(256, "big")
+    with pytest.raises(AttestationError, match="another endorsement key"):
+        challenge(dataclasses.replace(asked, ek=Public.parse(raw)), *roots)
+
+
+def test_a_ca_of_the_maker_is_no_endorsement_certificate(genuine, roots):
+    asked = make_request(genuine, "dev")
+    with pytest.raises(AttestationError, match="no trusted manufacturer"):
+        challenge(dataclasses.replace(asked, certificate=roots[0][0]), *roots)
+    with pytest.raises(AttestationError, match="not a DER certificate"):
+        challenge(dataclasses.replace(asked, certificate=b"nonsense"), *roots)
+
+
+def test_a_software_attestation_key_beside_a_genuine_certificate_is_refused(genuine, roots):
+    """It says all the right things of itself; the TPM does not open its credential."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    ak = software_key("ak")
+    point = key.public_key().public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
+    ak = Public.parse(ak.raw[:-68] + sized(point[1:33]) + sized(point[33:]))
+    asked = dataclasses.replace(make_request(genuine, "dev"), ak=ak)
+    sent, kept = challenge(asked, *roots)
+    # The device refuses a challenge for another request; past that, its TPM refuses.
+    with pytest.raises(FormatError, match="not for this device's key"):
+        respond(genuine, "dev", sent)
+    digest, *_ = _enroll.read_challenge(sent)
+    forced = json.loads(sent) | {"request": make_request(genuine, "dev").digest.hex()}
+    with pytest.raises(AccessDenied, match="cannot open the credential"):
+        respond(genuine, "dev", json.dumps(forced).encode())
+    # So the attacker signs with a secret that he must guess.
+    value = answer_value(bytes(32), digest)
+    name = sized(asked.key.name)
+    attest = (
+        bytes.fromhex("ff5443478017") + sized(b"") + sized(value) + bytes(25) + name + sized(b"")
+    )
+    response = _enroll.write_response(attest, key.sign(attest, ec.ECDSA(hashes.SHA256())))
+    with pytest.raises(AttestationError, match="could not open its credential"):
+        accept(kept, response, *roots)
+
+
+def test_an_unrestricted_attestation_key_is_refused(genuine, roots):
+    """It would sign a statement that no TPM made."""
+    asked = make_request(genuine, "dev")
+    attributes = AK_ATTRIBUTES & ~0x10000
+    ak = Public.parse(asked.ak.raw[:4] + u32(attributes) + asked.ak.raw[8:])
+    with pytest.raises(AttestationError, match="proves nothing"):
+        challenge(dataclasses.replace(asked, ak=ak), *roots)
+
+
+def test_a_software_key_beside_a_genuine_attestation_key_is_refused(genuine, roots):
+    asked = make_request(genuine, "dev")
+    key = software_key("ecc-p256", asked.policy)
+    recipient = dataclasses.replace(asked.recipient, public_key=key.point)
+    sent, kept = challenge(dataclasses.replace(asked, key=key, recipient=recipient), *roots)
+    forced = json.loads(sent) | {"request": asked.digest.hex()}
+    response = respond(genuine, "dev", json.dumps(forced).encode())
+    with pytest.raises(AttestationError, match=r"not to this challenge|certified another key"):
+        accept(kept, response, *roots)
+
+
+def test_a_recipient_of_another_key_than_the_certified_one_is_refused(genuine, roots):
+    asked = make_request(genuine, "dev")
+    recipient = dataclasses.replace(asked.recipient, public_key=software_key().point)
+    with pytest.raises(AttestationError, match="recipient is of another key"):
+        challenge(dataclasses.replace(asked, recipient=recipient), *roots)
+
+
+def test_attributes_and_policy_of_the_key_are_checked(genuine, roots):
+    asked = make_request(genuine, "dev")
+    weak = Public.parse(asked.key.raw[:4] + u32(0x20472) + asked.key.raw[8:])
+    with pytest.raises(AttestationError, match="userWithAuth"):
+        challenge(dataclasses.replace(asked, key=weak), *roots)
+    with pytest.raises(AttestationError, match="the key is refused"):
+        challenge(dataclasses.replace(asked, policy=Policy()), *roots)
+    with pytest.raises(AttestationError, match="policy is another one"):
+        challenge(
+            dataclasses.replace(asked, policy=Policy(pcrs=genuine.pcrs("sha256", [8]))), *roots
+        )
+
+
+def test_responses_are_for_one_request_and_one_challenge(genuine, roots):
+    asked = make_request(genuine, "dev")
+    sent, _ = challenge(asked, *roots)
+    _, other_state = challenge(asked, *roots)
+    response = respond(genuine, "dev", sent)
+    with pytest.raises(AttestationError, match="not to this challenge"):
+        accept(other_state, response, *roots)
+    attest, signature = _enroll.read_response(response)
+    for bad in (attest[:-1], attest[:-1] + bytes([attest[-1] ^ 1]), b"\0" + attest[1:], b""):
+        with pytest.raises(AttestationError, match=r"did not sign|malformed"):
+            accept(other_state, _enroll.write_response(bad, signature), *roots)
+    genuine.rotate_key("dev")
+    with pytest.raises(FormatError, match="as it is now") as caught:
+        respond(genuine, "dev", sent)
+    assert "rotated" in str(caught.value.hint)
+
+
+def test_files_that_are_none(genuine, roots):
+    asked = make_request(genuine, "dev").to_bytes()
+    sent, kept = challenge(Request.from_bytes(asked), *roots)
+    for bad in (b"", b"{}", b"[]", b"[" * 100000, sent):
+        with pytest.raises(FormatError):
+            Request.from_bytes(bad)
+        with pytest.raises(FormatError):
+            accept(bad, sent, *roots)
+        if bad is not sent:
+            with pytest.raises(FormatError):
+                respond(genuine, "dev", bad)
+            with pytest.raises(FormatError):
+                accept(kept, bad, *roots)
+    for name in json.loads(asked):
+        data = json.loads(asked)
+        for value in (None, 1, "!", [], {}):
+            with pytest.raises(FormatError):
+                Request.from_bytes(json.dumps(data | {name: value}).encode())
+
+
+@pytest.mark.parametrize("encrypted", [True, False])
+def test_the_credential_secret_is_not_on_the_wire(
+    genuine, roots, make_wire, monkeypatch, encrypted
+):
+    from keymgmt_tpm2._tpm import Tpm
+
+    secrets, take = [], Tpm.take
+
+    def keep(value):
+        taken = take(value)
+        secrets.append(bytes(taken))
+        return taken
+
+    monkeypatch.setattr(Tpm, "take", staticmethod(keep))
+    monkeypatch.setattr(Tpm, "encrypt", encrypted)
+    wire = make_wire(int(genuine.settings.tcti.rpartition("=")[2]))
+    settings = genuine.settings.model_copy(update={"tcti": wire.tcti})
+    with Tpm2Provider("tpm", settings) as tapped:
+        sent, _ = challenge(make_request(tapped, "dev"), *roots)
+        respond(tapped, "dev", sent)
+    assert len(secrets[0]) == 32
+    assert (secrets[0] in wire.recorded) is not encrypted
