@@ -25,7 +25,7 @@ DISTRIBUTIONS = {
     "tpm2": {"keymgmt-tpm2"},
     "openvino": {"keymgmt-openvino"},
     "demo": {"keymgmt-file", "keymgmt-openvino"},
-    "all": {"keymgmt-file", "keymgmt-vault", "keymgmt-tpm2", "keymgmt-openvino"},
+    "all": {f"keymgmt-{name}" for name in ("file", "openvino", "pkcs11", "tpm2", "vault")},
 }
 
 
