@@ -57,6 +57,8 @@ class Policy(Settings):
         minimum_release: model name -> lowest release that opens; with it, other names are refused.
         remember_releases: file that remembers the highest verified release of each name.
         recipient_signers: public key files (PEM) of those who vouch for recipient files.
+        require_attested: seal to a recipient file only if one of them vouches that its key was
+            attested by hardware, as ``keymgmt tpm enroll accept`` does; no fingerprint replaces it.
         prefer: providers to ask first, in this order.
     """
 
@@ -68,7 +70,14 @@ class Policy(Settings):
     )
     remember_releases: ConfigPath | None = None
     recipient_signers: list[str] = Field(default_factory=list)
+    require_attested: bool = False
     prefer: list[str] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _attesting_needs_signers(self) -> Policy:
+        if self.require_attested and not self.recipient_signers:
+            raise ValueError("who vouches for attested devices? name them in recipient_signers")
+        return self
 
     @model_validator(mode="after")
     def _floors_need_signatures(self) -> Policy:

@@ -112,7 +112,14 @@ def _resolve(text: str, config: Config, fingerprints: frozenset[str]) -> list[Wr
 
 def _recipient_file(path: Path, config: Config, fingerprints: frozenset[str]) -> RecipientFile:
     recipient = Recipient.load(path)
-    if plain_fingerprint(recipient.fingerprint) in fingerprints:
+    attested = config.policy.require_attested
+    if attested and not recipient.attributes.get("attested"):
+        raise UntrustedPublisher(
+            f"the recipient file {path} is of a key that was not attested by hardware",
+            hint="enrol the device, with `keymgmt tpm enroll` for a TPM",
+        )
+    # Anybody may write the attribute: it counts where a signer vouches for it.
+    if not attested and plain_fingerprint(recipient.fingerprint) in fingerprints:
         return RecipientFile(path, recipient)
     trusted = {}
     for name in config.policy.recipient_signers:
@@ -121,6 +128,11 @@ def _recipient_file(path: Path, config: Config, fingerprints: frozenset[str]) ->
     try:
         content = signatures.read_bytes()
     except OSError as error:
+        if attested:
+            raise UntrustedPublisher(
+                f"nobody vouches that the key of the recipient file {path} was attested",
+                hint=f"its signature belongs beside it, in {signatures.name}",
+            ) from error
         raise UntrustedPublisher(
             f"nothing says that the recipient file {path} is genuine",
             hint=f"compare its fingerprint with the device's and give it: --fingerprint "
