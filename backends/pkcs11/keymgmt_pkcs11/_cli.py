@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pkcs11 import TokenFlag
+from pkcs11 import Slot, TokenFlag
+from pkcs11.exceptions import PKCS11Error
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from keymgmt.backend import ConfigError, within
 from keymgmt_pkcs11._doctor import trials
+from keymgmt_pkcs11._errors import reason, translate
 from keymgmt_pkcs11._keys import all_keys
 from keymgmt_pkcs11._module import open_module
 from keymgmt_pkcs11._provider import Pkcs11Provider
@@ -51,25 +53,30 @@ def slots(
     def look() -> list[dict[str, Any]]:
         library = open_module(module.absolute(), init_args)
         with library.call():
-            found = []
-            for slot in library.slots():
-                token = slot.get_token()
-                found.append(
-                    {
-                        "slot": slot.slot_id,
-                        "description": slot.slot_description.strip("\0 "),
-                        "token": token.label.strip("\0 "),
-                        "serial": serial(token),
-                        "model": str(token.model).strip("\0 "),
-                        "manufacturer": str(token.manufacturer_id).strip("\0 "),
-                        "flags": " ".join(
-                            str(flag.name).lower() for flag in TokenFlag if token.flags & flag
-                        ),
-                    }
-                )
-            return found
+            try:
+                return [_row(slot) for slot in library.slots()]
+            except PKCS11Error as error:
+                raise translate(error, "listing the slots") from error
 
     _show(within(_LIMIT, f"the module {module}", look), as_json)
+
+
+def _row(slot: Slot) -> dict[str, Any]:
+    row: dict[str, Any] = {"slot": slot.slot_id}
+    try:
+        token = slot.get_token()
+    except PKCS11Error as error:
+        # One token in trouble does not hide the others.
+        empty = dict.fromkeys(("token", "serial", "model", "manufacturer"), "")
+        return {**row, **empty, "flags": f"no answer: {reason(error)}"}
+    return {
+        **row,
+        "token": token.label.strip("\0 "),
+        "serial": serial(token),
+        "model": str(token.model).strip("\0 "),
+        "manufacturer": str(token.manufacturer_id).strip("\0 "),
+        "flags": " ".join(str(flag.name).lower() for flag in TokenFlag if token.flags & flag),
+    }
 
 
 @app.command()
