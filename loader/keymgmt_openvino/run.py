@@ -10,6 +10,7 @@ import numpy as np
 import openvino as ov
 import typer
 
+import keymgmt
 from keymgmt.cli import clean, console, print_json, table
 from keymgmt.errors import ConfigError
 from keymgmt_openvino import load
@@ -44,10 +45,35 @@ def run(
     ] = None,
     name: Annotated[str | None, typer.Option(help="Refuse a model of another name.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of random inputs.")] = 0,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", "-p", help="For a language model; else it is read from stdin."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="For a language model: the longest answer.")
+    ] = 128,
     top: Annotated[int, typer.Option(min=1, help="How many of the largest values to show.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Load a sealed model, infer once with .npy, .npz or random inputs, and show the answer."""
+    """Load a sealed model, run it, and show the answer.
+
+    An OpenVINO GenAI folder gets a prompt and streams its answer; any other model infers with
+    .npy, .npz or random inputs.
+    """
+    # What is said here is not verified yet; it only chooses between two loaders, which verify.
+    if keymgmt.inspect(path).manifest.kind == "openvino-genai":
+        from keymgmt_openvino._run_llm import run_llm
+
+        run_llm(
+            path,
+            device,
+            context.obj.config(),
+            name=name,
+            prompt=prompt,
+            max_new_tokens=max_new_tokens,
+            as_json=as_json,
+        )
+        return
     arrays = _read_arrays(given or [])
     started = time.perf_counter()
     with load(path, device, name=name, keys=context.obj.config()) as model:

@@ -108,3 +108,34 @@ def test_pickled_inputs_are_not_unpickled(magika_sealed, site, tmp_path):
     done = keymgmt("run", magika_sealed, "--input", tmp_path / "evil.npy", config=site.path)
     assert done.returncode == 3
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def tiny_llm(seal) -> Path:
+    return seal(Path(__file__).parent / "tiny-llm", "tiny-llm")
+
+
+def test_run_streams_a_language_models_answer(tiny_llm, site):
+    import openvino_genai
+
+    options = {"max_new_tokens": 12, "do_sample": False}
+    plain = openvino_genai.LLMPipeline(Path(__file__).parent / "tiny-llm", "CPU")
+    expected = plain.generate("Hello there", **options)
+    arguments = ["run", tiny_llm, "--prompt", "Hello there", "--max-new-tokens", 12]
+    report = json.loads(keymgmt(*arguments, "--json", config=site.path).stdout)
+    assert report["text"] == expected
+    assert report["model"] == "tiny-llm"
+    assert report["tokens"] > 0
+    done = keymgmt(*arguments, config=site.path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "".join(c for c in expected if c.isprintable() or c in "\n\t") + "\n"
+    assert "first token" in done.stderr
+
+
+def test_run_takes_the_prompt_from_stdin_and_refuses_none(tiny_llm, site):
+    command = [sys.executable, "-m", "keymgmt.cli", "--config", site.path, "run", tiny_llm]
+    for text, code in (("Hello there\n", 0), ("  \n", 3)):
+        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=120)
+        assert done.returncode == code, done.stderr
+    assert "the prompt is empty" in done.stderr
+    assert "--prompt" in done.stderr
