@@ -28,6 +28,17 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from keymgmt.backend import KeyProvider
 
 Make = Callable[..., KeyProvider[Any]]
+CA_USAGE = x509.KeyUsage(
+    digital_signature=False,
+    content_commitment=False,
+    key_encipherment=False,
+    data_encipherment=False,
+    key_agreement=False,
+    key_cert_sign=True,
+    crl_sign=True,
+    encipher_only=False,
+    decipher_only=False,
+)
 
 
 class Authority:
@@ -49,6 +60,10 @@ class Authority:
             .not_valid_before(now - datetime.timedelta(days=30))
             .not_valid_after(now + datetime.timedelta(days=30))
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(CA_USAGE, critical=True)
+            .add_extension(
+                x509.SubjectKeyIdentifier.from_public_key(self.key.public_key()), critical=False
+            )
             .sign(self.key, hashes.SHA256())
         )
         self.ca_file.write_bytes(self.certificate.public_bytes(serialization.Encoding.PEM))
@@ -79,6 +94,10 @@ class Authority:
                 critical=False,
             )
             .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()),
+                critical=False,
+            )
         )
         certificate = builder.sign(self.key, hashes.SHA256())
         cert_file, key_file = self.directory / f"{name}.pem", self.directory / f"{name}.key"

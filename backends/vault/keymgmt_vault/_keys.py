@@ -102,10 +102,14 @@ class Described:
 
 
 class Keys:
-    """Transit's key endpoints for one provider; every ``key`` has matched its grammar."""
+    """Transit's key endpoints for one provider; every ``key`` has matched its grammar.
 
-    def __init__(self, client: Client) -> None:
+    Each call has its own time: making an RSA key may take longer than an operation may.
+    """
+
+    def __init__(self, client: Client, provider: str) -> None:
         self._client = client
+        self._provider = provider
         self._settings = client.settings
 
     def read(self, key: str) -> Described:
@@ -167,29 +171,28 @@ class Keys:
                 hint="known: auto-rotate, such as auto-rotate=2160h",
             )
         native = self._settings.native(key)
-        with self._client.adapter.operation():
-            # Transit answers success, and changes nothing, where the key exists.
-            try:
-                self.read(key)
-            except KeyNotFound:
-                pass
-            except UnsupportedOperation as error:
-                raise ConfigError(f"there is a Transit key {native!r} already") from error
-            else:
-                raise ConfigError(
-                    f"there is a Transit key {native!r} already",
-                    hint=f"rotate it, or choose another name: keymgmt keys show {key}",
-                )
-            body: dict[str, Any] = {
-                "type": kind,
-                "exportable": False,
-                "allow_plaintext_backup": False,
-                "derived": False,
-            }
-            if period is not None:
-                body["auto_rotate_period"] = period
-            self._write("create", native, "", body)
-            return self.read(key).info()
+        # Transit answers success, and changes nothing, where the key exists.
+        try:
+            self.read(key)
+        except KeyNotFound:
+            pass
+        except UnsupportedOperation as error:
+            raise ConfigError(f"there is a Transit key {native!r} already") from error
+        else:
+            raise ConfigError(
+                f"there is a Transit key {native!r} already",
+                hint=f"rotate it, or choose another name: keymgmt keys show {self._provider}:{key}",
+            )
+        body: dict[str, Any] = {
+            "type": kind,
+            "exportable": False,
+            "allow_plaintext_backup": False,
+            "derived": False,
+        }
+        if period is not None:
+            body["auto_rotate_period"] = period
+        self._write("create", native, "", body)
+        return self.read(key).info()
 
     def _write(self, verb: str, native: str, rest: str, body: Mapping[str, Any]) -> None:
         path = f"/v1/{self._settings.mount}/keys/{native}{rest}"
@@ -224,34 +227,32 @@ class Keys:
 
     def rotate(self, key: str) -> KeyInfo:
         """Add a version."""
-        with self._client.adapter.operation():
-            before = self.read(key).alive()
-            self._write("rotate", before.native, "/rotate", {})
-            return self.read(key).info()
+        before = self.read(key).alive()
+        self._write("rotate", before.native, "/rotate", {})
+        return self.read(key).info()
 
     def retire(self, key: str, version: str) -> KeyInfo:
         """Raise ``min_decryption_version`` past the oldest version that is in use."""
-        with self._client.adapter.operation():
-            before = self.read(key).alive()
-            known = {entry.version: entry.state for entry in before.info().versions}
-            if version not in known:
-                raise ConfigError(f"the key {key!r} has no version {version[:40]!r}")
-            if version == str(before.newest):
-                raise ConfigError(
-                    f"version {version} of {key!r} is the newest",
-                    hint=f"rotate first: keymgmt keys rotate {key}",
-                )
-            if known[version] == "retired":
-                return before.info()
-            floor = max(before.floor, before.oldest)
-            if int(version) != floor:
-                raise ConfigError(
-                    f"retiring version {version} would retire those before it too",
-                    hint=f"Transit has only a floor: retire {floor} first",
-                )
-            body = {"min_decryption_version": int(version) + 1}
-            self._write("retire", before.native, "/config", body)
-            return self.read(key).info()
+        before = self.read(key).alive()
+        known = {entry.version: entry.state for entry in before.info().versions}
+        if version not in known:
+            raise ConfigError(f"the key {key!r} has no version {version[:40]!r}")
+        if version == str(before.newest):
+            raise ConfigError(
+                f"version {version} of {key!r} is the newest",
+                hint=f"rotate first: keymgmt keys rotate {self._provider}:{key}",
+            )
+        if known[version] == "retired":
+            return before.info()
+        floor = max(before.floor, before.oldest)
+        if int(version) != floor:
+            raise ConfigError(
+                f"retiring version {version} would retire those before it too",
+                hint=f"Transit has only a floor: retire {floor} first",
+            )
+        body = {"min_decryption_version": int(version) + 1}
+        self._write("retire", before.native, "/config", body)
+        return self.read(key).info()
 
     def signing(self, key: str) -> Described:
         """A key that signs; UnsupportedOperation for one that wraps."""
@@ -259,7 +260,8 @@ class Keys:
         if described.purpose != "sign":
             raise UnsupportedOperation(
                 f"the key {key!r} is {described.kind} and wraps; it does not sign",
-                hint=f'an RSA key signs where the config says so: [...keys.{key}] purpose = "sign"'
+                hint="an RSA key signs where the config says so: "
+                f'[providers.{self._provider}.keys.{key}] purpose = "sign"'
                 if described.kind in RSA
                 else "a key that signs is of kind ed25519, ecdsa-p256 or ecdsa-p384",
             )

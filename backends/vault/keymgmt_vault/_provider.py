@@ -96,7 +96,7 @@ class VaultProvider(
     def __init__(self, name: str, settings: VaultSettings) -> None:
         super().__init__(name, settings)
         self._client = Client(settings)
-        self._keys = _keys.Keys(self._client)
+        self._keys = _keys.Keys(self._client, name)
 
     def wrap(self, key: str, dek: Dek, context: bytes) -> WrappedKey:
         """See KeyProvider; two calls, since the key is looked at before."""
