@@ -35,6 +35,7 @@ __all__ = ["ConductChecks"]
 
 THREADS: Final = 8
 ROUNDS: Final = 12
+_ALLOWED: Final = {"keymgmt.backend"}
 
 
 class ConductChecks(ContractFixtures):
@@ -63,6 +64,23 @@ class ConductChecks(ContractFixtures):
             announced <= {kind.backend},
             f"the entry point is called {', '.join(announced)}, the class {kind.backend!r}",
         )
+
+    def test_imports_only_the_contract(self, provider: KeyProvider[Any]) -> None:
+        """The package imports keymgmt.backend and no other module of ours, because all others may
+        change in any release; look at the import that is named, and ask for what is missing there.
+        """
+        kind = type(provider)
+        package = kind.__module__.partition(".")[0]
+        entries = entry_points(group="keymgmt.backends")
+        if package not in {entry.module.partition(".")[0] for entry in entries}:
+            self.skip(f"{package} is no installed backend")
+        wrong = [
+            f"{module.name} imports {name}"
+            for module in _process.modules_of(package)
+            for name in _process.imported_by(module)
+            if name.partition(".")[0] == "keymgmt" and name not in _ALLOWED
+        ]
+        self.demand.that(not wrong, "; ".join(wrong[:3]))
 
     def test_construction_does_nothing(self, provider: KeyProvider[Any]) -> None:
         """Making a provider opens no file, socket, process or library, because a config names many

@@ -6,6 +6,7 @@ They need the hooks of the backend's author and are skipped, with the reason, wi
 from __future__ import annotations
 
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -169,6 +170,51 @@ class FaultChecks(ContractFixtures):
             heal()
             for one in (provider, other):
                 self._until_it_works(one, wrap_key, dek, recovery_time)
+
+    @pytest.mark.usefixtures("_healed")
+    def test_service_hangs_for_many(
+        self,
+        provider: KeyProvider[Any],
+        dek: Dek,
+        wrap_key: str,
+        hang_service: Hook | None,
+        heal_service: Hook | None,
+        time_limit: float,
+        recovery_time: float,
+    ) -> None:
+        """Many threads that call a hung service through one provider all end within the time limit,
+        because a queue of calls that each wait their turn is a stuck application; look whether
+        waiting for a lock or a connection counts towards the limit.
+        """
+        hang = self.need(hang_service, "hang_service")
+        heal = self.need(heal_service, "heal_service")
+        wrapped = self.demand.works(partial(provider.wrap, wrap_key, dek, b"c"), "wrap()")
+        hang()
+        end = time.monotonic() + time_limit + self.grace
+        failures: list[str] = []
+
+        def work() -> None:
+            try:
+                provider.unwrap(wrapped, b"c").wipe()
+            except ProviderUnavailable:
+                pass
+            except Exception as error:  # noqa: BLE001 - reported whatever it is
+                failures.append(f"one raised {describe(error)}")
+            else:
+                failures.append("one was answered")
+
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        alive = sum(thread.is_alive() for thread in threads)
+        heal()
+        self.demand.that(
+            not alive, f"{alive} of {len(threads)} calls have not ended {self.grace:g} s after it"
+        )
+        self.demand.that(not failures, "; ".join(failures[:1]))
+        self._until_it_works(provider, wrap_key, dek, recovery_time)
 
     def test_login_expires(
         self, provider: KeyProvider[Any], dek: Dek, wrap_key: str, expire_login: Hook | None

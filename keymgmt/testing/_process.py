@@ -1,7 +1,8 @@
-"""Other processes, and a look into this one: fork, spawn, audit events, objects held."""
+"""Other processes, and a look into this one: fork, spawn, audit events, objects, imports."""
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
 import multiprocessing
@@ -13,6 +14,8 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from keymgmt.backend import Dek, WrappedKey
@@ -20,7 +23,15 @@ from keymgmt.backend import Dek, WrappedKey
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-__all__ = ["NOT_IMPORTABLE", "holds", "in_fork", "in_spawn", "watched"]
+__all__ = [
+    "NOT_IMPORTABLE",
+    "holds",
+    "imported_by",
+    "in_fork",
+    "in_spawn",
+    "modules_of",
+    "watched",
+]
 
 Task = tuple[str, str, str, WrappedKey, bytes, bytes]
 NOT_IMPORTABLE: Final = "not importable"
@@ -159,3 +170,24 @@ def holds(thing: object, dek: Dek) -> str | None:
                 (f"{path}.{k}", v, depth + 1) for k, v in getattr(item, "__dict__", {}).items()
             ]
     return None
+
+
+def modules_of(package: str) -> list[Path]:
+    """The source files of an installed package, or of a module."""
+    spec = find_spec(package)
+    if spec is None:
+        return []
+    places = [Path(place) for place in spec.submodule_search_locations or []]
+    return [path for place in places for path in place.rglob("*.py")] or [Path(str(spec.origin))]
+
+
+def imported_by(module: Path) -> list[str]:
+    """What a source file imports, wherever in it."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(module.read_bytes())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            inner = node.module == "keymgmt"  # `from keymgmt import backend` names a module
+            names += [f"keymgmt.{a.name}" for a in node.names] if inner else [node.module]
+    return names

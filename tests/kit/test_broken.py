@@ -572,7 +572,23 @@ class FailsTheWholeBatch(MemoryProvider):
 # Bad days.
 
 
-@caught_by("test_service_hangs")
+@caught_by("test_service_hangs_for_many")
+class WaitsInAQueue(MemoryProvider):
+    def __init__(self, name: str, settings: MemorySettings) -> None:
+        super().__init__(name, settings)
+        self._queue: tuple[int, threading.RLock] = (os.getpid(), threading.RLock())
+
+    @property
+    def service(self) -> MemoryService:
+        if self._queue[0] != os.getpid():
+            self._queue = (os.getpid(), threading.RLock())
+        with self._queue[1]:
+            if not MemoryService.find(self.settings.service).answering:
+                time.sleep(0.2)
+            return super().service
+
+
+@caught_by("test_service_hangs", "test_service_hangs_for_many")
 class Hangs(MemoryProvider):
     @property
     def service(self) -> MemoryService:
@@ -580,7 +596,7 @@ class Hangs(MemoryProvider):
         return super().service
 
 
-@caught_by("test_service_goes_and_returns", "test_service_hangs")
+@caught_by("test_service_goes_and_returns", "test_service_hangs", "test_service_hangs_for_many")
 class NeverReconnects(MemoryProvider):
     _broken = False
 
@@ -675,6 +691,28 @@ def test_state_of_one_process_is_caught_by_spawning(
     results = run_contract(contract(kit_spawn_defect.LivesInOneProcess, spawn=True))
     monkeypatch.delenv("KIT_SPAWN_DEFECT")
     assert {result.name for result in results if result.outcome == "failed"} == {"test_spawn"}
+
+
+def test_an_import_of_our_internals_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kit_import_defect.py").write_text(
+        "from keymgmt.testing.fakes import MemoryProvider\n"
+        "class P(MemoryProvider):\n"
+        "    def _late(self):\n"
+        "        from keymgmt import _dek\n"
+    )
+    info = tmp_path / "kit_import_defect-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kit-import-defect\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[keymgmt.backends]\nmemory = kit_import_defect:P\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import kit_import_defect  # type: ignore[import-not-found]
+
+    results = run_contract(contract(kit_import_defect.P))
+    failed = {result.name: result.reason for result in results if result.outcome == "failed"}
+    assert set(failed) == {"test_imports_only_the_contract"}
+    assert "imports keymgmt._dek" in failed["test_imports_only_the_contract"]
 
 
 def test_every_check_can_fail_and_says_what_and_why_and_where() -> None:
