@@ -19,12 +19,22 @@ from keymgmt._provider import (
     SupportsOfflineRecipients,
     SupportsSigning,
 )
-from keymgmt._recipient import recipient_message, sign_recipient
+from keymgmt._recipient import (
+    Recipient,
+    plain_fingerprint,
+    recipient_message,
+    sign_recipient,
+)
 from keymgmt.cli._options import Force, Json, Key, Provider, complete_key, option_pairs
 from keymgmt.cli._output import clean, console, print_json, table, write_result
 from keymgmt.cli._state import State
 from keymgmt.cli.init import pem
-from keymgmt.errors import ConfigError, KeymgmtError, UnsupportedOperation
+from keymgmt.errors import (
+    ConfigError,
+    KeymgmtError,
+    UnsupportedOperation,
+    UntrustedPublisher,
+)
 
 __all__ = ["app"]
 
@@ -165,16 +175,46 @@ def export(
         recipient = provider.export_recipient(reference.key)
         write_result(recipient.to_bytes(), output, force=force)
         if sign is not None and output is not None:
-            signer_reference, signer = _find(context, sign)
-            if not isinstance(signer, SupportsSigning):
-                raise UnsupportedOperation(f"{signer_reference.provider} does not sign")
-            signature = signer.sign(signer_reference.key, recipient_message(recipient))
-            beside = output.with_name(output.name + ".sig")
-            write_result(sign_recipient([signature]), beside, force=force)
+            _vouch(context, recipient, output, sign, force=force)
         # Who seals to it compares this, told over another way, with what he received.
         typer.echo(f"fingerprint {recipient.fingerprint}", err=True)
     else:
         raise ConfigError(f"no format {form!r}", hint="formats: pem, recipient")
+
+
+@app.command()
+def vouch(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(metavar="FILE.recipient", help="As the device wrote it.")],
+    sign: Annotated[
+        str, typer.Option(metavar="PROVIDER:KEY", help="Who vouches.", autocompletion=complete_key)
+    ],
+    fingerprint: Annotated[
+        str, typer.Option(metavar="HEX", help="Its fingerprint, as the device itself shows it.")
+    ],
+    force: Force = False,
+) -> None:
+    """Sign another machine's recipient file, so that others seal to it without a fingerprint.
+
+    They trust the signer by `recipient_signers` in `[policy]`.
+    """
+    recipient = Recipient.load(file)
+    if plain_fingerprint(fingerprint) != plain_fingerprint(recipient.fingerprint):
+        raise UntrustedPublisher(
+            f"{file} has another fingerprint: {recipient.fingerprint}",
+            hint="the file is not the one that the device wrote; fetch it again",
+        )
+    _vouch(context, recipient, file, sign, force=force)
+
+
+def _vouch(
+    context: typer.Context, recipient: Recipient, file: Path, sign: str, *, force: bool
+) -> None:
+    reference, signer = _find(context, sign)
+    if not isinstance(signer, SupportsSigning):
+        raise UnsupportedOperation(f"{reference.provider} does not sign")
+    signature = signer.sign(reference.key, recipient_message(recipient))
+    write_result(sign_recipient([signature]), file.with_name(file.name + ".sig"), force=force)
 
 
 @app.command()

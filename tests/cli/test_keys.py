@@ -138,3 +138,14 @@ def test_listing_shows_the_others_where_one_provider_is_down(cli: Cli, site: Pat
     assert ran.code == 1
     assert [key["reference"] for key in ran.json()] == ["local:models", "local:publisher"]
     assert "damaged" in ran.error
+
+
+def test_a_recipient_file_of_another_machine_is_vouched_for(cli: Cli, site: Path) -> None:
+    cli("keys", "create", "local:device7", "--kind", "hpke-p256")
+    exported = cli("keys", "export", "local:device7", "-o", "d.recipient")
+    fingerprint = exported.err.split("fingerprint ")[1].strip()
+    wrong = ("keys", "vouch", "d.recipient", "--sign", "local:publisher", "--fingerprint")
+    assert "another fingerprint" in cli(*wrong, "0" * 64).error
+    assert not (site / "d.recipient.sig").exists()
+    assert cli(*wrong, fingerprint).code == 0
+    assert (site / "d.recipient.sig").exists()
