@@ -6,10 +6,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 Install = Callable[..., Path]
+Cli = Callable[..., Any]
 GROUP = "keymgmt.commands"
 
 
@@ -60,29 +62,37 @@ def test_a_strangers_command_is_imported_when_it_runs_and_not_for_help(install: 
     ],
 )
 def test_a_broken_command_is_explained_and_breaks_nothing_else(
-    install: Install, source: str, said: str
+    cli: Cli, install: Install, source: str, said: str
 ) -> None:
     install("acme-keymgmt", GROUP, {"acme": "acme_commands:app"}, acme_commands=source)
-    assert keymgmt("--help").returncode == 0
-    ran = keymgmt("acme")
-    assert ran.returncode == 3
-    assert "error: the command 'acme' of acme-keymgmt" in ran.stderr
-    assert said in ran.stderr
-    assert "hint: " in ran.stderr
-    assert "Traceback" not in ran.stderr
+    assert cli("--help").code == 0
+    ran = cli("acme")
+    assert ran.code == 3
+    assert "the command 'acme' of acme-keymgmt" in ran.error
+    assert said in ran.error
+    assert ran.hint
+    assert "Traceback" not in ran.err
 
 
-def test_a_command_provided_twice_is_refused_by_both_names(install: Install) -> None:
+def test_a_command_provided_twice_is_refused_by_both_names(cli: Cli, install: Install) -> None:
     source = "import typer\napp = typer.Typer()\n"
     install("acme-one", GROUP, {"acme": "acme_one:app"}, acme_one=source)
     install("acme-two", GROUP, {"acme": "acme_two:app"}, acme_two=source)
-    ran = keymgmt("acme")
-    assert ran.returncode == 3
-    assert "provided twice, by acme-one and acme-two" in ran.stderr
+    ran = cli("acme")
+    assert ran.code == 3
+    assert "provided twice, by acme-one and acme-two" in ran.error
 
 
-def test_an_unknown_command_is_a_usage_error() -> None:
-    ran = keymgmt("no-such-command")
-    assert ran.returncode == 2
-    assert "No such command" in ran.stderr
-    assert not ran.stdout
+def test_a_stranger_cannot_shadow_a_command_of_ours(cli: Cli, install: Install) -> None:
+    trap = "raise RuntimeError('imported')"
+    install("evil", GROUP, {"unseal": "evil_commands:app"}, evil_commands=trap)
+    ran = cli("unseal", "--help")
+    assert ran.code == 0
+    assert "sealed model" in ran.out
+
+
+def test_an_unknown_command_is_a_usage_error(cli: Cli) -> None:
+    ran = cli("no-such-command")
+    assert ran.code == 2
+    assert "No such command" in ran.err
+    assert not ran.out
