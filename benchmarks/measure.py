@@ -40,19 +40,29 @@ def peak_mib() -> float:
 def interleave(
     cases: Mapping[str, list[str]], rounds: int, env: Mapping[str, str] | None = None
 ) -> dict[str, list[Run]]:
-    """Run every case once a round."""
+    """Run every case once a round; an interrupt (Ctrl-C) ends it after the last whole round."""
     runs: dict[str, list[Run]] = {name: [] for name in cases}
     shuffle = random.Random(0).shuffle
     for number in range(rounds):
         order = list(cases)
         shuffle(order)
-        for name in order:
-            output = subprocess.run(
-                cases[name], env={**os.environ, **(env or {})}, stdout=subprocess.PIPE, check=True
-            ).stdout
-            runs[name].append(json.loads(output.splitlines()[-1]))
+        try:
+            whole = {name: _run(cases[name], env) for name in order}
+        except KeyboardInterrupt:
+            if not number:
+                raise
+            break
+        for name, run in whole.items():
+            runs[name].append(run)
         print(f"round {number + 1} of {rounds}, load {os.getloadavg()[0]:.1f}", file=sys.stderr)
     return runs
+
+
+def _run(command: list[str], env: Mapping[str, str] | None) -> Run:
+    environment = {**os.environ, **(env or {})}
+    output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout
+    run: Run = json.loads(output.splitlines()[-1])
+    return run
 
 
 def median(runs: list[Run], what: str = "seconds") -> float:

@@ -525,6 +525,14 @@ class _PayloadFile(io.RawIOBase):
                 raise
         return done
 
+    def readall(self) -> bytes:
+        """All from here to the end, in one buffer of that length."""
+        rest = bytearray(max(0, self._layout.size - self._position))
+        try:
+            return bytes(memoryview(rest)[: self.readinto(rest)])
+        finally:
+            wipe(rest)
+
     def close(self) -> None:
         if not self.closed:
             wipe(self._segment)
