@@ -181,6 +181,35 @@ def test_a_rotation_elsewhere_is_seen_by_a_standby(
         assert [got == dek for got in device.unwrap_batch(batch)] == [True] * 3
 
 
+def test_a_new_login_is_known_to_every_node(
+    healthy: list[Any], make: Any, secret_file: Any
+) -> None:
+    """A standby refuses a secret id that it has not heard of yet; the leader is asked."""
+    leader, first, second = healthy
+    policy = 'path "transit/decrypt/model" { capabilities = ["update"] }'
+    role_id, secret_id = leader.approle(policy)
+    auth = {
+        "method": "approle",
+        "role_id": secret_file(role_id),
+        "secret_id": secret_file(secret_id),
+    }
+    settings = addresses([first, second, leader])
+    with Dek.generate() as dek:
+        wrapped = make(token=leader.root, **addresses([leader])).wrap("model", dek, b"c")
+        time.sleep(0.5)
+        for _ in range(15):
+            assert make(auth=auth, **settings).unwrap(wrapped, b"c") == dek
+        for _ in range(10):
+            made = leader.do("POST", "auth/approle/role/app/secret-id")["data"]
+            fresh = auth | {"secret_id": secret_file(made["secret_id"])}
+            assert make(auth=fresh, **settings).unwrap(wrapped, b"c") == dek
+        for _ in range(15):
+            # Its policy is old; the token itself is new.
+            made = leader.do("POST", "auth/token/create", {"policies": ["app"]})
+            device = make(token=made["auth"]["client_token"], **settings)
+            assert device.unwrap(wrapped, b"c") == dek
+
+
 def test_what_is_not_there_is_still_said(healthy: list[Any], make: Any) -> None:
     leader, first, second = healthy
     provider = make(token=leader.root, **addresses([first, second, leader]))

@@ -178,7 +178,7 @@ class ClusterAdapter(Adapter):  # type: ignore[misc]
             sent.pop("X-Vault-Token", None)
         if body is not None:
             sent["Content-Type"] = "application/json"
-        ask = _Ask(method.upper(), url, body, sent, once)
+        ask = _Ask(method.upper(), url, body, sent, once, login=anonymous)
         with self.operation():
             try:
                 reply = self._persist(ask)
@@ -335,13 +335,23 @@ class _Ask:
     """One request, as it goes to any node."""
 
     def __init__(
-        self, method: str, url: str, body: bytes | None, headers: dict[str, str], once: bool
+        self,
+        method: str,
+        url: str,
+        body: bytes | None,
+        headers: dict[str, str],
+        once: bool,
+        login: bool = False,
     ) -> None:
-        self.method, self.url, self.body, self.headers, self.once = method, url, body, headers, once
+        self.method, self.url, self.body, self.headers = method, url, body, headers
+        self.once, self.login = once, login
 
 
 def _may_be_stale(ask: _Ask, reply: Reply) -> bool:
     if reply.status == 404 and ask.method == "GET":
+        return True
+    if ask.login and reply.status in (400, 403):
+        # A secret id that was made a moment ago is not known to a standby.
         return True
     # 200 is a batch in which single items failed.
     return reply.status in (200, 400) and any(text in reply.data for text in _STALE)
