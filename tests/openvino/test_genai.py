@@ -378,6 +378,43 @@ def test_cycles_of_load_and_close_grow_no_more_than_plaintext(sealed, site):
     assert ours[0] < plain[0] + (8 << 20)  # a leak of the weights alone would be 9 MB
 
 
+PEAK = """
+import sys
+import keymgmt_openvino
+from pathlib import Path
+kind, path, config = sys.argv[1:]
+if kind == "plain":
+    import openvino_genai
+    llm = openvino_genai.LLMPipeline(path, "CPU")
+else:
+    from keymgmt_openvino.genai import load_llm
+    llm = load_llm(path, keys=config)
+said = llm.generate("Hello there", max_new_tokens=4, do_sample=False)
+peak = next(l for l in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in l)
+print(int(peak.split()[1]), repr(said))
+"""
+
+
+def test_peak_memory_is_that_of_a_plaintext_load(seal, site, tmp_path):
+    plain = tmp_path / "large"
+    script = [sys.executable, HERE / "large_llm.py"]
+    subprocess.run([*script, TINY, plain, "512"], check=True, timeout=120)
+    found = {}
+    for kind, path in (("plain", plain), ("sealed", seal(plain, "large"))):
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, kind, path, site.path],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        peak, said = done.stdout.split(maxsplit=1)
+        found[kind] = int(peak), said
+    assert found["sealed"][1] == found["plain"][1]
+    assert found["plain"][0] > 512 << 10  # the weights are in it, so the ratio means something
+    assert found["sealed"][0] <= 1.05 * found["plain"][0]
+
+
 def test_genai_is_imported_only_when_it_is_used():
     assert genai.ov_genai is ov_genai
     program = "import sys, keymgmt_openvino; print('openvino_genai' in sys.modules)"
