@@ -30,7 +30,7 @@ def test_each_is_isolated_and_explained(
     install("acme-hsm", GROUP, {"acme": "acme_hsm:Acme"}, acme_hsm=ACME)
     broken = {
         "crashes": ("import os; os._exit(139)", "ends the process (exit code 139)"),
-        "exits": ("raise SystemExit(3)", "ends the process (exit code 3)"),
+        "exits": ("raise SystemExit(3)", "fails to import: SystemExit: 3"),
         "fails": ("import nothing_of_that_name", "ModuleNotFoundError"),
     }
     for name, (source, _) in broken.items():
