@@ -13,9 +13,10 @@ import os
 import stat
 import threading
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Self
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Final, Self, Union, get_args, get_origin
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -346,15 +347,19 @@ def _explain(error: ValidationError, model: type[BaseModel], file: str, table: s
     found = error.errors(include_input=False, include_url=False)
     # A misspelt key is also a missing one; to say that it is missing would not help.
     first = next((each for each in found if each["type"] == "extra_forbidden"), found[0])
-    path = [str(part) for part in first["loc"]]
+    path, members = _walk(model, first["loc"])
     where = ".".join(part for part in [table, *path[:-1]] if part)
     key = path[-1] if path else ""
     place = f"{file}: " + (f"[{where}] " if where else "") + (f"{key}: " if key else "")
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, _members(model, path[:-1]), n=1)
-        known = ", ".join(sorted(_members(model, path[:-1])))
+        near = difflib.get_close_matches(key, members, n=1)
+        known = ", ".join(sorted(members))
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {known}"
         return ConfigError(f"{place}unknown key", hint=hint)
+    if first["type"].startswith("union_tag_"):
+        member, tags = first["ctx"]["discriminator"], first["ctx"].get("expected_tags")
+        tag = f"unknown {member} {first['ctx']['tag']!r}" if tags else f"{member} is missing"
+        return ConfigError(f"{place}{tag}", hint=tags and f"known: {tags}")
     message = first["msg"].removeprefix("Value error, ")
     more = error.error_count() - 1
     return ConfigError(
@@ -363,16 +368,38 @@ def _explain(error: ValidationError, model: type[BaseModel], file: str, table: s
     )
 
 
-def _members(model: type[BaseModel], path: list[str]) -> list[str]:
-    for part in path:
-        field = model.model_fields.get(part)
-        kinds = [field.annotation] if field else []
-        kinds += [argument for kind in kinds for argument in getattr(kind, "__args__", ())]
-        nested = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Settings)]
-        if not nested:
-            return []
-        model = nested[0]
-    return list(model.model_fields)
+def _walk(model: type[BaseModel], location: Iterable[object]) -> tuple[list[str], list[str]]:
+    """The path of an error as the file has it, and the members known in its table.
+
+    pydantic puts names of its own into the path: the tag of a tagged union, the kind that a member
+    of a plain union was tried as.
+    """
+    path: list[str] = []
+    tables: list[type[BaseModel]] = [model]
+    plain_union = False
+    for part in map(str, location):
+        tagged = [each for each in tables if _has_tag(each, part)] if len(tables) > 1 else []
+        found = next((each for each in tables if part in each.model_fields), None)
+        if tagged:
+            tables = tagged
+        elif found is not None:
+            annotation = found.model_fields[part].annotation
+            tables = _tables(annotation)
+            plain_union = not tables and get_origin(annotation) in (Union, UnionType)
+            path.append(part)
+        elif not plain_union:
+            path.append(part)
+    return path, list(tables[0].model_fields) if tables else []
+
+
+def _tables(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return [annotation]
+    return [table for argument in get_args(annotation) for table in _tables(argument)]
+
+
+def _has_tag(table: type[BaseModel], tag: str) -> bool:
+    return any(tag in get_args(field.annotation) for field in table.model_fields.values())
 
 
 def check_model_name(name: str) -> str:

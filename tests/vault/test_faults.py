@@ -175,6 +175,15 @@ def test_missing_authority_file(make: Any, bao: Any, tmp_path: Path, wrapped: Wr
         ({"keys": {"model": {"mechanisms": ["rot13"]}}}, "no mechanism"),
         ({"keys": {"../x": {}}}, "no key name"),
         ({"timeout": 0}, "greater than 0"),
+        ({"address": ["https://a.example", 3]}, "[providers.site] address: input should be"),
+        (
+            {"auth": {"method": "token", "tokn": {"env": "X"}}},
+            "[providers.site.auth] tokn: unknown",
+        ),
+        ({"auth": {"method": "approl"}}, "unknown 'method' 'approl'"),
+        ({"auth": {"token": {"env": "X"}}}, "[providers.site] auth: 'method' is missing"),
+        ({"auth": {"method": "token", "token": {"envy": "X"}}}, "[providers.site.auth.token] envy"),
+        ({"keys": {"model": {"nmae": "x"}}}, "[providers.site.keys.model] nmae: unknown key"),
     ],
 )
 def test_settings_that_are_refused(settings: dict[str, Any], says: str, tmp_path: Path) -> None:
