@@ -103,7 +103,7 @@ def seal(
                         kind=model.kind,
                         main=model.main,
                         files=(),
-                        metadata=dict(metadata or {}),
+                        metadata={**model.metadata, **(metadata or {})},
                     ),
                     progress=progress,
                 )

@@ -17,6 +17,7 @@ from keymgmt.sealed.paths import check_paths, path_problem
 __all__ = ["Source", "find_source"]
 
 _GENAI: Final = ("openvino_model.xml", "openvino_language_model.xml")
+_TOKENIZER: Final = "openvino_tokenizer.xml"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,12 @@ class Source:
     kind: str
     main: str | None
     files: dict[str, Path]
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What a tool should know beside kind and main: the tokenizer of a language model."""
+        has_one = self.kind == "openvino-genai" and _TOKENIZER in self.files
+        return {"tokenizer": _TOKENIZER} if has_one else {}
 
 
 def find_source(path: str | os.PathLike[str]) -> Source:
@@ -100,7 +107,7 @@ def _refuse(error: OSError) -> None:
 def _kind(paths: list[str]) -> tuple[str, str | None]:
     present = set(paths)
     for main in _GENAI:
-        if main in present and ("openvino_tokenizer.xml" in present or "config.json" in present):
+        if main in present and (_TOKENIZER in present or "config.json" in present):
             return "openvino-genai", main
     models = [p for p in paths if p.endswith(".xml") and f"{p[:-4]}.bin" in present]
     if len(models) == 1:

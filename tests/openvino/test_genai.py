@@ -105,6 +105,12 @@ def test_greedy_tokens_after_a_rewrap(sealed, site, expected, tmp_path):
         assert [llm.generate(prompt, **GREEDY) for prompt in PROMPTS] == expected
 
 
+def test_the_manifest_says_what_it_is(sealed):
+    manifest = keymgmt.inspect(sealed).manifest
+    assert (manifest.kind, manifest.main) == ("openvino-genai", "openvino_model.xml")
+    assert manifest.metadata == {"tokenizer": "openvino_tokenizer.xml"}
+
+
 def test_tokens_are_streamed(sealed, site, expected):
     pieces = []
     with load_llm(sealed, keys=site) as llm:
