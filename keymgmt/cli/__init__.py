@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
@@ -74,10 +75,8 @@ def _keymgmt(
     context.call_on_close(context.obj.close)
 
 
-app.command()(init.init)
-app.command()(backends.backends)
-app.command()(doctor.doctor)
-for command in (
+SETUP: Final[list[Callable[..., None]]] = [init.init, backends.backends, doctor.doctor]
+MODELS: Final[list[Callable[..., None]]] = [
     seal.seal,
     inspect.inspect,
     inspect.verify,
@@ -85,10 +84,13 @@ for command in (
     seal.sign,
     rewrap.rewrap,
     rewrap.reseal,
-):
-    app.command()(command)
-app.add_typer(keys.app, name="keys")
-app.add_typer(plugin.app, name="plugin")
+]
+for command in SETUP:
+    app.command(rich_help_panel="Keys and set-up")(command)
+app.add_typer(keys.app, name="keys", rich_help_panel="Keys and set-up")
+app.add_typer(plugin.app, name="plugin", rich_help_panel="Keys and set-up")
+for command in MODELS:
+    app.command(rich_help_panel="Sealed models")(command)
 
 
 def main() -> None:

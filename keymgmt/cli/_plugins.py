@@ -40,11 +40,12 @@ class CommandGroup(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Ours, or a stand-in that has only a help line; None for an unknown name."""
-        command = super().get_command(ctx, cmd_name)
+        command: Any = super().get_command(ctx, cmd_name)
         if command is None and (entries := announced().get(cmd_name)):
             stand_in = typer.Typer(name=cmd_name, help=_summary(entries[0]))
             stand_in.callback()(lambda: None)
             command = typer.main.get_command(stand_in)
+            command.rich_help_panel = "From other distributions"
         return command
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
