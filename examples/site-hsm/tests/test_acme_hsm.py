@@ -41,15 +41,15 @@ class TestContract(ProviderContract):
 
     @pytest.fixture
     def break_service(self, hsm: Any) -> Hook:
-        return hsm.stop
+        return lambda: hsm.stop()
 
     @pytest.fixture
     def hang_service(self, hsm: Any) -> Hook:
-        return hsm.hang
+        return lambda: hsm.hang()
 
     @pytest.fixture
     def heal_service(self, hsm: Any) -> Hook:
-        return hsm.start
+        return lambda: hsm.start()
 
     @pytest.fixture
     def denied_factory(self, hsm: Any, tmp_path: Path) -> ProviderFactory:
