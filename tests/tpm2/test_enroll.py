@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import subprocess
+import sys
 
 import pytest
 from cryptography import x509
@@ -19,6 +20,7 @@ from keymgmt_tpm2._policy import Policy
 from keymgmt_tpm2._structures import Public, sized, u16, u32
 from keymgmt_tpm2._templates import AK_ATTRIBUTES, attributes_for
 
+import keymgmt.cli
 from keymgmt.backend import AccessDenied, Dek, FormatError, KeyNotFound, SecretSource, wrap_for
 
 CONTEXT = b"a context"
@@ -304,3 +306,94 @@ def test_the_credential_secret_is_not_on_the_wire(
         respond(tapped, "dev", sent)
     assert len(secrets[0]) == 32
     assert (secrets[0] in wire.recorded) is not encrypted
+
+
+@pytest.fixture
+def commands(genuine, tmp_path, monkeypatch, capsys):
+    """``keymgmt ARGUMENTS`` on the device and where devices are vouched for, in one folder."""
+    home = tmp_path / "both"
+    home.mkdir()
+    monkeypatch.chdir(home)
+    monkeypatch.delenv("KEYMGMT_CONFIG", raising=False)
+    settings = genuine.settings
+    (home / "keymgmt.toml").write_text(
+        f'[providers.tpm]\nbackend = "tpm2"\nkeys = "{settings.keys}"\ntcti = "{settings.tcti}"\n'
+        f'srk_name = "{settings.srk_name}"\n[providers.local]\nbackend = "file"\npath = "keys"\n'
+        '[policy]\nrecipient_signers = ["enrolment.pem"]\nrequire_attested = true\n'
+        "require_signature = false\n"
+    )
+
+    def run(*arguments, code=0):
+        monkeypatch.setattr(sys, "argv", ["keymgmt", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            keymgmt.cli.main()
+        out, err = capsys.readouterr()
+        assert (end.value.code or 0) == code, f"{arguments}: {out} {err}"
+        return out + err
+
+    return home, run
+
+
+def test_a_device_enrolled_with_the_commands(commands, manufactured):
+    home, run = commands
+    _, ca = manufactured
+    authorities = []
+    for path in sorted(ca.glob("*cert.pem")):
+        authorities += ["--ca", path]
+    run("keys", "create", "local:enrolment", "--sign")
+    run("keys", "export", "local:enrolment", "--format", "pem", "-o", "enrolment.pem")
+    enroll = ["tpm", "enroll"]
+    run(*enroll, "request", "tpm:dev", "-o", "request")
+    said = run(*enroll, "challenge", "request", "-o", "challenge", "--state", "state", *authorities)
+    assert "PCR sha256:7 as they were" in said
+    assert (home / "state").stat().st_mode & 0o777 == 0o600
+    run(*enroll, "respond", "tpm:dev", "challenge", "-o", "response")
+    accept = [
+        *enroll,
+        "accept",
+        "response",
+        "--state",
+        "state",
+        "-o",
+        "dev.recipient",
+        *authorities,
+    ]
+    refused = run(*accept, "--policy", "none", code=3)
+    assert "not 'none'" in refused
+    assert not (home / "dev.recipient").exists()
+    said = run(*accept, "--policy", "PCR sha256:7 as they were", "--sign", "local:enrolment")
+    assert "is in a TPM certified by" in said
+    assert not (home / "state").exists()
+
+    (home / "model").mkdir()
+    (home / "model" / "weights").write_bytes(b"weights")
+    run("seal", "model", "m.sealed", "--name", "m", "--to", "@dev.recipient")
+    run("unseal", "m.sealed", "out")
+    # One that was only exported is not sealed to.
+    exported = run("keys", "export", "tpm:dev", "--format", "recipient", "-o", "plain.recipient")
+    fingerprint = exported.split()[-1]
+    seal = ["seal", "model", "n.sealed", "--name", "m", "--to", "@plain.recipient"]
+    assert "not attested" in run(*seal, "--fingerprint", fingerprint, code=4)
+
+
+def test_commands_refuse_what_does_not_fit(commands, manufactured):
+    home, run = commands
+    _, ca = manufactured
+    root, *_ = sorted(ca.glob("*root*cert.pem")) or sorted(ca.glob("*cert.pem"))
+    enroll = ["tpm", "enroll"]
+    run(*enroll, "request", "tpm:dev", "-o", "request")
+    assert "exists" in run(*enroll, "request", "tpm:dev", "-o", "request", code=3)
+    challenge = [*enroll, "challenge", "request", "-o", "c", "--state", "s"]
+    (home / "empty.pem").write_text("")
+    assert "no PEM certificates" in run(*challenge, "--ca", "empty.pem", code=3)
+    run("keys", "create", "local:x", "--sign")
+    assert "cannot read" in run(*challenge, "--ca", "missing.pem", code=3)
+    assert "not the enrolment file" in run(
+        *enroll, "respond", "tpm:dev", "request", "-o", "r", code=4
+    )
+    assert not (home / "s").exists()
+    (home / "s").write_text("{}")
+    (home / "s").chmod(0o644)
+    accept = [*enroll, "accept", "request", "-o", "x", "--state", "s", "--ca", root]
+    assert "others can use it" in run(*accept, code=3)

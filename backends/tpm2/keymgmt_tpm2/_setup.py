@@ -89,10 +89,11 @@ def _make(tpm: Tpm, provider: Tpm2Provider, kind: str) -> None:
     give_owner_auth(tpm, provider)
     template = t.TPM2B_PUBLIC.unmarshal(sized(srk_template(kind)))[0]
     empty = t.TPM2B_SENSITIVE_CREATE()
-    answer = tpm.call("create_primary", empty, template, c.ESYS_TR.OWNER)
-    primary = answer[0]
+    session = tpm.session(salted=False)
+    answer = tpm.call("create_primary", empty, template, c.ESYS_TR.OWNER, session1=session)
+    primary, persistent = answer[0], provider.settings.srk_handle
     try:
-        tpm.call("evict_control", c.ESYS_TR.OWNER, primary, provider.settings.srk_handle)
+        tpm.call("evict_control", c.ESYS_TR.OWNER, primary, persistent, session1=session)
     finally:
         # Where the connection is gone, its error is on its way already.
         with contextlib.suppress(TpmError):

@@ -175,13 +175,16 @@ class Tpm:
 
     # Sessions
 
-    def session(self, *, policy: bool = False) -> Any:
-        """A session salted to the storage root key that encrypts the first parameter both ways."""
+    def session(self, *, policy: bool = False, salted: bool = True) -> Any:
+        """A session salted to the storage root key that encrypts the first parameter both ways.
+
+        Unsalted, before there is a root key, it only keeps an auth value off the wire.
+        """
         kind = c.TPM2_SE.POLICY if policy else c.TPM2_SE.HMAC
         session = self.opened(
             self._call(
                 "start_auth_session",
-                tpm_key=self.srk(),
+                tpm_key=self.srk() if salted else c.ESYS_TR.NONE,
                 bind=c.ESYS_TR.NONE,
                 session_type=kind,
                 symmetric=_aes(),
@@ -189,7 +192,7 @@ class Tpm:
             )
         )
         attributes = c.TPMA_SESSION.CONTINUESESSION
-        if self.encrypt:
+        if self.encrypt and salted:
             attributes |= c.TPMA_SESSION.ENCRYPT | c.TPMA_SESSION.DECRYPT
         self._call("trsess_set_attributes", session, attributes)
         return session
