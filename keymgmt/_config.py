@@ -18,7 +18,7 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Final, Self, Union, get_args, get_origin
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from keymgmt._cache import DekCache
 from keymgmt._names import KeyRef, is_key, is_name
@@ -94,13 +94,25 @@ class SealDefaults(Settings):
 
     Attributes:
         sign: key that signs new models, as ``provider:key``.
-        to: recipient groups, each as ``--to`` takes it.
+        to: recipient groups, each as ``--to`` takes it; recipient files are relative to this file.
         profile: ``default`` or ``fips``.
     """
 
     sign: str | None = None
     to: list[str] = Field(default_factory=list)
     profile: str = "default"
+
+    @field_validator("to")
+    @classmethod
+    def _beside_the_config(cls, groups: list[str], info: ValidationInfo) -> list[str]:
+        base = Path((info.context or {}).get("base") or "")
+        return [
+            "+".join(
+                f"@{base / member[1:]}" if member[:1] == "@" and member != "@" else member
+                for member in group.split("+")
+            )
+            for group in groups
+        ]
 
 
 class CacheSettings(Settings):

@@ -12,6 +12,7 @@ import typer
 from keymgmt._config import Config, parse_group
 from keymgmt._names import KeyRef
 from keymgmt._provider import Finding, Health, within
+from keymgmt._recipient import Recipient
 from keymgmt._verify import algorithm_of
 from keymgmt.cli._options import Json, complete_key
 from keymgmt.cli._output import print_finding, print_json
@@ -123,11 +124,23 @@ def _policy(config: Config) -> Iterator[Finding]:
         )
     for file, models in policy.publishers.items():
         scope = "any model" if "*" in models else ", ".join(models)
-        yield _attempt(f"publisher {file}", _publisher, config, file, scope)
+        yield _attempt(f"publisher {file}", _signer, config, file, f"may publish {scope}")
+    for file in policy.recipient_signers:
+        what = "vouches for recipient files"
+        yield _attempt(f"recipient signer {file}", _signer, config, file, what)
+    for group in config.seal.to:
+        for member in parse_group(group):
+            if member.startswith("@"):
+                yield _attempt(f"recipient {member}", _recipient, member[1:])
 
 
-def _publisher(config: Config, file: str, scope: str) -> str:
-    return f"{algorithm_of(config.public_key(file))}, may publish {scope}"
+def _signer(config: Config, file: str, what: str) -> str:
+    return f"{algorithm_of(config.public_key(file))}, {what}"
+
+
+def _recipient(path: str) -> str:
+    recipient = Recipient.load(path)
+    return f"{recipient}, {recipient.kind}, fingerprint {recipient.fingerprint}"
 
 
 def _seal_keys(config: Config) -> Iterator[str]:

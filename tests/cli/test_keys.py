@@ -103,6 +103,25 @@ def test_a_recipient_file_may_be_vouched_for_by_a_trusted_signer(cli: Cli, site:
     assert cli("seal", "model", "d.sealed", "--to", "@d.recipient").code == 0
 
 
+def test_a_recipient_file_of_the_config_lies_beside_it(
+    cli: Cli, site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli("keys", "create", "local:device7", "--kind", "hpke-x25519").code == 0
+    ran = cli("keys", "export", "local:device7", "-o", "d.recipient", "--sign", "local:publisher")
+    assert ran.code == 0
+    config = site / "keymgmt.toml"
+    text = config.read_text().replace('to = ["local:models"]', 'to = ["@d.recipient"]')
+    signers = '[policy]\nrecipient_signers = ["publisher.pem"]\n'
+    config.write_text(text.replace("[policy]\n", signers))
+    monkeypatch.chdir("/")
+    assert cli("-c", config, "seal", site / "model", site / "d.sealed").code == 0
+    report = cli("-c", config, "doctor", "--json").json()
+    assert report["ok"]
+    assert {"recipient signer publisher.pem", f"recipient @{site / 'd.recipient'}"} <= {
+        finding["name"] for finding in report["findings"]
+    }
+
+
 def test_usage_says_what_each_version_opens_and_guards_retiring(cli: Cli, sealed: Path) -> None:
     assert cli("keys", "rotate", "local:models").code == 0
     shown = cli("keys", "usage", ".", "local:models")
