@@ -56,8 +56,8 @@ def caught_by(*checks: str) -> Callable[[type[MemoryProvider]], type[MemoryProvi
 
 def contract(kind: type[MemoryProvider], *, spawn: bool = False) -> type[ProviderContract]:
     class Contract(ProviderContract):
-        grace = 0.6
-        patience = 5.0
+        grace = 3.0
+        patience = 8.0
 
         @pytest.fixture
         def lives_in_this_process(self) -> bool:
@@ -584,7 +584,7 @@ class WaitsInAQueue(MemoryProvider):
             self._queue = (os.getpid(), threading.RLock())
         with self._queue[1]:
             if not MemoryService.find(self.settings.service).answering:
-                time.sleep(0.2)
+                time.sleep(0.8)
             return super().service
 
 
