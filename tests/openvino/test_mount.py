@@ -190,7 +190,7 @@ def test_an_exchanged_link_is_noticed(tree, site):
         site.path,
     )
     assert done.returncode == 1
-    assert "was changed while the model was mounted" in done.stderr
+    assert "was exchanged while the model was mounted" in done.stderr
 
 
 def test_a_damaged_file_is_refused_and_nothing_is_left(tree, site, tmp_path):
@@ -222,26 +222,83 @@ def test_a_damaged_file_is_refused_and_nothing_is_left(tree, site, tmp_path):
     assert opened == "0"
 
 
-def test_a_system_without_memfd_is_refused_clearly(tree, site):
-    (said,) = lines(
-        """
-        import errno, os, sys
-        import keymgmt
-        def refused(*arguments):
-            raise PermissionError(errno.EPERM, "Operation not permitted")
-        os.memfd_create = refused
-        try:
-            with keymgmt.mount(sys.argv[1], keys=sys.argv[2]):
-                print("handed out")
-        except keymgmt.errors.KeymgmtError as error:
-            print(error, "|", error.hint)
-        """,
-        tree[1],
-        site.path,
-    )
-    assert "no files in memory" in said
+NO_MEMFD = """
+import errno, os, sys
+import keymgmt
+def refused(*arguments):
+    raise PermissionError(errno.EPERM, "Operation not permitted")
+os.memfd_create = refused
+"""
+
+
+def test_a_system_that_permits_neither_way_is_refused_clearly(tree, site):
+    program = """
+from pathlib import Path
+from keymgmt import _private_files
+_private_files._HELPER = Path("/nowhere")
+try:
+    with keymgmt.mount(sys.argv[1], keys=sys.argv[2]):
+        print("handed out")
+except keymgmt.errors.KeymgmtError as error:
+    print(error, "|", error.hint)
+"""
+    (said,) = lines(NO_MEMFD + program, tree[1], site.path)
+    assert "memfd: Operation not permitted; detached ramfs: the helper" in said
     assert "a disk is not used instead" in said
     assert "seccomp" in said
+
+
+def detached_is_permitted() -> bool:
+    program = "from keymgmt._private_files import DetachedFolder; DetachedFolder().close()"
+    return python(program).returncode == 0
+
+
+def test_without_memfd_a_detached_file_system_serves(tree, site, require_tool):
+    if not detached_is_permitted():
+        pytest.skip("this system permits no detached mount either")
+    program = """
+import hashlib, subprocess
+threads = len(os.listdir("/proc/self/task"))
+mounts = open("/proc/self/mounts").read()
+before = len(os.listdir("/proc/self/fd"))
+with keymgmt.mount(sys.argv[1], name="tree", keys=sys.argv[2]) as folder:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            print(path.relative_to(folder), hashlib.sha256(path.read_bytes()).hexdigest())
+    kept = os.open(folder / "config.json", os.O_RDONLY)
+    os.set_inheritable(kept, True)
+    assert open("/proc/self/mounts").read() == mounts
+assert os.read(kept, 100) == b'{"a": 1}'
+assert not os.get_inheritable(kept)
+os.close(kept)
+assert len(os.listdir("/proc/self/fd")) == before
+assert not folder.exists()
+"""
+    import hashlib
+
+    plain = tree[0]
+    found = lines(NO_MEMFD + program, tree[1], site.path)
+    assert found == [
+        f"{path.relative_to(plain)} {hashlib.sha256(path.read_bytes()).hexdigest()}"
+        for path in sorted(plain.rglob("*"))
+        if path.is_file()
+    ]
+
+
+def test_openvino_reads_from_a_detached_file_system(magika_sealed, magika_ir, site):
+    if not detached_is_permitted():
+        pytest.skip("this system permits no detached mount")
+    program = """
+sys.modules["openvino_telemetry"] = None
+import numpy as np, openvino as ov
+inputs = np.full((1, 2048), 65, np.int32)
+core = ov.Core()
+with keymgmt.mount(sys.argv[1], keys=sys.argv[2]) as folder:
+    model = core.compile_model(folder / "magika.xml", "CPU")
+plain = core.compile_model(sys.argv[3], "CPU")
+print((model(inputs)[0] == plain(inputs)[0]).all())
+"""
+    assert lines(NO_MEMFD + program, magika_sealed, site.path, magika_ir) == ["True"]
 
 
 def test_an_old_kernel_without_noexec_works(tree, site):
