@@ -133,10 +133,18 @@ CHILD = f"""
 import ctypes, os, sys
 import keymgmt, keymgmt_file
 libc = ctypes.CDLL(None)
+if sys.argv[4] == "detached":
+    def refused(*arguments):
+        raise PermissionError(1, "Operation not permitted")
+    os.memfd_create = refused
 with keymgmt.load_config(sys.argv[2]) as config:
     with keymgmt.mount(sys.argv[1], keys=config) as folder:
-        target = os.readlink(folder / "config.json")
+        target = str(folder / "config.json")
+        target = target if sys.argv[4] == "detached" else os.readlink(target)
         if os.geteuid() == 0:
+            if sys.argv[4] == "detached":  # as if nobody had mounted it
+                os.chown(folder, {NOBODY}, {NOBODY})
+                os.chown(target, {NOBODY}, {NOBODY})
             os.setgroups([])
             os.setgid({NOBODY})
             os.setuid({NOBODY})
@@ -149,10 +157,13 @@ with keymgmt.load_config(sys.argv[2]) as config:
 """
 
 
+@pytest.mark.parametrize("kind", ["memfd", "detached"])
 @pytest.mark.parametrize(("how", "readable"), [("as it is", False), ("dumpable", True)])
-def test_another_process_of_the_same_user_cannot_follow(how, readable, tree, site):
+def test_another_process_of_the_same_user_cannot_follow(kind, how, readable, tree, site):
+    if kind == "detached" and not detached_is_permitted():
+        pytest.skip("this system permits no detached mount")
     with subprocess.Popen(
-        [sys.executable, "-c", CHILD, tree[1], site.path, how],
+        [sys.executable, "-c", CHILD, tree[1], site.path, how, kind],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
