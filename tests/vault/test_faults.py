@@ -595,6 +595,7 @@ def test_a_rate_limit_is_waited_for(make: Any, bao: Any) -> None:
             hurry()
 
 
+@pytest.mark.filterwarnings("ignore:This process")
 def test_a_fork_and_its_parent_do_not_share_a_connection(
     make: Any, bao: Any, wrapped: WrappedKey
 ) -> None:
