@@ -309,7 +309,7 @@ auto_auth {{
       remove_secret_id_file_after_reading = false
     }}
   }}
-  sink "file" {{ config = {{ path = "{tmp_path}/sink" mode = 384 }} }}
+  sink "file" {{ config = {{ path = "{tmp_path}/sink" mode = 0600 }} }}
 }}
 api_proxy {{ use_auto_auth_token = true }}
 listener "unix" {{ address = "{tmp_path}/agent.sock" tls_disable = true }}

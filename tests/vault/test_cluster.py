@@ -181,6 +181,23 @@ def test_a_rotation_elsewhere_is_seen_by_a_standby(
         assert [got == dek for got in device.unwrap_batch(batch)] == [True] * 3
 
 
+def test_a_floor_is_never_lowered_by_a_standby_that_lags(healthy: list[Any], make: Any) -> None:
+    leader, first, _ = healthy
+    elsewhere = make(token=leader.root, **addresses([leader]))
+    behind = make(token=leader.root, **addresses([first, leader]))
+    elsewhere.create_key("floor", "aes256-gcm96", {})
+    for _ in range(12):
+        elsewhere.rotate_key("floor")
+    time.sleep(0.5)
+    for version in range(1, 12, 2):
+        behind.describe_key("floor")  # connected to the standby
+        elsewhere.retire_version("floor", str(version))
+        elsewhere.retire_version("floor", str(version + 1))
+        behind.retire_version("floor", str(version))
+        states = [each.state for each in elsewhere.describe_key("floor").versions]
+        assert states.count("retired") == version + 1
+
+
 def test_a_new_login_is_known_to_every_node(
     healthy: list[Any], make: Any, secret_file: Any
 ) -> None:

@@ -154,6 +154,7 @@ class ClusterAdapter(Adapter):  # type: ignore[misc]
         json: Any = None,
         once: bool = False,
         anonymous: bool = False,
+        fresh: bool = False,
         **_: Any,
     ) -> Any:
         """Send one request to the cluster and return its JSON, or None if there is none.
@@ -166,6 +167,7 @@ class ClusterAdapter(Adapter):  # type: ignore[misc]
             json: body.
             once: whether repeating would change more than doing it once.
             anonymous: send no token.
+            fresh: the leader's answer and no standby's.
             _: nothing else of hvac's reaches a connection.
 
         Raises:
@@ -178,7 +180,7 @@ class ClusterAdapter(Adapter):  # type: ignore[misc]
             sent.pop("X-Vault-Token", None)
         if body is not None:
             sent["Content-Type"] = "application/json"
-        ask = _Ask(method.upper(), url, body, sent, once, login=anonymous)
+        ask = _Ask(method.upper(), url, body, sent, once, login=anonymous, fresh=fresh)
         with self.operation():
             try:
                 reply = self._persist(ask)
@@ -342,13 +344,14 @@ class _Ask:
         headers: dict[str, str],
         once: bool,
         login: bool = False,
+        fresh: bool = False,
     ) -> None:
         self.method, self.url, self.body, self.headers = method, url, body, headers
-        self.once, self.login = once, login
+        self.once, self.login, self.fresh = once, login, fresh
 
 
 def _may_be_stale(ask: _Ask, reply: Reply) -> bool:
-    if reply.status == 404 and ask.method == "GET":
+    if ask.fresh or (reply.status == 404 and ask.method == "GET"):
         return True
     if ask.login and reply.status in (400, 403):
         # A secret id that was made a moment ago is not known to a standby.

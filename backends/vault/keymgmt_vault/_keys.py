@@ -112,13 +112,15 @@ class Keys:
         self._provider = provider
         self._settings = client.settings
 
-    def read(self, key: str) -> Described:
-        """One key; KeyNotFound if it is not there, UnsupportedOperation if it is no use to us."""
+    def read(self, key: str, *, fresh: bool = False) -> Described:
+        """One key; KeyNotFound if it is not there, UnsupportedOperation if it is no use to us.
+
+        ``fresh`` asks the leader, where a standby would not do.
+        """
         native = self._settings.native(key)
+        path = f"/v1/{self._settings.mount}/keys/{native}"
         data = self._client.call(
-            "read",
-            native,
-            lambda: self._client.transit.read_key(native, mount_point=self._settings.mount),
+            "read", native, lambda: self._client.adapter.get(path, fresh=fresh)
         )
         described = self._describe(key, native, data)
         if described is None:
@@ -233,7 +235,8 @@ class Keys:
 
     def retire(self, key: str, version: str) -> KeyInfo:
         """Raise ``min_decryption_version`` past the oldest version that is in use."""
-        before = self.read(key).alive()
+        # The floor of a standby that lags would lower the real one.
+        before = self.read(key, fresh=True).alive()
         known = {entry.version: entry.state for entry in before.info().versions}
         if version not in known:
             raise ConfigError(f"the key {key!r} has no version {version[:40]!r}")

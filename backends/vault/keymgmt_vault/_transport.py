@@ -73,8 +73,9 @@ def _connect(connection: HTTPConnection) -> socket.socket:
     except ProviderUnavailable as error:
         raise broken.ConnectTimeoutError(connection, str(error)) from error
     failure: OSError = OSError("the name has no address")
-    for family, kind, protocol, _, place in found:
-        left = _deadline.at - time.monotonic()
+    for tried, (family, kind, protocol, _, place) in enumerate(found):
+        # An address that never answers leaves time for the others.
+        left = (_deadline.at - time.monotonic()) / (len(found) - tried)
         if left <= 0:
             failure = TimeoutError("timed out")
             break
