@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Final
 import openvino as ov
 
 from keymgmt.backend import wipe
+from keymgmt.errors import KeymgmtError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,12 +64,15 @@ class Memory:
         """Allocate; nothing is touched yet.
 
         Raises:
-            MemoryError: the system refuses that much.
+            KeymgmtError: the system refuses that much.
         """
         try:
             self.tensor = ov.Tensor(ov.Type.u8, ov.Shape([size]))
-        except RuntimeError as error:
-            raise MemoryError(f"no room for {size} bytes of weights") from error
+        except (RuntimeError, MemoryError):
+            raise KeymgmtError(
+                f"the system gives no {size:,} bytes of memory for the weights",
+                hint="nothing was started; look at ulimit -v and the limits of the container",
+            ) from None
         self.size = size
         self.wiped = False
         # Whole pages around the storage: a neighbour's bytes in them are locked and left out too.

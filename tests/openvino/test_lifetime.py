@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import pickle
+import threading
 import time
 
 import numpy as np
@@ -257,6 +258,31 @@ def test_a_forked_process_may_not_use_it(magika_sealed, site):
             os._exit(2)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         assert model(INPUTS)
+
+
+def test_forks_while_it_loads(magika_sealed, site, expected):
+    """The load goes on undisturbed, and the children end: no lock is held for ever in them."""
+    answers = []
+
+    def work() -> None:
+        for _ in range(3):
+            with load(magika_sealed, keys=site) as model:
+                answers.append(model(INPUTS)[0].tobytes())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    children = []
+    while thread.is_alive() and len(children) < 20:
+        pid = os.fork()
+        if not pid:
+            _memory._wiper.sweep()
+            os._exit(0)
+        children.append(pid)
+        time.sleep(0.01)
+    thread.join(120)
+    assert answers == [expected] * 3
+    for pid in children:
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def test_neither_pickle_nor_repr_tells(magika_sealed, site):

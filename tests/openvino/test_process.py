@@ -137,6 +137,25 @@ def test_weights_are_locked_within_the_limit_and_the_rest_is_said(
     assert ("not locked" in done.stderr and "ulimit -l" in done.stderr) != locked
 
 
+def test_less_address_space_than_weights(large, site):
+    """A limit that free memory does not show is met when the weights are allocated."""
+    program = """
+import resource, sys
+from pathlib import Path
+import keymgmt
+from keymgmt_openvino import load
+used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
+resource.setrlimit(resource.RLIMIT_AS, (used + (400 << 20), -1))
+try:
+    load(sys.argv[1], keys=sys.argv[2])
+except keymgmt.errors.KeymgmtError as error:
+    print(error, "|", error.hint)
+"""
+    said = run_script("-c", program, large[1], site.path)
+    assert "no 536,870,912 bytes of memory for the weights" in said
+    assert "ulimit -v" in said
+
+
 def test_repeated_loads_do_not_grow(magika_sealed, site):
     program = """
 import os, sys
