@@ -60,9 +60,9 @@ def approle(bao: Any, secret_file: Any, name: str, **options: Any) -> dict[str, 
 def test_a_login_is_renewed_in_time(
     make: Any, bao: Any, wrapped: WrappedKey, secret_file: Any
 ) -> None:
-    """The secret id serves one login, and the token lives two seconds."""
-    auth = approle(bao, secret_file, "renewed", token_ttl="2s", secret_id_num_uses=1)
-    keep_opening(make(bao, auth=auth), wrapped, 5)
+    """The secret id serves one login, and the token lives four seconds."""
+    auth = approle(bao, secret_file, "renewed", token_ttl="4s", secret_id_num_uses=1)
+    keep_opening(make(bao, auth=auth), wrapped, 9)
 
 
 def test_a_login_is_replaced_before_its_greatest_age(
@@ -73,8 +73,8 @@ def test_a_login_is_replaced_before_its_greatest_age(
 
 
 def test_a_renewable_token_is_renewed(make: Any, bao: Any, wrapped: WrappedKey) -> None:
-    token = bao.token(UNWRAP, ttl="2s", renewable=True)
-    keep_opening(make(bao, token=token), wrapped, 5)
+    token = bao.token(UNWRAP, ttl="4s", renewable=True)
+    keep_opening(make(bao, token=token), wrapped, 9)
 
 
 def test_threads_replace_a_revoked_token_once(

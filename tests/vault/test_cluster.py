@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import pytest
 
-from keymgmt.backend import Dek, ProviderError, ProviderUnavailable, WrongKey
+from keymgmt.backend import AccessDenied, Dek, ProviderError, ProviderUnavailable, WrongKey
 
 CALL = 1.5
 
@@ -225,6 +225,25 @@ def test_a_new_login_is_known_to_every_node(
             made = leader.do("POST", "auth/token/create", {"policies": ["app"]})
             device = make(token=made["auth"]["client_token"], **settings)
             assert device.unwrap(wrapped, b"c") == dek
+
+
+def test_a_bad_login_does_not_lock_the_role(
+    healthy: list[Any], make: Any, secret_file: Any
+) -> None:
+    """The server locks a role after five bad logins; one bad login of ours is at most two."""
+    leader, first, second = healthy
+    policy = 'path "transit/decrypt/model" { capabilities = ["update"] }'
+    role_id, secret_id = leader.approle(policy, "locked")
+    auth = {"method": "approle", "role_id": secret_file(role_id)}
+    bad = auth | {"secret_id": secret_file("wrong")}
+    good = auth | {"secret_id": secret_file(secret_id)}
+    time.sleep(0.5)
+    with Dek.generate() as dek:
+        wrapped = make(token=leader.root, **addresses([leader])).wrap("model", dek, b"c")
+        for nodes in ([first, second, leader], [first, second]):
+            with pytest.raises(AccessDenied, match="login by approle was refused"):
+                make(auth=bad, **addresses(nodes)).unwrap(wrapped, b"c")
+            assert make(auth=good, **addresses(nodes)).unwrap(wrapped, b"c") == dek
 
 
 def test_what_is_not_there_is_still_said(healthy: list[Any], make: Any) -> None:

@@ -300,10 +300,11 @@ class ClusterAdapter(Adapter):  # type: ignore[misc]
             with contextlib.suppress(_RoundFailed):
                 return self._try(ask, leader)
         # The leader is not one of ours by name: behind a load balancer, say. Standbys were seen to
-        # lag by up to 100 ms.
-        for pause in (0.05, 0.1, 0.2, 0.4):
+        # lag by up to 100 ms. A login is tried only once more: the server counts bad ones, and
+        # after five it locks the role for everybody.
+        for pause in (0.3,) if ask.login else (0.05, 0.1, 0.2, 0.4):
             time.sleep(min(pause, max(0.0, self.left())))
-            for other in self.nodes.order():
+            for other in self.nodes.order()[: 1 if ask.login else None]:
                 with contextlib.suppress(_RoundFailed):
                     reply = self._try(ask, other)
                     if not _may_be_stale(ask, reply):
