@@ -119,6 +119,14 @@ def test_an_unknown_provider_and_a_missing_key(config: Path, run: Run) -> None:
     assert "raised KeyNotFound" in done.stdout
 
 
+def test_without_pytest_it_says_what_to_install(config: Path) -> None:
+    code = "import sys; sys.modules['pytest'] = None; from keymgmt.cli import main; main()"
+    command = [sys.executable, "-P", "-c", code, "plugin", "check", "local", "-c", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 3
+    assert 'pip install "keymgmt[testing]"' in done.stderr
+
+
 def test_new_refuses_bad_names_and_full_directories(run: Run, tmp_path: Path) -> None:
     for name in ("Acme", "../acme"):
         assert "not a name for a backend" in run("plugin", "new", name, code=3).stderr

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import secrets
 import subprocess
 import sys
 import zipfile
@@ -63,3 +65,19 @@ def test_a_new_backend_builds_installs_and_keeps_the_contract(core: Path, tmp_pa
     shown = run(fresh / "bin" / "keymgmt", "backends")
     assert "acme-site" in shown
     assert "keymgmt-acme-site" in shown
+    keys = {name: {"1": secrets.token_hex(32)} for name in ("kek", "other")}
+    (tmp_path / "keys.json").write_text(json.dumps(keys))
+    (tmp_path / "site.toml").write_text(
+        """
+        [providers.site]
+        backend = "acme-site"
+        distribution = "keymgmt-acme-site"
+        path = "keys.json"
+        """
+    )
+    (tmp_path / "site.toml").chmod(0o600)
+    arguments = ["site:kek", "--other-key", "other", "--config", "site.toml", "--json"]
+    report = json.loads(run(fresh / "bin" / "keymgmt", "plugin", "check", *arguments))
+    assert report["ok"] is True
+    assert report["versions"]["distribution"] == "keymgmt-acme-site"
+    assert report["counts"]["passed"] >= 28
