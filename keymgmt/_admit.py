@@ -23,7 +23,6 @@ from keymgmt.sealed.signatures import MAX_SIGNATURES, Signatures
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import TracebackType
 
     from keymgmt._config import Config
     from keymgmt._trust import Publisher
@@ -142,12 +141,7 @@ class Candidate:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.folder.close()
 
 

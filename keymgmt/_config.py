@@ -29,8 +29,6 @@ from keymgmt._verify import PublicKey
 from keymgmt.errors import ConfigError
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from pydantic import BaseModel
 
 __all__ = [
@@ -267,12 +265,7 @@ class Config:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:

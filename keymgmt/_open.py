@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     import io
     from collections.abc import Callable, Iterator
     from pathlib import Path
-    from types import TracebackType
 
     from typing_extensions import Buffer
 
@@ -158,12 +157,7 @@ class SealedModel:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:

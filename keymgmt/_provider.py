@@ -19,8 +19,6 @@ from keymgmt._names import is_key, is_name, is_version
 from keymgmt.errors import FormatError, ProviderError
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from keymgmt._dek import Dek
     from keymgmt._recipient import Recipient
 
@@ -195,12 +193,7 @@ class KeyProvider(ABC, Generic[S]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:

@@ -27,8 +27,6 @@ from keymgmt._dek import wipe
 from keymgmt.errors import FormatError, IntegrityError
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from typing_extensions import Buffer
 
 __all__ = [
@@ -153,12 +151,7 @@ class _Segments:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __del__(self) -> None:

@@ -15,7 +15,6 @@ from keymgmt.errors import FormatError, IntegrityError, SealedModelError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from types import TracebackType
 
     from keymgmt.sealed.manifest import Manifest
 
@@ -61,12 +60,7 @@ class SealedFolder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
