@@ -6,6 +6,7 @@ import base64
 import json
 import multiprocessing
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -356,6 +357,41 @@ def test_a_tpm_stopped_in_the_middle(provider, wrapped, swtpm, dek, monkeypatch,
                 assert again == dek
         objects, _ = slots(hasty)
         assert objects == []
+
+
+def test_an_interrupt_ends_a_call_that_hangs(provider, wrapped, swtpm, dek, capfd):
+    """Ctrl-C comes through libtss2 as what it is, and nothing is read from a broken answer."""
+    swtpm.hang()
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        provider.unwrap(wrapped, CONTEXT)
+    assert time.monotonic() - start < 4
+    swtpm.resume()
+    with provider.unwrap(wrapped, CONTEXT) as again:
+        assert again == dek
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("at", ["load", "session", "ecdh"])
+def test_an_interrupt_in_the_middle(provider, wrapped, swtpm, dek, monkeypatch, at):
+    original, hung = getattr(Tpm, at), []
+
+    def hang(tpm, *args, **options):
+        if not hung:
+            hung.append(1)
+            swtpm.hang()
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        return original(tpm, *args, **options)
+
+    monkeypatch.setattr(Tpm, at, hang)
+    with pytest.raises(KeyboardInterrupt):
+        provider.unwrap(wrapped, CONTEXT)
+    swtpm.resume()
+    for _ in range(4):
+        with provider.unwrap(wrapped, CONTEXT) as again:
+            assert again == dek
+    assert slots(provider)[0] == []
 
 
 def _unwrap_many(settings, wrapped, count, results) -> None:

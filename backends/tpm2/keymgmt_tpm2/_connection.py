@@ -140,14 +140,24 @@ class Line(PyTCTI):  # type: ignore[misc]
             # Closed before we return, so that a fork now inherits no connection.
             self._thread.join(1.0)
 
+    def _called_back(self, job: Callable[[], Any]) -> Any:
+        try:
+            return self._run(job)
+        except Exception:
+            raise
+        except BaseException:  # noqa: BLE001 - kept in `failure`
+            # Nothing but an Exception crosses C: after an interrupt, ESAPI would see success and
+            # read an empty response. It is raised again for whoever called ESAPI.
+            raise RuntimeError("interrupted") from None
+
     def do_transmit(self, command: bytes) -> None:
         """See PyTCTI."""
-        self._run(lambda: self._inner.transmit(command))
+        self._called_back(lambda: self._inner.transmit(command))
 
     def do_receive(self, timeout: int) -> bytes:
         """See PyTCTI; the deadline takes the place of ``timeout``."""
         del timeout
-        response: bytes = self._run(lambda: self._inner.receive(size=_RESPONSE))
+        response: bytes = self._called_back(lambda: self._inner.receive(size=_RESPONSE))
         return response
 
 

@@ -80,6 +80,9 @@ class Tpm:
         try:
             self.flush_all()
         finally:
+            for _, name in self._open:
+                if name is not None:
+                    self._left_behind(name)
             self._connection.close()
 
     # Handles
@@ -93,10 +96,14 @@ class Tpm:
         """Free a transient object or session; what cannot be freed is reported as left behind."""
         name = next(n for h, n in self._open if h == handle)
         self._open = [(h, n) for h, n in self._open if h != handle]
+        done = False
         try:
             self._call("flush_context", handle)
+            done = True
         except (TpmError, TimeLimit):
-            if name is not None:
+            pass  # whoever comes next frees it
+        finally:
+            if not done and name is not None:
                 self._left_behind(name)
 
     def flush_all(self) -> None:
@@ -107,7 +114,7 @@ class Tpm:
     def load(self, public: Public, private: bytes) -> Any:
         """Load a key under the storage root key; the TPM checks that the two parts belong."""
         parent = self.srk()
-        # Until the answer came it may be loaded without our knowing its handle.
+        handle = None
         try:
             handle = self._call(
                 "load",
@@ -115,10 +122,10 @@ class Tpm:
                 t.TPM2B_PRIVATE.unmarshal(sized(private))[0],
                 t.TPM2B_PUBLIC.unmarshal(sized(public.raw))[0],
             )
-        except (TpmError, TimeLimit):
-            if not self._connection.alive:
+        finally:
+            # Without an answer it may be loaded all the same, under a handle that we do not know.
+            if handle is None and not self._connection.alive:
                 self._left_behind(public.name)
-            raise
         return self.opened(handle, public.name)
 
     def load_verifier(self, public: Public) -> Any:
