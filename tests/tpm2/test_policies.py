@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from keymgmt_tpm2 import Tpm2Provider, _approval
 from keymgmt_tpm2._approval import Approval
-from keymgmt_tpm2._counter import bump_counter, create_counter, read_counter
+from keymgmt_tpm2._counter import bump_counter, create_counter, read_counter, set_counter
 from keymgmt_tpm2._policy import Approver, Counter, PcrState, Policy, approved_digest
 
 from keymgmt.backend import AccessDenied, ConfigError, Dek, LockedOut, SecretSource
@@ -308,6 +308,32 @@ def test_bumping_the_counter_outdates_an_approval(provider, dek, approver_pem, a
     newer = approve(state, Counter(0x01800100, value + 1))
     _approval.install(provider.key_directory, newer)
     assert opens(provider, wrapped)
+
+
+def test_a_fleet_shares_an_ordinary_index(
+    provider, dek, approver_pem, approve, make_swtpm, set_up, tmp_path
+):
+    """One approval for two TPMs, outdated by one value for both."""
+    second = set_up(make_swtpm("two"), keys=tmp_path / "keys-two")
+    with Tpm2Provider("tpm", second) as other:
+        state = provider.pcrs("sha256", [7])
+        approval = approve(state, Counter(0x01800100, 7, ordinary=True))
+        for device in (provider, other):
+            device.create_key("dev", "ecc-p256", {"approver": str(approver_pem)})
+            assert create_counter(device, value=7) == 7
+            _approval.install(device.key_directory, approval)
+            wrapped = device.wrap("dev", dek, CONTEXT)
+            assert opens(device, wrapped)
+            with pytest.raises(ConfigError, match="an ordinary one"):
+                bump_counter(device)
+            assert set_counter(device, 0x01800100, 8) == 8
+            with pytest.raises(AccessDenied, match="outdated"):
+                device.unwrap(wrapped, CONTEXT)
+    # An index of the other kind is another policy, whatever its value.
+    mistaken = approve(state, Counter(0x01800100, 9))
+    _approval.install(provider.key_directory, mistaken)
+    with pytest.raises(AccessDenied, match="no approval"):
+        provider.unwrap(provider.wrap("dev", dek, CONTEXT), CONTEXT)
 
 
 def test_a_counter_that_is_not_there(provider, dek, approver_pem, approve):

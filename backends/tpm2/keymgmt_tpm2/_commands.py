@@ -14,6 +14,7 @@ from keymgmt_tpm2._counter import (
     create_counter,
     parse_index,
     read_counter,
+    set_counter,
 )
 from keymgmt_tpm2._enroll_commands import app as enroll_app
 from keymgmt_tpm2._policy import parse_pcrs
@@ -120,11 +121,31 @@ def flush(
 
 @counter_app.command("create")
 def create(
-    context: typer.Context, provider: Provider, index: Index = f"{DEFAULT_INDEX:#010x}"
+    context: typer.Context,
+    provider: Provider,
+    index: Index = f"{DEFAULT_INDEX:#010x}",
+    value: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=2**63 - 1, help="Make an ordinary index of this value, for a fleet."
+        ),
+    ] = None,
 ) -> None:
     """Define a counter; its first value is printed."""
     number = parse_index(index)
-    typer.echo(create_counter(find_provider(context, provider), number))
+    typer.echo(create_counter(find_provider(context, provider), number, value=value))
+
+
+@counter_app.command("set")
+def set_value(
+    context: typer.Context,
+    provider: Provider,
+    value: Annotated[int, typer.Argument(min=0, max=2**63 - 1, help="The new value.")],
+    index: Index = f"{DEFAULT_INDEX:#010x}",
+) -> None:
+    """Set an ordinary index: approvals for a lower value open nothing while it has this one."""
+    number = parse_index(index)
+    typer.echo(set_counter(find_provider(context, provider), number, value))
 
 
 @counter_app.command("show")

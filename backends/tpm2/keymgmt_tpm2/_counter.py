@@ -1,8 +1,11 @@
-"""NV counters: what an approval compares with, so that bumping one outdates older approvals.
+"""NV indices that an approval compares with, so that raising one outdates older approvals.
 
 A counter starts where the highest counter that this TPM ever had left off (Part 3, 31.8), so its
 value is of this TPM alone, and undefining it brings no old value back. Only the owner counts it up;
 whoever uses the key reads it.
+
+Counters differ from TPM to TPM, so a fleet shares an *ordinary* index instead, which enrolment sets
+to the same value everywhere. Its owner can also set it back.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from keymgmt.backend import ConfigError, KeyNotFound
 from keymgmt_tpm2._errors import TpmError
-from keymgmt_tpm2._policy import NV_COUNTER, NV_WRITTEN
+from keymgmt_tpm2._policy import NV_COUNTER, NV_ORDINARY, NV_WRITTEN
 from keymgmt_tpm2._setup import give_owner_auth
 
 if TYPE_CHECKING:
@@ -20,7 +23,14 @@ if TYPE_CHECKING:
     from keymgmt_tpm2._provider import Tpm2Provider
     from keymgmt_tpm2._tpm import Tpm
 
-__all__ = ["DEFAULT_INDEX", "bump_counter", "create_counter", "parse_index", "read_counter"]
+__all__ = [
+    "DEFAULT_INDEX",
+    "bump_counter",
+    "create_counter",
+    "parse_index",
+    "read_counter",
+    "set_counter",
+]
 
 DEFAULT_INDEX: Final = 0x01800100
 _NV_DEFINED: Final = 0x14C
@@ -40,8 +50,12 @@ def parse_index(text: str) -> int:
     return index
 
 
-def create_counter(provider: Tpm2Provider, index: int = DEFAULT_INDEX) -> int:
+def create_counter(
+    provider: Tpm2Provider, index: int = DEFAULT_INDEX, *, value: int | None = None
+) -> int:
     """Define a counter and count it once, so that it can be read; returns its value.
+
+    With ``value``, define an ordinary index and set it to that.
 
     Raises:
         ConfigError: the index is in use.
@@ -54,7 +68,7 @@ def create_counter(provider: Tpm2Provider, index: int = DEFAULT_INDEX) -> int:
         nvPublic=t.TPMS_NV_PUBLIC(
             nvIndex=index,
             nameAlg=c.TPM2_ALG.SHA256,
-            attributes=c.TPMA_NV(NV_COUNTER),
+            attributes=c.TPMA_NV(NV_COUNTER if value is None else NV_ORDINARY),
             dataSize=8,
         )
     )
@@ -70,29 +84,38 @@ def create_counter(provider: Tpm2Provider, index: int = DEFAULT_INDEX) -> int:
                     f"the NV index {index:#010x} is in use", hint="name another: --index 0x018001.."
                 ) from error
             raise
-        return _count(tpm, index, session)
+        return _change(tpm, index, session, value)
 
-    return provider.service.run(f"defining the counter {index:#010x}", operation)
+    return provider.service.run(f"defining the NV index {index:#010x}", operation)
 
 
 def bump_counter(provider: Tpm2Provider, index: int = DEFAULT_INDEX) -> int:
     """Count up once; every approval for a lower value is outdated. Returns the new value."""
+    return _as_owner(provider, index, None)
 
+
+def set_counter(provider: Tpm2Provider, index: int, value: int) -> int:
+    """Set an ordinary index; every approval for a lower value is outdated."""
+    return _as_owner(provider, index, value)
+
+
+def _as_owner(provider: Tpm2Provider, index: int, value: int | None) -> int:
     def operation(tpm: Tpm) -> int:
         give_owner_auth(tpm, provider)
-        return _count(tpm, index, tpm.session())
+        return _change(tpm, index, tpm.session(), value)
 
-    return provider.service.run(f"bumping the counter {index:#010x}", operation)
+    return provider.service.run(f"changing the NV index {index:#010x}", operation)
 
 
 def read_counter(provider: Tpm2Provider, index: int = DEFAULT_INDEX) -> int:
     """The present value; KeyNotFound where there is no counter."""
     return provider.service.run(
-        f"reading the counter {index:#010x}", lambda tpm: _read(tpm, _find(tpm, index))
+        f"reading the counter {index:#010x}", lambda tpm: _read(tpm, _find(tpm, index)[0])
     )
 
 
-def _find(tpm: Tpm, index: int) -> Any:
+def _find(tpm: Tpm, index: int) -> tuple[Any, bool]:
+    """The index, and whether it is an ordinary one."""
     handle = tpm.persistent(index)
     if handle is None:
         raise KeyNotFound(
@@ -103,18 +126,29 @@ def _find(tpm: Tpm, index: int) -> Any:
     public = answer[0]
     area = public.nvPublic
     attributes = int(area.attributes)
-    if attributes & ~NV_WRITTEN != NV_COUNTER or int(area.dataSize) != 8:
+    plain = attributes & ~NV_WRITTEN
+    if plain not in (NV_COUNTER, NV_ORDINARY) or int(area.dataSize) != 8:
         raise ConfigError(
-            f"the NV index {index:#010x} is no counter of ours: attributes {attributes:#010x}"
+            f"the NV index {index:#010x} is none of ours: attributes {attributes:#010x}"
         )
-    return handle
+    return handle, plain == NV_ORDINARY
 
 
-def _count(tpm: Tpm, index: int, session: Any) -> int:
+def _change(tpm: Tpm, index: int, session: Any, value: int | None) -> int:
     from tpm2_pytss import constants as c
 
-    handle = _find(tpm, index)
-    tpm.call("nv_increment", handle, auth_handle=c.ESYS_TR.OWNER, session1=session)
+    handle, ordinary = _find(tpm, index)
+    if ordinary != (value is not None):
+        raise ConfigError(
+            f"the NV index {index:#010x} is {'an ordinary one' if ordinary else 'a counter'}",
+            hint="a counter is bumped, an ordinary index is set: keymgmt tpm counter bump|set",
+        )
+    owner = c.ESYS_TR.OWNER
+    if value is None:
+        tpm.call("nv_increment", handle, auth_handle=owner, session1=session)
+    else:
+        content = value.to_bytes(8, "big")
+        tpm.call("nv_write", handle, content, 0, auth_handle=owner, session1=session)
     return _read(tpm, handle)
 
 

@@ -45,6 +45,8 @@ _UNSIGNED_LE: Final = 9
 NV_WRITTEN: Final = 0x20000000
 NV_COUNTER: Final = 0x02060012
 """TPMA_NV of our counters: ownerWrite, ownerRead, authRead, noDA, type counter."""
+NV_ORDINARY: Final = 0x02060002
+"""The same of type ordinary: the owner sets it to what he likes, also back."""
 
 
 def parse_pcrs(text: str) -> tuple[str, tuple[int, ...]]:
@@ -117,11 +119,14 @@ class PcrState:
 
 @dataclass(frozen=True)
 class Counter:
-    """An NV counter of one TPM, and the highest value at which an approval still counts."""
+    """An NV index, and the highest value in it at which an approval still counts.
+
+    A counter is of one TPM; an ordinary index has the value that a fleet's enrolment gave it.
+    """
 
     index: int
     value: int
-    attributes: int = NV_COUNTER
+    ordinary: bool = False
 
     def __post_init__(self) -> None:
         if not 0x01000000 <= self.index <= 0x01FFFFFF or not 0 <= self.value < 1 << 64:
@@ -135,20 +140,22 @@ class Counter:
     def extend(self, digest: bytes) -> bytes:
         """The policy digest after PolicyNV(counter <= value)."""
         # The name of an index that was written once, as a counter is before its first read.
-        public = u32(self.index) + u16(0x000B) + u32(self.attributes | NV_WRITTEN)
+        attributes = (NV_ORDINARY if self.ordinary else NV_COUNTER) | NV_WRITTEN
+        public = u32(self.index) + u16(0x000B) + u32(attributes)
         name = u16(0x000B) + sha256(public, sized(b""), u16(8))
         arguments = sha256(self.operand, u16(0), u16(_UNSIGNED_LE))
         return sha256(digest, u32(_CC_NV), arguments, name)
 
     def to_json(self) -> dict[str, Any]:
-        """``{index, value}``."""
-        return {"index": f"{self.index:#010x}", "value": str(self.value)}
+        """``{index, value, ordinary}``."""
+        index = f"{self.index:#010x}"
+        return {"index": index, "value": str(self.value), "ordinary": self.ordinary}
 
     @classmethod
     def from_json(cls, data: Any) -> Counter:
         """Reverse ``to_json``; ValueError."""
-        _members(data, {"index", "value"})
-        return cls(int(data["index"], 16), int(data["value"]))
+        _members(data, {"index", "value", "ordinary"})
+        return cls(int(data["index"], 16), int(data["value"]), data["ordinary"] is True)
 
 
 def approved_digest(pcrs: PcrState, counter: Counter | None) -> bytes:

@@ -77,11 +77,15 @@ def sign(
         str | None,
         typer.Option(metavar="INDEX=VALUE", help="Holds while this NV counter is at most VALUE."),
     ] = None,
+    fleet: Annotated[
+        bool,
+        typer.Option("--fleet", help="The index is an ordinary one, of equal value everywhere."),
+    ] = False,
     ref: Annotated[str, typer.Option(help="The ref that the keys were made with.")] = "",
 ) -> None:
     """Approve a boot state, offline: the next one, before the update."""
     state = _state(pcr, values, event_log)
-    limit = _counter(counter) if counter else None
+    limit = _counter(counter, ordinary=fleet) if counter else None
     public, sign_message = _signer(context, key)
     try:
         who = Approver(public, ref)
@@ -147,11 +151,11 @@ def _state(pcr: str, values: Path | None, event_log: Path | None) -> PcrState:
     return PcrState(bank, {index: given.values[index] for index in indices})
 
 
-def _counter(text: str) -> Counter:
+def _counter(text: str, *, ordinary: bool) -> Counter:
     index, equals, value = text.partition("=")
     if not equals or not value.isdecimal():
         raise ConfigError(f"--counter {text[:40]!r}: write INDEX=VALUE, such as 0x01800100=7")
-    return Counter(parse_index(index), int(value))
+    return Counter(parse_index(index), int(value), ordinary)
 
 
 def _signer(context: typer.Context, key: str) -> tuple[bytes, Callable[[bytes], bytes]]:
