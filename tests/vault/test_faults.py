@@ -421,6 +421,9 @@ def test_an_expired_token_is_no_policy(
     with pytest.raises(AccessDenied, match="expired") as caught:
         provider.unwrap(wrapped, b"c")
     assert "replace it" in str(caught.value.hint)
+    Path(place["file"]).write_text("s.another-that-is-not-good")
+    with pytest.raises(AccessDenied, match="expired"):
+        provider.unwrap(wrapped, b"c")
     Path(place["file"]).write_text(bao.token(DECRYPT_ONLY))
     provider.unwrap(wrapped, b"c").wipe()
 

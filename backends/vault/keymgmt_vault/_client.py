@@ -64,6 +64,8 @@ class Client:
         try:
             return action()
         except exceptions.VaultError as error:
+            if isinstance(error, exceptions.Forbidden) and self.login.is_dead():
+                raise expired() from error
             raise translate(error, verb, native, self.settings) from error
 
     def close(self) -> None:
