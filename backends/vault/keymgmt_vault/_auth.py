@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
@@ -24,6 +23,7 @@ from keymgmt.backend import (
     private_file_problem,
     wipe,
 )
+from keymgmt_vault._locks import ProcessLock
 from keymgmt_vault._settings import (
     AgentAuth,
     AppRoleAuth,
@@ -50,8 +50,7 @@ class Login:
     def __init__(self, settings: VaultSettings, adapter: ClusterAdapter) -> None:
         self._auth = settings.auth
         self._adapter = adapter
-        self._lock = threading.Lock()
-        self._pid = os.getpid()
+        self._lock = ProcessLock()
         self._renew_at: float | None = None
         self._lease = 0.0
         self._renewable = False
@@ -71,19 +70,17 @@ class Login:
         """
         if not self.needs_token:
             return
-        if self._pid != os.getpid():
-            # The thread that held the lock at the fork does not exist here.
-            self._lock, self._pid = threading.Lock(), os.getpid()
+        lock = self._lock.here()
         if self._adapter.token is None:
             with self._turn():
                 if self._adapter.token is None:
                     self._login()
-        elif self._is_due() and self._lock.acquire(blocking=False):
+        elif self._is_due() and lock.acquire(blocking=False):
             try:
                 if self._is_due():
                     self._renew()
             finally:
-                self._lock.release()
+                lock.release()
 
     def _is_due(self) -> bool:
         return self._renew_at is not None and time.monotonic() >= self._renew_at
@@ -113,7 +110,7 @@ class Login:
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
         """Hold the lock; a thread that waits for another's login still ends in time."""
-        lock = self._lock
+        lock = self._lock.here()
         if not lock.acquire(timeout=max(0.0, self._adapter.left())):
             raise ProviderUnavailable("the login of another thread gave no answer in time")
         try:

@@ -22,6 +22,7 @@ from hvac.adapters import Adapter
 from tenacity import Retrying, retry_if_exception, stop_before_delay, wait_exponential, wait_random
 
 from keymgmt.backend import ProviderUnavailable, wipe
+from keymgmt_vault._locks import ProcessLock
 from keymgmt_vault._settings import Address
 from keymgmt_vault._transport import Node, NodeFailure, Reply, tls_context
 
@@ -99,7 +100,7 @@ class ClusterAdapter(Adapter):  # type: ignore[misc]
         # hvac's own __init__ would make a requests session, which is not used here.
         self._settings = settings
         self._made: _Nodes | None = None
-        self._lock = threading.Lock()
+        self._lock = ProcessLock()
         self._operation = threading.local()
         self._index: str | None = None
         self.token: str | None = None
@@ -109,11 +110,14 @@ class ClusterAdapter(Adapter):  # type: ignore[misc]
     def nodes(self) -> _Nodes:
         """The nodes of this process, made on first use; ConfigError as ``tls_context``."""
         made = self._made
-        if made is None or made.pid != os.getpid():
-            # In a child the lock may have been held, and the sockets are the parent's too: none of
-            # them is used or closed here.
-            made = self._made = _Nodes(self._settings)
-        return made
+        if made is not None and made.pid == os.getpid():
+            return made
+        with self._lock.here():
+            made = self._made
+            if made is None or made.pid != os.getpid():
+                # The sockets of a parent are the parent's too: none of them is used or closed here.
+                made = self._made = _Nodes(self._settings)
+            return made
 
     @contextlib.contextmanager
     def operation(self, seconds: float | None = None) -> Iterator[None]:
