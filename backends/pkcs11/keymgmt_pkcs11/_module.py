@@ -57,16 +57,16 @@ class _Gate:
     """Counts calls in flight in all modules, so that fork and C_Finalize find none."""
 
     def __init__(self) -> None:
-        # Not reentrant: whoever closed it twice by mistake would wait, and be found.
         self._lock = threading.Lock()
         self._condition = threading.Condition(self._lock)
         self._busy = 0
-        self._closed = False
+        self._closers = 0
 
     @contextlib.contextmanager
     def call(self) -> Iterator[_Ticket]:
         ticket = _Ticket(self)
         with self._condition:
+            self._condition.wait_for(lambda: not self._closers)
             self._busy += 1
         try:
             yield ticket
@@ -79,15 +79,25 @@ class _Gate:
             if not self._busy:
                 self._condition.notify_all()
 
-    def close(self, seconds: float) -> bool:
-        """Let no call begin until ``open``; whether all that were in flight ended in time."""
-        self._closed = self._lock.acquire(timeout=seconds)
-        return self._closed and self._condition.wait_for(lambda: not self._busy, seconds)
+    def close(self, seconds: float) -> tuple[bool, bool]:
+        """Let no call begin, and wait for those in flight.
+
+        Returns:
+            Whether it is closed, in which case the caller opens it, and whether nothing is in
+            flight any more.
+        """
+        deadline = time.monotonic() + seconds
+        if not self._lock.acquire(timeout=seconds):
+            return False, False
+        self._closers += 1
+        left = max(0.0, deadline - time.monotonic())
+        return True, self._condition.wait_for(lambda: not self._busy, left)
 
     def open(self) -> None:
-        if self._closed:
-            self._closed = False
-            self._lock.release()
+        """Undo ``close``, in the thread that closed it."""
+        self._closers -= 1
+        self._condition.notify_all()
+        self._lock.release()
 
 
 class _Ticket:
@@ -179,8 +189,9 @@ class Module:
         """
         if not self.ours or time.monotonic() < self._since + settled:
             return False
+        closed, idle = _gate.close(FORK_WAIT)
         try:
-            if not _gate.close(FORK_WAIT):
+            if not idle:
                 return False
             if self.generation == seen:
                 with contextlib.suppress(CkError):
@@ -188,7 +199,8 @@ class Module:
                 self._initialize(forked=False)
             return True
         finally:
-            _gate.open()
+            if closed:
+                _gate.open()
 
     def slots(self) -> list[Slot]:
         """Slots with a token in them."""
@@ -197,6 +209,7 @@ class Module:
 
 
 _gate = _Gate()
+_forking = threading.local()
 _lock = threading.Lock()
 _modules: dict[str, Module] = {}
 _inherited: set[str] = set()
@@ -232,7 +245,12 @@ def _usual() -> str:
 
 def _before_fork() -> None:
     # Should a call hang, the child may find a mutex of that module held; the parent goes on.
-    _gate.close(FORK_WAIT)
+    _forking.closed, _ = _gate.close(FORK_WAIT)
+
+
+def _in_parent() -> None:
+    if _forking.closed:
+        _gate.open()
 
 
 def _in_child() -> None:
@@ -242,6 +260,4 @@ def _in_child() -> None:
     _modules.clear()
 
 
-os.register_at_fork(
-    before=_before_fork, after_in_parent=lambda: _gate.open(), after_in_child=_in_child
-)
+os.register_at_fork(before=_before_fork, after_in_parent=_in_parent, after_in_child=_in_child)

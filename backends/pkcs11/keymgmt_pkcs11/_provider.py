@@ -466,5 +466,7 @@ def _ascii(text: str | bytes) -> str:
 def _close_pools(pools: dict[int, Pool]) -> None:
     # Only what is there now: a thread that calls meanwhile makes a new one.
     for pid in list(pools):
-        if (pool := pools.pop(pid, None)) is not None:
+        pool = pools.pop(pid, None)
+        # A parent's is only forgotten: its locks may be held by threads that are not here.
+        if pool is not None and pid == os.getpid():
             pool.close()

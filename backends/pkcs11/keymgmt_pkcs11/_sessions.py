@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from keymgmt.backend import ProviderUnavailable
 from keymgmt_pkcs11._cryptoki import CkError
 from keymgmt_pkcs11._errors import LOST, reason, translate
 from keymgmt_pkcs11._module import Module, open_module
-from keymgmt_pkcs11._token import find_token, log_in
+from keymgmt_pkcs11._token import NoToken, find_token, log_in
 
 if TYPE_CHECKING:
     from pkcs11 import Session, Token
@@ -40,6 +39,9 @@ __all__ = ["Channel", "Lost", "Pool"]
 R = TypeVar("R")
 SETTLED: Final = 1.0
 """Seconds after C_Initialize for which a module is believed about its tokens."""
+FREE_RESTARTS: Final = 3
+"""How often in a process that is not waited for."""
+_PAUSES: Final = (0.01, 0.03, 0.06, 0.1, 0.2)
 
 
 class Lost(Exception):
@@ -181,7 +183,6 @@ class Pool:
 
     def __init__(self, settings: Pkcs11Settings) -> None:
         self.settings = settings
-        self.pid = os.getpid()
         self.epoch = 0
         self._cache: dict[Any, Any] = {}
         self._state = threading.Condition()
@@ -248,8 +249,6 @@ class Pool:
             self._state.notify_all()
         for lane in idle:
             lane.jobs.put(None)
-        if os.getpid() != self.pid:
-            return
         deadline = time.monotonic() + self.settings.timeout
         for lane in lanes:
             lane.thread.join(max(0.0, deadline - time.monotonic()))
@@ -307,21 +306,29 @@ class Pool:
         with self._connecting:
             epoch = self.epoch
             module = open_module(self.settings.library, self.settings.init_args)
-            seen = module.generation
             if self._restart:
                 self._restart = False
-                module.restart(seen)
-            try:
-                return epoch, self._open(module)
-            except ProviderUnavailable:
-                # A token that came back may be seen only after a new C_Initialize.
-                if not module.restart(seen, settled=SETTLED):
-                    raise
-                return epoch, self._open(module)
+                module.restart(module.generation)
+            for pause in _PAUSES:
+                seen = module.generation
+                try:
+                    return epoch, self._open(module)
+                except NoToken as error:
+                    # A token that came, or that another process changed just then, may be seen
+                    # only after a new C_Initialize. It is not done again and again.
+                    if not module.restart(seen, settled=SETTLED if seen > FREE_RESTARTS else 0.0):
+                        raise ProviderUnavailable(str(error), hint=error.hint) from error
+                except ProviderUnavailable:
+                    # SoftHSM has no answer for a moment while others log in to the same token.
+                    self._cache.pop("token", None)
+                time.sleep(pause)
+            module.restart(module.generation, settled=SETTLED)
+            return epoch, self._open(module)
 
     def _open(self, module: Module) -> Channel:
         with module.call():
-            token = find_token(module, self.settings)
+            known = self._cache.get("token")
+            token = find_token(module, self.settings) if known is None else known
             try:
                 session = token.open(rw=not self.settings.read_only, attribute_mapper=_mapper())
             except PKCS11Error as error:
@@ -343,4 +350,6 @@ class Pool:
                 if isinstance(error, (PKCS11Error, CkError)):
                     raise translate(error, f"logging in to {token.label!r}") from error
                 raise
+            # The next session of this connection need not look for it.
+            self._cache["token"] = token
             return channel

@@ -24,7 +24,7 @@ from keymgmt.backend import (
     wipe,
 )
 from keymgmt_pkcs11._cryptoki import CkError
-from keymgmt_pkcs11._errors import translate
+from keymgmt_pkcs11._errors import reason, translate
 
 if TYPE_CHECKING:
     from pkcs11 import Token
@@ -32,12 +32,16 @@ if TYPE_CHECKING:
     from keymgmt_pkcs11._module import Module
     from keymgmt_pkcs11._settings import Pkcs11Settings
 
-__all__ = ["describe", "find_token", "log_in", "serial", "tokens"]
+__all__ = ["NoToken", "describe", "find_token", "log_in", "serial", "tokens"]
 
 _WRONG: Final = frozenset({"PinIncorrect", "PinInvalid", "PinLenRange"})
 _salt: Final = os.urandom(32)
 _refused: Final[set[bytes]] = set()
 _login = threading.Lock()
+
+
+class NoToken(ProviderUnavailable):
+    """The token is not there; only its kind is told outside this package."""
 
 
 def serial(token: Token) -> str:
@@ -52,16 +56,23 @@ def describe(token: Token) -> str:
 
 
 def tokens(module: Module) -> list[Token]:
-    """Every token that is present and initialised."""
-    found = []
+    """Every token that is present and initialised, and answers."""
+    return _look(module)[0]
+
+
+def _look(module: Module) -> tuple[list[Token], list[str]]:
+    """The tokens, and why others gave no answer."""
+    found, troubled = [], []
     for slot in module.slots():
         try:
             token = slot.get_token()
-        except PKCS11Error:
-            continue  # one token in trouble says nothing of the others
+        except PKCS11Error as error:
+            # One token in trouble says nothing of the others.
+            troubled.append(f"slot {slot.slot_id}: {reason(error)}")
+            continue
         if token.flags & TokenFlag.TOKEN_INITIALIZED:
             found.append(token)
-    return found
+    return found, troubled
 
 
 def find_token(module: Module, settings: Pkcs11Settings) -> Token:
@@ -71,24 +82,23 @@ def find_token(module: Module, settings: Pkcs11Settings) -> Token:
         ProviderUnavailable: it is not there.
         ConfigError: several are, and the settings do not tell them apart.
     """
+    wanted = settings.selector
     try:
-        present = tokens(module)
+        present, troubled = _look(module)
     except PKCS11Error as error:
         raise translate(error, "listing the tokens") from error
-    wanted = settings.selector
     found = [token for token in present if _is(token, module, wanted)]
     if len(found) == 1:
         return found[0]
-    listed = "; ".join(describe(token) for token in found or present) or "none"
+    listed = "; ".join([*(describe(token) for token in found or present), *troubled]) or "none"
     words = " ".join(f"{name}={value!r}" for name, value in wanted.items()) or "any"
     if found:
         raise ConfigError(
             f"{len(found)} tokens are {words}: {listed}",
             hint='name the one you mean: serial = "..."',
         )
-    raise ProviderUnavailable(
-        f"no token is {words} in {module.path}", hint=f"tokens there: {listed}"
-    )
+    kind = ProviderUnavailable if troubled else NoToken
+    raise kind(f"no token is {words} in {module.path}", hint=f"tokens there: {listed}")
 
 
 def _is(token: Token, module: Module, wanted: dict[str, str]) -> bool:
