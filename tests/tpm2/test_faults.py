@@ -462,6 +462,8 @@ def test_the_settings_say_what_is_wrong(tmp_path):
     for values in (
         {"tcti": "libtss2-tcti-evil.so"},
         {"tcti": "/tmp/evil.so:x"},
+        {"tcti": "device"},
+        {"tcti": "device:tpmrm0"},
         {"srk": "0x40000001"},
         {"srk_name": "abc"},
         {"timeout": 0},

@@ -60,7 +60,7 @@ def look_for_device(tcti: str) -> None:
     kind, _, conf = tcti.partition(":")
     if kind != "device":
         return
-    path = Path(conf or "/dev/tpmrm0")
+    path = Path(conf)
     try:
         mode = path.stat().st_mode
     except FileNotFoundError as error:

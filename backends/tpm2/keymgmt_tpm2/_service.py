@@ -59,6 +59,7 @@ _PT_LOCKOUT_INTERVAL: Final = 0x210
 _services: weakref.WeakSet[Service] = weakref.WeakSet()
 _held: list[threading.Lock] = []
 _FORK_SECONDS: Final = 5.0
+_EXPLAIN_SECONDS: Final = 5.0
 
 
 def _before_fork() -> None:
@@ -192,9 +193,8 @@ class Service:
         if error.code not in (LOCKOUT, AUTH_FAIL, BAD_AUTH):
             return translate(error, doing)
         try:
-            counted, limit, interval, _ = self._once(
-                lockout_state, self._settings.timeout, pinned=False
-            )
+            seconds = min(self._settings.timeout, _EXPLAIN_SECONDS)
+            counted, limit, interval, _ = self._once(lockout_state, seconds, pinned=False)
         except (TpmError, KeymgmtError):
             return translate(error, doing)
         if error.code == LOCKOUT:

@@ -11,7 +11,7 @@ from keymgmt.backend import ConfigPath, SecretSource, Settings, is_key
 
 __all__ = ["Tpm2Settings"]
 
-_TCTI: Final = re.compile(r"(device|swtpm|tabrmd|mssim)(:[!-~]{1,200})?")
+_TCTI: Final = re.compile(r"device:/[!-~]{1,200}|(swtpm|tabrmd|mssim)(:[!-~]{1,200})?")
 _NAME: Final = re.compile(r"000b[0-9a-f]{64}")
 
 
