@@ -81,8 +81,8 @@ def new_directory(target: Path, *, replace: bool = False, mode: int = 0o777) -> 
     if not replace and os.path.lexists(target):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
     _remove_abandoned(target)
-    temporary, lock = _make_locked(target, mode)
-    try:
+    with contextlib.ExitStack() as stack:
+        temporary = _make_locked(target, mode, stack)
         yield temporary
         _sync_tree(temporary)
         if replace and os.path.lexists(target):
@@ -90,10 +90,6 @@ def new_directory(target: Path, *, replace: bool = False, mode: int = 0o777) -> 
         else:
             _rename(temporary, target, _RENAME_NOREPLACE)
         sync_directory(target.parent)
-    finally:
-        # After an exchange this name is the old folder; after a plain rename nothing has it.
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.close(lock)
 
 
 def _temporary(path: Path) -> Path:
@@ -102,17 +98,20 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{stem}.{secrets.token_hex(8)}.tmp")
 
 
-def _make_locked(target: Path, mode: int) -> tuple[Path, int]:
-    """A new temporary folder and the lock that says it is in use."""
+def _make_locked(target: Path, mode: int, stack: contextlib.ExitStack) -> Path:
+    """A new temporary folder, locked while it is in use; ``stack`` removes it."""
     while True:
         temporary = _temporary(target)
+        # Before it is made, so that no interrupt comes between. The name is random, hence ours.
+        # After an exchange it is that of the old folder; after a plain rename nothing has it.
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
         temporary.mkdir(mode=mode)
         # Another process may have taken it for abandoned before it was locked.
         lock = _lock(temporary)
         if lock is not None:
+            stack.callback(os.close, lock)
             if temporary.exists():
-                return temporary, lock
-            os.close(lock)
+                return temporary
 
 
 def _lock(directory: Path) -> int | None:
