@@ -22,7 +22,7 @@ from keymgmt.backend import (
     LockedOut,
     ProviderUnavailable,
 )
-from keymgmt.testing._demand import describe, find_secret, printed, raised
+from keymgmt.testing._demand import describe, find_secret, join, printed, raised
 from keymgmt.testing._fixtures import ContractFixtures, Hook, ProviderFactory
 
 __all__ = ["FaultChecks"]
@@ -194,7 +194,6 @@ class FaultChecks(ContractFixtures):
         heal = self.need(heal_service, "heal_service")
         wrapped = self.demand.works(partial(provider.wrap, wrap_key, dek, b"c"), "wrap()")
         hang()
-        end = time.monotonic() + time_limit + self.grace
         failures: list[str] = []
 
         def work() -> None:
@@ -211,8 +210,7 @@ class FaultChecks(ContractFixtures):
         threads = [threading.Thread(target=work, daemon=True) for _ in range(6)]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join(max(0.0, end - time.monotonic()))
+        join(threads, time_limit + self.grace)
         alive = sum(thread.is_alive() for thread in threads)
         heal()
         self.demand.that(

@@ -56,7 +56,7 @@ def caught_by(*checks: str) -> Callable[[type[MemoryProvider]], type[MemoryProvi
 
 def contract(kind: type[MemoryProvider], *, spawn: bool = False) -> type[ProviderContract]:
     class Contract(ProviderContract):
-        grace = 3.0
+        grace = 2.0
         patience = 8.0
 
         @pytest.fixture
