@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -147,28 +146,27 @@ def test_a_group_that_does_not_open_here_is_kept(site, tmp_path):
     assert groups(path) == ["file:a@2", "file:b@1"]
 
 
-def _rewrap_in_process(root, path, add):
-    from keymgmt import Config
-
-    data = {
-        "providers": {"local": {"backend": "file", "path": f"{root}/keys"}},
-        "policy": {"publishers": {"pub.pem": ["*"]}},
-    }
-    keymgmt.rewrap(path, keys=Config(data, path=Path(root) / "keymgmt.toml"), add=[add])
+REWRAP = """
+import sys, keymgmt
+from pathlib import Path
+root, path, add = sys.argv[1:]
+data = {
+    "providers": {"local": {"backend": "file", "path": f"{root}/keys"}},
+    "policy": {"publishers": {"pub.pem": ["*"]}},
+}
+config = keymgmt.Config(data, path=Path(root) / "keymgmt.toml")
+keymgmt.rewrap(path, keys=config, add=[add])
+"""
 
 
 def test_two_rewraps_at_once_lose_nothing(site):
     path = site.seal("local:a")
-    spawn = multiprocessing.get_context("spawn")
     processes = [
-        spawn.Process(target=_rewrap_in_process, args=(str(site.root), str(path), key))
+        subprocess.Popen([sys.executable, "-c", REWRAP, site.root, path, key])
         for key in ("local:b", "local:c")
     ]
     for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
+        assert process.wait(120) == 0
     assert sorted(groups(path)) == ["file:a@1", "file:b@1", "file:c@1"]
     assert opens(site, path)
 
