@@ -645,6 +645,7 @@ class CallsADeniedLoginUnavailable(MemoryProvider):
             raise ProviderUnavailable(str(error)) from error
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("kind", "checks"), BROKEN, ids=lambda value: getattr(value, "__name__", "")
 )
