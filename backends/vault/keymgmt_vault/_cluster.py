@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json as jsonlib
+import logging
 import os
 import threading
 import time
@@ -36,6 +37,7 @@ _BACKOFF: Final = wait_exponential(multiplier=0.05, max=1.0) + wait_random(0, 0.
 _MAX_INDEX: Final = 1024
 # Seconds for what changes something and is asked once: making an RSA key takes some.
 _SLOW: Final = 30.0
+log: Final = logging.getLogger("keymgmt.vault")
 UNSEAL: Final = "unseal it: bao operator unseal (vault operator unseal)"
 HINTS: Final = {
     "name": "look at the address in the config, and at the name service",
@@ -278,7 +280,9 @@ class ClusterAdapter(Adapter):  # type: ignore[misc]
                 raise trouble
         except NodeFailure as failure:
             failure.cut = failure.kind == "stalled" and seconds < self._settings.call_timeout
-            if failure.kind in ("name", "refused", "stalled", "tls"):
+            if failure.kind != "limited" and len(nodes.all) > 1:
+                if node not in nodes.resting:
+                    log.warning("%s is passed over: %s", node.address, failure)
                 nodes.resting[node] = time.monotonic() + 5 * self._settings.call_timeout
             if ask.once and failure.sent:
                 raise ProviderUnavailable(
@@ -286,7 +290,8 @@ class ClusterAdapter(Adapter):  # type: ignore[misc]
                     hint="look with: keymgmt keys show",
                 ) from failure
             raise _RoundFailed({str(node.address): failure}) from failure
-        nodes.resting.pop(node, None)
+        if nodes.resting.pop(node, None) is not None:
+            log.warning("%s answers again", node.address)
         if ask.once and 200 <= reply.status < 300:
             index = reply.headers.get("X-Vault-Index")
             if index and len(index) <= _MAX_INDEX and index.isascii() and index.isprintable():
