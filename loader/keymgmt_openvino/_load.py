@@ -82,6 +82,7 @@ def load(
         for memory in memories:
             release(memory)
         raise
+    del model  # what the compiled model does not need can be wiped already
     return LoadedModel(title, compiled, memories)
 
 

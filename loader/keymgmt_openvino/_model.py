@@ -49,9 +49,13 @@ class Owner:
         self.name = name
         self.locked = bool(memories) and all(memory.locked for memory in memories)
         self._inner: Any = inner
-        self._memories = tuple(memories)
-        self._process = os.getpid()
+        # Compiling may leave nobody who reads it: f16 weights were expanded to f32, say.
         for memory in memories:
+            if not memory.in_use():
+                release(memory)
+        self._memories = tuple(memory for memory in memories if not memory.wiped)
+        self._process = os.getpid()
+        for memory in self._memories:
             # Where nobody calls close(); what is still in use then is wiped when it ends.
             weakref.finalize(self, release, memory).atexit = False
 

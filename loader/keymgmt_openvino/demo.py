@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import shutil
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -233,7 +232,7 @@ class _Demo:
         model = _magika.model_directory()
         return [
             Path(keymgmt.errors.__file__),
-            Path(sys.executable).resolve(),
+            Path(ov._pyopenvino.__file__),
             model / "model.onnx",
             model / "README.md",
             self.sealed / "manifest.json",

@@ -65,6 +65,22 @@ def test_leaving_the_block_wipes(magika_sealed, site, watched, expected):
     model.close()
 
 
+def test_weights_that_compiling_replaced_are_wiped_at_once(seal, site, watched, tmp_path, core):
+    from openvino import opset13 as op
+
+    x = op.parameter([-1, 256], np.float32, name="x")
+    stored = np.random.default_rng(1).standard_normal((256, 256)).astype(np.float16)
+    weights = op.convert(op.constant(stored), "f32")
+    node = op.result(op.matmul(x, weights, False, True))
+    ov.save_model(ov.Model([node], [x], "f16"), tmp_path / "f16.xml")
+    ones = np.ones((1, 256), np.float32)
+    expected = core.compile_model(tmp_path / "f16.xml", "CPU")(ones)[0]
+    with load(seal(tmp_path / "f16.xml", "f16"), keys=site) as model:
+        (memory,) = watched
+        assert memory.zeros() == memory.wiped
+        assert model(ones)[0].tobytes() == expected.tobytes()
+
+
 def test_dropping_the_model_wipes(magika_sealed, site, watched):
     model = load(magika_sealed, keys=site)
     model(INPUTS)

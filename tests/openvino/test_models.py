@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ def file_types(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("files")
     samples = {
         "python": Path(keymgmt.errors.__file__),
-        "elf": Path(sys.executable).resolve(),
+        "elf": Path(ov._pyopenvino.__file__),
         "onnx": _magika.model_directory() / "model.onnx",
         "markdown": _magika.model_directory() / "README.md",
         "json": _magika.model_directory() / "config.min.json",
