@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,14 @@ import pytest
 
 RequireTool = Callable[..., Path]
 Install = Callable[..., Path]
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C reach the processes that tests start, also where we run in the background.
+
+    A shell starts what it runs in the background with SIGINT ignored, and that is inherited.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
