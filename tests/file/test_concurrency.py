@@ -247,6 +247,7 @@ class CheapKdf(Kdf):
         super().__init__(salt or os.urandom(16), memory_kib, passes, lanes)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("locked", [False, True], ids=["plain", "locked"])
 def test_killed_at_every_step_of_a_change(
     open_store: Open, path: Path, locked: bool, monkeypatch: pytest.MonkeyPatch
@@ -274,6 +275,7 @@ def test_killed_at_every_step_of_a_change(
         assert {state for _, state in seen} == {"old", "retired"}
 
 
+@pytest.mark.once
 def test_killed_at_every_step_of_making_a_key(open_store: Open, path: Path) -> None:
     files = open_store()
     seen = set()
@@ -292,6 +294,7 @@ def test_killed_at_every_step_of_making_a_key(open_store: Open, path: Path) -> N
     assert seen == {(), ("release",)}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("action", ["lock", "unlock", "passwd"])
 def test_killed_at_every_step_of_locking(
     open_store: Open, path: Path, action: str, monkeypatch: pytest.MonkeyPatch

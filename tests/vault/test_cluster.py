@@ -13,6 +13,8 @@ import pytest
 
 from keymgmt.backend import AccessDenied, Dek, ProviderError, ProviderUnavailable, WrongKey
 
+pytestmark = pytest.mark.once
+
 CALL = 1.5
 
 

@@ -18,6 +18,8 @@ import pytest
 import keymgmt
 from keymgmt import errors
 
+pytestmark = pytest.mark.once
+
 ROUNDS = 100 if os.environ.get("CI") else 15
 
 # One process that forks a child for each round: the imports are paid for once. The child seals or

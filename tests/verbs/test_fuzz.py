@@ -18,6 +18,8 @@ import keymgmt
 from keymgmt import errors
 from keymgmt.sealed.canonical import dump
 
+pytestmark = pytest.mark.once
+
 EXAMPLES = 500 if os.environ.get("CI") else 50
 LAW = settings(
     max_examples=EXAMPLES, deadline=5000, suppress_health_check=list(HealthCheck), database=None

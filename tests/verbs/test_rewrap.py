@@ -171,6 +171,7 @@ def test_two_rewraps_at_once_lose_nothing(site):
     assert opens(site, path)
 
 
+@pytest.mark.once
 def test_killed_rewraps_leave_the_old_state_or_the_new(site, tmp_path):
     path = site.seal("local:a")
     config = tmp_path / "keymgmt.toml"

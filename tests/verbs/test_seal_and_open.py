@@ -244,6 +244,7 @@ def test_a_refused_open_is_in_the_audit(site, caplog):
     assert caplog.records[-1].audit["outcome"] == "CannotUnlock"
 
 
+@pytest.mark.once
 def test_killed_seals_leave_nothing_or_a_whole_model(site, tmp_path):
     """SIGKILL at many points; the next seal sweeps up what was left."""
     script = tmp_path / "seal.py"
