@@ -26,7 +26,9 @@ Profile = Literal["default", "fips"]
 Digest = Literal["blake3", "sha256"]
 DIGESTS: Final[Mapping[Profile, Digest]] = {"default": "blake3", "fips": "sha256"}
 
-_CREATED: Final = re.compile(r"\d{4}-(0\d|1[0-2])-([0-2]\d|3[01])T([01]\d|2[0-3]):[0-5]\d:[0-5]\dZ")
+_CREATED: Final = re.compile(
+    r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])T([01]\d|2[0-3]):[0-5]\d:[0-5]\dZ", re.ASCII
+)
 _KIND: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])?")
 
 

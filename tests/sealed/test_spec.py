@@ -12,6 +12,7 @@ import pytest
 
 from keymgmt import inspect
 from keymgmt._dek import Dek
+from keymgmt.errors import FormatError
 from keymgmt.sealed import derive
 from keymgmt.sealed.keys import UnlockPolicy
 from keymgmt.sealed.manifest import Manifest, manifest_hash
@@ -87,3 +88,10 @@ def test_our_code_opens_the_folder(tmp_path, example):
         reader.read_into(content)
         reader.close()
     assert content == VALUES["plaintext"]
+
+
+@pytest.mark.parametrize("created", ["2026-00-01", "2026-01-00", "2026-13-01", "\u0662026-01-01"])
+def test_created_is_a_day_in_ascii(created):
+    text = JSON["manifest.json"].replace("2026-01-01", created)
+    with pytest.raises(FormatError):
+        Manifest.from_bytes(text.encode())
