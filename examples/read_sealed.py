@@ -113,7 +113,8 @@ def check_files(manifest: Any, payload: Path) -> None:
     need(apart and len(folded) == len(paths), "paths that collide")
     kinds = {Path(path + ".floe"): stat.S_IFREG for path in paths}
     kinds |= {folder: stat.S_IFDIR for path in kinds for folder in path.parents}
-    for entry in (payload, *payload.rglob("*")):
+    need(stat.S_ISDIR(payload.lstat().st_mode), "payload/")
+    for entry in payload.rglob("*"):
         kind = kinds.get(entry.relative_to(payload))
         need(stat.S_IFMT(entry.lstat().st_mode) == kind, f"payload/{entry.name}")
 
@@ -223,8 +224,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         need(not args.out.exists(), str(args.out), "not a new folder")
-        named = (text.split("=") for text in args.kek)
-        keks = {KEK.format(name): bytes.fromhex(key) for name, key in named}
+        keks = {KEK.format(n): bytes.fromhex(k) for n, k in (t.split("=") for t in args.kek)}
         files = open_model(args.model, keks, dict(map(publisher, args.publisher)))
         args.out.mkdir(mode=0o700)
         for path, plain in files.items():
