@@ -50,6 +50,7 @@ class Dek:
 
     def __init__(self, data: Buffer) -> None:
         """Copy exactly 32 bytes; the caller wipes its own buffer. ValueError for another length."""
+        self._live = False
         view = memoryview(data).cast("B")
         if len(view) != DEK_LENGTH:
             raise ValueError(f"a data key has {DEK_LENGTH} bytes, not {len(view)}")
