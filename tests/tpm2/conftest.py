@@ -57,9 +57,12 @@ class Swtpm:
             if self.process.poll() is not None:
                 raise RuntimeError(f"swtpm ended: {self.process.stderr.read()!r}")
             with (
-                contextlib.suppress(OSError),
-                socket.create_connection(("127.0.0.1", self.port + 1), 1),
+                contextlib.suppress(OSError, EOFError),
+                socket.create_connection(("127.0.0.1", self.port), 5) as data,
             ):
+                # That it listens is not enough: it answers once both of its ports are served.
+                data.sendall(bytes.fromhex("80010000000a0000017c"))  # TPM2_GetTestResult
+                _message(data)
                 return
             time.sleep(0.005)
         raise RuntimeError("swtpm does not listen")

@@ -262,3 +262,33 @@ def test_an_approvers_key_that_others_can_read(site):
     assert "does not have all of" in site.run(*[*sign, "a", "--pcr", "8"], code=3).err
     site.run(*sign, "a")
     assert "exists" in site.run(*sign, "a", code=3).err
+
+
+def test_approvers_and_verifiers_need_no_tpm_libraries(tmp_path):
+    """Approving boot states and vouching for devices is done on machines without a TPM."""
+    program = (
+        "import sys; sys.modules['tpm2_pytss'] = None\n"
+        "import keymgmt_tpm2, keymgmt_tpm2._commands\n"
+        "from keymgmt.cli import main; main()"
+    )
+    (tmp_path / "keymgmt.toml").write_text('[providers.tpm]\nbackend = "tpm2"\nkeys = "keys"\n')
+    values = '{"bank": "sha256", "pcrs": {"7": "' + "00" * 32 + '"}}'
+    (tmp_path / "values").write_text(values)
+    (tmp_path / "request").write_text("{}")
+    (tmp_path / "ca.pem").write_text("")
+    for arguments, code, said in (
+        ("tpm policy approver approver.key", 0, "approver.key.pub"),
+        ("tpm policy sign --key approver.key --pcr 7 --values values a", 0, "approved sha256:7"),
+        ("tpm enroll challenge request -o c --state s --ca ca.pem", 4, "enrolment file"),
+        ("tpm pcrs tpm", 3, "no srk_name"),
+        ("tpm setup tpm", 3, "TPM libraries are not usable"),
+    ):
+        ran = subprocess.run(
+            [sys.executable, "-c", program, *arguments.split()],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ran.returncode == code, ran.stderr
+        assert said in ran.stdout + ran.stderr

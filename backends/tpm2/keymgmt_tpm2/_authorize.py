@@ -16,11 +16,11 @@ from tpm2_pytss import types as t
 from keymgmt.backend import AccessDenied
 from keymgmt_tpm2._approval import Approval
 from keymgmt_tpm2._errors import POLICY_NV, TpmError
-from keymgmt_tpm2._policy import Approver, Counter, PcrState, Policy
+from keymgmt_tpm2._policy import Approver, Counter, PcrState, Policy, compare
 from keymgmt_tpm2._structures import sha256
 from keymgmt_tpm2._tpm import Tpm
 
-__all__ = ["authorize", "compare"]
+__all__ = ["authorize"]
 
 _SIGN_HINT = "approve this boot state on the approver's machine: keymgmt tpm policy sign"
 
@@ -47,18 +47,6 @@ def authorize(tpm: Tpm, policy: Policy, approvals: Sequence[Approval], what: str
     if policy.pin:
         tpm.call("policy_auth_value", session)
     return session
-
-
-def compare(wanted: PcrState, now: PcrState) -> str:
-    """Which PCRs differ, in words; empty where none does."""
-    return "; ".join(
-        f"PCR {i} of {wanted.bank} is {_short(now.values.get(i))}, not {_short(wanted.values[i])}"
-        for i in wanted.differences(now)
-    )
-
-
-def _short(value: bytes | None) -> str:
-    return f"{value.hex()[:16]}..." if value else "missing"
 
 
 def _policy_pcr(tpm: Tpm, session: Any, wanted: PcrState, what: str) -> None:

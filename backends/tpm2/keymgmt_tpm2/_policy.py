@@ -32,6 +32,7 @@ __all__ = [
     "PcrState",
     "Policy",
     "approved_digest",
+    "compare",
     "parse_pcrs",
 ]
 
@@ -258,3 +259,15 @@ class Policy:
 def _members(data: Any, names: Sequence[str] | set[str]) -> None:
     if not isinstance(data, dict) or set(data) != set(names):
         raise ValueError(f"a table with exactly the members {', '.join(sorted(names))}")
+
+
+def compare(wanted: PcrState, now: PcrState) -> str:
+    """Which PCRs differ, in words; empty where none does."""
+    return "; ".join(
+        f"PCR {i} of {wanted.bank} is {_short(now.values.get(i))}, not {_short(wanted.values[i])}"
+        for i in wanted.differences(now)
+    )
+
+
+def _short(value: bytes | None) -> str:
+    return f"{value.hex()[:16]}..." if value else "missing"

@@ -24,10 +24,9 @@ from cryptography.hazmat.primitives.serialization import (
 from keymgmt.backend import ConfigError, SupportsSigning, private_file_problem, replace_file
 from keymgmt_tpm2 import _approval
 from keymgmt_tpm2._approval import Approval
-from keymgmt_tpm2._authorize import compare
 from keymgmt_tpm2._counter import parse_index
 from keymgmt_tpm2._eventlog import read_event_log
-from keymgmt_tpm2._policy import Approver, Counter, PcrState, parse_pcrs
+from keymgmt_tpm2._policy import Approver, Counter, PcrState, compare, parse_pcrs
 
 __all__ = ["app"]
 
