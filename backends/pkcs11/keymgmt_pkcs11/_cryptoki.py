@@ -26,7 +26,7 @@ _ULONG = ctypes.c_ulong
 _PTR = ctypes.c_void_p
 UNKNOWN: Final = _ULONG(-1).value  # CK_UNAVAILABLE_INFORMATION
 _OS_LOCKING: Final = 2  # CKF_OS_LOCKING_OK
-MAX_OUTPUT: Final = 8192
+MAX_OUTPUT: Final = 1024  # bytes of an RSA key of 8192 bits, the largest that is used
 USER_NOT_LOGGED_IN: Final = 0x101
 
 # Name -> place in CK_FUNCTION_LIST and argument types.
@@ -356,9 +356,11 @@ class Cryptoki:
     def _transform(
         self, verb: str, session: int, how: Parameters, key: int, data: Buffer
     ) -> bytearray:
-        source, output, length = bytearray(data), bytearray(MAX_OUTPUT), _ULONG(MAX_OUTPUT)
+        source = bytearray(data)
+        room = max(MAX_OUTPUT, len(source) + 64)
+        output, length = bytearray(room), _ULONG(room)
         given = (ctypes.c_char * len(source)).from_buffer(source)
-        place = (ctypes.c_char * MAX_OUTPUT).from_buffer(output)
+        place = (ctypes.c_char * room).from_buffer(output)
         try:
             self._call(f"C_{verb}Init", session, how.pointer, key)
             self._call(
