@@ -33,7 +33,9 @@ NO_USE = dict.fromkeys(
 )
 
 
-def foreign_key(provider: Any, label: str, identifier: bytes, **attributes: Any) -> None:
+def foreign_key(
+    provider: Any, label: str, identifier: bytes, bits: int = 256, **attributes: Any
+) -> None:
     """An AES key as somebody else's tool would have made it."""
     template = {
         **NO_USE,
@@ -45,7 +47,7 @@ def foreign_key(provider: Any, label: str, identifier: bytes, **attributes: Any)
 
     def make(channel: Any) -> None:
         channel.session.generate_key(
-            KeyType.AES, 256, id=identifier, label=label, store=True, template=template
+            KeyType.AES, bits, id=identifier, label=label, store=True, template=template
         )
 
     provider.run("making a foreign key", make, changes=True)
@@ -237,6 +239,13 @@ def test_a_wrap_for_another_device_is_known_without_decrypting(softhsm_token: An
         wrapped = provider.wrap("device", dek, b"c")
         with pytest.raises(WrongKey):
             provider.unwrap(replace(wrapped, params={"pk": "0" * 32}), b"c")
+
+
+def test_a_short_aes_key_is_not_used(softhsm_token: Any) -> None:
+    provider = softhsm_token.provider()
+    foreign_key(provider, "short", b"\x01", bits=128)
+    with Dek.generate() as dek, pytest.raises(UnsupportedOperation):
+        provider.wrap("short", dek, b"c")
 
 
 def test_options_of_new_keys(softhsm_token: Any) -> None:

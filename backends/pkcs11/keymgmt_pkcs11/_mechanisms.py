@@ -99,7 +99,7 @@ class AesGcm(Wrapping):
     code = Mechanism.AES_GCM
 
     def fits(self, key: KeyObject) -> bool:
-        return key.type == "AES" and key.can("decrypt")
+        return _aes256(key) and key.can("decrypt")
 
     def wraps(self, key: KeyObject) -> bool:
         return key.can("encrypt")
@@ -124,7 +124,7 @@ class AesKeyWrap(Wrapping):
     code = Mechanism.AES_KEY_WRAP
 
     def fits(self, key: KeyObject) -> bool:
-        return key.type == "AES" and key.can("unwrap")
+        return _aes256(key) and key.can("unwrap")
 
     def wraps(self, key: KeyObject) -> bool:
         return key.can("wrap")
@@ -277,6 +277,10 @@ def fitting(
         and (sha1 or name != RsaOaepSha1.name)
         and only in (None, name)
     }
+
+
+def _aes256(key: KeyObject) -> bool:
+    return key.type == "AES" and key.bits == 256
 
 
 def _secret_template(kind: KeyType = KeyType.AES) -> dict[int, Any]:

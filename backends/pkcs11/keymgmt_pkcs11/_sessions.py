@@ -39,6 +39,8 @@ __all__ = ["Channel", "Lost", "Pool"]
 R = TypeVar("R")
 SETTLED: Final = 1.0
 """Seconds after C_Initialize for which a module is believed about its tokens."""
+PROMPT_LIMIT: Final = 300.0
+"""Seconds for a call that asks a person for the PIN."""
 FREE_RESTARTS: Final = 3
 """How often in a process that is not waited for."""
 _PAUSES: Final = (0.01, 0.03, 0.06, 0.1, 0.2)
@@ -213,6 +215,8 @@ class Pool:
             KeymgmtError: whatever went wrong, translated.
         """
         limit = limit or self.settings.timeout
+        if self.settings.pin and self.settings.pin.prompt and "token" not in self._cache:
+            limit = max(limit, PROMPT_LIMIT)
         deadline = time.monotonic() + limit
         while True:
             lane = self._take(deadline, doing)
