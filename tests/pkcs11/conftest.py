@@ -163,7 +163,17 @@ def nss_token(require_tool: Any, tmp_path_factory: pytest.TempPathFactory) -> To
         timeout=60,
     )
     arguments = f"configdir='sql:{directory}' certPrefix='' keyPrefix='' secmod='secmod.db' flags= "
-    return Token(module, "NSS Certificate DB", pin_file, directory, arguments)
+    # In front of it, since NSS takes one database in a process and cannot be made to fail.
+    shim = build_fault_module(require_tool, module, directory)
+    return Token(shim, "NSS Certificate DB", pin_file, directory, arguments)
+
+
+@pytest.fixture
+def nss_faults(nss_token: Token) -> Iterator[Faults]:
+    faults = Faults(ctypes.CDLL(str(nss_token.module)))
+    faults.clear()
+    yield faults
+    faults.clear()
 
 
 @pytest.fixture(autouse=True)
@@ -180,6 +190,7 @@ CALLS = {
     "C_Initialize": 0,
     "C_OpenSession": 12,
     "C_Login": 18,
+    "C_FindObjectsInit": 26,
     "C_EncryptInit": 29,
     "C_DecryptInit": 33,
     "C_Decrypt": 34,
@@ -223,22 +234,27 @@ class Faults:
         self._library.fault_clear()
 
 
-@pytest.fixture(scope="session")
-def _faulty(softhsm: SoftHsm, require_tool: Any) -> tuple[Token, Faults]:
+def build_fault_module(require_tool: Any, target: Path, directory: Path) -> Path:
+    """Compile ``fault.c`` for the module that it stands in front of."""
     compiler = require_tool("cc", "gcc", "clang", package="gcc")
-    # A copy of its own, so that its state is not that of the SoftHSM which other tests use.
-    target = softhsm.directory / "libsofthsm2-behind.so"
-    shutil.copy(softhsm.module, target)
-    shim = softhsm.directory / "libfault.so"
-    source = Path(__file__).with_name("fault.c")
+    made = directory / "libfault.so"
     subprocess.run(
         [
             *(str(compiler), "-shared", "-fPIC", "-O1", "-Wall", f'-DTARGET="{target}"'),
-            *("-o", str(shim), str(source), "-ldl"),
+            *("-o", str(made), str(Path(__file__).with_name("fault.c")), "-ldl"),
         ],
         check=True,
         timeout=120,
     )
+    return made
+
+
+@pytest.fixture(scope="session")
+def _faulty(softhsm: SoftHsm, require_tool: Any) -> tuple[Token, Faults]:
+    # A copy of its own, so that its state is not that of the SoftHSM which other tests use.
+    target = softhsm.directory / "libsofthsm2-behind.so"
+    shutil.copy(softhsm.module, target)
+    shim = build_fault_module(require_tool, target, softhsm.directory)
     token = softhsm.token("faulty")
     token.module = shim
     return token, Faults(ctypes.CDLL(str(shim)))

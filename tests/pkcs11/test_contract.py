@@ -13,6 +13,8 @@ import pytest
 from keymgmt.backend import KeyNotFound, ProviderUnavailable
 from keymgmt.testing import Hook, ProviderContract, ProviderFactory
 
+DEVICE_REMOVED = 0x32
+
 
 def log_everybody_out(provider: Any) -> None:
     """What a token does when its user logs out elsewhere in the process."""
@@ -125,11 +127,33 @@ class TestSoftHsm(Pkcs11Contract):
 
 
 class TestNss(Pkcs11Contract):
-    """AES-GCM inside NSS softokn."""
+    """AES-GCM inside NSS softokn, behind a module that fails on request."""
+
+    used = ("C_OpenSession", "C_FindObjectsInit", "C_DecryptInit", "C_EncryptInit")
 
     @pytest.fixture
     def token(self, nss_token: Any) -> Any:
         return nss_token
+
+    @pytest.fixture
+    def provider_factory(self, token: Any) -> ProviderFactory:
+        return lambda: token.provider(timeout=3.0, allow_oaep_sha1=True)
+
+    @pytest.fixture
+    def time_limit(self) -> float:
+        return 3.0
+
+    @pytest.fixture
+    def break_service(self, nss_faults: Any) -> Hook:
+        return lambda: [nss_faults.answer(call, DEVICE_REMOVED) for call in self.used] and None
+
+    @pytest.fixture
+    def hang_service(self, nss_faults: Any) -> Hook:
+        return lambda: [nss_faults.hang(call) for call in self.used] and None
+
+    @pytest.fixture
+    def heal_service(self, nss_faults: Any) -> Hook:
+        return nss_faults.clear  # type: ignore[no-any-return]
 
 
 class TestSoftHsmEcdh(TestSoftHsm):
