@@ -20,7 +20,7 @@ from keymgmt._names import is_name
 from keymgmt._provider import API_VERSION, KeyProvider, Settings
 from keymgmt.errors import BackendNotInstalled, ConfigError
 
-__all__ = ["BackendInfo", "backends", "load_backend"]
+__all__ = ["BackendInfo", "backends", "installed_entry_points", "load_backend"]
 
 GROUP: Final = "keymgmt.backends"
 _OURS: Final = {"file", "vault", "pkcs11", "tpm2"}
@@ -36,13 +36,20 @@ class BackendInfo:
     entry_point: EntryPoint
 
 
+def installed_entry_points(group: str) -> list[EntryPoint]:
+    """The entry points of a group, without those of the working directory."""
+    stray = _working_directory()
+    return [
+        entry
+        for entry in entry_points(group=group)
+        if entry.dist is None or _place(entry.dist) != stray
+    ]
+
+
 def backends() -> dict[str, tuple[BackendInfo, ...]]:
     """All announced backends by name; a name with more than one entry is ambiguous."""
     found: dict[str, dict[tuple[str, str], BackendInfo]] = {}
-    stray = _working_directory()
-    for entry in entry_points(group=GROUP):
-        if entry.dist is not None and _place(entry.dist) == stray:
-            continue
+    for entry in installed_entry_points(GROUP):
         # A half-removed distribution may have neither.
         distribution = (entry.dist and entry.dist.name) or "unknown"
         version = (entry.dist and entry.dist.version) or "unknown"

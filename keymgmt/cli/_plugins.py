@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ast
 from importlib.machinery import PathFinder
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any, Final
 
 import typer
 from typer.core import TyperGroup
 
+from keymgmt._registry import installed_entry_points
 from keymgmt.errors import ConfigError
 
 __all__ = ["GROUP", "CommandGroup", "announced"]
@@ -25,7 +26,7 @@ GROUP: Final = "keymgmt.commands"
 def announced() -> dict[str, list[EntryPoint]]:
     """Announced commands by name; a name with more than one entry is ambiguous."""
     found: dict[str, dict[tuple[str, str], EntryPoint]] = {}
-    for entry in entry_points(group=GROUP):
+    for entry in installed_entry_points(GROUP):
         found.setdefault(entry.name, {}).setdefault((_source(entry), entry.value), entry)
     return {name: list(found[name].values()) for name in sorted(found)}
 

@@ -164,3 +164,12 @@ def test_an_installed_one_is_not_hidden_by_the_working_directory(tmp_path: Path)
         assert "is hidden by reg_here in the working directory" in said
         assert "this ran" not in said
     assert ask(here, "-P", "-c", ASK, path=site) == "loaded reg_here\n"
+
+
+def test_no_command_is_found_in_the_working_directory(tmp_path: Path) -> None:
+    here = write_distribution(tmp_path / "download", "reg-here", "reg_here", "print('this ran')")
+    (info,) = here.glob("*.dist-info")
+    (info / "entry_points.txt").write_text("[keymgmt.commands]\nreg-here = reg_here:app\n")
+    names = "from keymgmt.cli._plugins import announced; print('reg-here' in announced())"
+    assert ask(here, "-c", names) == "False\n"
+    assert ask(here, "-c", names, path=here) == "True\n"
