@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -12,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+import keymgmt.cli._output
 
 Cli = Callable[..., Any]
 pytest.importorskip("keymgmt_file")
@@ -140,3 +144,36 @@ def test_an_interrupted_seal_leaves_nothing(site: Path, number: int) -> None:
     assert process.returncode not in (0, -number)
     assert b"Traceback" not in said
     assert set(site.iterdir()) == before
+
+
+def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(
+    cli: Cli, site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keymgmt.cli._output, "_LINE_SECONDS", 0.0)
+    ran = cli("seal", "model", "model.sealed", "--json")
+    assert "sealing: 100 % of 131.1 kB\n" in ran.err
+    assert ran.json()["verified"]
+    ran = cli("verify", "model.sealed", "--json")
+    assert "verifying: 100 % of 131.1 kB\n" in ran.err
+    assert ran.json()["name"] == "model"
+
+
+def test_progress_is_a_bar_on_a_terminal(site: Path) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "keymgmt.cli", "seal", "model", "model.sealed", "--json"]
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=theirs, cwd=site, env=environment
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        # Linux ends the reading of a terminal whose last writer is gone with EIO.
+        with contextlib.suppress(OSError):
+            while part := os.read(ours, 4096):
+                shown += part
+        out, _ = process.communicate(timeout=60)
+    os.close(ours)
+    assert process.returncode == 0
+    assert b"sealing" in shown
+    assert "━".encode() in shown
+    assert json.loads(out)["manifest"]["name"] == "model"
