@@ -222,6 +222,9 @@ def test_a_tpm_key_approves_and_publishes(site):
     site.run("tpm", "policy", "install", "tpm", "now.approval")
     site.model()
     site.configure(extra='[policy]\npublishers = { "publisher.pub" = ["m"] }\n')
+    sign[4] = "tpm:publisher"
+    refused = site.run(*sign, "--values", "now.json", "mine.approval", code=3)
+    assert "is a publisher's key" in refused.err
     site.run(
         "seal", "model", "m.sealed", "--name", "m", "--to", "tpm:dev", "--sign", "tpm:publisher"
     )

@@ -86,6 +86,7 @@ def sign(
     state = _state(pcr, values, event_log)
     limit = _counter(counter, ordinary=fleet) if counter else None
     public, sign_message = _signer(context, key)
+    _refuse_publisher(context, key, public)
     try:
         who = Approver(public, ref)
     except ValueError as error:
@@ -169,6 +170,20 @@ def _signer(context: typer.Context, key: str) -> tuple[bytes, Callable[[bytes], 
     private = _load_private(path)
     public = private.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     return public, lambda message: private.sign(message, ec.ECDSA(hashes.SHA256()))
+
+
+def _refuse_publisher(context: typer.Context, key: str, public: bytes) -> None:
+    """Who publishes models does not also decide which boot states open them."""
+    try:
+        config = context.obj.config()
+    except ConfigError:
+        return  # an approver's machine need not have one
+    for name in config.policy.publishers:
+        if config.public_key(name) == public:
+            raise ConfigError(
+                f"{key} is a publisher's key ({name})",
+                hint="approve with a key of its own: keymgmt tpm policy approver FILE",
+            )
 
 
 def _load_private(path: Path) -> ec.EllipticCurvePrivateKey:
