@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import itertools
 import logging
 import os
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,13 +34,13 @@ from keymgmt.backend import (
     WrongKey,
     check_key,
 )
-from keymgmt.testing import Hook, ProviderContract, ProviderFactory
+from keymgmt.testing import ProviderContract
 from keymgmt.testing._run import Result, run_contract
 from keymgmt.testing.fakes import MemoryProvider, MemoryService, MemorySettings
 
-NUMBERS = itertools.count()
 TOKEN = b"token-of-the-broken-provider"
 
+Contract = Callable[..., type[ProviderContract]]
 Expected = tuple[type[MemoryProvider], set[str]]
 BROKEN: list[Expected] = []
 
@@ -52,71 +51,6 @@ def caught_by(*checks: str) -> Callable[[type[MemoryProvider]], type[MemoryProvi
         return kind
 
     return note
-
-
-def contract(kind: type[MemoryProvider], *, spawn: bool = False) -> type[ProviderContract]:
-    class Contract(ProviderContract):
-        grace = 2.0
-        patience = 8.0
-
-        @pytest.fixture
-        def lives_in_this_process(self) -> bool:
-            return not spawn
-
-        @pytest.fixture
-        def service(self) -> Iterator[MemoryService]:
-            service = MemoryService.find(f"broken-{next(NUMBERS)}")
-            yield service
-            service.answering = True
-
-        @pytest.fixture
-        def provider_factory(self, service: MemoryService) -> ProviderFactory:
-            settings = kind.Settings(service=service.name, keys=["kit"], timeout=0.1)
-            return lambda: kind("memory", settings)
-
-        @pytest.fixture
-        def wrap_key(self) -> str:
-            return "kit"
-
-        @pytest.fixture
-        def time_limit(self) -> float:
-            return 0.2
-
-        @pytest.fixture
-        def recovery_time(self) -> float:
-            return 0.2
-
-        @pytest.fixture
-        def secret_values(self) -> Sequence[bytes]:
-            return [TOKEN]
-
-        @pytest.fixture
-        def break_service(self, service: MemoryService) -> Hook:
-            return lambda: setattr(service, "up", False)
-
-        @pytest.fixture
-        def hang_service(self, service: MemoryService) -> Hook:
-            return lambda: setattr(service, "answering", False)
-
-        @pytest.fixture
-        def heal_service(self, service: MemoryService) -> Hook:
-            def heal() -> None:
-                service.up = True
-                service.answering = True
-
-            return heal
-
-        @pytest.fixture
-        def expire_login(self, service: MemoryService) -> Hook:
-            return lambda: setattr(service, "epoch", service.epoch + 1)
-
-        @pytest.fixture
-        def denied_factory(self, service: MemoryService) -> ProviderFactory:
-            service.denied.add("nobody")
-            settings = kind.Settings(service=service.name, user="nobody", timeout=0.1)
-            return lambda: kind("memory", settings)
-
-    return Contract
 
 
 # What is bound and what is refused.
@@ -398,34 +332,19 @@ class ClosesOnce(MemoryProvider):
 @caught_by("test_closing_one_leaves_the_other")
 class SharesOneSession(MemoryProvider):
     _users: ClassVar[dict[str, set[int]]] = {}
-
-    def wrap(self, key: str, dek: Dek, context: bytes) -> WrappedKey:
-        made = super().wrap(key, dek, context)
-        self._users.setdefault(self.settings.service, set()).add(id(self))
-        return made
-
-    def unwrap(self, wrapped: WrappedKey, context: bytes) -> Dek:
-        got = super().unwrap(wrapped, context)
-        if "closed by another" in self.__dict__:
-            raise ProviderUnavailable("the session is closed")
-        return got
-
-    def close(self) -> None:
-        users = self._users.get(self.settings.service, set())
-        if len(users) > 1 and id(self) in users:
-            # Stands for C_Logout, which ends the login of every session of the process.
-            self._ended.add(self.settings.service)
-
     _ended: ClassVar[set[str]] = set()
-
-    def check(self, key: str | None = None) -> Health:
-        return super().check(key)
 
     @property
     def service(self) -> MemoryService:
         if self.settings.service in self._ended:
             raise ProviderUnavailable("nobody is logged in")
+        self._users.setdefault(self.settings.service, set()).add(id(self))
         return super().service
+
+    def close(self) -> None:
+        if len(self._users.get(self.settings.service, set())) > 1:
+            # Stands for C_Logout, which ends the login of every session of the process.
+            self._ended.add(self.settings.service)
 
 
 @caught_by("test_threads")
@@ -650,7 +569,7 @@ class CallsADeniedLoginUnavailable(MemoryProvider):
     ("kind", "checks"), BROKEN, ids=lambda value: getattr(value, "__name__", "")
 )
 def test_each_defect_is_caught_by_its_checks(
-    kind: type[MemoryProvider], checks: set[str], tmp_path: Path
+    contract: Contract, kind: type[MemoryProvider], checks: set[str]
 ) -> None:
     results = run_contract(contract(kind))
     failed = {result.name: result for result in results if result.outcome == "failed"}
@@ -665,7 +584,7 @@ def test_there_are_enough_defects() -> None:
 
 
 def test_state_of_one_process_is_caught_by_spawning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    contract: Contract, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "kit_spawn_defect.py").write_text(
         textwrap.dedent(
@@ -695,7 +614,7 @@ def test_state_of_one_process_is_caught_by_spawning(
 
 
 def test_an_import_of_our_internals_is_caught(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    contract: Contract, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "kit_import_defect.py").write_text(
         "from keymgmt.testing.fakes import MemoryProvider\n"
@@ -716,7 +635,7 @@ def test_an_import_of_our_internals_is_caught(
     assert "imports keymgmt._dek" in failed["test_imports_only_the_contract"]
 
 
-def test_every_check_can_fail_and_says_what_and_why_and_where() -> None:
+def test_every_check_can_fail_and_says_what_and_why_and_where(contract: Contract) -> None:
     """A check that no defect makes fail may be one that cannot."""
     results: list[Result] = run_contract(contract(MemoryProvider))
     caught = {check for _, checks in BROKEN for check in checks} | {"test_spawn"}
