@@ -20,10 +20,20 @@ from keymgmt.backend import wipe
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["USER_NOT_LOGGED_IN", "CkError", "Cryptoki", "Parameters", "TokenCounts", "code_name"]
+__all__ = [
+    "MAX_OUTPUT",
+    "ULONG_SIZE",
+    "USER_NOT_LOGGED_IN",
+    "CkError",
+    "Cryptoki",
+    "Parameters",
+    "TokenCounts",
+    "code_name",
+]
 
 _ULONG = ctypes.c_ulong
 _PTR = ctypes.c_void_p
+ULONG_SIZE: Final = ctypes.sizeof(_ULONG)
 UNKNOWN: Final = _ULONG(-1).value  # CK_UNAVAILABLE_INFORMATION
 _OS_LOCKING: Final = 2  # CKF_OS_LOCKING_OK
 MAX_OUTPUT: Final = 1024  # bytes of an RSA key of 8192 bits, the largest that is used
@@ -39,6 +49,10 @@ _CALLS: Final[Mapping[str, tuple[int, tuple[Any, ...]]]] = {
     "C_CreateObject": (20, (_ULONG, _PTR, _ULONG, _PTR)),
     "C_DestroyObject": (22, (_ULONG, _ULONG)),
     "C_GetAttributeValue": (24, (_ULONG, _ULONG, _PTR, _ULONG)),
+    "C_SetAttributeValue": (25, (_ULONG, _ULONG, _PTR, _ULONG)),
+    "C_FindObjectsInit": (26, (_ULONG, _PTR, _ULONG)),
+    "C_FindObjects": (27, (_ULONG, _PTR, _ULONG, _PTR)),
+    "C_FindObjectsFinal": (28, (_ULONG,)),
     "C_EncryptInit": (29, (_ULONG, _PTR, _ULONG)),
     "C_Encrypt": (30, (_ULONG, _PTR, _ULONG, _PTR, _PTR)),
     "C_DecryptInit": (33, (_ULONG, _PTR, _ULONG)),
@@ -386,6 +400,29 @@ class Cryptoki:
         """C_DestroyObject."""
         self._call("C_DestroyObject", session, handle)
 
+    def find(self, session: int, attributes: Mapping[int, bool | int | Buffer]) -> list[int]:
+        """The handles of all objects with these attributes."""
+        template = _Template(attributes)
+        found: list[int] = []
+        batch, count = (_ULONG * 64)(), _ULONG()
+        self._call("C_FindObjectsInit", session, template.array, template.count)
+        try:
+            while True:
+                self._call("C_FindObjects", session, batch, len(batch), ctypes.byref(count))
+                if not count.value:
+                    return found
+                found += batch[: count.value]
+        finally:
+            # A failure of the search itself is the one to tell.
+            self._calls["C_FindObjectsFinal"](session)
+
+    def change(
+        self, session: int, handle: int, attributes: Mapping[int, bool | int | Buffer]
+    ) -> None:
+        """C_SetAttributeValue."""
+        template = _Template(attributes)
+        self._call("C_SetAttributeValue", session, handle, template.array, template.count)
+
     def read(self, session: int, handle: int, attribute: int, size: int) -> bytearray:
         """One attribute of at most ``size`` bytes; the caller wipes it where it is secret."""
         value = bytearray(size)
@@ -393,7 +430,9 @@ class Cryptoki:
         entry = _Attribute(attribute, _at(place), size)
         self._call("C_GetAttributeValue", session, handle, ctypes.byref(entry), 1)
         if entry.length > size:
-            raise CkError("C_GetAttributeValue", 0x150)
+            # Some tokens say "unavailable" together with CKR_OK.
+            unavailable = entry.length == UNKNOWN
+            raise CkError("C_GetAttributeValue", 0x12 if unavailable else 0x150)
         try:
             return value[: entry.length]
         finally:

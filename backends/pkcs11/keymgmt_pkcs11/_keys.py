@@ -9,6 +9,7 @@ counter, and nobody else's CKA_ID is the same. A CKA_ID that others gave counts 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -18,7 +19,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pkcs11 import Attribute, KeyType, ObjectClass
 
 from keymgmt.backend import ConfigError, KeyNotFound, KeyVersion, UnsupportedOperation
-from keymgmt_pkcs11._cryptoki import USER_NOT_LOGGED_IN, CkError
+from keymgmt_pkcs11._cryptoki import MAX_OUTPUT, ULONG_SIZE, USER_NOT_LOGGED_IN, CkError
+from keymgmt_pkcs11._errors import GONE, LOST
 from keymgmt_pkcs11._sessions import Channel, Lost
 
 if TYPE_CHECKING:
@@ -63,6 +65,7 @@ _READ: Final = (
     *(Attribute.VALUE_LEN, Attribute.MODULUS, Attribute.PUBLIC_EXPONENT),
     *(Attribute.EC_PARAMS, Attribute.EC_POINT),
 )
+_NUMBERS: Final = frozenset({Attribute.CLASS, Attribute.KEY_TYPE, Attribute.VALUE_LEN})
 # DER of namedCurve (RFC 5480, section 2.1.1).
 CURVES: Final[Mapping[bytes, ec.EllipticCurve]] = {
     bytes.fromhex("06082a8648ce3d030107"): ec.SECP256R1(),
@@ -196,7 +199,7 @@ def find_versions(channel: Channel, key: str, entry: KeyEntry) -> Versions:
     """
     template: dict[Any, Any] = {}
     if entry.label is not None:
-        template[Attribute.LABEL] = entry.label
+        template[Attribute.LABEL] = entry.label.encode("utf-8", "backslashreplace")
     if entry.id is not None:
         template[Attribute.ID] = bytes.fromhex(entry.id)
     found = _read(channel, template)
@@ -238,17 +241,42 @@ def _read(channel: Channel, template: dict[Any, Any], *, token: bool = True) -> 
     found: list[dict[Any, Any]] = []
     handles: list[int] = []
     for kind in (ObjectClass.SECRET_KEY, ObjectClass.PRIVATE_KEY, ObjectClass.PUBLIC_KEY):
-        wanted = {Attribute.CLASS: kind, Attribute.TOKEN: token, **template}
-        for item in list(channel.session.get_objects(wanted)):
-            read = dict(item.get_attributes(list(_READ)))
+        wanted = {Attribute.CLASS: int(kind), Attribute.TOKEN: token, **template}
+        for handle in channel.ck.find(channel.handle, wanted):
+            read = read_attributes(channel, handle, _READ)
             if kind is ObjectClass.PUBLIC_KEY:
                 place = (str(read.get(Attribute.LABEL, "")), read.get(Attribute.ID, b""))
                 public.setdefault(place, []).append(read)
             else:
                 found.append(read)
-                handles.append(item.handle or 0)
+                handles.append(handle)
     made = [_object(handle, read, public) for handle, read in zip(handles, found, strict=True)]
     return sorted(made, key=lambda item: (item.label, item.counter, item.id))
+
+
+def read_attributes(
+    channel: Channel, handle: int, wanted: Sequence[Attribute]
+) -> dict[Attribute, Any]:
+    """Those of the wanted attributes that the object has and the token tells."""
+    found: dict[Attribute, Any] = {}
+    for attribute in wanted:
+        # NSS takes a number into a buffer of its exact size only.
+        size = ULONG_SIZE if attribute in _NUMBERS else MAX_OUTPUT
+        try:
+            value = bytes(channel.ck.read(channel.handle, handle, attribute, size))
+        except CkError as error:
+            if error.reason in LOST | GONE:
+                raise
+            continue
+        if attribute in USAGES or attribute in STATES:
+            found[attribute] = any(value)
+        elif attribute in _NUMBERS:
+            found[attribute] = int.from_bytes(value, sys.byteorder)
+        elif attribute is Attribute.LABEL:
+            found[attribute] = value.decode("utf-8", "backslashreplace")
+        else:
+            found[attribute] = value
+    return found
 
 
 def _object(
@@ -264,7 +292,7 @@ def _object(
         handle,
         label,
         identifier,
-        _TYPES.get(kind, str(getattr(kind, "name", kind))),  # type: ignore[arg-type]
+        _TYPES.get(kind, f"type {kind}"),  # type: ignore[arg-type]
         key.key_size if key else 8 * read.get(Attribute.VALUE_LEN, 0),
         frozenset(name for attribute, name in names.items() if read.get(attribute)),
         frozenset(name for attribute, name in names.items() if attribute not in read),

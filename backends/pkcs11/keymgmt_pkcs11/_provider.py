@@ -33,11 +33,18 @@ from keymgmt.backend import (
     check_key,
     public_key_id,
 )
-from keymgmt_pkcs11._create import KINDS, bits_of, generate, kind_of
+from keymgmt_pkcs11._create import KINDS, bits_of, destroy, generate, kind_of
 from keymgmt_pkcs11._cryptoki import CkError
 from keymgmt_pkcs11._doctor import examine
 from keymgmt_pkcs11._errors import GONE, LOST, TAMPERED, reason
-from keymgmt_pkcs11._keys import KeyObject, Versions, all_keys, find_versions, new_id
+from keymgmt_pkcs11._keys import (
+    KeyObject,
+    Versions,
+    all_keys,
+    find_versions,
+    new_id,
+    read_attributes,
+)
 from keymgmt_pkcs11._mechanisms import Use
 from keymgmt_pkcs11._sessions import Channel, Lost, Pool
 from keymgmt_pkcs11._settings import Pkcs11Settings
@@ -288,7 +295,7 @@ class Pkcs11Provider(
             else:
                 sign(channel, made, b"keymgmt check")
         except BaseException:
-            self._destroy(channel, made)
+            destroy(channel, tuple(self._halves(channel, made)))
             raise
 
     def list_keys(self) -> list[KeyInfo]:
@@ -347,9 +354,9 @@ class Pkcs11Provider(
                     hint=f"first: keymgmt keys rotate {self.name}:{key}",
                 )
             for half in self._halves(channel, item):
-                for usage in _SWITCHED_OFF:
-                    if half[0].get(usage):
-                        half[1][usage] = False
+                usages = read_attributes(channel, half, _SWITCHED_OFF)
+                for usage in (usage for usage, may in usages.items() if may):
+                    channel.ck.change(channel.handle, half, {usage: False})
             channel.cache.pop((key, version), None)
             again = self.versions(channel, key)
             left = again.get(version)
@@ -422,22 +429,19 @@ class Pkcs11Provider(
             {name: value for name, value in detail.items() if value},
         )
 
-    def _halves(self, channel: Channel, item: KeyObject) -> list[tuple[dict[Any, Any], Any]]:
-        found = []
-        for kind in (ObjectClass.SECRET_KEY, ObjectClass.PRIVATE_KEY, ObjectClass.PUBLIC_KEY):
-            wanted = {
-                Attribute.CLASS: kind,
-                Attribute.TOKEN: True,
-                Attribute.LABEL: item.label,
-                Attribute.ID: item.id,
-            }
-            for half in list(channel.session.get_objects(wanted)):
-                found.append((dict(half.get_attributes(list(_SWITCHED_OFF))), half))
-        return found
-
-    def _destroy(self, channel: Channel, item: KeyObject) -> None:
-        for _, half in self._halves(channel, item):
-            half.destroy()
+    def _halves(self, channel: Channel, item: KeyObject) -> list[int]:
+        """The key and, beside a private one, its public one."""
+        name: dict[int, bool | bytes] = {
+            Attribute.TOKEN: True,
+            Attribute.LABEL: item.label.encode(),
+            Attribute.ID: item.id,
+        }
+        classes = (ObjectClass.SECRET_KEY, ObjectClass.PRIVATE_KEY, ObjectClass.PUBLIC_KEY)
+        return [
+            handle
+            for kind in classes
+            for handle in channel.ck.find(channel.handle, {Attribute.CLASS: int(kind), **name})
+        ]
 
 
 _SWITCHED_OFF: Final = (

@@ -12,15 +12,12 @@ out when the last is closed. After a loss everything is opened again, once for e
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 import time
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from pkcs11 import Attribute
-from pkcs11.attributes import AttributeMapper
 from pkcs11.exceptions import PKCS11Error
 
 from keymgmt.backend import ProviderUnavailable
@@ -52,23 +49,6 @@ class Lost(Exception):
 
 class _NoSession(Exception):
     """The token has no free session for one more thread."""
-
-
-def _mapper() -> AttributeMapper:
-    """Attributes of objects that others made, read without an exception for what is strange."""
-    mapper = AttributeMapper()
-    for attribute in (Attribute.LABEL, Attribute.CLASS, Attribute.KEY_TYPE):
-        pack, unpack = mapper.attribute_types[attribute]
-        mapper.register_handler(attribute, pack, functools.partial(_lenient, unpack))
-    mapper.register_handler(Attribute.ALLOWED_MECHANISMS, bytes, bytes)
-    return mapper
-
-
-def _lenient(unpack: Callable[[bytes], Any], value: bytes) -> Any:
-    try:
-        return unpack(value)
-    except ValueError:  # UnicodeDecodeError is one
-        return value.hex()
 
 
 class Channel:
@@ -334,7 +314,7 @@ class Pool:
             known = self._cache.get("token")
             token = find_token(module, self.settings) if known is None else known
             try:
-                session = token.open(rw=not self.settings.read_only, attribute_mapper=_mapper())
+                session = token.open(rw=not self.settings.read_only)
             except PKCS11Error as error:
                 if reason(error) == "SessionCount":
                     raise _NoSession from error
