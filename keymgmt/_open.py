@@ -6,6 +6,7 @@ import contextlib
 import hmac
 import os
 import threading
+import weakref
 from typing import TYPE_CHECKING, Self
 
 from keymgmt._admit import admit
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from keymgmt._admit import Candidate
     from keymgmt._config import Config
     from keymgmt._trust import Publisher
-    from keymgmt.sealed.manifest import FileEntry, Manifest
+    from keymgmt.sealed.manifest import Manifest
 
 __all__ = ["SealedModel", "open_model"]
 
@@ -61,8 +62,9 @@ class SealedModel:
         self._folder = candidate.folder
         self._dek = dek
         self._check_digests = check_digests
-        self._readers: dict[str, tuple[int, PayloadReader]] = {}
+        self._files: weakref.WeakSet[io.RawIOBase] = weakref.WeakSet()
         self._lock = threading.Lock()
+        self._closed = False
 
     def read_into(
         self, path: str, buffer: Buffer, progress: Callable[[int], object] | None = None
@@ -80,23 +82,32 @@ class SealedModel:
             IntegrityError: damaged or forged; the buffer was wiped.
             SealedModelError: the disk does not read; the buffer was wiped.
         """
-        with self.naming(path):
-            self.reader(path).read_into(buffer, progress)
+        with self.naming(path), self.reader(path) as reader:
+            reader.read_into(buffer, progress)
 
     def read(self, path: str) -> bytearray:
         """Decrypt a whole file into new memory, which the caller may wipe; raises alike."""
-        content = bytearray(self.manifest.file(path).size)
-        self.read_into(path, content)
-        return content
+        with self.naming(path), self.reader(path) as reader:
+            # The reader found the file as long as this size makes it: a forged one costs nothing.
+            content = bytearray(reader.size)
+            reader.read_into(content)
+            return content
 
     def verify(self, path: str, progress: Callable[[int], object] | None = None) -> None:
         """Authenticate a whole file and keep nothing of it; raises as ``read_into``."""
-        with self.naming(path):
-            self.reader(path).verify(progress)
+        with self.naming(path), self.reader(path) as reader:
+            reader.verify(progress)
 
     def open(self, path: str) -> io.RawIOBase:
         """A read-only seekable file that decrypts what is read of it; closed with the model."""
-        return self.reader(path).open()
+        reader = self.reader(path)
+        with self._lock:
+            if self._closed:
+                reader.close()
+                raise ValueError("this sealed model is closed")
+            file = reader.open(owned=True)
+            self._files.add(file)
+            return file
 
     @contextlib.contextmanager
     def naming(self, path: str) -> Iterator[None]:
@@ -115,44 +126,37 @@ class SealedModel:
             ) from error
 
     def reader(self, path: str) -> PayloadReader:
-        """The payload reader of one file; it is the model's, and closed with it."""
-        entry = self.manifest.file(path)
+        """A new payload reader of one file, with a descriptor of its own; the caller closes it."""
+        entry, manifest = self.manifest.file(path), self.manifest
+        # Not while another thread closes the folder, whose number could be another file's by then.
         with self._lock:
-            if path not in self._readers:
-                self._readers[path] = self._make_reader(entry)
-            return self._readers[path][1]
-
-    def _make_reader(self, entry: FileEntry) -> tuple[int, PayloadReader]:
-        manifest = self.manifest
-        key = file_key(self._dek, manifest.id, entry.path)
-        descriptor = -1
-        try:
-            descriptor = self._folder.open_payload(entry.path)
-            return descriptor, PayloadReader(
-                descriptor,
-                entry.size,
-                key=key,
-                aad=payload_aad(manifest.id, entry.path),
-                segment_length=manifest.segment_length,
-                digest=manifest.digest,
-                root=entry.digest if self._check_digests else None,
-            )
-        except BaseException:
-            if descriptor >= 0:
-                os.close(descriptor)
-            raise
-        finally:
-            wipe(key)
+            key = file_key(self._dek, manifest.id, entry.path)
+            try:
+                return PayloadReader(
+                    self._folder.open_payload(entry.path),
+                    entry.size,
+                    key=key,
+                    aad=payload_aad(manifest.id, entry.path),
+                    segment_length=manifest.segment_length,
+                    digest=manifest.digest,
+                    root=entry.digest if self._check_digests else None,
+                    owns_fd=True,
+                )
+            finally:
+                wipe(key)
 
     def close(self) -> None:
-        """Wipe the keys and close the files; may be called again."""
+        """Wipe the keys and close the files; may be called again.
+
+        A ``read`` that another thread has begun ends as it would have, and wipes its own keys.
+        """
         with self._lock:
-            readers, self._readers = self._readers, {}
-            for descriptor, reader in readers.values():
-                reader.close()
-                os.close(descriptor)
+            self._closed = True
             self._dek.wipe()
             self._folder.close()
+            files = list(self._files)
+        for file in files:
+            file.close()
 
     def __enter__(self) -> Self:
         return self

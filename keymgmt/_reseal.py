@@ -106,4 +106,5 @@ class _SealedContent:
         self.size = entry.size
 
     def seal(self, target_fd: int, **parameters: Any) -> bytes:
-        return seal_payload(self._model.reader(self._path), self.size, target_fd, **parameters)
+        with self._model.reader(self._path) as reader:
+            return seal_payload(reader, self.size, target_fd, **parameters)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
+from keymgmt import floe
 from keymgmt._names import is_key
 from keymgmt.errors import FormatError
 from keymgmt.sealed.canonical import Reader, dump, load
@@ -83,10 +85,14 @@ class Manifest:
 
     def file(self, path: str) -> FileEntry:
         """The entry of ``path``; FileNotFoundError if the model has no such file."""
-        for entry in self.files:
-            if entry.path == path:
-                return entry
-        raise FileNotFoundError(f"{path!r} is not in the sealed model {self.name}")
+        try:
+            return self._by_path[path]
+        except KeyError:
+            raise FileNotFoundError(f"{path!r} is not in the sealed model {self.name}") from None
+
+    @functools.cached_property
+    def _by_path(self) -> dict[str, FileEntry]:
+        return {entry.path: entry for entry in self.files}
 
     def to_json(self) -> dict[str, Any]:
         """The members of manifest.json."""
@@ -154,6 +160,13 @@ class Manifest:
             raise FormatError(f"kind in manifest.json is not a short word: {self.kind!r}")
         paths = [entry.path for entry in self.files]
         check_paths(paths)
+        for entry in self.files:
+            try:
+                floe.segment_count(entry.size, self.segment_length)
+            except ValueError as error:
+                raise FormatError(
+                    f"the size of {entry.path[:120]!r} is refused: {error}"
+                ) from error
         if self.main is not None and self.main not in paths:
             raise FormatError("main in manifest.json is not one of its files")
 

@@ -352,8 +352,8 @@ def _learn_leaves(
 class PayloadReader:
     """Decrypts one payload file: all of it in parallel, or any part.
 
-    A context manager that wipes the derived keys; it does not close the descriptor. Any thread
-    may call any method, except ``close`` while another call runs.
+    A context manager that wipes the derived keys. Any thread may call any method, except ``close``
+    while another call runs.
     """
 
     def __init__(
@@ -366,6 +366,7 @@ class PayloadReader:
         segment_length: int,
         digest: DigestName = "blake3",
         root: bytes | None = None,
+        owns_fd: bool = False,
     ) -> None:
         """Check the file's length and its header; nothing else is read yet.
 
@@ -377,6 +378,7 @@ class PayloadReader:
             segment_length: bytes of one encrypted segment.
             digest: "blake3" or "sha256".
             root: of the digest tree; None where digests are not to be checked.
+            owns_fd: ``fd`` is closed with this reader, and if this raises.
 
         Raises:
             FormatError: no FLOE header of these parameters.
@@ -384,11 +386,16 @@ class PayloadReader:
             OSError: reading failed.
         """
         self.size = size
-        self._fd, self._layout = fd, _Layout(size, segment_length)
+        self._fd, self._owns_fd = fd, owns_fd
         self._digest, self._root = digest, root
-        self._layout.check_file(fd)
-        self._header = _read_header(fd)
-        self._decryptor = FloeDecryptor(key, aad, self._header, FloeParameters(segment_length))
+        try:
+            self._layout = _Layout(size, segment_length)
+            self._layout.check_file(fd)
+            self._header = _read_header(fd)
+            self._decryptor = FloeDecryptor(key, aad, self._header, FloeParameters(segment_length))
+        except BaseException:
+            self._close_fd()
+            raise
         self._leaves: _Leaves | None = None  # of the whole file, once its root was right
         self._learning = threading.Lock()
 
@@ -453,13 +460,22 @@ class PayloadReader:
         )
         return length
 
-    def open(self) -> io.RawIOBase:
-        """A read-only, seekable file of the plaintext; this reader must stay open meanwhile."""
-        return _PayloadFile(self, self._layout)
+    def open(self, *, owned: bool = False) -> io.RawIOBase:
+        """A read-only, seekable file of the plaintext.
+
+        ``owned`` closes this reader with the file; else it must stay open meanwhile.
+        """
+        return _PayloadFile(self, self._layout, owned=owned)
 
     def close(self) -> None:
         """Wipe the derived keys; may be called again."""
         self._decryptor.close()
+        self._close_fd()
+
+    def _close_fd(self) -> None:
+        if self._owns_fd:
+            self._owns_fd = False
+            os.close(self._fd)
 
     def __enter__(self) -> Self:
         return self
@@ -471,9 +487,9 @@ class PayloadReader:
 class _PayloadFile(io.RawIOBase):
     """The plaintext as a file. Holds one decrypted segment, wiped when another is needed."""
 
-    def __init__(self, reader: PayloadReader, layout: _Layout) -> None:
+    def __init__(self, reader: PayloadReader, layout: _Layout, *, owned: bool) -> None:
         super().__init__()
-        self._reader, self._layout = reader, layout
+        self._reader, self._layout, self._owned = reader, layout, owned
         self._position = 0
         self._segment = bytearray(layout.plaintext_of(0)[1])
         self._held: int | None = None  # index of the segment in the buffer
@@ -497,11 +513,11 @@ class _PayloadFile(io.RawIOBase):
 
     def readinto(self, buffer: Buffer) -> int:
         """Fill ``buffer`` up to the end of the file; fewer bytes only there."""
-        if self.closed:
-            raise ValueError("I/O operation on closed file")
         view = memoryview(buffer).cast("B")
         done = 0
         with self._lock:
+            if self.closed:
+                raise ValueError("I/O operation on closed file")
             try:
                 while done < len(view) and self._position < self._layout.size:
                     index, skip = divmod(self._position, self._layout.step)
@@ -528,7 +544,10 @@ class _PayloadFile(io.RawIOBase):
             wipe(rest)
 
     def close(self) -> None:
-        if not self.closed:
-            wipe(self._segment)
-            self._held = None
-        super().close()
+        with self._lock:
+            if not self.closed:
+                wipe(self._segment)
+                self._held = None
+                if self._owned:
+                    self._reader.close()
+            super().close()
