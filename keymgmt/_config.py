@@ -24,7 +24,7 @@ from keymgmt._cache import DekCache
 from keymgmt._names import KeyRef, is_key, is_name
 from keymgmt._provider import KeyProvider, Settings
 from keymgmt._registry import load_backend
-from keymgmt._secret import ConfigPath
+from keymgmt._secret import ConfigPath, expand_home
 from keymgmt._verify import PublicKey
 from keymgmt.errors import ConfigError
 
@@ -39,6 +39,7 @@ __all__ = [
     "load_config",
     "parse_settings",
     "use_config",
+    "user_directory",
 ]
 
 FILE_NAME: Final = "keymgmt.toml"
@@ -233,14 +234,19 @@ class Config:
 
     def public_key(self, name: str) -> bytes:
         """A public key file of the config (PEM) as DER; ConfigError where it is none."""
-        file = self._base / Path(name).expanduser()
         try:
-            return PublicKey.from_pem(file.read_bytes()).der
+            file = self._base / expand_home(name)
+        except ValueError as error:
+            raise ConfigError(f"the public key {name} is refused: {error}") from error
+        try:
+            content = _read_trusted(file, "public key")
         except OSError as error:
             raise ConfigError(
                 f"cannot read the public key {file}: {error.strerror}",
                 hint="export it with: keymgmt keys export PROVIDER:KEY --format pem",
             ) from error
+        try:
+            return PublicKey.from_pem(content).der
         except ConfigError as error:
             raise ConfigError(f"the public key {file} is refused: {error}") from error
 
@@ -277,15 +283,34 @@ def find_config() -> Path:
     named = os.environ.get("KEYMGMT_CONFIG")
     if named:
         return Path(named)
-    user = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    candidates = [user / "keymgmt" / FILE_NAME, Path("/etc/keymgmt") / FILE_NAME]
+    user = user_directory()
+    candidates = [user / FILE_NAME] if user else []
+    candidates.append(Path("/etc/keymgmt") / FILE_NAME)
+    closed = []
     for path in candidates:
-        if path.is_file():
-            return path
+        try:
+            if path.is_file():
+                return path
+        except PermissionError:
+            closed.append(path)
+    if closed:
+        # Whoever opens it says why it cannot be read.
+        return closed[0]
     raise ConfigError(
         "no config file: looked at $KEYMGMT_CONFIG, " + ", ".join(map(str, candidates)),
         hint="make one with: keymgmt init",
     )
+
+
+def user_directory() -> Path | None:
+    """Where this user's config is; None for a user without a home."""
+    named = Path(os.environ.get("XDG_CONFIG_HOME") or "")
+    if named.is_absolute():  # the XDG specification has relative ones ignored
+        return named / "keymgmt"
+    try:
+        return Path.home() / ".config" / "keymgmt"
+    except RuntimeError:
+        return None
 
 
 def load_config(path: str | os.PathLike[str] | None = None) -> Config:
@@ -296,17 +321,11 @@ def load_config(path: str | os.PathLike[str] | None = None) -> Config:
     """
     file = Path(path) if path is not None else find_config()
     try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(descriptor, "rb") as stream:  # noqa: PTH123 - a descriptor
-            info = os.fstat(stream.fileno())
-            _refuse_writable(file, info)
-            content = stream.read(MAX_CONFIG + 1)
+        content = _read_trusted(file, "config")
     except OSError as error:
         raise ConfigError(
             f"cannot read the config {file}: {error.strerror}", hint="make one with: keymgmt init"
         ) from error
-    if len(content) > MAX_CONFIG:
-        raise ConfigError(f"the config {file} is larger than {MAX_CONFIG} bytes")
     try:
         data = tomllib.loads(content.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -324,18 +343,27 @@ def use_config(keys: Config | str | os.PathLike[str] | None) -> Iterator[Config]
             yield config
 
 
-def _refuse_writable(file: Path, info: os.stat_result) -> None:
+def _read_trusted(file: Path, what: str) -> bytes:
+    """Read a file that says whom to trust; ConfigError where others can write it."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with open(descriptor, "rb") as stream:  # noqa: PTH123 - a descriptor
+        _refuse_writable(f"the {what} {file}", file, os.fstat(stream.fileno()))
+        content = stream.read(MAX_CONFIG + 1)
+    if len(content) > MAX_CONFIG:
+        raise ConfigError(f"the {what} {file} is larger than {MAX_CONFIG} bytes")
+    return content
+
+
+def _refuse_writable(what: str, file: Path, info: os.stat_result) -> None:
     if not stat.S_ISREG(info.st_mode):
-        raise ConfigError(f"the config {file} is not a regular file")
+        raise ConfigError(f"{what} is not a regular file")
     if info.st_uid not in (os.geteuid(), 0):
         raise ConfigError(
-            f"the config {file} is refused: it belongs to user {info.st_uid}",
-            hint="whoever writes the config chooses whom to trust; own it yourself",
+            f"{what} is refused: it belongs to user {info.st_uid}",
+            hint="whoever writes it chooses whom to trust; own it yourself",
         )
     if info.st_mode & 0o022:
-        raise ConfigError(
-            f"the config {file} is refused: others can write it", hint=f"chmod go-w {file}"
-        )
+        raise ConfigError(f"{what} is refused: others can write it", hint=f"chmod go-w {file}")
 
 
 def parse_settings(

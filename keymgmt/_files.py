@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -30,7 +31,9 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def replace_file(path: Path, content: bytes, *, mode: int = 0o644, exclusive: bool = False) -> None:
+def replace_file(
+    path: Path, content: bytes, *, mode: int = 0o644, exclusive: bool = False, keep: bool = False
+) -> None:
     """Write ``content`` to a temporary file beside ``path``, sync it, and put it in its place.
 
     Args:
@@ -38,6 +41,8 @@ def replace_file(path: Path, content: bytes, *, mode: int = 0o644, exclusive: bo
         content: the whole new content.
         mode: permission bits from the first moment on; the umask may take more away.
         exclusive: raise FileExistsError, and change nothing, if ``path`` exists.
+        keep: whoever could read an existing file can read the new one: its permission bits stay,
+            and its owner too where the system allows that.
 
     Raises:
         OSError: as the system says; the old file is whole and the temporary one is gone.
@@ -50,6 +55,8 @@ def replace_file(path: Path, content: bytes, *, mode: int = 0o644, exclusive: bo
         with open(descriptor, "wb", closefd=True) as file:  # noqa: PTH123 - a descriptor
             file.write(content)
             file.flush()
+            if keep:
+                _keep_readers(path, descriptor)
             os.fsync(file.fileno())
         if exclusive:
             # link(2) refuses an existing name, which rename(2) would replace.
@@ -90,6 +97,17 @@ def new_directory(target: Path, *, replace: bool = False, mode: int = 0o777) -> 
         else:
             _rename(temporary, target, _RENAME_NOREPLACE)
         sync_directory(target.parent)
+
+
+def _keep_readers(path: Path, descriptor: int) -> None:
+    try:
+        old = path.lstat()
+    except FileNotFoundError:
+        return
+    if stat.S_ISREG(old.st_mode):
+        with contextlib.suppress(PermissionError):
+            os.fchown(descriptor, old.st_uid, old.st_gid)
+        os.fchmod(descriptor, stat.S_IMODE(old.st_mode))
 
 
 def _temporary(path: Path) -> Path:

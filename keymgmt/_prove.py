@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -159,6 +160,8 @@ def unseal(
             raise ConfigError(f"{target} exists", hint="name another folder") from error
         except FileNotFoundError as error:
             raise ConfigError(f"the folder {target.parent} does not exist") from error
+        except OSError as error:
+            raise ConfigError(f"cannot write {target}: {error.strerror}") from error
         return model.manifest
 
 
@@ -167,13 +170,16 @@ def _write_plain(
 ) -> None:
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     done = 0
-    with (
-        open(descriptor, "wb", buffering=0) as output,  # noqa: PTH123 - a descriptor
-        model.naming(path),
-        model.open(path) as content,
-    ):
+    with open(descriptor, "wb", buffering=0) as output, contextlib.ExitStack() as stack:  # noqa: PTH123 - a descriptor
         buffer = memoryview(bytearray(model.manifest.segment_length))
-        while count := content.readinto(buffer):
+        with model.naming(path):
+            content = stack.enter_context(model.open(path))
+        while True:
+            # What goes wrong with writing is not said of the model.
+            with model.naming(path):
+                count = content.readinto(buffer)
+            if not count:
+                break
             written = 0
             while written < count:
                 written += output.write(buffer[written:count])

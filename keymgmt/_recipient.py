@@ -43,6 +43,7 @@ __all__ = [
     "find_signer",
     "plain_fingerprint",
     "public_key_id",
+    "read_recipient",
     "recipient_message",
     "sign_recipient",
     "wrap_for",
@@ -149,7 +150,7 @@ class Recipient:
             ConfigError: it cannot be read.
             FormatError: it is too large or no recipient file; the message names it.
         """
-        content = _read(Path(path))
+        content = read_recipient(Path(path))
         try:
             return cls.from_bytes(content)
         except FormatError as error:
@@ -306,7 +307,8 @@ def _decode(text: str, what: str) -> bytes:
         raise FormatError(f"the {what} has bytes that are not base64") from error
 
 
-def _read(path: Path) -> bytes:
+def read_recipient(path: Path) -> bytes:
+    """The bytes of a recipient file or of its signatures; ConfigError where it cannot be read."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         with open(descriptor, "rb") as file:  # noqa: PTH123 - a descriptor

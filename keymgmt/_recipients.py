@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from keymgmt._audit import audit
 from keymgmt._config import parse_group
 from keymgmt._dek import Dek
 from keymgmt._names import KeyRef
-from keymgmt._recipient import Recipient, find_signer, plain_fingerprint, wrap_for
+from keymgmt._recipient import Recipient, find_signer, plain_fingerprint, read_recipient, wrap_for
 from keymgmt._unlock import call_provider
 from keymgmt.errors import ConfigError, KeymgmtError, UntrustedPublisher
 
@@ -125,18 +126,16 @@ def _recipient_file(path: Path, config: Config, fingerprints: frozenset[str]) ->
     for name in config.policy.recipient_signers:
         trusted[name] = config.public_key(name)
     signatures = path.with_name(path.name + ".sig")
-    try:
-        content = signatures.read_bytes()
-    except OSError as error:
+    if not os.path.lexists(signatures):
         if attested:
             raise UntrustedPublisher(
                 f"nobody vouches that the key of the recipient file {path} was attested",
                 hint=f"its signature belongs beside it, in {signatures.name}",
-            ) from error
+            )
         raise UntrustedPublisher(
             f"nothing says that the recipient file {path} is genuine",
             hint=f"compare its fingerprint with the device's and give it: --fingerprint "
             f"{recipient.fingerprint}",
-        ) from error
-    find_signer(recipient, content, trusted)
+        )
+    find_signer(recipient, read_recipient(signatures), trusted)
     return RecipientFile(path, recipient)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from keymgmt._files import replace_file
 from keymgmt.errors import ConfigError, FormatError
-from keymgmt.sealed.canonical import dump, load
+from keymgmt.sealed.canonical import Reader, dump, load
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,11 +67,11 @@ def _read(path: Path) -> dict[str, int]:
     try:
         reader = load(content, path.name, MAX_FILE)
         reader.version(FORMAT, "another version of keymgmt wrote it")
-        releases = reader.members("releases")
+        entries = Reader(reader.members("releases"), f"releases in {path.name}")
         reader.end()
+        return {name: entries.integer(name) for name in entries.names()}
     except FormatError as error:
         raise ConfigError(
             f"{path} is damaged: {error}",
             hint="restore it; without it an old release could be put back unnoticed",
         ) from error
-    return {name: value for name, value in releases.items() if type(value) is int}

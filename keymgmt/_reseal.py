@@ -20,7 +20,7 @@ from keymgmt._files import new_directory
 from keymgmt._inspect import Inspection, inspect
 from keymgmt._open import SealedModel, open_model
 from keymgmt._recipients import resolve_groups
-from keymgmt._seal import target_exists, write_sealed
+from keymgmt._seal import check_target, write_sealed
 from keymgmt._sign import Signer
 from keymgmt.errors import ConfigError
 from keymgmt.sealed.payload import seal_payload
@@ -64,10 +64,11 @@ def reseal(
             exists.
         KeymgmtError: as ``keymgmt.open`` and ``keymgmt.seal``; the old model is as it was.
     """
-    output = Path(target) if target is not None else Path(path)
+    # Where a link leads to the model, the model is replaced and not the link.
+    output = Path(target) if target is not None else Path(os.path.realpath(path))
     with use_config(keys) as config:
-        if target is not None and os.path.lexists(output):
-            raise target_exists(output)
+        if target is not None:
+            check_target(output)
         groups = resolve_groups(list(to) or config.seal.to, config, fingerprints)
         key = sign if sign is not None else config.seal.sign
         if key is None and config.policy.require_signature:

@@ -17,7 +17,6 @@ from keymgmt._admit import admit
 from keymgmt._audit import audit
 from keymgmt._config import use_config
 from keymgmt._dek import Dek
-from keymgmt._files import replace_file
 from keymgmt._recipients import ProviderKey, resolve_groups
 from keymgmt._unlock import Answers, Unlocker
 from keymgmt.errors import (
@@ -306,7 +305,7 @@ def _without_versions(group: Group) -> str:
 
 
 def _replace_keys(path: Path, candidate: Candidate, data: bytes) -> None:
-    replace_file(path / KEYS, data)
+    candidate.folder.replace(KEYS, data)
     if candidate.folder.read(KEYS, MAX_KEYS) != data:
         raise IntegrityError(
             f"{path / KEYS} does not read back as it was written",

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from keymgmt.sealed.keys import Wrap
     from keymgmt.sealed.manifest import Profile
 
-__all__ = ["seal", "target_exists", "write_sealed"]
+__all__ = ["check_target", "seal", "write_sealed"]
 
 Progress = Callable[[int, int], object]
 
@@ -79,8 +79,10 @@ def seal(
         OSError: writing failed; nothing is left behind.
     """
     model, output = find_source(source), Path(target)
+    if output.name in ("", ".."):
+        output = Path(os.path.realpath(output))
     with use_config(keys) as config:
-        _check_target(output, force=force)
+        check_target(output, force=force)
         groups = resolve_groups(list(to) or config.seal.to, config, fingerprints)
         key = sign if sign is not None else config.seal.sign
         signer = Signer(config, key) if key is not None else None
@@ -107,8 +109,10 @@ def seal(
                     ),
                     progress=progress,
                 )
+                # Sealing takes a while, and somebody may have put something else there.
+                check_target(output, force=force)
         except FileExistsError as error:
-            raise target_exists(output) from error
+            raise _exists(output) from error
         except FormatError as error:
             # Nothing was read from a sealed model here: what does not fit came as an argument.
             raise ConfigError(f"cannot seal this: {error}", hint=error.hint) from error
@@ -212,18 +216,18 @@ def _check_profile(text: str) -> Profile:
     raise ConfigError(f"no profile named {text!r}", hint=f"one of {', '.join(DIGESTS)}")
 
 
-def _check_target(target: Path, *, force: bool) -> None:
+def check_target(target: Path, *, force: bool = False) -> None:
+    """ConfigError unless a sealed model may be written at ``target``."""
     if not target.parent.is_dir():
         raise ConfigError(f"the folder {target.parent} for {target.name} does not exist")
     if not os.path.lexists(target):
         return
     if not force:
-        raise target_exists(target)
+        raise _exists(target)
     # --force replaces a sealed model, and never somebody's home directory.
     if target.is_symlink() or not (target / MANIFEST).is_file():
         raise ConfigError(f"{target} exists and is no sealed model, so it is not replaced")
 
 
-def target_exists(target: Path) -> ConfigError:
-    """The error for an output that is there already."""
+def _exists(target: Path) -> ConfigError:
     return ConfigError(f"{target} exists", hint="name another folder, or replace it with --force")

@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, ValidationInfo, model_validator
 from keymgmt._provider import Settings
 from keymgmt.errors import ConfigError
 
-__all__ = ["ConfigPath", "SecretSource", "private_file_problem"]
+__all__ = ["ConfigPath", "SecretSource", "expand_home", "private_file_problem"]
 
 MAX_SECRET: Final = 65536
 
@@ -26,8 +26,16 @@ def _resolve(value: object, info: ValidationInfo) -> object:
     if not value or "\0" in value:
         raise ValueError("a path is not empty")
     base = (info.context or {}).get("base")
-    path = Path(value).expanduser()
+    path = expand_home(value)
     return path if path.is_absolute() or base is None else Path(base) / path
+
+
+def expand_home(text: str) -> Path:
+    """A path with its leading ``~`` or ``~user`` expanded; ValueError where there is no home."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"there is no home directory for {text!r}") from error
 
 
 ConfigPath = Annotated[Path, BeforeValidator(_resolve)]

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from keymgmt._admit import Candidate
 from keymgmt._audit import audit
 from keymgmt._config import use_config
-from keymgmt._files import replace_file
 from keymgmt._names import KeyRef
 from keymgmt._provider import Signature, SupportsSigning
 from keymgmt._unlock import call_provider, require
@@ -95,4 +93,4 @@ def sign(
             if current.data != candidate.data:
                 raise IntegrityError(f"{path} was exchanged while it was being signed")
             signatures = current.signatures.with_signature(*made)
-        replace_file(Path(path) / SIGNATURES, signatures.to_bytes())
+        candidate.folder.replace(SIGNATURES, signatures.to_bytes())

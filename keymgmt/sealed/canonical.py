@@ -172,6 +172,10 @@ class Reader:
         value: dict[str, Any] = self._take(name, dict, "an object")
         return value
 
+    def names(self) -> list[str]:
+        """The members that nobody took yet."""
+        return list(self._left)
+
     def version(self, expected: str, hint: str) -> None:
         """The member ``format``, which must equal ``expected``."""
         value = self.text("format", limit=64)

@@ -11,6 +11,7 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
+from keymgmt._files import replace_file
 from keymgmt.errors import FormatError, IntegrityError, SealedModelError
 
 if TYPE_CHECKING:
@@ -95,6 +96,24 @@ class SealedFolder:
         if not left:
             raise FormatError(f"{name} is larger than {limit} bytes")
         return b"".join(parts)
+
+    def replace(self, name: str, content: bytes) -> None:
+        """Replace a small file of this very folder, and of none that took its place meanwhile.
+
+        Raises:
+            IntegrityError: another folder is at the path by now; it is as it was.
+            OSError: writing failed; the old file is whole.
+        """
+        try:
+            replace_file(Path(f"/proc/self/fd/{self._fd}") / name, content, keep=True)
+            same = os.path.samestat(self.path.stat(), os.fstat(self._fd))
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise IntegrityError(
+                f"{self.path} was exchanged while it was being changed",
+                hint="somebody sealed or resealed it meanwhile; run this again if it is needed",
+            )
 
     def open_payload(self, path: str) -> int:
         """Open the ciphertext of a model's file; the caller closes the descriptor.

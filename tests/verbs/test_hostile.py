@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import resource
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
 import keymgmt
+import keymgmt.sealed.folder
 from keymgmt import errors
 from keymgmt.sealed.canonical import dump, load
 
@@ -61,7 +64,7 @@ def test_closing_while_others_read(site):
                         return
         except ValueError:
             pass
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the test shows it
             odd.append(error)
 
     for _ in range(20):
@@ -117,3 +120,147 @@ def test_a_date_in_other_digits(site):
     edit_manifest(path, lambda data: data.update(created=f"{year}-01-01T00:00:00Z"))
     with pytest.raises(errors.FormatError, match="created"):
         keymgmt.inspect(path)
+
+
+@pytest.mark.parametrize("verb", ["rewrap", "sign"])
+def test_a_model_that_is_exchanged_under_the_verb(site, tree_of, monkeypatch, verb):
+    """What was made for the old model is not written into the new one."""
+    path, config = site.seal(), site.config()
+    new = {}
+    original = keymgmt.sealed.folder.replace_file
+
+    def exchange_first(target, content, **options):
+        monkeypatch.undo()
+        site.seal("local:b", force=True)
+        new.update(tree_of(path))
+        return original(target, content, **options)
+
+    monkeypatch.setattr("keymgmt.sealed.folder.replace_file", exchange_first)
+    more = {"add": ["local:c"]} if verb == "rewrap" else {"key": "local:stranger"}
+    with pytest.raises(errors.IntegrityError, match="exchanged"):
+        getattr(keymgmt, verb)(path, keys=config, **more)
+    assert tree_of(path) == new
+
+
+def test_reseal_through_a_link(site, tmp_path):
+    """The model is replaced, not the link to it."""
+    path = site.seal()
+    link = tmp_path / "link.sealed"
+    link.symlink_to(path)
+    old = keymgmt.inspect(path).manifest.id
+    before = set(tmp_path.iterdir())
+    keymgmt.reseal(link, to=["local:b"], keys=site.config())
+    assert link.is_symlink()
+    assert keymgmt.inspect(path).manifest.id != old
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_reseal_of_the_working_directory(site, monkeypatch):
+    path = site.seal()
+    old = keymgmt.inspect(path).manifest.id
+    monkeypatch.chdir(path)
+    keymgmt.reseal(".", to=["local:b"], keys=site.config())
+    assert keymgmt.inspect(path).manifest.id != old
+
+
+def test_force_on_the_working_directory(site, monkeypatch):
+    path = site.seal()
+    old = keymgmt.inspect(path).manifest.id
+    monkeypatch.chdir(path)
+    keymgmt.seal(site.plain, ".", to=["local:a"], keys=site.config(), force=True)
+    assert keymgmt.inspect(path).manifest.id != old
+
+
+def test_reseal_into_a_folder_that_is_not_there(site, tmp_path):
+    path = site.seal()
+    with pytest.raises(errors.ConfigError, match="does not exist"):
+        keymgmt.reseal(path, tmp_path / "no" / "out.sealed", to=["local:b"], keys=site.config())
+
+
+def test_unseal_to_a_full_disk_does_not_blame_the_model(site, tmp_path):
+    path, config = site.seal(), site.config()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    try:
+        with pytest.raises(errors.ConfigError, match="cannot write"):
+            keymgmt.unseal(path, tmp_path / "plain", keys=config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "plain").exists()
+
+
+def test_unseal_below_a_file(site, tmp_path):
+    with pytest.raises(errors.ConfigError, match="cannot write"):
+        keymgmt.unseal(site.seal(), tmp_path / "pub.pem" / "plain", keys=site.config())
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o600])
+def test_rewrap_keeps_who_may_read(site, mode):
+    path = site.seal()
+    (path / "keys.json").chmod(mode)
+    before = os.umask(0o077)
+    try:
+        keymgmt.rewrap(path, add=["local:b"], keys=site.config())
+    finally:
+        os.umask(before)
+    assert (path / "keys.json").stat().st_mode & 0o777 == mode
+
+
+def test_a_signature_file_that_is_a_fifo(site, tmp_path):
+    site.provider.create_key("dev", "hpke-x25519", {})
+    file = tmp_path / "d.recipient"
+    site.provider.export_recipient("dev").save(file)
+    os.mkfifo(tmp_path / "d.recipient.sig")
+    code = (
+        "import sys, keymgmt\n"
+        "from keymgmt._recipients import resolve_group\n"
+        "from keymgmt import Config\n"
+        "try: resolve_group('@' + sys.argv[1], Config({}))\n"
+        "except keymgmt.errors.KeymgmtError as error: print(type(error).__name__)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(file)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout.strip() == "ConfigError", done.stderr
+
+
+def test_a_publisher_key_that_others_can_write(site, tmp_path):
+    """Who writes it chooses whom to trust, as who writes the config does."""
+    path = site.seal()
+    (tmp_path / "pub.pem").chmod(0o666)
+    with pytest.raises(errors.ConfigError, match=r"pub\.pem.*others can write"):
+        keymgmt.open(path, keys=site.config())
+
+
+def test_a_remembered_release_that_is_no_number(site, tmp_path):
+    memory = tmp_path / "memory"
+    memory.write_bytes(b'{"format":"keymgmt-releases/1","releases":{"model":"9"}}')
+    with pytest.raises(errors.ConfigError, match="damaged"):
+        keymgmt.open(site.seal(), keys=site.config(remember_releases=str(memory)))
+
+
+def test_force_looks_again_before_it_replaces(site, tmp_path):
+    """What was a sealed model when sealing began may be somebody's folder when it ends."""
+    path = site.seal()
+
+    def progress(done, total):
+        if (path / "manifest.json").exists():
+            path.rename(tmp_path / "elsewhere")
+            path.mkdir()
+            (path / "thesis.txt").write_text("ten years")
+
+    with pytest.raises(errors.ConfigError, match="no sealed model"):
+        site.seal(force=True, progress=progress)
+    assert (path / "thesis.txt").read_text() == "ten years"
+
+
+def test_a_publisher_key_in_no_regular_file(site, tmp_path):
+    path = site.seal()
+    (tmp_path / "pub.pem").unlink()
+    os.mkfifo(tmp_path / "pub.pem")
+    with pytest.raises(errors.ConfigError, match="regular"):
+        keymgmt.open(path, keys=site.config())
