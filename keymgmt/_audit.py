@@ -7,11 +7,19 @@ attribute ``audit``. No pair is ever secret.
 from __future__ import annotations
 
 import logging
+import re
 from typing import Final
 
 __all__ = ["audit"]
 
+_WORD: Final = re.compile(r"[!-~]*")
 _LOGGER: Final = logging.getLogger("keymgmt.audit")
+
+
+def _one_word(value: object) -> str:
+    # File names may hold line ends and spaces, by which an event would pass for two.
+    text = str(value)
+    return text if _WORD.fullmatch(text) else ascii(text)
 
 
 def audit(event: str, *, error: BaseException | None = None, **pairs: object) -> None:
@@ -21,6 +29,6 @@ def audit(event: str, *, error: BaseException | None = None, **pairs: object) ->
     _LOGGER.log(
         logging.INFO if error is None else logging.WARNING,
         "%s",
-        " ".join(f"{name}={value}" for name, value in fields.items()),
+        " ".join(f"{name}={_one_word(value)}" for name, value in fields.items()),
         extra={"audit": fields},
     )

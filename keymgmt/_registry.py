@@ -144,7 +144,10 @@ def _refuse_stray(info: BackendInfo, source: str) -> None:
 
 def _working_directory() -> Path | None:
     """The directory that ``python -m``, ``-c`` and the prompt put on ``sys.path`` unasked."""
-    here = Path.cwd()
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:
+        return None  # it was removed, and nothing can be imported from it
     unasked = "" in sys.path or getattr(sys.modules.get("__main__"), "__spec__", None) is not None
     # Twice: it was also put there on purpose, by an editable install or PYTHONPATH.
     times = sys.path.count("") + sys.path.count(str(here))

@@ -52,10 +52,10 @@ _LINE_SECONDS: Final = 10.0
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A rich console that does not guess: no markup, no highlighting, room enough in a pipe."""
+    """A rich console that does not guess: no markup, emoji or highlighting, and room in a pipe."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else _PIPE_WIDTH
-    return Console(stderr=stderr, markup=False, highlight=False, width=width)
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False, width=width)
 
 
 def clean(text: object) -> str:

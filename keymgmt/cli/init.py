@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_der_public_key,
 )
 
-from keymgmt._config import FILE_NAME, Config
+from keymgmt._config import FILE_NAME, Config, user_directory
 from keymgmt._files import replace_file
 from keymgmt._names import check_key
 from keymgmt._provider import SupportsKeyManagement, SupportsSigning
@@ -58,8 +58,9 @@ def init(
     Models that it opens must be signed. Nothing that exists is replaced.
     """
     if directory is None:
-        home = os.environ.get("XDG_CONFIG_HOME")
-        directory = (Path(home) if home else Path.home() / ".config") / "keymgmt"
+        directory = user_directory()
+        if directory is None:
+            raise ConfigError("this user has no home directory", hint="name a directory")
     content = _CONFIG.format(kek=check_key(kek), publisher=check_key(publisher))
     if kek == publisher:
         raise ConfigError("a key has one purpose", hint="give --kek and --publisher two names")

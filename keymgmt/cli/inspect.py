@@ -71,18 +71,20 @@ def show(
     out.print(Text(clean(inspection.path), style="bold"))
     if not verified:
         out.print(Text("nothing here is verified: `keymgmt verify` proves it", style="yellow"))
-    facts = {
-        "name": manifest.name,
-        "release": manifest.release,
-        "created": manifest.created,
-        "id": manifest.id.hex(),
-        "kind": manifest.kind + (f", opened by {manifest.main}" if manifest.main else ""),
-        "profile": f"{manifest.profile}: AES-256-GCM (FLOE), {manifest.digest} digests",
-        **manifest.metadata,
-    }
-    width = max(map(len, facts))
-    for name, fact in facts.items():
-        out.print(f"{clean(name):{width}}  {clean(fact)}", soft_wrap=True)
+    facts = [
+        ("name", manifest.name),
+        ("release", manifest.release),
+        ("created", manifest.created),
+        ("id", manifest.id.hex()),
+        ("kind", manifest.kind + (f", opened by {manifest.main}" if manifest.main else "")),
+        ("profile", f"{manifest.profile}: AES-256-GCM (FLOE), {manifest.digest} digests"),
+        # Free text, which must not look like one of the lines above or below.
+        *((f"metadata {name}", text) for name, text in manifest.metadata.items()),
+    ]
+    facts = [(_one_line(name), _one_line(fact)) for name, fact in facts]
+    width = max(len(name) for name, _ in facts)
+    for name, fact in facts:
+        out.print(f"{name:{width}}  {fact}", soft_wrap=True)
     out.print()
     limit = None if everything else _MANY
     files = [(entry.path, decimal(entry.size)) for entry in manifest.files]
@@ -97,6 +99,10 @@ def show(
         out.print(f"signed by  {signer}")
     if not inspection.signers:
         out.print("not signed")
+
+
+def _one_line(text: object) -> str:
+    return clean(text).replace("\n", "\\n")
 
 
 def _more(count: int, limit: int | None) -> None:
