@@ -264,3 +264,26 @@ def test_a_publisher_key_in_no_regular_file(site, tmp_path):
     os.mkfifo(tmp_path / "pub.pem")
     with pytest.raises(errors.ConfigError, match="regular"):
         keymgmt.open(path, keys=site.config())
+
+
+@pytest.mark.parametrize("part", [b"[],", b'{"a":0},', b'"ab",'])
+def test_a_policy_of_many_small_parts_costs_little_memory(site, part):
+    path = site.seal()
+    data = b'{"groups":[' + part * ((60 << 20) // len(part))
+    (path / "keys.json").write_bytes(data[:-1] + b"]}")
+    code = (
+        "import resource, sys, keymgmt\n"
+        "from keymgmt.errors import FormatError\n"
+        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak()\n"
+        "try: keymgmt.inspect(sys.argv[1])\n"
+        "except FormatError: print(peak() - before)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert int(done.stdout) < 300 << 10, done.stderr
