@@ -33,7 +33,7 @@ def test_demo_shows_it_all_and_leaves_nothing(tmp_path):
         "magika.bin.floe",
         "opens with file:models@1",
         "python 0.99",
-        "elf 0.9",
+        ".so elf ",
         "IntegrityError",
         "CannotUnlock",
         "UntrustedPublisher",
