@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import pytest
 pytest.importorskip("keymgmt_openvino", reason="these are tests of the loader")
 
 import openvino as ov
-from keymgmt_openvino import _magika
+from keymgmt_openvino import _load, _magika
+from keymgmt_openvino._memory import Memory
 from keymgmt_openvino._site import make_site
 
 import keymgmt
@@ -78,3 +80,36 @@ def minilm_ir(minilm_directory: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture
 def core() -> ov.Core:
     return ov.Core()
+
+
+class Watched(Memory):
+    """Keeps a view of each storage, which holds the pages but not the tensor's use count."""
+
+    def __init__(self, size: int, seen: list[Watched]) -> None:
+        super().__init__(size)
+        self.bytes = self.tensor.data
+        seen.append(self)
+
+    def zeros(self) -> bool:
+        return not self.bytes.any()
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[Watched]:
+    """Every memory that the loader makes in this test, to be looked at after its end."""
+    seen: list[Watched] = []
+    monkeypatch.setattr(_load, "Memory", lambda size: Watched(size, seen))
+    return seen
+
+
+@pytest.fixture
+def until() -> Callable[[Callable[[], bool]], None]:
+    """Wait for a condition: what is in use elsewhere is wiped a moment after its end."""
+
+    def wait(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 30
+        while not condition():
+            assert time.monotonic() < deadline, "not in 30 seconds"
+            time.sleep(0.01)
+
+    return wait

@@ -9,15 +9,13 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import keymgmt_openvino  # noqa: F401 - before OpenVINO: no telemetry
 import numpy as np
 import openvino_genai as ov_genai
 import pytest
-from keymgmt_openvino import _load, genai
-from keymgmt_openvino._memory import Memory
+from keymgmt_openvino import genai
 from keymgmt_openvino.genai import load_adapter, load_llm, load_path_pipeline
 
 import keymgmt
@@ -46,35 +44,6 @@ def expected() -> list[str]:
     return [pipeline.generate(prompt, **GREEDY) for prompt in PROMPTS]
 
 
-class Watched(Memory):
-    """Keeps a view of each storage, which holds the pages but not the tensor's use count."""
-
-    seen: list[Watched] = []  # noqa: RUF012 - emptied by the fixture
-
-    def __init__(self, size: int) -> None:
-        super().__init__(size)
-        self.bytes = self.tensor.data
-        Watched.seen.append(self)
-
-    def zeros(self) -> bool:
-        return not self.bytes.any()
-
-
-@pytest.fixture
-def watched(monkeypatch):
-    Watched.seen = []
-    monkeypatch.setattr(_load, "Memory", Watched)
-    yield Watched.seen
-    Watched.seen = []
-
-
-def until(condition) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "not in 30 seconds"
-        time.sleep(0.01)
-
-
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A copy of the plain folder, to be changed and sealed."""
@@ -82,7 +51,7 @@ def folder(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("options", [{}, {"ATTENTION_BACKEND": "SDPA"}], ids=["default", "sdpa"])
-def test_greedy_tokens_are_those_of_plaintext(options, sealed, site, expected, watched):
+def test_greedy_tokens_are_those_of_plaintext(options, sealed, site, expected, watched, until):
     with load_llm(sealed, name="tiny-llm", keys=site, **options) as llm:
         assert [llm.generate(prompt, **GREEDY) for prompt in PROMPTS] == expected
         assert llm(PROMPTS[0], **GREEDY) == expected[0]
@@ -193,7 +162,7 @@ def test_a_folder_that_lacks_a_part(missing, said, folder, seal, site):
     assert "optimum-cli" in str(caught.value.hint)
 
 
-def test_a_tokenizer_of_another_version(folder, seal, site, watched):
+def test_a_tokenizer_of_another_version(folder, seal, site, watched, until):
     tokenizer = folder / "openvino_tokenizer.xml"
     tokenizer.write_text(
         tokenizer.read_text().replace('"BPETokenizer"', '"BPETokenizerOfNextYear"')
@@ -210,7 +179,7 @@ def test_configs_that_are_no_json(folder, seal, site):
         load_llm(seal(folder, "broken"), keys=site)
 
 
-def test_broken_weights_leave_zeros(sealed, site, watched, tmp_path):
+def test_broken_weights_leave_zeros(sealed, site, watched, tmp_path, until):
     damaged = Path(shutil.copytree(sealed, tmp_path / "damaged.sealed"))
     payload = damaged / "payload" / "openvino_model.bin.floe"
     content = bytearray(payload.read_bytes())
@@ -229,7 +198,7 @@ def test_a_cache_is_refused(sealed, site):
         load_path_pipeline(ov_genai.LLMPipeline, sealed, keys=site, CACHE_DIR="cache")
 
 
-def test_closing_while_it_generates(sealed, site, watched):
+def test_closing_while_it_generates(sealed, site, watched, until):
     started, go_on, said = threading.Event(), threading.Event(), []
 
     def slowly(_: str) -> None:

@@ -11,41 +11,12 @@ import time
 import numpy as np
 import openvino as ov
 import pytest
-from keymgmt_openvino import _load, _memory, load, read
+from keymgmt_openvino import _memory, load, read
 from keymgmt_openvino._memory import Memory, private_bytes, release
 
 from keymgmt.errors import IntegrityError, KeymgmtError, ModelInUse
 
 INPUTS = np.full((1, 2048), 65, np.int32)
-
-
-class Watched(Memory):
-    """Keeps a view of each storage, which holds the pages but not the tensor's use count."""
-
-    seen: list[Watched] = []  # noqa: RUF012 - emptied by the fixture
-
-    def __init__(self, size: int) -> None:
-        super().__init__(size)
-        self.bytes = self.tensor.data
-        Watched.seen.append(self)
-
-    def zeros(self) -> bool:
-        return not self.bytes.any()
-
-
-@pytest.fixture
-def watched(monkeypatch):
-    Watched.seen = []
-    monkeypatch.setattr(_load, "Memory", Watched)
-    yield Watched.seen
-    Watched.seen = []
-
-
-def until(condition) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "not wiped in 30 seconds"
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -81,7 +52,7 @@ def test_weights_that_compiling_replaced_are_wiped_at_once(seal, site, watched, 
         assert model(ones)[0].tobytes() == expected.tobytes()
 
 
-def test_dropping_the_model_wipes(magika_sealed, site, watched):
+def test_dropping_the_model_wipes(magika_sealed, site, watched, until):
     model = load(magika_sealed, keys=site)
     model(INPUTS)
     (memory,) = watched
@@ -89,7 +60,9 @@ def test_dropping_the_model_wipes(magika_sealed, site, watched):
     until(memory.zeros)
 
 
-def test_a_held_request_stays_right_and_delays_the_wipe(magika_sealed, site, watched, expected):
+def test_a_held_request_stays_right_and_delays_the_wipe(
+    magika_sealed, site, watched, expected, until
+):
     model = load(magika_sealed, keys=site)
     request = model.create_infer_request()
     (memory,) = watched
@@ -104,7 +77,9 @@ def test_a_held_request_stays_right_and_delays_the_wipe(magika_sealed, site, wat
     until(memory.zeros)
 
 
-def test_a_queue_is_seen_though_python_does_not_know_it(magika_sealed, site, watched, expected):
+def test_a_queue_is_seen_though_python_does_not_know_it(
+    magika_sealed, site, watched, expected, until
+):
     answers = []
     model = load(magika_sealed, keys=site)
     queue = ov.AsyncInferQueue(model.compiled, 2)
@@ -124,7 +99,7 @@ def test_a_queue_is_seen_though_python_does_not_know_it(magika_sealed, site, wat
     model.close()
 
 
-def test_the_compiled_model_and_its_copies_are_seen(magika_sealed, site, watched, expected):
+def test_the_compiled_model_and_its_copies_are_seen(magika_sealed, site, watched, expected, until):
     with pytest.raises(ModelInUse, match="compiled model"), load(magika_sealed, keys=site) as model:
         compiled = model.compiled
     assert compiled(INPUTS)[0].tobytes() == expected
@@ -147,7 +122,7 @@ def test_an_error_on_its_way_is_not_hidden_by_model_in_use(magika_sealed, site):
 
 
 def test_what_was_compiled_from_a_read_graph_delays_the_wipe(
-    magika_sealed, site, watched, core, expected
+    magika_sealed, site, watched, core, expected, until
 ):
     graph = read(magika_sealed, keys=site, core=core)
     compiled = core.compile_model(graph, "CPU")
@@ -180,7 +155,7 @@ def test_damaged_weights_leave_zeros(magika_sealed, site, watched, tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["read_model", "compile_model"])
-def test_an_exception_in_openvino_wipes(stage, magika_sealed, site, watched):
+def test_an_exception_in_openvino_wipes(stage, magika_sealed, site, watched, until):
     class Failing(ov.Core):
         pass
 
@@ -232,7 +207,7 @@ def test_unknown_layout_is_given_back_but_never_wiped_early(
         _memory._counting_works.cache_clear()
 
 
-def test_several_models_end_in_any_order(magika_sealed, site, watched, expected):
+def test_several_models_end_in_any_order(magika_sealed, site, watched, expected, until):
     models = [load(magika_sealed, keys=site) for _ in range(3)]
     requests = [model.create_infer_request() for model in models]
     for model in models:
