@@ -55,6 +55,9 @@ def find_source(path: str | os.PathLike[str]) -> Source:
         mode = source.stat().st_mode
     except OSError as error:
         raise ConfigError(f"cannot read the model {source}: {error.strerror}") from error
+    if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
+        # Opening a fifo would wait for its other end for ever.
+        raise ConfigError(f"{source} is neither a regular file nor a folder")
     if stat.S_ISDIR(mode):
         files = _scan(source)
         kind, main = _kind(list(files))
@@ -91,6 +94,8 @@ def _scan(folder: Path) -> dict[str, Path]:
                     f"{path} is a symbolic link, which a sealed model does not have",
                     hint="copy the folder with its links followed: cp -rL",
                 )
+            if not _is_text(name):
+                raise ConfigError(f"the file name {name!r} is not UTF-8", hint="rename it")
             if stat.S_ISREG(mode):
                 found[path.relative_to(folder).as_posix()] = path
             elif not stat.S_ISDIR(mode):
@@ -98,6 +103,11 @@ def _scan(folder: Path) -> dict[str, Path]:
     if not found:
         raise ConfigError(f"the folder {folder} has no files to seal")
     return found
+
+
+def _is_text(name: str) -> bool:
+    # Python shows bytes that are no UTF-8 as lone surrogates (PEP 383).
+    return not any("\udc80" <= char <= "\udcff" for char in name)
 
 
 def _refuse(error: OSError) -> None:

@@ -76,7 +76,10 @@ def init(
             isinstance(provider, SupportsKeyManagement) and isinstance(provider, SupportsSigning)
         ):
             raise ConfigError("the installed backend 'file' makes no keys")
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cannot make the folder {directory}: {error.strerror}") from error
         # The config comes last: where it is, everything that it names is there.
         wraps = _ensure(provider, kek, "wrap")
         signs = _ensure(provider, publisher, "sign")

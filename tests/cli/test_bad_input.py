@@ -123,6 +123,20 @@ def a_model_of_no_kind_that_we_know(site: Path) -> tuple[object, ...]:
     return ("seal", "model.bin", "out.sealed")
 
 
+def a_model_that_is_a_fifo(site: Path) -> tuple[object, ...]:
+    os.mkfifo(site / "model.onnx")
+    return ("seal", "model.onnx", "out.sealed")
+
+
+def a_file_name_that_is_not_utf8(site: Path) -> tuple[object, ...]:
+    os.close(os.open(os.fsencode(site) + b"/model/\xff.bin", os.O_CREAT, 0o600))
+    return ("seal", "model", "out.sealed")
+
+
+def a_config_where_there_is_a_file(site: Path) -> tuple[object, ...]:
+    return ("init", "publisher.pem/here")
+
+
 def an_xml_without_its_bin(site: Path) -> tuple[object, ...]:
     (site / "net.xml").write_text("<net/>")
     return ("seal", "net.xml", "out.sealed")
@@ -180,6 +194,9 @@ def a_tree_without_models(site: Path) -> tuple[object, ...]:
         (a_key_file_that_others_read, 3, "models.jwks", "chmod"),
         (a_model_that_is_not_there, 3, "nothere.xml", ""),
         (a_model_of_no_kind_that_we_know, 3, "model.bin", ""),
+        (a_model_that_is_a_fifo, 3, "neither a regular file", ""),
+        (a_file_name_that_is_not_utf8, 3, "not UTF-8", "rename"),
+        (a_config_where_there_is_a_file, 3, "cannot make the folder", ""),
         (an_xml_without_its_bin, 3, "net.bin", ""),
         (an_output_that_exists, 3, "out.sealed exists", "--force"),
         (an_output_whose_folder_is_missing, 3, "nowhere", ""),
