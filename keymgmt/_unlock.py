@@ -196,7 +196,7 @@ class Unlocker:
             self._tries += not isinstance(error, WrongKey)
             if isinstance(error, (ProviderUnavailable, BackendNotInstalled)):
                 self._unavailable[name] = error
-            else:
+            elif not isinstance(error, WrongKey):  # which says nothing of the blob
                 self._failed[name, wrapped.blob] = error
             raise
         self._tries += 1

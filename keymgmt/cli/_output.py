@@ -26,7 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from keymgmt._files import replace_file
-from keymgmt.errors import CannotUnlock, ConfigError
+from keymgmt.errors import CannotUnlock, ConfigError, WrongKey
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,6 +49,7 @@ __all__ = [
 _PIPE_WIDTH: Final = 160
 _STYLES: Final = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "dim"}
 _LINE_SECONDS: Final = 10.0
+_MANY: Final = 100
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -67,10 +68,14 @@ def clean(text: object) -> str:
 
 
 def print_error(error: KeymgmtError) -> None:
-    """Print ``error:`` and ``hint:``; for CannotUnlock also what was tried, one by one."""
+    """Print ``error:`` and ``hint:``; for CannotUnlock also what was tried."""
     out = console(stderr=True)
     out.print(Text.assemble(("error: ", "bold red"), clean(error)), soft_wrap=True)
     if isinstance(error, CannotUnlock) and error.attempts:
+        # Those that this config might hold come first.
+        attempts = sorted(error.attempts, key=lambda each: isinstance(each.error, WrongKey))
+        if len(attempts) <= _MANY:
+            attempts = list(error.attempts)
         rows = [
             (
                 attempt.group + 1,
@@ -79,9 +84,11 @@ def print_error(error: KeymgmtError) -> None:
                 type(attempt.error).__name__,
                 "\n".join(filter(None, [str(attempt.error), attempt.error.hint])),
             )
-            for attempt in error.attempts
+            for attempt in attempts[:_MANY]
         ]
         out.print(table(["group", "recipient", "provider", "error", "reason"], rows))
+        if len(attempts) > _MANY:
+            out.print(f"... and {len(attempts) - _MANY} more")
     if error.hint:
         out.print(Text.assemble(("hint: ", "bold cyan"), clean(error.hint)), soft_wrap=True)
 

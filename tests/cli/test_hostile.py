@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
+
+from keymgmt.sealed.keys import Group, UnlockPolicy
 
 
 def test_a_name_is_no_picture(site, cli):
@@ -43,3 +46,21 @@ def test_an_audit_event_is_one_line(site, cli):
     assert "recipient=" in done.stderr
     assert "\x1b" not in done.stderr
     assert not any(line.startswith("audit") for line in done.stderr.splitlines())
+
+
+def test_thousands_of_reasons_are_not_printed_one_by_one(sealed, cli):
+    """A fleet has thousands of recipients, and those that might have opened come first."""
+    policy = UnlockPolicy.from_bytes((sealed / "keys.json").read_bytes())
+    real = policy.groups[0].recipients[0]
+    others = [
+        Group(bytes(16), (dataclasses.replace(real, key=f"device{number}"),))
+        for number in range(3000)
+    ]
+    damaged = Group(bytes(16), (dataclasses.replace(real, blob=bytes(80)),))
+    policy = dataclasses.replace(policy, groups=(*others, damaged))
+    (sealed / "keys.json").write_bytes(policy.to_bytes())
+    ran = cli("verify", "model.sealed")
+    assert ran.code == 4
+    assert len(ran.err.splitlines()) < 500
+    assert "UnwrapFailed" in ran.err
+    assert "2901 more" in ran.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import resource
 import subprocess
@@ -15,6 +16,7 @@ import keymgmt
 import keymgmt.sealed.folder
 from keymgmt import errors
 from keymgmt.sealed.canonical import dump, load
+from keymgmt.sealed.keys import Group, UnlockPolicy
 
 
 @pytest.fixture
@@ -287,3 +289,15 @@ def test_a_policy_of_many_small_parts_costs_little_memory(site, part):
         check=False,
     )
     assert int(done.stdout) < 300 << 10, done.stderr
+
+
+def test_a_copied_blob_does_not_stand_before_the_real_one(site):
+    """A recipient of another name with the same blob says nothing of the one that opens."""
+    path, config = site.seal(), site.config()
+    policy = UnlockPolicy.from_bytes((path / "keys.json").read_bytes())
+    real = policy.groups[0].recipients[0]
+    for fake in (dataclasses.replace(real, key="other"), dataclasses.replace(real, version="9")):
+        groups = (Group(bytes(16), (fake,)), *policy.groups)
+        (path / "keys.json").write_bytes(dataclasses.replace(policy, groups=groups).to_bytes())
+        with pytest.raises(errors.IntegrityError, match="MAC"):
+            keymgmt.open(path, keys=config)
