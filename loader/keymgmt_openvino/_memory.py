@@ -58,6 +58,7 @@ class Memory:
     Attributes:
         tensor: u8 tensor of shape [size]; hand it to OpenVINO, and keep no reference to it.
         locked: whether it is kept from swap (mlock2).
+        gone: whether it was let go of.
     """
 
     def __init__(self, size: int) -> None:
@@ -74,7 +75,7 @@ class Memory:
                 hint="nothing was started; look at ulimit -v and the limits of the container",
             ) from None
         self.size = size
-        self.wiped = False
+        self.gone = False
         # Whole pages around the storage: a neighbour's bytes in them are locked and left out too.
         address = self.tensor.data.ctypes.data
         self._start = address & -mmap.PAGESIZE
@@ -93,7 +94,7 @@ class Memory:
 
     def in_use(self) -> bool:
         """Whether anything but this object holds the storage; True where that cannot be known."""
-        if self.wiped:
+        if self.gone:
             return False
         try:
             return not _counting_works() or _use_count(self.tensor) != 1
@@ -102,15 +103,21 @@ class Memory:
 
     def wipe(self) -> None:
         """Overwrite with zeros and let go. Only while ``in_use`` is false; may be called again."""
-        if self.wiped:
+        if self.gone:
             return
-        self.wiped = True
+        self.gone = True
         if self.size:
             wipe(self.view())
             _libc.madvise(self._start, self._length, _MADV_DODUMP)
             if self.locked:
                 _libc.munlock(self._start, self._length)
         del self.tensor
+
+    def drop(self) -> None:
+        """Let go without overwriting; whoever still reads the storage keeps it."""
+        if not self.gone:
+            self.gone = True
+            del self.tensor
 
 
 @contextlib.contextmanager
@@ -210,7 +217,7 @@ class _Wiper:
             for memory in self._waiting:
                 if not memory.in_use():
                     memory.wipe()
-            self._waiting = [memory for memory in self._waiting if not memory.wiped]
+            self._waiting = [memory for memory in self._waiting if not memory.gone]
             return not self._waiting
 
     def _run(self) -> None:
@@ -238,4 +245,7 @@ os.register_at_fork(after_in_child=_forget)
 
 def release(memory: Memory) -> None:
     """Wipe ``memory`` now, or, while anything made from it lives, when the last of it dies."""
-    _wiper.add(memory)
+    if _counting_works():
+        _wiper.add(memory)
+    else:
+        memory.drop()

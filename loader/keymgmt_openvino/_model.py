@@ -53,7 +53,7 @@ class Owner:
         for memory in memories:
             if not memory.in_use():
                 release(memory)
-        self._memories = tuple(memory for memory in memories if not memory.wiped)
+        self._memories = tuple(memory for memory in memories if not memory.gone)
         self._process = os.getpid()
         for memory in self._memories:
             # Where nobody calls close(); what is still in use then is wiped when it ends.
