@@ -41,16 +41,20 @@ def find_models(tree: str | os.PathLike[str]) -> Iterator[Path | Failure]:
 
     A folder that cannot be read comes as a Failure.
     """
-    unreadable: list[OSError] = []
-    for parent, folders, files in os.walk(tree, onerror=unreadable.append):
-        if MANIFEST in files:
-            folders.clear()
-            yield Path(parent)
-        folders.sort()
-        while unreadable:
-            yield _unreadable(unreadable.pop())
-    while unreadable:
-        yield _unreadable(unreadable.pop())
+    # Not os.walk, which recurses: folders may be nested deeper than Python's stack.
+    waiting = [Path(tree)]
+    while waiting:
+        folder = waiting.pop()
+        try:
+            with os.scandir(folder) as entries:
+                found = sorted(entries, key=lambda entry: entry.name, reverse=True)
+        except OSError as error:
+            yield _unreadable(error)
+            continue
+        if any(entry.name == MANIFEST and not entry.is_dir() for entry in found):
+            yield folder
+        else:
+            waiting += [folder / e.name for e in found if e.is_dir(follow_symlinks=False)]
 
 
 def _unreadable(error: OSError) -> Failure:

@@ -301,3 +301,24 @@ def test_a_copied_blob_does_not_stand_before_the_real_one(site):
         (path / "keys.json").write_bytes(dataclasses.replace(policy, groups=groups).to_bytes())
         with pytest.raises(errors.IntegrityError, match="MAC"):
             keymgmt.open(path, keys=config)
+
+
+def test_a_tree_that_is_nested_deeper_than_a_path_may_be_long(site, tmp_path, monkeypatch):
+    """The models beside it are found, and the folder that cannot be reached is told."""
+    tree = tmp_path / "tree"
+    (tree / "a").mkdir(parents=True)
+    site.seal(target="tree/m.sealed")
+    monkeypatch.chdir(tree)
+    for _ in range(2500):
+        Path("a").mkdir(exist_ok=True)
+        os.chdir("a")
+    monkeypatch.chdir(tmp_path)
+    try:
+        done = list(keymgmt.rewrap_tree(tree, keys=site.config()))
+    finally:
+        subprocess.run(["rm", "-rf", str(tree)], check=True)
+    assert [item.path for item in done if isinstance(item, keymgmt.Rewrapped)] == [
+        str(tree / "m.sealed")
+    ]
+    (failure,) = (item for item in done if isinstance(item, keymgmt.Failure))
+    assert "File name too long" in str(failure.error)
