@@ -15,6 +15,8 @@ import pytest
 
 from keymgmt.backend import Dek, KeyNotFound
 
+pytestmark = pytest.mark.once
+
 FULL = os.environ.get("KEYMGMT_LOAD") == "full"
 THREADS, CALLS = 8, 10_000 if FULL else 500
 PROCESSES, CHILD_CALLS = 4, 1_000 if FULL else 100
