@@ -339,6 +339,7 @@ for cycle in (plain, sealed):
 """
 
 
+@pytest.mark.once
 def test_cycles_of_load_and_close_grow_no_more_than_plaintext(sealed, site):
     """GenAI 2026.4 itself keeps about 1 MB of each plaintext load."""
     done = subprocess.run(

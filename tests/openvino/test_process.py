@@ -171,6 +171,7 @@ except keymgmt.errors.KeymgmtError as error:
     assert "ulimit -v" in said
 
 
+@pytest.mark.once
 def test_repeated_loads_do_not_grow(magika_sealed, site):
     program = """
 import os, sys
