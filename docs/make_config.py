@@ -33,7 +33,7 @@ The config names the providers, what is trusted, and how to seal. It is the path
 `/etc/keymgmt/keymgmt.toml`. The library never looks in the working directory; the command line
 does, and says so. Nothing else is read from the environment.
 
-- A config that others can write is refused.
+- A config that others can write is refused, and so is a public key file that it names.
 - An unknown key is an error, and the nearest known one is suggested. Values are not converted.
 - A relative path is relative to the config file; `~` is the home directory.
 - A secret is never written here. It is a table that says where the secret is:
