@@ -14,6 +14,8 @@ __all__ = ["audit"]
 
 _WORD: Final = re.compile(r"[!-~]*")
 _LOGGER: Final = logging.getLogger("keymgmt.audit")
+# Whoever wants the events adds a handler; without one they must not land on stderr.
+_LOGGER.addHandler(logging.NullHandler())
 
 
 def _one_word(value: object) -> str:

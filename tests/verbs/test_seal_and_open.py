@@ -279,3 +279,17 @@ def test_killed_seals_leave_nothing_or_a_whole_model(site, tmp_path):
     assert -9 in outcomes
     assert subprocess.run([sys.executable, script, "1000"], check=False).returncode == 0
     assert not [name for name in names(tmp_path) if name.endswith(".tmp")]
+
+
+def test_failed_events_stay_off_stderr_unless_somebody_listens(site):
+    code = (
+        "import keymgmt, keymgmt.errors\n"
+        "config = keymgmt.Config({'policy': {'require_signature': False}})\n"
+        "try: keymgmt.open('m.sealed', keys=config)\n"
+        "except keymgmt.errors.CannotUnlock: print('refused')\n"
+    )
+    site.seal()
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=site.root, capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("refused\n", "")
