@@ -13,7 +13,10 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 __all__ = ["new_directory", "replace_file", "sync_directory"]
 
@@ -32,7 +35,7 @@ def sync_directory(directory: Path) -> None:
 
 
 def replace_file(
-    path: Path, content: bytes, *, mode: int = 0o644, exclusive: bool = False, keep: bool = False
+    path: Path, content: Buffer, *, mode: int = 0o644, exclusive: bool = False, keep: bool = False
 ) -> None:
     """Write ``content`` to a temporary file beside ``path``, sync it, and put it in its place.
 

@@ -143,12 +143,15 @@ class KeySet:
                 _check(jwk, kind, last)
                 last = int(jwk["kid"])
         except (ValueError, LookupError, TypeError, AttributeError):
+            # Tools that report errors show the variables of every frame.
+            _forget(data)
             raise _damaged(key) from None
         return cls(key, kind, versions, {k: v for k, v in data.items() if k != "keys"})
 
-    def dump(self) -> bytes:
-        """The JWK Set as the file holds it."""
-        return json.dumps({**self.extra, "keys": self.versions}, indent=1).encode() + b"\n"
+    def dump(self) -> bytearray:
+        """The JWK Set as the file holds it; the caller wipes it."""
+        text = {**self.extra, "keys": self.versions}
+        return bytearray(json.dumps(text, indent=1).encode() + b"\n")
 
     def add_version(self) -> None:
         """Make the next version; new wraps and signatures use it."""
@@ -254,6 +257,13 @@ def load_json(key: str, content: bytes | bytearray) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise _damaged(key)
     return data
+
+
+def _forget(value: Any) -> None:
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            _forget(each)
+        value.clear()
 
 
 def _damaged(key: str) -> ProviderError:

@@ -40,7 +40,7 @@ from keymgmt_file._jwk import MAX_FILE, KeySet, load_json
 from keymgmt_file._passphrase import Kdf, Passphrase, is_locked
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 __all__ = ["Store"]
 
@@ -92,18 +92,22 @@ class Store:
 
         With a passphrase configured, or another file locked, it is written locked.
         """
-        content: bytes = keys.dump()
         with self._directory() as directory:
             kdf = self._kdf_in_use(directory)
-        if kdf is not None or self.passphrase.configured:
-            content = self.passphrase.seal(keys.key, content, kdf or Kdf())
-        if len(content) > MAX_FILE:
-            raise ProviderError(
-                f"the key {keys.key!r} has too many versions for one file",
-                hint="make a new key and rewrap to it",
-            )
-        with _translated(self.path):
-            replace_file(self.path / (keys.key + SUFFIX), content, mode=0o600)
+        plain = keys.dump()
+        try:
+            content: bytes | bytearray = plain
+            if kdf is not None or self.passphrase.configured:
+                content = self.passphrase.seal(keys.key, plain, kdf or Kdf())
+            if len(content) > MAX_FILE:
+                raise ProviderError(
+                    f"the key {keys.key!r} has too many versions for one file",
+                    hint="make a new key and rewrap to it",
+                )
+            with _translated(self.path):
+                replace_file(self.path / (keys.key + SUFFIX), content, mode=0o600)
+        finally:
+            wipe(plain)
 
     def relock(self, new: Passphrase | None) -> int:
         """Put every key file under ``new``, or under none: all of them or none.
@@ -116,19 +120,26 @@ class Store:
         """
         with self.changing(), self._directory() as directory:
             kdf = self._kdf_in_use(directory) if new is self.passphrase else None
-            staged: dict[str, bytes] = {}
-            for key in _names(directory):
-                data, locked = self._load(directory, key)
-                content = KeySet.parse(key, data).dump()
-                if new is None:
-                    if locked:
-                        staged[key] = content
-                elif not (locked and new is self.passphrase):
-                    kdf = kdf or Kdf()
-                    staged[key] = new.seal(key, content, kdf)
-                    wipe(new.open(key, load_json(key, staged[key])))
-            if staged:
-                self._commit(directory, staged)
+            staged: dict[str, bytes | bytearray] = {}
+            plain: list[bytearray] = []
+            try:
+                for key in _names(directory):
+                    data, locked = self._load(directory, key)
+                    plain.append(KeySet.parse(key, data).dump())
+                    del data
+                    if new is None:
+                        if locked:
+                            staged[key] = plain[-1]
+                    elif not (locked and new is self.passphrase):
+                        kdf = kdf or Kdf()
+                        sealed = new.seal(key, plain[-1], kdf)
+                        wipe(new.open(key, load_json(key, sealed)))
+                        staged[key] = sealed
+                if staged:
+                    self._commit(directory, staged)
+            finally:
+                for content in plain:
+                    wipe(content)
             return len(staged)
 
     @contextlib.contextmanager
@@ -153,7 +164,7 @@ class Store:
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
                 os.close(descriptor)
 
-    def _commit(self, directory: int, contents: dict[str, bytes]) -> None:
+    def _commit(self, directory: int, contents: Mapping[str, bytes | bytearray]) -> None:
         batch = secrets.token_hex(8)
         with _translated(self.path):
             for key, content in contents.items():
