@@ -35,7 +35,10 @@ def fill_random(buffer: bytearray) -> None:
     view = memoryview(buffer)
     with io.FileIO("/dev/urandom") as source:
         while view:
-            view = view[source.readinto(view) :]
+            count = source.readinto(view)
+            if not count:
+                raise OSError("/dev/urandom has no bytes: it is not the kernel's device")
+            view = view[count:]
 
 
 class Dek:

@@ -62,8 +62,7 @@ def replace_file(
                 _keep_readers(path, descriptor)
             os.fsync(file.fileno())
         if exclusive:
-            # link(2) refuses an existing name, which rename(2) would replace.
-            os.link(temporary, path)
+            _rename(temporary, path, _RENAME_NOREPLACE)
         else:
             temporary.replace(path)
     finally:

@@ -8,10 +8,11 @@ written is read back and opened again, before it takes its place and after.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from keymgmt._admit import admit
 from keymgmt._audit import audit
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from keymgmt.sealed.keys import Wrap
 
 __all__ = ["GroupChange", "Rewrapped", "rewrap"]
+
+_VERSION: Final = re.compile(r"@[A-Za-z0-9._-]+")
 
 Change = Literal["kept", "rewrapped", "added", "dropped"]
 
@@ -220,11 +223,9 @@ class _Work:
     def drop(self, texts: Sequence[str], *, missing_ok: bool) -> None:
         """Take groups out."""
         for text in texts:
-            found = [
-                index
-                for index, group in self.groups.items()
-                if text in (str(group), _without_versions(group))
-            ]
+            found = [index for index, group in self.groups.items() if text == str(group)]
+            if not found:
+                found = self._without_version(text)
             if not found:
                 self._refuse_part(text)
                 if missing_ok:
@@ -234,6 +235,23 @@ class _Work:
             for index in found:
                 self.states[index] = GroupChange(str(self.groups.pop(index)), "dropped", False)
                 self.changed = True
+
+    def _without_version(self, text: str) -> list[int]:
+        """The one group that ``text`` names without versions, if there is one."""
+        found = [
+            index
+            for index, group in self.groups.items()
+            if text in (_without_versions(group), _VERSION.sub("", str(group)))
+        ]
+        if len(found) > 1:
+            # A fleet's devices have one key name: which of them must go is not to be guessed.
+            shown = ", ".join(str(self.groups[index]) for index in found[:4])
+            raise ConfigError(
+                f"{text} names {len(found)} groups",
+                hint=f"write the one that is meant as `inspect` shows it: {shown}"
+                + (", ..." if len(found) > 4 else ""),
+            )
+        return found
 
     def _refuse_part(self, text: str) -> None:
         for group in self.groups.values():

@@ -135,3 +135,28 @@ def test_a_group_of_another_device_stays_when_keys_are_rotated(site, device):
     done = keymgmt.rewrap(path, keys=site.config())
     assert [(g.change, g.tested) for g in done.groups] == [("rewrapped", True), ("kept", False)]
     keymgmt.open(path, keys=config).close()
+
+
+def test_dropping_one_device_of_a_fleet_names_it(site, tmp_path):
+    config = site.config()
+    files, prints = [], []
+    for number in range(2):
+        keys = tmp_path / f"device{number}"
+        keys.mkdir(mode=0o700)
+        table = {"dev": {"backend": "file", "path": str(keys)}}
+        provider = Config({"providers": table}, path=tmp_path / "x.toml").provider("dev")
+        provider.create_key("unlock", "hpke-x25519", {})
+        recipient = provider.export_recipient("unlock")
+        files.append(tmp_path / f"{number}.recipient")
+        recipient.save(files[-1])
+        prints.append(recipient.fingerprint)
+    path = site.seal("local:a", *(f"@{file}" for file in files), fingerprints=prints)
+    with pytest.raises(errors.ConfigError, match="names 2 groups"):
+        keymgmt.rewrap(path, keys=config, drop=["file:unlock"])
+    first = keymgmt.inspect(path).groups[1][0]
+    keymgmt.rewrap(path, keys=config, drop=[first.replace("@1", "")])
+    assert [group[0] for group in keymgmt.inspect(path).groups] == [
+        "file:a@1",
+        keymgmt.inspect(path).groups[1][0],
+    ]
+    assert keymgmt.inspect(path).groups[1][0] != first
