@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from pkcs11.exceptions import PKCS11Error
 
-from keymgmt.backend import ProviderUnavailable
+from keymgmt.backend import AccessDenied, ProviderUnavailable
 from keymgmt_pkcs11._cryptoki import CkError
 from keymgmt_pkcs11._errors import LOST, reason, translate
 from keymgmt_pkcs11._module import Module, open_module
@@ -302,8 +302,11 @@ class Pool:
                     # only after a new C_Initialize. It is not done again and again.
                     if not module.restart(seen, settled=SETTLED if seen > FREE_RESTARTS else 0.0):
                         raise ProviderUnavailable(str(error), hint=error.hint) from error
-                except ProviderUnavailable:
-                    # SoftHSM has no answer for a moment while others log in to the same token.
+                except (ProviderUnavailable, AccessDenied) as error:
+                    # SoftHSM has no answer, or no PIN, for a moment while others log in to the
+                    # same token. No PIN was compared then, so asking again counts as no try.
+                    if isinstance(error, AccessDenied) and not _no_pin_yet(error):
+                        raise
                     self._cache.pop("token", None)
                 time.sleep(pause)
             module.restart(module.generation, settled=SETTLED)
@@ -337,3 +340,8 @@ class Pool:
             # The next session of this connection need not look for it.
             self._cache["token"] = token
             return channel
+
+
+def _no_pin_yet(error: AccessDenied) -> bool:
+    cause = error.__cause__
+    return isinstance(cause, CkError) and cause.reason == "UserPinNotInitialized"
