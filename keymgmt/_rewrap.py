@@ -128,7 +128,7 @@ def rewrap_one(
         unlocker = Unlocker(config, candidate.manifest, policy, answers)
         dek, opened = unlocker.unlock()
         with dek:
-            work = _Work(config, candidate, policy, unlocker, dek, opened)
+            work = _Work(config, candidate, policy.groups, unlocker, dek, opened)
             if not add and not drop:
                 work.refresh()
             work.drop(drop, missing_ok=missing_ok)
@@ -159,7 +159,7 @@ class _Work:
         self,
         config: Config,
         candidate: Candidate,
-        policy: UnlockPolicy,
+        groups: Sequence[Group],
         unlocker: Unlocker,
         dek: Dek,
         opened: int,
@@ -167,8 +167,7 @@ class _Work:
         self._config, self._hash, self._dek = config, candidate.hash, dek
         self._manifest = candidate.manifest
         self._unlocker, self._opened = unlocker, opened
-        self._policy = policy
-        self.groups: dict[int, Group] = dict(enumerate(policy.groups))
+        self.groups: dict[int, Group] = dict(enumerate(groups))
         self.states = {
             index: GroupChange(str(group), "kept", index == opened)
             for index, group in self.groups.items()
@@ -269,8 +268,7 @@ class _Work:
         """Add groups that are not there yet, under the keys' newest versions."""
         for wraps in groups:
             fresh = wrap_group(self._dek, self._hash, wraps)
-            twin = next((i for i, group in self.groups.items() if _same(group, fresh)), None)
-            if twin is not None:
+            if any(_same(group, fresh) for group in self.groups.values()):
                 continue
             index = len(self.states)
             self.groups[index] = fresh
