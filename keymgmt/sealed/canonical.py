@@ -35,19 +35,23 @@ def dump(value: Any) -> bytes:
         raise FormatError(f"no canonical JSON: {error}") from error
 
 
-def load(data: bytes, what: str, limit: int) -> Reader:
+def load(data: bytes, what: str, limit: int, parts: int = MAX_INTEGER) -> Reader:
     """Decode one canonical JSON object of at most ``limit`` bytes.
 
     Args:
         data: the bytes as read.
         what: name of the file, for messages.
         limit: bound in bytes, looked at before anything is parsed.
+        parts: bound of its members and elements (an empty array or object counts as one), looked at
+            before anything is parsed.
 
     Raises:
         FormatError: too large, not UTF-8, not JSON, not an object, or another spelling.
     """
     if len(data) > limit:
         raise FormatError(f"{what} is larger than {limit} bytes")
+    if _has_more_parts(data, parts):
+        raise FormatError(f"{what} has more than {parts} members and elements")
 
     def integer(text: str) -> int:
         # Length first: the conversion of a long number takes quadratic time.
@@ -85,6 +89,18 @@ def load(data: bytes, what: str, limit: int) -> Reader:
             hint="it was edited or reformatted; fetch it again as it was published",
         )
     return Reader(value, what)
+
+
+def _has_more_parts(data: bytes, parts: int) -> bool:
+    """Whether JSON has more members and elements: each is an object, of many times its bytes.
+
+    Outside of strings each begins after a comma or bracket, and it has at most two strings.
+    """
+    plain = data.replace(rb"\\", b"").replace(rb"\"", b"")
+    if plain.count(b'"') > 4 * parts:
+        return True
+    outside = b"".join(plain.split(b'"')[::2])
+    return sum(map(outside.count, (b",", b"[", b"{"))) > parts
 
 
 def base64_bytes(text: str, what: str) -> bytes:

@@ -59,3 +59,18 @@ def test_other_spellings_are_refused(data):
 def test_the_bound_comes_before_the_parser():
     with pytest.raises(FormatError, match="larger than 10 bytes"):
         load(b"[" * 11, "a file", 10)
+
+
+def count_parts(value):
+    if isinstance(value, dict | list):
+        inner = value.values() if isinstance(value, dict) else value
+        return max(1, len(value)) + sum(map(count_parts, inner))
+    return 0
+
+
+@given(values(st.text('",[]{}\\\n\u00e4', max_size=5)))
+def test_parts_are_counted_whatever_the_strings_hold(value):
+    data, parts = dump(value), count_parts(value)
+    load(data, "a file", 1 << 20, parts)
+    with pytest.raises(FormatError, match="more than"):
+        load(data, "a file", 1 << 20, parts - 1)

@@ -269,10 +269,13 @@ def test_a_publisher_key_in_no_regular_file(site, tmp_path):
 
 
 @pytest.mark.parametrize("part", [b"[],", b'{"a":0},', b'"ab",'])
-def test_a_policy_of_many_small_parts_costs_little_memory(site, part):
+@pytest.mark.parametrize(
+    ("name", "start", "size", "most"),
+    [("keys.json", b'{"groups":[', 60 << 20, 300), ("manifest.json", b'{"files":[', 15 << 20, 75)],
+)
+def test_many_small_parts_cost_little_memory(site, name, start, size, most, part):
     path = site.seal()
-    data = b'{"groups":[' + part * ((60 << 20) // len(part))
-    (path / "keys.json").write_bytes(data[:-1] + b"]}")
+    (path / name).write_bytes((start + part * (size // len(part)))[:-1] + b"]}")
     code = (
         "import resource, sys, keymgmt\n"
         "from keymgmt.errors import FormatError\n"
@@ -288,7 +291,7 @@ def test_a_policy_of_many_small_parts_costs_little_memory(site, part):
         timeout=200,
         check=False,
     )
-    assert int(done.stdout) < 300 << 10, done.stderr
+    assert int(done.stdout) < most << 10, done.stderr
 
 
 def test_a_copied_blob_does_not_stand_before_the_real_one(site):
