@@ -59,7 +59,8 @@ def interleave(
 
 
 def _run(command: list[str], env: Mapping[str, str] | None) -> Run:
-    environment = {**os.environ, **(env or {})}
+    # As installed: with this set, every process would compile our modules within its timed work.
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "", **(env or {})}
     output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout
     run: Run = json.loads(output.splitlines()[-1])
     return run
