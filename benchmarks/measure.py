@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -73,6 +73,45 @@ def median(runs: list[Run], what: str = "seconds") -> float:
 def speedup(runs: list[Run], over: list[Run], what: str = "seconds") -> float:
     """How many times faster ``runs`` is than ``over``."""
     return statistics.median(b[what] / a[what] for a, b in zip(runs, over, strict=True))
+
+
+def site(home: Path) -> dict[str, Path]:
+    """Make a site whose publisher may publish anything; its configs ``signed`` and ``unsigned``."""
+    from keymgmt_openvino._site import make_site
+
+    make_site(home, "*")
+    signed, unsigned = home / "keymgmt.toml", home / "unsigned.toml"
+    before, _, after = signed.read_text().partition("publishers")
+    unsigned.write_text(f"{before}require_signature = false\n{after.partition(chr(10))[2]}")
+    unsigned.chmod(0o600)
+    return {"signed": signed, "unsigned": unsigned}
+
+
+def bars(
+    path: Path, axes: Mapping[str, Mapping[str, float]], unit: str, others: Collection[str] = ()
+) -> None:
+    """Draw a bar chart (SVG): for each title its figures, those of ``others`` in grey."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "keymgmt"
+    from matplotlib import pyplot as plt
+
+    longest = max(len(figures) for figures in axes.values())
+    size = (max(6, 3.3 * len(axes)), 1.2 + 0.28 * longest)
+    figure, grid = plt.subplots(
+        1, len(axes), figsize=size, sharey=True, layout="constrained", squeeze=False
+    )
+    for axis, (title, figures) in zip(grid[0], axes.items(), strict=True):
+        colors = ["#adb5bd" if name in others else "#2a6f97" for name in figures]
+        drawn = axis.barh(list(figures), list(figures.values()), color=colors)
+        axis.bar_label(drawn, fmt="%.2f", padding=3)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel(unit)
+        axis.margins(x=0.15)
+        axis.spines[["top", "right"]].set_visible(False)
+    grid[0][0].invert_yaxis()
+    figure.savefig(path, metadata={"Date": None})
 
 
 def machine(*packages: str) -> dict[str, object]:

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from blake3 import blake3
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from measure import Run, interleave, machine, median, speedup, table, timed, write
+from measure import Run, bars, interleave, machine, median, speedup, table, timed, write
 
 from keymgmt import floe
 from keymgmt.floe import HEADER_LENGTH, OVERHEAD
@@ -170,6 +170,7 @@ def main() -> None:
     parser.add_argument("--kinds", default="fresh,repeated", help="fresh, repeated, huge")
     parser.add_argument("--seal", action="store_true", help="measure sealing, not decrypting")
     parser.add_argument("--json", type=Path, default=Path("payload.json"))
+    parser.add_argument("--plot", type=Path, help="write a bar chart (SVG)")
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
@@ -230,6 +231,19 @@ def main() -> None:
         rows.append(row)
     print(f"GB/s (in brackets: part of the limit by time, by CPU), {options.rounds} rounds\n")
     print(table(["memory", "segment", "threads", *columns], rows))
+    if options.plot:
+        figures = {
+            f"{kind}, {count} thread{'s' * (count > 1)}": {
+                (f"{short(segment)}, {what}"): options.size
+                / 1e9
+                / median(runs[f"{kind} {segment} {count} {what}"])
+                for segment in segments
+                for what in columns
+            }
+            for kind, count in itertools.product(kinds, threads)
+        }
+        limits = [f"{short(segment)}, limit" for segment in segments]
+        bars(options.plot, figures, "GB/s", limits)
     write(options.json, {"machine": machine("cryptography", "blake3"), "runs": runs})
 
 

@@ -29,7 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from measure import Run, interleave, machine, median, speedup, table, timed, write
+from measure import Run, bars, interleave, machine, median, speedup, table, timed, write
 
 TENSORS = 16
 
@@ -242,29 +242,16 @@ def check(directory: Path) -> None:
 
 
 def plot(path: Path, size: int, runs: dict[str, list[Run]]) -> None:
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "peers"
-    from matplotlib import pyplot as plt
-
     titles = {
         "fresh": "load, new process",
         "repeated": "load, again in one process",
         "seal": "seal",
     }
-    figure, axes = plt.subplots(1, 3, figsize=(10, 2.6), sharey=True, layout="constrained")
-    for axis, kind in zip(axes, KINDS, strict=True):
-        speeds = [size / 1e9 / median(runs[f"{kind} {name}"]) for name in PEERS]
-        colors = ["#2a6f97" if name.startswith("keymgmt") else "#adb5bd" for name in PEERS]
-        bars = axis.barh(list(PEERS), speeds, color=colors)
-        axis.bar_label(bars, fmt="%.2f", padding=3)
-        axis.set_title(titles[kind], fontsize=10)
-        axis.set_xlabel("GB/s")
-        axis.margins(x=0.15)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].invert_yaxis()
-    figure.savefig(path, metadata={"Date": None})
+    figures = {
+        titles[kind]: {name: size / 1e9 / median(runs[f"{kind} {name}"]) for name in PEERS}
+        for kind in KINDS
+    }
+    bars(path, figures, "GB/s", [name for name in PEERS if not name.startswith("keymgmt")])
 
 
 def main() -> None:
