@@ -6,15 +6,13 @@ name and release floor. Only then is a key service asked, elsewhere.
 
 from __future__ import annotations
 
-import fcntl
 import os
-import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Self
 
 from keymgmt._releases import remembered_release
 from keymgmt._trust import check_name, check_release, check_signature, load_publishers
-from keymgmt.errors import ConfigError, IntegrityError
+from keymgmt.errors import IntegrityError
 from keymgmt.sealed.folder import KEYS, MANIFEST, SIGNATURES, SealedFolder, payload_name
 from keymgmt.sealed.keys import MAX_KEYS, UnlockPolicy
 from keymgmt.sealed.manifest import MAX_MANIFEST, Manifest, manifest_hash
@@ -28,8 +26,6 @@ if TYPE_CHECKING:
     from keymgmt._trust import Publisher
 
 __all__ = ["Candidate", "admit", "step"]
-
-_WAIT: Final = 60.0
 
 
 @dataclass
@@ -76,26 +72,6 @@ class Candidate:
                 hint="files of two models were mixed; fetch the sealed model again",
             )
         return policy
-
-    def lock(self) -> None:
-        """Wait until nobody else changes this folder; the lock ends when the folder is closed.
-
-        Raises:
-            ConfigError: somebody has changed it for a minute.
-        """
-        deadline = time.monotonic() + _WAIT
-        while True:
-            try:
-                fcntl.flock(self.folder.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise ConfigError(
-                        f"somebody else has changed {self.folder.path} for {_WAIT:g} seconds",
-                        hint="another rewrap or sign is at work there; try again when it is done",
-                    ) from None
-                time.sleep(0.05)
-            else:
-                return
 
     def trust(self, config: Config, name: str | None = None) -> Publisher | None:
         """Check signature, name and release; the publisher, or None if none is required.

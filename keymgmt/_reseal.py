@@ -20,7 +20,7 @@ from keymgmt._files import new_directory
 from keymgmt._inspect import Inspection, inspect
 from keymgmt._open import SealedModel, open_model
 from keymgmt._recipients import resolve_groups
-from keymgmt._seal import check_target, write_sealed
+from keymgmt._seal import check_target, exists, write_sealed
 from keymgmt._sign import Signer
 from keymgmt.errors import ConfigError
 from keymgmt.sealed.payload import seal_payload
@@ -51,8 +51,8 @@ def reseal(
         target: a new folder; by default ``path`` is replaced atomically.
         to: groups of recipients, written as for ``keymgmt.seal``; by default ``[seal] to``.
             The old groups are not taken over: who is to lose access must not stay by default.
-        sign: the publisher's key; by default ``[seal] sign``. Old signatures are not valid for
-            the new data key, so none is kept.
+        sign: the publisher's key; by default ``[seal] sign``, if the config had the old model's
+            signature checked. Old signatures are not valid for the new data key: none is kept.
         keys: a loaded config, or the path of one.
         name: the model name that is expected; the new one has the same.
         release: its number; by default the old one.
@@ -60,8 +60,9 @@ def reseal(
         progress: called with (bytes done, bytes in all).
 
     Raises:
-        ConfigError: no recipients, no signer where this config requires signatures, or ``target``
-            exists.
+        ConfigError: no recipients; no signer where this config requires signatures, or none named
+            where it does not; ``target`` exists; or somebody else changes ``path`` for a minute.
+        IntegrityError: another folder is at ``path`` by now; it is as it was.
         KeymgmtError: as ``keymgmt.open`` and ``keymgmt.seal``; the old model is as it was.
     """
     # Where a link leads to the model, the model is replaced and not the link.
@@ -70,35 +71,53 @@ def reseal(
         if target is not None:
             check_target(output)
         groups = resolve_groups(list(to) or config.seal.to, config, fingerprints)
-        key = sign if sign is not None else config.seal.sign
-        if key is None and config.policy.require_signature:
-            raise ConfigError(
-                "no key to sign with, and this config opens only signed models",
-                hint="name one with --sign PROVIDER:KEY, or in [seal] sign",
-            )
-        signer = Signer(config, key) if key is not None else None
-        with (
-            open_model(path, name=name, keys=config) as model,
-            new_directory(output, replace=target is None) as folder,
-            Dek.generate() as dek,
-        ):
-            old = model.manifest
-            manifest = write_sealed(
-                folder,
-                {entry.path: _SealedContent(model, entry) for entry in old.files},
-                dek,
-                groups,
-                signer,
-                template=dataclasses.replace(
-                    old,
-                    id=os.urandom(16),
-                    release=old.release if release is None else release,
-                    created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-                ),
-                progress=progress,
-            )
+        signer = _signer(sign, config)
+        try:
+            with (
+                open_model(path, name=name, keys=config) as model,
+                new_directory(output, replace=target is None) as folder,
+                Dek.generate() as dek,
+            ):
+                old, place = model.manifest, model._folder
+                if target is None:
+                    place.lock()
+                manifest = write_sealed(
+                    folder,
+                    {entry.path: _SealedContent(model, entry) for entry in old.files},
+                    dek,
+                    groups,
+                    signer,
+                    template=dataclasses.replace(
+                        old,
+                        id=os.urandom(16),
+                        release=old.release if release is None else release,
+                        created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+                    ),
+                    progress=progress,
+                )
+                if target is None:
+                    place.check_place()
+        except FileExistsError as error:
+            raise exists(output) from error
         audit("reseal", model=manifest.id.hex(), name=manifest.name, was=old.id.hex())
         return inspect(output)
+
+
+def _signer(sign: str | None, config: Config) -> Signer | None:
+    required, default = config.policy.require_signature, config.seal.sign
+    if sign is None and required and default is None:
+        raise ConfigError(
+            "no key to sign with, and this config opens only signed models",
+            hint="name one with --sign PROVIDER:KEY, or in [seal] sign",
+        )
+    if sign is None and not required and default is not None:
+        raise ConfigError(
+            "this config accepts models with nobody's signature, so [seal] sign does not vouch for "
+            "what comes out of them",
+            hint=f"say so if you do: --sign {default}",
+        )
+    key = sign if sign is not None else default
+    return Signer(config, key) if key is not None else None
 
 
 class _SealedContent:

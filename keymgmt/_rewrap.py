@@ -110,17 +110,17 @@ def rewrap_one(
     name: str | None = None,
     force: bool = False,
     dry_run: bool = False,
-    missing_ok: bool = False,
+    seen: set[str] | None = None,
     answers: Answers | None = None,
 ) -> Rewrapped:
     """Rewrap one model with a loaded config; raises as ``rewrap``.
 
-    ``missing_ok`` takes a group to drop that is not there for one already dropped. ``answers``
-    holds data keys that were unwrapped ahead, many in one call.
+    ``seen`` takes a group to drop that is not there for one already dropped, and is told of those
+    that were. ``answers`` holds data keys that were unwrapped ahead, many in one call.
     """
     candidate, _ = admit(path, config, name)
     with candidate:
-        candidate.lock()
+        candidate.folder.lock()
         for abandoned in Path(path).glob(f".{KEYS}.*.tmp"):
             # Nobody else writes keys.json while the lock is held, so a killed rewrap left it.
             abandoned.unlink(missing_ok=True)
@@ -131,7 +131,7 @@ def rewrap_one(
             work = _Work(config, candidate, policy.groups, unlocker, dek, opened)
             if not add and not drop:
                 work.refresh()
-            work.drop(drop, missing_ok=missing_ok)
+            work.drop(drop, seen)
             work.add(add)
             if not work.groups:
                 raise ConfigError(
@@ -219,18 +219,20 @@ class _Work:
             )
             self.changed = True
 
-    def drop(self, texts: Sequence[str], *, missing_ok: bool) -> None:
-        """Take groups out."""
+    def drop(self, texts: Sequence[str], seen: set[str] | None) -> None:
+        """Take groups out; ``seen`` as in ``rewrap_one``."""
         for text in texts:
             found = [index for index, group in self.groups.items() if text == str(group)]
             if not found:
                 found = self._without_version(text)
             if not found:
                 self._refuse_part(text)
-                if missing_ok:
+                if seen is not None:
                     continue
                 shown = ", ".join(str(group) for group in list(self.groups.values())[:8])
                 raise ConfigError(f"there is no group {text}", hint=f"the groups are: {shown}")
+            if seen is not None:
+                seen.add(text)
             for index in found:
                 self.states[index] = GroupChange(str(self.groups.pop(index)), "dropped", False)
                 self.changed = True

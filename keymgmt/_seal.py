@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,7 +21,7 @@ from keymgmt._sign import Signer
 from keymgmt._source import find_source
 from keymgmt.errors import ConfigError, FormatError
 from keymgmt.sealed.derive import commitment, file_key, payload_aad
-from keymgmt.sealed.folder import KEYS, MANIFEST, SIGNATURES, payload_name
+from keymgmt.sealed.folder import KEYS, MANIFEST, SIGNATURES, SealedFolder, payload_name
 from keymgmt.sealed.keys import UnlockPolicy, wrap_group
 from keymgmt.sealed.manifest import DIGESTS, SEGMENT, FileEntry, Manifest, manifest_hash
 from keymgmt.sealed.payload import seal_payload
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from keymgmt.sealed.keys import Wrap
     from keymgmt.sealed.manifest import Profile
 
-__all__ = ["check_target", "seal", "write_sealed"]
+__all__ = ["check_target", "exists", "seal", "write_sealed"]
 
 Progress = Callable[[int, int], object]
 
@@ -73,7 +74,8 @@ def seal(
         progress: called with (bytes done, bytes in all).
 
     Raises:
-        ConfigError: an argument, the config or the source is wrong, or ``target`` exists.
+        ConfigError: an argument, the config or the source is wrong, ``target`` exists, or
+            somebody else changes the one to replace for a minute.
         UntrustedPublisher: nothing says that a recipient file is genuine.
         ProviderError: a recipient cannot be wrapped to, or the signer cannot sign.
         OSError: writing failed; nothing is left behind.
@@ -87,7 +89,11 @@ def seal(
         key = sign if sign is not None else config.seal.sign
         signer = Signer(config, key) if key is not None else None
         try:
-            with new_directory(output, replace=force) as folder, Dek.generate() as dek:
+            with (
+                _locked(output),
+                new_directory(output, replace=force) as folder,
+                Dek.generate() as dek,
+            ):
                 manifest = write_sealed(
                     folder,
                     {path: _FileContent(file) for path, file in model.files.items()},
@@ -112,12 +118,23 @@ def seal(
                 # Sealing takes a while, and somebody may have put something else there.
                 check_target(output, force=force)
         except FileExistsError as error:
-            raise _exists(output) from error
+            raise exists(output, force=force) from error
         except FormatError as error:
             # Nothing was read from a sealed model here: what does not fit came as an argument.
             raise ConfigError(f"cannot seal this: {error}", hint=error.hint) from error
         audit("seal", model=manifest.id.hex(), name=manifest.name, release=manifest.release)
         return inspect(output)
+
+
+@contextlib.contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """Let nobody rewrap, sign or reseal a model that is about to be replaced."""
+    if not os.path.lexists(target):
+        yield
+        return
+    with SealedFolder(target) as old:
+        old.lock()
+        yield
 
 
 class Content(Protocol):
@@ -216,18 +233,23 @@ def _check_profile(text: str) -> Profile:
     raise ConfigError(f"no profile named {text!r}", hint=f"one of {', '.join(DIGESTS)}")
 
 
-def check_target(target: Path, *, force: bool = False) -> None:
-    """ConfigError unless a sealed model may be written at ``target``."""
+def check_target(target: Path, *, force: bool | None = None) -> None:
+    """ConfigError unless a sealed model may be written at ``target``.
+
+    ``force`` replaces one that is there; None where that is no choice.
+    """
     if not target.parent.is_dir():
         raise ConfigError(f"the folder {target.parent} for {target.name} does not exist")
     if not os.path.lexists(target):
         return
     if not force:
-        raise _exists(target)
+        raise exists(target, force=force)
     # --force replaces a sealed model, and never somebody's home directory.
     if target.is_symlink() or not (target / MANIFEST).is_file():
         raise ConfigError(f"{target} exists and is no sealed model, so it is not replaced")
 
 
-def _exists(target: Path) -> ConfigError:
-    return ConfigError(f"{target} exists", hint="name another folder, or replace it with --force")
+def exists(target: Path, *, force: bool | None = None) -> ConfigError:
+    """What is said where ``check_target`` finds, or comes too late for, a ``target``."""
+    choice = "" if force is None else ", or replace it with --force"
+    return ConfigError(f"{target} exists", hint="name another folder" + choice)

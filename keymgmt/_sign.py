@@ -82,12 +82,14 @@ def sign(
     with use_config(keys) as config, Candidate.read(path) as candidate:
         named = key if key is not None else config.seal.sign
         if named is None:
-            raise ConfigError("no key to sign with", hint="name one: --sign PROVIDER:KEY")
+            raise ConfigError(
+                "no key to sign with", hint="name it: keymgmt sign MODEL PROVIDER:KEY"
+            )
         signer = Signer(config, named)
         candidate.policy()
         candidate.check_digests(progress)
         made = signer.sign(candidate.data)
-        candidate.lock()
+        candidate.folder.lock()
         # Read again under the lock: another publisher may have signed meanwhile.
         with Candidate.read(path) as current:
             if current.data != candidate.data:

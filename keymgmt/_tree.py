@@ -16,7 +16,7 @@ from keymgmt._provider import SupportsBatchUnwrap, WrappedKey
 from keymgmt._recipients import resolve_groups
 from keymgmt._rewrap import Rewrapped, rewrap_one
 from keymgmt._unlock import Answers, call_provider
-from keymgmt.errors import KeymgmtError, ProviderError, SealedModelError
+from keymgmt.errors import ConfigError, KeymgmtError, ProviderError, SealedModelError
 from keymgmt.sealed.folder import MANIFEST
 
 if TYPE_CHECKING:
@@ -75,13 +75,15 @@ def rewrap_tree(
     """Rewrap every sealed model below ``tree``, in parallel, and tell of each as it is done.
 
     A model with which something is wrong comes as a Failure and stops no other. May be killed at
-    any point and run again: what is done is found done. Arguments as for ``keymgmt.rewrap``.
+    any point and run again: what is done is found done. A group to drop that no model had is a
+    Failure of the tree. Arguments as for ``keymgmt.rewrap``.
 
     Raises:
         ConfigError, ProviderError: the config, or a group to add, is wrong; nothing was changed.
     """
     with use_config(keys) as config:
         groups = resolve_groups(add, config, fingerprints) if add else []
+        seen: set[str] = set()
 
         def one(path: Path, answers: Answers) -> Rewrapped | Failure:
             try:
@@ -92,7 +94,7 @@ def rewrap_tree(
                     drop=drop,
                     force=force,
                     dry_run=dry_run,
-                    missing_ok=True,
+                    seen=seen,
                     answers=answers,
                 )
             except KeymgmtError as error:
@@ -108,6 +110,11 @@ def rewrap_tree(
                 paths = [item for item in chunk if isinstance(item, Path)]
                 answers = _ask_ahead(paths, config)
                 yield from pool.map(one, paths, [answers] * len(paths))
+        for text in drop:
+            if text not in seen:
+                # Dropped by an earlier run, or misspelt: then nobody has lost access.
+                message = f"no model that was opened had a group {text} to drop"
+                yield Failure(str(tree), ConfigError(message))
 
 
 def _ask_ahead(paths: Sequence[Path], config: Config) -> Answers:

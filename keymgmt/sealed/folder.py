@@ -6,13 +6,15 @@ what is looked at is what is in the folder, whoever else writes to the disk mean
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
 from keymgmt._files import replace_file
-from keymgmt.errors import FormatError, IntegrityError, SealedModelError
+from keymgmt.errors import ConfigError, FormatError, IntegrityError, SealedModelError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,6 +27,7 @@ MANIFEST: Final = "manifest.json"
 KEYS: Final = "keys.json"
 SIGNATURES: Final = "signatures.json"
 PAYLOAD: Final = "payload"
+_WAIT: Final = 60.0
 _FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 # O_NONBLOCK: opening a fifo must not wait for a writer; it changes nothing for a regular file.
 _FILE: Final = _FLAGS | os.O_NONBLOCK | os.O_NOCTTY
@@ -106,6 +109,14 @@ class SealedFolder:
         """
         try:
             replace_file(Path(f"/proc/self/fd/{self._fd}") / name, content, keep=True)
+        except FileNotFoundError:
+            self.check_place()
+            raise
+        self.check_place()
+
+    def check_place(self) -> None:
+        """IntegrityError where another folder, or none, is at the path by now."""
+        try:
             same = os.path.samestat(self.path.stat(), os.fstat(self._fd))
         except FileNotFoundError:
             same = False
@@ -114,6 +125,28 @@ class SealedFolder:
                 f"{self.path} was exchanged while it was being changed",
                 hint="somebody sealed or resealed it meanwhile; run this again if it is needed",
             )
+
+    def lock(self) -> None:
+        """Wait until nobody else changes this folder; the lock ends when the folder is closed.
+
+        Raises:
+            ConfigError: somebody has changed it for a minute.
+            IntegrityError: another folder is at the path by now.
+        """
+        deadline = time.monotonic() + _WAIT
+        while True:
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"somebody else has changed {self.path} for {_WAIT:g} seconds",
+                        hint="a rewrap, sign, reseal or seal --force is at work there; try again "
+                        "when it is done",
+                    ) from None
+                time.sleep(0.05)
+            else:
+                return self.check_place()
 
     def open_payload(self, path: str) -> int:
         """Open the ciphertext of a model's file; the caller closes the descriptor.

@@ -226,6 +226,14 @@ def test_it_is_named_with_the_way_out_and_changes_nothing(
     assert snapshot(site) == before
 
 
+def test_a_hint_names_what_the_command_has(cli: Cli, site: Path, sealed: Path) -> None:
+    (site / "out.sealed").mkdir()
+    assert cli("reseal", sealed, "out.sealed").hint == "name another folder"
+    edit(site / "keymgmt.toml", "sign =", "# sign =")
+    assert cli("sign", sealed).hint == "name it: keymgmt sign MODEL PROVIDER:KEY"
+    assert cli("sign", sealed, "local:publisher").code == 0
+
+
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1

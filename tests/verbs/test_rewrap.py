@@ -235,6 +235,19 @@ def test_a_tree(site, tree):
     assert not any(isinstance(item, keymgmt.Rewrapped) and item.changed for item in again)
 
 
+def test_a_group_that_no_model_of_a_tree_has_is_told(site, tree):
+    """A misspelt group to drop must not pass for one that was dropped."""
+    config = site.config()
+    keymgmt.rewrap(tree / "d0" / "m0.sealed", keys=config, add=["local:b"])
+    done = list(keymgmt.rewrap_tree(tree, keys=config, drop=["file:b", "local:b"]))
+    (failure,) = (item for item in done if isinstance(item, keymgmt.Failure))
+    assert failure.path == str(tree)
+    assert isinstance(failure.error, errors.ConfigError)
+    assert "local:b" in str(failure.error)
+    assert sum(item.changed for item in done if isinstance(item, keymgmt.Rewrapped)) == 1
+    assert groups(tree / "d0" / "m0.sealed") == ["file:a@1"]
+
+
 def test_usage_of_a_tree(site, tree):
     keymgmt.rewrap(tree / "d0" / "m0.sealed", keys=site.config(), add=["local:b"])
     found = keymgmt.usage(tree)
@@ -276,6 +289,73 @@ def test_reseal_of_a_damaged_model_keeps_it(site, tree_of):
         keymgmt.reseal(path, to=["local:b"], keys=site.config())
     assert tree_of(path) == before
     assert not [p.name for p in site.root.iterdir() if p.name.endswith(".tmp")]
+
+
+def test_reseal_does_not_replace_what_came_meanwhile(site, tree_of):
+    """Another sealed model, or a target, that appears while a long reseal runs is not lost."""
+    path, config = site.seal(), site.config()
+    newer = site.seal(target="newer.sealed", release=9)
+    content = tree_of(newer)
+
+    def progress(done, total):
+        if newer.exists():
+            path.rename(site.root / "old.sealed")
+            newer.rename(path)
+
+    with pytest.raises(errors.IntegrityError, match="exchanged"):
+        keymgmt.reseal(path, to=["local:b"], keys=config, progress=progress)
+    assert tree_of(path) == content
+    assert not [p.name for p in site.root.iterdir() if p.name.endswith(".tmp")]
+
+
+def test_two_who_replace_a_model_take_turns(site, tree_of, monkeypatch):
+    """Neither a seal --force nor a rewrap is lost to a reseal that runs meanwhile."""
+    monkeypatch.setattr("keymgmt.sealed.folder._WAIT", 0.1)
+    path, config = site.seal(), site.config()
+    refused = []
+
+    def progress(done, total):
+        for change in (
+            lambda: site.seal(force=True, release=9),
+            lambda: keymgmt.rewrap(path, keys=config, add=["local:b"]),
+            lambda: keymgmt.sign(path, key="local:stranger", keys=config),
+        ):
+            with pytest.raises(errors.ConfigError, match="somebody else"):
+                change()
+            refused.append(change)
+
+    keymgmt.reseal(path, to=["local:b"], keys=config, progress=progress)
+    assert refused
+    assert groups(path) == ["file:b@1"]
+    site.seal(force=True, release=9)
+    assert keymgmt.inspect(path).manifest.release == 9
+    assert not [p.name for p in site.root.iterdir() if p.name.endswith(".tmp")]
+
+
+def test_a_target_of_reseal_that_comes_meanwhile(site):
+    def progress(done, total):
+        (site.root / "out.sealed").mkdir(exist_ok=True)
+
+    with pytest.raises(errors.ConfigError, match="exists") as caught:
+        keymgmt.reseal(
+            site.seal(),
+            site.root / "out.sealed",
+            to=["local:b"],
+            keys=site.config(),
+            progress=progress,
+        )
+    assert "--force" not in caught.value.hint
+
+
+def test_reseal_does_not_sign_by_default_what_nobody_verified(site):
+    """[seal] sign signs what was made here; a model from elsewhere is signed by a choice."""
+    path = site.seal(sign="local:stranger")
+    open_to_all = site.config(publishers={}, require_signature=False)
+    with pytest.raises(errors.ConfigError, match="nobody's signature") as caught:
+        keymgmt.reseal(path, to=["local:b"], keys=open_to_all)
+    assert "--sign" in caught.value.hint
+    keymgmt.reseal(path, to=["local:b"], keys=open_to_all, sign="local:publisher")
+    assert opens(site, path)
 
 
 def test_reseal_without_a_signer_where_signatures_are_required(site):
