@@ -77,7 +77,7 @@ def _after_fork() -> None:
 def _after_fork_in_child() -> None:
     _held.clear()
     for service in list(_services):
-        service.lock = threading.Lock()
+        service.new_locks()
 
 
 os.register_at_fork(
@@ -90,11 +90,17 @@ class Service:
 
     def __init__(self, name: str, settings: Tpm2Settings, keys: KeyDirectory) -> None:
         self._name, self._settings, self._keys = name, settings, keys
-        self.lock = threading.Lock()
+        self.new_locks()
         self._left_behind: set[bytes] = set()
         self._refused: dict[str, bytes] = {}
+        self._taken: set[tuple[str, bytes]] = set()
+        self._typed: dict[str, bytearray] = {}
         self._salt = os.urandom(32)
         _services.add(self)
+
+    def new_locks(self) -> None:
+        """Make the locks: of the TPM, of a PIN that may be wrong, of the terminal."""
+        self.lock, self._trying, self._asking = (threading.Lock() for _ in range(3))
 
     def run(
         self,
@@ -166,20 +172,12 @@ class Service:
     def _turn(self, deadline: float) -> Iterator[None]:
         from keymgmt_tpm2._connection import is_resource_managed
 
-        lock = self.lock
-        if not lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            raise ProviderUnavailable(
-                f"the TPM of {self._name!r} was in use by other threads all the time",
-                hint="a TPM does one thing after the other; a larger timeout lets more wait",
-            )
-        try:
+        with _acquired(self.lock, deadline - time.monotonic(), self._name):
             if is_resource_managed(self._settings.tcti) or not self._keys.path.is_dir():
                 yield
             else:
                 with self._keys.locked(deadline - time.monotonic()):
                     yield
-        finally:
-            lock.release()
 
     def _own_names(self) -> set[bytes]:
         # Nobody else uses them now: processes that share the directory wait for their turn.
@@ -213,9 +211,13 @@ class Service:
     def pin(self, key: str) -> Iterator[bytearray]:
         """The PIN of a key, wiped at the end; one that was refused before is refused here.
 
+        Until the TPM has taken it, one thread at a time has it: the others wait to see what becomes
+        of it, so that many that open at once do not lock the TPM with one wrong PIN.
+
         Raises:
             AccessDenied: no source is configured, or the TPM refused this PIN already.
             ConfigError: the source has none, or one of more than 32 bytes.
+            ProviderUnavailable: others tried it all the time.
         """
         source = self.pin_source(key)
         if source is None:
@@ -223,25 +225,41 @@ class Service:
                 f"the key {key!r} wants a PIN, and [providers.{self._name}] names no source of it",
                 hint=f'add to that table: pins = {{ {key} = {{ file = "PATH" }} }}',
             )
-        pin = source.read()
+        pin = self._read(source)
         try:
             if len(pin) > MAX_PIN:
                 raise ConfigError(f"the PIN from {source} has more than {MAX_PIN} bytes")
             digest = hmac.new(self._salt, pin, hashlib.sha256).digest()
-            if hmac.compare_digest(self._refused.get(key, b""), digest):
-                raise AccessDenied(
-                    f"the TPM refused this PIN of {key!r} before, and is not asked again",
-                    hint=f"correct the PIN in {source}; each wrong try counts towards a lockout",
-                )
-            try:
-                yield pin
-            except AccessDenied as error:
-                cause = error.__cause__
-                if isinstance(cause, TpmError) and cause.code in (AUTH_FAIL, BAD_AUTH):
-                    self._refused[key] = digest
-                raise
+            known = (key, digest) in self._taken
+            alone = _acquired(self._trying, self._settings.timeout, self._name)
+            with contextlib.nullcontext() if known else alone:
+                if hmac.compare_digest(self._refused.get(key, b""), digest):
+                    raise AccessDenied(
+                        f"the TPM refused this PIN of {key!r} before, and is not asked again",
+                        hint=f"correct the PIN in {source}; each wrong try counts towards a "
+                        "lockout",
+                    )
+                try:
+                    yield pin
+                except AccessDenied as error:
+                    cause = error.__cause__
+                    if isinstance(cause, TpmError) and cause.code in (AUTH_FAIL, BAD_AUTH):
+                        self._refused[key] = digest
+                        self._taken.discard((key, digest))
+                        wipe(self._typed.pop(str(source), b""))
+                    raise
+                self._taken.add((key, digest))
         finally:
             wipe(pin)
+
+    def _read(self, source: SecretSource) -> bytearray:
+        if source.prompt is None:
+            return source.read()
+        # A person is asked once, by whichever thread comes first. He may take his time.
+        with self._asking:
+            if str(source) not in self._typed:
+                self._typed[str(source)] = source.read()
+            return bytearray(self._typed[str(source)])
 
     def refused_before(self, key: str) -> bool:
         """Whether the TPM refused a PIN of this key since the provider was made."""
@@ -252,8 +270,26 @@ class Service:
         return self._settings.pins.get(key, self._settings.pin)
 
     def forget(self) -> None:
-        """Forget which PINs were refused."""
+        """Forget which PINs were taken and refused, and wipe what was typed."""
         self._refused.clear()
+        self._taken.clear()
+        with self._asking:
+            while self._typed:
+                wipe(self._typed.popitem()[1])
+
+
+@contextlib.contextmanager
+def _acquired(lock: threading.Lock, seconds: float, name: str) -> Iterator[None]:
+    # As an argument, so that a child forked meanwhile releases what it took, not its new lock.
+    if not lock.acquire(timeout=max(0.0, seconds)):
+        raise ProviderUnavailable(
+            f"the TPM of {name!r} was in use by other threads all the time",
+            hint="a TPM does one thing after the other; a larger timeout lets more wait",
+        )
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def lockout_state(tpm: Tpm) -> tuple[int, int, int, bool]:
