@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from keymgmt._dek import DEK_LENGTH, Dek, wipe
+from keymgmt._fork import ForkSafe
 
 __all__ = ["DekCache"]
 
 _SLOTS: Final = mmap.PAGESIZE // DEK_LENGTH
 _MADV_WIPEONFORK: Final = 18
 _MADV_DONTDUMP: Final = 16
+_LIBC: Final = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass
@@ -32,29 +34,36 @@ class _Entry:
     uses: int
 
 
-class DekCache:
+class DekCache(ForkSafe):
     """At most 128 data keys in one locked page; thread-safe."""
+
+    _lock: threading.Lock
+    _timer: threading.Timer | None
+    _entries: dict[bytes, _Entry]
+    _unlocked: int  # why the page is not locked, an errno
 
     def __init__(self, seconds: float, uses: int) -> None:
         """Keep a key for ``seconds`` and for ``uses`` opens; OSError if memory cannot be locked."""
         self._seconds, self._uses = seconds, uses
-        self._entries: dict[bytes, _Entry] = {}
-        self._lock = threading.Lock()
-        self._timer: threading.Timer | None = None
-        self._pid = os.getpid()
         self._page = mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._page.madvise(_MADV_DONTDUMP)
         self._page.madvise(_MADV_WIPEONFORK)
+        super().__init__()
+        if self._unlocked:
+            raise OSError(self._unlocked, os.strerror(self._unlocked))
+
+    def _renew(self) -> None:
+        self._lock, self._timer = threading.Lock(), None
+        # The kernel gave the child a page of zeros, so its entries would be keys of zeros.
+        self._entries = {}
+        # Nor is the memory of a child locked because its parent's is.
         address = ctypes.addressof(ctypes.c_char.from_buffer(self._page))
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.mlock(ctypes.c_void_p(address), ctypes.c_size_t(mmap.PAGESIZE)):
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
+        failed = _LIBC.mlock(ctypes.c_void_p(address), ctypes.c_size_t(mmap.PAGESIZE))
+        self._unlocked = ctypes.get_errno() if failed else 0
 
     def get(self, name: bytes) -> Dek | None:
         """A copy of the key under ``name``, if there is one that may still be used."""
         with self._lock:
-            self._after_fork()
             self._expire()
             entry = self._entries.get(name)
             if entry is None:
@@ -66,14 +75,13 @@ class DekCache:
             return dek
 
     def put(self, name: bytes, dek: Dek) -> None:
-        """Keep a copy of ``dek`` under ``name``; nothing happens when all slots are taken."""
+        """Keep a copy of ``dek`` under ``name``; not if all slots are taken."""
         with self._lock:
-            self._after_fork()
             self._expire()
             if name in self._entries:
                 self._drop(name)
             free = set(range(_SLOTS)) - {entry.slot for entry in self._entries.values()}
-            if not free:
+            if not free or self._unlocked:
                 return
             slot = min(free)
             self._view(slot)[:] = dek.view()
@@ -99,13 +107,6 @@ class DekCache:
         now = time.monotonic()
         for name in [name for name, entry in self._entries.items() if entry.until <= now]:
             self._drop(name)
-
-    def _after_fork(self) -> None:
-        # The kernel gave the child a page of zeros, so its entries would be keys of zeros.
-        if self._pid != os.getpid():
-            self._pid = os.getpid()
-            self._entries.clear()
-            self._timer = None
 
     def _arm(self) -> None:
         if self._timer is None and self._entries:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Self, Union, get_args, 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from keymgmt._cache import DekCache
+from keymgmt._fork import ForkSafe
 from keymgmt._names import KeyRef, is_key, is_name
 from keymgmt._provider import KeyProvider, Settings
 from keymgmt._registry import load_backend
@@ -133,11 +134,14 @@ class _File(Settings):
     cache: CacheSettings | None = None
 
 
-class Config:
+class Config(ForkSafe):
     """A loaded config and the providers made from it, each once and when first asked for.
 
-    Safe to share between threads. A context manager that closes its providers.
+    Safe to share between threads, and with forked children. A context manager that closes its
+    providers.
     """
+
+    _lock: threading.RLock
 
     def __init__(self, data: Mapping[str, Any], *, path: Path | None = None) -> None:
         """Check ``data`` as if read from ``path``; relative paths are relative to its directory.
@@ -154,12 +158,15 @@ class Config:
         self._cache: DekCache | None = None
         self._tables = checked.providers
         self._made: dict[str, KeyProvider[Any]] = {}
-        self._lock = threading.RLock()
+        super().__init__()
         for name, table in self._tables.items():
             self._check_table(name, table)
         for name in self.policy.prefer:
             if name not in self._tables:
                 raise self._unknown(name, "[policy] prefer")
+
+    def _renew(self) -> None:
+        self._lock = threading.RLock()
 
     def _check_table(self, name: str, table: Mapping[str, Any]) -> None:
         where = f"{self.path or 'config'}: [providers.{name}]"

@@ -14,6 +14,7 @@ from keymgmt._admit import admit
 from keymgmt._audit import audit
 from keymgmt._config import use_config
 from keymgmt._dek import Dek, wipe
+from keymgmt._fork import ForkSafe
 from keymgmt._releases import remember_release, remembered_release
 from keymgmt._unlock import Unlocker
 from keymgmt.errors import IntegrityError, KeymgmtError, SealedModelError
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["SealedModel", "open_model"]
 
 
-class SealedModel:
+class SealedModel(ForkSafe):
     """An open sealed model; a context manager that wipes its keys on exit.
 
     Every read is verified before it returns: each segment is authenticated, and where the config
@@ -64,8 +65,11 @@ class SealedModel:
         self._dek = dek
         self._check_digests = check_digests
         self._files: weakref.WeakSet[io.RawIOBase] = weakref.WeakSet()
-        self._lock = threading.Lock()
         self._closed = False
+        super().__init__()
+
+    def _renew(self) -> None:
+        self._lock = threading.Lock()
 
     def read_into(
         self, path: str, buffer: Buffer, progress: Callable[[int], object] | None = None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import re
 import time
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ import keymgmt
 from keymgmt import Config, errors
 from keymgmt._cache import DekCache
 from keymgmt._dek import Dek
+from keymgmt.testing._process import in_fork
 
 
 @pytest.fixture
@@ -86,12 +88,24 @@ def test_a_forked_child_has_none(site):
     cache = DekCache(60, 1000)
     with Dek.generate() as dek:
         cache.put(b"name", dek)
-        child = os.fork()
-        if child == 0:
-            os._exit(0 if cache.get(b"name") is None and not any(cache._page[:]) else 1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        answer = in_fork(lambda: f"{cache.get(b'name')} {any(cache._page[:])}", 20)
+        assert answer == "None False"
         found = cache.get(b"name")
         assert found == dek
+
+
+def test_what_a_forked_child_keeps_is_locked_in_memory():
+    cache = DekCache(60, 1000)
+
+    def keep() -> str:
+        with Dek.generate() as dek:
+            cache.put(b"name", dek)
+            assert cache.get(b"name") == dek
+        status = Path("/proc/self/status").read_text()
+        return re.search(r"VmLck:\s*(\d+) kB", status)[1]
+
+    assert int(keep()) > 0
+    assert int(in_fork(keep, 20)) > 0
 
 
 def test_more_keys_than_slots():

@@ -17,6 +17,7 @@ import keymgmt.sealed.folder
 from keymgmt import errors
 from keymgmt.sealed.canonical import dump, load
 from keymgmt.sealed.keys import Group, UnlockPolicy
+from keymgmt.testing._process import in_fork
 
 
 @pytest.fixture
@@ -326,3 +327,41 @@ def test_a_tree_that_is_nested_deeper_than_a_path_may_be_long(site, tmp_path, mo
     ]
     (failure,) = (item for item in done if isinstance(item, keymgmt.Failure))
     assert "File name too long" in str(failure.error)
+
+
+@pytest.mark.parametrize("held", ["config", "cache", "model"])
+def test_a_fork_while_another_thread_holds_a_lock(site, held):
+    """The child goes on with what its parent had: nobody there would ever let go of the lock."""
+    path = site.seal()
+    expected = (site.plain / "model.xml").read_bytes()
+    data = {
+        "providers": {"local": {"backend": "file", "path": str(site.root / "keys")}},
+        "policy": site.policy,
+        "cache": {"seconds": 60, "uses": 100},
+    }
+    config = keymgmt.Config(data, path=site.root / "keymgmt.toml")
+    with config, keymgmt.open(path, keys=config) as model:
+        taken, done = threading.Event(), threading.Event()
+
+        def hold():
+            with {"config": config, "cache": config.cache, "model": model}[held]._lock:
+                taken.set()
+                done.wait(60)
+
+        def work() -> str:
+            assert model.read("model.xml") == expected
+            with keymgmt.open(path, keys=config) as again:
+                assert again.read("model.xml") == expected
+            model.close()
+            config.close()
+            return "right"
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        try:
+            assert taken.wait(60)
+            assert in_fork(work, 20) == "right"
+        finally:
+            done.set()
+            thread.join()
+        assert work() == "right"
