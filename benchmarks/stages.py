@@ -20,9 +20,10 @@ from blake3 import blake3
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from measure import table
 
-from keymgmt._memory import populate
+from keymgmt._memory import FreshMemory
 
 SIZE = 256 << 20
+MADV_POPULATE_WRITE = 23
 PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 
@@ -56,13 +57,15 @@ def stages(fd: int, segment: int) -> dict[str, Callable[[], object]]:
         blake3(private).digest()
         decrypt(private, offset)
 
-    def fresh(*, huge: bool) -> None:
+    def fresh(advice: int | None) -> None:
         memory = mmap.mmap(-1, SIZE, flags=PRIVATE)
-        if huge:
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        view = memoryview(memory)
-        for offset in range(0, SIZE, segment):
-            populate(view[offset : offset + segment])
+        if advice is None:
+            tried = FreshMemory(memoryview(memory))
+            for offset in range(0, SIZE, segment):
+                tried.part(offset, segment)
+        else:
+            memory.madvise(advice)
+            memory.madvise(MADV_POPULATE_WRITE)
 
     return {
         "read into a private buffer": each(read),
@@ -72,8 +75,9 @@ def stages(fd: int, segment: int) -> dict[str, Callable[[], object]]:
         "BLAKE3": each(lambda _: blake3(private).digest()),
         "SHA-256": each(lambda _: hashlib.sha256(private).digest()),
         "read, BLAKE3 and decrypt": each(read_digest_decrypt),
-        "fresh memory, 4 KiB pages": lambda: fresh(huge=False),
-        "fresh memory, huge pages": lambda: fresh(huge=True),
+        "fresh memory, 4 KiB pages": lambda: fresh(mmap.MADV_NOHUGEPAGE),
+        "fresh memory, huge pages": lambda: fresh(mmap.MADV_HUGEPAGE),
+        "fresh memory, tried": lambda: fresh(None),
     }
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 from keymgmt import floe
 from keymgmt._dek import wipe
-from keymgmt._memory import populate
+from keymgmt._memory import BLOCK, FreshMemory
 from keymgmt.errors import ConfigError, IntegrityError
 from keymgmt.floe import HEADER_LENGTH, OVERHEAD, FloeDecryptor, FloeEncryptor, FloeParameters
 from keymgmt.sealed.digests import DIGEST_LENGTH, DigestName, leaf_hash, tree_root
@@ -76,28 +76,32 @@ class _Worker(Protocol):
 
 
 def _on_all_cores(
-    count: int, make_worker: Callable[[], _Worker], progress: Progress | None
+    layout: _Layout, make_worker: Callable[[], _Worker], progress: Progress | None
 ) -> None:
-    """Give each index below ``count`` to a worker; on return no thread is running any more.
+    """Give each segment's index to a worker; on return no thread is running any more.
 
     The first error ends it, and so does an interrupt or an error of ``progress``.
     """
-    indices = itertools.count()  # next() of it is one step under the GIL: no index comes twice
+    count = layout.count
+    threads = min(count, len(os.sched_getaffinity(0)))
+    # As many as fill a huge page: two threads in one would wait for each other.
+    run = min(max(1, BLOCK // layout.segment_length), -(-count // threads))
+    starts = itertools.count(0, run)  # next() of it is one step under the GIL: none comes twice
     stop = threading.Event()
     done: list[int] = []
 
     def work() -> None:
         worker = make_worker()
         try:
-            while not stop.is_set() and (index := next(indices)) < count:
-                done.append(worker(index))
+            while not stop.is_set() and (start := next(starts)) < count:
+                for index in range(start, min(start + run, count)):
+                    done.append(worker(index))
         except BaseException:
             stop.set()
             raise
         finally:
             worker.close()
 
-    threads = min(count, len(os.sched_getaffinity(0)))
     if threads == 1 and progress is None:
         work()
         return
@@ -246,7 +250,7 @@ def seal_payload(
         leaves = _Leaves(digest, encryptor.header, layout.count)
         _write_exactly(target_fd, memoryview(encryptor.header), 0)
         _on_all_cores(
-            layout.count,
+            layout,
             lambda: _Sealer(source, target_fd, layout, encryptor, leaves),
             progress,
         )
@@ -272,7 +276,7 @@ class _Reader:
         layout: _Layout,
         leaves: _Leaves | None,
         decryptor: FloeDecryptor | None = None,
-        target: memoryview | None = None,
+        target: FreshMemory | None = None,
     ) -> None:
         self._fd, self._layout, self._leaves = fd, layout, leaves
         self._decryptor, self._target = decryptor, target
@@ -290,8 +294,7 @@ class _Reader:
             if self._target is None:
                 target = self._scratch[:length]
             else:
-                target = self._target[start : start + length]
-                populate(target)
+                target = self._target.part(start, length)
             final = index == self._layout.count - 1
             self._decryptor.decrypt_segment_into(index, final, segment, target)
         return length
@@ -345,7 +348,7 @@ def _learn_leaves(
 ) -> _Leaves:
     layout.check_file(fd)
     leaves = _Leaves(digest, _read_header(fd), layout.count)
-    _on_all_cores(layout.count, lambda: _Reader(fd, layout, leaves), progress)
+    _on_all_cores(layout, lambda: _Reader(fd, layout, leaves), progress)
     return leaves
 
 
@@ -427,11 +430,12 @@ class PayloadReader:
     def _prove(self, target: memoryview | None, progress: Progress | None) -> None:
         layout, leaves = self._layout, None
         layout.check_file(self._fd)
+        memory = None if target is None else FreshMemory(target)
         if self._root is not None:
             leaves = _Leaves(self._digest, self._header, layout.count)
         _on_all_cores(
-            layout.count,
-            lambda: _Reader(self._fd, layout, leaves, self._decryptor, target),
+            layout,
+            lambda: _Reader(self._fd, layout, leaves, self._decryptor, memory),
             progress,
         )
         if leaves is not None:
