@@ -29,6 +29,7 @@ from keymgmt.backend import (
     ProviderError,
     ProviderUnavailable,
     Signature,
+    UnsupportedOperation,
     UnwrapFailed,
     WrappedKey,
     WrongKey,
@@ -633,6 +634,24 @@ def test_an_import_of_our_internals_is_caught(
     failed = {result.name: result.reason for result in results if result.outcome == "failed"}
     assert set(failed) == {"test_imports_only_the_contract"}
     assert "imports keymgmt._dek" in failed["test_imports_only_the_contract"]
+
+
+@pytest.mark.parametrize("lacking", [["old"], ["old", "aes256", "ed25519"]])
+def test_a_kind_that_this_service_lacks_is_told(contract: Contract, lacking: list[str]) -> None:
+    """One module of many lacks a kind: that is no defect of the backend. To make none is one."""
+
+    class Lacking(MemoryProvider):
+        key_kinds: ClassVar[Mapping[str, Any]] = {**MemoryProvider.key_kinds, "old": "wrap"}
+
+        def create_key(self, key: str, kind: str, options: Mapping[str, str]) -> KeyInfo:
+            if check_key(key).startswith("kit-kind") and kind in lacking:
+                raise UnsupportedOperation(f"the module makes no key of kind {kind}")
+            return super().create_key(key, kind, options)
+
+    by_name = {result.name: result for result in run_contract(contract(Lacking))}
+    check = by_name["test_creates_keys_of_every_kind"]
+    assert check.outcome == ("skipped" if lacking == ["old"] else "failed")
+    assert "the module makes no key of kind old" in check.reason
 
 
 def test_every_check_can_fail_and_says_what_and_why_and_where(contract: Contract) -> None:
