@@ -13,16 +13,15 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from keymgmt._harden import harden, unencrypted_swap
-from keymgmt._open import open_model
+from keymgmt._open import SealedModel, open_model
 from keymgmt._private_files import private_folder
 from keymgmt.errors import KeymgmtError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from keymgmt._config import Config
-    from keymgmt._open import SealedModel
     from keymgmt._private_files import PrivateFolder
 
 __all__ = ["mount"]
@@ -32,10 +31,11 @@ log = logging.getLogger("keymgmt")
 
 @contextlib.contextmanager
 def mount(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | SealedModel,
     *,
     name: str | None = None,
     keys: Config | str | os.PathLike[str] | None = None,
+    only: Callable[[str], bool] | None = None,
 ) -> Iterator[Path]:
     """Give a sealed model's files by path, decrypted in memory, while the block runs.
 
@@ -50,6 +50,9 @@ def mount(
     exit the folder is removed, and the descriptors that others opened in it are set to close on
     exec. Memory goes back when the last of those is closed.
 
+    They are kept from swap as far as the limit permits (``ulimit -l``), until the last of what
+    mapped them lets go; what was read from them into other memory is not.
+
     They are memfds behind a folder of links; where the system has none, a ramfs that is mounted
     nowhere; and where it permits neither, the call is refused. A program that resolves its files
     to a real path, or writes beside them, does not work here. With memfds, another process of the
@@ -57,9 +60,11 @@ def mount(
     noticed at the end of the block.
 
     Args:
-        path: the sealed model.
+        path: the sealed model; or one that is open already, which stays open (then ``name`` and
+            ``keys`` say nothing).
         name: the model that is expected; another one is refused.
         keys: a loaded config, or the path of one.
+        only: called with each path of the manifest; a file for which it is false is left out.
 
     Yields:
         The folder, with the paths of the manifest below it.
@@ -77,8 +82,11 @@ def mount(
             ", ".join(devices),
         )
     with contextlib.closing(private_folder()) as folder:
-        with open_model(path, name=name, keys=keys) as sealed:
-            _decrypt(sealed, folder)
+        if isinstance(path, SealedModel):
+            _decrypt(path, folder, only)
+        else:
+            with open_model(path, name=name, keys=keys) as sealed:
+                _decrypt(sealed, folder, only)
         yield folder.path
         if changed := folder.changed():
             raise KeymgmtError(
@@ -88,8 +96,12 @@ def mount(
             )
 
 
-def _decrypt(sealed: SealedModel, folder: PrivateFolder) -> None:
+def _decrypt(
+    sealed: SealedModel, folder: PrivateFolder, only: Callable[[str], bool] | None
+) -> None:
     for entry in sealed.manifest.files:
+        if only and not only(entry.path):
+            continue
         try:
             folder.write(entry.path, entry.size, partial(sealed.read_into, entry.path))
         except OSError as error:

@@ -21,6 +21,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final
 
+from keymgmt._locked_files import LockedMapping, lock_mappings
 from keymgmt.errors import KeymgmtError
 
 if TYPE_CHECKING:
@@ -72,11 +73,13 @@ class MemfdFolder(PrivateFolder):
     """Sealed memfds (memfd_create(2)), and a folder of links to ``/proc/self/fd/N``.
 
     The links hold no plaintext. Another process of the same user can list and exchange them.
+    Kept from swap, as far as the limit permits, until the last mapping of them ends.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._descriptors: dict[str, int] = {}
+        self._locks: list[LockedMapping] = []
         base = "/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else None  # noqa: S108
         descriptor = _memfd()
         try:
@@ -92,6 +95,7 @@ class MemfdFolder(PrivateFolder):
         os.fchmod(descriptor, 0o400)
         if size:
             os.posix_fallocate(descriptor, 0, size)  # no room is an error here, not a SIGBUS later
+            self._locks.append(LockedMapping(descriptor, size))  # before any plaintext
             _fill(descriptor, size, fill)
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
         link = self.path / path
@@ -112,6 +116,10 @@ class MemfdFolder(PrivateFolder):
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._close_on_exec()
+        lock_mappings(self._written)
+        for lock in self._locks:
+            lock.close()
+        lock_mappings(self._written)  # where the limit had no room for both
 
 
 class DetachedFolder(PrivateFolder):

@@ -7,8 +7,10 @@ no disk (``keymgmt.mount``). Which is which, and what stays in memory: docs/gena
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import keymgmt
@@ -25,16 +27,19 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from keymgmt import Config, SealedModel
 
-__all__ = ["LoadedPipeline", "load_adapter", "load_llm", "load_path_pipeline"]
+__all__ = ["LoadedPipeline", "load_adapter", "load_llm", "load_path_pipeline", "load_vlm"]
 
 T = TypeVar("T")
 
 _TOKENIZER: Final = "openvino_tokenizer.xml"
 _DETOKENIZER: Final = "openvino_detokenizer.xml"
+_GRAPH: Final = "openvino_{}_model.xml"
+_NAMED: Final = re.compile(r"openvino_(\w+)_model\.xml")
+_IR: Final = re.compile(r"(^|/)openvino_[^/]*\.(xml|bin)$")
 _GENERATION: Final = "generation_config.json"
 # Where GenAI 2026.4 looks for a chat template after the tokenizer's own, in this order (tried).
 _TEMPLATES: Final = (
@@ -46,7 +51,7 @@ _TEMPLATES: Final = (
 
 
 class LoadedPipeline(Owner):
-    """An ``LLMPipeline`` from a sealed folder; used like one, and closed like a loaded model.
+    """A GenAI pipeline from a sealed folder; used like one, and closed like a loaded model.
 
     ``close()`` while a generation runs in another thread raises ModelInUse; the generation ends
     undisturbed, and the weights are wiped after it.
@@ -58,7 +63,7 @@ class LoadedPipeline(Owner):
         return self._use()
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        """Generate, as ``LLMPipeline.__call__``."""
+        """Generate, as the pipeline's own call."""
         return self._use()(*arguments, **options)
 
     def __getattr__(self, name: str) -> Any:
@@ -101,33 +106,64 @@ def load_llm(
         ConfigError, SealedModelError, CannotUnlock: as ``keymgmt_openvino.load``.
     """
     check_options(pipeline_options)
-    memories: list[Memory] = []
     with keymgmt.open(path, name=name, keys=keys) as sealed:
-        title, main = sealed.manifest.name, _check_folder(sealed)
-        try:
-            tokenizer = _tokenizer(sealed, memories)
-            weights = read_weights(sealed, main)
-            memories.append(weights)
-            config = generation_config or _generation_config(sealed)
-            with private_bytes(sealed.manifest.file(main).size) as (graph, room):
-                sealed.read_into(main, room)
-                pipeline = ask(
-                    f"OpenVINO GenAI cannot build {title} for {device}",
-                    ov_genai.LLMPipeline,
-                    graph,
-                    weights.tensor,
-                    tokenizer,
-                    device,
-                    config,
-                    **pipeline_options,
-                )
-        except BaseException:
-            # The error's traceback holds this frame, which must not hold what it built.
-            tokenizer = pipeline = None
-            for memory in memories:
-                release(memory)
-            raise
-    return LoadedPipeline(title, pipeline, memories)
+        return _build(
+            sealed,
+            {"language": _language_model(sealed)},
+            generation_config,
+            f"for {device}",
+            lambda models, tokenizer, config: ov_genai.LLMPipeline(
+                *models["language"], tokenizer, device, config, **pipeline_options
+            ),
+        )
+
+
+def load_vlm(
+    path: str | os.PathLike[str],
+    device: str = "CPU",
+    *,
+    name: str | None = None,
+    keys: str | os.PathLike[str] | Config | None = None,
+    generation_config: Any = None,
+    **pipeline_options: Any,
+) -> LoadedPipeline:
+    """Open a sealed folder of a vision language model as an ``openvino_genai.VLMPipeline``.
+
+    Graphs, weights and tokenizer come from memory. GenAI reads the small files, such as
+    ``config.json`` and ``preprocessor_config.json``, by path and while it builds: they are mounted
+    (``keymgmt.mount``), so this process becomes non-dumpable.
+
+    Args:
+        path: the sealed model: a folder as ``optimum-cli export openvino`` makes it.
+        device: an OpenVINO device.
+        name: the model that is expected; another one is refused.
+        keys: config, or its path; else the one that ``keymgmt.load_config`` finds.
+        generation_config: a ``GenerationConfig``; else that of the folder.
+        **pipeline_options: as for ``VLMPipeline``, such as ``ATTENTION_BACKEND``.
+
+    Returns:
+        The pipeline's owner; a context manager whose end wipes the weights.
+
+    Raises:
+        FormatError: no tokenizer, or no graph for language, text embeddings or images in it.
+        KeymgmtError: too little memory, this system cannot keep the small files to this process,
+            or OpenVINO GenAI refused the model.
+        ConfigError, SealedModelError, CannotUnlock: as ``keymgmt_openvino.load``.
+    """
+    check_options(pipeline_options)
+    keymgmt.harden()  # before there is a key to read
+    with keymgmt.open(path, name=name, keys=keys) as sealed:
+        graphs = _vision_graphs(sealed)
+        with keymgmt.mount(sealed, only=lambda file: not _IR.search(file)) as folder:
+            return _build(
+                sealed,
+                graphs,
+                generation_config,
+                f"for {device}",
+                lambda models, tokenizer, config: ov_genai.VLMPipeline(
+                    models, tokenizer, folder, device, config, **pipeline_options
+                ),
+            )
 
 
 def load_adapter(
@@ -188,21 +224,73 @@ def load_path_pipeline(
         return ask(what, pipeline, directory, device, **options)
 
 
-def _check_folder(sealed: SealedModel) -> str:
+def _build(
+    sealed: SealedModel,
+    graphs: Mapping[str, str],
+    generation_config: Any,
+    where: str,
+    make: Callable[[dict[str, tuple[bytes, Any]], Any, Any], Any],
+) -> LoadedPipeline:
+    """Decrypt the graphs (a name for each, and its path) and hand them to ``make``."""
+    title = sealed.manifest.name
+    memories: list[Memory] = []
+    models: dict[str, tuple[bytes, Any]] = {}
+    tokenizer = pipeline = None
+    try:
+        with contextlib.ExitStack() as stack:
+            tokenizer = _tokenizer(sealed, memories)
+            for graph, path in graphs.items():
+                memories.append(read_weights(sealed, path))
+                size = sealed.manifest.file(path).size
+                content, room = stack.enter_context(private_bytes(size))
+                sealed.read_into(path, room)
+                models[graph] = content, memories[-1].tensor
+            config = generation_config or _generation_config(sealed)
+            what = f"OpenVINO GenAI cannot build {title} {where}"
+            pipeline = ask(what, make, models, tokenizer, config)
+            models.clear()
+        return LoadedPipeline(title, pipeline, memories)
+    except BaseException:
+        # The error's traceback holds this frame, which must not hold what it built.
+        tokenizer = pipeline = None
+        models.clear()
+        for memory in memories:
+            release(memory)
+        raise
+
+
+def _language_model(sealed: SealedModel) -> str:
     """The path of the main graph; FormatError where a part of a language model is missing."""
+    main = sealed.manifest.main
+    if main == _GRAPH.format("language"):
+        raise FormatError(
+            f"{sealed.manifest.name} is a vision language model",
+            hint="open it with keymgmt_openvino.genai.load_vlm",
+        )
+    if main is None or not main.endswith(".xml"):
+        main = "openvino_model.xml"
+    _check_folder(sealed, "language model", [main])
+    return main
+
+
+def _vision_graphs(sealed: SealedModel) -> dict[str, str]:
+    """Name, as GenAI calls it, and path of each graph of a vision language model."""
+    needed = [_GRAPH.format(name) for name in ("language", "text_embeddings", "vision_embeddings")]
+    _check_folder(sealed, "vision language model", needed)
+    paths = [entry.path for entry in sealed.manifest.files]
+    return {found[1]: path for path in paths if (found := _NAMED.fullmatch(path))}
+
+
+def _check_folder(sealed: SealedModel, what: str, graphs: list[str]) -> None:
     manifest = sealed.manifest
     present = {entry.path for entry in manifest.files}
-    missing = [path for path in (_TOKENIZER, _DETOKENIZER) if path not in present]
-    if manifest.main is None or not manifest.main.endswith(".xml"):
-        missing.insert(0, "openvino_model.xml")
-    if missing or manifest.main is None:
+    missing = [path for path in (*graphs, _TOKENIZER, _DETOKENIZER) if path not in present]
+    if missing:
         raise FormatError(
-            f"{manifest.name} ({manifest.kind}) is no language model: "
-            f"it lacks {' and '.join(missing)}",
+            f"{manifest.name} ({manifest.kind}) is no {what}: it lacks {' and '.join(missing)}",
             hint="export the folder with: optimum-cli export openvino --model MODEL FOLDER; "
             "then seal the FOLDER",
         )
-    return manifest.main
 
 
 def _tokenizer(sealed: SealedModel, memories: list[Memory]) -> Any:

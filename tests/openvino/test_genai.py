@@ -259,63 +259,6 @@ def test_a_lora_adapter_from_memory(sealed, site, seal, tmp_path, expected, watc
         load_adapter(seal(folder, "adapter"), "nothing.safetensors", keys=site)
 
 
-PIPELINES = """
-import sys
-import keymgmt_openvino
-from keymgmt_openvino.genai import load_path_pipeline
-import openvino_genai as ov_genai
-kind, sealed, config, plain = sys.argv[1:]
-cls = getattr(ov_genai, kind)
-extra = {"scheduler_config": ov_genai.SchedulerConfig()} if kind.startswith("Cont") else {}
-if kind == "ContinuousBatchingPipeline":
-    make = lambda directory, device: cls(directory, extra["scheduler_config"], device)
-else:
-    make = cls
-ours, theirs = load_path_pipeline(make, sealed, keys=config), make(plain, "CPU")
-if kind == "TextEmbeddingPipeline":
-    texts = ["the yellow", "hello there", "a"]
-    same = ours.embed_documents(texts) == theirs.embed_documents(texts)
-    assert len(ours.embed_query("x")) == 384
-elif kind == "LLMPipeline":
-    options = dict(max_new_tokens=16, do_sample=False)
-    same = ours.generate("Hello there", **options) == theirs.generate("Hello there", **options)
-else:
-    options = ov_genai.GenerationConfig(max_new_tokens=16, do_sample=False)
-    answers = [p.generate(["Hello there"], [options])[0].m_generation_ids for p in (ours, theirs)]
-    same = answers[0] == answers[1]
-print(same)
-"""
-
-
-@pytest.fixture(scope="module")
-def embedder(minilm_directory, tmp_path_factory) -> Path:
-    """all-MiniLM-L6-v2 with a tokenizer IR, as a text embedding pipeline takes it."""
-    folder = tmp_path_factory.mktemp("embedder") / "embedder"
-    folder.mkdir()
-    script = HERE / "minilm_ir.py"
-    graph = folder / "openvino_model.xml"
-    subprocess.run([sys.executable, script, minilm_directory, graph, "hidden"], check=True)
-    for file in TINY.glob("openvino_tokenizer.*"):
-        shutil.copy(file, folder)
-    (folder / "config.json").write_text('{"model_type": "bert", "max_position_embeddings": 512}')
-    return folder
-
-
-@pytest.mark.parametrize(
-    "kind", ["LLMPipeline", "ContinuousBatchingPipeline", "TextEmbeddingPipeline"]
-)
-def test_path_pipelines_answer_as_plaintext(kind, sealed, embedder, seal, site):
-    plain = embedder if kind == "TextEmbeddingPipeline" else TINY
-    source = seal(embedder, "embedder") if kind == "TextEmbeddingPipeline" else sealed
-    done = subprocess.run(
-        [sys.executable, "-c", PIPELINES, kind, source, site.path, plain],
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.stdout == "True\n", done.stderr
-
-
 CYCLES = """
 import os, sys
 from pathlib import Path

@@ -187,6 +187,62 @@ def test_another_process_of_the_same_user_cannot_follow(kind, how, readable, tre
     assert found == readable
 
 
+LOCKED = """
+import mmap, os, resource, sys
+from keymgmt._private_files import MemfdFolder
+def locked():
+    lines = open("/proc/self/status").read().splitlines()
+    return int(next(line for line in lines if line.startswith("VmLck")).split()[1])
+if os.geteuid() == 0:  # root is above the limit
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+limit = int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, limit))
+seen = []
+def fill(memory):
+    seen.append(locked())
+    memory[:] = bytes(1 << 20)
+folder = MemfdFolder()
+folder.write("weights.bin", 1 << 20, fill)
+with open(folder.path / "weights.bin", "rb") as file:
+    theirs = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+folder.close()
+print(*seen, locked())
+theirs.close()
+print(locked())
+"""
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        (4 << 20, ["1024 1024", "0"]),
+        (3 << 19, ["1024 1024", "0"]),  # room for one of the two mappings
+        (1 << 19, ["0 0", "0"]),
+    ],
+    ids=["enough", "for one", "too little"],
+)
+def test_files_are_kept_from_swap_while_somebody_has_them_mapped(limit, expected):
+    assert lines(LOCKED, limit) == expected
+
+
+def test_an_open_model_is_mounted_in_part(tree, site):
+    names, again = lines(
+        """
+        import sys
+        import keymgmt
+        with keymgmt.open(sys.argv[1], keys=sys.argv[2]) as sealed:
+            with keymgmt.mount(sealed, only=lambda path: path.endswith(".json")) as folder:
+                print(*(path.relative_to(folder) for path in folder.rglob("*")))
+            print(sealed.read("config.json").decode())
+        """,
+        tree[1],
+        site.path,
+    )
+    assert (names, again) == ("config.json", '{"a": 1}')
+
+
 def test_an_exchanged_link_is_noticed(tree, site):
     done = python(
         """
