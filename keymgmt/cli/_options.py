@@ -48,14 +48,24 @@ def complete_provider(context: typer.Context, incomplete: str) -> list[str]:
 
 
 def complete_key(context: typer.Context, incomplete: str) -> list[str]:
-    """``provider:key``: providers until the colon, then the keys that the provider lists."""
+    """``provider:key``: providers while there are several, then the keys that the one lists."""
     before, plus, last = incomplete.rpartition("+")
     name, colon, _ = last.partition(":")
     config = _quiet_config(context)
     if config is None:
         return []
     if not colon:
-        return [f"{before}{plus}{each}:" for each in config.provider_names if each.startswith(last)]
+        names = [each for each in config.provider_names if each.startswith(last)]
+        if len(names) != 1:
+            return [f"{before}{plus}{each}:" for each in names]
+        # At once to its keys: a shell ends the word after a completion that is the only one.
+        name = names[0]
+    # Where they are not to be had, as far as the colon.
+    candidates = [f"{before}{plus}{name}:{key}" for key in _keys_of(config, name) or [""]]
+    return [each for each in candidates if each.startswith(incomplete)]
+
+
+def _keys_of(config: Config, name: str) -> list[str]:
     try:
         provider = config.provider(name)
         # One that would ask the person for a secret is left alone while he types.
@@ -64,8 +74,7 @@ def complete_key(context: typer.Context, incomplete: str) -> list[str]:
         found = within(_COMPLETION_SECONDS, f"completion from {name}", provider.list_keys)
     except KeymgmtError:
         return []
-    candidates = [f"{before}{plus}{name}:{info.key}" for info in found]
-    return [each for each in candidates if each.startswith(incomplete)]
+    return [info.key for info in found]
 
 
 def _asks(settings: object) -> bool:

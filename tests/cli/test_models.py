@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import pty
+import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,6 +130,45 @@ def test_the_shell_completes_providers_and_keys(cli: Cli, site: Path) -> None:
     shown = complete("keys show local:mod")
     assert "models" in shown
     assert "publisher" not in shown
+
+
+@pytest.mark.once
+def test_bash_completes_a_key_as_the_page_says(cli: Cli, site: Path, tmp_path: Path) -> None:
+    """In a real bash on a terminal: docs/cli.md has the line that lets a word hold a colon."""
+    bash, program = shutil.which("bash"), Path(sys.executable).with_name("keymgmt")
+    if bash is None or not program.exists():
+        pytest.skip("no bash, or no keymgmt beside this Python")
+    environment = {"PATH": f"{program.parent}:/usr/bin:/bin", "HOME": str(tmp_path), "TERM": "dumb"}
+    script = subprocess.run(
+        [program, "--show-completion", "bash"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"},
+    ).stdout
+    (tmp_path / ".bashrc").write_text(
+        f"{script}\nCOMP_WORDBREAKS=${{COMP_WORDBREAKS//:}}\nPS1='> '\n"
+    )
+    child, terminal = pty.fork()
+    if not child:
+        os.execve(bash, [bash, "-i"], environment)
+    try:
+        seen = b""
+
+        def until(expected: bytes) -> None:
+            nonlocal seen
+            while expected not in seen:
+                assert select.select([terminal], [], [], 30)[0], seen
+                seen += os.read(terminal, 4096)
+
+        until(b"> ")
+        os.write(terminal, b"keymgmt keys show local:mod\t")
+        until(b"show local:models")
+        assert b"local:local" not in seen
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(terminal)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
