@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from measure import Run, bars, interleave, machine, median, site, speedup, table, timed, write
 
@@ -29,9 +30,21 @@ MODELS = Path(__file__).parent.parent / "tests" / "openvino"
 KINDS = ("plaintext", "unsigned", "signed")
 
 
+def ones(model: Any) -> list[Any]:
+    """An input for each of the model's, of one item and one word."""
+    import numpy as np
+
+    return [
+        np.ones(
+            [1 if size.is_dynamic else size.get_length() for size in port.partial_shape],
+            port.element_type.to_dtype(),
+        )
+        for port in model.inputs
+    ]
+
+
 def run(kind: str, path: str, config: str) -> None:
     import keymgmt_openvino
-    import numpy as np
     import openvino as ov
 
     def work() -> None:
@@ -39,15 +52,7 @@ def run(kind: str, path: str, config: str) -> None:
             model = ov.Core().compile_model(path, "CPU")
         else:
             model = keymgmt_openvino.load(path, "CPU", keys=config)
-        model(
-            [
-                np.ones(
-                    [1 if size.is_dynamic else size.get_length() for size in port.partial_shape],
-                    port.element_type.to_dtype(),
-                )
-                for port in model.inputs
-            ]
-        )
+        model(ones(model))
         keep.append(model)
 
     keep: list[object] = []
