@@ -190,7 +190,8 @@ def check_core(core: ov.Core, device: str | None = None) -> None:
     Raises:
         ConfigError: either of the two.
     """
-    devices = core.available_devices
+    # To list the devices starts the drivers of all, which can take longer than loading a model.
+    devices = ["CPU"] if device == "CPU" else core.available_devices
     for place in (None, *devices):
         try:
             cache = (
