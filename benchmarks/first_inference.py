@@ -24,7 +24,19 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from measure import Run, bars, interleave, machine, median, site, speedup, table, timed, write
+from measure import (
+    Run,
+    add_touch,
+    bars,
+    interleave,
+    machine,
+    median,
+    site,
+    speedup,
+    table,
+    timed,
+    write,
+)
 
 MODELS = Path(__file__).parent.parent / "tests" / "openvino"
 KINDS = ("plaintext", "unsigned", "signed")
@@ -95,6 +107,7 @@ def main() -> None:
         "--models", nargs="+", default=["f32:1024", "f16:1024", "i8:1024", "minilm", "magika"]
     )
     parser.add_argument("--rounds", type=int, default=5)
+    add_touch(parser)
     parser.add_argument("--directory", type=Path, help="where the models are made")
     parser.add_argument("--json", type=Path, default=Path("first_inference.json"))
     parser.add_argument("--plot", type=Path, help="write a bar chart (SVG)")
@@ -124,6 +137,7 @@ def main() -> None:
                     for kind in KINDS
                 },
                 arguments.rounds,
+                touch=arguments.touch,
             )
             results[name] = runs
             over = ratios(runs)

@@ -8,6 +8,7 @@ A ratio of two cases is the median over the rounds of the ratio within a round.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -37,8 +38,36 @@ def peak_mib() -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
+def length(text: str) -> int:
+    """Bytes: 64K, 1M, 4G."""
+    return int(text.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(text[-1], 0)
+
+
+def add_touch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--touch",
+        type=length,
+        default=0,
+        metavar="SIZE",
+        help="before each run, a process writes to that much memory and ends: the host of a "
+        "virtual machine, which takes free memory back, then has it again, as a physical one has",
+    )
+
+
+_TOUCH = """
+import mmap, sys
+size = int(sys.argv[1])
+memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+memory.madvise(mmap.MADV_HUGEPAGE)
+memory[:: mmap.PAGESIZE] = bytes(-(-size // mmap.PAGESIZE))
+"""
+
+
 def interleave(
-    cases: Mapping[str, list[str]], rounds: int, env: Mapping[str, str] | None = None
+    cases: Mapping[str, list[str]],
+    rounds: int,
+    env: Mapping[str, str] | None = None,
+    touch: int = 0,
 ) -> dict[str, list[Run]]:
     """Run every case once a round; an interrupt (Ctrl-C) ends it after the last whole round."""
     runs: dict[str, list[Run]] = {name: [] for name in cases}
@@ -47,7 +76,7 @@ def interleave(
         order = list(cases)
         shuffle(order)
         try:
-            whole = {name: _run(cases[name], env) for name in order}
+            whole = {name: _run(cases[name], env, touch) for name in order}
         except KeyboardInterrupt:
             if not number:
                 raise
@@ -58,7 +87,9 @@ def interleave(
     return runs
 
 
-def _run(command: list[str], env: Mapping[str, str] | None) -> Run:
+def _run(command: list[str], env: Mapping[str, str] | None, touch: int) -> Run:
+    if touch:
+        subprocess.run([sys.executable, "-c", _TOUCH, str(touch)], check=True)
     # As installed: with this set, every process would compile our modules within its timed work.
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "", **(env or {})}
     output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout

@@ -6,8 +6,11 @@
 
 Decrypting: *limit* is a bare loop of ``AESGCM.decrypt_into`` over the same segments, mapped from
 the page cache, into the same kind of memory. It reads no file, checks no length and no digest.
-*fresh* is a new process writing to new anonymous memory; *repeated* is the median of five loads
-into the same memory. Sealing: *limit* is a bare loop of read, ``encrypt_into``, BLAKE3 and write.
+*reading* is that loop with a ``preadv`` of each segment into a private buffer before.
+*fresh* is a new process writing to new anonymous memory; *cold* is the same, the file not in the
+page cache; *repeated* is the median of five loads into the same memory.
+
+Sealing: *limit* is a bare loop of read, ``encrypt_into``, BLAKE3 and write.
 """
 
 from __future__ import annotations
@@ -27,7 +30,19 @@ from pathlib import Path
 
 from blake3 import blake3
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from measure import Run, bars, interleave, machine, median, speedup, table, timed, write
+from measure import (
+    Run,
+    add_touch,
+    bars,
+    interleave,
+    length,
+    machine,
+    median,
+    speedup,
+    table,
+    timed,
+    write,
+)
 
 from keymgmt import floe
 from keymgmt.floe import HEADER_LENGTH, OVERHEAD
@@ -36,10 +51,6 @@ from keymgmt.sealed.payload import PayloadReader, digest_payload, seal_payload
 
 KEY = bytes(32)
 DIGESTS: tuple[DigestName, ...] = ("blake3", "sha256")
-
-
-def length(text: str) -> int:
-    return int(text.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(text[-1], 0)
 
 
 def short(count: int) -> str:
@@ -81,17 +92,23 @@ def on_threads(threads: int, work: Callable[[], None]) -> None:
 # What the engine cannot be faster than, with none of its code. Any key does: the speed is the same.
 
 
-def limit_decrypt(path: Path, size: int, segment: int, threads: int) -> Callable[[bytearray], None]:
+def limit_decrypt(
+    path: Path, size: int, segment: int, threads: int, *, reading: bool
+) -> Callable[[bytearray], None]:
     cipher, step, count = _cipher(path, segment), segment - OVERHEAD, size // (segment - OVERHEAD)
-    with path.open("rb") as file:
-        mapped = memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+    fd = os.open(path, os.O_RDONLY)
+    mapped = memoryview(mmap.mmap(fd, 0, prot=mmap.PROT_READ))
 
     def work(buffer: bytearray) -> None:
         target, indices = memoryview(buffer), itertools.count()
 
         def loop() -> None:
+            private = memoryview(bytearray(segment))
             while (i := next(indices)) < count:
-                part = mapped[HEADER_LENGTH + i * segment : HEADER_LENGTH + (i + 1) * segment]
+                start = HEADER_LENGTH + i * segment
+                part = private if reading else mapped[start : start + segment]
+                if reading:
+                    os.preadv(fd, [private], start)
                 aad = struct.pack(">QB", i, False)
                 cipher.decrypt_into(part[4:16], part[16:], aad, target[i * step : (i + 1) * step])
 
@@ -138,8 +155,10 @@ def run_case(case: dict[str, str | int]) -> Run:
         return timed(lambda: seal(source, target, segment, what))  # type: ignore[arg-type]
 
     fd = os.open(path, os.O_RDONLY)
-    if what == "limit":
-        work = limit_decrypt(path, size, segment, threads)
+    if case["kind"] == "cold":
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    if what in ("limit", "reading"):
+        work = limit_decrypt(path, size, segment, threads, reading=what == "reading")
     else:
         roots = json.loads((directory / f"{segment}.json").read_text())
         digest: DigestName = "sha256" if what == "sha256" else "blake3"
@@ -167,8 +186,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--segments", default="64K,256K,1M,4M")
     parser.add_argument("--threads", default="1,2")
-    parser.add_argument("--kinds", default="fresh,repeated", help="fresh, repeated, huge")
+    parser.add_argument("--kinds", default="fresh,repeated", help="fresh, cold, repeated, huge")
     parser.add_argument("--seal", action="store_true", help="measure sealing, not decrypting")
+    add_touch(parser)
     parser.add_argument("--json", type=Path, default=Path("payload.json"))
     parser.add_argument("--plot", type=Path, help="write a bar chart (SVG)")
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
@@ -180,7 +200,7 @@ def main() -> None:
     segments = [length(text) for text in options.segments.split(",")]
     threads = [int(text) for text in options.threads.split(",")]
     kinds = ["seal"] if options.seal else options.kinds.split(",")
-    columns = ["limit", *([] if options.seal else ["off"]), *DIGESTS]
+    columns = ["limit", *([] if options.seal else ["reading", "off"]), *DIGESTS]
     with tempfile.TemporaryDirectory(prefix="payload-", dir=Path.cwd()) as name:
         directory = Path(name)
         make_source(directory / "plain", options.size)
@@ -194,6 +214,7 @@ def main() -> None:
                     ).hex()
                     for digest in DIGESTS
                 }
+            os.sync()  # or its pages cannot leave the cache
             (directory / f"{segment}.json").write_text(json.dumps(roots))
         cases = {
             f"{kind} {segment} {count} {what}": [
@@ -216,7 +237,7 @@ def main() -> None:
             for count in threads
             for what in columns
         }
-        runs = interleave(cases, options.rounds)
+        runs = interleave(cases, options.rounds, touch=options.touch)
 
     rows = []
     for kind, segment, count in itertools.product(kinds, segments, threads):

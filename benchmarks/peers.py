@@ -29,13 +29,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from measure import Run, bars, interleave, machine, median, speedup, table, timed, write
+from measure import (
+    Run,
+    add_touch,
+    bars,
+    interleave,
+    length,
+    machine,
+    median,
+    speedup,
+    table,
+    timed,
+    write,
+)
 
 TENSORS = 16
-
-
-def length(text: str) -> int:
-    return int(text.rstrip("MG")) << {"M": 20, "G": 30}[text[-1]]
 
 
 class Peer:
@@ -258,6 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=length, default=1 << 30)
     parser.add_argument("--rounds", type=int, default=5)
+    add_touch(parser)
     parser.add_argument("--json", type=Path, default=Path("peers.json"))
     parser.add_argument("--plot", type=Path, help="write a bar chart (SVG)")
     parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)
@@ -288,7 +297,7 @@ def main() -> None:
             for kind in KINDS
             for name in PEERS
         }
-        runs = interleave(cases, options.rounds)
+        runs = interleave(cases, options.rounds, touch=options.touch)
 
     rows = []
     for kind in KINDS:
