@@ -14,22 +14,17 @@ import stat
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 from unicodedata import normalize
 
 import blake3
 from cryptography.exceptions import InvalidSignature, InvalidTag
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives import serialization as ser
-from cryptography.hazmat.primitives.asymmetric import ed25519, mldsa
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 
 FORMAT, DAMAGED = "not of this format", "damaged or forged"  # [9]
 UNSIGNED, LOCKED = "not signed by a trusted publisher", "not openable with the keys at hand"
 KEK = "file HKDF-SHA256-A256GCM {}"  # of a backend, for a mechanism
 F, TYPE = b"keymgmt-sealed/1", b"application/vnd.keymgmt.manifest+json"
-HASHES: dict[str, Any] = {"default": blake3.blake3, "fips": hashlib.sha256}
 OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
 canonical = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
@@ -38,34 +33,26 @@ ID, HASH, NUMBER, CHAR = '"[0-9a-f]{32}"', '"[0-9a-f]{64}"', "[0-9]+", r'([^"\\]
 NAME = r'"(?![^"]*\.\.)[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?"'
 VERSION = r'"(?![^"]*\.\.)[A-Za-z0-9]([A-Za-z0-9._-]{0,126}[A-Za-z0-9])?"'
 TIME = '"[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])T([01][0-9]|2[0-3])(:[0-5][0-9]){2}Z"'
-DEVICE = r'(?i:con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])[./"]'
-PART = rf'(?![ ]|{DEVICE})[^/\\:*?"<>|]+(?<![ .])'
-FILE = rf'{{"digest":{HASH},"path":"{PART}(/{PART}){{0,31}}","size":{NUMBER}}}'
-MANIFEST = rf"""{{"commitment":{HASH},"created":{TIME},"files":\[{FILE}(,{FILE}){{0,16383}}\],
-"format":"keymgmt-sealed/1","id":{ID},"kind":"[a-z0-9]([a-z0-9-]{{0,30}}[a-z0-9])?",
-"main":(null|"{CHAR}*"),"metadata":{{("{CHAR}{{0,64}}":"{CHAR}{{0,4096}}",?){{0,64}}}},
-"name":{NAME},"profile":"(default|fips)","release":{NUMBER},
-"segment_length":({"|".join(str(2**n) for n in range(12, 23))})}}"""
+PART = r'(?![ ]|(?i:con((in|out)\$)?|prn|aux|nul|(com|lpt)[0-9¹²³])[./"])[^/\\:*?"<>|]+(?<![ .])'
+MANIFEST = rf"""{{"commitment":{HASH},"created":{TIME},"files":\[({{"digest":{HASH},
+"path":"{PART}(/{PART}){{0,31}}","size":{NUMBER}}},?){{1,16384}}\],"format":"keymgmt-sealed/1",
+"id":{ID},"kind":"[a-z0-9]([a-z0-9-]{{0,30}}[a-z0-9])?","main":(null|"{CHAR}*"),"metadata":{{
+("{CHAR}{{0,64}}":"{CHAR}{{0,4096}}",?){{0,64}}}},"name":{NAME},"profile":"(default|fips)",
+"release":{NUMBER},"segment_length":({"|".join(str(2**n) for n in range(12, 23))})}}"""
 BASE64 = "(X{4}){0,2730}(X[AQgw]==|X{2}[AEIMQUYcgkosw048]=)?".replace("X", "[A-Za-z0-9+/]")
-PARAMS = '{("[a-z][a-z0-9_]{0,31}":"[A-Za-z0-9._=+/-]{0,256}",?){0,8}}'
 RECIPIENT = rf"""{{"backend":"[a-z0-9]([a-z0-9_-]{{0,30}}[a-z0-9])?","blob":"(?!"){BASE64}",
-"key":{NAME},"mechanism":"[A-Za-z0-9][A-Za-z0-9._+-]{{0,63}}","params":{PARAMS},
-"version":{VERSION}}}"""
-GROUP = rf'{{"nonce":{ID},"recipients":\[{RECIPIENT}(,{RECIPIENT}){{0,15}}\]}}'
-KEYS = rf"""{{"format":"keymgmt-keys/1","groups":\[{GROUP}(,{GROUP}){{0,16383}}\],"mac":{HASH},
-"manifest":{HASH}}}"""
+"key":{NAME},"mechanism":"[A-Za-z0-9][A-Za-z0-9._+-]{{0,63}}","params":
+{{("[a-z][a-z0-9_]{{0,31}}":"[A-Za-z0-9._=+/-]{{0,256}}",?){{0,8}}}},"version":{VERSION}}}"""
+KEYS = rf"""{{"format":"keymgmt-keys/1","groups":\[({{"nonce":{ID},
+"recipients":\[({RECIPIENT},?){{1,16}}\]}},?){{1,16384}}\],"mac":{HASH},"manifest":{HASH}}}"""
 SIGNATURES = rf"""{{"payloadType":"{re.escape(TYPE.decode())}",
 "signatures":\[({{"keyid":{HASH},"sig":"{BASE64}"}},?){{0,16}}\]}}"""
 
 
-class Refused(Exception):
-    """What kind of fault it is [9], and where."""
-
-
 def need(good: object, where: str, kind: str = FORMAT) -> None:
-    """Refuses what is not good."""
+    """Ends with the kind of fault [9] and where it is, if all is not good."""
     if not good:
-        raise Refused(f"{kind}: {where}")
+        sys.exit(f"refused: {kind}: {where}")
 
 
 def listing(*items: bytes) -> bytes:
@@ -73,9 +60,9 @@ def listing(*items: bytes) -> bytes:
     return b"".join(len(item).to_bytes(4) + item for item in items)
 
 
-def expand(key: bytes, info: bytes, size: int = 32, hash_: Any = hashes.SHA256) -> bytes:
-    """HKDF-Expand [1, 6]."""
-    return HKDFExpand(hash_(), size, info).derive(key)
+def expand(key: bytes, info: bytes, size: int = 32, hash_: str = "sha256") -> bytes:
+    """HKDF-Expand [1, 6], whose first block is all that is ever needed."""
+    return hmac.digest(key, info + b"\1", hash_)[:size]
 
 
 def read(path: Path, most: int = sys.maxsize) -> bytes:
@@ -87,20 +74,19 @@ def read(path: Path, most: int = sys.maxsize) -> bytes:
     return b""
 
 
-def parse(data: bytes, pattern: str, name: str) -> Any:
-    """One of the three files [3]; no float is an int, and no larger number in the range."""
+def parse(data: bytes, pattern: str, name: str) -> dict:
+    """One of the three files [3]; no larger number is in the range."""
     value = json.loads(
         data.decode(),
         object_pairs_hook=lambda p: dict(sorted(p, key=lambda m: m[0].encode("utf-16-be"))),
         parse_int=lambda digits: range(2**53).index(int(digits)),
-        parse_float=int,
     )
-    need(canonical(value).encode() == data, f"{name} is not canonical")
-    need(re.fullmatch(pattern, data.decode(), re.VERBOSE), f"{name} has other members or values")
+    good = canonical(value).encode() == data and re.fullmatch(pattern, data.decode(), re.VERBOSE)
+    need(good, f"{name} is not canonical, or has other members or values")
     return value
 
 
-def check_files(manifest: Any, payload: Path) -> None:
+def check_files(manifest: dict, payload: Path) -> None:
     """What no pattern says of paths [3.2]; and nothing else may lie in payload/ [2]."""
     paths = [file["path"] for file in manifest["files"]]
     for path in paths:
@@ -109,36 +95,16 @@ def check_files(manifest: Any, payload: Path) -> None:
     need(paths == sorted(paths, key=str.encode) and manifest["main"] in (None, *paths), "paths")
     folded = {Path(normalize("NFC", path.casefold())) for path in paths}
     taken = folded | {path.with_name(path.name + ".floe") for path in folded}
-    apart = taken.isdisjoint(folder for path in folded for folder in path.parents)
-    need(apart and len(folded) == len(paths), "paths that collide")
+    folders = {folder for path in folded for folder in path.parents}
+    need(len(folded) == len(paths) and not folders & taken, "paths that collide")
     kinds = {Path(path + ".floe"): stat.S_IFREG for path in paths}
     kinds |= {folder: stat.S_IFDIR for path in kinds for folder in path.parents}
-    need(stat.S_ISDIR(payload.lstat().st_mode), "payload/")
-    for entry in payload.rglob("*"):
+    for entry in (payload, *payload.rglob("*")):
         kind = kinds.get(entry.relative_to(payload))
         need(stat.S_IFMT(entry.lstat().st_mode) == kind, f"payload/{entry.name}")
 
 
-def is_signed(manifest: bytes, signatures: Any, publishers: dict[str, Any]) -> bool:
-    """Whether there is a valid signature of a publisher [7]."""
-    message = b"DSSEv1 %d %s %d %s" % (len(TYPE), TYPE, len(manifest), manifest)
-    for one in signatures:
-        with suppress(KeyError, InvalidSignature):
-            publishers[one["keyid"]].verify(base64.b64decode(one["sig"]), message)
-            return True
-    return False
-
-
-def unwrap(one: dict[str, Any], keks: dict[str, bytes], context: bytes) -> bytes:
-    """The share of a recipient, if its key is ours [5.1, 5.2]."""
-    kek = keks["{backend} {mechanism} {key}@{version}".format_map(one)]
-    blob, names = base64.b64decode(one["blob"]), (one["key"].encode(), one["version"].encode())
-    info = b"keymgmt-file wrap 1" + listing(*names, context)
-    key = HKDF(hashes.SHA256(), 32, blob[:32], info).derive(kek)
-    return AESGCM(key).decrypt(bytes(12), blob[32:], context)
-
-
-def unlock(keys: Any, id_: bytes, commitment: bytes, keks: dict[str, bytes]) -> bytes:
+def unlock(keys: dict, id_: bytes, commitment: bytes, keks: dict[str, bytes]) -> bytes:
     """The data key, from the first group that opens [5] and meets the commitment [4]."""
     for group in keys["groups"]:
         dek, count = bytes(32), len(group["recipients"]).to_bytes(2)
@@ -146,56 +112,57 @@ def unlock(keys: Any, id_: bytes, commitment: bytes, keks: dict[str, bytes]) -> 
         with suppress(KeyError, ValueError, InvalidTag):
             for i, one in enumerate(group["recipients"]):
                 context = hashlib.sha256(listing(*bound, count + i.to_bytes(2))).digest()
-                dek = bytes(a ^ b for a, b in zip(dek, unwrap(one, keks, context), strict=True))
+                kek = keks["{backend} {mechanism} {key}@{version}".format_map(one)]  # [5.1, 5.2]
+                names, blob = (one["key"], one["version"]), base64.b64decode(one["blob"])
+                info = b"keymgmt-file wrap 1" + listing(*map(str.encode, names), context)
+                key = expand(hmac.digest(blob[:32], kek, "sha256"), info)
+                share = AESGCM(key).decrypt(bytes(12), blob[32:], context)
+                dek = bytes(a ^ b for a, b in zip(dek, share, strict=True))
             if hmac.compare_digest(expand(dek, listing(F, b"commitment", id_)), commitment):
                 return dek
-    raise Refused(f"{LOCKED}: keys.json")
+    return sys.exit(f"refused: {LOCKED}: keys.json")
 
 
-def root(leaves: list[bytes], hash_: Any) -> str:
-    """The digest [6]; in the tree an odd one goes up as it is."""
-    tree: list[bytes] = [hash_(b"\0" + leaf).digest() for leaf in leaves]
-    while len(tree) > 1:
-        pairs = [tree[i : i + 2] for i in range(0, len(tree), 2)]
-        tree = [hash_(b"\1" + b"".join(p)).digest() if len(p) == 2 else p[0] for p in pairs]
-    return tree[0].hex()
-
-
-def decrypt(folder: Path, manifest: Any, dek: bytes, file: Any, publishers: Any) -> bytes:
+def decrypt(folder: Path, manifest: dict, dek: bytes, file: dict, publishers: dict) -> bytes:
     """The plaintext of a payload file [6]."""
     path, size, length = file["path"], file["size"], manifest["segment_length"]
     data = read(folder / "payload" / f"{path}.floe")
     need(len(data) == 74 + size + 32 * max(1, -(-size // (length - 32))), path, DAMAGED)
     header, segments = data[:74], [data[i : i + length] for i in range(74, len(data), length)]
     need(header[:10] == bytes(2) + length.to_bytes(4) + (32).to_bytes(4), path)
-    if publishers:
-        digest = root([header, *segments], HASHES[manifest["profile"]])
-        need(digest == file["digest"], path, DAMAGED)
+    hash_ = {"default": blake3.blake3, "fips": hashlib.sha256}[manifest["profile"]]
+    tree = [hash_(b"\0" + leaf).digest() for leaf in (header, *segments)]
+    while len(tree) > 1:  # an odd one goes up as it is
+        pairs = [tree[i : i + 2] for i in range(0, len(tree), 2)]
+        tree = [hash_(b"\1" + b"".join(p)).digest() if len(p) == 2 else p[0] for p in pairs]
+    need(not publishers or tree[0].hex() == file["digest"], path, DAMAGED)
     names = bytes.fromhex(manifest["id"]), path.encode()
-
-    def derive(key: bytes, purpose: bytes, size: int = 32) -> bytes:
-        info = header[:42] + purpose + listing(F, b"payload", *names)
-        return expand(key, info, size, hashes.SHA384)
-
+    iv, aad = header[:42], listing(F, b"payload", *names)
     key, plain = expand(dek, listing(F, b"file", *names)), []
-    need(hmac.compare_digest(derive(key, b"HEADER_TAG:"), header[42:]), path, DAMAGED)
-    key = derive(key, b"MESSAGE_KEY:", 48)
+    tag = expand(key, iv + b"HEADER_TAG:" + aad, 32, "sha384")
+    need(hmac.compare_digest(tag, header[42:]), path, DAMAGED)
+    key = expand(key, iv + b"MESSAGE_KEY:" + aad, 48, "sha384")
     for n, segment in enumerate(segments):
         final = n == len(segments) - 1
         need(segment[:4] == (len(segment).to_bytes(4) if final else b"\xff" * 4), path, DAMAGED)
-        cipher = AESGCM(derive(key, b"DEK:" + (n >> 20 << 20).to_bytes(8)))
+        cipher = AESGCM(expand(key, iv + b"DEK:" + (n >> 20 << 20).to_bytes(8) + aad, 32, "sha384"))
         plain.append(cipher.decrypt(segment[4:16], segment[16:], n.to_bytes(8) + bytes([final])))
     return b"".join(plain)
 
 
-def open_model(folder: Path, keks: dict[str, bytes], publishers: Any) -> dict[str, bytes]:
+def open_model(folder: Path, keks: dict[str, bytes], publishers: dict) -> dict[str, bytes]:
     """The plain files, in the order of trust [8]; if there are publishers, one must have signed."""
     raw, signed = read(folder / "manifest.json", 2**24), read(folder / "signatures.json", 2**18)
     manifest = parse(raw, MANIFEST, "manifest.json")
     signatures = parse(signed, SIGNATURES, "signatures.json")["signatures"] if signed else []
     need(len({one["keyid"] for one in signatures}) == len(signatures), "signatures.json")
     check_files(manifest, folder / "payload")
-    need(not publishers or is_signed(raw, signatures, publishers), "signatures.json", UNSIGNED)
+    trusted, message = not publishers, b"DSSEv1 %d %s %d %s" % (len(TYPE), TYPE, len(raw), raw)
+    for one in signatures:  # [7]; another kind of key than is known here verifies nothing
+        with suppress(KeyError, InvalidSignature, TypeError):
+            publishers[one["keyid"]].verify(base64.b64decode(one["sig"]), message)
+            trusted = True
+    need(trusted, "signatures.json", UNSIGNED)
     keys = parse(read(folder / "keys.json", 2**26), KEYS, "keys.json")
     need(sum(len(group["recipients"]) for group in keys["groups"]) <= 16384, "keys.json")
     need(keys["manifest"] == hashlib.sha256(raw).hexdigest(), "keys.json", DAMAGED)
@@ -204,14 +171,6 @@ def open_model(folder: Path, keks: dict[str, bytes], publishers: Any) -> dict[st
     key, body = expand(dek, listing(F, b"keys mac", id_)), canonical(keys).encode()
     need(hmac.compare_digest(hmac.digest(key, body, "sha256"), mac), "keys.json", DAMAGED)
     return {f["path"]: decrypt(folder, manifest, dek, f, publishers) for f in manifest["files"]}
-
-
-def publisher(path: str) -> tuple[str, Any]:
-    """A trusted public key, of the kinds that are known here, by its id [3.4]."""
-    key = ser.load_pem_public_key(Path(path).read_bytes())
-    need(isinstance(key, (ed25519.Ed25519PublicKey, mldsa.MLDSA65PublicKey)), path, "unknown kind")
-    der = key.public_bytes(ser.Encoding.DER, ser.PublicFormat.SubjectPublicKeyInfo)
-    return hashlib.sha256(der).hexdigest(), key
 
 
 def main() -> None:
@@ -225,14 +184,16 @@ def main() -> None:
     try:
         need(not args.out.exists(), str(args.out), "not a new folder")
         keks = {KEK.format(n): bytes.fromhex(k) for n, k in (t.split("=") for t in args.kek)}
-        files = open_model(args.model, keks, dict(map(publisher, args.publisher)))
+        keys = [load_pem_public_key(Path(path).read_bytes()) for path in args.publisher]
+        ders = (key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo) for key in keys)
+        ids = [hashlib.sha256(der).hexdigest() for der in ders]  # [3.4]
+        files = open_model(args.model, keks, dict(zip(ids, keys, strict=True)))
         args.out.mkdir(mode=0o700)
         for path, plain in files.items():
             (args.out / path).parent.mkdir(parents=True, exist_ok=True)
             (args.out / path).write_bytes(plain)
-    except (Refused, InvalidTag, ValueError, OSError, RecursionError) as error:
-        kind = DAMAGED if isinstance(error, InvalidTag) else FORMAT
-        sys.exit(f"refused: {error if isinstance(error, Refused) else kind}")
+    except (InvalidTag, ValueError, OSError, RecursionError) as error:
+        sys.exit(f"refused: {DAMAGED if isinstance(error, InvalidTag) else FORMAT}")
 
 
 if __name__ == "__main__":
