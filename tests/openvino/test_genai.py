@@ -126,18 +126,6 @@ def test_the_chat_template_is_the_one_that_genai_takes(files, folder, seal, site
         assert llm.get_tokenizer().apply_chat_template(history, True) == expected
 
 
-def test_a_template_that_names_an_outside_file_reads_none(folder, seal, site, tmp_path):
-    (tmp_path / "secret.txt").write_text("outside")
-    (folder / "chat_template.jinja").write_text(f"{{% include '{tmp_path}/secret.txt' %}}")
-    history = [{"role": "user", "content": "hi"}]
-    try:
-        with load_llm(seal(folder, "outside"), keys=site) as llm:
-            said = llm.get_tokenizer().apply_chat_template(history, True)
-    except (KeymgmtError, RuntimeError) as error:
-        said = str(error)
-    assert "outside" not in said.replace(str(tmp_path), "")
-
-
 def test_the_folders_generation_config_counts(folder, seal, site):
     (folder / "generation_config.json").write_text('{"max_new_tokens": 3, "eos_token_id": 1}')
     with load_llm(seal(folder, "short"), keys=site) as llm:
