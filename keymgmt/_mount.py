@@ -50,8 +50,9 @@ def mount(
     exit the folder is removed, and the descriptors that others opened in it are set to close on
     exec. Memory goes back when the last of those is closed.
 
-    They are kept from swap as far as the limit permits (``ulimit -l``), until the last of what
-    mapped them lets go; what was read from them into other memory is not.
+    Where there is swap that is not encrypted, the files are locked in memory as far as the limit
+    permits (``ulimit -l``), until the last of what mapped them lets go. What was read from them
+    into other memory is not, so a warning names the swap all the same.
 
     They are memfds behind a folder of links; where the system has none, a ramfs that is mounted
     nowhere; and where it permits neither, the call is refused. A program that resolves its files
@@ -75,13 +76,14 @@ def mount(
         SealedModelError, CannotUnlock, ConfigError: as ``keymgmt.open``.
     """
     harden()
+    # Locking costs half of the decrypting again, so it is done where there is swap to keep from.
     if devices := unencrypted_swap():
         log.warning(
             "plaintext may be swapped out to %s, which is not encrypted; "
             "encrypt it, switch it off, or set MemorySwapMax=0 for this service",
             ", ".join(devices),
         )
-    with contextlib.closing(private_folder()) as folder:
+    with contextlib.closing(private_folder(lock=bool(devices))) as folder:
         if isinstance(path, SealedModel):
             _decrypt(path, folder, only)
         else:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from abc import ABC, abstractmethod
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final
 
@@ -73,13 +74,15 @@ class MemfdFolder(PrivateFolder):
     """Sealed memfds (memfd_create(2)), and a folder of links to ``/proc/self/fd/N``.
 
     The links hold no plaintext. Another process of the same user can list and exchange them.
-    Kept from swap, as far as the limit permits, until the last mapping of them ends.
+    With ``lock`` they are kept from swap, as far as the limit permits, until the last mapping of
+    them ends.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, lock: bool = False) -> None:
         super().__init__()
-        self._descriptors: dict[str, int] = {}
+        self._lock = lock
         self._locks: list[LockedMapping] = []
+        self._descriptors: dict[str, int] = {}
         base = "/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else None  # noqa: S108
         descriptor = _memfd()
         try:
@@ -95,7 +98,8 @@ class MemfdFolder(PrivateFolder):
         os.fchmod(descriptor, 0o400)
         if size:
             os.posix_fallocate(descriptor, 0, size)  # no room is an error here, not a SIGBUS later
-            self._locks.append(LockedMapping(descriptor, size))  # before any plaintext
+            if self._lock:
+                self._locks.append(LockedMapping(descriptor, size))  # before any plaintext
             _fill(descriptor, size, fill)
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
         link = self.path / path
@@ -116,10 +120,11 @@ class MemfdFolder(PrivateFolder):
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._close_on_exec()
-        lock_mappings(self._written)
-        for lock in self._locks:
-            lock.close()
-        lock_mappings(self._written)  # where the limit had no room for both
+        if self._lock:
+            lock_mappings(self._written)
+            for lock in self._locks:
+                lock.close()
+            lock_mappings(self._written)  # where the limit had no room for both
 
 
 class DetachedFolder(PrivateFolder):
@@ -182,14 +187,18 @@ class DetachedFolder(PrivateFolder):
         self._close_on_exec()
 
 
-def private_folder() -> PrivateFolder:
+def private_folder(lock: bool = False) -> PrivateFolder:
     """The first kind that this system permits; never one on a disk, or that others can read.
+
+    Args:
+        lock: keep the files from swap, as far as the limit permits (a ramfs has none to go to).
 
     Raises:
         KeymgmtError: it permits none; the reasons are named.
     """
     reasons = []
-    for kind, name in ((MemfdFolder, "memfd"), (DetachedFolder, "detached ramfs")):
+    kinds = ((partial(MemfdFolder, lock), "memfd"), (DetachedFolder, "detached ramfs"))
+    for kind, name in kinds:
         try:
             return kind()
         except OSError as error:

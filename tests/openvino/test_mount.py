@@ -203,7 +203,7 @@ seen = []
 def fill(memory):
     seen.append(locked())
     memory[:] = bytes(1 << 20)
-folder = MemfdFolder()
+folder = MemfdFolder(lock=True)
 folder.write("weights.bin", 1 << 20, fill)
 with open(folder.path / "weights.bin", "rb") as file:
     theirs = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
@@ -225,6 +225,26 @@ print(locked())
 )
 def test_files_are_kept_from_swap_while_somebody_has_them_mapped(limit, expected):
     assert lines(LOCKED, limit) == expected
+
+
+@pytest.mark.parametrize("swap", ["/dev/sda2", ""])
+def test_a_mount_is_locked_where_there_is_swap(swap, tree, site):
+    done = python(
+        """
+        import sys
+        import keymgmt
+        keymgmt._mount.unencrypted_swap = lambda: (sys.argv[3],) if sys.argv[3] else ()
+        with keymgmt.mount(sys.argv[1], keys=sys.argv[2]):
+            lines = open("/proc/self/status").read().splitlines()
+            print(next(int(line.split()[1]) for line in lines if line.startswith("VmLck")))
+        """,
+        tree[1],
+        site.path,
+        swap,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (int(done.stdout) >= 3_000_001 >> 10) == bool(swap)
+    assert ("may be swapped out to /dev/sda2" in done.stderr) == bool(swap)
 
 
 def test_an_open_model_is_mounted_in_part(tree, site):

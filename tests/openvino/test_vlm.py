@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
+import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +20,6 @@ import openvino_genai as ov_genai
 import pytest
 from keymgmt_openvino.genai import load_llm, load_vlm
 
-import keymgmt
 from keymgmt.errors import ConfigError, FormatError, IntegrityError, KeymgmtError, ModelInUse
 
 LLAVA = Path(__file__).parent / "models" / "llava"
@@ -170,10 +171,12 @@ def test_closing_while_it_generates(sealed, site, watched, until):
     vlm.close()
 
 
-def test_the_small_files_need_a_system_that_keeps_them(sealed, site, monkeypatch):
-    def refused() -> None:
-        raise KeymgmtError("this system has no files in memory")
+def test_a_system_that_cannot_keep_the_small_files_is_refused(sealed, site, watched, monkeypatch):
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
 
-    monkeypatch.setattr(keymgmt._mount, "private_folder", refused)
-    with pytest.raises(KeymgmtError, match="no files in memory"):
+    monkeypatch.setattr(os, "memfd_create", refused)
+    monkeypatch.setattr("keymgmt._private_files._HELPER", Path("/nowhere"))
+    with pytest.raises(KeymgmtError, match="no files in memory that only one process can reach"):
         load_vlm(sealed, keys=site)
+    assert watched == []
