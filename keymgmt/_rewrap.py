@@ -270,7 +270,7 @@ class _Work:
         """Add groups that are not there yet, under the keys' newest versions."""
         for wraps in groups:
             fresh = wrap_group(self._dek, self._hash, wraps)
-            if any(_same(group, fresh) for group in self.groups.values()):
+            if any(self._is(group, fresh, wraps) for group in self.groups.values()):
                 continue
             index = len(self.states)
             self.groups[index] = fresh
@@ -278,6 +278,14 @@ class _Work:
             note = "" if tested else "written, not tested"
             self.states[index] = GroupChange(str(fresh), "added", tested, note)
             self.changed = True
+
+    def _is(self, group: Group, fresh: Group, wraps: Sequence[Wrap]) -> bool:
+        # A public key's name says which it is; of others, only who holds it.
+        return _same(group, fresh) and all(
+            "pk" in wrapped.params or self._unlocker.may_hold(group, member, wrap.provider)
+            for member, (wrap, wrapped) in enumerate(zip(wraps, group.recipients, strict=True))
+            if isinstance(wrap, ProviderKey)
+        )
 
     def new_keys(self) -> bytes:
         """The new keys.json, after every new group in it that opens here was opened from it.
@@ -290,7 +298,7 @@ class _Work:
         data = UnlockPolicy.make(self._dek, manifest.id, self._hash, groups).to_bytes()
         policy = UnlockPolicy.from_bytes(data)
         policy.check_mac(self._dek, manifest.id)
-        unlocker = Unlocker(self._config, manifest, policy)
+        unlocker = Unlocker(self._config, manifest, policy, bounded=False)
         for position, index in enumerate(self.groups):
             state = self.states[index]
             if not state.tested or state.change not in ("rewrapped", "added"):

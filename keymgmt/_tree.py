@@ -144,16 +144,20 @@ def _ask_ahead(paths: Sequence[Path], config: Config) -> Answers:
         if not asked:
             continue
         try:
-            found = call_provider(config, name, lambda p, asked=asked: p.unwrap_batch(asked))
+            pairs = call_provider(
+                config,
+                name,
+                lambda p, asked=asked: [*zip(asked, p.unwrap_batch(asked), strict=True)],
+            )
         except ProviderError:
             continue
-        for (wrapped, context), answer in zip(asked, found, strict=True):
+        for (wrapped, context), answer in pairs:
             answers[name, wrapped.blob, context] = answer
     return answers
 
 
 def _can_batch(config: Config, name: str) -> bool:
     try:
-        return isinstance(config.provider(name), SupportsBatchUnwrap)
+        return bool(call_provider(config, name, lambda p: isinstance(p, SupportsBatchUnwrap)))
     except ProviderError:
         return False

@@ -2,9 +2,10 @@
 
 Groups are tried as written, or preferred providers' first. A recipient is matched to providers by
 its backend, never by a name that the file could choose. Every ProviderError moves on to the next
-candidate and is kept; ConfigError, SealedModelError and interrupts stop. Bounded for each open: 64
-attempts that got as far as a key service, one for each distinct blob, a total time, and a provider
-that was unavailable is not asked again.
+candidate and is kept; ConfigError, SealedModelError and interrupts stop. One attempt for each
+distinct blob, and a provider that was unavailable is not asked again. Until a policy's MAC was
+right anybody may have made it longer: 64 attempts that got as far as a key service, and a total
+time.
 """
 
 from __future__ import annotations
@@ -54,11 +55,17 @@ class Unlocker:
         manifest: Manifest,
         policy: UnlockPolicy,
         answers: Answers | None = None,
+        *,
+        bounded: bool = True,
     ) -> None:
-        """Nothing is asked yet; ``answers`` are taken before a provider is asked."""
+        """Nothing is asked yet; ``answers`` are taken before a provider is asked.
+
+        ``bounded`` is False for a policy that a holder of the data key wrote.
+        """
         self._config = config
         self._manifest = manifest
         self._policy = policy
+        self._bounded = bounded
         self._deadline = time.monotonic() + TIME_LIMIT
         self._tries = 0
         self._unavailable: dict[str, ProviderError] = {}
@@ -68,6 +75,7 @@ class Unlocker:
             self._by_backend.setdefault(config.backend_of(name), []).append(name)
         self._answers = answers if answers is not None else {}
         self._opened: dict[tuple[int, int], str] = {}
+        self._held: set[tuple[str, bytes]] = set()
         self.attempts: list[Attempt] = []
 
     def unlock(self) -> tuple[Dek, int]:
@@ -82,6 +90,7 @@ class Unlocker:
             dek = self.open_group(index)
             if dek is not None:
                 self._policy.check_mac(dek, self._manifest.id)
+                self._bounded = False
                 return dek, index
         hint: str | None
         if not self._by_backend:
@@ -160,13 +169,8 @@ class Unlocker:
                 self._note(index, member, group, name, error)
             else:
                 self._opened[index, member] = name
-                audit(
-                    "unwrap",
-                    model=self._manifest.id.hex(),
-                    provider=name,
-                    key=wrapped.key,
-                    version=wrapped.version,
-                )
+                self._held.add((name, wrapped.blob))
+                self._audit(name, wrapped)
                 return dek
         return None
 
@@ -174,22 +178,38 @@ class Unlocker:
         """The names of the providers that opened the members of a group that did open."""
         return [self._opened[index, m] for m in range(len(self._policy.groups[index].recipients))]
 
+    def may_hold(self, group: Group, member: int, name: str) -> bool:
+        """False where the provider certainly does not hold the key of a group's member.
+
+        A key of the same name in another key service is another key.
+        """
+        wrapped = group.recipients[member]
+        if (name, wrapped.blob) in self._held:
+            return True
+        try:
+            self._ask(name, wrapped, group.context(self._policy.manifest, member)).wipe()
+        except ProviderError as error:
+            # Who may wrap need not be who may unwrap: then nobody knows.
+            return not isinstance(error, (UnwrapFailed, WrongKey))
+        self._audit(name, wrapped)
+        return True
+
     def _ask(self, name: str, wrapped: WrappedKey, context: bytes) -> Dek:
         if name in self._unavailable:
             raise self._unavailable[name]
         if (name, wrapped.blob) in self._failed:
             raise self._failed[name, wrapped.blob]
-        if self._tries >= MAX_TRIES:
+        if self._bounded and self._tries >= MAX_TRIES:
             raise ProviderError(
                 f"not tried: {MAX_TRIES} recipients were tried before it",
                 hint="name the providers to ask first in [policy] prefer",
             )
-        if time.monotonic() > self._deadline:
+        if self._bounded and time.monotonic() > self._deadline:
             raise ProviderUnavailable(f"not tried: {TIME_LIMIT:g} seconds had passed")
-        if (name, wrapped.blob, context) in self._answers:
-            answer = self._answers.pop((name, wrapped.blob, context))
-            if isinstance(answer, Dek):
-                return answer
+        # In one step: a thread with a copy of this model may take it at this moment.
+        answer = self._answers.pop((name, wrapped.blob, context), None)
+        if isinstance(answer, Dek):
+            return answer
         try:
             dek: Dek = call_provider(self._config, name, lambda p: p.unwrap(wrapped, context))
         except ProviderError as error:
@@ -208,14 +228,17 @@ class Unlocker:
         wrapped = group.recipients[member]
         self.attempts.append(Attempt(index, member, recipient_name(wrapped), name, error))
         if name is not None and not isinstance(error, WrongKey):
-            audit(
-                "unwrap",
-                error=error,
-                model=self._manifest.id.hex(),
-                provider=name,
-                key=wrapped.key,
-                version=wrapped.version,
-            )
+            self._audit(name, wrapped, error)
+
+    def _audit(self, name: str, wrapped: WrappedKey, error: ProviderError | None = None) -> None:
+        audit(
+            "unwrap",
+            error=error,
+            model=self._manifest.id.hex(),
+            provider=name,
+            key=wrapped.key,
+            version=wrapped.version,
+        )
 
 
 def call_provider(config: Config, name: str, call: Any) -> Any:

@@ -12,6 +12,8 @@ import pytest
 
 import keymgmt
 from keymgmt import errors
+from keymgmt._provider import SupportsBatchUnwrap
+from keymgmt._rewrap import rewrap_one
 
 
 def groups(path):
@@ -386,3 +388,62 @@ def test_what_a_killed_rewrap_left_is_swept_up(site):
         "payload",
         "signatures.json",
     ]
+
+
+def test_more_groups_than_one_open_would_try(site):
+    """An open tries few, since anybody can add some; a policy with a right MAC is tried whole."""
+    keys = [f"k{number}" for number in range(70)]
+    for key in keys:
+        site.provider.create_key(key, "aes256", {})
+    path = site.seal(*(f"local:{key}" for key in keys))
+    for key in keys:
+        site.provider.rotate_key(key)
+    done = keymgmt.rewrap(path, keys=site.config())
+    assert {group.change for group in done.groups} == {"rewrapped"}
+    assert all(group.tested for group in done.groups)
+    assert groups(path) == [f"file:{key}@2" for key in keys]
+
+
+def test_a_key_of_that_name_in_another_key_service_is_another_key(site, tmp_path):
+    """Two sites that both call their key "a" are two groups, whatever the groups are called."""
+    (tmp_path / "there").mkdir(mode=0o700)
+    places = {"here": str(site.root / "keys"), "there": str(tmp_path / "there")}
+
+    def config(*names):
+        providers = {name: {"backend": "file", "path": places[name]} for name in names}
+        return keymgmt.Config({"providers": providers, "policy": site.policy})
+
+    config("there").provider("there").create_key("a", "aes256", {})
+    path, both = site.seal("local:a"), config("here", "there")
+    both.policy.publishers.clear()
+    both.policy.publishers[str(site.root / "pub.pem")] = ["*"]
+    only_there = config("there")
+    only_there.policy.publishers.clear()
+    only_there.policy.publishers[str(site.root / "pub.pem")] = ["*"]
+    assert not keymgmt.rewrap(path, keys=both, add=["here:a"]).changed
+    assert keymgmt.rewrap(path, keys=both, add=["there:a"]).changed
+    keymgmt.open(path, keys=only_there).close()
+    assert not keymgmt.rewrap(path, keys=both, add=["there:a", "here:a"]).changed
+    assert len(groups(path)) == 2
+
+
+def test_a_tree_with_the_same_model_twice(site, tree, monkeypatch):
+    """What was unwrapped ahead for one may be taken by the other at that moment."""
+
+    class Taken(dict):
+        def __contains__(self, key):
+            return True
+
+    config = site.config()
+    path = tree / "d0" / "m0.sealed"
+    done = rewrap_one(path, config, answers=Taken())
+    assert not done.changed
+
+
+def test_a_plugin_that_answers_a_batch_wrongly_stops_no_tree(site, tree, monkeypatch):
+    config = site.config()
+    provider = config.provider("local")
+    kind = type("Batching", (type(provider), SupportsBatchUnwrap), {"unwrap_batch": lambda *_: []})
+    provider.__class__ = kind
+    done = list(keymgmt.rewrap_tree(tree, keys=config))
+    assert [type(item) for item in done] == [keymgmt.Rewrapped] * 5
