@@ -8,6 +8,7 @@ import hmac
 import os
 import threading
 import weakref
+from collections import defaultdict
 from typing import TYPE_CHECKING, Self
 
 from keymgmt._admit import admit
@@ -19,7 +20,7 @@ from keymgmt._releases import remember_release, remembered_release
 from keymgmt._unlock import Unlocker
 from keymgmt.errors import IntegrityError, KeymgmtError, SealedModelError
 from keymgmt.sealed.derive import commitment, file_key, payload_aad
-from keymgmt.sealed.payload import PayloadReader
+from keymgmt.sealed.payload import Learned, PayloadReader
 
 if TYPE_CHECKING:
     import io
@@ -65,6 +66,7 @@ class SealedModel(ForkSafe):
         self._dek = dek
         self._check_digests = check_digests
         self._files: weakref.WeakSet[io.RawIOBase] = weakref.WeakSet()
+        self._learned: defaultdict[str, Learned] = defaultdict(Learned)
         self._closed = False
         super().__init__()
 
@@ -145,6 +147,7 @@ class SealedModel(ForkSafe):
                     segment_length=manifest.segment_length,
                     digest=manifest.digest,
                     root=entry.digest if self._check_digests else None,
+                    learned=self._learned[entry.path],
                     owns_fd=True,
                 )
             finally:

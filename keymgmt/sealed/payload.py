@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 from keymgmt import floe
 from keymgmt._dek import wipe
+from keymgmt._fork import ForkSafe
 from keymgmt._memory import BLOCK, FreshMemory
 from keymgmt.errors import ConfigError, IntegrityError
 from keymgmt.floe import HEADER_LENGTH, OVERHEAD, FloeDecryptor, FloeEncryptor, FloeParameters
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     Progress = Callable[[int], object]  # told how many bytes of plaintext are done, in total
 
-__all__ = ["PayloadReader", "digest_payload", "seal_payload"]
+__all__ = ["Learned", "PayloadReader", "digest_payload", "seal_payload"]
 
 _PROGRESS_INTERVAL = 0.1  # seconds
 
@@ -352,6 +353,15 @@ def _learn_leaves(
     return leaves
 
 
+class Learned(ForkSafe):
+    """The leaf hashes of one file, once its root was right; readers of that file may share it."""
+
+    leaves: _Leaves | None = None
+
+    def _renew(self) -> None:
+        self.lock = threading.Lock()
+
+
 class PayloadReader:
     """Decrypts one payload file: all of it in parallel, or any part.
 
@@ -369,6 +379,7 @@ class PayloadReader:
         segment_length: int,
         digest: DigestName = "blake3",
         root: bytes | None = None,
+        learned: Learned | None = None,
         owns_fd: bool = False,
     ) -> None:
         """Check the file's length and its header; nothing else is read yet.
@@ -381,6 +392,7 @@ class PayloadReader:
             segment_length: bytes of one encrypted segment.
             digest: "blake3" or "sha256".
             root: of the digest tree; None where digests are not to be checked.
+            learned: what an earlier reader of the same file with the same root found out.
             owns_fd: ``fd`` is closed with this reader, and if this raises.
 
         Raises:
@@ -399,8 +411,7 @@ class PayloadReader:
         except BaseException:
             self._close_fd()
             raise
-        self._leaves: _Leaves | None = None  # of the whole file, once its root was right
-        self._learning = threading.Lock()
+        self._learned = learned or Learned()
 
     def read_into(self, buffer: Buffer, progress: Progress | None = None) -> None:
         """Decrypt all of it into ``buffer``, which is writable and has exactly ``size`` bytes.
@@ -444,21 +455,21 @@ class PayloadReader:
     def _accept(self, leaves: _Leaves) -> None:
         if leaves.root() != self._root:
             raise IntegrityError("the payload file is not the one that the manifest lists")
-        self._leaves = leaves
+        self._learned.leaves = leaves
 
     def read_segment_into(self, index: int, target: Buffer) -> int:
         """Decrypt segment ``index`` into the start of ``target``; its bytes of plaintext.
 
         Where a root is given, the first call hashes the whole file and later ones compare.
         """
-        with self._learning:
-            if self._root is not None and self._leaves is None:
+        with self._learned.lock:
+            if self._root is not None and self._learned.leaves is None:
                 self._accept(_learn_leaves(self._fd, self._layout, self._digest, None))
         _, length = self._layout.plaintext_of(index)
         private = memoryview(bytearray(length + OVERHEAD))
         segment = _read_segment(self._fd, self._layout, index, private)
-        if self._leaves is not None:
-            self._leaves.check(index, segment)
+        if self._learned.leaves is not None:
+            self._learned.leaves.check(index, segment)
         self._decryptor.decrypt_segment_into(
             index, index == self._layout.count - 1, segment, memoryview(target).cast("B")[:length]
         )
@@ -488,15 +499,18 @@ class PayloadReader:
         self.close()
 
 
-class _PayloadFile(io.RawIOBase):
+class _PayloadFile(io.RawIOBase, ForkSafe):
     """The plaintext as a file. Holds one decrypted segment, wiped when another is needed."""
 
     def __init__(self, reader: PayloadReader, layout: _Layout, *, owned: bool) -> None:
-        super().__init__()
+        io.RawIOBase.__init__(self)
+        ForkSafe.__init__(self)
         self._reader, self._layout, self._owned = reader, layout, owned
         self._position = 0
         self._segment = bytearray(layout.plaintext_of(0)[1])
         self._held: int | None = None  # index of the segment in the buffer
+
+    def _renew(self) -> None:
         self._lock = threading.Lock()
 
     def readable(self) -> bool:

@@ -329,7 +329,7 @@ def test_a_tree_that_is_nested_deeper_than_a_path_may_be_long(site, tmp_path, mo
     assert "File name too long" in str(failure.error)
 
 
-@pytest.mark.parametrize("held", ["config", "cache", "model"])
+@pytest.mark.parametrize("held", ["config", "cache", "model", "file", "file, learning"])
 def test_a_fork_while_another_thread_holds_a_lock(site, held):
     """The child goes on with what its parent had: nobody there would ever let go of the lock."""
     path = site.seal()
@@ -340,15 +340,24 @@ def test_a_fork_while_another_thread_holds_a_lock(site, held):
         "cache": {"seconds": 60, "uses": 100},
     }
     config = keymgmt.Config(data, path=site.root / "keymgmt.toml")
-    with config, keymgmt.open(path, keys=config) as model:
+    with config, keymgmt.open(path, keys=config) as model, model.open("model.xml") as file:
+        locks = {
+            "config": config._lock,
+            "cache": config.cache._lock,
+            "model": model._lock,
+            "file": file._lock,
+            "file, learning": file._reader._learned.lock,
+        }
         taken, done = threading.Event(), threading.Event()
 
         def hold():
-            with {"config": config, "cache": config.cache, "model": model}[held]._lock:
+            with locks[held]:
                 taken.set()
                 done.wait(60)
 
         def work() -> str:
+            file.seek(0)
+            assert file.read() == expected
             assert model.read("model.xml") == expected
             with keymgmt.open(path, keys=config) as again:
                 assert again.read("model.xml") == expected

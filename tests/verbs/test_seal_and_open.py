@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,33 @@ def test_nothing_plain_is_in_the_sealed_folder(site, tree_of):
     everything = b"".join(tree_of(path).values())
     assert b"<net/>" not in everything
     assert bytes(range(64)) not in everything
+
+
+def test_a_file_is_hashed_once_for_however_many_opens(site):
+    def bytes_read() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    content = os.urandom(20 << 20)
+    (site.plain / "model.bin").write_bytes(content)
+    with keymgmt.open(site.seal(), keys=site.config()) as model:
+        for place in (0, 5 << 20, 19 << 20):
+            before = bytes_read()
+            with model.open("model.bin") as file:
+                file.seek(place)
+                assert file.read(10) == content[place : place + 10]
+            assert (bytes_read() - before > 20 << 20) == (place == 0)
+
+
+def test_what_changed_after_it_was_hashed_is_refused(site):
+    path = site.seal()
+    with keymgmt.open(path, keys=site.config()) as model:
+        with model.open("model.bin") as file:
+            assert file.read(1)
+        payload = max((path / "payload").iterdir(), key=lambda each: each.stat().st_size)
+        genuine = payload.read_bytes()
+        payload.write_bytes(genuine[:-1] + bytes([genuine[-1] ^ 1]))
+        with model.open("model.bin") as file, pytest.raises(errors.IntegrityError):
+            file.read()
 
 
 def test_a_closed_model_reads_nothing(site):
