@@ -15,12 +15,13 @@ from typing import Annotated, Any, Literal, Union
 
 from pydantic_core import PydanticUndefined
 
-from keymgmt._config import Policy, SealDefaults
+from keymgmt._config import CacheSettings, Policy, SealDefaults
 from keymgmt._registry import load_backend
 from keymgmt._secret import SecretSource
 from keymgmt.backend import Settings
 
 PAGE = Path(__file__).with_name("config.md")
+TABLES = {"policy": Policy, "seal": SealDefaults, "cache": CacheSettings}
 BACKENDS = ("file", "vault", "pkcs11", "tpm2")
 
 INTRODUCTION = """\
@@ -139,7 +140,7 @@ def nested_tables(model: type[Settings]) -> str:
 def core() -> str:
     """The part of the page that needs no backend."""
     tables = [INTRODUCTION]
-    for name, model in (("policy", Policy), ("seal", SealDefaults)):
+    for name, model in TABLES.items():
         introduction, _, _ = inspect.cleandoc(model.__doc__ or "").partition("\nAttributes:")
         said = introduction.strip().partition(": ")[2]
         tables += [

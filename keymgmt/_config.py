@@ -118,6 +118,8 @@ class SealDefaults(Settings):
 class CacheSettings(Settings):
     """``[cache]``: keep data keys for a while, where the key service is slow. Off without it.
 
+    What that trades is in the manual of the Vault backend, "Opening often".
+
     Attributes:
         seconds: how long a data key is kept, more than 0 and at most a day.
         uses: how many opens it serves before the key service is asked again.

@@ -8,6 +8,8 @@ from types import ModuleType
 
 import pytest
 
+from keymgmt._config import _File
+
 DOCS = Path(__file__).parents[2] / "docs"
 
 
@@ -24,6 +26,11 @@ def make_config() -> ModuleType:
 def test_the_page_is_current(make_config: ModuleType) -> None:
     written = (DOCS / "config.md").read_text("utf-8")
     assert written == make_config.page(), "run: python docs/make_config.py"
+
+
+def test_every_table_of_a_config_is_on_it(make_config: ModuleType) -> None:
+    page = make_config.page()
+    assert all(f"\n## `[{name}" in page for name in _File.model_fields)
 
 
 def test_every_setting_of_a_table_has_a_sentence(make_config: ModuleType) -> None:
