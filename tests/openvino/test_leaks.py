@@ -6,11 +6,14 @@ that the pattern is not in memory because of the search.
 
 from __future__ import annotations
 
+import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openvino as ov
@@ -58,9 +61,12 @@ def canary(tmp_path_factory, seal) -> Path:
 
 
 @contextmanager
-def child(canary: Path, site, protection: str = "on") -> Iterator[subprocess.Popen[str]]:
+def child(
+    canary: Path, site, protection: str = "on", **options: Any
+) -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(
         [sys.executable, "-c", CHILD, canary, site.path, protection],
+        **options,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -129,6 +135,27 @@ def test_a_core_dump_of_a_loaded_model_leaves_the_weights_out(
             capture_output=True,
             timeout=120,
         )
+    (core,) = tmp_path.iterdir()
+    content = core.read_bytes()
+    assert len(content) > 1 << 20
+    assert (PATTERN.tobytes() in content) == found
+
+
+@pytest.mark.parametrize(("protection", "found"), [("on", False), ("in dumps", True)])
+def test_nor_are_they_in_the_core_file_of_an_abort(protection, found, canary, site, tmp_path):
+    """The kernel itself writes this one, where its settings let it."""
+    pattern = Path("/proc/sys/kernel/core_pattern").read_text().strip()
+    _, limit = resource.getrlimit(resource.RLIMIT_CORE)
+    if "/" in pattern or "|" in pattern or limit != resource.RLIM_INFINITY:
+        pytest.skip(f"core_pattern {pattern}, limit {limit}: no core file in the working directory")
+
+    def dump_core() -> None:
+        resource.setrlimit(resource.RLIMIT_CORE, (limit, limit))
+
+    with child(canary, site, protection, cwd=tmp_path, preexec_fn=dump_core) as process:
+        until(process, "loaded")
+        process.send_signal(signal.SIGABRT)
+        assert process.wait(120) == -signal.SIGABRT
     (core,) = tmp_path.iterdir()
     content = core.read_bytes()
     assert len(content) > 1 << 20
