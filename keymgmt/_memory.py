@@ -15,7 +15,7 @@ import mmap
 import time
 from typing import Final
 
-__all__ = ["BLOCK", "FreshMemory"]
+__all__ = ["BLOCK", "FreshMemory", "room"]
 
 BLOCK: Final = 2 << 20  # bytes of a huge page, on x86-64 and on ARM with pages of 4 KiB
 _TRIES: Final = 2  # blocks of small pages, to know what they cost
@@ -26,6 +26,16 @@ _MADV_POPULATE_WRITE: Final = 23  # <linux/mman.h>; the module mmap does not hav
 _libc = ctypes.CDLL(None)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+
+
+def room(size: int) -> bytearray:
+    """A bytearray whose content is undefined; for who fills all of it before anybody looks.
+
+    ``bytearray(size)`` writes zeros all over it, on one core and holding the GIL.
+    """
+    made = bytearray()
+    ctypes.pythonapi.PyByteArray_Resize(ctypes.py_object(made), ctypes.c_ssize_t(size))
+    return made
 
 
 class FreshMemory:

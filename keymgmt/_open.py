@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hmac
 import os
 import threading
@@ -16,6 +15,7 @@ from keymgmt._audit import audit
 from keymgmt._config import use_config
 from keymgmt._dek import Dek, wipe
 from keymgmt._fork import ForkSafe
+from keymgmt._memory import room
 from keymgmt._releases import remember_release, remembered_release
 from keymgmt._unlock import Unlocker
 from keymgmt.errors import IntegrityError, KeymgmtError, SealedModelError
@@ -96,7 +96,7 @@ class SealedModel(ForkSafe):
         """Decrypt a whole file into new memory, which the caller may wipe; raises alike."""
         with self.naming(path), self.reader(path) as reader:
             # The reader found the file as long as this size makes it: a forged one costs nothing.
-            content = _room(reader.size)
+            content = room(reader.size)
             reader.read_into(content)
             return content
 
@@ -174,14 +174,6 @@ class SealedModel(ForkSafe):
 
     def __repr__(self) -> str:
         return f"<SealedModel {self.manifest.name} release {self.manifest.release}>"
-
-
-def _room(size: int) -> bytearray:
-    # bytearray(size) would write zeros all over it first, on one core. Nobody sees what is in this
-    # one: ``read_into`` fills all of it, or wipes it.
-    room = bytearray()
-    ctypes.pythonapi.PyByteArray_Resize(ctypes.py_object(room), ctypes.c_ssize_t(size))
-    return room
 
 
 def open_model(

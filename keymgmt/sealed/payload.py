@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 from keymgmt import floe
 from keymgmt._dek import wipe
 from keymgmt._fork import ForkSafe
-from keymgmt._memory import BLOCK, FreshMemory
+from keymgmt._memory import BLOCK, FreshMemory, room
 from keymgmt.errors import ConfigError, IntegrityError
 from keymgmt.floe import HEADER_LENGTH, OVERHEAD, FloeDecryptor, FloeEncryptor, FloeParameters
 from keymgmt.sealed.digests import DIGEST_LENGTH, DigestName, leaf_hash, tree_root
@@ -84,9 +84,9 @@ def _on_all_cores(
     The first error ends it, and so does an interrupt or an error of ``progress``.
     """
     count = layout.count
-    threads = min(count, len(os.sched_getaffinity(0)))
-    # As many as fill a huge page: two threads in one would wait for each other.
-    run = min(max(1, BLOCK // layout.segment_length), -(-count // threads))
+    # A thread takes as many as fill a huge page: two threads in one would clear it twice.
+    run = max(1, BLOCK // layout.segment_length)
+    threads = min(-(-count // run), len(os.sched_getaffinity(0)))
     starts = itertools.count(0, run)  # next() of it is one step under the GIL: none comes twice
     stop = threading.Event()
     done: list[int] = []
@@ -103,13 +103,16 @@ def _on_all_cores(
         finally:
             worker.close()
 
-    if threads == 1 and progress is None:
+    others = threads if progress else threads - 1  # this thread works too, or tells the progress
+    if not others:
         work()
         return
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="keymgmt-payload")
+    pool = ThreadPoolExecutor(others, thread_name_prefix="keymgmt-payload")
     futures: list[Future[None]] = []
     try:
-        futures += [pool.submit(work) for _ in range(threads)]
+        futures += [pool.submit(work) for _ in range(others)]
+        if not progress:
+            work()
         pending = set(futures)
         while pending:
             timeout = _PROGRESS_INTERVAL if progress else None
@@ -186,8 +189,8 @@ class _Sealer:
         self._source, self._target_fd = source, target_fd
         self._layout, self._encryptor, self._leaves = layout, encryptor, leaves
         length = layout.segment_of(0)[1]
-        self._plaintext = memoryview(bytearray(length - OVERHEAD))
-        self._segment = memoryview(bytearray(length))
+        self._plaintext = memoryview(room(length - OVERHEAD))
+        self._segment = memoryview(room(length))
 
     def __call__(self, index: int) -> int:
         start, length = self._layout.plaintext_of(index)
@@ -282,9 +285,9 @@ class _Reader:
         self._fd, self._layout, self._leaves = fd, layout, leaves
         self._decryptor, self._target = decryptor, target
         length = layout.segment_of(0)[1]
-        self._segment = memoryview(bytearray(length))
+        self._segment = memoryview(room(length))
         needs_scratch = decryptor is not None and target is None
-        self._scratch = memoryview(bytearray(length - OVERHEAD if needs_scratch else 0))
+        self._scratch = memoryview(room(length - OVERHEAD if needs_scratch else 0))
 
     def __call__(self, index: int) -> int:
         start, length = self._layout.plaintext_of(index)
@@ -466,7 +469,7 @@ class PayloadReader:
             if self._root is not None and self._learned.leaves is None:
                 self._accept(_learn_leaves(self._fd, self._layout, self._digest, None))
         _, length = self._layout.plaintext_of(index)
-        private = memoryview(bytearray(length + OVERHEAD))
+        private = memoryview(room(length + OVERHEAD))
         segment = _read_segment(self._fd, self._layout, index, private)
         if self._learned.leaves is not None:
             self._learned.leaves.check(index, segment)
