@@ -16,6 +16,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import errno
 import functools
 import logging
 import mmap
@@ -171,7 +172,9 @@ def _counting_works() -> bool:
         shared = _use_count(tensor)
         del part
         works = (alone, shared, _use_count(tensor)) == (1, 2, 1)
-    except OSError:
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise  # which is not remembered
         works = False
     if not works:
         log.warning(
@@ -245,7 +248,11 @@ os.register_at_fork(after_in_child=_forget)
 
 def release(memory: Memory) -> None:
     """Wipe ``memory`` now, or, while anything made from it lives, when the last of it dies."""
-    if _counting_works():
+    try:
+        works = _counting_works()
+    except OSError:  # out of descriptors: the wiper asks again
+        works = True
+    if works:
         _wiper.add(memory)
     else:
         memory.drop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import pickle
+import resource
 import threading
 import time
 
@@ -205,6 +206,22 @@ def test_unknown_layout_is_given_back_but_never_wiped_early(
     finally:
         monkeypatch.undo()
         _memory._counting_works.cache_clear()
+
+
+def test_too_few_descriptors_to_count_users_are_no_unknown_layout(until):
+    """Counting takes descriptors; where there are none it is tried again, and then wiped."""
+    _memory._counting_works.cache_clear()
+    memory = _memory.Memory(5000)
+    memory.view()[:] = b"x" * 5000
+    view = memory.tensor.data
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        assert memory.in_use()
+        _memory.release(memory)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    until(lambda: not view.any())
 
 
 def test_several_models_end_in_any_order(magika_sealed, site, watched, expected, until):
