@@ -37,7 +37,9 @@ def run_llm(
         if not as_json:
             # The model's own words; whatever control characters they have are the terminal's risk,
             # so only what is printable goes there.
-            sys.stdout.write("".join(c for c in piece if c.isprintable() or c in "\n\t"))
+            shown = "".join(c for c in piece if c.isprintable() or c in "\n\t")
+            encoding = sys.stdout.encoding or "utf-8"
+            sys.stdout.write(shown.encode(encoding, "replace").decode(encoding))
             sys.stdout.flush()
 
     started = time.perf_counter()

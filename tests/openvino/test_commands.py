@@ -139,3 +139,21 @@ def test_run_takes_the_prompt_from_stdin_and_refuses_none(tiny_llm, site):
         assert done.returncode == code, done.stderr
     assert "the prompt is empty" in done.stderr
     assert "--prompt" in done.stderr
+
+
+def test_run_on_a_terminal_that_lacks_letters(tiny_llm, site):
+    """An answer of any letters, where the locale has but some of them."""
+    command = [sys.executable, "-m", "keymgmt.cli", "--config", site.path, "run", tiny_llm]
+    command += ["--max-new-tokens", "60", "--prompt"]
+    said = {}
+    for encoding in ("ascii", "utf-8"):
+        done = subprocess.run(
+            [*command, "the yellow"],
+            capture_output=True,
+            env=os.environ | {"PYTHONIOENCODING": encoding},
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr.decode()
+        said[encoding] = done.stdout.decode(encoding)
+    assert not said["utf-8"].isascii()  # or this shows nothing
+    assert said["ascii"] == said["utf-8"].encode("ascii", "replace").decode()
