@@ -7,6 +7,7 @@ the opening, not around the use.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 from functools import partial
@@ -56,9 +57,9 @@ def mount(
 
     They are memfds behind a folder of links; where the system has none, a ramfs that is mounted
     nowhere; and where it permits neither, the call is refused. A program that resolves its files
-    to a real path, or writes beside them, does not work here. With memfds, another process of the
-    same user can list the names, and can exchange the links before they are followed; that is
-    noticed at the end of the block.
+    to a real path does not work here; what it writes beside them is an ordinary file, and goes
+    with the folder. With memfds, another process of the same user can list the names, and can
+    exchange the links before they are followed; that is noticed at the end of the block.
 
     Args:
         path: the sealed model; or one that is open already, which stays open (then ``name`` and
@@ -104,10 +105,17 @@ def _decrypt(
     for entry in sealed.manifest.files:
         if only and not only(entry.path):
             continue
+        with sealed.naming(entry.path):
+            sealed.reader(entry.path).close()  # is as long as the manifest says: room for it is due
         try:
             folder.write(entry.path, entry.size, partial(sealed.read_into, entry.path))
         except OSError as error:
             raise KeymgmtError(
-                f"{entry.path} ({entry.size:,} bytes) does not fit into memory: {error.strerror}",
-                hint="nothing was handed out; free some memory or raise the container's limit",
+                f"{entry.path} ({entry.size:,} bytes) cannot be held in memory: {error.strerror}",
+                hint="nothing was handed out; "
+                + (
+                    "each file takes a descriptor: raise their limit (ulimit -n)"
+                    if error.errno in (errno.EMFILE, errno.ENFILE)
+                    else "free some memory or raise the container's limit"
+                ),
             ) from error

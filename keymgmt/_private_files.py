@@ -116,9 +116,9 @@ class MemfdFolder(PrivateFolder):
 
     def close(self) -> None:
         """See PrivateFolder."""
-        shutil.rmtree(self.path, ignore_errors=True)
         for descriptor in self._descriptors.values():
             os.close(descriptor)
+        shutil.rmtree(self.path, ignore_errors=True)  # needs descriptors itself
         self._close_on_exec()
         if self._lock:
             lock_mappings(self._written)
@@ -206,8 +206,8 @@ def private_folder(lock: bool = False) -> PrivateFolder:
     raise KeymgmtError(
         "this system has no files in memory that only one process can reach "
         f"({'; '.join(reasons)}), and a disk is not used instead",
-        hint="load the model from memory (keymgmt_openvino.load, load_llm), or permit "
-        "memfd_create in the container's seccomp profile, with /proc mounted",
+        hint="permit memfd_create in the container's seccomp profile, with /proc mounted; or load "
+        "the model from memory (keymgmt_openvino.load, or load_llm with a generation_config=)",
     )
 
 

@@ -6,6 +6,7 @@ what is looked at is what is in the folder, whoever else writes to the disk mean
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
@@ -176,6 +177,11 @@ class SealedFolder:
         except FileNotFoundError:
             raise
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise SealedModelError(
+                    f"cannot open {name}: {error.strerror}",
+                    hint="raise the limit of open files (ulimit -n)",
+                ) from error
             # ELOOP and ENOTDIR: a link or a file where a folder should be. ENXIO: a socket.
             raise FormatError(f"{name} is not a readable regular file: {error.strerror}") from error
         finally:

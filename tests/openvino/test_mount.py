@@ -263,6 +263,63 @@ def test_an_open_model_is_mounted_in_part(tree, site):
     assert (names, again) == ("config.json", '{"a": 1}')
 
 
+def test_a_payload_shorter_than_its_file_takes_no_memory(tree, site, tmp_path):
+    import shutil
+
+    short = Path(shutil.copytree(tree[1], tmp_path / "short.sealed"))
+    os.truncate(short / "payload" / "sub" / "deeper" / "large.bin.floe", 1000)
+    made, error = lines(
+        """
+        import os, sys
+        import keymgmt
+        make, sizes = os.posix_fallocate, []
+        os.posix_fallocate = lambda *arguments: sizes.append(arguments[2]) or make(*arguments)
+        try:
+            with keymgmt.mount(sys.argv[1], keys=sys.argv[2]):
+                print("handed out")
+        except keymgmt.errors.IntegrityError as problem:
+            print(max(sizes))
+            print(problem)
+        """,
+        short,
+        site.path,
+    )
+    assert int(made) < 1000  # of config.json alone
+    assert "large.bin of tree: the payload file has 1000 bytes" in error
+
+
+def test_too_few_descriptors_are_said_and_nothing_is_left(site, seal, tmp_path):
+    many = tmp_path / "many"
+    many.mkdir()
+    for number in range(100):
+        (many / f"{number}.txt").write_text("x")
+    folder, error, hint, opened = lines(
+        """
+        import gc, os, resource, sys, tempfile
+        import keymgmt
+        before = len(os.listdir("/proc/self/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (60, resource.getrlimit(7)[1]))
+        make = tempfile.mkdtemp
+        def noted(*arguments, **options):
+            made.append(make(*arguments, **options))
+            return made[-1]
+        made, tempfile.mkdtemp = [], noted
+        try:
+            with keymgmt.mount(sys.argv[1], keys=sys.argv[2]):
+                print("handed out")
+        except keymgmt.errors.KeymgmtError as problem:
+            print(os.path.exists(made[0]), problem, problem.hint, sep="\\n")
+        gc.collect()
+        print(len(os.listdir("/proc/self/fd")) - before)
+        """,
+        seal(many, "many"),
+        site.path,
+    )
+    assert (folder, opened) == ("False", "0")
+    assert "Too many open files" in error
+    assert "ulimit -n" in hint
+
+
 def test_an_exchanged_link_is_noticed(tree, site):
     done = python(
         """
