@@ -7,6 +7,7 @@ weights; then the bytes, verified as they are decrypted; then OpenVINO.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -22,12 +23,25 @@ from keymgmt_openvino._onnx import check_self_contained
 if TYPE_CHECKING:
     from keymgmt import Config, SealedModel
 
-__all__ = ["ask", "check_core", "check_options", "load", "read", "read_file", "read_weights"]
+__all__ = [
+    "ask",
+    "check_core",
+    "check_options",
+    "check_room",
+    "load",
+    "read",
+    "read_file",
+    "read_weights",
+]
 
 Options = Mapping[str, Any]
 T = TypeVar("T")
 
-_CACHING: Final = {"CACHE_DIR", "CACHE_MODE", "CACHE_ENCRYPTION_CALLBACKS", "WEIGHTS_PATH"}
+_CACHING: Final = re.compile(
+    "CACHE_DIR|CACHE_MODE|CACHE_ENCRYPTION_CALLBACKS|WEIGHTS_PATH"
+    # For an NPU: the compiled model, its parts, and where GenAI keeps it.
+    "|NPUW_CACHE_DIR|NPUW_DUMP_.*|EXPORT_BLOB|BLOB_PATH"
+)
 _NO_CACHE: Final = (
     "OpenVINO's model cache holds the weights in plaintext, even with its encryption callbacks; "
     "leave it off (docs/loader.md, 'No cache')"
@@ -136,6 +150,7 @@ def read_sealed(sealed: SealedModel, core: ov.Core) -> tuple[ov.Model, list[Memo
             return ask(cannot, core.read_model, data), []
     memory = read_weights(sealed, main)
     try:
+        check_room(size, manifest.name)
         with private_bytes(size) as (data, room):
             sealed.read_into(main, room)
             return ask(cannot, core.read_model, data, memory.tensor), [memory]
@@ -178,7 +193,7 @@ def check_options(options: Options) -> None:
     """
     for key, value in options.items():
         option = str(key).upper()
-        if option in _CACHING and value not in ("", None):
+        if _CACHING.fullmatch(option) and value not in ("", None, False):
             raise ConfigError(f"{option} is refused for a sealed model", hint=_NO_CACHE)
         if isinstance(value, Mapping):
             check_options(value)

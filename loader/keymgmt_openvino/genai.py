@@ -14,8 +14,8 @@ import re
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import keymgmt
-from keymgmt.errors import ConfigError, FormatError
-from keymgmt_openvino._load import ask, check_options, read_file, read_weights
+from keymgmt.errors import ConfigError, FormatError, KeymgmtError
+from keymgmt_openvino._load import ask, check_options, check_room, read_file, read_weights
 from keymgmt_openvino._memory import Memory, private_bytes, release
 from keymgmt_openvino._model import Owner
 
@@ -41,6 +41,9 @@ _GRAPH: Final = "openvino_{}_model.xml"
 _NAMED: Final = re.compile(r"openvino_(\w+)_model\.xml")
 _IR: Final = re.compile(r"(^|/)openvino_[^/]*\.(xml|bin)$")
 _GENERATION: Final = "generation_config.json"
+_CONFIG: Final = "config.json"
+_IDS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
+_INFO_ENDS: Final = re.compile(rb"</rt_info>\s*</net>\s*$")
 # Where GenAI 2026.4 looks for a chat template after the tokenizer's own, in this order (tried).
 _TEMPLATES: Final = (
     "chat_template.jinja",
@@ -73,7 +76,7 @@ class LoadedPipeline(Owner):
         return getattr(self._use(), name)
 
     def _users(self) -> str:
-        return "a generation is running, or its pipeline is held elsewhere"
+        return "a generation is running, or its pipeline or tokenizer is held elsewhere"
 
 
 def load_llm(
@@ -242,6 +245,7 @@ def _build(
             for graph, path in graphs.items():
                 memories.append(read_weights(sealed, path))
                 size = sealed.manifest.file(path).size
+                check_room(size, title)
                 content, room = stack.enter_context(private_bytes(size))
                 sealed.read_into(path, room)
                 models[graph] = content, memories[-1].tensor
@@ -288,8 +292,8 @@ def _check_folder(sealed: SealedModel, what: str, graphs: list[str]) -> None:
     if missing:
         raise FormatError(
             f"{manifest.name} ({manifest.kind}) is no {what}: it lacks {' and '.join(missing)}",
-            hint="export the folder with: optimum-cli export openvino --model MODEL FOLDER; "
-            "then seal the FOLDER",
+            hint="what optimum-cli export openvino makes of a language model has them; models of "
+            "other pipelines are opened with load_path_pipeline (docs/genai.md)",
         )
 
 
@@ -300,12 +304,14 @@ def _tokenizer(sealed: SealedModel, memories: list[Memory]) -> Any:
     for graph in (_TOKENIZER, _DETOKENIZER):
         parts.append(read_weights(sealed, graph))
         memories.append(parts[-1])
+    size, ids = manifest.file(_TOKENIZER).size, _special_ids(sealed)
     with (
-        private_bytes(manifest.file(_TOKENIZER).size) as (forward, forward_room),
+        private_bytes(size + sum(map(len, ids.values()))) as (forward, forward_room),
         private_bytes(manifest.file(_DETOKENIZER).size) as (back, back_room),
     ):
-        sealed.read_into(_TOKENIZER, forward_room)
+        sealed.read_into(_TOKENIZER, forward_room[:size])
         sealed.read_into(_DETOKENIZER, back_room)
+        _add_ids(forward, forward_room, size, ids)
         tokenizer = ask(
             f"OpenVINO GenAI cannot read the tokenizer of {manifest.name}",
             ov_genai.Tokenizer,
@@ -319,6 +325,32 @@ def _tokenizer(sealed: SealedModel, memories: list[Memory]) -> Any:
     return tokenizer
 
 
+def _special_ids(sealed: SealedModel) -> dict[str, bytes]:
+    """The special tokens that config.json knows, each as an element of a graph's rt_info."""
+    if _CONFIG not in {entry.path for entry in sealed.manifest.files}:
+        return {}
+    text = sealed.read(_CONFIG).decode(errors="replace")
+    found = {name: _member(text, _CONFIG, name) for name in _IDS}
+    return {
+        name: f'<{name} value="{number}" />'.encode()
+        for name, number in found.items()
+        if type(number) is int
+    }
+
+
+def _add_ids(graph: bytes, room: memoryview, size: int, ids: Mapping[str, bytes]) -> None:
+    """Add those ids that the graph of ``size`` bytes lacks; spaces fill the rest of its room.
+
+    GenAI looks into config.json for them only where it builds a tokenizer by path. Without the end
+    token a generation would not end, and the others are missing from chat templates.
+    """
+    room[size:] = b" " * (len(room) - size)
+    if found := _INFO_ENDS.search(graph):
+        lacking = (element for name, element in ids.items() if f"<{name} ".encode() not in graph)
+        tail = b"".join(lacking) + found[0].rstrip()
+        room[found.start() : found.start() + len(tail)] = tail
+
+
 def _chat_template(sealed: SealedModel) -> str:
     present = {entry.path for entry in sealed.manifest.files}
     for path in _TEMPLATES:
@@ -326,6 +358,11 @@ def _chat_template(sealed: SealedModel) -> str:
             continue
         text = sealed.read(path).decode(errors="replace")
         found = text if path.endswith(".jinja") else _member(text, path, "chat_template")
+        if isinstance(found, list):  # several, each with its name
+            named = (each for each in found if isinstance(each, dict))
+            found = next(
+                (each.get("template") for each in named if each.get("name") == "default"), ""
+            )
         if isinstance(found, str) and found:
             return found
     return ""
@@ -343,7 +380,13 @@ def _generation_config(sealed: SealedModel) -> Any:
     """The folder's generation config, read by GenAI itself, from a file that is in memory."""
     if _GENERATION not in {entry.path for entry in sealed.manifest.files}:
         return ov_genai.GenerationConfig()
-    descriptor = os.memfd_create("keymgmt", os.MFD_CLOEXEC)
+    try:
+        descriptor = os.memfd_create("keymgmt", os.MFD_CLOEXEC)
+    except OSError as error:
+        raise KeymgmtError(
+            f"{_GENERATION} cannot be given to OpenVINO GenAI in memory: {error.strerror}",
+            hint="permit memfd_create, or give generation_config=",
+        ) from error
     with open(descriptor, "wb", buffering=0) as file:  # noqa: PTH123 - a descriptor
         file.write(sealed.read(_GENERATION))
         return ask(

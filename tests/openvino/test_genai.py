@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
+import os
+import re
 import shutil
 import struct
 import subprocess
@@ -15,7 +18,7 @@ import keymgmt_openvino  # noqa: F401 - before OpenVINO: no telemetry
 import numpy as np
 import openvino_genai as ov_genai
 import pytest
-from keymgmt_openvino import genai
+from keymgmt_openvino import _load, genai
 from keymgmt_openvino.genai import load_adapter, load_llm, load_path_pipeline
 
 import keymgmt
@@ -126,6 +129,52 @@ def test_the_chat_template_is_the_one_that_genai_takes(files, folder, seal, site
         assert llm.get_tokenizer().apply_chat_template(history, True) == expected
 
 
+def test_a_named_chat_template_is_taken(folder, seal, site):
+    named = [
+        {"name": "tool_use", "template": "no"},
+        {"name": "default", "template": "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"},
+    ]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    expected = ov_genai.Tokenizer(folder).chat_template
+    with load_llm(seal(folder, "named"), keys=site) as llm:
+        assert llm.get_tokenizer().chat_template == expected == named[1]["template"]
+
+
+def special_tokens(tokenizer) -> list[object]:
+    names = [f"{name}_token{what}" for name in ("bos", "eos", "pad") for what in ("", "_id")]
+    return [getattr(tokenizer, f"get_{name}")() for name in names]
+
+
+@pytest.mark.parametrize("config", [{"bos_token_id": 5, "eos_token_id": [1, 3]}, {}, None])
+@pytest.mark.parametrize("lacking", ["bos", "eos", "pad", "bos|eos|pad"])
+def test_special_tokens_that_only_config_json_knows(lacking, config, folder, seal, site):
+    graph = folder / "openvino_tokenizer.xml"
+    graph.write_text(re.sub(rf'<({lacking})_token_id value="\d+" />', "", graph.read_text()))
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "generation_config.json").unlink()
+    if config is None:
+        (folder / "config.json").unlink()
+    elif config:
+        (folder / "config.json").write_text(json.dumps(config))
+    plain = ov_genai.LLMPipeline(folder, "CPU")
+    with load_llm(seal(folder, "tokens"), keys=site) as llm:
+        assert special_tokens(llm.get_tokenizer()) == special_tokens(plain.get_tokenizer())
+        ends = [each.get_generation_config().eos_token_id for each in (llm, plain)]
+        assert ends[0] == ends[1]
+
+
+def test_without_memfds_a_generation_config_may_be_given(sealed, site, monkeypatch):
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "memfd_create", refused)
+    with pytest.raises(KeymgmtError, match="in memory: Operation not permitted") as caught:
+        load_llm(sealed, keys=site)
+    assert "generation_config=" in str(caught.value.hint)
+    with load_llm(sealed, keys=site, generation_config=ov_genai.GenerationConfig()) as llm:
+        assert llm.generate(PROMPTS[0], **GREEDY)
+
+
 def test_the_folders_generation_config_counts(folder, seal, site):
     (folder / "generation_config.json").write_text('{"max_new_tokens": 3, "eos_token_id": 1}')
     with load_llm(seal(folder, "short"), keys=site) as llm:
@@ -148,6 +197,30 @@ def test_a_folder_that_lacks_a_part(missing, said, folder, seal, site):
     with pytest.raises(FormatError, match=said) as caught:
         load_llm(seal(folder, "lacking"), keys=site)
     assert "optimum-cli" in str(caught.value.hint)
+
+
+def test_a_graph_larger_than_the_free_memory(folder, seal, site, monkeypatch):
+    graph = folder / "openvino_model.xml"
+    graph.write_text(graph.read_text() + " " * (2 << 20))
+    monkeypatch.setattr(_load, "_free_memory", lambda: 1 << 20)
+    with pytest.raises(KeymgmtError, match="needs 2 MiB of memory and 1 MiB are free"):
+        load_llm(seal(folder, "long"), keys=site)
+
+
+def test_a_model_of_another_pipeline(seal, site):
+    with pytest.raises(FormatError, match="is no language model") as caught:
+        load_llm(seal(HERE / "models" / "whisper", "whisper"), keys=site)
+    assert "load_path_pipeline" in str(caught.value.hint)
+
+
+def test_a_held_tokenizer_is_named(sealed, site, watched, until):
+    llm = load_llm(sealed, keys=site)
+    tokenizer = llm.get_tokenizer()
+    with pytest.raises(ModelInUse, match="or its pipeline or tokenizer is held elsewhere"):
+        llm.close()
+    assert tokenizer.encode("Hello").input_ids.data.size
+    del tokenizer
+    until(lambda: all(memory.zeros() for memory in watched))
 
 
 def test_a_tokenizer_of_another_version(folder, seal, site, watched, until):
@@ -194,9 +267,23 @@ def test_broken_weights_leave_zeros(sealed, site, watched, tmp_path, until):
 
 def test_a_cache_is_refused(sealed, site):
     with pytest.raises(ConfigError, match="CACHE_DIR"):
-        load_llm(sealed, keys=site, CACHE_DIR="cache")
-    with pytest.raises(ConfigError, match="CACHE_DIR"):
         load_path_pipeline(ov_genai.LLMPipeline, sealed, keys=site, CACHE_DIR="cache")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"CACHE_DIR": "cache"},
+        {"BLOB_PATH": "model.blob", "EXPORT_BLOB": True},
+        {"DEVICE_PROPERTIES": {"NPU": {"BLOB_PATH": "model.blob"}}},
+        {"NPUW_CACHE_DIR": "cache"},
+        {"NPUW_DUMP_SUBS": "YES"},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_what_writes_a_model_to_a_disk_is_refused(options, sealed, site):
+    with pytest.raises(ConfigError, match="is refused for a sealed model"):
+        load_llm(sealed, keys=site, **options)
 
 
 def test_closing_while_it_generates(sealed, site, watched, until):

@@ -124,7 +124,9 @@ def test_a_cache_is_refused(sealed, site):
         load_vlm(sealed, keys=site, CACHE_DIR="cache")
 
 
-@pytest.mark.parametrize("broken", ["config.json", "openvino_vision_embeddings_model.xml"])
+@pytest.mark.parametrize(
+    "broken", ["preprocessor_config.json", "openvino_vision_embeddings_model.xml"]
+)
 def test_what_genai_refuses_leaves_zeros(broken, folder, seal, site, watched, until):
     (folder / broken).write_text("{not json, nor xml")
     with pytest.raises(KeymgmtError, match="OpenVINO GenAI cannot build broken"):
