@@ -32,7 +32,7 @@ from keymgmt.backend import wipe
 from keymgmt.errors import KeymgmtError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 __all__ = ["Memory", "private_bytes", "release"]
 
@@ -61,6 +61,8 @@ class Memory:
         locked: whether it is kept from swap (mlock2).
         gone: whether it was let go of.
     """
+
+    gone = True  # until there is something
 
     def __init__(self, size: int) -> None:
         """Allocate; nothing is touched yet.
@@ -119,6 +121,12 @@ class Memory:
         if not self.gone:
             self.gone = True
             del self.tensor
+
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        # Whoever let it go without a word, an owner's end or an interrupt between two lines: the
+        # rules hold all the same. At the interpreter's own end nobody is left to wait for.
+        if not self.gone and not ending():
+            release(self)
 
 
 @contextlib.contextmanager
