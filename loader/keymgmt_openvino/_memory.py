@@ -78,7 +78,6 @@ class Memory:
                 hint="nothing was started; look at ulimit -v and the limits of the container",
             ) from None
         self.size = size
-        self.gone = False
         # Whole pages around the storage: a neighbour's bytes in them are locked and left out too.
         address = self.tensor.data.ctypes.data
         self._start = address & -mmap.PAGESIZE
@@ -90,6 +89,7 @@ class Memory:
             self.locked = _libc.mlock2(self._start, self._length, _MLOCK_ONFAULT) == 0
             if not self.locked:
                 _say_unlocked(ctypes.get_errno())
+        self.gone = False
 
     def view(self) -> memoryview:
         """The storage, writable; drop the view before the memory is released."""
