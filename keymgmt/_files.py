@@ -13,12 +13,12 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, BinaryIO, Final
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["new_directory", "replace_file", "sync_directory"]
+__all__ = ["new_directory", "replace_file", "replacing", "sync_directory"]
 
 _AT_FDCWD: Final = -100
 _RENAME_NOREPLACE: Final = 1
@@ -50,16 +50,26 @@ def replace_file(
     Raises:
         OSError: as the system says; the old file is whole and the temporary one is gone.
     """
+    with replacing(path, mode=mode, exclusive=exclusive) as file:
+        file.write(content)
+        if keep:
+            _keep_readers(path, file.fileno())
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, mode: int = 0o644, exclusive: bool = False) -> Iterator[BinaryIO]:
+    """Give a temporary file beside ``path`` to write; it takes its place when all went well.
+
+    Arguments and errors are those of ``replace_file``.
+    """
     temporary = _temporary(path)
     descriptor = os.open(
         temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode
     )
     try:
         with open(descriptor, "wb", closefd=True) as file:  # noqa: PTH123 - a descriptor
-            file.write(content)
+            yield file
             file.flush()
-            if keep:
-                _keep_readers(path, descriptor)
             os.fsync(file.fileno())
         if exclusive:
             _rename(temporary, path, _RENAME_NOREPLACE)

@@ -14,12 +14,13 @@ from keymgmt._admit import admit
 from keymgmt._audit import audit
 from keymgmt._config import use_config
 from keymgmt._dek import Dek, wipe
+from keymgmt._device_files import DeviceFile
 from keymgmt._fork import ForkSafe
 from keymgmt._memory import room
 from keymgmt._releases import remember_release, remembered_release
 from keymgmt._unlock import Unlocker
 from keymgmt.errors import IntegrityError, KeymgmtError, SealedModelError
-from keymgmt.sealed.derive import commitment, file_key, payload_aad
+from keymgmt.sealed.derive import commitment, device_key, file_key, payload_aad
 from keymgmt.sealed.payload import Learned, PayloadReader
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class SealedModel(ForkSafe):
         self.manifest: Manifest = candidate.manifest
         self.publisher = publisher.file.name if publisher else None
         self.group = group
-        self._folder = candidate.folder
+        self._folder, self._hash = candidate.folder, candidate.hash
         self._dek = dek
         self._check_digests = check_digests
         self._files: weakref.WeakSet[io.RawIOBase] = weakref.WeakSet()
@@ -115,6 +116,24 @@ class SealedModel(ForkSafe):
             file = reader.open(owned=True)
             self._files.add(file)
             return file
+
+    def device_file(self, folder: Path, name: str, bound_to: bytes) -> DeviceFile:
+        """A file in ``folder`` that only this device, with this model's key, writes and reads.
+
+        Args:
+            folder: made if it is missing, private to this user; its parent exists.
+            name: of the file.
+            bound_to: all that its content depends on, besides this manifest.
+
+        Raises:
+            ConfigError: the folder is not private, or cannot be made.
+        """
+        return DeviceFile(
+            folder,
+            name,
+            bound_to,
+            lambda secret: device_key(self._dek, self._hash, secret, name.encode()),
+        )
 
     @contextlib.contextmanager
     def naming(self, path: str) -> Iterator[None]:

@@ -12,15 +12,17 @@ import hmac
 from typing import TYPE_CHECKING, Final
 
 from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
 
 from keymgmt._dek import wipe
 from keymgmt.sealed.manifest import FORMAT
 
 if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
     from keymgmt._dek import Dek
 
-__all__ = ["commitment", "file_key", "keys_mac", "payload_aad", "wrap_context"]
+__all__ = ["commitment", "device_key", "file_key", "keys_mac", "payload_aad", "wrap_context"]
 
 _LENGTH: Final = 32
 
@@ -48,6 +50,20 @@ def file_key(dek: Dek, model_id: bytes, path: str) -> bytearray:
 def payload_aad(model_id: bytes, path: str) -> bytes:
     """The FLOE associated data of one file."""
     return _encode(b"payload", model_id, path.encode())
+
+
+def device_key(dek: Dek, manifest_hash: bytes, secret: Buffer, info: bytes) -> bytearray:
+    """32 bytes that take the data key of this manifest and a secret of the device; to be wiped.
+
+    HKDF-SHA-256 (RFC 5869) with the secret as salt; no part of the format: nothing that another
+    device reads is under it.
+    """
+    ours, key = _derive(dek, b"device", manifest_hash), bytearray(_LENGTH)
+    try:
+        HKDF(SHA256(), _LENGTH, bytes(secret), info).derive_into(ours, key)
+    finally:
+        wipe(ours)
+    return key
 
 
 def keys_mac(dek: Dek, model_id: bytes, policy: bytes) -> bytes:

@@ -180,7 +180,7 @@ class _Leaves:
 class _Sealer:
     def __init__(
         self,
-        source: int | PayloadReader,
+        source: int | PayloadReader | memoryview,
         target_fd: int,
         layout: _Layout,
         encryptor: FloeEncryptor,
@@ -196,7 +196,9 @@ class _Sealer:
         start, length = self._layout.plaintext_of(index)
         plaintext = self._plaintext[:length]
         segment = self._segment[: length + OVERHEAD]
-        if isinstance(self._source, PayloadReader):
+        if isinstance(self._source, memoryview):
+            plaintext = self._source[start : start + length]
+        elif isinstance(self._source, PayloadReader):
             self._source.read_segment_into(index, plaintext)
         elif not _read_exactly(self._source, plaintext, start):
             raise _changed()
@@ -217,7 +219,7 @@ def _changed() -> ConfigError:
 
 
 def seal_payload(
-    source: int | PayloadReader,
+    source: int | PayloadReader | memoryview,
     size: int,
     target_fd: int,
     *,
@@ -233,7 +235,7 @@ def seal_payload(
 
     Args:
         source: a regular file open for reading, or a payload of the same segment length, whose
-            plaintext then never leaves this function's buffers.
+            plaintext then never leaves this function's buffers; or bytes in memory.
         size: of the source in bytes, as the caller will write it down.
         target_fd: open for writing; left half-written if this raises.
         key: 32 bytes, of this one file.
@@ -263,9 +265,9 @@ def seal_payload(
     return leaves.root()
 
 
-def _state(source: int | PayloadReader) -> tuple[int, int] | None:
+def _state(source: int | PayloadReader | memoryview) -> tuple[int, int] | None:
     """Size and time of change of a plain file; a payload authenticates itself instead."""
-    if isinstance(source, PayloadReader):
+    if not isinstance(source, int):
         return None
     info = os.fstat(source)
     return info.st_size, info.st_mtime_ns

@@ -6,6 +6,7 @@ weights; then the bytes, verified as they are decrypted; then OpenVINO.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -16,9 +17,11 @@ import openvino as ov
 
 import keymgmt
 from keymgmt.errors import ConfigError, FormatError, KeymgmtError
+from keymgmt_openvino._compiled import compiled_file, import_compiled, keep_compiled
 from keymgmt_openvino._memory import Memory, private_bytes, release
 from keymgmt_openvino._model import LoadedModel
 from keymgmt_openvino._onnx import check_self_contained
+from keymgmt_openvino._room import check_room
 
 if TYPE_CHECKING:
     from keymgmt import Config, SealedModel
@@ -27,7 +30,6 @@ __all__ = [
     "ask",
     "check_core",
     "check_options",
-    "check_room",
     "load",
     "read",
     "read_file",
@@ -44,7 +46,7 @@ _CACHING: Final = re.compile(
 )
 _NO_CACHE: Final = (
     "OpenVINO's model cache holds the weights in plaintext, even with its encryption callbacks; "
-    "leave it off (docs/loader.md, 'No cache')"
+    "leave it off; load(cache=...) keeps a sealed one"
 )
 
 
@@ -56,6 +58,7 @@ def load(
     name: str | None = None,
     keys: str | os.PathLike[str] | Config | None = None,
     core: ov.Core | None = None,
+    cache: str | os.PathLike[str] | None = None,
 ) -> LoadedModel:
     """Open a sealed model in memory and compile it.
 
@@ -66,6 +69,8 @@ def load(
         name: the model that is expected; another one is refused.
         keys: config, or its path; else the one that ``keymgmt.load_config`` finds.
         core: the Core to use; else a new one. It must have no model cache set.
+        cache: a folder of this user alone, to keep the compiled model in, sealed to this device;
+            for the CPU. The next load takes it from there and compiles nothing.
 
     Returns:
         The model; a context manager whose end wipes it.
@@ -79,25 +84,34 @@ def load(
     options = dict(ov_config or {})
     check_options(options)
     core = _core(core, device)
-    with keymgmt.open(path, name=name, keys=keys) as sealed:
-        title = sealed.manifest.name
-        model, memories = read_sealed(sealed, core)
-    try:
-        compiled = ask(
-            f"OpenVINO cannot compile {title} for {device}",
-            core.compile_model,
-            model,
-            device,
-            options,
-        )
-    except BaseException:
-        # The error's traceback holds this frame, which must not hold the graph.
-        del model
-        for memory in memories:
-            release(memory)
-        raise
-    del model  # what the compiled model does not need can be wiped already
-    return LoadedModel(title, compiled, memories)
+    with contextlib.ExitStack() as stack:
+        with keymgmt.open(path, name=name, keys=keys) as sealed:
+            title, kept = sealed.manifest.name, None
+            if cache is not None:
+                kept = stack.enter_context(compiled_file(sealed, cache, core, device, options))
+                if found := import_compiled(kept, core, device, options):
+                    compiled, memory = found
+                    del found
+                    return LoadedModel(title, compiled, [memory])
+            model, memories = read_sealed(sealed, core)
+        try:
+            compiled = ask(
+                f"OpenVINO cannot compile {title} for {device}",
+                core.compile_model,
+                model,
+                device,
+                options,
+            )
+            if kept is not None:
+                keep_compiled(kept, compiled)
+        except BaseException:
+            # The error's traceback holds this frame, which must not hold the graph.
+            del model
+            for memory in memories:
+                release(memory)
+            raise
+        del model  # what the compiled model does not need can be wiped already
+        return LoadedModel(title, compiled, memories)
 
 
 def read(
@@ -249,43 +263,3 @@ def ask(what: str, call: Callable[..., T], *arguments: object, **options: object
     # Outside of the handler: a chained exception's frames would hold the graph, so the weights.
     del arguments, options
     raise KeymgmtError(f"{what}: {lines[-1] if lines else 'no reason given'}")
-
-
-def check_room(size: int, name: str) -> None:
-    free = _free_memory()
-    if free is not None and size > free:
-        raise KeymgmtError(
-            f"{name} needs {_mib(size)} of memory and {_mib(free)} are free",
-            hint="nothing was started; free some memory or raise the limit of the container",
-        )
-
-
-def _free_memory() -> int | None:
-    """Bytes that this process may still use, by the machine and its cgroup; None if unknown."""
-    limits = []
-    try:
-        with open("/proc/meminfo") as file:  # noqa: PTH123 - no file of a disk
-            limits += [int(line.split()[1]) << 10 for line in file if line.startswith("MemAvail")]
-    except OSError:
-        pass
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        ),
-    ):
-        try:
-            limits.append(max(0, int(_text(limit)) - int(_text(used))))
-        except (OSError, ValueError):  # another kind of cgroup, or the word "max"
-            continue
-    return min(limits, default=None)
-
-
-def _text(path: str) -> str:
-    with open(path) as file:  # noqa: PTH123
-        return file.read().strip()
-
-
-def _mib(size: int) -> str:
-    return f"{size / (1 << 20):,.0f} MiB"

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import keymgmt
 from keymgmt.errors import ConfigError, FormatError, KeymgmtError
-from keymgmt_openvino._load import ask, check_options, check_room, read_file, read_weights
+from keymgmt_openvino._load import ask, check_options, read_file, read_weights
 from keymgmt_openvino._memory import Memory, private_bytes, release
 from keymgmt_openvino._model import Owner
+from keymgmt_openvino._room import check_room
 
 try:
     import openvino_genai as ov_genai

@@ -45,6 +45,13 @@ def run(
     ] = None,
     name: Annotated[str | None, typer.Option(help="Refuse a model of another name.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of random inputs.")] = 0,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Keep the compiled model here, sealed to this device; not for language models.",
+        ),
+    ] = None,
     prompt: Annotated[
         str | None,
         typer.Option("--prompt", "-p", help="For a language model; else it is read from stdin."),
@@ -64,6 +71,8 @@ def run(
     if keymgmt.inspect(path).manifest.kind == "openvino-genai":
         from keymgmt_openvino._run_llm import run_llm
 
+        if cache is not None:
+            raise ConfigError("--cache is not for language models", hint="leave it out")
         run_llm(
             path,
             device,
@@ -76,7 +85,7 @@ def run(
         return
     arrays = _read_arrays(given or [])
     started = time.perf_counter()
-    with load(path, device, name=name, keys=context.obj.config()) as model:
+    with load(path, device, name=name, keys=context.obj.config(), cache=cache) as model:
         loaded = time.perf_counter()
         inputs, sources = _inputs(model.inputs, arrays, np.random.default_rng(seed))
         began = time.perf_counter()

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("keymgmt_openvino", reason="these are tests of the loader")
 
 import openvino as ov
-from keymgmt_openvino import _load, _magika
+from keymgmt_openvino import _compiled, _load, _magika
 from keymgmt_openvino._memory import Memory
 from keymgmt_openvino._site import make_site
 
@@ -98,7 +98,8 @@ class Watched(Memory):
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[Watched]:
     """Every memory that the loader makes in this test, to be looked at after its end."""
     seen: list[Watched] = []
-    monkeypatch.setattr(_load, "Memory", lambda size: Watched(size, seen))
+    for module in (_load, _compiled):
+        monkeypatch.setattr(module, "Memory", lambda size: Watched(size, seen))
     return seen
 
 

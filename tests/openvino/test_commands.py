@@ -58,6 +58,14 @@ def test_run_with_random_inputs(magika_sealed, site):
     assert json.loads(other.stdout)["outputs"] == report["outputs"]
 
 
+def test_run_keeps_the_compiled_model_where_told(magika_sealed, site, tmp_path):
+    arguments = ("run", magika_sealed, "--json", "--cache", tmp_path / "kept")
+    first, second = (keymgmt(*arguments, config=site.path) for _ in range(2))
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert json.loads(second.stdout)["outputs"] == json.loads(first.stdout)["outputs"]
+    assert len(list((tmp_path / "kept").glob("magika-*.compiled"))) == 1
+
+
 @pytest.mark.parametrize("how", ["npy", "named npy", "npz"])
 def test_run_with_files_answers_as_plaintext(how, magika_sealed, magika_ir, site, tmp_path):
     array = np.random.default_rng(1).integers(0, 256, (2, 2048), np.int32)

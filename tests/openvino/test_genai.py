@@ -18,7 +18,7 @@ import keymgmt_openvino  # noqa: F401 - before OpenVINO: no telemetry
 import numpy as np
 import openvino_genai as ov_genai
 import pytest
-from keymgmt_openvino import _load, genai
+from keymgmt_openvino import _room, genai
 from keymgmt_openvino.genai import load_adapter, load_llm, load_path_pipeline
 
 import keymgmt
@@ -202,7 +202,7 @@ def test_a_folder_that_lacks_a_part(missing, said, folder, seal, site):
 def test_a_graph_larger_than_the_free_memory(folder, seal, site, monkeypatch):
     graph = folder / "openvino_model.xml"
     graph.write_text(graph.read_text() + " " * (2 << 20))
-    monkeypatch.setattr(_load, "_free_memory", lambda: 1 << 20)
+    monkeypatch.setattr(_room, "_free_memory", lambda: 1 << 20)
     with pytest.raises(KeymgmtError, match="needs 2 MiB of memory and 1 MiB are free"):
         load_llm(seal(folder, "long"), keys=site)
 

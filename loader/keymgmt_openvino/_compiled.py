@@ -1,0 +1,117 @@
+"""The compiled model, kept for this device: what OpenVINO's own cache does, without the plaintext.
+
+``export_model`` gives the compiled graph with its weights; it is sealed to this device
+(``SealedModel.device_file``), and ``import_model`` takes it from memory without a copy. It is bound
+to manifest.json, the device's name and abilities, the versions, and the options. What is not bound
+to the same, or is damaged, is made anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import openvino as ov
+
+from keymgmt.backend import wipe
+from keymgmt.errors import ConfigError, IntegrityError
+from keymgmt_openvino._memory import Memory, release
+from keymgmt_openvino._room import check_room
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from keymgmt import SealedModel
+    from keymgmt._device_files import DeviceFile
+
+__all__ = ["compiled_file", "import_compiled", "keep_compiled"]
+
+log = logging.getLogger("keymgmt.openvino")
+
+
+def compiled_file(
+    sealed: SealedModel,
+    folder: str | os.PathLike[str],
+    core: ov.Core,
+    device: str,
+    options: Mapping[str, Any],
+) -> DeviceFile:
+    """The file of a model that is compiled for a device with these options.
+
+    Raises:
+        ConfigError: another device than the CPU, or a folder that others can use.
+    """
+    if device != "CPU":
+        raise ConfigError(
+            f"a compiled model is kept for the CPU, not for {device}", hint="leave cache= out"
+        )
+    bound_to = {
+        "device": core.get_property(device, "FULL_DEVICE_NAME"),
+        "abilities": sorted(core.get_property(device, "OPTIMIZATION_CAPABILITIES")),
+        "processor": [platform.machine(), _processor()],
+        "openvino": ov.get_version(),
+        "options": sorted((str(key), str(value)) for key, value in options.items()),
+    }
+    name = sealed.manifest.name
+    # One for each set of options; the next release of a model replaces that of the last one.
+    kind = hashlib.sha256(json.dumps([device, bound_to["options"]]).encode()).hexdigest()[:16]
+    return sealed.device_file(
+        Path(folder), f"{name}-{kind}.compiled", json.dumps(bound_to, sort_keys=True).encode()
+    )
+
+
+def import_compiled(
+    file: DeviceFile, core: ov.Core, device: str, options: Mapping[str, Any]
+) -> tuple[ov.CompiledModel, Memory] | None:
+    """The compiled model and the storage of its weights; None where there is none of use.
+
+    Raises:
+        KeymgmtError: there is too little memory.
+    """
+    memory = None
+    try:
+        reader = file.open()
+        if reader is None:
+            return None
+        with reader:
+            check_room(reader.size, file.path.name)
+            memory = Memory(reader.size)
+            reader.read_into(memory.view())
+        return core.import_model(memory.tensor, device, dict(options)), memory
+    except (IntegrityError, OSError, RuntimeError) as error:
+        log.warning("%s is of no use and is made anew: %s", file.path, type(error).__name__)
+    except BaseException:
+        if memory is not None:
+            release(memory)
+        raise
+    if memory is not None:
+        release(memory)
+    return None
+
+
+def keep_compiled(file: DeviceFile, compiled: ov.CompiledModel) -> None:
+    """Seal a compiled model; a warning where that fails, as the model itself is there."""
+    try:
+        with compiled.export_model().getbuffer() as content:
+            try:
+                file.write(content)
+            finally:
+                wipe(content)
+    except (OSError, RuntimeError) as error:
+        # Not the error itself: a log that keeps its record would keep this frame, so the model.
+        log.warning("the compiled model is not kept in %s: %s", file.path, str(error))
+
+
+def _processor() -> str:
+    """What the kernel says of the first processor's instructions; empty where it says nothing."""
+    try:
+        with open("/proc/cpuinfo") as file:  # noqa: PTH123 - no file of a disk
+            found = [line for line in file if line.startswith(("flags", "Features"))]
+    except OSError:
+        return ""
+    return found[0].partition(":")[2].strip() if found else ""

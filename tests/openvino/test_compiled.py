@@ -1,0 +1,217 @@
+"""The compiled model, kept for this device: what it saves, what it is bound to, what it leaks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+import pytest
+from keymgmt_openvino import load
+
+import keymgmt
+from keymgmt.errors import ConfigError, IntegrityError
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def sealed(magika_sealed, tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(magika_sealed, tmp_path / "magika.sealed")
+
+
+def ones(model):
+    return [
+        np.ones(
+            [1 if size.is_dynamic else size.get_length() for size in port.partial_shape],
+            port.element_type.to_dtype(),
+        )
+        for port in model.inputs
+    ]
+
+
+@pytest.fixture
+def answer(site):
+    """``answer(path, ...)``: load, infer once, close."""
+
+    def ask(path, *arguments, **options):
+        with load(path, *arguments, keys=site, **options) as model:
+            return model(ones(model))[0].copy()
+
+    return ask
+
+
+def kept(cache) -> Path:
+    (file,) = cache.glob("*.compiled")
+    return file
+
+
+def damage(sealed) -> None:
+    """Weights that no load would accept, so that a load which succeeds did not read them."""
+    payload = sealed / "payload" / "magika.bin.floe"
+    content = bytearray(payload.read_bytes())
+    content[1000] ^= 1
+    payload.write_bytes(content)
+
+
+def test_the_second_load_compiles_nothing_and_answers_the_same(sealed, cache, answer):
+    expected = answer(sealed)
+    assert np.array_equal(answer(sealed, cache=cache), expected)
+    damage(sealed)
+    with pytest.raises(IntegrityError):
+        answer(sealed)
+    assert np.array_equal(answer(sealed, cache=cache), expected)
+
+
+def test_only_its_user_can_use_it(sealed, cache, answer):
+    answer(sealed, cache=cache)
+    assert cache.stat().st_mode & 0o777 == 0o700
+    assert sorted(file.stat().st_mode & 0o777 for file in cache.iterdir()) == [0o600, 0o600]
+    cache.chmod(0o755)
+    with pytest.raises(ConfigError, match="not private") as caught:
+        answer(sealed, cache=cache)
+    assert "chmod" in caught.value.hint
+    cache.chmod(0o700)
+    (cache / "device.secret").chmod(0o644)
+    with pytest.raises(ConfigError, match=r"device\.secret is not private"):
+        answer(sealed, cache=cache)
+
+
+def test_no_weights_are_in_it(magika_ir, sealed, cache, answer):
+    answer(sealed, cache=cache)
+    weights = magika_ir.with_suffix(".bin").read_bytes()
+    samples = [weights[place : place + 32] for place in range(0, len(weights) - 32, 50_000)]
+    samples = [sample for sample in samples if len(set(sample)) > 16]
+    blob = ov.Core().compile_model(magika_ir, "CPU").export_model().getvalue()
+    assert sum(sample in blob for sample in samples) > len(samples) / 2  # so they could be found
+    everything = b"".join(file.read_bytes() for file in cache.iterdir())
+    assert not any(sample in everything for sample in samples)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda file: file.write_bytes(b""),
+        lambda file: file.write_bytes(file.read_bytes()[:-1]),
+        lambda file: file.write_bytes(file.read_bytes()[: 74 + (1 << 20)]),  # whole segments
+        lambda file: file.write_bytes(file.read_bytes()[:-1] + b"?"),
+        lambda file: file.write_bytes(os.urandom(100_000)),
+        lambda file: (file.rename(file.with_name("moved")), file.symlink_to("moved")),
+        lambda file: (file.unlink(), os.mkfifo(file)),
+    ],
+    ids=["empty", "cut", "cut at a segment", "changed", "random", "link", "fifo"],
+)
+def test_a_damaged_one_is_made_anew(sealed, cache, answer, harm):
+    expected = answer(sealed, cache=cache)
+    harm(kept(cache))
+    assert np.array_equal(answer(sealed, cache=cache), expected)
+    assert kept(cache).is_file()
+    assert not kept(cache).is_symlink()
+    damage(sealed)
+    assert np.array_equal(answer(sealed, cache=cache), expected)
+
+
+def test_a_damaged_one_is_told(sealed, cache, answer, caplog):
+    answer(sealed, cache=cache)
+    file = kept(cache)
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with caplog.at_level(logging.WARNING):
+        answer(sealed, cache=cache)
+    assert f"{file} is of no use" in caplog.text
+
+
+@pytest.mark.parametrize("what", ["version", "secret", "release", "processor"])
+def test_it_is_bound_to(what, sealed, magika_ir, cache, answer, site, monkeypatch):
+    answer(sealed, cache=cache)
+    if what == "version":
+        monkeypatch.setattr(ov, "get_version", lambda: "another")
+    elif what == "processor":
+        monkeypatch.setattr("keymgmt_openvino._compiled._processor", lambda: "another")
+    elif what == "secret":
+        (cache / "device.secret").write_bytes(os.urandom(32))
+    else:
+        shutil.rmtree(sealed)
+        keymgmt.seal(
+            magika_ir, sealed, to=["local:models"], sign="local:publisher", keys=site, name="magika"
+        )
+    damage(sealed)
+    with pytest.raises(IntegrityError):  # the weights are read again
+        answer(sealed, cache=cache)
+
+
+def test_the_next_release_takes_its_place(sealed, magika_ir, cache, answer, site):
+    answer(sealed, cache=cache)
+    before = kept(cache).read_bytes()
+    shutil.rmtree(sealed)
+    keymgmt.seal(
+        magika_ir, sealed, to=["local:models"], sign="local:publisher", keys=site, name="magika"
+    )
+    answer(sealed, cache=cache)
+    assert kept(cache).read_bytes() != before
+
+
+def test_other_options_have_one_of_their_own(sealed, cache, answer):
+    answer(sealed, cache=cache)
+    answer(sealed, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}, cache=cache)
+    assert len(list(cache.glob("*.compiled"))) == 2
+
+
+def test_trust_comes_first(sealed, cache, answer):
+    answer(sealed, cache=cache)
+    with pytest.raises(keymgmt.errors.KeymgmtError, match="magika"):
+        answer(sealed, name="another", cache=cache)
+    (sealed / "signatures.json").unlink()
+    with pytest.raises(keymgmt.errors.UntrustedPublisher):
+        answer(sealed, cache=cache)
+
+
+def test_its_memory_is_wiped_at_close(sealed, cache, site, answer, watched, until):
+    answer(sealed, cache=cache)
+    del watched[:]
+    with load(sealed, keys=site, cache=cache) as model:
+        (memory,) = watched
+        assert memory.in_use()
+        assert not memory.zeros()
+        assert model.locked == memory.locked
+    until(lambda: memory.gone)
+    assert memory.zeros()
+
+
+@pytest.mark.parametrize("device", ["AUTO", "MULTI:CPU"])
+def test_it_is_for_the_cpu(device, sealed, cache, answer):
+    with pytest.raises(ConfigError, match="for the CPU"):
+        answer(sealed, device, cache=cache)
+
+
+def test_a_folder_that_cannot_be(sealed, tmp_path, answer):
+    with pytest.raises(ConfigError, match="cannot keep files for this device"):
+        answer(sealed, cache=tmp_path / "no" / "such")
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file"):
+        answer(sealed, cache=tmp_path / "file")
+
+
+def test_a_full_disk_harms_no_load(sealed, cache, answer, caplog):
+    expected = answer(sealed)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert np.array_equal(answer(sealed, cache=cache), expected)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "is not kept" in caplog.text
+    assert [file.name for file in cache.iterdir()] == ["device.secret"]
+
+
+def test_openvinos_own_cache_is_refused_all_the_same(sealed, cache, answer, tmp_path):
+    with pytest.raises(ConfigError, match="CACHE_DIR"):
+        answer(sealed, "CPU", {"CACHE_DIR": str(tmp_path)}, cache=cache)
