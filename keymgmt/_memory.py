@@ -88,7 +88,7 @@ class FreshMemory:
         elif address < self._huge_from:
             self._small_time = min(took, self._small_time)
             self._tried += 1
-            if self._tried == _TRIES:
+            if self._tried >= _TRIES and self._huge_from == self._huge_to:
                 self._huge_from = self._advise(address, mmap.MADV_HUGEPAGE, self._huge_to)
 
     def _advise(self, address: int, advice: int, end: int) -> int:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from keymgmt._harden import harden, unencrypted_swap
 from keymgmt._open import SealedModel, open_model
 from keymgmt._private_files import private_folder
+from keymgmt._room import check_room
 from keymgmt.errors import KeymgmtError
 
 if TYPE_CHECKING:
@@ -102,11 +103,12 @@ def mount(
 def _decrypt(
     sealed: SealedModel, folder: PrivateFolder, only: Callable[[str], bool] | None
 ) -> None:
-    for entry in sealed.manifest.files:
-        if only and not only(entry.path):
-            continue
+    files = [entry for entry in sealed.manifest.files if not only or only(entry.path)]
+    for entry in files:
         with sealed.naming(entry.path):
             sealed.reader(entry.path).close()  # is as long as the manifest says: room for it is due
+    check_room(sum(entry.size for entry in files), sealed.manifest.name)
+    for entry in files:
         try:
             folder.write(entry.path, entry.size, partial(sealed.read_into, entry.path))
         except OSError as error:

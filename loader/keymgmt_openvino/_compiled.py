@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import openvino as ov
 
+from keymgmt._room import check_room
 from keymgmt.backend import wipe
 from keymgmt.errors import ConfigError, IntegrityError
 from keymgmt_openvino._memory import Memory, release
-from keymgmt_openvino._room import check_room
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

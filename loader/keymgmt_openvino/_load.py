@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import openvino as ov
 
 import keymgmt
+from keymgmt._room import check_room
 from keymgmt.errors import ConfigError, FormatError, KeymgmtError
 from keymgmt_openvino._compiled import compiled_file, import_compiled, keep_compiled
 from keymgmt_openvino._memory import Memory, private_bytes, release
 from keymgmt_openvino._model import LoadedModel
 from keymgmt_openvino._onnx import check_self_contained
-from keymgmt_openvino._room import check_room
 
 if TYPE_CHECKING:
     from keymgmt import Config, SealedModel

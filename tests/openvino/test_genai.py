@@ -18,10 +18,11 @@ import keymgmt_openvino  # noqa: F401 - before OpenVINO: no telemetry
 import numpy as np
 import openvino_genai as ov_genai
 import pytest
-from keymgmt_openvino import _room, genai
+from keymgmt_openvino import genai
 from keymgmt_openvino.genai import load_adapter, load_llm, load_path_pipeline
 
 import keymgmt
+from keymgmt import _room
 from keymgmt.errors import (
     ConfigError,
     FormatError,

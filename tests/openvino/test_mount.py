@@ -263,6 +263,26 @@ def test_an_open_model_is_mounted_in_part(tree, site):
     assert (names, again) == ("config.json", '{"a": 1}')
 
 
+def test_more_than_the_machine_has_is_refused_before_work_starts(tree, site):
+    done = python(
+        """
+        import sys
+        import keymgmt
+        from keymgmt import _room
+
+        _room._free_memory = lambda: 1 << 20
+        try:
+            with keymgmt.mount(sys.argv[1], keys=sys.argv[2]):
+                print("mounted")
+        except keymgmt.errors.KeymgmtError as error:
+            print(error, error.hint)
+        """,
+        tree[1],
+        site.path,
+    )
+    assert "tree needs 3 MiB of memory and 1 MiB are free nothing was started" in done.stdout
+
+
 def test_a_payload_shorter_than_its_file_takes_no_memory(tree, site, tmp_path):
     import shutil
 
@@ -278,13 +298,13 @@ def test_a_payload_shorter_than_its_file_takes_no_memory(tree, site, tmp_path):
             with keymgmt.mount(sys.argv[1], keys=sys.argv[2]):
                 print("handed out")
         except keymgmt.errors.IntegrityError as problem:
-            print(max(sizes))
+            print(sum(sizes))
             print(problem)
         """,
         short,
         site.path,
     )
-    assert int(made) < 1000  # of config.json alone
+    assert made == "0"
     assert "large.bin of tree: the payload file has 1000 bytes" in error
 
 

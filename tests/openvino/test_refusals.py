@@ -7,10 +7,11 @@ from pathlib import Path
 
 import openvino.properties as props
 import pytest
-from keymgmt_openvino import _load, _room, load, read
+from keymgmt_openvino import _load, load, read
 from keymgmt_openvino._site import make_site
 
 import keymgmt
+from keymgmt import _room
 from keymgmt.errors import (
     CannotUnlock,
     ConfigError,
