@@ -126,6 +126,7 @@ def bars(
 
     mpl.use("svg")
     mpl.rcParams["svg.hashsalt"] = "keymgmt"
+    mpl.rcParams["svg.fonttype"] = "none"  # text, not outlines of it: smaller
     from matplotlib import pyplot as plt
 
     longest = max(len(figures) for figures in axes.values())
@@ -139,7 +140,7 @@ def bars(
         axis.bar_label(drawn, fmt="%.2f", padding=3)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(unit)
-        axis.margins(x=0.15)
+        axis.margins(x=0.2)
         axis.spines[["top", "right"]].set_visible(False)
     grid[0][0].invert_yaxis()
     figure.savefig(path, metadata={"Date": None})

@@ -263,7 +263,8 @@ def main() -> None:
             }
             for kind, count in itertools.product(kinds, threads)
         }
-        limits = [f"{short(segment)}, limit" for segment in segments]
+        bare = ["limit", *([] if options.seal else ["reading"])]
+        limits = [f"{short(segment)}, {what}" for segment in segments for what in bare]
         bars(options.plot, figures, "GB/s", limits)
     write(options.json, {"machine": machine("cryptography", "blake3"), "runs": runs})
 

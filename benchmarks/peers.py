@@ -6,7 +6,8 @@
 
 *fresh*: a new process opens the file and has all of it, verified, in its memory. *repeated*: the
 median of three such loads in one process, after a first one. *seal*: from the plaintext file (age,
-keymgmt) or from tensors in memory (CryptoTensors, tensorizer) to a new file, not synced by any.
+keymgmt) or from tensors in memory (CryptoTensors, tensorizer) to a new file, which keymgmt alone
+writes through to the disk (fsync) before it ends.
 ``keymgmt signed`` checks the publisher's signature and every digest; ``keymgmt`` neither. age
 writes to /dev/null, which flatters it; its own memory is not in the column of peaks.
 """
