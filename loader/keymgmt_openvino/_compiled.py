@@ -2,8 +2,8 @@
 
 ``export_model`` gives the compiled graph with its weights; it is sealed to this device
 (``SealedModel.device_file``), and ``import_model`` takes it from memory without a copy. It is bound
-to manifest.json, the device's name and abilities, the versions, and the options. What is not bound
-to the same, or is damaged, is made anew.
+to manifest.json, the processor, the device's properties, OpenVINO's version, and the options. What
+is not bound to the same, or is damaged, is made anew.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ def compiled_file(
         raise ConfigError(
             f"a compiled model is kept for the CPU, not for {device}", hint="leave cache= out"
         )
+    chosen = sorted((str(key), str(value)) for key, value in options.items())
     bound_to = {
-        "device": core.get_property(device, "FULL_DEVICE_NAME"),
-        "abilities": sorted(core.get_property(device, "OPTIMIZATION_CAPABILITIES")),
-        "processor": [platform.machine(), _processor()],
         "openvino": ov.get_version(),
-        "options": sorted((str(key), str(value)) for key, value in options.items()),
+        "processor": [platform.machine(), _processor()],
+        "device": _properties(core, device),  # its name, and what was set on the Core
+        "options": chosen,
     }
     name = sealed.manifest.name
     # One for each set of options; the next release of a model replaces that of the last one.
-    kind = hashlib.sha256(json.dumps([device, bound_to["options"]]).encode()).hexdigest()[:16]
+    kind = hashlib.sha256(json.dumps([device, chosen]).encode()).hexdigest()[:16]
     return sealed.device_file(
         Path(folder), f"{name}-{kind}.compiled", json.dumps(bound_to, sort_keys=True).encode()
     )
@@ -105,6 +105,16 @@ def keep_compiled(file: DeviceFile, compiled: ov.CompiledModel) -> None:
     except (OSError, RuntimeError) as error:
         # Not the error itself: a log that keeps its record would keep this frame, so the model.
         log.warning("the compiled model is not kept in %s: %s", file.path, str(error))
+
+
+def _properties(core: ov.Core, device: str) -> dict[str, str]:
+    found = {}
+    for name in core.get_property(device, "SUPPORTED_PROPERTIES"):
+        try:
+            found[name] = str(core.get_property(device, name))
+        except (RuntimeError, TypeError):  # one that Python has no type for
+            continue
+    return found
 
 
 def _processor() -> str:

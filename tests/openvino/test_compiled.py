@@ -147,6 +147,15 @@ def test_it_is_bound_to(what, sealed, magika_ir, cache, answer, site, monkeypatc
         answer(sealed, cache=cache)
 
 
+def test_it_is_bound_to_what_was_set_on_the_core(sealed, cache, answer):
+    answer(sealed, cache=cache)
+    core = ov.Core()
+    core.set_property("CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    damage(sealed)
+    with pytest.raises(IntegrityError):
+        answer(sealed, core=core, cache=cache)
+
+
 def test_the_next_release_takes_its_place(sealed, magika_ir, cache, answer, site):
     answer(sealed, cache=cache)
     before = kept(cache).read_bytes()
