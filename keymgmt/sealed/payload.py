@@ -109,6 +109,8 @@ def _on_all_cores(
         return
     pool = ThreadPoolExecutor(others, thread_name_prefix="keymgmt-payload")
     futures: list[Future[None]] = []
+    pending: set[Future[None]] | None
+    future: Future[None] | None
     try:
         futures += [pool.submit(work) for _ in range(others)]
         if not progress:
@@ -116,7 +118,7 @@ def _on_all_cores(
         pending = set(futures)
         while pending:
             timeout = _PROGRESS_INTERVAL if progress else None
-            _, pending = wait(pending, timeout, FIRST_EXCEPTION)
+            pending = wait(pending, timeout, FIRST_EXCEPTION).not_done
             if progress:
                 progress(sum(done))
         for future in futures:
@@ -124,6 +126,10 @@ def _on_all_cores(
     finally:
         stop.set()
         _join(pool)
+        # An error's traceback holds this frame, which must not hold the error: only the collector
+        # would let go of what the caller's frames hold.
+        pending = future = None
+        futures.clear()
 
 
 def _join(pool: ThreadPoolExecutor) -> None:

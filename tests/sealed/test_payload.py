@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import io
 import os
 import random
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -414,3 +417,25 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     )
     cores = len(os.sched_getaffinity(0))
     assert int(result.stdout) < (16 + 8 * cores) * 1024  # KiB
+
+
+def test_an_error_holds_nothing_of_its_caller_once_it_was_handled(seven: Sealed) -> None:
+    """Or a model whose load failed would stay in memory until the collector comes by."""
+
+    class Held:
+        pass
+
+    def attempt() -> weakref.ref[Held]:
+        held = Held()
+        with seven.reader() as reader, contextlib.suppress(IntegrityError):
+            reader.read_into(bytearray(seven.size), progress=lambda _: None)
+            pytest.fail("it was read")
+        return weakref.ref(held)
+
+    seven.flip(2000)
+    gc.collect()
+    gc.disable()
+    try:
+        assert attempt()() is None
+    finally:
+        gc.enable()
