@@ -150,7 +150,8 @@ def read_sealed(sealed: SealedModel, core: ov.Core) -> tuple[ov.Model, list[Memo
     if suffix not in (".xml", ".onnx"):
         raise FormatError(
             f"{manifest.name} ({manifest.kind}) has no OpenVINO IR or ONNX file to load",
-            hint="convert the model with openvino.convert_model and save_model, then seal the .xml",
+            hint="convert the model with openvino.convert_model and save_model, then seal the "
+            ".xml; the folder of a pipeline is opened with keymgmt_openvino.genai (docs/genai.md)",
         )
     size = manifest.file(main).size
     what = f"{main} of {manifest.name}"

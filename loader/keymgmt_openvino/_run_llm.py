@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from keymgmt.cli import console, print_json
 from keymgmt.errors import ConfigError
+from keymgmt_openvino._load import ask
 from keymgmt_openvino.genai import load_llm
 
 if TYPE_CHECKING:
@@ -45,7 +46,15 @@ def run_llm(
     started = time.perf_counter()
     with load_llm(path, device, name=name, keys=config) as llm:
         loaded = time.perf_counter()
-        result = llm.generate([text], streamer=show, max_new_tokens=max_new_tokens, do_sample=False)
+        # An embedder's folder looks like a language model's, until it is asked something.
+        result = ask(
+            f"{llm.name} answers no prompt",
+            llm.generate,
+            [text],
+            streamer=show,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+        )
         done = time.perf_counter()
         count = result.perf_metrics.get_num_generated_tokens()
         title = llm.name

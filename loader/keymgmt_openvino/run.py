@@ -71,8 +71,9 @@ def run(
     if keymgmt.inspect(path).manifest.kind == "openvino-genai":
         from keymgmt_openvino._run_llm import run_llm
 
-        if cache is not None:
-            raise ConfigError("--cache is not for language models", hint="leave it out")
+        for option, value in (("--cache", cache), ("--input", given), ("--output", output)):
+            if value:
+                raise ConfigError(f"{option} is not for language models", hint="leave it out")
         run_llm(
             path,
             device,
@@ -83,6 +84,8 @@ def run(
             as_json=as_json,
         )
         return
+    if prompt is not None:
+        raise ConfigError("--prompt is for language models alone", hint="leave it out")
     arrays = _read_arrays(given or [])
     started = time.perf_counter()
     with load(path, device, name=name, keys=context.obj.config(), cache=cache) as model:

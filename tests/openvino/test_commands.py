@@ -94,6 +94,7 @@ def test_run_with_files_answers_as_plaintext(how, magika_sealed, magika_ir, site
         (["--input", "good.npy", "--input", "good.npy"], 3, "given twice"),
         (["--input", "float.npy"], 3, "takes int32"),
         (["--input", "short.npy"], 3, "has the shape"),
+        (["--prompt", "Hello"], 3, "for language models alone"),
     ],
 )
 def test_run_refuses(arguments, code, message, magika_sealed, site, tmp_path, monkeypatch):
@@ -147,6 +148,22 @@ def test_run_takes_the_prompt_from_stdin_and_refuses_none(tiny_llm, site):
         assert done.returncode == code, done.stderr
     assert "the prompt is empty" in done.stderr
     assert "--prompt" in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--cache", "--input", "--output"])
+def test_run_refuses_what_a_language_model_has_no_use_for(option, tiny_llm, site, tmp_path):
+    done = keymgmt("run", tiny_llm, "--prompt", "Hello", option, tmp_path / "x", config=site.path)
+    assert done.returncode == 3, done.stderr
+    assert f"{option} is not for language models" in done.stderr
+
+
+def test_run_on_what_answers_no_prompt(seal, site):
+    """A reranker's folder has the files of a language model."""
+    sealed = seal(Path(__file__).parent / "models" / "reranker", "reranker")
+    done = keymgmt("run", sealed, "--prompt", "Hello", config=site.path)
+    assert done.returncode == 1, done.stderr
+    assert "error: reranker answers no prompt" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_run_on_a_terminal_that_lacks_letters(tiny_llm, site):

@@ -91,8 +91,9 @@ def test_a_folder_without_a_model(tmp_path, seal, site):
     folder = tmp_path / "notes"
     folder.mkdir()
     (folder / "readme.txt").write_text("nothing to run")
-    with pytest.raises(FormatError, match="no OpenVINO IR or ONNX"):
+    with pytest.raises(FormatError, match="no OpenVINO IR or ONNX") as caught:
         load(seal(folder, "notes"), keys=site)
+    assert "keymgmt_openvino.genai" in caught.value.hint
 
 
 def test_a_broken_graph(tmp_path, seal, site):
