@@ -148,4 +148,7 @@ def _secret(folder: Path) -> bytearray:
 
 def _check_private(path: Path, info: os.stat_result) -> None:
     if problem := private_file_problem(info):
-        raise ConfigError(f"{path} is not private: {problem}", hint=f"chmod go= {path}")
+        raise ConfigError(
+            f"{path} is not private: {problem}",
+            hint=f"name another, or if it is yours: chmod go= {path}",
+        )
