@@ -35,7 +35,25 @@ def test_an_example_is_a_config_that_makes_its_providers(text: str, tmp_path: Pa
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_its_links_lead_somewhere(page: Path) -> None:
-    targets = re.findall(r"\]\(([^)#\s]+)", page.read_text())
-    local = [target for target in targets if "://" not in target and target != "mailto:"]
-    missing = [target for target in local if not (page.parent / target).exists()]
+    missing = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        if not file.exists() or (anchor and anchor not in _anchors(file)):
+            missing.append(target)
     assert not missing
+
+
+def _anchors(page: Path) -> set[str]:
+    """What GitHub makes of the headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_scripts_that_it_names_are_there(page: Path) -> None:
+    named = re.findall(r"\b(?:benchmarks|examples|docs)/[\w/-]+\.py\b", page.read_text())
+    assert [name for name in named if not (ROOT / name).exists()] == []
