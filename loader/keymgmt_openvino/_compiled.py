@@ -8,6 +8,7 @@ is not bound to the same, or is damaged, is made anew.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -20,7 +21,7 @@ import openvino as ov
 
 from keymgmt._room import check_room
 from keymgmt.backend import wipe
-from keymgmt.errors import ConfigError, IntegrityError
+from keymgmt.errors import ConfigError, KeymgmtError
 from keymgmt_openvino._memory import Memory, release
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def compiled_file(
         raise ConfigError(
             f"a compiled model is kept for the CPU, not for {device}", hint="leave cache= out"
         )
-    chosen = sorted((str(key), str(value)) for key, value in options.items())
+    chosen = sorted((str(key), _text(value)) for key, value in options.items())
     bound_to = {
         "openvino": ov.get_version(),
         "processor": [platform.machine(), _processor()],
@@ -65,25 +66,26 @@ def compiled_file(
     )
 
 
+def _text(value: object) -> str:
+    # As OpenVINO reads it. Python's str gives two OVAny one text, and one streams.Num a text for
+    # each process.
+    return str(ov.OVAny(value).astype(str))
+
+
 def import_compiled(
     file: DeviceFile, core: ov.Core, device: str, options: Mapping[str, Any]
 ) -> tuple[ov.CompiledModel, Memory] | None:
-    """The compiled model and the storage of its weights; None where there is none of use.
-
-    Raises:
-        KeymgmtError: there is too little memory.
-    """
+    """The compiled model and the storage of its weights; None where there is none of use."""
     memory = None
     try:
-        reader = file.open()
-        if reader is None:
-            return None
-        with reader:
+        with file.open() or contextlib.nullcontext() as reader:
+            if reader is None:
+                return None
             check_room(reader.size, file.path.name)
             memory = Memory(reader.size)
             reader.read_into(memory.view())
         return core.import_model(memory.tensor, device, dict(options)), memory
-    except (IntegrityError, OSError, RuntimeError) as error:
+    except (KeymgmtError, OSError, RuntimeError) as error:  # damaged, or too large for the memory
         log.warning("%s is of no use and is made anew: %s", file.path, type(error).__name__)
     except BaseException:
         if memory is not None:
@@ -94,15 +96,20 @@ def import_compiled(
     return None
 
 
-def keep_compiled(file: DeviceFile, compiled: ov.CompiledModel) -> None:
-    """Seal a compiled model; a warning where that fails, as the model itself is there."""
+def keep_compiled(file: DeviceFile, compiled: ov.CompiledModel, size: int) -> None:
+    """Seal a compiled model; a warning where that fails, as the model itself is there.
+
+    ``size`` is that of the sealed model in bytes.
+    """
     try:
+        check_room(2 * size, file.path.name)  # f16 weights are f32 by now
         with compiled.export_model().getbuffer() as content:
             try:
                 file.write(content)
             finally:
                 wipe(content)
-    except (OSError, RuntimeError) as error:
+    except (KeymgmtError, OSError, RuntimeError, MemoryError, ValueError) as error:
+        # ValueError: without memory, OpenVINO gives a closed stream.
         # Not the error itself: a log that keeps its record would keep this frame, so the model.
         log.warning("the compiled model is not kept in %s: %s", file.path, str(error))
 

@@ -93,6 +93,7 @@ def load(
                     compiled, memory = found
                     del found
                     return LoadedModel(title, compiled, [memory])
+            size = sum(entry.size for entry in sealed.manifest.files)
             model, memories = read_sealed(sealed, core)
         try:
             compiled = ask(
@@ -103,7 +104,7 @@ def load(
                 options,
             )
             if kept is not None:
-                keep_compiled(kept, compiled)
+                keep_compiled(kept, compiled, size)
         except BaseException:
             # The error's traceback holds this frame, which must not hold the graph.
             del model

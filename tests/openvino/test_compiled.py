@@ -6,14 +6,17 @@ import logging
 import os
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import openvino as ov
 import pytest
-from keymgmt_openvino import load
+from keymgmt_openvino import _load, load
 
 import keymgmt
+from keymgmt import _room
 from keymgmt.errors import ConfigError, IntegrityError
 
 
@@ -224,3 +227,62 @@ def test_a_full_disk_harms_no_load(sealed, cache, answer, caplog):
 def test_openvinos_own_cache_is_refused_all_the_same(sealed, cache, answer, tmp_path):
     with pytest.raises(ConfigError, match="CACHE_DIR"):
         answer(sealed, "CPU", {"CACHE_DIR": str(tmp_path)}, cache=cache)
+
+
+def test_one_that_became_larger_than_the_memory_is_made_anew(sealed, cache, answer, caplog):
+    expected = answer(sealed, cache=cache)
+    size = kept(cache).stat().st_size
+    os.truncate(kept(cache), 1 << 42)
+    with caplog.at_level(logging.WARNING):
+        assert np.array_equal(answer(sealed, cache=cache), expected)
+    assert "is of no use" in caplog.text
+    assert kept(cache).stat().st_size < 2 * size
+
+
+def test_too_little_memory_for_the_export_harms_no_load(sealed, cache, answer, caplog, monkeypatch):
+    expected = answer(sealed)
+    size = sum(entry.size for entry in keymgmt.inspect(sealed).manifest.files)
+    monkeypatch.setattr(_room, "_free_memory", lambda: int(1.5 * size))
+    with caplog.at_level(logging.WARNING):
+        assert np.array_equal(answer(sealed, cache=cache), expected)
+    assert "is not kept" in caplog.text
+    assert [file.name for file in cache.iterdir()] == ["device.secret"]
+
+
+def test_an_export_that_gets_no_memory_harms_no_load(sealed, cache, site, caplog, monkeypatch):
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+
+    def without_memory(*arguments):
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 20), limits[1]))
+        try:
+            keep_compiled(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, limits)
+
+    keep_compiled = _load.keep_compiled
+    monkeypatch.setattr(_load, "keep_compiled", without_memory)
+    with caplog.at_level(logging.WARNING), load(sealed, keys=site, cache=cache) as model:
+        assert model(ones(model))[0].any()
+    assert "is not kept" in caplog.text
+    assert [file.name for file in cache.iterdir()] == ["device.secret"]
+
+
+def test_options_are_told_apart_as_openvino_reads_them(sealed, cache, answer, site):
+    hint = "INFERENCE_PRECISION_HINT"
+    answer(sealed, "CPU", {hint: ov.OVAny("f32")}, cache=cache)
+    answer(sealed, "CPU", {hint: ov.OVAny("bf16")}, cache=cache)
+    assert len(list(cache.glob("*.compiled"))) == 2
+    damage(sealed)
+    answer(sealed, "CPU", {hint: ov.Type.f32}, cache=cache)
+
+
+def test_an_option_is_the_same_in_another_process(sealed, cache, site):
+    for _ in range(2):
+        script = (
+            "import sys; import openvino.properties as props; from keymgmt_openvino import load\n"
+            "options = {props.num_streams(): props.streams.Num.AUTO}\n"
+            "load(sys.argv[1], 'CPU', options, keys=sys.argv[2], cache=sys.argv[3])"
+        )
+        subprocess.run([sys.executable, "-c", script, sealed, site.path, cache], check=True)
+        assert kept(cache)
