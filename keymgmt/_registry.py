@@ -148,6 +148,8 @@ def _working_directory() -> Path | None:
         here = Path.cwd()
     except FileNotFoundError:
         return None  # it was removed, and nothing can be imported from it
+    if sys.flags.safe_path:
+        return None  # python -P does not
     unasked = "" in sys.path or getattr(sys.modules.get("__main__"), "__spec__", None) is not None
     # Twice: it was also put there on purpose, by an editable install or PYTHONPATH.
     times = sys.path.count("") + sys.path.count(str(here))

@@ -147,7 +147,8 @@ def test_nothing_is_found_in_the_working_directory(tmp_path: Path) -> None:
     for start in (["-c", ASK], ["-m", "reg_ask"]):
         assert ask(here, *start).startswith("BackendNotInstalled")
     # On purpose it is found, there as elsewhere.
-    assert ask(here, "-c", ASK, path=here) == "loaded reg_here\n"
+    for start in (["-c", ASK], ["-P", "-m", "reg_ask"]):  # the latter as `keymgmt backends` does
+        assert ask(here, *start, path=here) == "loaded reg_here\n"
     assert ask(tmp_path, "-c", ASK, path=here) == "loaded reg_here\n"
     # An application's own folder is its own.
     assert ask(here, str(here / "reg_ask.py")) == "loaded reg_here\n"
