@@ -9,6 +9,7 @@ caller says that it depends on; one that is bound to anything else is as good as
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import stat
@@ -23,7 +24,7 @@ from keymgmt.floe import HEADER_LENGTH, OVERHEAD
 from keymgmt.sealed.payload import PayloadReader, seal_payload
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 __all__ = ["DeviceFile"]
 
@@ -93,9 +94,9 @@ class DeviceFile:
         """Encrypt ``content`` and put it in the file's place, atomically.
 
         Raises:
-            OSError: as the system says; what was there is whole.
+            OSError: as the system says, or another process writes here; what was there is whole.
         """
-        with replacing(self.path, mode=0o600) as file:
+        with _sole_writer(self.path), replacing(self.path, mode=0o600) as file:
             seal_payload(
                 content,
                 len(content),
@@ -115,6 +116,25 @@ class DeviceFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def _sole_writer(path: Path) -> Iterator[None]:
+    """Nobody else writes in the folder: what is half written there was left by a killed process."""
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(error.errno, "another process writes there") from None
+        try:
+            for left in path.parent.glob(f".{path.name}.*.tmp"):
+                left.unlink(missing_ok=True)
+            yield
+        finally:
+            fcntl.flock(folder, fcntl.LOCK_UN)  # also where a forked child has the descriptor
+    finally:
+        os.close(folder)
 
 
 def _secret(folder: Path) -> bytearray:

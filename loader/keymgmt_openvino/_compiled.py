@@ -21,7 +21,7 @@ import openvino as ov
 
 from keymgmt._room import check_room
 from keymgmt.backend import wipe
-from keymgmt.errors import ConfigError, KeymgmtError
+from keymgmt.errors import KeymgmtError
 from keymgmt_openvino._memory import Memory, release
 
 if TYPE_CHECKING:
@@ -45,12 +45,8 @@ def compiled_file(
     """The file of a model that is compiled for a device with these options.
 
     Raises:
-        ConfigError: another device than the CPU, or a folder that others can use.
+        ConfigError: a folder that others can use.
     """
-    if device != "CPU":
-        raise ConfigError(
-            f"a compiled model is kept for the CPU, not for {device}", hint="leave cache= out"
-        )
     chosen = sorted((str(key), _text(value)) for key, value in options.items())
     bound_to = {
         "openvino": ov.get_version(),

@@ -46,7 +46,7 @@ _CACHING: Final = re.compile(
 )
 _NO_CACHE: Final = (
     "OpenVINO's model cache holds the weights in plaintext, even with its encryption callbacks; "
-    "leave it off; load(cache=...) keeps a sealed one"
+    "leave it off; for the CPU, keymgmt_openvino.load(cache=...) keeps a sealed one"
 )
 
 
@@ -83,6 +83,10 @@ def load(
     """
     options = dict(ov_config or {})
     check_options(options)
+    if cache is not None and device != "CPU":
+        raise ConfigError(
+            f"a compiled model is kept for the CPU, not for {device}", hint="leave cache= out"
+        )
     core = _core(core, device)
     with contextlib.ExitStack() as stack:
         with keymgmt.open(path, name=name, keys=keys) as sealed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import resource
@@ -286,3 +287,37 @@ def test_an_option_is_the_same_in_another_process(sealed, cache, site):
         )
         subprocess.run([sys.executable, "-c", script, sealed, site.path, cache], check=True)
         assert kept(cache)
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(sealed, cache, answer, site):
+    script = (
+        "import os, sys; from keymgmt import _device_files; from keymgmt_openvino import load\n"
+        "_device_files.seal_payload = lambda *_, **__: os.kill(os.getpid(), 9)\n"
+        "load(sys.argv[1], keys=sys.argv[2], cache=sys.argv[3])"
+    )
+    done = subprocess.run([sys.executable, "-c", script, sealed, site.path, cache], check=False)
+    assert done.returncode == -9
+    assert list(cache.glob("*.tmp"))
+    answer(sealed, cache=cache)
+    assert not list(cache.glob("*.tmp"))
+    assert kept(cache)
+
+
+def test_one_that_another_process_writes_is_left_to_it(sealed, cache, answer, caplog):
+    cache.mkdir(mode=0o700)
+    folder = os.open(cache, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)  # as the other process does
+        with caplog.at_level(logging.WARNING):
+            answer(sealed, cache=cache)
+        assert "another process" in caplog.text
+        assert not list(cache.glob("*.compiled"))
+    finally:
+        os.close(folder)
+    answer(sealed, cache=cache)
+    assert kept(cache)
+
+
+def test_another_device_is_refused_before_work_starts(tmp_path, cache, answer):
+    with pytest.raises(ConfigError, match="for the CPU"):
+        answer(tmp_path / "not opened.sealed", "AUTO", cache=cache)
