@@ -22,7 +22,7 @@ import openvino as ov
 from keymgmt._room import check_room
 from keymgmt.backend import wipe
 from keymgmt.errors import KeymgmtError
-from keymgmt_openvino._memory import Memory, release
+from keymgmt_openvino._memory import Memory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from keymgmt import SealedModel
     from keymgmt._device_files import DeviceFile
 
-__all__ = ["compiled_file", "import_compiled", "keep_compiled"]
+__all__ = ["compiled_file", "keep_compiled", "read_compiled"]
 
 log = logging.getLogger("keymgmt.openvino")
 
@@ -68,11 +68,8 @@ def _text(value: object) -> str:
     return str(ov.OVAny(value).astype(str))
 
 
-def import_compiled(
-    file: DeviceFile, core: ov.Core, device: str, options: Mapping[str, Any]
-) -> tuple[ov.CompiledModel, Memory] | None:
-    """The compiled model and the storage of its weights; None where there is none of use."""
-    memory = None
+def read_compiled(file: DeviceFile) -> Memory | None:
+    """What OpenVINO imports; None, with a warning if it is damaged, where there is none of use."""
     try:
         with file.open() or contextlib.nullcontext() as reader:
             if reader is None:
@@ -80,16 +77,10 @@ def import_compiled(
             check_room(reader.size, file.path.name)
             memory = Memory(reader.size)
             reader.read_into(memory.view())
-        return core.import_model(memory.tensor, device, dict(options)), memory
-    except (KeymgmtError, OSError, RuntimeError) as error:  # damaged, or too large for the memory
+            return memory
+    except (KeymgmtError, OSError) as error:  # damaged, or too large for the memory
         log.warning("%s is of no use and is made anew: %s", file.path, type(error).__name__)
-    except BaseException:
-        if memory is not None:
-            release(memory)
-        raise
-    if memory is not None:
-        release(memory)
-    return None
+        return None
 
 
 def keep_compiled(file: DeviceFile, compiled: ov.CompiledModel, size: int) -> None:

@@ -7,6 +7,7 @@ weights; then the bytes, verified as they are decrypted; then OpenVINO.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ import openvino as ov
 import keymgmt
 from keymgmt._room import check_room
 from keymgmt.errors import ConfigError, FormatError, KeymgmtError
-from keymgmt_openvino._compiled import compiled_file, import_compiled, keep_compiled
+from keymgmt_openvino._compiled import compiled_file, keep_compiled, read_compiled
 from keymgmt_openvino._memory import Memory, private_bytes, release
 from keymgmt_openvino._model import LoadedModel
 from keymgmt_openvino._onnx import check_self_contained
@@ -38,6 +39,8 @@ __all__ = [
 
 Options = Mapping[str, Any]
 T = TypeVar("T")
+
+log = logging.getLogger("keymgmt.openvino")
 
 _CACHING: Final = re.compile(
     "CACHE_DIR|CACHE_MODE|CACHE_ENCRYPTION_CALLBACKS|WEIGHTS_PATH"
@@ -93,10 +96,20 @@ def load(
             title, kept = sealed.manifest.name, None
             if cache is not None:
                 kept = stack.enter_context(compiled_file(sealed, cache, core, device, options))
-                if found := import_compiled(kept, core, device, options):
-                    compiled, memory = found
-                    del found
-                    return LoadedModel(title, compiled, [memory])
+                if memory := read_compiled(kept):
+                    try:
+                        compiled = ask(
+                            f"OpenVINO does not take back {kept.path.name}, which it made",
+                            core.import_model,
+                            memory.tensor,
+                            device,
+                            options,
+                        )
+                        return LoadedModel(title, compiled, [memory])
+                    except KeymgmtError as error:
+                        log.warning("%s; better leave cache= out", str(error))
+                        release(memory)
+                        kept = None  # another one would be the same
             size = sum(entry.size for entry in sealed.manifest.files)
             model, memories = read_sealed(sealed, core)
         try:

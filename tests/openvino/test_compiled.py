@@ -321,3 +321,19 @@ def test_one_that_another_process_writes_is_left_to_it(sealed, cache, answer, ca
 def test_another_device_is_refused_before_work_starts(tmp_path, cache, answer):
     with pytest.raises(ConfigError, match="for the CPU"):
         answer(tmp_path / "not opened.sealed", "AUTO", cache=cache)
+
+
+def test_what_openvino_does_not_take_back_is_compiled_and_not_made_again(
+    seal, cache, site, caplog, watched, until
+):
+    graph = Path(__file__).parent / "models" / "whisper" / "openvino_decoder_model.xml"
+    decoder = seal(graph, "decoder")
+    with load(decoder, keys=site, cache=cache):
+        before = kept(cache).stat()
+    del watched[:]
+    with caplog.at_level(logging.WARNING), load(decoder, keys=site, cache=cache) as model:
+        assert model.outputs
+    assert "OpenVINO does not take back decoder-" in caplog.text
+    assert kept(cache).stat().st_ino == before.st_ino
+    assert len(watched) == 2
+    until(lambda: all(memory.gone and memory.zeros() for memory in watched))
