@@ -15,7 +15,7 @@ import logging
 import os
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import openvino as ov
 
@@ -34,6 +34,9 @@ __all__ = ["compiled_file", "keep_compiled", "read_compiled"]
 
 log = logging.getLogger("keymgmt.openvino")
 
+# By these oneDNN uses fewer instructions than there are; OpenVINO imports for the same ones only.
+_FEWER: Final = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+
 
 def compiled_file(
     sealed: SealedModel,
@@ -50,7 +53,7 @@ def compiled_file(
     chosen = sorted((str(key), _text(value)) for key, value in options.items())
     bound_to = {
         "openvino": ov.get_version(),
-        "processor": [platform.machine(), _processor()],
+        "processor": [platform.machine(), _processor(), *map(os.environ.get, _FEWER)],
         "device": _properties(core, device),  # its name, and what was set on the Core
         "options": chosen,
     }

@@ -337,3 +337,21 @@ def test_what_openvino_does_not_take_back_is_compiled_and_not_made_again(
     assert kept(cache).stat().st_ino == before.st_ino
     assert len(watched) == 2
     until(lambda: all(memory.gone and memory.zeros() for memory in watched))
+
+
+def test_fewer_instructions_by_the_environment_make_it_anew(sealed, cache, answer, site):
+    answer(sealed, cache=cache)
+    before = kept(cache).read_bytes()
+    script = (
+        "import sys; from keymgmt_openvino import load\n"
+        "load(sys.argv[1], keys=sys.argv[2], cache=sys.argv[3])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, sealed, site.path, cache],
+        env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "does not take back" not in done.stderr
+    assert kept(cache).read_bytes() != before
