@@ -225,10 +225,12 @@ class _Wiper:
     def sweep(self) -> bool:
         """Wipe what nobody uses; whether nothing is left."""
         with self._changed:
-            for memory in self._waiting:
+            # In place: the collector may end another memory, and so add it, anywhere in here.
+            for memory in tuple(self._waiting):
                 if not memory.in_use():
                     memory.wipe()
-            self._waiting = [memory for memory in self._waiting if not memory.gone]
+                if memory.gone and memory in self._waiting:
+                    self._waiting.remove(memory)
             return not self._waiting
 
     def _run(self) -> None:

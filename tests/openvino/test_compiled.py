@@ -250,7 +250,10 @@ def test_too_little_memory_for_the_export_harms_no_load(sealed, cache, answer, c
     assert [file.name for file in cache.iterdir()] == ["device.secret"]
 
 
-def test_an_export_that_gets_no_memory_harms_no_load(sealed, cache, site, caplog, monkeypatch):
+def test_an_export_that_gets_no_memory_harms_no_load(
+    minilm_ir, seal, cache, site, caplog, monkeypatch
+):
+    sealed = seal(minilm_ir, "minilm")  # larger than what the heap may have left
     limits = resource.getrlimit(resource.RLIMIT_AS)
 
     def without_memory(*arguments):
