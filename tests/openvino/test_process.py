@@ -63,6 +63,7 @@ def test_a_system_without_huge_pages(large, site):
     assert sealed <= 1.05 * plain
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", ["f16", "i8"])
 def test_peak_memory_of_compressed_weights(kind, site, seal, tmp_path):
     """OpenVINO expands f16 while it compiles, and then does not read our copy any more."""

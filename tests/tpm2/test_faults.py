@@ -421,6 +421,7 @@ def test_two_processes_at_once(provider, wrapped):
     assert slots(provider) == ([], [])
 
 
+@pytest.mark.once
 def test_a_thousand_unwraps_leave_nothing(provider, wrapped):
     """Objects and sessions in the TPM, threads and file descriptors here."""
     provider.unwrap(wrapped, CONTEXT).wipe()
