@@ -12,35 +12,16 @@ warm; imports are not counted. It needs what ``first_inference.py`` needs.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
 
-from first_inference import make, ones
-from measure import interleave, machine, median, site, speedup, table, timed, write
+from first_inference import make, run
+from measure import interleave, machine, median, site, speedup, table, write
 
 import keymgmt
 
 KINDS = ("plaintext", "signed", "kept")
-
-
-def run(kind: str, path: str, config: str, cache: str) -> None:
-    import keymgmt_openvino
-    import openvino as ov
-
-    kept = []
-
-    def work() -> None:
-        if kind == "plaintext":
-            model = ov.Core().compile_model(path, "CPU")
-        else:
-            where = cache if kind == "kept" else None
-            model = keymgmt_openvino.load(path, "CPU", keys=config, cache=where)
-        model(ones(model))
-        kept.append(model)
-
-    print(json.dumps(timed(work)))
 
 
 def main() -> None:
@@ -52,7 +33,8 @@ def main() -> None:
     parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
-        run(*options.case)
+        kind, path, config, cache = options.case
+        run(kind, path, config, cache if kind == "kept" else None)
         return
     rows, results = [], {}
     with tempfile.TemporaryDirectory(dir=options.directory) as folder:

@@ -55,7 +55,8 @@ def ones(model: Any) -> list[Any]:
     ]
 
 
-def run(kind: str, path: str, config: str) -> None:
+def run(kind: str, path: str, config: str, cache: str | None = None) -> None:
+    """One load and inference, timed; ``cache`` is where the compiled model is kept."""
     import keymgmt_openvino
     import openvino as ov
 
@@ -63,7 +64,7 @@ def run(kind: str, path: str, config: str) -> None:
         if kind == "plaintext":
             model = ov.Core().compile_model(path, "CPU")
         else:
-            model = keymgmt_openvino.load(path, "CPU", keys=config)
+            model = keymgmt_openvino.load(path, "CPU", keys=config, cache=cache)
         model(ones(model))
         keep.append(model)
 

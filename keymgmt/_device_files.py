@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
 from keymgmt._dek import fill_random, wipe
-from keymgmt._files import replace_file, replacing
+from keymgmt._files import left_behind, replace_file, replacing
 from keymgmt._secret import private_file_problem
 from keymgmt.errors import ConfigError, FormatError, IntegrityError
 from keymgmt.floe import HEADER_LENGTH, OVERHEAD
@@ -128,7 +128,7 @@ def _sole_writer(path: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise BlockingIOError(error.errno, "another process writes there") from None
         try:
-            for left in path.parent.glob(f".{path.name}.*.tmp"):
+            for left in left_behind(path):
                 left.unlink(missing_ok=True)
             yield
         finally:

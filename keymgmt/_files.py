@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO, Final
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["new_directory", "replace_file", "replacing", "sync_directory"]
+__all__ = ["left_behind", "new_directory", "replace_file", "replacing", "sync_directory"]
 
 _AT_FDCWD: Final = -100
 _RENAME_NOREPLACE: Final = 1
@@ -122,10 +122,19 @@ def _keep_readers(path: Path, descriptor: int) -> None:
         os.fchmod(descriptor, stat.S_IMODE(old.st_mode))
 
 
+def left_behind(target: Path) -> list[Path]:
+    """Temporary files and folders of ``target``: those in use, and what killed processes left."""
+    pattern = re.compile(rf"\.{re.escape(_stem(target))}\.[0-9a-f]{{16}}\.tmp")
+    return [path for path in target.parent.iterdir() if pattern.fullmatch(path.name)]
+
+
 def _temporary(path: Path) -> Path:
+    return path.with_name(f".{_stem(path)}.{secrets.token_hex(8)}.tmp")
+
+
+def _stem(path: Path) -> str:
     # At most 255 bytes in all; a long name is cut at a whole character.
-    stem = path.name.encode()[:200].decode(errors="ignore")
-    return path.with_name(f".{stem}.{secrets.token_hex(8)}.tmp")
+    return path.name.encode()[:200].decode(errors="ignore")
 
 
 def _make_locked(target: Path, mode: int, stack: contextlib.ExitStack) -> Path:
@@ -162,10 +171,8 @@ def _lock(directory: Path) -> int | None:
 
 
 def _remove_abandoned(target: Path) -> None:
-    stem = target.name.encode()[:200].decode(errors="ignore")
-    pattern = re.compile(rf"\.{re.escape(stem)}\.[0-9a-f]{{16}}\.tmp")
-    for path in target.parent.iterdir():
-        if pattern.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+    for path in left_behind(target):
+        if path.is_dir() and not path.is_symlink():
             with contextlib.suppress(OSError):
                 lock = _lock(path)
                 if lock is not None:

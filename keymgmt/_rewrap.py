@@ -18,6 +18,7 @@ from keymgmt._admit import admit
 from keymgmt._audit import audit
 from keymgmt._config import use_config
 from keymgmt._dek import Dek
+from keymgmt._files import left_behind
 from keymgmt._recipients import ProviderKey, resolve_groups
 from keymgmt._unlock import Answers, Unlocker
 from keymgmt.errors import (
@@ -121,7 +122,7 @@ def rewrap_one(
     candidate, _ = admit(path, config, name)
     with candidate:
         candidate.folder.lock()
-        for abandoned in Path(path).glob(f".{KEYS}.*.tmp"):
+        for abandoned in left_behind(Path(path) / KEYS):
             # Nobody else writes keys.json while the lock is held, so a killed rewrap left it.
             abandoned.unlink(missing_ok=True)
         policy = candidate.policy()

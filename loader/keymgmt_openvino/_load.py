@@ -27,15 +27,7 @@ from keymgmt_openvino._onnx import check_self_contained
 if TYPE_CHECKING:
     from keymgmt import Config, SealedModel
 
-__all__ = [
-    "ask",
-    "check_core",
-    "check_options",
-    "load",
-    "read",
-    "read_file",
-    "read_weights",
-]
+__all__ = ["ask", "check_core", "check_options", "load", "read", "read_file", "read_weights"]
 
 Options = Mapping[str, Any]
 T = TypeVar("T")
@@ -97,14 +89,9 @@ def load(
             if cache is not None:
                 kept = stack.enter_context(compiled_file(sealed, cache, core, device, options))
                 if memory := read_compiled(kept):
+                    what = f"OpenVINO does not take back {kept.path.name}, which it made"
                     try:
-                        compiled = ask(
-                            f"OpenVINO does not take back {kept.path.name}, which it made",
-                            core.import_model,
-                            memory.tensor,
-                            device,
-                            options,
-                        )
+                        compiled = ask(what, core.import_model, memory.tensor, device, options)
                         return LoadedModel(title, compiled, [memory])
                     except KeymgmtError as error:
                         log.warning("%s; better leave cache= out", str(error))
