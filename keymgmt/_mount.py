@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from keymgmt._harden import harden, unencrypted_swap
 from keymgmt._open import SealedModel, open_model
 from keymgmt._private_files import private_folder
-from keymgmt._room import check_room
 from keymgmt.errors import KeymgmtError
+from keymgmt.room import check_room
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

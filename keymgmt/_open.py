@@ -14,11 +14,11 @@ from keymgmt._admit import admit
 from keymgmt._audit import audit
 from keymgmt._config import use_config
 from keymgmt._dek import Dek, wipe
-from keymgmt._device_files import DeviceFile
 from keymgmt._fork import ForkSafe
 from keymgmt._memory import room
 from keymgmt._releases import remember_release, remembered_release
 from keymgmt._unlock import Unlocker
+from keymgmt.device_files import DeviceFile
 from keymgmt.errors import IntegrityError, KeymgmtError, SealedModelError
 from keymgmt.sealed.derive import commitment, device_key, file_key, payload_aad
 from keymgmt.sealed.payload import Learned, PayloadReader

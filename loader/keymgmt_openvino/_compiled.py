@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 import openvino as ov
 
-from keymgmt._room import check_room
 from keymgmt.backend import wipe
 from keymgmt.errors import KeymgmtError
+from keymgmt.room import check_room
 from keymgmt_openvino._memory import Memory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from keymgmt import SealedModel
-    from keymgmt._device_files import DeviceFile
+    from keymgmt.device_files import DeviceFile
 
 __all__ = ["compiled_file", "keep_compiled", "read_compiled"]
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import openvino as ov
 
 import keymgmt
-from keymgmt._room import check_room
 from keymgmt.errors import ConfigError, FormatError, KeymgmtError
+from keymgmt.room import check_room
 from keymgmt_openvino._compiled import compiled_file, keep_compiled, read_compiled
 from keymgmt_openvino._memory import Memory, private_bytes, release
 from keymgmt_openvino._model import LoadedModel

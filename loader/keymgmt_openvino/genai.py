@@ -14,8 +14,8 @@ import re
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import keymgmt
-from keymgmt._room import check_room
 from keymgmt.errors import ConfigError, FormatError, KeymgmtError
+from keymgmt.room import check_room
 from keymgmt_openvino._load import ask, check_options, read_file, read_weights
 from keymgmt_openvino._memory import Memory, private_bytes, release
 from keymgmt_openvino._model import Owner

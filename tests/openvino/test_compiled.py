@@ -17,7 +17,7 @@ import pytest
 from keymgmt_openvino import _load, load
 
 import keymgmt
-from keymgmt import _room
+from keymgmt import room
 from keymgmt.errors import ConfigError, IntegrityError
 
 
@@ -243,7 +243,7 @@ def test_one_that_became_larger_than_the_memory_is_made_anew(sealed, cache, answ
 def test_too_little_memory_for_the_export_harms_no_load(sealed, cache, answer, caplog, monkeypatch):
     expected = answer(sealed)
     size = sum(entry.size for entry in keymgmt.inspect(sealed).manifest.files)
-    monkeypatch.setattr(_room, "_free_memory", lambda: int(1.5 * size))
+    monkeypatch.setattr(room, "_free_memory", lambda: int(1.5 * size))
     with caplog.at_level(logging.WARNING):
         assert np.array_equal(answer(sealed, cache=cache), expected)
     assert "is not kept" in caplog.text
@@ -294,8 +294,8 @@ def test_an_option_is_the_same_in_another_process(sealed, cache, site):
 
 def test_what_a_killed_process_left_is_removed_by_the_next(sealed, cache, answer, site):
     script = (
-        "import os, sys; from keymgmt import _device_files; from keymgmt_openvino import load\n"
-        "_device_files.seal_payload = lambda *_, **__: os.kill(os.getpid(), 9)\n"
+        "import os, sys; from keymgmt import device_files; from keymgmt_openvino import load\n"
+        "device_files.seal_payload = lambda *_, **__: os.kill(os.getpid(), 9)\n"
         "load(sys.argv[1], keys=sys.argv[2], cache=sys.argv[3])"
     )
     done = subprocess.run([sys.executable, "-c", script, sealed, site.path, cache], check=False)

@@ -22,7 +22,7 @@ from keymgmt_openvino import genai
 from keymgmt_openvino.genai import load_adapter, load_llm, load_path_pipeline
 
 import keymgmt
-from keymgmt import _room
+from keymgmt import room
 from keymgmt.errors import (
     ConfigError,
     FormatError,
@@ -203,7 +203,7 @@ def test_a_folder_that_lacks_a_part(missing, said, folder, seal, site):
 def test_a_graph_larger_than_the_free_memory(folder, seal, site, monkeypatch):
     graph = folder / "openvino_model.xml"
     graph.write_text(graph.read_text() + " " * (2 << 20))
-    monkeypatch.setattr(_room, "_free_memory", lambda: 1 << 20)
+    monkeypatch.setattr(room, "_free_memory", lambda: 1 << 20)
     with pytest.raises(KeymgmtError, match="needs 2 MiB of memory and 1 MiB are free"):
         load_llm(seal(folder, "long"), keys=site)
 

@@ -268,9 +268,9 @@ def test_more_than_the_machine_has_is_refused_before_work_starts(tree, site):
         """
         import sys
         import keymgmt
-        from keymgmt import _room
+        from keymgmt import room
 
-        _room._free_memory = lambda: 1 << 20
+        room._free_memory = lambda: 1 << 20
         try:
             with keymgmt.mount(sys.argv[1], keys=sys.argv[2]):
                 print("mounted")

@@ -11,7 +11,7 @@ from keymgmt_openvino import _load, load, read
 from keymgmt_openvino._site import make_site
 
 import keymgmt
-from keymgmt import _room
+from keymgmt import room
 from keymgmt.errors import (
     CannotUnlock,
     ConfigError,
@@ -76,7 +76,7 @@ def test_an_option_that_the_device_does_not_know(magika_sealed, site):
 
 
 def test_more_weights_than_memory(magika_sealed, site, monkeypatch):
-    monkeypatch.setattr(_room, "_free_memory", lambda: 1 << 20)
+    monkeypatch.setattr(room, "_free_memory", lambda: 1 << 20)
     monkeypatch.setattr(_load, "Memory", lambda size: pytest.fail("allocated"))
     with pytest.raises(KeymgmtError, match=r"magika needs 3 MiB of memory and 1 MiB are free"):
         load(magika_sealed, keys=site)
@@ -84,7 +84,7 @@ def test_more_weights_than_memory(magika_sealed, site, monkeypatch):
 
 def test_free_memory_is_that_of_the_machine_or_less():
     total = int(Path("/proc/meminfo").read_text().split()[1]) << 10
-    assert 0 < _room._free_memory() <= total
+    assert 0 < room._free_memory() <= total
 
 
 def test_a_folder_without_a_model(tmp_path, seal, site):
