@@ -1,23 +1,43 @@
 """Seal models for machines you do not control; open them in memory with a key from any service."""
 
-from keymgmt._config import Config, load_config
-from keymgmt._harden import harden, unencrypted_swap
-from keymgmt._inspect import Inspection, inspect
-from keymgmt._mount import mount
-from keymgmt._open import SealedModel
-from keymgmt._open import open_model as open  # noqa: A004 - keymgmt.open, as in gzip and tarfile
-from keymgmt._prove import Verification, unseal, verify
-from keymgmt._reseal import reseal
-from keymgmt._rewrap import Rewrapped, rewrap
-from keymgmt._seal import seal
-from keymgmt._sign import sign
-from keymgmt._tree import Failure, rewrap_tree
-from keymgmt._usage import Usage, usage
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+from keymgmt import errors as errors
+
+if TYPE_CHECKING:
+    from keymgmt._config.config import Config, load_config
+    from keymgmt._mount.mount import mount
+    from keymgmt._mount.private import private_folder
+    from keymgmt._system.harden import harden
+    from keymgmt._system.swap import unencrypted_swap
+    from keymgmt._verbs.inspect import Inspection, inspect
+    from keymgmt._verbs.open import SealedModel
+    from keymgmt._verbs.open import open_model as open  # noqa: A004 - keymgmt.open, as in gzip and tarfile
+    from keymgmt._verbs.reseal import reseal
+    from keymgmt._verbs.retire import Need, needs
+    from keymgmt._verbs.rewrap import GroupChange, Rewrapped, rewrap
+    from keymgmt._verbs.rewrap_tree import rewrap_tree
+    from keymgmt._verbs.seal import seal
+    from keymgmt._verbs.sign import sign
+    from keymgmt._verbs.tree import Failure
+    from keymgmt._verbs.trees import Done, reseal_tree, sign_tree, verify_tree
+    from keymgmt._verbs.unseal import unseal
+    from keymgmt._verbs.usage import Usage, usage
+    from keymgmt._verbs.verify import Verification, verify
+    from keymgmt.sealed.manifest import FileEntry, Manifest
 
 __all__ = [
     "Config",
+    "Done",
     "Failure",
+    "FileEntry",
+    "GroupChange",
     "Inspection",
+    "Manifest",
+    "Need",
     "Rewrapped",
     "SealedModel",
     "Usage",
@@ -26,14 +46,58 @@ __all__ = [
     "inspect",
     "load_config",
     "mount",
+    "needs",
     "open",
+    "private_folder",
     "reseal",
+    "reseal_tree",
     "rewrap",
     "rewrap_tree",
     "seal",
     "sign",
+    "sign_tree",
     "unencrypted_swap",
     "unseal",
     "usage",
     "verify",
+    "verify_tree",
 ]
+
+# Where each name is. They are imported when they are first asked for, because the command line
+# shows its help, and completes a word, without any cryptography.
+_HOMES: Final = {
+    "_config.config": ("Config", "load_config"),
+    "_mount.mount": ("mount",),
+    "_mount.private": ("private_folder",),
+    "_system.harden": ("harden",),
+    "_system.swap": ("unencrypted_swap",),
+    "_verbs.inspect": ("Inspection", "inspect"),
+    "_verbs.open": ("SealedModel", "open"),
+    "_verbs.reseal": ("reseal",),
+    "_verbs.retire": ("Need", "needs"),
+    "_verbs.rewrap": ("GroupChange", "Rewrapped", "rewrap"),
+    "_verbs.rewrap_tree": ("rewrap_tree",),
+    "_verbs.seal": ("seal",),
+    "_verbs.sign": ("sign",),
+    "_verbs.tree": ("Failure",),
+    "_verbs.trees": ("Done", "reseal_tree", "sign_tree", "verify_tree"),
+    "_verbs.unseal": ("unseal",),
+    "_verbs.usage": ("Usage", "usage"),
+    "_verbs.verify": ("Verification", "verify"),
+    "sealed.manifest": ("FileEntry", "Manifest"),
+}
+
+
+if not TYPE_CHECKING:  # a checker would take every name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        for module, names in _HOMES.items():
+            if name in names:
+                home = import_module(f"keymgmt.{module}")
+                globals()[name] = getattr(home, "open_model" if name == "open" else name)
+                return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,8 +1,8 @@
 """All that a backend imports from keymgmt. The contract in full: docs/writing-a-backend.md."""
 
-from keymgmt._dek import DEK_LENGTH, Dek, fill_random, wipe
-from keymgmt._files import replace_file, sync_directory
-from keymgmt._hpke import (
+from keymgmt._crypto.context_binding import inner_unwrap, inner_wrap
+from keymgmt._crypto.dek import DEK_LENGTH, Dek, fill_random, wipe
+from keymgmt._crypto.hpke import (
     HPKE_KINDS,
     hpke_generate,
     hpke_open,
@@ -11,34 +11,44 @@ from keymgmt._hpke import (
     hpke_split,
     open_with_ecdh,
 )
-from keymgmt._inner import inner_unwrap, inner_wrap
-from keymgmt._names import check_key, is_key, is_version
-from keymgmt._provider import (
+from keymgmt._crypto.signatures import PublicKey
+from keymgmt._providers.contract import (
     API_VERSION,
-    MAX_BLOB,
-    Finding,
-    Health,
-    KeyInfo,
     KeyProvider,
-    KeyVersion,
     Settings,
-    Signature,
     SupportsBatchUnwrap,
     SupportsKeyManagement,
     SupportsOfflineRecipients,
     SupportsSigning,
-    WrappedKey,
-    within,
 )
-from keymgmt._recipient import (
+from keymgmt._providers.data import (
+    MAX_BLOB,
+    Finding,
+    Health,
+    KeyInfo,
+    KeyVersion,
+    Signature,
+    WrappedKey,
+)
+from keymgmt._providers.faults import Fault, FaultTable
+from keymgmt._providers.names import check_key, is_key, is_name, is_version
+from keymgmt._providers.recipient_file import (
     RSA_OAEP_256,
     Recipient,
+    find_signer,
     public_key_id,
     recipient_message,
-    sign_recipient,
+    signatures_file,
     wrap_for,
 )
-from keymgmt._secret import ConfigPath, SecretSource, private_file_problem
+from keymgmt._providers.secret_source import ConfigPath, SecretSource, read_projected
+from keymgmt._providers.versions import check_retirable, no_version, not_held, version_retired
+from keymgmt._system.deadline import Deadline, within
+from keymgmt._system.files import make_folder, replace_file, save_file, sync_directory, target_of
+from keymgmt._system.fork import ForkSafe
+from keymgmt._system.locks import lock_file
+from keymgmt._system.strict_json import JsonReader, load_json
+from keymgmt._system.trusted_file import check_trusted, read_file
 from keymgmt.errors import (
     AccessDenied,
     ConfigError,
@@ -53,6 +63,7 @@ from keymgmt.errors import (
     UnsupportedOperation,
     UnwrapFailed,
     WrongKey,
+    bare,
 )
 
 __all__ = [
@@ -64,11 +75,16 @@ __all__ = [
     "AccessDenied",
     "ConfigError",
     "ConfigPath",
+    "Deadline",
     "Dek",
+    "Fault",
+    "FaultTable",
     "Finding",
+    "ForkSafe",
     "FormatError",
     "Health",
     "IntegrityError",
+    "JsonReader",
     "KeyInfo",
     "KeyNotFound",
     "KeyProvider",
@@ -78,6 +94,7 @@ __all__ = [
     "LockedOut",
     "ProviderError",
     "ProviderUnavailable",
+    "PublicKey",
     "Recipient",
     "SecretSource",
     "Settings",
@@ -90,8 +107,12 @@ __all__ = [
     "UnwrapFailed",
     "WrappedKey",
     "WrongKey",
+    "bare",
     "check_key",
+    "check_retirable",
+    "check_trusted",
     "fill_random",
+    "find_signer",
     "hpke_generate",
     "hpke_open",
     "hpke_public",
@@ -100,14 +121,24 @@ __all__ = [
     "inner_unwrap",
     "inner_wrap",
     "is_key",
+    "is_name",
     "is_version",
+    "load_json",
+    "lock_file",
+    "make_folder",
+    "no_version",
+    "not_held",
     "open_with_ecdh",
-    "private_file_problem",
     "public_key_id",
+    "read_file",
+    "read_projected",
     "recipient_message",
     "replace_file",
-    "sign_recipient",
+    "save_file",
+    "signatures_file",
     "sync_directory",
+    "target_of",
+    "version_retired",
     "wipe",
     "within",
     "wrap_for",

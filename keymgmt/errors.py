@@ -6,9 +6,10 @@
     |   |-- FormatError             not of the format: malformed, out of bounds, another version
     |   |-- IntegrityError          of the format, but damaged or forged
     |   |-- UntrustedPublisher      no valid signature of a publisher trusted for this name
-    |   `-- RollbackError           an older release than this config accepts
+    |   |-- RollbackError           an older release than this config accepts
+    |   `-- ModelExpired            what its publisher said of how long it counts has passed
     |-- ProviderError               the key service; the next candidate is tried
-    |   |-- BackendNotInstalled     no distribution here provides that backend
+    |   |-- BackendNotInstalled     no distribution here provides that backend, or a broken one
     |   |-- ProviderUnavailable     not reached, or no answer in time
     |   |-- AccessDenied            reached, and it said no
     |   |-- LockedOut               reached; refuses for a while or until it is unlocked
@@ -26,8 +27,10 @@ holds a secret.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, cast
 
 __all__ = [
     "AccessDenied",
@@ -41,6 +44,7 @@ __all__ = [
     "KeyRetired",
     "KeymgmtError",
     "LockedOut",
+    "ModelExpired",
     "ModelInUse",
     "ProviderError",
     "ProviderUnavailable",
@@ -50,7 +54,13 @@ __all__ = [
     "UntrustedPublisher",
     "UnwrapFailed",
     "WrongKey",
+    "bare",
+    "printable",
+    "without_frames",
 ]
+
+E = TypeVar("E", bound=BaseException)
+M = TypeVar("M", bound=Callable[..., Any])
 
 
 class KeymgmtError(Exception):
@@ -59,8 +69,57 @@ class KeymgmtError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.hint = hint
+        super().__init__(printable(message))
+        self.hint = None if hint is None else printable(hint)
+
+    def to_json(self) -> dict[str, object]:
+        """As the member ``error`` of what the command line prints with ``--json``."""
+        return {
+            "class": type(self).__name__,
+            "message": str(self),
+            "hint": self.hint,
+            "exit_code": self.exit_code,
+        }
+
+
+def without_frames(error: E) -> E:
+    """``error`` without the frames that it and its causes came through.
+
+    A traceback holds every frame up to the caller's, and so whatever these name: an error that is
+    kept would keep a model's memory from being wiped, and a secret in reach.
+    """
+    todo: list[BaseException | None] = [error]
+    for each in todo:
+        if each is not None and each.__traceback__ is not None:
+            each.__traceback__ = None
+            todo += [each.__cause__, each.__context__]
+    return error
+
+
+def bare(method: M) -> M:
+    """Let errors of ours out of ``method`` without the frames that they came through.
+
+    Those of a key service's library hold logins and plaintext, which a crash reporter would send.
+    """
+
+    @functools.wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs)
+        except KeymgmtError as error:
+            without_frames(error)
+            raise
+
+    return cast("M", run)
+
+
+def printable(text: str) -> str:
+    """``text`` in one line, with what is not printable shown as an escape.
+
+    Names come from files that others wrote: a line end in one would forge a line of a log, and a
+    control character would reach a terminal.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class ConfigError(KeymgmtError):
@@ -91,12 +150,16 @@ class RollbackError(SealedModelError):
     """The release is older than the config accepts."""
 
 
+class ModelExpired(SealedModelError):
+    """The time until which its publishers vouch has passed, or none is stated and one must be."""
+
+
 class ProviderError(KeymgmtError):
     """A key service did not do what was asked; the next candidate is tried."""
 
 
 class BackendNotInstalled(ProviderError):
-    """No installed distribution provides the backend."""
+    """No installed distribution provides the backend, or the one that does is broken."""
 
     exit_code = 3
 
@@ -121,6 +184,8 @@ class LockedOut(ProviderError):
 
 class KeyNotFound(ProviderError):
     """The named key does not exist in the provider."""
+
+    exit_code = 3
 
 
 class KeyRetired(ProviderError):
@@ -147,15 +212,45 @@ class WrongKey(ProviderError):
 class Attempt:
     """One recipient of an unlock policy and why it did not open.
 
-    ``group`` and ``member`` count from 0; ``provider`` is None where no configured provider is of
-    the recipient's backend.
+    Attributes:
+        group: which group of the policy, from 0.
+        member: which recipient of that group, from 0.
+        recipient: backend, key and version, as the policy names them.
+        provider: the configured provider; None where none is of the recipient's backend.
+        stage: ``match`` (no provider to ask), ``unwrap``, or ``join``: the shares gave another key.
+        error: why.
+        seconds: how long it took.
     """
 
     group: int
     member: int
     recipient: str
     provider: str | None
+    stage: Literal["match", "unwrap", "join"]
     error: KeymgmtError
+    seconds: float = 0.0
+
+    @property
+    def broken(self) -> bool:
+        """Whether the provider should have been able to answer, and was not.
+
+        Not where it holds another key: then it works, and the recipient is another machine's.
+        """
+        return self.provider is not None and not isinstance(self.error, (WrongKey, UnwrapFailed))
+
+    def to_json(self) -> dict[str, object]:
+        """As a JSON object."""
+        return {
+            "group": self.group,
+            "member": self.member,
+            "recipient": self.recipient,
+            "provider": self.provider,
+            "stage": self.stage,
+            "error": type(self.error).__name__,
+            "reason": str(self.error),
+            "hint": self.error.hint,
+            "seconds": round(self.seconds, 3),
+        }
 
 
 class CannotUnlock(KeymgmtError):
@@ -167,10 +262,19 @@ class CannotUnlock(KeymgmtError):
         super().__init__(message, hint=hint)
         self.attempts = tuple(attempts)
 
+    def to_json(self) -> dict[str, object]:
+        """With ``attempts``: why each recipient did not open."""
+        return super().to_json() | {"attempts": [each.to_json() for each in self.attempts]}
+
     @property
     def exit_code(self) -> int:  # type: ignore[override]
-        """6 if any recipient was unavailable, else 5 if any was denied, else 4."""
-        codes = {attempt.error.exit_code for attempt in self.attempts}
+        """6 if any recipient was unavailable, else 5 if any was denied, else 4.
+
+        A backend that is not installed and a key that was lost are unavailable here: the model is
+        not to blame.
+        """
+        lacks = (BackendNotInstalled, KeyNotFound)
+        codes = {6 if isinstance(a.error, lacks) else a.error.exit_code for a in self.attempts}
         return next((code for code in (6, 5) if code in codes), 4)
 
 

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA384
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
-from keymgmt._dek import wipe
+from keymgmt._crypto.dek import wipe
 from keymgmt.errors import FormatError, IntegrityError
 
 if TYPE_CHECKING:
@@ -37,8 +37,6 @@ __all__ = [
     "FloeEncryptor",
     "FloeParameters",
     "ciphertext_length",
-    "decrypt",
-    "encrypt",
     "segment_count",
 ]
 
@@ -272,59 +270,3 @@ class FloeDecryptor(_Segments):
             if isinstance(error, InvalidTag):
                 raise IntegrityError(f"segment {position} is damaged or forged") from error
             raise
-
-
-def encrypt(
-    key: Buffer, aad: bytes, plaintext: Buffer, parameters: FloeParameters | None = None
-) -> bytes:
-    """Encrypt all of ``plaintext`` under ``key`` (32 bytes); header and segments in one."""
-    source = memoryview(plaintext).cast("B")
-    with FloeEncryptor(key, aad, parameters) as encryptor:
-        step, size = encryptor.parameters.plaintext_length, encryptor.parameters.segment_length
-        count = segment_count(len(source), size)
-        result = bytearray(ciphertext_length(len(source), size))
-        result[:HEADER_LENGTH] = encryptor.header
-        body = memoryview(result)[HEADER_LENGTH:]
-        for index in range(count):
-            encryptor.encrypt_segment_into(
-                index,
-                index == count - 1,
-                source[index * step : (index + 1) * step],
-                body[index * size : (index + 1) * size],
-            )
-    return bytes(result)
-
-
-def decrypt(
-    key: Buffer, aad: bytes, ciphertext: Buffer, parameters: FloeParameters | None = None
-) -> bytes:
-    """Decrypt a whole ciphertext; all or nothing.
-
-    Accepts what the specification accepts, an empty last segment after full ones included. That
-    one has the same plaintext as without it, so where the plaintext's size is known, compare
-    ``ciphertext_length`` first.
-
-    Raises:
-        FormatError: not a FLOE ciphertext of these parameters, or cut off.
-        IntegrityError: of another key or AAD, or changed.
-    """
-    source = memoryview(ciphertext).cast("B")
-    header, body = bytes(source[:HEADER_LENGTH]), source[HEADER_LENGTH:]
-    with FloeDecryptor(key, aad, header, parameters) as decryptor:
-        step, size = decryptor.parameters.plaintext_length, decryptor.parameters.segment_length
-        count = max(1, -(-len(body) // size))
-        if len(body) < count * OVERHEAD or len(body) - (count - 1) * size < OVERHEAD:
-            raise FormatError("the FLOE ciphertext is cut off")
-        result = bytearray(len(body) - count * OVERHEAD)
-        view = memoryview(result)
-        try:
-            for index in range(count):
-                decryptor.decrypt_segment_into(
-                    index,
-                    index == count - 1,
-                    body[index * size : (index + 1) * size],
-                    view[index * step : (index + 1) * step],
-                )
-            return bytes(result)
-        finally:
-            wipe(result)

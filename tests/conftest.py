@@ -1,19 +1,33 @@
-"""What all tests share: tools that a desk may lack and CI must have."""
+"""What all tests share: tools that a desk may lack and CI must have, and a site with keys."""
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import importlib
+import json
 import os
+import resource
 import shutil
 import signal
+import socket
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 RequireTool = Callable[..., Path]
 Install = Callable[..., Path]
+Within = Callable[[int, int, Callable[[], object]], None]
+
+FILES = {
+    "model.xml": b"<net/>" * 100,
+    "model.bin": bytes(range(256)) * 10_000,
+    "sub/empty": b"",
+}
 
 
 def pytest_configure() -> None:
@@ -23,13 +37,34 @@ def pytest_configure() -> None:
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    pytests_own = os.getpid()
+
+    def refuse(event: str, arguments: tuple[Any, ...]) -> None:
+        # Core dumps alone are none of pytest's business, and hardening a process forbids them.
+        if (
+            event == "resource.setrlimit"
+            and os.getpid() == pytests_own
+            and arguments[0] != resource.RLIMIT_CORE
+        ):
+            raise RuntimeError("this limit would hold for pytest too; use the fixture `within`")
+
+    sys.addaudithook(refuse)
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Run what is marked ``once`` on one Python only, where ``KEYMGMT_TEST_ONCE`` names it."""
-    chosen = os.environ.get("KEYMGMT_TEST_ONCE")
-    if chosen and chosen != f"{sys.version_info.major}.{sys.version_info.minor}":
-        left_out = [item for item in items if item.get_closest_marker("once")]
-        items[:] = [item for item in items if not item.get_closest_marker("once")]
+    """Leave out what is marked ``nightly``, unless this is the night (``make nightly``).
+
+    And run what is marked ``once`` on one Python only, where ``KEYMGMT_TEST_ONCE`` names it.
+    """
+    elsewhere = []
+    if not os.environ.get("KEYMGMT_TEST_NIGHTLY"):
+        elsewhere.append("nightly")
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if os.environ.get("KEYMGMT_TEST_ONCE", version) != version:
+        elsewhere.append("once")
+    left_out = [item for item in items if any(map(item.get_closest_marker, elsewhere))]
+    if left_out:
+        items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
 
 
@@ -86,3 +121,151 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
         return site
 
     return add
+
+
+@pytest.fixture
+def within() -> Within:
+    """Run a call in a forked child under a limit: ``within(resource.RLIMIT_FSIZE, 20, call)``.
+
+    A limit of this process would hold for pytest as well, which writes its own output.
+    """
+    from keymgmt.testing._process import in_fork
+
+    def run(limit: int, value: int, call: Callable[[], object]) -> None:
+        def limited() -> str:
+            resource.setrlimit(limit, (value, value))
+            call()
+            return "done"
+
+        assert in_fork(limited, 60) == "done"
+
+    return run
+
+
+@dataclass
+class Site:
+    """A folder with a file provider, two publishers, a plain model, and ways to make configs."""
+
+    root: Path
+    policy: dict[str, Any]
+
+    def config(self, **policy: Any) -> Any:
+        from keymgmt import Config
+
+        data = {
+            "providers": {"local": {"backend": "file", "path": str(self.root / "keys")}},
+            "policy": self.policy | policy,
+            "seal": {"sign": "local:publisher"},
+        }
+        return Config(data, path=self.root / "keymgmt.toml")
+
+    @property
+    def provider(self) -> Any:
+        return self.config().provider("local")
+
+    @property
+    def plain(self) -> Path:
+        return self.root / "model"
+
+    def seal(self, *to: str, target: str = "m.sealed", **options: Any) -> Path:
+        path = self.root / target
+        import keymgmt
+
+        options = {"keys": self.config()} | options
+        keymgmt.seal(self.plain, path, to=to or ["local:a"], **options)
+        return path
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    from keymgmt._crypto.signatures import PublicKey
+
+    (tmp_path / "keys").mkdir(mode=0o700)
+    made = Site(tmp_path, {"publishers": {"pub.pem": ["*"]}})
+    for name, content in FILES.items():
+        file = made.plain / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    provider = made.config().provider("local")
+    for key in "abc":
+        provider.create_key(key, "aes256", {})
+    for key in ("publisher", "stranger"):
+        provider.create_key(key, "ed25519", {})
+        pem = "pub.pem" if key == "publisher" else "stranger.pem"
+        (tmp_path / pem).write_bytes(PublicKey(provider.public_key(key)).to_pem())
+    return made
+
+
+@pytest.fixture
+def tree_of(site: Site) -> Any:
+    """The content of every file below a folder, to see that nothing changed."""
+
+    def read(folder: Path) -> dict[str, bytes]:
+        return {
+            str(Path(parent, name).relative_to(folder)): Path(parent, name).read_bytes()
+            for parent, _, names in os.walk(folder)
+            for name in names
+        }
+
+    return read
+
+
+VECTORS = Path(__file__).parent / "vectors" / "sealed"
+
+
+@pytest.fixture(scope="session")
+def lay_out() -> Callable[[str, Path], dict[str, str]]:
+    """``lay_out(name, path)`` makes a vector's folder, with what git cannot hold; its fields."""
+
+    def make(name: str, path: Path) -> dict[str, str]:
+        lines = (VECTORS / name / "vector.txt").read_text().splitlines()
+        fields = dict(line.split(": ", 1) for line in lines)
+        source = VECTORS / name / "model.sealed"
+        shutil.copytree(source, path) if source.exists() else path.mkdir()
+        (path / "payload").mkdir(exist_ok=True)
+        if "make" in fields:
+            _make(path, *fields["make"].split())
+        return fields
+
+    return make
+
+
+def _make(path: Path, what: str, name: str, size: str = "0") -> None:
+    target = path / name
+    if what == "mkdir":
+        target.mkdir()
+    elif what == "remove":
+        shutil.rmtree(target)
+    elif what == "groups":
+        value = json.loads(target.read_bytes())
+        _dump(target, value | {"groups": value["groups"] * int(size)})
+    elif what == "strangers":
+        target, sig = path / "signatures.json", base64.b64encode(bytes(8192)).decode()
+        strangers = [{"keyid": f"{number:096x}", "sig": sig} for number in range(int(name))]
+        value = json.loads(target.read_bytes())
+        value["signatures"] += strangers
+        value["expiries"] = [one | {"expires": "2026-01-02T00:00:00Z"} for one in strangers]
+        _dump(target, value)
+    else:
+        _replace(target, target.rename(path.parent / "kept"), what, int(size))
+
+
+def _replace(target: Path, kept: Path, what: str, size: int) -> None:
+    """Put something else where a file or folder was, which is ``kept``."""
+    if what in ("link", "zero"):
+        target.symlink_to(kept if what == "link" else "/dev/zero")
+    elif what == "fifo":
+        os.mkfifo(target)
+    elif what == "folder":
+        target.mkdir()
+    elif what == "socket":
+        # By a name of its own: a socket's path has at most 107 bytes.
+        with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(target.parent):
+            server.bind(target.name)
+    elif what == "large":
+        with target.open("wb") as file:
+            file.truncate(size)
+
+
+def _dump(file: Path, value: object) -> None:
+    file.write_text(json.dumps(value, sort_keys=True, separators=(",", ":")))

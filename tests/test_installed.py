@@ -19,13 +19,15 @@ extras = os.environ.get("KEYMGMT_TEST_EXTRAS")
 pytestmark = pytest.mark.skipif(extras is None, reason="not run by tox")
 
 DISTRIBUTIONS = {
+    "aws": {"keymgmt-aws"},
     "file": {"keymgmt-file"},
     "vault": {"keymgmt-vault"},
+    "vault-dev": {"keymgmt-vault", "keymgmt-vault-dev"},
     "pkcs11": {"keymgmt-pkcs11"},
     "tpm2": {"keymgmt-tpm2"},
     "openvino": {"keymgmt-openvino"},
-    "demo": {"keymgmt-file", "keymgmt-openvino"},
-    "all": {f"keymgmt-{name}" for name in ("file", "openvino", "pkcs11", "tpm2", "vault")},
+    "demo": {"keymgmt-file", "keymgmt-openvino", "keymgmt-openvino-demo"},
+    "all": {f"keymgmt-{name}" for name in ("aws", "file", "openvino", "pkcs11", "tpm2", "vault")},
 }
 
 

@@ -1,108 +1,68 @@
-"""The command line. Errors are ``error:`` and ``hint:`` on stderr, and the exit code says whose.
+"""The command line: ``main`` is the script ``keymgmt``, ``app`` its commands.
 
-0 ok, 2 usage, 3 config, 4 damaged or untrusted, 5 denied, 6 unavailable, 1 anything else.
+Results go to stdout, all else to stderr; with ``--json`` one object on stdout, errors too. The exit
+code says whose fault it is: 0 ok, 2 usage, 3 config, 4 damaged or untrusted, 5 denied, 6
+unavailable, 1 anything else; 130 after Ctrl-C, 141 where nobody reads stdout any more.
 
-Other distributions add commands by an entry point of group ``keymgmt.commands``: a name and a
-``typer.Typer``. It is imported when it is run and never before. Its commands take a
-``typer.Context`` whose ``obj`` is a ``State``: ``obj.config()`` is the loaded config. They raise
-errors of ``keymgmt.errors``, which are printed here, and print with ``console``, ``table``,
-``clean`` and ``print_json``.
+Nothing is imported here before ``main`` looks after Ctrl-C, closed streams and a closed pipe.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Any
 
-import typer
+if TYPE_CHECKING:
+    from keymgmt.cli._app import app as app
 
-from keymgmt.cli import backends, doctor, init, inspect, keys, plugin, rewrap, seal
-from keymgmt.cli._output import clean, console, print_error, print_json, table
-from keymgmt.cli._plugins import CommandGroup
-from keymgmt.cli._state import State
-from keymgmt.errors import KeymgmtError
+__all__ = ["app", "main"]
 
-__all__ = ["State", "app", "clean", "console", "main", "print_json", "table"]
+if not TYPE_CHECKING:
 
-app = typer.Typer(
-    cls=CommandGroup,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode="rich",
-)
+    def __getattr__(name: str) -> Any:
+        if name != "app":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from keymgmt.cli._app import app
 
-
-def _version(value: bool) -> None:
-    if value:
-        from importlib.metadata import version
-
-        typer.echo(f"keymgmt {version('keymgmt')}")
-        raise typer.Exit
-
-
-@app.callback()
-def _keymgmt(
-    context: typer.Context,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            "--config",
-            "-c",
-            metavar="FILE",
-            help="Config file; else $KEYMGMT_CONFIG, ./keymgmt.toml, the user's, the machine's.",
-        ),
-    ] = None,
-    verbose: Annotated[
-        int,
-        typer.Option(
-            "--verbose",
-            "-v",
-            count=True,
-            show_default=False,
-            help="Show audit events; -vv debugs.",
-        ),
-    ] = 0,
-    _show_version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
-    ] = False,
-) -> None:
-    """Ship models to machines you do not control: sealed at rest, opened in memory."""
-    context.obj = State(config, verbose)
-    context.call_on_close(context.obj.close)
-
-
-SETUP: Final[list[Callable[..., None]]] = [init.init, backends.backends, doctor.doctor]
-MODELS: Final[list[Callable[..., None]]] = [
-    seal.seal,
-    inspect.inspect,
-    inspect.verify,
-    seal.unseal,
-    seal.sign,
-    rewrap.rewrap,
-    rewrap.reseal,
-]
-for command in SETUP:
-    app.command(rich_help_panel="Keys and set-up")(command)
-app.add_typer(keys.app, name="keys", rich_help_panel="Keys and set-up")
-app.add_typer(plugin.app, name="plugin", rich_help_panel="Keys and set-up")
-for command in MODELS:
-    app.command(rich_help_panel="Sealed models")(command)
+        return app
 
 
 def main() -> None:
     """Run the command line and exit: the console script ``keymgmt``."""
-    # As an exception, so that what is half done is cleared away, as it is for Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    # Until something of ours could be left half done, Ctrl-C just ends the process.
+    python = signal.getsignal(signal.SIGINT)
+    if python is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    _open_closed_streams()
+    from keymgmt._system.libc import libc
+    from keymgmt.cli._run import run
+
+    if python is signal.default_int_handler:
+        signal.signal(signal.SIGINT, python)
     try:
-        app(prog_name="keymgmt")
-    except KeymgmtError as error:
-        print_error(error)
-        sys.exit(error.exit_code)
-    except OSError as error:
-        # A full disk or a missing directory is the world's doing, not a bug to trace.
-        print_error(KeymgmtError(str(error)))
-        sys.exit(1)
+        run(sys.argv[1:])
+    finally:
+        # A vendor's library may crash as it is unloaded. This runs after Python's own ending and
+        # before that, so the exit code is ours (glibc's on_exit; elsewhere nothing changes).
+        if hasattr(libc, "on_exit"):
+            libc.fflush(None)
+            libc.on_exit(libc._exit, None)
+
+
+def _open_closed_streams() -> None:
+    """Give closed standard streams a number, so that no file of ours gets one of theirs.
+
+    What is written to a closed stdout fails, as it should: it is opened for reading.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            flags = os.O_RDONLY if number == 1 else os.O_RDWR
+            opened = os.open(os.devnull, flags)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115

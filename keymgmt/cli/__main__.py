@@ -1,4 +1,4 @@
-"""``python -m keymgmt.cli``: the same as the script ``keymgmt``."""
+"""``python -m keymgmt.cli``: the same as ``python -m keymgmt``."""
 
 from keymgmt.cli import main
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from keymgmt._config import Config
-from keymgmt._provider import SupportsKeyManagement, within
-from keymgmt.cli._state import State
+from keymgmt.cli._everywhere import state_of
 from keymgmt.errors import ConfigError, KeymgmtError
+
+if TYPE_CHECKING:
+    from keymgmt._config.config import Config
 
 __all__ = [
     "Fingerprint",
@@ -19,6 +20,7 @@ __all__ = [
     "Json",
     "Key",
     "Model",
+    "ModelOrTree",
     "Name",
     "Provider",
     "Sign",
@@ -33,9 +35,8 @@ _ASKS: Final = {"prompt", "keyring"}
 
 def _quiet_config(context: typer.Context) -> Config | None:
     # While completing, no callback has run, and what is wrong is not said.
-    named = context.find_root().params.get("config")
     try:
-        return State(Path(named) if named else None).config(quiet=True)
+        return state_of(context).config()
     except KeymgmtError:
         return None
 
@@ -66,10 +67,17 @@ def complete_key(context: typer.Context, incomplete: str) -> list[str]:
 
 
 def _keys_of(config: Config, name: str) -> list[str]:
+    from keymgmt._providers.contract import SupportsKeyManagement
+    from keymgmt._system.deadline import within
+
     try:
         provider = config.provider(name)
-        # One that would ask the person for a secret is left alone while he types.
-        if not isinstance(provider, SupportsKeyManagement) or _asks(provider.settings.model_dump()):
+        # A key service is not logged in to, and nobody is asked for a secret, while he types.
+        if (
+            not provider.local
+            or not isinstance(provider, SupportsKeyManagement)
+            or _asks(provider.settings.model_dump())
+        ):
             return []
         found = within(_COMPLETION_SECONDS, f"completion from {name}", provider.list_keys)
     except KeymgmtError:
@@ -107,6 +115,9 @@ Provider = Annotated[
     ),
 ]
 Model = Annotated[Path, typer.Argument(metavar="MODEL.sealed", help="A sealed model.")]
+ModelOrTree = Annotated[
+    Path, typer.Argument(metavar="MODEL.sealed|TREE", help="A sealed model, or many below.")
+]
 Name = Annotated[
     str | None, typer.Option("--name", metavar="NAME", help="Refuse a model of another name.")
 ]

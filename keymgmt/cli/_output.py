@@ -1,74 +1,58 @@
-"""What the command line prints: errors, tables, JSON. Results go to stdout, all else to stderr.
-
-Names come from files that others wrote, so a control character never reaches the terminal.
-"""
+"""What our own commands print besides ``keymgmt.console``: errors, findings, progress."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import TYPE_CHECKING, Final, NoReturn
 
-from rich.console import Console
-from rich.filesize import decimal
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.table import Table
-from rich.text import Text
+import typer
 
-from keymgmt._files import replace_file
+from keymgmt._system.terminal import drawing
+from keymgmt.console import clean, console, print_json, print_line, table
 from keymgmt.errors import CannotUnlock, ConfigError, WrongKey
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from keymgmt._provider import Finding
+    from keymgmt._providers.data import Finding
+    from keymgmt._verbs.tree import Failure
+    from keymgmt._verbs.trees import Done
     from keymgmt.errors import KeymgmtError
 
 __all__ = [
-    "clean",
-    "console",
+    "check_release",
     "counter",
+    "fail",
+    "is_tree",
     "print_error",
     "print_finding",
-    "print_json",
+    "print_warning",
     "progress",
-    "table",
+    "tell_failure",
+    "tell_refusal",
+    "tell_tree",
+    "worst",
     "write_result",
 ]
 
-_PIPE_WIDTH: Final = 160
+ERROR: Final = "keymgmt-error/1"
 _STYLES: Final = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "dim"}
 _LINE_SECONDS: Final = 10.0
 _MANY: Final = 100
+_FEW_RELEASES: Final = 1 << 32
+_REFUSES: Final = "this config would not open it"
 
 
-def console(*, stderr: bool = False) -> Console:
-    """A rich console that does not guess: no markup, emoji or highlighting, and room in a pipe."""
-    stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() else _PIPE_WIDTH
-    return Console(stderr=stderr, markup=False, emoji=False, highlight=False, width=width)
+def print_error(error: KeymgmtError, *, as_json: bool = False) -> None:
+    """Print ``error:`` and ``hint:``, and for CannotUnlock what was tried; as JSON also."""
+    from rich.text import Text
 
-
-def clean(text: object) -> str:
-    """``text`` with what is not printable shown as an escape; line ends are kept."""
-    return "".join(
-        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode()
-        for char in str(text)
-    )
-
-
-def print_error(error: KeymgmtError) -> None:
-    """Print ``error:`` and ``hint:``; for CannotUnlock also what was tried."""
+    if as_json:
+        print_json({"format": ERROR, "error": error.to_json()})
     out = console(stderr=True)
     out.print(Text.assemble(("error: ", "bold red"), clean(error)), soft_wrap=True)
     if isinstance(error, CannotUnlock) and error.attempts:
@@ -93,8 +77,17 @@ def print_error(error: KeymgmtError) -> None:
         out.print(Text.assemble(("hint: ", "bold cyan"), clean(error.hint)), soft_wrap=True)
 
 
+def fail(error: KeymgmtError, document: dict[str, object]) -> NoReturn:
+    """Exit with what was found, as JSON, and the error in it: one document, and not two."""
+    print_json(document | {"error": error.to_json()})
+    print_error(error)
+    raise typer.Exit(error.exit_code)
+
+
 def print_finding(subject: str, finding: Finding) -> None:
     """Print one finding of a check, and the way out where it is not well."""
+    from rich.text import Text
+
     out = console()
     line = subject + (f": {finding.detail}" if finding.detail else "")
     style = _STYLES[finding.status]
@@ -106,6 +99,16 @@ def print_finding(subject: str, finding: Finding) -> None:
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], object]]:
     """Show bytes done of bytes in all on stderr: a bar on a terminal, now and then a line else."""
+    from rich.filesize import decimal
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
     out = console(stderr=True)
     if not out.is_terminal:
         last = time.monotonic()
@@ -126,9 +129,100 @@ def progress(what: str) -> Iterator[Callable[[int, int], object]]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=out, transient=True) as bar:
+    with (
+        Progress(*columns, console=out, transient=True) as bar,
+        drawing(bar.stop, bar.start),
+    ):
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def check_release(release: int) -> None:
+    """Ask back about a release number after which hardly another can come.
+
+    Raises:
+        ConfigError: the person says no, or there is none to ask.
+    """
+    from keymgmt._system.strict_json import MAX_INTEGER
+
+    if MAX_INTEGER - release >= _FEW_RELEASES:
+        return
+    said = f"release {release} leaves {max(0, MAX_INTEGER - release)} numbers for later releases"
+    if sys.stdin.isatty() and typer.confirm(f"{said}, and an older one never opens again. Go on?"):
+        return
+    raise ConfigError(said, hint="give the number that comes after the last: 1, 2, 3")
+
+
+def print_warning(problem: KeymgmtError, what: str = "") -> None:
+    """Print ``warning:`` and ``hint:``: what was done may not do what its owner expects."""
+    from rich.text import Text
+
+    out = console(stderr=True)
+    said = ": ".join(filter(None, [what, str(problem)]))
+    out.print(Text.assemble(("warning: ", "yellow"), clean(said)), soft_wrap=True)
+    if problem.hint:
+        out.print(Text.assemble(("hint: ", "bold"), clean(problem.hint)), soft_wrap=True)
+
+
+def tell_refusal(refused: KeymgmtError | None) -> None:
+    """Say where the config that made something would not let it in."""
+    if refused is not None:
+        print_warning(refused, _REFUSES)
+
+
+def tell_failure(failure: Failure, form: str, *, as_json: bool) -> None:
+    """Print what was wrong with one of many models: on stderr, and as a line of JSON."""
+    error = failure.error
+    if as_json:
+        print_line({"format": form, **failure.to_json()})
+    console(stderr=True).print(f"{clean(failure.path)}: {clean(error)}", soft_wrap=True)
+
+
+def is_tree(path: Path) -> bool:
+    """Whether a command is to look for models below a folder, and not at one model."""
+    from keymgmt._verbs.tree import is_model
+
+    return path.is_dir() and not is_model(path)
+
+
+def tell_tree(items: Iterable[Done | Failure], doing: str, form: str, *, as_json: bool) -> None:
+    """Print what was done with each model of a tree and a summary; exit by the worst of it."""
+    from keymgmt._verbs.tree import Failure
+
+    states: Counter[str] = Counter()
+    failed: list[Failure] = []
+    with counter(doing) as tick:
+        for item in items:
+            tick()
+            if isinstance(item, Failure):
+                failed.append(item)
+                tell_failure(item, form, as_json=as_json)
+                continue
+            states[item.state] += 1
+            if as_json:
+                print_line({"format": form, **item.to_json()})
+            else:
+                console().print(f"{clean(item.path)}: {item.state}", soft_wrap=True)
+            if item.detail.get("refusal"):
+                said = f"{clean(item.path)}: {_REFUSES}: {clean(item.detail['refusal'])}"
+                console(stderr=True).print(said, soft_wrap=True)
+    code = worst({failure.error.exit_code for failure in failed})
+    models = states.total()
+    if failed and not models and not as_json:
+        raise failed[0].error
+    if as_json:
+        counts = {"models": models, "failed": len(failed), "states": dict(states)}
+        print_line({"format": form, **counts, "exit_code": code})
+    else:
+        told = ", ".join(f"{state} {count}" for state, count in sorted(states.items()))
+        console().print(f"{models} models: {told}; failed {len(failed)}")
+    if code:
+        raise typer.Exit(code)
+
+
+def worst(codes: Collection[int]) -> int:
+    """The exit code of a run over many models: 6 before 5, 4, 3 and any other; else 0."""
+    return next((code for code in (6, 5, 4, 3) if code in codes), max(codes, default=0))
 
 
 @contextlib.contextmanager
@@ -147,34 +241,22 @@ def counter(what: str) -> Iterator[Callable[[], object]]:
             last = time.monotonic()
             out.print(f"{what}: {count}")
 
-    with spinner or contextlib.nullcontext():
+    if spinner is None:
         yield tick
-
-
-def print_json(value: Any) -> None:
-    """Print one JSON document on stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=True))  # noqa: T201
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    """A plain table whose cells are cleaned."""
-    made = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        made.add_column(column, overflow="fold")
-    for row in rows:
-        made.add_row(*(Text(clean(cell)) for cell in row))
-    return made
+        return
+    with spinner, drawing(spinner.stop, spinner.start):
+        yield tick
 
 
 def write_result(content: bytes, path: Path | None, *, force: bool) -> None:
     """Write ``content`` to a new file or to stdout; ConfigError where it exists."""
+    from keymgmt._system.files import save_file
+
     if path is None:
-        sys.stdout.buffer.write(content)
+        sys.stdout.flush()
+        # On a terminal the prompt begins a line; in a file the bytes are what they are.
+        end = b"\n" if sys.stdout.isatty() and not content.endswith(b"\n") else b""
+        sys.stdout.buffer.write(content + end)
         sys.stdout.buffer.flush()
         return
-    try:
-        replace_file(path, content, exclusive=not force)
-    except FileExistsError as error:
-        raise ConfigError(f"{path} exists", hint="name another file, or --force") from error
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+    save_file(path, content, force=force)

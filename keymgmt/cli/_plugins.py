@@ -1,26 +1,27 @@
 """Commands of other distributions: entry points of group ``keymgmt.commands``.
 
-Imported when run and never for ``--help``, whose line is the first of the module's docstring, read
-from its source. Ours cannot be shadowed. A broken one is explained and harms no other.
+Imported when run and never for ``--help``, which names the distribution. Ours cannot be shadowed.
+A broken one is explained and harms no other.
 """
 
 from __future__ import annotations
 
-import ast
-from importlib.machinery import PathFinder
 from importlib.metadata import EntryPoint
-from pathlib import Path
 from typing import Any, Final
 
 import typer
 from typer.core import TyperGroup
 
-from keymgmt._registry import installed_entry_points
+from keymgmt._system.entry_points import installed_entry_points
+from keymgmt.cli._everywhere import adopt
 from keymgmt.errors import ConfigError
 
 __all__ = ["GROUP", "CommandGroup", "announced"]
 
 GROUP: Final = "keymgmt.commands"
+_SENTENCE: Final = 120
+# Commands of our own distributions, by the extra that brings them.
+_EXTRAS: Final = {"demo": "demo", "leakcheck": "demo", "run": "openvino"}
 
 
 def announced() -> dict[str, list[EntryPoint]]:
@@ -34,6 +35,10 @@ def announced() -> dict[str, list[EntryPoint]]:
 class CommandGroup(TyperGroup):
     """Our commands, then those of other distributions, which load when they are run."""
 
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        adopt(self)
+
     def list_commands(self, ctx: Any) -> list[str]:
         """Name every command: ours in our order, then the others in theirs."""
         ours = super().list_commands(ctx)
@@ -42,19 +47,42 @@ class CommandGroup(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Ours, or a stand-in that has only a help line; None for an unknown name."""
         command: Any = super().get_command(ctx, cmd_name)
-        if command is None and (entries := announced().get(cmd_name)):
-            stand_in = typer.Typer(name=cmd_name, help=_summary(entries[0]))
+        if command is not None:
+            adopt(command)
+        elif entries := announced().get(cmd_name):
+            stand_in = typer.Typer(name=cmd_name, help=f"From {_source(entries[0])}.")
             stand_in.callback()(lambda: None)
             command = typer.main.get_command(stand_in)
             command.rich_help_panel = "From other distributions"
         return command
 
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """List the commands by panel, each with its whole first sentence."""
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for name in self.list_commands(ctx):
+            command: Any = self.get_command(ctx, name)
+            rows = panels.setdefault(command.rich_help_panel or "Commands", [])
+            rows.append((name, command.get_short_help_str(limit=_SENTENCE)))
+        for panel, rows in panels.items():
+            with formatter.section(panel):
+                formatter.write_dl(rows)
+
+    def invoke(self, ctx: Any) -> None:
+        """Run the command that is named; what its function returns is no exit code."""
+        super().invoke(ctx)
+
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find the command that runs, and import it if it is another distribution's."""
+        if args and args[0] in _EXTRAS and self.get_command(ctx, args[0]) is None:
+            raise ConfigError(
+                f"the command {args[0]!r} is not installed",
+                hint=f'pip install "keymgmt[{_EXTRAS[args[0]]}]"',
+            )
         name, command, rest = super().resolve_command(ctx, args)
         if name is not None and super().get_command(ctx, name) is None:
             command = typer.main.get_command(_load(announced()[name]))
             command.name = name
+            adopt(command)
         return name, command, rest
 
 
@@ -80,27 +108,3 @@ def _load(entries: list[EntryPoint]) -> typer.Typer:
 
 def _source(entry: EntryPoint) -> str:
     return entry.dist.name if entry.dist else "an unknown distribution"
-
-
-def _summary(entry: EntryPoint) -> str:
-    line = (_docstring(entry.module) or "").partition("\n")[0]
-    return f"{line} ({_source(entry)})" if line else f"From {_source(entry)}."
-
-
-def _docstring(module: str) -> str | None:
-    # PathFinder is asked part by part, because importlib.util.find_spec imports the parents.
-    path: list[str] | None = None
-    origin: str | None = None
-    name = ""
-    for part in module.split("."):
-        name = f"{name}.{part}" if name else part
-        spec = PathFinder.find_spec(name, path)
-        if spec is None:
-            return None
-        path, origin = list(spec.submodule_search_locations or []), spec.origin
-    if origin is None or not origin.endswith(".py"):
-        return None
-    try:
-        return ast.get_docstring(ast.parse(Path(origin).read_bytes()))
-    except (OSError, SyntaxError, ValueError):
-        return None

@@ -2,48 +2,121 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import os
 import sys
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import typer
+from keymgmt.errors import ConfigError, KeymgmtError
 
-from keymgmt._config import FILE_NAME, Config, load_config
+if TYPE_CHECKING:
+    from keymgmt import Config
+    from keymgmt._providers.contract import KeyProvider
+
+P = TypeVar("P", bound="KeyProvider[Any]")
 
 __all__ = ["State"]
 
 
 class State:
-    """The global options, and the config that they name, loaded once and when first asked for."""
+    """The global options, and the config that they name, loaded once and when first asked for.
 
-    def __init__(self, config: Path | None = None, verbose: int = 0) -> None:
-        self._path = config
+    Attributes:
+        path: the config file that is named; None for the one that the library finds.
+        as_json: whether stdout is to have JSON and nothing else.
+    """
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+        self.as_json = False
         self._config: Config | None = None
-        # Without a handler of ours, logging would print audit warnings beside our errors.
-        logging.getLogger("keymgmt").addHandler(logging.NullHandler())
-        if verbose:
-            logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stderr)
-            logging.getLogger("keymgmt").setLevel(logging.DEBUG if verbose > 1 else logging.INFO)
+        self._warnings = _Warnings(logging.WARNING)
+        ours = logging.getLogger("keymgmt")
+        for handler in list(ours.handlers):
+            if isinstance(handler, _Warnings):  # of another run in this process
+                ours.removeHandler(handler)
+        ours.addHandler(self._warnings)
 
-    def config_path(self) -> Path | None:
-        """The file named by ``--config``, else ``./keymgmt.toml``, else None: the library's."""
-        if self._path is not None or os.environ.get("KEYMGMT_CONFIG"):
-            return self._path
-        # Only a person at a prompt chose the working directory; the library never reads it.
-        local = Path(FILE_NAME)
-        return local if local.is_file() else None
+    def set_config(self, path: str) -> None:
+        """Take another config than the one that the library finds; ConfigError for no name."""
+        if not str(path):
+            raise ConfigError("--config names no file", hint="is a variable empty that holds it?")
+        self.path = Path(path)
+
+    def set_as_json(self, value: bool) -> None:
+        """Print JSON on stdout."""
+        self.as_json = value
+
+    def set_verbose(self, count: int) -> None:
+        """Show logs on stderr: 1 for the audit events and warnings, 2 for all of ours."""
+        self._show_all()
+        logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stderr)
+        logging.getLogger("keymgmt").setLevel(logging.DEBUG if count > 1 else logging.INFO)
+
+    def set_log_json(self, _value: bool) -> None:
+        """Show logs on stderr, each as one line of JSON."""
+        self._show_all()
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_JsonLines())
+        logging.basicConfig(handlers=[handler], force=True)
+        ours = logging.getLogger("keymgmt")
+        ours.setLevel(min(ours.level or logging.INFO, logging.INFO))
+
+    def _show_all(self) -> None:
+        logging.getLogger("keymgmt").removeHandler(self._warnings)
 
     def close(self) -> None:
         """Close the providers: let go of connections, and wipe what is secret."""
         if self._config is not None:
             self._config.close()
 
-    def config(self, *, quiet: bool = False) -> Config:
-        """Load the config; ConfigError where there is none or it is wrong."""
+    def config(self) -> Config:
+        """Load the config; ConfigError where there is none or it is wrong.
+
+        It is the file named by ``--config``, else the one that the library finds. The working
+        directory is never looked at: whoever delivered it would choose whom to trust.
+        """
         if self._config is None:
-            path = self.config_path()
-            if path is not None and path != self._path and not quiet:
-                typer.echo(f"using the config ./{path}", err=True)
-            self._config = load_config(path)
+            from keymgmt import load_config
+
+            self._config = load_config(self.path)
         return self._config
+
+    def provider(self, name: str, kind: type[P]) -> P:
+        """The provider of that name, for a command of its backend; ConfigError for another's."""
+        provider = self.config().provider(name)
+        if not isinstance(provider, kind):
+            raise ConfigError(
+                f"the provider {name!r} is of the backend {provider.backend}, not {kind.backend}",
+                hint=f'name a provider whose table has backend = "{kind.backend}"',
+            )
+        return provider
+
+
+class _Warnings(logging.Handler):
+    """Shows warnings of the library as ours are; audit events are for logs, and not for people."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name.startswith("keymgmt.audit"):
+            return
+        from keymgmt.cli._output import print_warning
+
+        print_warning(KeymgmtError(record.getMessage()))
+
+
+class _JsonLines(logging.Formatter):
+    """One record as one JSON object; an audit event with its fields as members."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line = {
+            "format": "keymgmt-log/1",
+            "time": f"{moment}.{int(record.msecs):03}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+        }
+        fields = getattr(record, "audit", None)
+        line |= fields if isinstance(fields, dict) else {"message": record.getMessage()}
+        return json.dumps(line, ensure_ascii=True, default=str)

@@ -12,35 +12,27 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
-from rich.text import Text
-
-from keymgmt._provider import (
-    SupportsBatchUnwrap,
-    SupportsKeyManagement,
-    SupportsOfflineRecipients,
-    SupportsSigning,
-)
-from keymgmt._registry import backends as announced_backends
-from keymgmt._registry import load_backend
 from keymgmt.cli import _plugins
 from keymgmt.cli._options import Json
-from keymgmt.cli._output import clean, console, print_json, table
+from keymgmt.console import clean, console, print_json, table
 from keymgmt.errors import KeymgmtError
 
 __all__ = ["backends"]
 
 SECONDS: Final = 20
-ABILITIES: Final = {
-    "keys": SupportsKeyManagement,
-    "sign": SupportsSigning,
-    "recipients": SupportsOfflineRecipients,
-    "batch-unwrap": SupportsBatchUnwrap,
-}
-OURS: Final = ("file", "vault", "pkcs11", "tpm2")
+OURS: Final = ("file", "vault", "pkcs11", "tpm2", "aws")
 
 
 def backends(as_json: Json = False) -> None:
-    """Show the installed backends, what they can do, and what is wrong with them."""
+    """Show the installed backends, what they can do, and what is wrong with them.
+
+    Example:
+        keymgmt backends
+    """
+    from rich.text import Text
+
+    from keymgmt._providers.registry import backends as announced_backends
+
     found = [(name, info) for name, infos in announced_backends().items() for info in infos]
     twice = [name for name, _ in found]
     with ThreadPoolExecutor(4) as pool:
@@ -53,7 +45,7 @@ def backends(as_json: Json = False) -> None:
             {"name": name, "distribution": info.distribution, "version": info.version, **probe}
         )
     if as_json:
-        print_json(rows)
+        print_json({"format": "keymgmt-backends/1", "backends": rows})
         return
     out = console()
     out.print(
@@ -100,13 +92,27 @@ def _probe(name: str, distribution: str) -> dict[str, Any]:
 
 
 def _describe(name: str, distribution: str) -> dict[str, Any]:
+    from keymgmt._providers.contract import (
+        SupportsBatchUnwrap,
+        SupportsKeyManagement,
+        SupportsOfflineRecipients,
+        SupportsSigning,
+    )
+    from keymgmt._providers.registry import load_backend
+
     try:
         kind = load_backend(name, distribution)
     except KeymgmtError as error:
         return {"problem": "; ".join(filter(None, [str(error), error.hint]))}
+    abilities = {
+        "keys": SupportsKeyManagement,
+        "sign": SupportsSigning,
+        "recipients": SupportsOfflineRecipients,
+        "batch-unwrap": SupportsBatchUnwrap,
+    }
     return {
         "api": kind.api_version,
-        "abilities": [ability for ability, base in ABILITIES.items() if issubclass(kind, base)],
+        "abilities": [ability for ability, base in abilities.items() if issubclass(kind, base)],
         "kinds": list(getattr(kind, "key_kinds", {})),
         "problem": None,
     }

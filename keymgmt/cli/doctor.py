@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Final, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Final, ParamSpec
 
 import typer
 
-from keymgmt._config import Config, parse_group
-from keymgmt._names import KeyRef
-from keymgmt._provider import Finding, Health, within
-from keymgmt._recipient import Recipient
-from keymgmt._verify import algorithm_of
 from keymgmt.cli._options import Json, complete_key
-from keymgmt.cli._output import print_finding, print_json
+from keymgmt.cli._output import print_finding
 from keymgmt.cli._state import State
-from keymgmt.errors import KeymgmtError
+from keymgmt.console import print_json
+from keymgmt.errors import Attempt, KeymgmtError
+
+if TYPE_CHECKING:
+    from keymgmt._config.config import Config
+    from keymgmt._providers.data import Finding, Health
 
 __all__ = ["doctor"]
 
@@ -41,7 +41,12 @@ def doctor(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check the config, every provider and its keys; exit 1 if anything failed."""
+    """Check the config, every provider and its keys; exit 1 if anything failed.
+
+    Examples:
+        keymgmt doctor
+        keymgmt doctor local:models --open resnet50.sealed
+    """
     state: State = context.obj
     config = state.config()
     found: list[tuple[str, Finding]] = []
@@ -52,15 +57,19 @@ def doctor(
     failed = any(finding.status == "failed" for _, finding in found)
     if as_json:
         findings = [{"subject": subject, **asdict(finding)} for subject, finding in found]
-        print_json({"ok": not failed, "config": str(config.path), "findings": findings})
+        found_json = {"ok": not failed, "config": str(config.path), "findings": findings}
+        print_json({"format": "keymgmt-doctor/1", **found_json})
     if failed:
         raise typer.Exit(1)
 
 
 def _look(config: Config, what: list[str], models: list[Path]) -> Iterator[tuple[str, Finding]]:
+    from keymgmt._providers.names import KeyRef
+
     named = {text.partition(":")[0] for text in what}
     keys = {str(KeyRef.parse(text)) for text in what if ":" in text}
     if not what:
+        yield "cryptography", _module(config)
         yield from (("policy", finding) for finding in _policy(config))
         keys = set(_seal_keys(config))
     for name in config.provider_names if not what else sorted(named):
@@ -75,10 +84,13 @@ def _look(config: Config, what: list[str], models: list[Path]) -> Iterator[tuple
                     said.add(finding)
                     yield subject, finding
     for path in models:
-        yield str(path), _attempt("opens", _open, config, path)
+        yield from ((str(path), finding) for finding in _open(config, path))
 
 
 def _check(config: Config, name: str, key: str | None) -> Health:
+    from keymgmt._providers.data import Finding, Health
+    from keymgmt._system.deadline import within
+
     what = f"the check of {name}"
     try:
         return within(SECONDS, what, lambda: config.provider(name).check(key))
@@ -90,6 +102,8 @@ def _check(config: Config, name: str, key: str | None) -> Health:
 
 
 def _attempt(name: str, call: Callable[P, str], *args: P.args, **more: P.kwargs) -> Finding:
+    from keymgmt._providers.data import Finding
+
     try:
         return Finding(name, "ok", call(*args, **more))
     except KeymgmtError as error:
@@ -98,14 +112,43 @@ def _attempt(name: str, call: Callable[P, str], *args: P.args, **more: P.kwargs)
         return Finding(name, "failed", "; ".join([str(error), *reasons]), error.hint)
 
 
-def _open(config: Config, path: Path) -> str:
+def _open(config: Config, path: Path) -> Iterator[Finding]:
     import keymgmt
+    from keymgmt._providers.data import Finding
 
-    with keymgmt.open(path, keys=config) as model:
-        return f"{model.manifest.name}, release {model.manifest.release}"
+    failed: list[Attempt] = []
+
+    def opens() -> str:
+        with keymgmt.open(path, keys=config) as model:
+            failed.extend(model.failed)
+            opened_by = "+".join(model.opened_by) or "a cached key"
+            return f"{model.manifest.name}, release {model.manifest.release}, by {opened_by}"
+
+    yield _attempt("opens", opens)
+    for attempt in failed:
+        yield Finding(
+            "second way in",
+            "failed",
+            f"{attempt.provider} should open it and does not work: {attempt.error}",
+            attempt.error.hint,
+        )
+
+
+def _module(config: Config) -> Finding:
+    from keymgmt._crypto.module import describe_module
+    from keymgmt._providers.data import Finding
+
+    said, fips = describe_module()
+    if fips or config.seal.profile == "default":
+        return Finding("module", "ok", said)
+    hint = "where the rules ask for a validated one: docs/threat-model.md, A validated module"
+    return Finding("module", "warning", f"[seal] profile is {config.seal.profile}: {said}", hint)
 
 
 def _policy(config: Config) -> Iterator[Finding]:
+    from keymgmt._providers.data import Finding
+    from keymgmt._providers.names import parse_group
+
     policy = config.policy
     yield Finding("config", "ok", str(config.path))
     if not policy.require_signature:
@@ -125,25 +168,43 @@ def _policy(config: Config) -> Iterator[Finding]:
     for file, models in policy.publishers.items():
         scope = "any model" if "*" in models else ", ".join(models)
         yield _attempt(f"publisher {file}", _signer, config, file, f"may publish {scope}")
-    for file in policy.recipient_signers:
+    for file in (*policy.recipient_signers, *policy.attestation_signers):
         what = "vouches for recipient files"
         yield _attempt(f"recipient signer {file}", _signer, config, file, what)
+    if config.seal.sign:
+        found = _attempt("[seal] sign", _sealing, config)
+        # A key that fails is found below, with its provider.
+        yield replace(found, status="warning") if found.status == "failed" else found
     for group in config.seal.to:
         for member in parse_group(group):
             if member.startswith("@"):
                 yield _attempt(f"recipient {member}", _recipient, member[1:])
 
 
+def _sealing(config: Config) -> str:
+    from keymgmt._providers.names import KeyRef
+    from keymgmt._trust.policy import check_signer
+
+    public = check_signer(config, KeyRef.parse(str(config.seal.sign)))
+    return f"{config.seal.sign}, {public.id[:16]}"
+
+
 def _signer(config: Config, file: str, what: str) -> str:
+    from keymgmt._crypto.signatures import algorithm_of
+
     return f"{algorithm_of(config.public_key(file))}, {what}"
 
 
 def _recipient(path: str) -> str:
+    from keymgmt._providers.recipient_file import Recipient
+
     recipient = Recipient.load(path)
     return f"{recipient}, {recipient.kind}, fingerprint {recipient.fingerprint}"
 
 
 def _seal_keys(config: Config) -> Iterator[str]:
+    from keymgmt._providers.names import KeyRef, parse_group
+
     for group in config.seal.to:
         yield from (member for member in parse_group(group) if not member.startswith("@"))
     if config.seal.sign:

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    PublicFormat,
-    load_der_public_key,
-)
 
-from keymgmt._config import FILE_NAME, Config, user_directory
-from keymgmt._files import replace_file
-from keymgmt._names import check_key
-from keymgmt._provider import SupportsKeyManagement, SupportsSigning
-from keymgmt.cli._output import clean, console
+from keymgmt.cli._options import Json
+from keymgmt.console import clean, console, print_json
 from keymgmt.errors import ConfigError, KeyNotFound, ProviderUnavailable
 
-__all__ = ["init", "pem"]
+if TYPE_CHECKING:
+    from keymgmt._providers.contract import SupportsKeyManagement
+
+__all__ = ["init"]
 
 _CONFIG: Final = """\
 # The providers (where keys are), the policy (what may be opened) and how to seal.
@@ -52,11 +48,24 @@ def init(
     publisher: Annotated[
         str, typer.Option(metavar="NAME", help="The key that signs.")
     ] = "publisher",
+    as_json: Json = False,
 ) -> None:
     """Make a config with a file provider, a key that wraps and one that signs.
 
     Models that it opens must be signed. Nothing that exists is replaced.
+
+    Examples:
+        keymgmt init
+        keymgmt init /etc/keymgmt
     """
+    from keymgmt._config.config import Config
+    from keymgmt._config.locate import FILE_NAME, user_directory
+    from keymgmt._crypto.signatures import PublicKey
+    from keymgmt._providers.contract import SupportsKeyManagement, SupportsSigning
+    from keymgmt._providers.names import check_key
+    from keymgmt._system.files import make_folder, replace_file
+
+    named = directory is not None
     if directory is None:
         directory = user_directory()
         if directory is None:
@@ -77,23 +86,30 @@ def init(
         ):
             raise ConfigError("the installed backend 'file' makes no keys")
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            make_folder(directory)
         except OSError as error:
             raise ConfigError(f"cannot make the folder {directory}: {error.strerror}") from error
         # The config comes last: where it is, everything that it names is there.
         wraps = _ensure(provider, kek, "wrap")
         signs = _ensure(provider, publisher, "sign")
         public = directory / f"{publisher}.pem"
-        replace_file(public, pem(provider.public_key(publisher)))
+        replace_file(public, PublicKey(provider.public_key(publisher)).to_pem())
     try:
         replace_file(path, content.encode(), exclusive=True)
     except FileExistsError as error:
         raise ConfigError(f"there is a config already: {path}") from error
+    if as_json:
+        made = {"config": path, "key": f"local:{kek}", "publisher": f"local:{publisher}"}
+        said = {name: str(value) for name, value in {**made, "public_key": public}.items()}
+        print_json({"format": "keymgmt-init/1", **said})
+        return
     out = console()
     out.print(f"config     {clean(path)}")
     out.print(f"key        local:{kek} ({wraps})")
     out.print(f"publisher  local:{publisher} ({signs}), public part in {clean(public)}")
     out.print(f"\nBack up {clean(directory / 'keys')}, encrypted: without it, nothing opens again.")
+    if named:
+        out.print(f"Use it with: export KEYMGMT_CONFIG={clean(shlex.quote(str(path.absolute())))}")
 
 
 def _ensure(provider: SupportsKeyManagement, key: str, purpose: str) -> str:
@@ -106,10 +122,3 @@ def _ensure(provider: SupportsKeyManagement, key: str, purpose: str) -> str:
     if info.purpose != purpose:
         raise ConfigError(f"the key {key!r} exists and does not {purpose}", hint="name another one")
     return info.kind
-
-
-def pem(public_key: bytes) -> bytes:
-    """A DER SubjectPublicKeyInfo as PEM (RFC 7468)."""
-    return load_der_public_key(public_key).public_bytes(
-        Encoding.PEM, PublicFormat.SubjectPublicKeyInfo
-    )

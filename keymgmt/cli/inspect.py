@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.filesize import decimal
-from rich.text import Text
 
 import keymgmt
-from keymgmt.cli._options import Json, Model, Name
-from keymgmt.cli._output import clean, console, print_finding, print_json, progress, table
+from keymgmt.cli._options import Json, Model, ModelOrTree, Name
+from keymgmt.cli._output import is_tree, print_finding, progress, tell_refusal, tell_tree
+from keymgmt.console import clean, console, print_json, table
+from keymgmt.errors import ConfigError
 
 if TYPE_CHECKING:
     from keymgmt import Inspection
@@ -27,13 +27,17 @@ def inspect(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what a sealed model says of itself; it takes no key, and proves nothing."""
+    """Show what a sealed model says of itself; it takes no key, and proves nothing.
+
+    Example:
+        keymgmt inspect resnet50.sealed
+    """
     show(keymgmt.inspect(model), as_json=as_json, everything=every_file)
 
 
 def verify(
     context: typer.Context,
-    model: Model,
+    model: ModelOrTree,
     name: Name = None,
     signature_only: Annotated[
         bool,
@@ -41,7 +45,18 @@ def verify(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Prove all that can be proved: the publisher, the key, and every byte."""
+    """Prove all that can be proved: the publisher, the key, and every byte.
+
+    Examples:
+        keymgmt verify resnet50.sealed
+        keymgmt verify /srv/models --json
+    """
+    if is_tree(model):
+        if name is not None:
+            raise ConfigError("--name is for one model, and this is a tree of them")
+        found = keymgmt.verify_tree(model, keys=context.obj.config(), signature_only=signature_only)
+        tell_tree(found, "verifying", "keymgmt-verify/1", as_json=as_json)
+        return
     with progress("verifying") as done:
         verification = keymgmt.verify(
             model,
@@ -51,7 +66,7 @@ def verify(
             progress=done,
         )
     if as_json:
-        print_json(verification.to_json())
+        print_json({"format": "keymgmt-verify/1", **verification.to_json()})
         return
     manifest = verification.manifest
     console().print(f"{clean(manifest.name)}, release {manifest.release}, id {manifest.id.hex()}")
@@ -63,14 +78,22 @@ def show(
     inspection: Inspection, *, as_json: bool, verified: bool = False, everything: bool = False
 ) -> None:
     """Print an inspection; ``verified`` where we just made the model ourselves."""
+    from rich.filesize import decimal
+    from rich.text import Text
+
+    tell_refusal(inspection.refusal)
     if as_json:
-        print_json(inspection.to_json() | {"verified": verified})
+        said = inspection.to_json() | {"verified": verified}
+        print_json({"format": "keymgmt-inspect/1", **said})
         return
     manifest = inspection.manifest
     out = console()
-    out.print(Text(clean(inspection.path), style="bold"))
+    shown = clean(inspection.path)
+    out.print(Text(shown, style="bold"))
     if not verified:
-        out.print(Text("nothing here is verified: `keymgmt verify` proves it", style="yellow"))
+        out.print(
+            Text(f"nothing here is verified: `keymgmt verify {shown}` proves it", style="yellow")
+        )
     facts = [
         ("name", manifest.name),
         ("release", manifest.release),
@@ -96,7 +119,8 @@ def show(
     _more(len(groups), limit)
     out.print()
     for signer in inspection.signers:
-        out.print(f"signed by  {signer}")
+        until = inspection.expiries.get(signer)
+        out.print(f"signed by  {signer}" + (f", until {until}" if until else ""), soft_wrap=True)
     if not inspection.signers:
         out.print("not signed")
 

@@ -4,37 +4,33 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import keymgmt
-from keymgmt._names import KeyRef
-from keymgmt._provider import (
-    KeyInfo,
-    KeyProvider,
-    SupportsKeyManagement,
-    SupportsOfflineRecipients,
-    SupportsSigning,
-)
-from keymgmt._recipient import (
-    Recipient,
-    plain_fingerprint,
-    recipient_message,
-    sign_recipient,
-)
 from keymgmt.cli._options import Force, Json, Key, Provider, complete_key, option_pairs
-from keymgmt.cli._output import clean, console, print_json, table, write_result
+from keymgmt.cli._output import fail, print_warning, write_result
 from keymgmt.cli._state import State
-from keymgmt.cli.init import pem
+from keymgmt.console import clean, console, print_json, table
 from keymgmt.errors import (
     ConfigError,
     KeymgmtError,
+    KeyRetired,
     UnsupportedOperation,
     UntrustedPublisher,
 )
+
+if TYPE_CHECKING:
+    from keymgmt._config.config import Config
+    from keymgmt._providers.contract import KeyProvider, SupportsKeyManagement
+    from keymgmt._providers.data import KeyInfo
+    from keymgmt._providers.names import KeyRef
+    from keymgmt._providers.recipient_file import Recipient
+    from keymgmt._verbs.usage import KeyUse
 
 __all__ = ["app"]
 
@@ -62,7 +58,12 @@ def create(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a key."""
+    """Make a key.
+
+    Examples:
+        keymgmt keys create local:resnet50
+        keymgmt keys create local:release --sign
+    """
     reference, provider = _managed(context, key)
     purpose = "sign" if sign else "wrap"
     if kind is None:
@@ -77,7 +78,14 @@ def create(
 
 @app.command("list")
 def list_keys(context: typer.Context, provider: Provider = None, as_json: Json = False) -> None:
-    """List the keys of the providers; exit by the first that failed."""
+    """List the keys of the providers; exit by the first that failed.
+
+    Examples:
+        keymgmt keys list
+        keymgmt keys list local --json
+    """
+    from keymgmt._providers.contract import SupportsKeyManagement
+
     config = context.obj.config()
     rows: list[tuple[str, KeyInfo]] = []
     failed: list[tuple[str, KeymgmtError]] = []
@@ -92,7 +100,14 @@ def list_keys(context: typer.Context, provider: Provider = None, as_json: Json =
             # One that is down does not hide the keys of the others.
             failed.append((name, error))
     if as_json:
-        print_json([_plain(reference, info) for reference, info in rows])
+        found_json: dict[str, object] = {
+            "format": "keymgmt-keys/1",
+            "keys": [_plain(reference, info) for reference, info in rows],
+            "failed": [{"provider": name, "error": each.to_json()} for name, each in failed],
+        }
+        if failed:
+            fail(failed[0][1], found_json)
+        print_json(found_json)
     else:
         columns = ["key", "purpose", "kind", "version", "created"]
         console().print(
@@ -118,16 +133,33 @@ def list_keys(context: typer.Context, provider: Provider = None, as_json: Json =
 
 @app.command()
 def show(context: typer.Context, key: Key, as_json: Json = False) -> None:
-    """Show a key and its versions."""
+    """Show a key and its versions.
+
+    Example:
+        keymgmt keys show local:models
+    """
     reference, provider = _managed(context, key)
     _show(reference, provider.describe_key(reference.key), as_json)
 
 
 @app.command()
 def rotate(context: typer.Context, key: Key, as_json: Json = False) -> None:
-    """Add a version that new wraps or signatures use; old ones still open what they opened."""
+    """Add a version that new wraps or signatures use; old ones still open what they opened.
+
+    Example:
+        keymgmt keys rotate local:models
+    """
+    from keymgmt._trust.policy import check_signer
+
     reference, provider = _managed(context, key)
-    _show(reference, provider.rotate_key(reference.key), as_json)
+    info = provider.rotate_key(reference.key)
+    _show(reference, info, as_json)
+    if info.purpose == "sign":
+        # It is rotated already: what is wrong is said, and its next use finds it too.
+        try:
+            check_signer(context.obj.config(), reference)
+        except KeymgmtError as error:
+            print_warning(error)
 
 
 @app.command()
@@ -155,9 +187,19 @@ def export(
         ),
     ] = None,
     force: Force = False,
+    as_json: Json = False,
 ) -> None:
-    """Write the public part of a key."""
-    reference, provider = _find(context, key)
+    """Write the public part of a key; of a publisher's, also of an older version that is there.
+
+    Example:
+        keymgmt keys export local:publisher -o publisher.pem
+    """
+    from keymgmt._crypto.signatures import PublicKey
+    from keymgmt._providers.contract import SupportsOfflineRecipients, SupportsSigning
+
+    reference, provider = _find(context, key, version=True)
+    fingerprint: str | None = None
+    signature: Path | None = None
     if form is None:
         form = _natural_form(reference, provider)
     if sign is not None and (form != "recipient" or output is None):
@@ -165,7 +207,12 @@ def export(
     if form == "pem":
         if not isinstance(provider, SupportsSigning):
             raise UnsupportedOperation(f"the provider {reference.provider} does not sign")
-        write_result(pem(provider.public_key(reference.key)), output, force=force)
+        content = PublicKey(provider.public_key(reference.key, reference.version)).to_pem()
+    elif reference.version is not None:
+        raise ConfigError(
+            f"others seal to the newest version of a key, and not to {reference}",
+            hint=f"leave out the version: {reference.provider}:{reference.key}",
+        )
     elif form == "recipient":
         if not isinstance(provider, SupportsOfflineRecipients):
             raise UnsupportedOperation(
@@ -173,13 +220,41 @@ def export(
                 hint="seal where this provider is configured: --to " + str(reference),
             )
         recipient = provider.export_recipient(reference.key)
-        write_result(recipient.to_bytes(), output, force=force)
-        if sign is not None and output is not None:
-            _vouch(context, recipient, output, sign, force=force)
-        # Who seals to it compares this, told over another way, with what he received.
-        typer.echo(f"fingerprint {recipient.fingerprint}", err=True)
+        content, fingerprint = recipient.to_bytes(), recipient.fingerprint
     else:
         raise ConfigError(f"no format {form!r}", hint="formats: pem, recipient")
+    if output is not None or not as_json:
+        write_result(content, output, force=force)
+    if sign is not None and output is not None:
+        signature = _vouch(context, recipient, output, sign, force=force)
+    if as_json:
+        print_json(
+            {
+                "format": "keymgmt-export/1",
+                "kind": form,
+                "file": None if output is None else str(output),
+                "content": content.decode() if output is None else None,
+                "fingerprint": fingerprint,
+                "signature": signature and str(signature),
+            }
+        )
+    else:
+        _tell_next(form, output, fingerprint)
+
+
+def _tell_next(form: str, output: Path | None, fingerprint: str | None) -> None:
+    out = console(stderr=True)
+    if output is not None:
+        name = clean(output)
+        out.print(f"wrote {name}", soft_wrap=True)
+        if form == "pem":
+            said = f'where models are opened: publishers = {{ "{name}" = ["*"] }} under [policy]'
+        else:
+            said = f"where models are sealed: --to @{name}"
+        out.print(f"next, {said}", soft_wrap=True)
+    if fingerprint is not None:
+        # Who seals to it compares this, told over another way, with what he received.
+        out.print(f"fingerprint {fingerprint}", soft_wrap=True)
 
 
 @app.command()
@@ -193,28 +268,48 @@ def vouch(
         str, typer.Option(metavar="HEX", help="Its fingerprint, as the device itself shows it.")
     ],
     force: Force = False,
+    as_json: Json = False,
 ) -> None:
     """Sign another machine's recipient file, so that others seal to it without a fingerprint.
 
-    They trust the signer by `recipient_signers` in `[policy]`.
+    They trust the signer by `recipient_signers` in the table policy of their config.
+
+    Example:
+        keymgmt keys vouch device7.recipient --sign local:publisher --fingerprint HEX
     """
+    from keymgmt._providers.recipient_file import Recipient, plain_fingerprint
+
     recipient = Recipient.load(file)
     if plain_fingerprint(fingerprint) != plain_fingerprint(recipient.fingerprint):
         raise UntrustedPublisher(
             f"{file} has another fingerprint: {recipient.fingerprint}",
             hint="the file is not the one that the device wrote; fetch it again",
         )
-    _vouch(context, recipient, file, sign, force=force)
+    signature = _vouch(context, recipient, file, sign, force=force)
+    if as_json:
+        said = {
+            "file": str(file),
+            "fingerprint": recipient.fingerprint,
+            "signature": str(signature),
+        }
+        print_json({"format": "keymgmt-vouch/1", **said})
+    else:
+        console(stderr=True).print(f"wrote {clean(signature)}", soft_wrap=True)
 
 
 def _vouch(
     context: typer.Context, recipient: Recipient, file: Path, sign: str, *, force: bool
-) -> None:
+) -> Path:
+    from keymgmt._providers.contract import SupportsSigning
+    from keymgmt._providers.recipient_file import recipient_message, signatures_file
+
     reference, signer = _find(context, sign)
     if not isinstance(signer, SupportsSigning):
         raise UnsupportedOperation(f"{reference.provider} does not sign")
     signature = signer.sign(reference.key, recipient_message(recipient))
-    write_result(sign_recipient([signature]), file.with_name(file.name + ".sig"), force=force)
+    place = file.with_name(file.name + ".sig")
+    write_result(signatures_file([signature]), place, force=force)
+    return place
 
 
 @app.command()
@@ -227,35 +322,53 @@ def retire(
         ),
     ],
     tree: Annotated[
-        Path | None,
-        typer.Option(metavar="TREE", help="Refuse while a sealed model below still names it."),
+        list[Path] | None,
+        typer.Option(
+            metavar="TREE",
+            help="Refuse while the version opens a sealed model at or below it; may come again.",
+        ),
     ] = None,
+    names_only: Annotated[
+        bool,
+        typer.Option(
+            "--names-only", help="Compare names, and try nothing: a key with two names deceives it."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Stop a version from being used: what only it opens does not open any more."""
+    """Stop a version from being used: what only it opens does not open any more.
+
+    Example:
+        keymgmt keys retire local:models@1 --tree /srv/models
+    """
     reference, provider = _managed(context, key, version=True)
-    if tree is not None:
-        backend = context.obj.config().backend_of(reference.provider)
-        _refuse_needed(tree, backend, reference)
+    if tree:
+        _refuse_needed(context.obj.config(), reference, tree, names_only, as_json)
+    elif names_only:
+        raise ConfigError("--names-only says how to look at a tree", hint="name one with --tree")
     _show(reference, provider.retire_version(reference.key, str(reference.version)), as_json)
 
 
-def _refuse_needed(tree: Path, backend: str, reference: KeyRef) -> None:
-    found = keymgmt.usage(tree)
-    if found.failures:
-        first = found.failures[0]
-        raise ConfigError(
-            f"{len(found.failures)} in {tree} cannot be read, so nobody knows whether {reference} "
-            f"is needed; the first: {first.path}: {first.error}",
-            hint="repair or remove them, or retire without --tree",
-        )
-    use = found.of(backend, reference.key, str(reference.version))
-    if use is not None:
-        raise ConfigError(
-            f"{reference} opens {use.opens} models in {tree}, and is the only way into "
-            f"{len(use.only_way_into)}",
-            hint=f"first: keymgmt rewrap {tree}",
-        )
+def _refuse_needed(
+    config: Config, reference: KeyRef, trees: list[Path], names_only: bool, as_json: bool
+) -> None:
+    try:
+        need = keymgmt.needs(str(reference), *trees, keys=config, names_only=names_only)
+    except KeyRetired:
+        # It cannot be tried any more, and retiring it again changes nothing.
+        return
+    for link in need.links:
+        console(stderr=True).print(f"followed {clean(link.path)} to {clean(link.target)}")
+    if need.verdict != "not_referenced":
+        for path in need.opens:
+            console(stderr=True).print(f"{clean(path)}: it opens with {reference}", soft_wrap=True)
+        _tell_failures(need.failures)
+    try:
+        need.check()
+    except KeymgmtError as error:
+        if as_json:
+            fail(error, need.to_json())
+        raise
 
 
 @app.command()
@@ -270,49 +383,84 @@ def usage(
             autocompletion=complete_key,
         ),
     ] = None,
+    more: Annotated[
+        list[Path] | None,
+        typer.Option("--tree", metavar="TREE", help="Another folder; may come again."),
+    ] = None,
+    prove: Annotated[
+        bool,
+        typer.Option(
+            "--prove", help="Ask the providers who holds what no public key tells apart by name."
+        ),
+    ] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV on stdout.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show which key versions the sealed models of a tree need. Nothing of it is authenticated."""
-    found = keymgmt.usage(tree)
-    uses = [
-        (use.backend, use.key, use.version, use.opens, len(use.only_way_into)) for use in found.keys
-    ]
-    known = {use[:3] for use in uses}
+    """Show which key versions the sealed models of a tree need. Nothing of it is authenticated.
+
+    Example:
+        keymgmt keys usage /srv/models local:models
+    """
+    config = context.obj.config() if prove or key else None
+    found = keymgmt.usage(tree, *(more or ()), prove=config if prove else None)
+    uses = [(*_place(use), use.opens, len(use.only_way_into)) for use in found.keys]
+    named = {use[:3] for use in uses}
+    missing: list[tuple[str, str, str]] = []
     for text in key or []:
         reference, provider = _managed(context, text)
         backend = context.obj.config().backend_of(reference.provider)
         for version in provider.describe_key(reference.key).versions:
             place = (backend, reference.key, version.version)
-            if place not in known:
-                uses.append((*place, 0, 0))
-    columns = ("backend", "key", "version", "opens", "only_way_into")
+            if place not in named:
+                missing.append(place)
+    # Not seen is not the same as not there.
+    verdict = "unknown" if found.failures else "not_referenced"
+    columns = ("backend", "key", "version", "known_by", "identity", "opens", "only_way_into")
     if as_json:
-        unused = [dict(zip(columns[:3], use[:3], strict=True)) for use in uses if not use[3]]
-        print_json({**found.to_json(), "not_referenced": unused})
+        unnamed = [dict(zip(columns[:3], place, strict=True)) for place in missing]
+        print_json({**found.to_json(), verdict: unnamed})
     elif as_csv:
+        number = "unknown" if found.failures else 0
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerows([columns, *uses])
+        writer.writerows((*place, "name", "", number, number) for place in missing)
     else:
-        rows = [(*use[:3], _verdict(use[3], use[4], complete=not found.failures)) for use in uses]
-        console().print(table(["backend", "key", "version", "in this tree"], rows))
+        rows = [
+            (*use[:3], _known_by(use), f"opens {use[5]} models, is the only way into {use[6]}")
+            for use in uses
+        ]
+        says = "unknown: not all could be read" if found.failures else "not named in this tree"
+        rows += [(*place, "name", says) for place in missing]
+        console().print(table(["backend", "key", "version", "known by", "in this tree"], rows))
         console().print(f"{found.models} models, unauthenticated: who writes here can hide one")
-    for failure in found.failures:
-        console(stderr=True).print(f"{clean(failure.path)}: {clean(failure.error)}")
+        for link in found.links:
+            console().print(f"followed {clean(link.path)} to {clean(link.target)}")
+    _tell_failures(found.failures)
     if found.failures:
         raise typer.Exit(found.failures[0].error.exit_code)
 
 
-def _verdict(opens: int, only: int, *, complete: bool) -> str:
-    if opens:
-        return f"opens {opens} models, is the only way into {only}"
-    return "not referenced in this tree" if complete else "unknown: not all could be read"
+def _place(use: KeyUse) -> tuple[str, str, str, str, str]:
+    return use.backend, use.key, use.version, use.known_by, use.identity
 
 
-def _find(context: typer.Context, text: str) -> tuple[KeyRef, KeyProvider[Any]]:
+def _known_by(use: Sequence[object]) -> str:
+    return f"{use[3]} {str(use[4])[:16]}".strip()
+
+
+def _tell_failures(failures: Sequence[keymgmt.Failure]) -> None:
+    for failure in failures:
+        console(stderr=True).print(f"{clean(failure.path)}: {clean(failure.error)}", soft_wrap=True)
+
+
+def _find(
+    context: typer.Context, text: str, *, version: bool = False
+) -> tuple[KeyRef, KeyProvider[Any]]:
+    from keymgmt._providers.names import KeyRef
+
     state: State = context.obj
     reference = KeyRef.parse(text)
-    if reference.version is not None:
+    if reference.version is not None and not version:
         raise ConfigError(f"not a key: {text}", hint=f"leave out the version: {text.split('@')[0]}")
     return reference, state.config().provider(reference.provider)
 
@@ -320,6 +468,9 @@ def _find(context: typer.Context, text: str) -> tuple[KeyRef, KeyProvider[Any]]:
 def _managed(
     context: typer.Context, text: str, *, version: bool = False
 ) -> tuple[KeyRef, SupportsKeyManagement]:
+    from keymgmt._providers.contract import SupportsKeyManagement
+    from keymgmt._providers.names import KeyRef
+
     state: State = context.obj
     reference = KeyRef.parse(text)
     if version and reference.version is None:
@@ -335,6 +486,8 @@ def _managed(
 
 
 def _natural_form(reference: KeyRef, provider: KeyProvider[Any]) -> str:
+    from keymgmt._providers.contract import SupportsKeyManagement, SupportsOfflineRecipients
+
     if isinstance(provider, SupportsKeyManagement):
         return "pem" if provider.describe_key(reference.key).purpose == "sign" else "recipient"
     return "recipient" if isinstance(provider, SupportsOfflineRecipients) else "pem"
@@ -347,7 +500,7 @@ def _plain(reference: str, info: KeyInfo) -> dict[str, Any]:
 def _show(reference: KeyRef, info: KeyInfo, as_json: bool) -> None:
     name = f"{reference.provider}:{info.key}"
     if as_json:
-        print_json(_plain(name, info))
+        print_json({"format": "keymgmt-key/1", **_plain(name, info)})
         return
     out = console()
     out.print(f"{clean(name)}: {clean(info.kind)}, {info.purpose}s")

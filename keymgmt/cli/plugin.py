@@ -13,20 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
-from rich.text import Text
 
-from keymgmt._config import Config, load_config
-from keymgmt._files import replace_file
-from keymgmt._names import check_key, is_name
-from keymgmt._provider import API_VERSION, KeyProvider, SupportsKeyManagement
-from keymgmt._registry import backends
 from keymgmt.cli._options import Json
-from keymgmt.cli._output import clean, console, print_json, table
 from keymgmt.cli._scaffold import write_scaffold
 from keymgmt.cli._state import State
+from keymgmt.console import clean, console, print_json, table
 from keymgmt.errors import ConfigError
 
 if TYPE_CHECKING:
+    from keymgmt._config.config import Config
+    from keymgmt._providers.contract import KeyProvider
     from keymgmt.testing._run import Result
     from keymgmt.testing._site import Site
 
@@ -88,7 +84,12 @@ def check(
     """Run the conformance kit against a configured provider; exit 1 if a check fails.
 
     Wraps, unwraps and looks. It makes no key and disturbs no service unless it is told to.
+
+    Example:
+        keymgmt plugin check site:resnet50 --report kit.json
     """
+    from keymgmt._config.config import load_config
+
     try:
         from keymgmt.testing._run import run_contract
         from keymgmt.testing._site import Site, load_hooks, site_contract
@@ -143,6 +144,9 @@ def _provider_name(config: Config, name: str) -> str:
 
 
 def _first_key(provider: KeyProvider[Any], *, create_keys: bool) -> str | None:
+    from keymgmt._providers.contract import SupportsKeyManagement
+    from keymgmt._providers.names import check_key
+
     if not isinstance(provider, SupportsKeyManagement):
         raise ConfigError(
             f"the provider {provider.name!r} does not list its keys, so name one",
@@ -158,6 +162,9 @@ def _first_key(provider: KeyProvider[Any], *, create_keys: bool) -> str | None:
 
 
 def _versions(provider: KeyProvider[Any]) -> dict[str, str]:
+    from keymgmt._providers.contract import API_VERSION
+    from keymgmt._providers.registry import backends
+
     info = next(iter(backends().get(provider.backend, ())), None)
     return {
         "keymgmt": version("keymgmt"),
@@ -187,10 +194,14 @@ def _report(site: Site, versions: dict[str, str], results: list[Result]) -> dict
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
     """Write the JSON report in place of an older one."""
+    from keymgmt._system.files import replace_file
+
     replace_file(path, json.dumps(report, indent=2).encode() + b"\n")
 
 
 def _print(site: Site, versions: dict[str, str], results: list[Result]) -> None:
+    from rich.text import Text
+
     out = console()
     rows = [
         (
@@ -235,11 +246,18 @@ def new(
         Path | None,
         typer.Argument(metavar="[DIRECTORY]", help="Where to write; else ./keymgmt-NAME."),
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Write a complete distribution for a new backend; it keeps the contract as it is.
 
     It begins with keys in a toy file. Its README says where the calls of your key service go.
+
+    Example:
+        keymgmt plugin new acme-hsm
     """
+    from keymgmt._providers.names import is_name
+    from keymgmt._providers.registry import backends
+
     if not is_name(name) or not re.fullmatch("[a-z][a-z0-9]*(?:[-_][a-z0-9]+)*", name):
         raise ConfigError(
             f"not a name for a backend: {name[:40]!r}",
@@ -252,6 +270,10 @@ def new(
         )
     target = directory if directory is not None else Path(f"keymgmt-{name}")
     files = write_scaffold(name, target)
+    if as_json:
+        names = [str(path) for path in files]
+        print_json({"format": "keymgmt-plugin-new/1", "directory": str(target), "files": names})
+        return
     out = console()
     for path in files:
         out.print(clean(target / path))

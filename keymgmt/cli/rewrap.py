@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -13,27 +13,35 @@ from keymgmt.cli._options import (
     Fingerprint,
     Group,
     Json,
-    Model,
+    ModelOrTree,
     Name,
     Sign,
     complete_key,
 )
-from keymgmt.cli._output import clean, console, counter, print_json, progress
+from keymgmt.cli._output import (
+    check_release,
+    counter,
+    is_tree,
+    progress,
+    tell_failure,
+    tell_tree,
+    worst,
+)
 from keymgmt.cli.inspect import show
+from keymgmt.console import clean, console, print_json, print_line
 from keymgmt.errors import ConfigError
-from keymgmt.sealed.folder import MANIFEST
 
 if TYPE_CHECKING:
     from keymgmt import Rewrapped
 
 __all__ = ["reseal", "rewrap"]
 
+FORMAT: Final = "keymgmt-rewrap/1"
+
 
 def rewrap(
     context: typer.Context,
-    path: Annotated[
-        Path, typer.Argument(metavar="MODEL.sealed|TREE", help="A sealed model, or many below.")
-    ],
+    path: ModelOrTree,
     add: Annotated[
         list[str] | None,
         typer.Option(
@@ -45,8 +53,24 @@ def rewrap(
     ] = None,
     drop: Annotated[
         list[str] | None,
-        typer.Option("--drop", metavar="GROUP", help="A group to take out, as `inspect` shows it."),
+        typer.Option(
+            "--drop",
+            metavar="GROUP",
+            help="A group to take out, as `inspect` shows it, with all versions of its keys.",
+        ),
     ] = None,
+    to: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="GROUP",
+            help="Exactly these groups open it from now on; may come again.",
+            autocompletion=complete_key,
+        ),
+    ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Drop only the version that is written.")
+    ] = False,
     name: Name = None,
     fingerprint: Fingerprint = None,
     force: Annotated[
@@ -57,26 +81,34 @@ def rewrap(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Change who opens a model; with neither --add nor --drop, move to the newest key versions.
+    """Change who opens a model; without --add, --drop and --set, move to newest key versions.
 
     Only keys.json is replaced. Who once held the model's data key keeps what it has: `reseal`
     makes a new one.
+
+    Examples:
+        keymgmt rewrap /srv/models --dry-run
+        keymgmt rewrap resnet50.sealed --add site:resnet50 --drop file:models
     """
     config = context.obj.config()
     options = {
         "add": add or (),
         "drop": drop or (),
+        "to": to or (),
+        "exact": exact,
         "keys": config,
         "fingerprints": fingerprint or (),
         "force": force,
         "dry_run": dry_run,
     }
-    if (path / MANIFEST).is_file() or not path.is_dir():
+    if not is_tree(path):
         done = keymgmt.rewrap(path, name=name, **options)
         if as_json:
-            print_json(asdict(done))
+            print_json({"format": FORMAT, **done.to_json()})
         else:
             _tell(done, dry_run=dry_run)
+        if done.exit_code:
+            raise typer.Exit(done.exit_code)
         return
     if name is not None:
         raise ConfigError("--name is for one model, and this is a tree of them")
@@ -84,47 +116,76 @@ def rewrap(
 
 
 def _tree(path: Path, options: dict[str, object], *, dry_run: bool, as_json: bool) -> None:
-    done: list[Rewrapped] = []
+    states: Counter[str] = Counter()
+    codes: set[int] = set()
+    models = changed = 0
     failed: list[keymgmt.Failure] = []
     with counter("rewrapping") as tick:
         for item in keymgmt.rewrap_tree(path, **options):  # type: ignore[arg-type]
             tick()
             if isinstance(item, keymgmt.Failure):
                 failed.append(item)
-                console(stderr=True).print(f"{clean(item.path)}: {clean(item.error)}")
+                codes.add(item.error.exit_code)
+                tell_failure(item, FORMAT, as_json=as_json)
                 continue
-            done.append(item)
-            if item.changed and not as_json:
+            models += 1
+            changed += item.changed
+            codes.add(item.exit_code)
+            states.update(group.state for group in item.groups)
+            if as_json:
+                print_line({"format": FORMAT, **item.to_json()})
+            elif item.changed or item.exit_code:
                 _tell(item, dry_run=dry_run)
-    if not done and not failed:
-        raise ConfigError(f"no sealed model at or below {path}")
-    changed = sum(item.changed for item in done)
+    code = worst(codes)
+    if failed and not models and not as_json:
+        raise failed[0].error
     if as_json:
-        failures = [{"path": each.path, "error": str(each.error)} for each in failed]
-        print_json({"models": [asdict(item) for item in done], "failures": failures})
+        print_line(
+            {
+                "format": FORMAT,
+                "models": models,
+                "changed": changed,
+                "failed": len(failed),
+                "groups": dict(states),
+                "dry_run": dry_run,
+                "exit_code": code,
+            }
+        )
     else:
         word = "would change" if dry_run else "changed"
-        console().print(f"{len(done)} models, {word} {changed}, failed {len(failed)}")
-    if failed:
-        raise typer.Exit(failed[0].error.exit_code)
+        console().print(f"{models} models, {word} {changed}, failed {len(failed)}")
+        told = ", ".join(f"{state} {count}" for state, count in sorted(states.items()))
+        console().print(f"groups: {told or 'none'}")
+    if code:
+        raise typer.Exit(code)
 
 
 def _tell(done: Rewrapped, *, dry_run: bool) -> None:
+    from keymgmt._verbs.rewrap import EXIT_CODES
+
     out = console()
-    word = ("would change" if dry_run else "changed") if done.changed else "nothing to change"
+    word = ("would change" if dry_run else "changed") if done.changed else "nothing changed"
     out.print(f"{clean(done.path)}: {word}", soft_wrap=True)
     for group in done.groups:
         tested = "opens here" if group.tested else "not tested here"
-        if group.change == "dropped":
+        if group.state in ("dropped", "foreign", *EXIT_CODES):
             tested = ""
         notes = ", ".join(filter(None, [tested, group.note]))
-        line = f"  {group.change:9} {clean(group.group)}" + (f" ({clean(notes)})" if notes else "")
+        line = f"  {group.state:11} {clean(group.group)}" + (f" ({clean(notes)})" if notes else "")
         out.print(line, soft_wrap=True)
+        if group.error is not None and group.state in EXIT_CODES:
+            said = " ".join(filter(None, [str(group.error), group.error.hint]))
+            console(stderr=True).print(f"{clean(done.path)}: {clean(said)}", soft_wrap=True)
+    for left in done.left:
+        console(stderr=True).print(
+            f"{clean(done.path)}: {clean(left)} is left, with a key that was dropped",
+            soft_wrap=True,
+        )
 
 
 def reseal(
     context: typer.Context,
-    model: Model,
+    model: ModelOrTree,
     target: Annotated[
         Path | None,
         typer.Argument(metavar="[OUT.sealed]", help="A new folder; else MODEL is replaced."),
@@ -140,9 +201,26 @@ def reseal(
 ) -> None:
     """Encrypt a model anew, for these groups and no others: who held the old key loses access.
 
-    The old groups are not taken over. No plaintext touches a disk.
+    The old groups are not taken over. No plaintext touches a disk. Of a folder of models, each.
+
+    Example:
+        keymgmt reseal resnet50.sealed --to local:models
     """
-    with progress("resealing") as done:
+    if is_tree(model):
+        if target is not None or name is not None or release is not None:
+            raise ConfigError("OUT.sealed, --name and --release are for one model, and not a tree")
+        done = keymgmt.reseal_tree(
+            model,
+            to=to or (),
+            sign=sign,
+            keys=context.obj.config(),
+            fingerprints=fingerprint or (),
+        )
+        tell_tree(done, "resealing", "keymgmt-reseal/1", as_json=as_json)
+        return
+    if release is not None:
+        check_release(release)
+    with progress("resealing") as bytes_done:
         inspection = keymgmt.reseal(
             model,
             target,
@@ -152,6 +230,6 @@ def reseal(
             name=name,
             release=release,
             fingerprints=fingerprint or (),
-            progress=done,
+            progress=bytes_done,
         )
     show(inspection, as_json=as_json, verified=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -14,24 +16,38 @@ from keymgmt.cli._options import (
     Group,
     Json,
     Model,
+    ModelOrTree,
     Name,
     Sign,
     complete_key,
     option_pairs,
 )
-from keymgmt.cli._output import clean, console, print_json, progress
+from keymgmt.cli._output import (
+    check_release,
+    is_tree,
+    print_warning,
+    progress,
+    tell_refusal,
+    tell_tree,
+)
 from keymgmt.cli.inspect import show
+from keymgmt.console import clean, console, print_json
+from keymgmt.errors import ConfigError, KeymgmtError
+from keymgmt.sealed.times import is_time
+
+if TYPE_CHECKING:
+    from keymgmt import Config
 
 __all__ = ["seal", "sign", "unseal"]
+
+_SHOWN: Final = 10
 
 
 def seal(
     context: typer.Context,
     source: Annotated[
         Path,
-        typer.Argument(
-            metavar="MODEL", help="An IR's .xml (its .bin beside it), an .onnx, or a folder."
-        ),
+        typer.Argument(metavar="MODEL", help="An IR's .xml, an .onnx, another graph, or a folder."),
     ],
     target: Annotated[Path, typer.Argument(metavar="OUT.sealed", help="The folder to write.")],
     to: Group = None,
@@ -43,7 +59,8 @@ def seal(
         int, typer.Option(metavar="N", min=0, help="Its number, which later releases raise.")
     ] = 0,
     profile: Annotated[
-        str | None, typer.Option(metavar="default|fips", help="Algorithms; else the config's.")
+        str | None,
+        typer.Option(metavar="default|fips|cnsa2", help="Algorithms; else the config's."),
     ] = None,
     metadata: Annotated[
         list[str] | None,
@@ -55,7 +72,14 @@ def seal(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Encrypt a model for everybody who may open it, and sign it."""
+    """Encrypt a model for everybody who may open it, and sign it.
+
+    Examples:
+        keymgmt seal resnet50.xml resnet50.sealed --release 1
+        keymgmt seal folder model.sealed --to local:models --to @device7.recipient
+    """
+    check_release(release)
+    _tell_source(source)
     with progress("sealing") as done:
         inspection = keymgmt.seal(
             source,
@@ -72,6 +96,38 @@ def seal(
             progress=done,
         )
     show(inspection, as_json=as_json, verified=True)
+    from keymgmt._verbs.source import why_not_loaded
+
+    manifest = inspection.manifest
+    if said := why_not_loaded(manifest.kind, manifest.main, manifest.by_path):
+        console(stderr=True).print(f"note: {clean(said)}", soft_wrap=True)
+
+
+def _tell_source(path: Path) -> None:
+    """Say, before anything is sealed, what of it was hardly meant, and what is left out."""
+    from keymgmt._verbs.source import IGNORE, survey
+
+    if not path.is_dir() and not path.is_file():
+        return
+    found = survey(path)
+    if found.doubtful:
+        said = f"this looks like secrets or leftovers, and is sealed too: {_some(found.doubtful)}"
+        way = f"name what is to be left out in {path / IGNORE}"
+        if not path.is_dir():
+            way = f"{path.name} names it: do not seal what you did not make, or look into it first"
+        print_warning(KeymgmtError(said, hint=way))
+    for what, paths in (
+        ("sealed with it", found.beside),
+        (f"left out by {IGNORE}", found.left_out),
+        ("empty folders are not sealed", found.empty),
+    ):
+        if paths:
+            console(stderr=True).print(f"{what}: {clean(_some(paths))}", soft_wrap=True)
+
+
+def _some(paths: Sequence[str]) -> str:
+    more = f", and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
+    return ", ".join(paths[:_SHOWN]) + more
 
 
 def unseal(
@@ -81,24 +137,43 @@ def unseal(
         Path, typer.Argument(metavar="DIRECTORY", help="The folder to make, readable by you only.")
     ],
     name: Name = None,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Only onto a file system in memory (tmpfs, ramfs).")
+    ] = False,
+    allow_swap: Annotated[
+        bool,
+        typer.Option("--allow-swap", help="With --memory, also where unencrypted swap is on."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write the plain files of a sealed model to disk, where nothing protects them any more."""
+    """Write the plain files of a sealed model, where nothing protects them any more.
+
+    Example:
+        keymgmt unseal resnet50.sealed plain
+    """
     with progress("unsealing") as done:
         manifest = keymgmt.unseal(
-            model, directory, name=name, keys=context.obj.config(), progress=done
+            model,
+            directory,
+            name=name,
+            keys=context.obj.config(),
+            memory=memory,
+            allow_swap=allow_swap,
+            progress=done,
         )
     if as_json:
         files = [entry.path for entry in manifest.files]
-        print_json({"directory": str(directory), "name": manifest.name, "files": files})
+        said = {"directory": str(directory), "name": manifest.name, "files": files}
+        print_json({"format": "keymgmt-unseal/1", **said})
         return
     console().print(f"{clean(manifest.name)}: {len(manifest.files)} files in {clean(directory)}")
-    console(stderr=True).print("this is plaintext on a disk: delete it when you are done")
+    where = "in memory" if memory else "on a disk"
+    console(stderr=True).print(f"this is plaintext {where}: delete it when you are done")
 
 
 def sign(
     context: typer.Context,
-    model: Model,
+    model: ModelOrTree,
     key: Annotated[
         str | None,
         typer.Argument(
@@ -107,8 +182,85 @@ def sign(
             autocompletion=complete_key,
         ),
     ] = None,
+    expires: Annotated[
+        str | None,
+        typer.Option(
+            metavar="30d|12h|TIME",
+            help="Until when the signature counts; again, to say until when from now on.",
+        ),
+    ] = None,
+    unopened: Annotated[
+        bool,
+        typer.Option(
+            "--unopened", help="Sign what does not open here, after checking its digests alone."
+        ),
+    ] = False,
+    if_signed_by: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="OLD.pem", help="Sign only what this public key has signed; may come again."
+        ),
+    ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Add a publisher's signature, after every digest was checked."""
+    """Add a publisher's signature, after the model was opened and every digest checked.
+
+    To a folder of models, to each of them.
+
+    Example:
+        keymgmt sign resnet50.sealed local:publisher --expires 30d
+    """
+    from keymgmt._trust.candidate import refusal
+
+    until = _moment(expires) if expires is not None else None
+    config = context.obj.config()
+    options = {
+        "key": key,
+        "expires": until,
+        "unopened": unopened,
+        "keys": config,
+        "if_signed_by": if_signed_by or (),
+    }
+    if is_tree(model):
+        made = keymgmt.sign_tree(model, **options)
+        tell_tree(made, "signing", "keymgmt-sign/1", as_json=as_json)
+        return
+    console(stderr=True).print(f"{clean(model)} {_signed_by(model, config)}", soft_wrap=True)
     with progress("checking digests") as done:
-        keymgmt.sign(model, key=key, keys=context.obj.config(), progress=done)
-    console().print(f"signed {clean(model)}")
+        signed = keymgmt.sign(model, **options, progress=done)
+    refused = refusal(model, config)
+    tell_refusal(refused)
+    if as_json:
+        said = str(refused) if refused else None
+        print_json(
+            {"format": "keymgmt-sign/1", "path": str(model), "signed": signed, "refusal": said}
+        )
+        return
+    said = f"signed {clean(model)}" + (f", until {until:%Y-%m-%d %H:%M}" if until else "")
+    console().print(said + (", unopened: who made it was not checked" if unopened else ""))
+
+
+def _signed_by(model: Path, config: Config) -> str:
+    """Who has signed a model so far: whoever adds a name to theirs should know it."""
+    from keymgmt._trust.policy import load_publishers
+
+    known = {publisher.key.id: publisher.file.name for publisher in load_publishers(config)}
+    signers = keymgmt.inspect(model).signers
+    if not signers:
+        return "has no signature yet"
+    return "was signed by " + ", ".join(
+        known.get(signer, f"a stranger (key {signer[:16]})") for signer in signers
+    )
+
+
+def _moment(text: str) -> datetime:
+    """``30d``, ``12h``, or a UTC time as manifest.json has it; ConfigError for anything else."""
+    unit = {"d": "days", "h": "hours"}.get(text[-1:])
+    if unit and text[:-1].isascii() and text[:-1].isdigit() and len(text) <= 6:
+        return datetime.now(UTC) + timedelta(**{unit: int(text[:-1])})
+    try:
+        if is_time(text):
+            return datetime.fromisoformat(text)
+    except ValueError:
+        pass  # the 31st of February
+    raise ConfigError(f"no time: {text!r}", hint="write it as 30d, 12h, or 2027-01-31T00:00:00Z")

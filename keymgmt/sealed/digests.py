@@ -1,9 +1,10 @@
 """The digest of a payload file: the root of a hash tree over its header and segments.
 
 The tree is RFC 9162's (section 2.1): a leaf is H(0x00 || data), a node H(0x01 || left || right),
-and where a row has an odd count its last hash moves up as it is. H is BLAKE3 or SHA-256. The
-leaves of a payload are its FLOE header and then its segments, as they lie in the file, so a
-mirror checks a file without any key, and threads hash its parts in any order.
+and where a row has an odd count its last hash moves up as it is. H is BLAKE3, SHA-256 or
+SHA-384, as the profile says. The leaves of a payload are its FLOE header and then its segments, as
+they lie in the file, so a mirror checks a file without any key, and threads hash its parts in any
+order.
 """
 
 from __future__ import annotations
@@ -18,10 +19,9 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-__all__ = ["DIGEST_LENGTH", "DigestName", "leaf_hash", "tree_root"]
+__all__ = ["DigestName", "digest_length", "leaf_hash", "tree_root"]
 
-DIGEST_LENGTH: Final = 32
-DigestName = Literal["blake3", "sha256"]
+DigestName = Literal["blake3", "sha256", "sha384"]
 
 
 class _Hash(Protocol):
@@ -32,28 +32,34 @@ class _Hash(Protocol):
 _HASHES: Final[dict[str, Callable[[bytes], _Hash]]] = {
     "blake3": blake3,
     "sha256": hashlib.sha256,
+    "sha384": hashlib.sha384,
 }
 
 
+def digest_length(digest: DigestName) -> int:
+    """Bytes of one hash."""
+    return 48 if digest == "sha384" else 32
+
+
 def leaf_hash(digest: DigestName, data: Buffer) -> bytes:
-    """The hash (32 bytes) of one leaf; gives up the GIL while it hashes."""
+    """The hash of one leaf; gives up the GIL while it hashes."""
     hasher = _HASHES[digest](b"\0")
     hasher.update(data)
     return hasher.digest()
 
 
 def tree_root(digest: DigestName, leaves: Buffer) -> bytes:
-    """The root (32 bytes) over the hashes of one or more leaves, 32 bytes each, in one buffer."""
-    view = memoryview(leaves).cast("B")
-    if not len(view) or len(view) % DIGEST_LENGTH:
-        raise ValueError("a tree has one leaf or more, each hashed to 32 bytes")
+    """The root over the hashes of one or more leaves, which follow each other in one buffer."""
+    view, length = memoryview(leaves).cast("B"), digest_length(digest)
+    if not len(view) or len(view) % length:
+        raise ValueError(f"a tree has one leaf or more, each hashed to {length} bytes")
     make = _HASHES[digest]
     row = bytes(view)
-    while len(row) > DIGEST_LENGTH:
+    while len(row) > length:
         above = bytearray()
-        for start in range(0, len(row), 2 * DIGEST_LENGTH):
-            pair = row[start : start + 2 * DIGEST_LENGTH]
-            whole = len(pair) == 2 * DIGEST_LENGTH
+        for start in range(0, len(row), 2 * length):
+            pair = row[start : start + 2 * length]
+            whole = len(pair) == 2 * length
             above += make(b"\1" + pair).digest() if whole else pair
         row = bytes(above)
     return row

@@ -6,15 +6,15 @@ what is looked at is what is in the folder, whoever else writes to the disk mean
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import fcntl
 import os
 import stat
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
-from keymgmt._files import replace_file
+from keymgmt._system.files import from_system, left_behind, replace_file, to_system
+from keymgmt._system.locks import lock_file
 from keymgmt.errors import ConfigError, FormatError, IntegrityError, SealedModelError
 
 if TYPE_CHECKING:
@@ -22,12 +22,14 @@ if TYPE_CHECKING:
 
     from keymgmt.sealed.manifest import Manifest
 
-__all__ = ["KEYS", "MANIFEST", "PAYLOAD", "SIGNATURES", "SealedFolder", "payload_name"]
+__all__ = ["KEYS", "LOCK", "MANIFEST", "PAYLOAD", "SIGNATURES", "SealedFolder", "payload_name"]
 
 MANIFEST: Final = "manifest.json"
 KEYS: Final = "keys.json"
 SIGNATURES: Final = "signatures.json"
 PAYLOAD: Final = "payload"
+LOCK: Final = ".keymgmt.lock"
+_NAMED_WRONGLY: Final = (errno.ENOENT, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG)
 _WAIT: Final = 60.0
 _FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 # O_NONBLOCK: opening a fifo must not wait for a writer; it changes nothing for a regular file.
@@ -44,8 +46,15 @@ class SealedFolder:
     """An open sealed model's folder; a context manager that closes its handle."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Open the folder; FormatError if there is none or it is no sealed model's."""
+        """Open the folder.
+
+        Raises:
+            ConfigError: it is not there, or this user may not look into it.
+            FormatError: it is no folder.
+            SealedModelError: the system cannot read it.
+        """
         self.path = Path(path)
+        self._held = contextlib.ExitStack()
         try:
             self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
         except NotADirectoryError as error:
@@ -54,11 +63,15 @@ class SealedFolder:
                 hint="a sealed model is a folder with a manifest.json in it",
             ) from error
         except OSError as error:
-            raise SealedModelError(f"cannot open {self.path}: {error.strerror}") from error
+            kind = ConfigError if error.errno in _NAMED_WRONGLY else SealedModelError
+            raise kind(f"cannot open {self.path}: {error.strerror}") from error
+        except ValueError as error:
+            raise ConfigError(f"cannot open {self.path}: its name has a NUL") from error
 
     def close(self) -> None:
         """Close the handle; may be called again."""
         if self._fd >= 0:
+            self._held.close()
             os.close(self._fd)
             self._fd = -1
 
@@ -90,15 +103,16 @@ class SealedFolder:
             ) from error
         with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123 - a descriptor
             parts = []
-            left = limit + 1
             try:
-                while left and (part := file.read(min(left, 1 << 20))):
+                # In one piece of its size: a second copy of 64 MiB is not for anybody to demand.
+                left = min(os.fstat(descriptor).st_size, limit) + 1
+                while left and (part := file.read(left)):
                     parts.append(part)
                     left -= len(part)
             except OSError as error:
                 raise SealedModelError(f"cannot read {name}: {error.strerror}") from error
         if not left:
-            raise FormatError(f"{name} is larger than {limit} bytes")
+            raise FormatError(f"{name} is larger than {limit} bytes, or grew while it was read")
         return b"".join(parts)
 
     def replace(self, name: str, content: bytes) -> None:
@@ -110,9 +124,14 @@ class SealedFolder:
         """
         try:
             replace_file(Path(f"/proc/self/fd/{self._fd}") / name, content, keep=True)
-        except FileNotFoundError:
-            self.check_place()
-            raise
+        except OSError as error:
+            if isinstance(error, FileNotFoundError):
+                self.check_place()
+            if error.errno in (errno.EISDIR, errno.ELOOP):
+                raise ConfigError(
+                    f"{self.path / LOCK} is not a file: it is not ours", hint="remove it"
+                ) from error
+            raise OSError(error.errno, error.strerror, str(self.path / name)) from error
         self.check_place()
 
     def check_place(self) -> None:
@@ -130,24 +149,41 @@ class SealedFolder:
     def lock(self) -> None:
         """Wait until nobody else changes this folder; the lock ends when the folder is closed.
 
+        While it is held there is a file ``.keymgmt.lock`` in the folder.
+
         Raises:
-            ConfigError: somebody has changed it for a minute.
+            ConfigError: somebody has changed it for a minute, or this user cannot write there.
             IntegrityError: another folder is at the path by now.
         """
-        deadline = time.monotonic() + _WAIT
-        while True:
-            try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise ConfigError(
-                        f"somebody else has changed {self.path} for {_WAIT:g} seconds",
-                        hint="a rewrap, sign, reseal or seal --force is at work there; try again "
-                        "when it is done",
-                    ) from None
-                time.sleep(0.05)
-            else:
-                return self.check_place()
+        # A lock on the folder itself could be held by anybody who may read it. Those who may write
+        # there are its owner and, where it has the right, its group.
+        mode = os.fstat(self._fd).st_mode
+        shared = 0o060 if mode & 0o020 else 0
+        file = Path(f"/proc/self/fd/{self._fd}") / LOCK
+        try:
+            self._held.enter_context(
+                lock_file(file, _WAIT, mode=0o600 | shared, like=os.fstat(self._fd), remove=True)
+            )
+        except TimeoutError as error:
+            raise ConfigError(
+                f"somebody else has changed {self.path} for {_WAIT:g} seconds",
+                hint="a rewrap, sign, reseal or seal --force is at work there; try again "
+                "when it is done",
+            ) from error
+        except PermissionError as error:
+            raise ConfigError(
+                f"cannot change {self.path}, or lock its {LOCK}: {error.strerror}",
+                hint="run it as a user who may write there",
+            ) from error
+        except OSError as error:
+            if isinstance(error, FileNotFoundError):
+                self.check_place()
+            if error.errno in (errno.EISDIR, errno.ELOOP):
+                raise ConfigError(
+                    f"{self.path / LOCK} is not a file: it is not ours", hint="remove it"
+                ) from error
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        self.check_place()
 
     def open_payload(self, path: str) -> int:
         """Open the ciphertext of a model's file; the caller closes the descriptor.
@@ -165,7 +201,7 @@ class SealedFolder:
 
     def _open(self, name: str) -> int:
         """Open a regular file below the folder, one part of the name at a time."""
-        *parents, last = name.split("/")
+        *parents, last = to_system(name).split("/")
         descriptor = self._fd
         try:
             for part in parents:
@@ -192,6 +228,13 @@ class SealedFolder:
             raise FormatError(f"{name} is not a regular file")
         return file
 
+    def others(self) -> list[str]:
+        """Names at the top of the folder that are none of a sealed model's, sorted."""
+        files = (MANIFEST, KEYS, SIGNATURES)
+        unfinished = (path.name for file in files for path in left_behind(self.path / file))
+        names = {entry.name for entry in os.scandir(self._fd)}
+        return sorted(names - {*files, PAYLOAD, LOCK, *unfinished})
+
     def check_listing(self, manifest: Manifest) -> None:
         """FormatError where payload/ holds anything that the manifest does not list."""
         files = {payload_name(entry.path) for entry in manifest.files}
@@ -208,11 +251,11 @@ class SealedFolder:
 
     def _walk(self, name: str, parent: int) -> Iterator[tuple[str, bool]]:
         # A folder that is not listed ends the walk at once, so depth and count are bounded.
-        descriptor = os.open(name.rpartition("/")[2], _DIRECTORY, dir_fd=parent)
+        descriptor = os.open(to_system(name.rpartition("/")[2]), _DIRECTORY, dir_fd=parent)
         try:
             with os.scandir(descriptor) as entries:
                 for entry in entries:
-                    below = f"{name}/{entry.name}"
+                    below = f"{name}/{from_system(entry.name)}"
                     is_folder = entry.is_dir(follow_symlinks=False)
                     yield below, is_folder
                     if is_folder:

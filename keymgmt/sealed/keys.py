@@ -10,17 +10,19 @@ from __future__ import annotations
 import base64
 import hmac
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-from keymgmt._provider import MAX_BLOB, MAX_PARAMS, WrappedKey
-from keymgmt.errors import FormatError, IntegrityError
-from keymgmt.sealed.canonical import Reader, dump, load
+from keymgmt._providers.data import MAX_BLOB, WrappedKey
+from keymgmt._system.strict_json import base64_bytes, dump
+from keymgmt.errors import ConfigError, FormatError, IntegrityError
 from keymgmt.sealed.derive import keys_mac, wrap_context
 
 if TYPE_CHECKING:
-    from keymgmt._dek import Dek
+    from keymgmt._crypto.dek import Dek
+    from keymgmt.sealed.manifest import Manifest
 
 __all__ = ["MAX_KEYS", "Group", "UnlockPolicy", "wrap_group"]
 
@@ -28,9 +30,6 @@ FORMAT: Final = "keymgmt-keys/1"
 MAX_KEYS: Final = 64 << 20
 MAX_RECIPIENTS: Final = 16384
 MAX_GROUP: Final = 16
-# A recipient alone in its group has at most 18. What nobody has signed yet must not cost gigabytes
-# of memory to parse.
-MAX_PARTS: Final = 20 * MAX_RECIPIENTS
 NONCE: Final = 16
 
 Wrap = Callable[["Dek", bytes], WrappedKey]
@@ -44,7 +43,7 @@ class Group:
     recipients: tuple[WrappedKey, ...]
 
     def context(self, manifest_hash: bytes, index: int) -> bytes:
-        """What the share of recipient ``index`` is bound to, 32 bytes."""
+        """What the share of recipient ``index`` is bound to, 48 bytes."""
         return wrap_context(manifest_hash, self.nonce, len(self.recipients), index)
 
     def __str__(self) -> str:
@@ -83,9 +82,9 @@ class UnlockPolicy:
     """The content of keys.json.
 
     Attributes:
-        manifest: SHA-256 of the manifest.json that it belongs to.
+        manifest: SHA-384 of the manifest.json that it belongs to.
         groups: 1 to 16384 recipients in groups of 1 to 16.
-        mac: HMAC over all of it, 32 bytes.
+        mac: HMAC-SHA-384 over all of it.
     """
 
     manifest: bytes
@@ -94,20 +93,33 @@ class UnlockPolicy:
 
     @classmethod
     def make(
-        cls, dek: Dek, model_id: bytes, manifest: bytes, groups: Sequence[Group]
+        cls, dek: Dek, manifest: Manifest, manifest_hash: bytes, groups: Sequence[Group]
     ) -> UnlockPolicy:
-        """The policy of these groups with its MAC; FormatError where there are too many."""
+        """The policy of these groups of a model with its MAC.
+
+        Raises:
+            FormatError: there are too many.
+            ConfigError: one is wrapped by what the model's profile does not allow.
+        """
         count = sum(len(group.recipients) for group in groups)
         if not groups or count > MAX_RECIPIENTS:
             raise FormatError(f"a sealed model has 1 to {MAX_RECIPIENTS} recipients, not {count}")
         if any(not 1 <= len(group.recipients) <= MAX_GROUP for group in groups):
             raise FormatError(f"a group has 1 to {MAX_GROUP} recipients")
-        body = dump(_body(manifest, groups))
-        return cls(manifest, tuple(groups), keys_mac(dek, model_id, body))
+        _check_profile(manifest, groups)
+        mac = keys_mac(dek, manifest.id, _pieces(manifest_hash, groups))
+        return cls(manifest_hash, tuple(groups), mac)
+
+    def check_profile(self, manifest: Manifest) -> None:
+        """FormatError where a recipient is wrapped by what the model's profile does not allow."""
+        try:
+            _check_profile(manifest, self.groups)
+        except ConfigError as error:
+            raise FormatError(f"keys.json is refused: {error}") from error
 
     def check_mac(self, dek: Dek, model_id: bytes) -> None:
         """IntegrityError unless a holder of the data key wrote this policy as it stands."""
-        expected = keys_mac(dek, model_id, dump(_body(self.manifest, self.groups)))
+        expected = keys_mac(dek, model_id, _pieces(self.manifest, self.groups))
         if not hmac.compare_digest(expected, self.mac):
             raise IntegrityError(
                 "keys.json was changed by somebody without the data key: its MAC is wrong",
@@ -116,32 +128,142 @@ class UnlockPolicy:
 
     def to_bytes(self) -> bytes:
         """The canonical bytes of keys.json; FormatError where they would be too many."""
-        data = dump(_body(self.manifest, self.groups) | {"mac": self.mac.hex()})
+        data = b"".join(_pieces(self.manifest, self.groups, self.mac))
         if len(data) > MAX_KEYS:
             raise FormatError(f"keys.json would be larger than {MAX_KEYS} bytes")
         return data
 
     @classmethod
     def from_bytes(cls, data: bytes) -> UnlockPolicy:
-        """Read keys.json within its bounds; FormatError where anything is not as SPEC says."""
-        reader = load(data, "keys.json", MAX_KEYS, MAX_PARTS)
-        reader.version(FORMAT, "another version of keymgmt wrote it: upgrade the older of the two")
-        manifest = reader.hex("manifest", length=32)
-        groups = tuple(
-            _group(item) for item in reader.array("groups", least=1, most=MAX_RECIPIENTS)
+        """Read keys.json within its bounds; FormatError where anything is not as SPEC says.
+
+        Recipient by recipient, since nobody has authenticated it yet: what it costs is the blobs,
+        and of too many recipients those before the first that is too many.
+        """
+        if len(data) > MAX_KEYS:
+            raise FormatError(f"keys.json is larger than {MAX_KEYS} bytes")
+        return _Parser(data).policy()
+
+
+# The canonical form (RFC 8785) has one order of members and no white space, and no string of this
+# file has a character that is escaped, so that these are all the spellings there are.
+_FORMAT: Final = re.compile(rb'\{"format":"([^"]{0,64})"')
+_GROUPS: Final = re.compile(rb',"groups":\[')
+_NONCE: Final = re.compile(rb'\{"nonce":"([0-9a-f]{32})","recipients":\[')
+_BACKEND: Final = re.compile(rb'\{"backend":"([a-z0-9_-]{1,32})","blob":"')
+_RECIPIENT: Final = re.compile(
+    rb'","key":"([a-z0-9._-]{1,64})",'
+    rb'"mechanism":"([A-Za-z0-9._+-]{1,64})","params":\{([^{}]{0,2400})\},'
+    rb'"version":"([A-Za-z0-9._-]{1,128})"\}'
+)
+_PARAM: Final = re.compile(rb'"([a-z0-9_]{1,32})":"([A-Za-z0-9._=+/-]{0,256})"')
+_END: Final = re.compile(rb',"mac":"([0-9a-f]{96})","manifest":"([0-9a-f]{96})"\}')
+
+
+class _Parser:
+    """A place in the bytes of keys.json, and what was read before it."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self._place, self._count = data, 0, 0
+
+    def policy(self) -> UnlockPolicy:
+        (found,) = self._take(_FORMAT, "does not begin with its format")
+        if found != FORMAT.encode():
+            raise FormatError(
+                f"keys.json has the format {found!r}; this reader knows {FORMAT!r}",
+                hint="another version of keymgmt wrote it: upgrade the older of the two",
+            )
+        self._take(_GROUPS, "has no groups")
+        groups = [self._group()]
+        while self._comma(b"]"):
+            groups.append(self._group())
+        mac, manifest = self._take(_END, "does not end with mac and manifest")
+        if self._place != len(self._data):
+            raise self._odd("goes on after its end")
+        return UnlockPolicy(
+            bytes.fromhex(manifest.decode()), tuple(groups), bytes.fromhex(mac.decode())
         )
-        if sum(len(group.recipients) for group in groups) > MAX_RECIPIENTS:
+
+    def _group(self) -> Group:
+        (nonce,) = self._take(_NONCE, "has a group that is none")
+        recipients = [self._recipient()]
+        while self._comma(b"]}"):
+            if len(recipients) == MAX_GROUP:
+                raise FormatError(f"keys.json has a group of more than {MAX_GROUP} recipients")
+            recipients.append(self._recipient())
+        return Group(bytes.fromhex(nonce.decode()), tuple(recipients))
+
+    def _recipient(self) -> WrappedKey:
+        if self._count == MAX_RECIPIENTS:
             raise FormatError(f"keys.json has more than {MAX_RECIPIENTS} recipients")
-        mac = reader.hex("mac", length=32)
-        reader.end()
-        return cls(manifest, groups, mac)
+        self._count += 1
+        (backend,) = self._take(_BACKEND, "has a recipient that is none")
+        start = self._place
+        # Found and not matched: a blob may be long, and there may be thousands.
+        self._place = self._data.find(b'"', start, start + MAX_BLOB * 4 // 3 + 4)
+        if self._place < 0:
+            self._place = start
+            raise self._odd("has a blob that is too long")
+        blob = self._data[start : self._place]
+        found = self._take(_RECIPIENT, "has a recipient that is none")
+        key, mechanism, params, version = found
+        return WrappedKey(
+            backend.decode(),
+            key.decode(),
+            version.decode(),
+            mechanism.decode(),
+            base64_bytes(blob.decode("latin-1"), f"the blob of recipient {self._count}"),
+            _params(params),
+        )
+
+    def _comma(self, end: bytes) -> bool:
+        """Whether another element follows, or the end of the array."""
+        if self._data.startswith(b",", self._place):
+            self._place += 1
+            return True
+        if not self._data.startswith(end, self._place):
+            raise self._odd("has an array that does not end")
+        self._place += len(end)
+        return False
+
+    def _take(self, pattern: re.Pattern[bytes], problem: str) -> tuple[bytes, ...]:
+        found = pattern.match(self._data, self._place)
+        if found is None:
+            raise self._odd(problem)
+        self._place = found.end()
+        return found.groups()
+
+    def _odd(self, problem: str) -> FormatError:
+        return FormatError(
+            f"keys.json {problem} (byte {self._place}): members are missing, unknown or out of "
+            "their bounds, or it is not in its canonical form (RFC 8785)",
+            hint="it was edited or reformatted; fetch it again as it was published",
+        )
 
 
-def _body(manifest: bytes, groups: Sequence[Group]) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "manifest": manifest.hex(),
-        "groups": [
+def _params(text: bytes) -> dict[str, str]:
+    found = _PARAM.findall(text)
+    names = [name for name, _ in found]
+    spelled = b",".join(b'"%b":"%b"' % pair for pair in found)
+    if spelled != text or names != sorted(set(names)):
+        raise FormatError(
+            "keys.json has a recipient with odd params, or not in their canonical form"
+        )
+    return {name.decode(): value.decode() for name, value in found}
+
+
+def _check_profile(manifest: Manifest, groups: Sequence[Group]) -> None:
+    for group in groups:
+        for wrapped in group.recipients:
+            manifest.rules.check_recipient(wrapped, wrapped.mechanism)
+
+
+def _pieces(manifest: bytes, groups: Sequence[Group], mac: bytes | None = None) -> Iterator[bytes]:
+    """The canonical form in parts, without the MAC where there is none yet."""
+    yield b'{"format":"%b","groups":[' % FORMAT.encode()
+    for index, group in enumerate(groups):
+        yield b"," if index else b""
+        yield dump(
             {
                 "nonce": group.nonce.hex(),
                 "recipients": [
@@ -156,28 +278,8 @@ def _body(manifest: bytes, groups: Sequence[Group]) -> dict[str, Any]:
                     for wrapped in group.recipients
                 ],
             }
-            for group in groups
-        ],
-    }
-
-
-def _group(item: Any) -> Group:
-    reader = Reader(item, "a group in keys.json")
-    nonce = reader.hex("nonce", length=NONCE)
-    recipients = reader.array("recipients", least=1, most=MAX_GROUP)
-    reader.end()
-    return Group(nonce, tuple(_recipient(recipient) for recipient in recipients))
-
-
-def _recipient(item: Any) -> WrappedKey:
-    reader = Reader(item, "a recipient in keys.json")
-    wrapped = WrappedKey(
-        backend=reader.text("backend", limit=32),
-        key=reader.text("key", limit=64),
-        version=reader.text("version", limit=128),
-        mechanism=reader.text("mechanism", limit=64),
-        blob=reader.base64("blob", limit=MAX_BLOB),
-        params=reader.texts("params", most=MAX_PARAMS, key_limit=32, limit=256),
-    )
-    reader.end()
-    return wrapped
+        )
+    yield b"]"
+    if mac is not None:
+        yield b',"mac":"%b"' % mac.hex().encode()
+    yield b',"manifest":"%b"}' % manifest.hex().encode()

@@ -7,15 +7,22 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 from keymgmt import floe
-from keymgmt._names import is_key
+from keymgmt._providers.names import is_key
+from keymgmt._system.strict_json import JsonReader, dump, load_json
 from keymgmt.errors import FormatError
-from keymgmt.sealed.canonical import Reader, dump, load
+from keymgmt.sealed.digests import digest_length
 from keymgmt.sealed.paths import check_paths
+from keymgmt.sealed.profiles import PROFILES
+from keymgmt.sealed.times import check_time
 
-__all__ = ["DIGESTS", "FORMAT", "MAX_MANIFEST", "SEGMENT", "FileEntry", "Manifest", "Profile"]
+if TYPE_CHECKING:
+    from keymgmt.sealed.digests import DigestName
+    from keymgmt.sealed.profiles import Profile
+
+__all__ = ["FORMAT", "MAX_FILES", "MAX_MANIFEST", "SEGMENT", "FileEntry", "Manifest"]
 
 FORMAT: Final = "keymgmt-sealed/1"
 MAX_MANIFEST: Final = 16 << 20
@@ -27,13 +34,6 @@ MIN_SEGMENT: Final = 4096
 MAX_SEGMENT: Final = 4 << 20
 SEGMENT: Final = 1 << 20
 
-Profile = Literal["default", "fips"]
-Digest = Literal["blake3", "sha256"]
-DIGESTS: Final[Mapping[Profile, Digest]] = {"default": "blake3", "fips": "sha256"}
-
-_CREATED: Final = re.compile(
-    r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])T([01]\d|2[0-3]):[0-5]\d:[0-5]\dZ", re.ASCII
-)
 _KIND: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])?")
 
 
@@ -55,9 +55,9 @@ class Manifest:
         name: what a publisher signs for, in the grammar of key names.
         release: counts up from 0; what guards against rollback.
         created: when it was sealed, UTC, RFC 3339 with seconds; told, never trusted.
-        profile: ``default`` (digests by BLAKE3) or ``fips`` (by SHA-256).
+        profile: what algorithms it may use, by name.
         segment_length: bytes of one encrypted FLOE segment, a power of two.
-        commitment: 32 bytes that only this model's data key gives.
+        commitment: 48 bytes that only this model's data key gives.
         kind: what the files are, such as ``openvino-ir``.
         main: path of the file that a loader reads first, or None.
         files: every file, sorted by path.
@@ -68,7 +68,7 @@ class Manifest:
     name: str
     release: int
     created: str
-    profile: Profile
+    profile: str
     segment_length: int
     commitment: bytes = field(repr=False)
     kind: str
@@ -77,9 +77,14 @@ class Manifest:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def digest(self) -> Digest:
+    def rules(self) -> Profile:
+        """What its profile fixes."""
+        return PROFILES[self.profile]
+
+    @property
+    def digest(self) -> DigestName:
         """The hash of the digest trees, which the profile decides."""
-        return DIGESTS[self.profile]
+        return self.rules.digest
 
     @property
     def size(self) -> int:
@@ -89,12 +94,13 @@ class Manifest:
     def file(self, path: str) -> FileEntry:
         """The entry of ``path``; FileNotFoundError if the model has no such file."""
         try:
-            return self._by_path[path]
+            return self.by_path[path]
         except KeyError:
             raise FileNotFoundError(f"{path!r} is not in the sealed model {self.name}") from None
 
     @functools.cached_property
-    def _by_path(self) -> dict[str, FileEntry]:
+    def by_path(self) -> Mapping[str, FileEntry]:
+        """The entry of each path."""
         return {entry.path: entry for entry in self.files}
 
     def to_json(self) -> dict[str, Any]:
@@ -127,25 +133,28 @@ class Manifest:
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
         """Read manifest.json within its bounds; FormatError where anything is not as SPEC says."""
-        reader = load(data, "manifest.json", MAX_MANIFEST, MAX_PARTS)
+        reader = load_json(data, "manifest.json", MAX_MANIFEST, MAX_PARTS)
         reader.version(FORMAT, "another version of keymgmt sealed it: upgrade the older of the two")
         profile = reader.text("profile", limit=32)
-        if profile not in DIGESTS:
+        if profile not in PROFILES:
             raise FormatError(
                 f"manifest.json has the unknown profile {profile!r}",
-                hint=f"this reader knows {', '.join(DIGESTS)}",
+                hint=f"this reader knows {', '.join(PROFILES)}",
             )
+        length = digest_length(PROFILES[profile].digest)
         manifest = cls(
             id=reader.hex("id", length=16),
             name=reader.text("name", limit=64),
             release=reader.integer("release"),
             created=reader.text("created", limit=20),
-            profile="fips" if profile == "fips" else "default",
+            profile=profile,
             segment_length=reader.integer("segment_length", least=MIN_SEGMENT, most=MAX_SEGMENT),
-            commitment=reader.hex("commitment", length=32),
+            commitment=reader.hex("commitment", length=48),
             kind=reader.text("kind", limit=32),
             main=reader.text_or_none("main", limit=1024),
-            files=tuple(_file(item) for item in reader.array("files", least=1, most=MAX_FILES)),
+            files=tuple(
+                _file(item, length) for item in reader.array("files", least=1, most=MAX_FILES)
+            ),
             metadata=reader.texts("metadata", most=64, key_limit=64, limit=4096),
         )
         reader.end()
@@ -155,8 +164,7 @@ class Manifest:
     def _check(self) -> None:
         if not is_key(self.name):
             raise FormatError(f"manifest.json has no valid model name: {self.name[:80]!r}")
-        if not _CREATED.fullmatch(self.created):
-            raise FormatError("created in manifest.json is not a UTC time in seconds")
+        check_time(self.created, "created in manifest.json")
         if self.segment_length & (self.segment_length - 1):
             raise FormatError("segment_length in manifest.json is not a power of two")
         if not _KIND.fullmatch(self.kind):
@@ -175,16 +183,16 @@ class Manifest:
 
 
 def manifest_hash(data: bytes) -> bytes:
-    """SHA-256 over the bytes of manifest.json, to which keys.json is bound."""
-    return hashlib.sha256(data).digest()
+    """SHA-384 over the bytes of manifest.json, to which keys.json is bound."""
+    return hashlib.sha384(data).digest()
 
 
-def _file(item: Any) -> FileEntry:
-    reader = Reader(item, "a file in manifest.json")
+def _file(item: Any, length: int) -> FileEntry:
+    reader = JsonReader(item, "a file in manifest.json")
     entry = FileEntry(
         path=reader.text("path", limit=1024),
         size=reader.integer("size"),
-        digest=reader.hex("digest", length=32),
+        digest=reader.hex("digest", length=length),
     )
     reader.end()
     return entry

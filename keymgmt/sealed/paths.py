@@ -14,7 +14,7 @@ __all__ = ["check_paths", "path_problem"]
 _RESERVED: Final = re.compile(
     r"(con|prn|aux|nul|conin\$|conout\$|com[0-9\u00b9\u00b2\u00b3]|lpt[0-9\u00b9\u00b2\u00b3])"
     r"(\..*)?",
-    re.IGNORECASE,
+    re.IGNORECASE | re.ASCII,  # U+0131 is no i: systems differ, and every language can do this
 )
 _FORBIDDEN: Final = frozenset('\\:*?"<>|')
 

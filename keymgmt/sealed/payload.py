@@ -12,6 +12,7 @@ checked. On any failure or interrupt the caller's buffer is wiped once no thread
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import os
@@ -20,12 +21,13 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Protocol, Self
 
 from keymgmt import floe
-from keymgmt._dek import wipe
-from keymgmt._fork import ForkSafe
-from keymgmt._memory import BLOCK, FreshMemory, room
+from keymgmt._crypto.dek import wipe
+from keymgmt._system.cgroup import cpus
+from keymgmt._system.fork import ForkSafe
+from keymgmt._system.pages import BLOCK, FreshMemory, unwritten
 from keymgmt.errors import ConfigError, IntegrityError
 from keymgmt.floe import HEADER_LENGTH, OVERHEAD, FloeDecryptor, FloeEncryptor, FloeParameters
-from keymgmt.sealed.digests import DIGEST_LENGTH, DigestName, leaf_hash, tree_root
+from keymgmt.sealed.digests import DigestName, digest_length, leaf_hash, tree_root
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["Learned", "PayloadReader", "digest_payload", "seal_payload"]
 
 _PROGRESS_INTERVAL = 0.1  # seconds
+_AHEAD = 8  # segments that are asked of the disk at once
 
 
 class _Layout:
@@ -86,7 +89,7 @@ def _on_all_cores(
     count = layout.count
     # A thread takes as many as fill a huge page: two threads in one would clear it twice.
     run = max(1, BLOCK // layout.segment_length)
-    threads = min(-(-count // run), len(os.sched_getaffinity(0)))
+    threads = min(-(-count // run), cpus())
     starts = itertools.count(0, run)  # next() of it is one step under the GIL: none comes twice
     stop = threading.Event()
     done: list[int] = []
@@ -167,17 +170,19 @@ class _Leaves:
 
     def __init__(self, digest: DigestName, header: bytes, count: int) -> None:
         self.digest: DigestName = digest
-        self._hashes = bytearray(DIGEST_LENGTH * (1 + count))
-        self._hashes[:DIGEST_LENGTH] = leaf_hash(digest, header)
+        self._length = digest_length(digest)
+        self._hashes = bytearray(self._length * (1 + count))
+        self._hashes[: self._length] = leaf_hash(digest, header)
 
     def add(self, index: int, segment: Buffer) -> None:
-        start = DIGEST_LENGTH * (1 + index)
-        self._hashes[start : start + DIGEST_LENGTH] = leaf_hash(self.digest, segment)
+        self._hashes[self._place(index)] = leaf_hash(self.digest, segment)
 
     def check(self, index: int, segment: Buffer) -> None:
-        start = DIGEST_LENGTH * (1 + index)
-        if leaf_hash(self.digest, segment) != self._hashes[start : start + DIGEST_LENGTH]:
+        if leaf_hash(self.digest, segment) != self._hashes[self._place(index)]:
             raise IntegrityError(f"segment {index} changed since the file was checked")
+
+    def _place(self, index: int) -> slice:
+        return slice(self._length * (1 + index), self._length * (2 + index))
 
     def root(self) -> bytes:
         return tree_root(self.digest, self._hashes)
@@ -195,8 +200,8 @@ class _Sealer:
         self._source, self._target_fd = source, target_fd
         self._layout, self._encryptor, self._leaves = layout, encryptor, leaves
         length = layout.segment_of(0)[1]
-        self._plaintext = memoryview(room(length - OVERHEAD))
-        self._segment = memoryview(room(length))
+        self._plaintext = memoryview(unwritten(length - OVERHEAD))
+        self._segment = memoryview(unwritten(length))
 
     def __call__(self, index: int) -> int:
         start, length = self._layout.plaintext_of(index)
@@ -247,7 +252,7 @@ def seal_payload(
         key: 32 bytes, of this one file.
         aad: what the ciphertext is bound to.
         segment_length: bytes of one encrypted segment.
-        digest: "blake3" or "sha256".
+        digest: the hash of the tree.
         progress: called in this thread with the bytes done so far; what it raises ends the work.
 
     Raises:
@@ -289,23 +294,26 @@ class _Reader:
         leaves: _Leaves | None,
         decryptor: FloeDecryptor | None = None,
         target: FreshMemory | None = None,
+        begun: list[int] | None = None,
     ) -> None:
         self._fd, self._layout, self._leaves = fd, layout, leaves
-        self._decryptor, self._target = decryptor, target
+        self._decryptor, self._target, self._begun = decryptor, target, begun
         length = layout.segment_of(0)[1]
-        self._segment = memoryview(room(length))
+        self._segment = memoryview(unwritten(length))
         needs_scratch = decryptor is not None and target is None
-        self._scratch = memoryview(room(length - OVERHEAD if needs_scratch else 0))
+        self._scratch = memoryview(unwritten(length - OVERHEAD if needs_scratch else 0))
 
     def __call__(self, index: int) -> int:
         start, length = self._layout.plaintext_of(index)
-        segment = _read_segment(self._fd, self._layout, index, self._segment)
+        segment = _read_in_turn(self._fd, self._layout, index, self._segment)
         if self._leaves is not None:
             self._leaves.add(index, segment)
         if self._decryptor is not None:
             if self._target is None:
                 target = self._scratch[:length]
             else:
+                if self._begun is not None:
+                    self._begun.append(index)
                 target = self._target.part(start, length)
             final = index == self._layout.count - 1
             self._decryptor.decrypt_segment_into(index, final, segment, target)
@@ -313,6 +321,26 @@ class _Reader:
 
     def close(self) -> None:
         wipe(self._scratch)
+
+
+def _read_in_turn(fd: int, layout: _Layout, index: int, buffer: memoryview) -> memoryview:
+    """As ``_read_segment``, where the segments after it will be wanted too.
+
+    A disk gives more at once than in requests of one segment (docs/decisions/loader-speed.md). So
+    where one is not in the page cache, those after it are read with it, over one another: what
+    counts is that they are in the page cache then.
+    """
+    offset, length = layout.segment_of(index)
+    segment = buffer[:length]
+    # An error here is that of a system that cannot tell, or comes again where it counts.
+    with contextlib.suppress(OSError):
+        try:
+            if os.preadv(fd, [segment], offset, os.RWF_NOWAIT) == length:
+                return segment
+        except BlockingIOError:
+            pass
+        os.preadv(fd, [segment] * _AHEAD, offset)
+    return _read_segment(fd, layout, index, buffer)
 
 
 def _read_segment(fd: int, layout: _Layout, index: int, buffer: memoryview) -> memoryview:
@@ -345,7 +373,7 @@ def digest_payload(
         fd: open for reading.
         size: bytes of the plaintext, as the manifest says.
         segment_length: bytes of one encrypted segment.
-        digest: "blake3" or "sha256".
+        digest: the hash of the tree.
         progress: called in this thread with the bytes done so far.
 
     Raises:
@@ -401,7 +429,7 @@ class PayloadReader:
             key: 32 bytes, of this one file.
             aad: what the ciphertext is bound to.
             segment_length: bytes of one encrypted segment.
-            digest: "blake3" or "sha256".
+            digest: the hash of the tree.
             root: of the digest tree; None where digests are not to be checked.
             learned: what an earlier reader of the same file with the same root found out.
             owns_fd: ``fd`` is closed with this reader, and if this raises.
@@ -428,7 +456,7 @@ class PayloadReader:
         """Decrypt all of it into ``buffer``, which is writable and has exactly ``size`` bytes.
 
         Args:
-            buffer: filled if this returns, all zeros if it raises.
+            buffer: filled if this returns; if it raises, what was written of it is zeros.
             progress: called in this thread with the bytes done so far; what it raises ends it.
 
         Raises:
@@ -439,17 +467,23 @@ class PayloadReader:
         view = memoryview(buffer).cast("B")
         if len(view) != self.size or view.readonly:
             raise ValueError(f"{self.size} bytes go into a writable buffer of that length")
+        begun: list[int] = []
         try:
-            self._prove(view, progress)
+            self._prove(view, progress, begun)
         except BaseException:
-            wipe(view)
+            # Not all of it: of a file with holes, gigabytes were never written to and cost nothing.
+            for index in begun:
+                start, length = self._layout.plaintext_of(index)
+                wipe(view[start : start + length])
             raise
 
     def verify(self, progress: Progress | None = None) -> None:
         """Decrypt every segment and keep nothing; raises as ``read_into`` does."""
         self._prove(None, progress)
 
-    def _prove(self, target: memoryview | None, progress: Progress | None) -> None:
+    def _prove(
+        self, target: memoryview | None, progress: Progress | None, begun: list[int] | None = None
+    ) -> None:
         layout, leaves = self._layout, None
         layout.check_file(self._fd)
         memory = None if target is None else FreshMemory(target)
@@ -457,7 +491,7 @@ class PayloadReader:
             leaves = _Leaves(self._digest, self._header, layout.count)
         _on_all_cores(
             layout,
-            lambda: _Reader(self._fd, layout, leaves, self._decryptor, memory),
+            lambda: _Reader(self._fd, layout, leaves, self._decryptor, memory, begun),
             progress,
         )
         if leaves is not None:
@@ -477,7 +511,7 @@ class PayloadReader:
             if self._root is not None and self._learned.leaves is None:
                 self._accept(_learn_leaves(self._fd, self._layout, self._digest, None))
         _, length = self._layout.plaintext_of(index)
-        private = memoryview(room(length + OVERHEAD))
+        private = memoryview(unwritten(length + OVERHEAD))
         segment = _read_segment(self._fd, self._layout, index, private)
         if self._learned.leaves is not None:
             self._learned.leaves.check(index, segment)

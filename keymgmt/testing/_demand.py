@@ -11,6 +11,7 @@ import inspect
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 import pytest
@@ -127,14 +128,30 @@ def describe(error: BaseException) -> str:
 
 
 def printed(error: BaseException) -> str:
-    """All that a log could show of an error: traceback, causes, arguments, attributes."""
+    """All that a log could show of an error: traceback, causes, arguments, attributes, and locals.
+
+    Error trackers send the local variables of every frame, so a secret that a frame still holds
+    when it raises has leaked. The kit's own frames are left out, which hold secrets on purpose.
+    """
     seen: list[str] = traceback.format_exception(error)
     chain: list[BaseException | None] = [error]
     for item in chain:
         if item is not None and len(chain) < 20:
             seen.append(f"{item!r} {item.args!r} {vars(item)!r}")
             chain += [item.__cause__, item.__context__]
+            seen += _locals_of(item)
     return "\n".join(seen)
+
+
+def _locals_of(error: BaseException) -> Iterable[str]:
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        module = str(frame.f_globals.get("__name__"))
+        file = Path(frame.f_code.co_filename)
+        if module.startswith("keymgmt.testing."):
+            continue
+        for name, value in list(frame.f_locals.items()):
+            with contextlib.suppress(Exception):  # a repr of a stranger's
+                yield f"{file.name}:{line} {name} = {value!r}"
 
 
 def raised(call: Callable[[], object]) -> str:

@@ -45,6 +45,7 @@ from keymgmt.backend import (
     WrappedKey,
     WrongKey,
     check_key,
+    no_version,
     wipe,
 )
 
@@ -258,14 +259,17 @@ class MemoryProvider(
         found.retired.add(number)
         return self._info(key, found)
 
-    def _signing_key(self, key: str) -> Ed25519PrivateKey:
+    def _signing_key(self, key: str, version: str | None = None) -> Ed25519PrivateKey:
         service = self.service
-        version = self._key(service, key, "sign").versions
-        return Ed25519PrivateKey.from_private_bytes(service.secret(key, version))
+        versions = [str(n + 1) for n in range(self._key(service, key, "sign").versions)]
+        if version not in (None, *versions):
+            raise no_version(key, str(version), versions)
+        number = int(version or versions[-1])
+        return Ed25519PrivateKey.from_private_bytes(service.secret(key, number))
 
-    def public_key(self, key: str) -> bytes:
+    def public_key(self, key: str, version: str | None = None) -> bytes:
         """See SupportsSigning; Ed25519."""
-        public = self._signing_key(key).public_key()
+        public = self._signing_key(key, version).public_key()
         return public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
     def sign(self, key: str, message: bytes) -> Signature:

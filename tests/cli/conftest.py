@@ -72,10 +72,11 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def site(cli: Cli, tmp_path: Path) -> Path:
+def site(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory after ``keymgmt init .``, with a plain model in ``model/``."""
     pytest.importorskip("keymgmt_file")
     assert cli("init", ".").code == 0
+    monkeypatch.setenv("KEYMGMT_CONFIG", str(tmp_path / "work" / "keymgmt.toml"))
     folder = tmp_path / "work" / "model"
     folder.mkdir()
     (folder / "weights.bin").write_bytes(bytes(range(256)) * 512)

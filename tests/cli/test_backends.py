@@ -37,7 +37,7 @@ def test_each_is_isolated_and_explained(
         install(f"{name}-hsm", GROUP, {name: f"{name}_hsm:Acme"}, **{f"{name}_hsm": source})
     ran = cli("backends", "--json")
     assert ran.code == 0
-    rows = {row["name"]: row for row in ran.json()}
+    rows = {row["name"]: row for row in ran.json()["backends"]}
     assert rows["acme"] == {
         "name": "acme",
         "distribution": "acme-hsm",
@@ -57,7 +57,7 @@ def test_one_that_hangs_is_given_up(
     monkeypatch.setattr(keymgmt.cli.backends, "SECONDS", 3)
     source = "import time; time.sleep(600)"
     install("hangs-hsm", GROUP, {"hangs": "hangs_hsm:Acme"}, hangs_hsm=source)
-    (row,) = (row for row in cli("backends", "--json").json() if row["name"] == "hangs")
+    (row,) = (row for row in cli("backends", "--json").json()["backends"] if row["name"] == "hangs")
     assert "does not end within 3 seconds" in row["problem"]
 
 
@@ -67,7 +67,7 @@ def test_a_name_that_two_provide_shows_both(
     monkeypatch.setattr(keymgmt.cli.backends, "SECONDS", 200)
     install("acme-hsm", GROUP, {"acme": "acme_hsm:Acme"}, acme_hsm=ACME)
     install("evil-hsm", GROUP, {"acme": "evil_hsm:Acme"}, evil_hsm=ACME)
-    rows = [row for row in cli("backends", "--json").json() if row["name"] == "acme"]
+    rows = [row for row in cli("backends", "--json").json()["backends"] if row["name"] == "acme"]
     assert {row["distribution"] for row in rows} == {"acme-hsm", "evil-hsm"}
     assert all("twice" in row["problem"] for row in rows)
     shown = cli("backends").out

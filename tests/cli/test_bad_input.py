@@ -174,7 +174,7 @@ def a_tree_without_models(site: Path) -> tuple[object, ...]:
 @pytest.mark.parametrize(
     ("make", "code", "said", "hint"),
     [
-        (no_config, 3, "no config file", "keymgmt init"),
+        (no_config, 3, "cannot read the config", "keymgmt init"),
         (config_that_is_not_there, 3, "nothere.toml", "keymgmt init"),
         (config_that_is_a_folder, 3, "model", ""),
         (config_that_is_not_toml, 3, "is not TOML", ""),
@@ -186,12 +186,12 @@ def a_tree_without_models(site: Path) -> tuple[object, ...]:
         (an_unknown_provider, 3, "no provider named 'locl'", "did you mean 'local'?"),
         (an_unknown_backend, 3, "'fiel' is not installed", "did you mean 'file'?"),
         (a_backend_that_is_not_installed, 3, "'nonesuch' is not installed", "install"),
-        (an_unknown_key, 1, "modles", "local:models"),
+        (an_unknown_key, 3, "modles", "local:models"),
         (a_key_of_another_purpose, 1, "does not wrap", "one purpose"),
         (a_hostile_key_name, 3, "not a key name", "lower-case"),
         (a_group_that_names_a_key_twice, 3, "twice", "once"),
-        (a_keystore_that_others_read, 3, "keys", "chmod"),
-        (a_key_file_that_others_read, 3, "models.jwks", "chmod"),
+        (a_keystore_that_others_read, 5, "keys", "chmod"),
+        (a_key_file_that_others_read, 5, "models.jwks", "chmod"),
         (a_model_that_is_not_there, 3, "nothere.xml", ""),
         (a_model_of_no_kind_that_we_know, 3, "model.bin", ""),
         (a_model_that_is_a_fifo, 3, "neither a regular file", ""),
@@ -203,7 +203,7 @@ def a_tree_without_models(site: Path) -> tuple[object, ...]:
         (a_bad_model_name, 3, "../x", ""),
         (an_unknown_profile, 3, "'fast'", "fips"),
         (forcing_over_what_is_no_model, 3, "no sealed model", ""),
-        (a_publisher_key_that_is_not_there, 1, "publishr", "local:publisher"),
+        (a_publisher_key_that_is_not_there, 3, "publishr", "local:publisher"),
         (a_tree_without_models, 3, "no sealed model", ""),
     ],
 )
@@ -338,14 +338,14 @@ def test_a_service_that_is_down_is_exit_6_with_a_table_of_reasons(cli: Cli, seal
         assert cell in ran.err
 
 
-def test_a_key_that_was_lost_is_exit_4_and_one_that_was_retired_exit_5(
+def test_a_key_that_was_lost_is_exit_6_and_one_that_was_retired_exit_5(
     cli: Cli, sealed: Path
 ) -> None:
     keys = sealed.parent / "keys"
     (keys / "models.jwks").rename(keys / "models.away")
     lost = cli("verify", sealed)
-    assert lost.code == 4
-    assert "WrongKey" in lost.err
+    assert lost.code == 6
+    assert "put it back from a backup" in lost.hint
     (keys / "models.away").rename(keys / "models.jwks")
     assert cli("keys", "rotate", "local:models").code == 0
     assert cli("keys", "retire", "local:models@1").code == 0

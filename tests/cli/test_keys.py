@@ -62,7 +62,7 @@ def test_a_wrong_argument_is_the_operators_error_and_changes_nothing(
 
 def test_a_missing_key_is_named_with_the_nearest(cli: Cli, site: Path) -> None:
     ran = cli("keys", "show", "local:model")
-    assert ran.code == 1
+    assert ran.code == 3
     assert "model" in ran.error
     assert "local:models" in ran.hint
 
@@ -126,7 +126,7 @@ def test_usage_says_what_each_version_opens_and_guards_retiring(cli: Cli, sealed
     assert cli("keys", "rotate", "local:models").code == 0
     shown = cli("keys", "usage", ".", "local:models")
     assert "opens 1 models, is the only way into 1" in shown.out
-    assert "not referenced in this tree" in shown.out
+    assert "not named in this tree" in shown.out
     refused = cli("keys", "retire", "local:models@1", "--tree", ".")
     assert refused.code == 3
     assert "opens 1 models" in refused.error
@@ -155,7 +155,7 @@ def test_listing_shows_the_others_where_one_provider_is_down(cli: Cli, site: Pat
     (site / "gone" / "damaged.jwks").touch(mode=0o600)
     ran = cli("keys", "list", "--json")
     assert ran.code == 1
-    assert [key["reference"] for key in ran.json()] == ["local:models", "local:publisher"]
+    assert [key["reference"] for key in ran.json()["keys"]] == ["local:models", "local:publisher"]
     assert "damaged" in ran.error
 
 
@@ -168,3 +168,106 @@ def test_a_recipient_file_of_another_machine_is_vouched_for(cli: Cli, site: Path
     assert not (site / "d.recipient.sig").exists()
     assert cli(*wrong, fingerprint).code == 0
     assert (site / "d.recipient.sig").exists()
+
+
+def test_who_rotates_a_publisher_learns_that_its_own_config_does_not_trust_it(
+    cli: Cli, site: Path
+) -> None:
+    ran = cli("keys", "rotate", "local:publisher")
+    assert ran.code == 0
+    assert "does not trust the newest version of local:publisher" in ran.err
+    assert "keys export local:publisher" in ran.hint
+    report = cli("doctor", "--json").json()
+    (found,) = (one for one in report["findings"] if one["name"] == "[seal] sign")
+    assert found["status"] == "warning"
+    ran = cli("seal", "model", "model.sealed", "--json")
+    assert "this config would not open it" in ran.err
+    assert "signed by nobody" in ran.json()["refusal"]
+    ran = cli("reseal", "model.sealed")
+    assert ran.code == 4
+    # The way out that was printed.
+    assert cli(*["keys", "export", "local:publisher", "--format", "pem", "-o", "NEW.pem"]).code == 0
+    config = site / "keymgmt.toml"
+    config.write_text(config.read_text().replace('"publisher.pem" =', '"NEW.pem" ='))
+    ran = cli("reseal", "model.sealed", "--json")
+    assert (ran.code, ran.json()["refusal"]) == (0, None)
+    assert "warning" not in ran.err
+    report = cli("doctor", "--json").json()
+    (found,) = (one for one in report["findings"] if one["name"] == "[seal] sign")
+    assert found["status"] == "ok"
+    assert "warning" not in cli("keys", "rotate", "local:models").err
+
+
+def test_a_name_without_a_release_floor_is_said_when_it_is_sealed(cli: Cli, site: Path) -> None:
+    config = site / "keymgmt.toml"
+    config.write_text(
+        config.read_text().replace("[policy]\n", "[policy]\nminimum_release = { other = 1 }\n")
+    )
+    ran = cli("seal", "model", "model.sealed", "--name", "resnet50")
+    assert "this config would not open it" in ran.err
+    assert "minimum_release" in ran.err
+    ran = cli("sign", "model.sealed", "--json")
+    assert "minimum_release" in ran.json()["refusal"]
+
+
+def test_a_release_that_locks_a_name_for_ever_is_not_taken_just_so(cli: Cli, site: Path) -> None:
+    ran = cli("seal", "model", "model.sealed", "--release", str(2**53 - 1))
+    assert ran.code == 3
+    assert "leaves 0 numbers for later releases" in ran.error
+    assert not (site / "model.sealed").exists()
+    assert cli("seal", "model", "model.sealed", "--release", "20261128").code == 0
+    assert cli("reseal", "model.sealed", "--release", str(2**53 - 2)).code == 3
+
+
+def test_every_version_of_a_publishers_key_is_exported(cli: Cli, site: Path) -> None:
+    first = (site / "publisher.pem").read_text()
+    assert cli("keys", "rotate", "local:publisher").code == 0
+    assert cli("keys", "export", "local:publisher@1").out == first
+    second = cli("keys", "export", "local:publisher@2").out
+    assert second == cli("keys", "export", "local:publisher").out != first
+    ran = cli("keys", "export", "local:publisher@3")
+    assert "no version '3'" in ran.error
+    assert "1, 2" in ran.hint
+    assert cli("keys", "create", "local:device7", "--kind", "hpke-x25519").code == 0
+    ran = cli("keys", "export", "local:device7@1")
+    assert ran.code == 3
+    assert "local:device7" in ran.hint
+
+
+def test_unknown_is_never_zero(cli: Cli, site: Path, sealed: Path) -> None:
+    assert cli("keys", "rotate", "local:models").code == 0
+    (site / "nowhere").symlink_to("gone")
+    ran = cli("keys", "usage", ".", "local:models", "--csv")
+    assert ran.code == 4
+    rows = {row["version"]: row for row in csv.DictReader(io.StringIO(ran.out))}
+    assert (rows["1"]["opens"], rows["2"]["opens"]) == ("1", "unknown")
+    report = cli("keys", "usage", ".", "local:models", "--json").json()
+    assert report["unknown"] == [{"backend": "file", "key": "models", "version": "2"}]
+    assert "not_referenced" not in report
+    assert "unknown" in cli("keys", "usage", ".", "local:models").out
+    (site / "nowhere").unlink()
+    report = cli("keys", "usage", ".", "local:models", "--json").json()
+    assert report["not_referenced"] == [{"backend": "file", "key": "models", "version": "2"}]
+
+
+def test_a_refusal_to_retire_is_enough_for_a_job_to_decide(
+    cli: Cli, site: Path, sealed: Path
+) -> None:
+    assert cli("keys", "rotate", "local:models").code == 0
+    (site / "live").mkdir()
+    (site / "live" / "now.sealed").symlink_to(sealed)
+    ran = cli("keys", "retire", "local:models@1", "--tree", "live", "--json")
+    assert ran.code == 3
+    said = ran.json()
+    assert (said["verdict"], said["proved"], said["models"]) == ("needed", True, 1)
+    assert said["only_way_into"] == ["live/now.sealed"]
+    assert said["links"] == [{"path": "live/now.sealed", "target": str(sealed)}]
+    assert ran.hint.startswith("first: keymgmt rewrap live;")
+    assert cli("rewrap", "live").code == 0
+    ran = cli("keys", "retire", "local:models@1", "--tree", "live", "--tree", "misspelt", "--json")
+    assert ran.json()["verdict"] == "unknown"
+    retiring = ("keys", "retire", "local:models@1", "--tree", "live", "--tree", ".")
+    assert cli(*retiring, "--names-only").code == 0
+    # Again: it is retired already, and that is no fault.
+    assert cli(*retiring).code == 0
+    assert cli("keys", "retire", "local:models@1", "--names-only").code == 3

@@ -86,6 +86,56 @@ def test_rewrap_of_a_tree_counts_and_stops_for_nothing(cli: Cli, site: Path, sea
     assert "model.sealed" in ran.err
 
 
+def test_the_json_of_a_run_over_a_tree_is_enough_to_decide(
+    cli: Cli, site: Path, sealed: Path
+) -> None:
+    assert cli("seal", "model", "other.sealed").code == 0
+    assert cli("keys", "rotate", "local:models").code == 0
+    (sealed / "manifest.json").write_bytes(b"[]")
+    ran = cli("rewrap", ".", "--json")
+    *lines, summary = (json.loads(line) for line in ran.out.splitlines())
+    assert ran.code == summary["exit_code"] == 4
+    assert summary["format"] == "keymgmt-rewrap/1"
+    assert (summary["models"], summary["changed"], summary["failed"]) == (1, 1, 1)
+    assert summary["groups"] == {"moved": 1}
+    (failed,) = (line for line in lines if "error" in line)
+    assert (failed["path"], failed["error"]["class"]) == ("model.sealed", "FormatError")
+    (done,) = (line for line in lines if line.get("changed"))
+    assert done["groups"][0]["state"] == "moved"
+
+
+def test_a_tree_is_signed_verified_and_resealed(cli: Cli, site: Path, sealed: Path) -> None:
+    assert cli("keys", "rotate", "local:publisher").code == 0
+    refused = cli("sign", ".")
+    assert refused.code == 3
+    assert "--if-signed-by" in refused.hint
+    assert "1 models: signed 1" in cli("sign", ".", "--if-signed-by", "publisher.pem").out
+    ran = cli("verify", ".", "--json")
+    *lines, summary = (json.loads(line) for line in ran.out.splitlines())
+    assert [line["state"] for line in lines] == ["verified"]
+    assert summary == {
+        "format": "keymgmt-verify/1",
+        "models": 1,
+        "failed": 0,
+        "states": {"verified": 1},
+        "exit_code": 0,
+    }
+    assert "resealed 1" in cli("reseal", ".").out
+    (sealed / "keys.json").write_bytes(b"{}")
+    ran = cli("verify", ".", "--json")
+    assert json.loads(ran.out.splitlines()[-1])["exit_code"] == ran.code == 4
+
+
+def test_exactly_these_groups_open_it(cli: Cli, site: Path, sealed: Path) -> None:
+    assert cli("keys", "create", "local:more").code == 0
+    ran = cli("rewrap", sealed, "--set", "local:more")
+    assert ran.code == 0
+    assert "dropped" in ran.out
+    assert cli("inspect", sealed, "--json").json()["groups"] == [["file:more@1"]]
+    refused = cli("rewrap", sealed, "--set", "local:more", "--drop", "file:more")
+    assert refused.code == 3
+
+
 def test_reseal_makes_another_model_of_the_same_content(cli: Cli, site: Path, sealed: Path) -> None:
     old = cli("inspect", sealed, "--json").json()["manifest"]
     new = cli("reseal", sealed, "--json").json()["manifest"]
@@ -133,22 +183,25 @@ def test_the_shell_completes_providers_and_keys(cli: Cli, site: Path) -> None:
 
 
 @pytest.mark.once
-def test_bash_completes_a_key_as_the_page_says(cli: Cli, site: Path, tmp_path: Path) -> None:
-    """In a real bash on a terminal: docs/cli.md has the line that lets a word hold a colon."""
+def test_bash_completes_a_key_whose_colon_ends_a_word(cli: Cli, site: Path, tmp_path: Path) -> None:
+    """In a real bash on a terminal, with the script as it is installed."""
     bash, program = shutil.which("bash"), Path(sys.executable).with_name("keymgmt")
     if bash is None or not program.exists():
         pytest.skip("no bash, or no keymgmt beside this Python")
-    environment = {"PATH": f"{program.parent}:/usr/bin:/bin", "HOME": str(tmp_path), "TERM": "dumb"}
+    environment = {
+        "PATH": f"{program.parent}:/usr/bin:/bin",
+        "HOME": str(tmp_path),
+        "TERM": "dumb",
+        "KEYMGMT_CONFIG": str(site / "keymgmt.toml"),
+    }
     script = subprocess.run(
-        [program, "--show-completion", "bash"],
+        [program, "completion", "bash"],
         capture_output=True,
         text=True,
         timeout=60,
-        env=environment | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"},
+        env=environment,
     ).stdout
-    (tmp_path / ".bashrc").write_text(
-        f"{script}\nCOMP_WORDBREAKS=${{COMP_WORDBREAKS//:}}\nPS1='> '\n"
-    )
+    (tmp_path / ".bashrc").write_text(f"{script}\nPS1='> '\n")
     child, terminal = pty.fork()
     if not child:
         os.execve(bash, [bash, "-i"], environment)
@@ -165,6 +218,11 @@ def test_bash_completes_a_key_as_the_page_says(cli: Cli, site: Path, tmp_path: P
         os.write(terminal, b"keymgmt keys show local:mod\t")
         until(b"show local:models")
         assert b"local:local" not in seen
+        os.write(terminal, b"\x15keymgmt doctor lo\t\t\t")
+        until(b"publisher")
+        assert b"local::" not in seen
+        os.write(terminal, b"\x15keymgmt seal model out.sealed --to local:mod\t--release 1")
+        until(b"--to local:models --release 1")
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -218,3 +276,78 @@ def test_progress_is_a_bar_on_a_terminal(site: Path) -> None:
     assert b"sealing" in shown
     assert "━".encode() in shown
     assert json.loads(out)["manifest"]["name"] == "model"
+
+
+def test_sign_names_who_signed_before(cli: Cli, site: Path, sealed: Path) -> None:
+    ran = cli("sign", sealed)
+    assert "was signed by publisher.pem" in ran.err
+    assert cli("keys", "create", "local:stranger", "--kind", "ed25519").code == 0
+    assert cli("sign", sealed, "local:stranger").code == 0
+    ran = cli("sign", sealed)
+    assert "a stranger (key " in ran.err
+    (sealed / "signatures.json").unlink()
+    ran = cli("sign", sealed, "--unopened")
+    assert ran.code == 0
+    assert "has no signature yet" in ran.err
+    assert "unopened: who made it was not checked" in ran.out
+
+
+def test_a_publisher_says_until_when_his_signature_counts(cli: Cli, sealed: Path) -> None:
+    ran = cli("sign", sealed, "--expires", "30d")
+    assert ran.code == 0
+    assert ", until 20" in ran.out
+    assert ", until 20" in cli("inspect", sealed).out
+    assert ", until 20" in cli("verify", sealed, "--signature-only").out
+    assert cli("sign", sealed, "--expires", "2999-12-31T00:00:00Z").code == 0
+    (until,) = cli("inspect", sealed, "--json").json()["expiries"].values()
+    assert until == "2999-12-31T00:00:00Z"
+    assert f", until {until}" in cli("verify", sealed).out
+    for wrong in ("tomorrow", "0d", "2020-01-01T00:00:00Z", "2027-02-31T00:00:00Z", "99999999d"):
+        assert cli("sign", sealed, "--expires", wrong).code == 3
+
+
+def test_what_was_hardly_meant_to_be_sealed_is_named(cli: Cli, site: Path) -> None:
+    model = site / "model"
+    for name in (".env", ".git/config", "sub/id_ed25519", "old.sealed/keys.json", "keys/a.jwks"):
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
+        (model / name).write_text("x")
+    (model / "nothing" / "below").mkdir(parents=True)
+    ran = cli("seal", model, "a.sealed")
+    assert ran.code == 0
+    named = ".env, .git, keys/a.jwks, old.sealed, sub/id_ed25519"
+    assert f"secrets or leftovers, and is sealed too: {named}\n" in ran.err
+    assert str(model / ".keymgmtignore") in ran.hint
+    assert "empty folders are not sealed: nothing/below\n" in ran.err
+    (model / ".keymgmtignore").write_text("# ours\n.env\n.git/\n*.sealed\nsub/*\n/keys\n")
+    ran = cli("seal", model, "b.sealed", "--json")
+    assert "leftovers" not in ran.err
+    assert (
+        "left out by .keymgmtignore: .env, .git, .keymgmtignore, keys, old.sealed, sub/id_ed25519\n"
+        in ran.err
+    )
+    files = [entry["path"] for entry in ran.json()["manifest"]["files"]]
+    assert files == ["notes.txt", "weights.bin"]
+
+
+def test_a_sealed_folder_is_not_sealed_again(cli: Cli, sealed: Path) -> None:
+    ran = cli("seal", sealed, "again.sealed")
+    assert ran.code == 3
+    assert ran.error == f"{sealed} is sealed already"
+    assert "rewrap" in ran.hint
+    assert not (sealed.parent / "again.sealed").exists()
+
+
+def test_what_the_loader_will_refuse_is_said_when_it_is_sealed(site: Any, cli: Any) -> None:
+    for name in ("model.safetensors", "a.xml", "b.tflite"):
+        Path("other").mkdir(exist_ok=True)
+        (Path("other") / name).write_bytes(b"x")
+        ran = cli("seal", "other", f"{name}.sealed", "--json")
+        assert ran.code == 0
+        said = {
+            "model.safetensors": "OpenVINO reads none of its files by its name",
+            "a.xml": "",
+            "b.tflite": "it has 2 graphs: load(..., file='a.xml') says which",
+        }[name]
+        assert ("note: " in ran.err) == bool(said)
+        assert said in ran.err
+        ran.json()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import stat
 import tomllib
 from collections.abc import Callable
@@ -61,10 +62,23 @@ def test_init_refuses_bad_key_names_and_makes_nothing(
     assert list((tmp_path / "work").iterdir()) == []
 
 
-def test_the_config_of_the_working_directory_is_read_and_said(cli: Cli, site: Path) -> None:
-    ran = cli("keys", "list", "--json")
-    assert ran.err == "using the config ./keymgmt.toml\n"
-    assert [key["reference"] for key in ran.json()] == ["local:models", "local:publisher"]
+@pytest.mark.parametrize(
+    "arguments",
+    [("verify", "."), ("keys", "list"), ("doctor",), ("seal", "x", "y"), ("rewrap", ".")],
+)
+def test_the_working_directory_has_no_authority(
+    cli: Cli, site: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    """A delivered folder with a config and a module in it: nothing of it is loaded."""
+    (site / "keymgmt.toml").write_text(
+        '[providers.hsm]\nbackend = "pkcs11"\nmodule = "./evil.so"\ntoken = "t"\n'
+    )
+    monkeypatch.delenv("KEYMGMT_CONFIG")
+    ran = cli(*arguments)
+    assert ran.code == 3
+    assert "no config file" in ran.error
+    assert "hsm" not in ran.out + ran.err
+    assert "./keymgmt.toml" not in ran.err
 
 
 def test_a_named_config_comes_first_and_nothing_is_said(
@@ -76,14 +90,14 @@ def test_a_named_config_comes_first_and_nothing_is_said(
         monkeypatch.setenv("KEYMGMT_CONFIG", environment)
         ran = cli(*arguments, "keys", "list", "--json")
         assert ran.err == ""
-        assert ran.json()[0]["reference"] == "other:models"
+        assert ran.json()["keys"][0]["reference"] == "other:models"
 
 
 def test_backends_shows_what_is_installed_and_what_is_missing(cli: Cli) -> None:
     pytest.importorskip("keymgmt_file")
-    (file,) = (row for row in cli("backends", "--json").json() if row["name"] == "file")
+    (file,) = (row for row in cli("backends", "--json").json()["backends"] if row["name"] == "file")
     assert file["distribution"] == "keymgmt-file"
-    assert file["version"] == "0.1.0"
+    assert file["version"] == importlib.metadata.version("keymgmt-file")
     assert file["api"] == 1
     assert {"keys", "sign"} <= set(file["abilities"])
     assert file["problem"] is None
@@ -119,6 +133,22 @@ def test_doctor_names_what_is_wrong_and_looks_at_the_rest(
     failed = {f["subject"].rpartition("/")[2] for f in findings if f["status"] == "failed"}
     assert said in failed
     assert "ok" in {f["status"] for f in findings}
+
+
+def test_doctor_says_which_cryptographic_module_runs(cli: Cli, site: Path) -> None:
+    from cryptography.hazmat.backends.openssl.backend import backend
+
+    def module() -> Any:
+        found = cli("doctor", "--json").json()["findings"]
+        return next(finding for finding in found if finding["name"] == "module")
+
+    assert backend.openssl_version_text() in module()["detail"]
+    assert "not a validated module" in module()["detail"]
+    assert module()["status"] == "ok"
+    text = (site / "keymgmt.toml").read_text()
+    (site / "keymgmt.toml").write_text(text.replace("[seal]\n", '[seal]\nprofile = "fips"\n'))
+    assert module()["status"] == "warning"
+    assert "A validated module" in module()["hint"]
 
 
 def test_doctor_warns_where_unsigned_models_open(cli: Cli, site: Path) -> None:

@@ -46,7 +46,7 @@ def test_a_strangers_command_is_imported_when_it_runs_and_not_for_help(install: 
     )
     install("acme-keymgmt", GROUP, {"acme": "acme_commands:app"}, acme_commands=source)
     listed = keymgmt("--help")
-    assert "Look after Acme HSMs. (acme-keymgmt)" in listed.stdout
+    assert "From acme-keymgmt." in listed.stdout
     assert "imported" not in listed.stdout
     ran = keymgmt("acme")
     assert (ran.returncode, ran.stdout) == (0, "imported\nState\n")
@@ -96,3 +96,16 @@ def test_an_unknown_command_is_a_usage_error(cli: Cli) -> None:
     assert ran.code == 2
     assert "No such command" in ran.err
     assert not ran.out
+
+
+@pytest.mark.parametrize(
+    ("command", "extra"), [("run", "openvino"), ("demo", "demo"), ("leakcheck", "demo")]
+)
+def test_a_command_of_ours_that_is_not_installed_is_named_with_its_extra(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, command: str, extra: str
+) -> None:
+    monkeypatch.setattr("keymgmt.cli._plugins.announced", dict)
+    ran = cli(command)
+    assert ran.code == 3
+    assert f"the command {command!r} is not installed" in ran.error
+    assert f'pip install "keymgmt[{extra}]"' in ran.hint

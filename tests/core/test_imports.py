@@ -11,7 +11,17 @@ from pathlib import Path
 
 import pytest
 
-NAMES = {"keymgmt_file", "keymgmt_vault", "keymgmt_pkcs11", "keymgmt_tpm2", "keymgmt_openvino"}
+# What may be imported from where: each part only from those before it.
+ORDER = [
+    *("errors", "console", "_system", "_crypto", "_providers", "backend", "floe", "sealed"),
+    *("_config", "_trust", "_verbs", "loading", "_mount", "", "cli", "__main__"),
+]
+BACKENDS = {"keymgmt_aws", "keymgmt_file", "keymgmt_vault", "keymgmt_pkcs11", "keymgmt_tpm2"}
+LOADERS = {"keymgmt_openvino"}
+# Nothing but commands, over a loader or a backend.
+COMMANDS = {"keymgmt_openvino_demo": "keymgmt_openvino", "keymgmt_vault_dev": "keymgmt_vault"}
+FOR_LOADERS = {"keymgmt", "keymgmt.errors", "keymgmt.loading"}
+FOR_COMMANDS = "keymgmt.console"
 
 
 def modules(package: str) -> dict[str, Path]:
@@ -28,107 +38,81 @@ def modules(package: str) -> dict[str, Path]:
     }
 
 
-def imported(path: Path) -> set[str]:
-    """Absolute names that a module imports when it runs, also inside of functions."""
-    tree = ast.parse(path.read_bytes())
-    typing_only = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        for statement in node.body
-        for inner in ast.walk(statement)
-    }
+def imported(path: Path, package: str) -> set[str]:
+    """Modules that a module imports: when it runs, inside of functions, and for typing alone."""
+    known = modules(package)
     names: set[str] = set()
-    for node in ast.walk(tree):
-        if id(node) in typing_only:
-            continue
+    for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path.name} imports relatively"
             # `from keymgmt import floe` names a module, `from keymgmt import seal` does not.
-            known = modules("keymgmt") if node.module == "keymgmt" else {}
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
                 names.add(inner if inner in known else str(node.module))
     return names
 
 
+def graph(package: str) -> dict[str, set[str]]:
+    """Module of a package -> the modules of the same package that it imports."""
+    return {
+        module: {
+            name
+            for name in imported(path, package)
+            if name.partition(".")[0] == package and name != module
+        }
+        for module, path in modules(package).items()
+    }
+
+
 def part(module: str) -> str:
-    """A module of the core, or the whole package for those that are packages."""
-    parts = module.split(".")
-    return ".".join(parts[:2])
+    """The part of the core that a module is in: ``errors``, ``_system``; "" for the core itself."""
+    return ([*module.split("."), ""])[1]
 
 
-@pytest.fixture(scope="module")
-def graph() -> dict[str, set[str]]:
-    """Part of the core -> the parts that it imports."""
-    edges: dict[str, set[str]] = {}
-    for module, path in modules("keymgmt").items():
-        names = imported(path)
-        strangers = {name for name in names if name.partition(".")[0] in NAMES}
-        assert not strangers, f"{module} imports {strangers}"
-        ours = {part(name) for name in names if name.partition(".")[0] == "keymgmt"}
-        edges.setdefault(part(module), set()).update(ours - {part(module)})
-    return edges
+CORE = graph("keymgmt")
 
 
-def reach(graph: dict[str, set[str]], start: str) -> set[str]:
-    found: set[str] = set()
-    todo = [start]
-    while todo:
-        for name in graph[todo.pop()] - found:
-            found.add(name)
-            todo.append(name)
-    return found
+@pytest.mark.parametrize("module", sorted(CORE))
+def test_the_core_imports_one_way(module: str) -> None:
+    if part(module) == "testing":
+        allowed = {"testing", "errors", "backend", "_crypto"}
+    else:
+        place = ORDER.index(part(module))
+        allowed = set(ORDER[: place + 1])
+        if part(module) == "cli":
+            allowed.add("testing")  # `plugin check` runs the kit
+    wrong = {name for name in CORE[module] if part(name) not in allowed}
+    assert not wrong
 
 
-def test_the_core_has_no_circle(graph: dict[str, set[str]]) -> None:
+@pytest.mark.parametrize("package", sorted({"keymgmt"} | BACKENDS | LOADERS | set(COMMANDS)))
+def test_no_module_imports_in_a_circle(package: str) -> None:
+    edges = graph(package)
+    for module, names in edges.items():
+        # The package itself is imported with each of its modules, whatever they say.
+        names -= {package} if module != package else set()
     # Raises CycleError, which names the circle.
-    assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(graph)
+    assert len(list(graphlib.TopologicalSorter(edges).static_order())) == len(edges)
 
 
-@pytest.mark.parametrize(
-    ("module", "above"),
-    [
-        ("errors", {""}),
-        ("_dek", {"sealed", "_config", "cli"}),
-        ("_provider", {"sealed", "_config", "cli"}),
-        ("floe", {"sealed", "_config", "cli"}),
-        ("backend", {"sealed", "_config", "_registry", "cli", "testing"}),
-        ("sealed", {"_config", "_registry", "_seal", "_open", "cli", "testing"}),
-        ("_config", {"sealed", "cli", "testing"}),
-    ],
-)
-def test_a_lower_layer_never_reaches_a_higher_one(
-    graph: dict[str, set[str]], module: str, above: set[str]
-) -> None:
-    reached = reach(graph, f"keymgmt.{module}")
-    assert not reached & {f"keymgmt.{name}".rstrip(".") for name in above}
-    assert module != "errors" or not reached
-
-
-def test_the_verbs_do_not_know_the_command_line(graph: dict[str, set[str]]) -> None:
-    above = {"keymgmt.cli", "keymgmt.testing"}
-    assert not reach(graph, "keymgmt") & above
-    assert "keymgmt.cli" not in reach(graph, "keymgmt.testing")
-
-
-@pytest.mark.parametrize("package", sorted(NAMES - {"keymgmt_openvino"}))
-def test_a_backend_imports_the_one_module_for_backends(package: str) -> None:
+@pytest.mark.parametrize("package", sorted({"keymgmt"} | BACKENDS | LOADERS | set(COMMANDS)))
+def test_nothing_imports_what_may_be_missing(package: str) -> None:
+    others = (BACKENDS | LOADERS | set(COMMANDS)) - {package, COMMANDS.get(package)}
     for module, path in modules(package).items():
-        for name in imported(path):
-            if name.startswith("keymgmt") and name.partition(".")[0] != package:
-                assert name == "keymgmt.backend", f"{module} imports {name}"
+        wrong = {n for n in imported(path, "keymgmt") if n.partition(".")[0] in others}
+        assert not wrong, f"{module} imports {wrong}"
 
 
-def test_the_loader_imports_public_names_and_no_backend() -> None:
-    for module, path in modules("keymgmt_openvino").items():
-        for name in imported(path):
-            if name.startswith("keymgmt") and not name.startswith("keymgmt_openvino"):
-                private = any(part.startswith("_") for part in name.split("."))
-                assert name.partition(".")[0] == "keymgmt", f"{module} imports {name}"
-                assert not private, f"{module} imports {name}"
+@pytest.mark.parametrize("package", sorted(BACKENDS | LOADERS | set(COMMANDS)))
+def test_what_is_imported_of_the_core(package: str) -> None:
+    under = COMMANDS.get(package, package)
+    allowed = {"keymgmt.backend"} if under in BACKENDS else FOR_LOADERS
+    for module, path in modules(package).items():
+        for name in imported(path, "keymgmt"):
+            if name.partition(".")[0] == "keymgmt":
+                assert name in allowed | {FOR_COMMANDS}, f"{module} imports {name}"
 
 
 def test_every_module_of_the_core_imports_without_any_backend() -> None:

@@ -14,14 +14,14 @@ from keymgmt.errors import ConfigError
 
 SHOW = """
 import os, sys
-import keymgmt
-import keymgmt._registry
+import keymgmt._providers.registry
+from keymgmt import load_config
 from keymgmt.errors import ConfigError
 uid = UID
 try:
     if uid is not None:
         os.setresuid(uid, uid, uid)
-    config = keymgmt.load_config(*sys.argv[1:])
+    config = load_config(*sys.argv[1:])
     print("loaded", config.provider("local").name)
 except ConfigError as error:
     print(error)

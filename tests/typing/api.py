@@ -8,7 +8,6 @@ from typing import Any, assert_type
 
 import keymgmt
 from keymgmt.backend import Dek, KeyProvider, Settings, WrappedKey
-from keymgmt.sealed.manifest import Manifest
 
 
 def verbs(config: keymgmt.Config) -> None:
@@ -20,7 +19,7 @@ def verbs(config: keymgmt.Config) -> None:
     assert_type(keymgmt.usage("models"), keymgmt.Usage)
     with keymgmt.open("m.sealed", name="m") as model:
         assert_type(model, keymgmt.SealedModel)
-        assert_type(model.manifest, Manifest)
+        assert_type(model.manifest, keymgmt.Manifest)
         assert_type(model.read("a"), bytearray)
         assert_type(model.open("a"), io.RawIOBase)
         model.read_into("a", memoryview(bytearray(4)))

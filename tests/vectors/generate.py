@@ -1,10 +1,11 @@
 """Makes tests/vectors/sealed: one scenario a folder, by the small function named after it.
 
-    python tests/vectors/generate.py            (needs the file backend)
+    python tests/vectors/generate.py [FOLDER]   (needs the file backend)
 
-A scenario is `NAME/vector.txt` (what a reader must say, and why) beside `NAME/model.sealed`. All
-randomness comes from a counter, so the same code makes the same bytes. The private keys in
-`site/` are for these vectors alone.
+A scenario is `NAME/vector.txt` (what a reader must say, and why) beside `NAME/model.sealed`. Our
+randomness comes from a counter, so the same code makes the same bytes, but for what OpenSSL makes
+with its own: ephemeral HPKE keys, and signatures by ML-DSA. The private keys in `site/` are for
+these vectors alone.
 """
 
 from __future__ import annotations
@@ -16,25 +17,32 @@ import itertools
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import keymgmt._dek
+import whole_floe
+
+import keymgmt._crypto.dek
 from keymgmt import Config
-from keymgmt._dek import Dek
-from keymgmt._recipients import resolve_group
-from keymgmt._seal import _FileContent, write_sealed
-from keymgmt._sign import Signer
-from keymgmt._verify import PublicKey
+from keymgmt._crypto.dek import Dek
+from keymgmt._crypto.signatures import PublicKey
+from keymgmt._system.strict_json import dump
+from keymgmt._trust.recipients import resolve_group
+from keymgmt._verbs.seal import Content, write_sealed
+from keymgmt._verbs.sign import Signer
+from keymgmt._verbs.source import PlainFile
+from keymgmt.floe import FloeParameters
 from keymgmt.sealed import derive
-from keymgmt.sealed.canonical import dump
+from keymgmt.sealed.digests import leaf_hash, tree_root
 from keymgmt.sealed.keys import UnlockPolicy, wrap_group
 from keymgmt.sealed.manifest import Manifest, manifest_hash
+from keymgmt.sealed.profiles import PROFILES
 from keymgmt.sealed.signatures import Signatures
 
-HERE = Path(__file__).parent / "sealed"
+HERE = Path(sys.argv[1]) if sys.argv[1:] else Path(__file__).parent / "sealed"
 SEGMENT = 4096
 STEP = SEGMENT - 32
 Files = dict[str, bytes]
@@ -59,7 +67,7 @@ def seed(name: str) -> None:
     def fill(buffer: bytearray) -> None:
         buffer[:] = counter(len(buffer))
 
-    keymgmt._dek.fill_random = fill
+    keymgmt._crypto.dek.fill_random = fill
 
 
 SITE = HERE / "site"
@@ -75,6 +83,18 @@ def site(root: Path = SITE) -> Config:
     )
 
 
+TEMPLATE = Manifest(
+    id=bytes(16),
+    name="vector",
+    release=1,
+    created="2026-01-01T00:00:00Z",
+    profile="default",
+    segment_length=SEGMENT,
+    commitment=b"",
+    kind="files",
+    main=None,
+    files=(),
+)
 WORK: Path
 CONFIG: Config
 DEK: Dek
@@ -82,6 +102,10 @@ DEK: Dek
 
 def content(size: int, name: str = "x") -> bytes:
     return hashlib.shake_256(name.encode()).digest(size)
+
+
+def signer(key: str = "local:publisher", profile: str = "default") -> Signer:
+    return Signer(CONFIG, key, PROFILES[profile])
 
 
 def build(
@@ -102,38 +126,34 @@ def build(
         file = plain / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(data)
-        contents[path] = _FileContent(file)
-    base = Manifest(
-        id=os.urandom(16),
-        name="vector",
-        release=1,
-        created="2026-01-01T00:00:00Z",
-        profile="default",
-        segment_length=SEGMENT,
-        commitment=b"",
-        kind="files",
-        main=None,
-        files=(),
-    )
+        contents[path] = Content(len(data), PlainFile.of(file, file.stat()).open)
     DEK = Dek.generate()
     write_sealed(
         out,
         contents,
         DEK,
         [resolve_group(text, CONFIG) for text in to],
-        Signer(CONFIG, sign) if sign else None,
-        template=dataclasses.replace(base, **template),
+        signer(sign) if sign else None,
+        template=dataclasses.replace(TEMPLATE, **{"id": os.urandom(16), **template}),
     )
     return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+def _lenient(manifest: bytes, profile: str = "") -> Manifest:
+    """Enough of a manifest that no reader would take to make its keys.json."""
+    value = json.loads(manifest)
+    if not profile:
+        profile = value["profile"] if value["profile"] in PROFILES else "default"
+    return dataclasses.replace(TEMPLATE, id=bytes.fromhex(value["id"]), profile=profile)
 
 
 def rewrapped(files: Files, manifest: bytes, dek: Dek | None = None) -> Files:
     """The same with another manifest that the publisher signed and the recipients open."""
     digest = manifest_hash(manifest)
     group = wrap_group(dek or DEK, digest, resolve_group("local:a", CONFIG))
-    model_id = bytes.fromhex(json.loads(manifest)["id"])
-    policy = UnlockPolicy.make(dek or DEK, model_id, digest, [group])
-    signed = Signatures().with_signature(*Signer(CONFIG, "local:publisher").sign(manifest))
+    parsed = _lenient(manifest)
+    policy = UnlockPolicy.make(dek or DEK, parsed, digest, [group])
+    signed = Signatures().with_signature(*signer().sign(manifest))
     small = {
         "manifest.json": manifest,
         "keys.json": policy.to_bytes(),
@@ -148,6 +168,45 @@ def with_manifest(change: Callable[[dict[str, Any]], None], files: Files | None 
     value = json.loads(files["manifest.json"])
     change(value)
     return rewrapped(files, dump(value))
+
+
+def craft(
+    files: Files,
+    damage: Callable[[bytes], bytes] = lambda sealed: sealed,
+    write: bool = True,
+    **members: Any,
+) -> Files:
+    """A model whose publisher makes what our code would not: every other check passes.
+
+    ``damage`` is done to each ciphertext before its digest is made. What is not ``write``-n cannot
+    lie in a folder; a reader that lets its path pass does not find it, and says so.
+    """
+    build()
+    value = dataclasses.replace(TEMPLATE, id=os.urandom(16), commitment=bytes(48)).to_json()
+    value["commitment"] = derive.commitment(DEK, bytes.fromhex(value["id"])).hex()
+    length = members.get("segment_length", SEGMENT)
+    sealed = {}
+    for path, data in files.items():
+        model_id = bytes.fromhex(value["id"])
+        key, aad = derive.file_key(DEK, model_id, path), derive.payload_aad(model_id, path)
+        made = damage(whole_floe.encrypt(key, aad, data, FloeParameters(length)))
+        body = [made[n : n + length] for n in range(74, len(made), length)]
+        leaves = b"".join(leaf_hash("blake3", part) for part in (made[:74], *body))
+        digest = tree_root("blake3", leaves).hex()
+        value["files"].append({"path": path, "size": len(data), "digest": digest})
+        sealed[f"payload/{path}.floe"] = made
+    return rewrapped(sealed if write else {}, dump(value | members))
+
+
+def remade(change: Callable[[dict[str, Any]], None], to: str = "local:a") -> Files:
+    """keys.json edited by a holder of the data key: its MAC is right."""
+    files = build(to=(to,))
+    value = json.loads(files[KEYS])
+    del value["mac"]
+    change(value)
+    model_id = bytes.fromhex(json.loads(files[MANIFEST])["id"])
+    mac = derive.keys_mac(DEK, model_id, [dump(value)])
+    return files | {KEYS: dump(value | {"mac": mac.hex()})}
 
 
 def edited(name: str, change: Callable[[dict[str, Any]], None]) -> Files:
@@ -209,6 +268,40 @@ def profile_fips() -> Files:
     return build(profile="fips")
 
 
+@scenario("ok", "Profile cnsa2: digests by SHA-384, ML-KEM-1024 and ML-DSA-87.")
+def profile_cnsa2() -> Files:
+    return build(to=("local:a+local:mlkem",), sign="local:pq5", profile="cnsa2")
+
+
+def _as_default(profile: str, to: str, sign: str) -> Files:
+    """As if the profile did not matter for recipients and signers."""
+    files = build(sign=sign, profile=profile)
+    digest = manifest_hash(files[MANIFEST])
+    groups = [wrap_group(DEK, digest, resolve_group(to, CONFIG))]
+    made = UnlockPolicy.make(DEK, _lenient(files[MANIFEST], "default"), digest, groups)
+    return files | {KEYS: made.to_bytes()}
+
+
+@scenario("FormatError", "Profile fips, and a recipient of X25519.")
+def fips_recipient_x25519() -> Files:
+    return _as_default("fips", "local:x25519", "local:publisher")
+
+
+@scenario("FormatError", "Profile fips, and a recipient of the hybrid.")
+def fips_recipient_hybrid() -> Files:
+    return _as_default("fips", "local:hybrid", "local:publisher")
+
+
+@scenario("FormatError", "Profile cnsa2, and a recipient of P-384.")
+def cnsa2_recipient_p384() -> Files:
+    return _as_default("cnsa2", "local:p384", "local:pq5")
+
+
+@scenario("UntrustedPublisher", "Profile cnsa2, and a signature of ML-DSA-65.")
+def cnsa2_signed_with_ml_dsa_65() -> Files:
+    return _as_default("cnsa2", "local:a", "local:pq")
+
+
 @scenario("ok", "Folders, spaces, and names beyond ASCII.")
 def names() -> Files:
     return build({"a/b/c": b"1", "a/b d": b"2", "grün/模型.bin": b"3", "z": b""})
@@ -228,7 +321,7 @@ def second_group_opens() -> Files:
 def two_signatures() -> Files:
     files = build(sign="local:stranger")
     signed = Signatures.from_bytes(files[SIGNATURES])
-    signed = signed.with_signature(*Signer(CONFIG, "local:publisher").sign(files[MANIFEST]))
+    signed = signed.with_signature(*signer().sign(files[MANIFEST]))
     return files | {SIGNATURES: signed.to_bytes()}
 
 
@@ -239,7 +332,7 @@ def signed_with_ml_dsa() -> Files:
 
 @scenario("ok", "Public-key recipients of every kind in one group.")
 def hpke_recipients() -> Files:
-    return build(to=("local:p256+local:x25519+local:hybrid",))
+    return build(to=("local:p256+local:p384+local:x25519+local:hybrid+local:mlkem",))
 
 
 @scenario("ok", "Every member of the manifest at its largest or longest.")
@@ -250,6 +343,11 @@ def members_at_their_bounds() -> Files:
         kind="k" * 32,
         metadata={f"{i:064}": "v" * 40 for i in range(64)},
     )
+
+
+@scenario("ok", "Section 13 of SPEC.md.")
+def worked_example() -> Files:
+    return build({"model.bin": b"hello, model"}, to=("local:a+local:b",), name="example")
 
 
 # --- truncation and extension -----------------------------------------------------------------
@@ -393,11 +491,8 @@ def payload_of_another_model() -> Files:
 def payload_forged_with_the_data_key() -> Files:
     files = build()
     value = json.loads(files[MANIFEST])
-    from keymgmt import floe
-    from keymgmt.floe import FloeParameters
-
     model_id = bytes.fromhex(value["id"])
-    forged = floe.encrypt(
+    forged = whole_floe.encrypt(
         derive.file_key(DEK, model_id, "m.bin"),
         derive.payload_aad(model_id, "m.bin"),
         bytes(STEP + 9),
@@ -442,7 +537,7 @@ def manifest_edited() -> Files:
 
 @scenario("CannotUnlock", "The commitment is another one, signed.", signature_only="ok")
 def commitment_wrong() -> Files:
-    return with_manifest(lambda m: m.update(commitment="00" * 32))
+    return with_manifest(lambda m: m.update(commitment="00" * 48))
 
 
 @scenario(
@@ -462,12 +557,12 @@ def _bad_manifest(name: str, comment: str, change: Callable[[dict[str, Any]], No
     scenario("FormatError", comment)(make)
 
 
-def _files(*paths: str) -> Callable[[dict[str, Any]], None]:
-    def change(m: dict[str, Any]) -> None:
-        entry = m["files"][0]
-        m["files"] = [entry | {"path": path} for path in paths]
+def _bad_paths(name: str, comment: str, *paths: str) -> None:
+    def make() -> Files:
+        return craft(dict.fromkeys(paths, b""), write=False)
 
-    return change
+    make.__name__ = f"manifest_{name}"
+    scenario("FormatError", comment)(make)
 
 
 _bad_manifest("newer_format", "A version to come.", lambda m: m.update(format="keymgmt-sealed/2"))
@@ -478,33 +573,86 @@ _bad_manifest("wrong_type", "A string where an integer belongs.", lambda m: m.up
 _bad_manifest("boolean_release", "true is no integer.", lambda m: m.update(release=True))
 _bad_manifest("negative_release", "An integer below zero.", lambda m: m.update(release=-1))
 _bad_manifest("unknown_profile", "A profile to come.", lambda m: m.update(profile="fast"))
-_bad_manifest("segment_too_small", "Below 4096.", lambda m: m.update(segment_length=2048))
-_bad_manifest("segment_too_large", "Over 4 MiB.", lambda m: m.update(segment_length=1 << 23))
-_bad_manifest("segment_no_power", "No power of two.", lambda m: m.update(segment_length=4097))
-_bad_manifest("no_files", "An empty model.", lambda m: m.update(files=[]))
+_bad_manifest("size_of_2_53", "2^53 bytes.", lambda m: m["files"][0].update(size=1 << 53))
+_bad_manifest("too_many_segments", "2^40 and one.", lambda m: m["files"][0].update(size=1 << 52))
+_bad_manifest(
+    "commitment_in_capitals", "Hex.", lambda m: m.update(commitment=m["commitment"].upper())
+)
+_bad_manifest("kind_with_a_space", "No word.", lambda m: m.update(kind="a b"))
+_bad_manifest("release_of_2_53", "2^53.", lambda m: m.update(release=1 << 53))
+_bad_manifest("digest_short", "Of another hash.", lambda m: m["files"][0].update(digest="00" * 31))
+_bad_manifest(
+    "metadata_many", "65 of them.", lambda m: m.update(metadata={f"{n}": "" for n in range(65)})
+)
+
+
+def _crafted(name: str, expect: str, comment: str, files: Files, **more: Any) -> None:
+    def make() -> Files:
+        return craft(files, **more)
+
+    make.__name__ = name
+    # What is wrong behind a right digest is seen only by who has a key.
+    only = {"signature_only": "ok"} if expect == "IntegrityError" else {}
+    scenario(expect, comment, **only)(make)
+
+
+ONE = {"m.bin": content(STEP + 9)}
+for _name, _length in (("too_small", 2048), ("too_large", 1 << 23), ("no_power", 4097)):
+    _crafted(
+        f"manifest_segment_{_name}",
+        "FormatError",
+        f"Segments of {_length} bytes, all else right.",
+        ONE,
+        segment_length=_length,
+    )
+_crafted("manifest_no_files", "FormatError", "An empty model.", {})
+_crafted("manifest_paths_unsorted", "FormatError", "Not in order.", {"b": b"1", "a": b"2"})
+_crafted("path_of_no_device", "ok", "U+0131 is not the letter i.", {"con\u0131n$": b"1"})
+for _name, _offset in (
+    ("header_tag", 73),
+    ("segment_length_field", 74),
+    ("last_segment_length_field", 74 + SEGMENT + 3),
+    ("segment_tag", 74 + SEGMENT - 1),
+    ("ciphertext", 100),
+):
+    _crafted(
+        f"published_{_name}",
+        "IntegrityError",
+        f"One bit was changed before the digest was made: {_name}.",
+        ONE,
+        damage=_flip(_offset),
+    )
+
+
+@scenario("FormatError", "One path twice.")
+def manifest_paths_twice() -> Files:
+    return with_manifest(lambda m: m.update(files=m["files"] * 2), build({"a": b"1"}))
+
+
 _bad_manifest("main_unlisted", "main is no file.", lambda m: m.update(main="other"))
 _bad_manifest("upper_case_hex", "Hex in capitals.", lambda m: m.update(id=m["id"].upper() + ""))
 _bad_manifest("bad_name", "A name with a slash.", lambda m: m.update(name="a/b"))
 _bad_manifest("bad_time", "No time of day.", lambda m: m.update(created="2026-01-01T24:00:00Z"))
 _bad_manifest("metadata_object", "Metadata in metadata.", lambda m: m.update(metadata={"a": {}}))
-_bad_manifest("path_parent", "A path that climbs.", _files("../../etc/passwd"))
-_bad_manifest("path_absolute", "An absolute path.", _files("/etc/passwd"))
-_bad_manifest("path_empty_part", "Two slashes.", _files("a//b"))
-_bad_manifest("path_backslash", "A Windows path.", _files("a\\..\\b"))
-_bad_manifest("path_device", "The name of a device.", _files("aux.bin"))
-_bad_manifest("path_drive", "A drive.", _files("c:model"))
-_bad_manifest("path_control", "A line end in a path.", _files("a\nb"))
-_bad_manifest("path_bidi", "A character that turns the direction.", _files("a\u202eb"))
-_bad_manifest("path_not_nfc", "Two code points for one letter.", _files("gru\u0308n"))
-_bad_manifest("path_trailing_dot", "A dot that Windows drops.", _files("a."))
-_bad_manifest("paths_case", "Two names for one file.", _files("M.bin", "m.bin"))
-_bad_manifest("paths_casefold", "Two names after full case folding.", _files("STRASSE", "straße"))
-_bad_manifest("paths_unsorted", "Not in order.", _files("b", "a"))
-_bad_manifest("paths_twice", "One path twice.", _files("a", "a"))
-_bad_manifest("path_file_and_folder", "A file that is a folder.", _files("a", "a/b"))
-_bad_manifest("path_floe_folder", "A folder where a ciphertext lies.", _files("a", "a.floe/b"))
-_bad_manifest("path_too_deep", "33 folders.", _files("/".join("a" * 33)))
-_bad_manifest("path_too_long", "A part of 251 bytes.", _files("a" * 251))
+_bad_paths("path_parent", "A path that climbs.", "../../etc/passwd")
+_bad_paths("path_absolute", "An absolute path.", "/etc/passwd")
+_bad_paths("path_empty_part", "Two slashes.", "a//b")
+_bad_paths("path_backslash", "A Windows path.", "a\\..\\b")
+_bad_paths("path_device", "The name of a device.", "aux.bin")
+_bad_paths("path_drive", "A drive.", "c:model")
+_bad_paths("path_control", "A line end in a path.", "a\nb")
+_bad_paths("path_bidi", "A character that turns the direction.", "a\u202eb")
+_bad_paths("path_not_nfc", "Two code points for one letter.", "gru\u0308n")
+_bad_paths("path_trailing_dot", "A dot that Windows drops.", "a.")
+_bad_paths("paths_case", "Two names for one file.", "M.bin", "m.bin")
+_bad_paths("paths_casefold", "Two names after full case folding.", "STRASSE", "straße")
+_bad_paths("path_of_1025_bytes", "Too long.", "/".join(["a" * 250] * 4 + ["b" * 21]))
+_bad_paths("path_leading_space", "A space that some drop.", " a")
+_bad_paths("path_device_of_two_words", "A device in capitals.", "LPT\u00b9.txt")
+_bad_paths("path_file_and_folder", "A file that is a folder.", "a", "a/b")
+_bad_paths("path_floe_folder", "A folder where a ciphertext lies.", "a", "a.floe/b")
+_bad_paths("path_too_deep", "33 folders.", "/".join("a" * 33))
+_bad_paths("path_too_long", "A part of 251 bytes.", "a" * 251)
 
 
 def _bad_text(name: str, comment: str, change: Callable[[bytes], bytes]) -> None:
@@ -632,8 +780,11 @@ def share_as_data_key() -> Files:
     context = policy.groups[0].context(policy.manifest, 0)
     share = CONFIG.provider("local").unwrap(policy.groups[0].recipients[0], context)
     group = wrap_group(share, policy.manifest, resolve_group("local:a", CONFIG))
-    model_id = bytes.fromhex(json.loads(files[MANIFEST])["id"])
-    return files | {KEYS: UnlockPolicy.make(share, model_id, policy.manifest, [group]).to_bytes()}
+    return files | {
+        KEYS: UnlockPolicy.make(
+            share, _lenient(files[MANIFEST]), policy.manifest, [group]
+        ).to_bytes()
+    }
 
 
 def _recipient(change: Callable[[dict[str, Any]], None]) -> Files:
@@ -683,6 +834,15 @@ _bad_recipient(
     params={"address": "https://evil.example:8200/?a=b"},
 )
 _bad_recipient(
+    "recogniser_missing", "CannotUnlock", "A key that is not marked as anybody's.", params={}
+)
+_bad_recipient(
+    "recogniser_of_another_key",
+    "CannotUnlock",
+    "Marked as another key's of that name.",
+    params={"recogniser": "00" * 8},
+)
+_bad_recipient(
     "params_many", "FormatError", "Nine parameters.", params={f"p{i}": "" for i in range(9)}
 )
 _bad_recipient("blob_empty", "FormatError", "No blob.", blob="")
@@ -695,7 +855,60 @@ _bad_recipient(
 _bad_recipient("blob_short", "CannotUnlock", "A blob of 3 bytes.", blob="AAAA")
 _bad_recipient("blob_no_base64", "FormatError", "A blob in URL-safe base64.", blob="-_-_")
 _bad_recipient("blob_odd_base64", "FormatError", "Base64 with bits to spare.", blob="AB==")
+_bad_recipient("version_dots", "FormatError", "Two dots in a version.", version="1..2")
+_bad_recipient("mechanism_slash", "FormatError", "A slash in a mechanism.", mechanism="a/b")
 _bad_recipient("unknown_member", "FormatError", "An address.", address="https://evil.example")
+
+
+def _bad_keys(name: str, comment: str, change: Callable[[dict[str, Any]], None]) -> None:
+    def make() -> Files:
+        return edited(KEYS, change)
+
+    make.__name__ = f"keys_{name}"
+    scenario("FormatError", comment)(make)
+
+
+_bad_keys("newer_format", "A version to come.", lambda k: k.update(format="keymgmt-keys/2"))
+_bad_keys("unknown_member", "A member nobody knows.", lambda k: k.update(extra=1))
+_bad_keys("mac_in_capitals", "Hex.", lambda k: k.update(mac=k["mac"].upper()))
+_bad_keys("manifest_in_capitals", "Hex.", lambda k: k.update(manifest=k["manifest"].upper()))
+_bad_keys("nonce_in_capitals", "Hex.", lambda k: k["groups"][0].update(nonce="A" * 32))
+
+
+def _first(value: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = value["groups"][0]["recipients"][0]
+    return found
+
+
+@scenario(
+    "CannotUnlock",
+    "A parameter that the mechanism does not have; the MAC is right.",
+    signature_only="ok",
+)
+def recipient_params_extra() -> Files:
+    return remade(lambda k: _first(k)["params"].update(more="1"))
+
+
+@scenario("CannotUnlock", "The recogniser of another key; the MAC is right.", signature_only="ok")
+def recipient_recogniser_of_another() -> Files:
+    return remade(lambda k: _first(k)["params"].update(recogniser="00" * 8))
+
+
+@scenario(
+    "CannotUnlock", "The public key of another device; the MAC is right.", signature_only="ok"
+)
+def recipient_pk_of_another() -> Files:
+    return remade(lambda k: _first(k)["params"].update(pk="00" * 16), "local:x25519")
+
+
+@scenario("FormatError", "16 385 recipients.", make=f"groups {KEYS} 16385")
+def recipients_too_many() -> Files:
+    return build()
+
+
+@scenario("FormatError", "Params with a byte that is none of UTF-8.")
+def recipient_params_not_utf8() -> Files:
+    return raw(KEYS, lambda d: d.replace(b'"params":{"', b'"params":{"\xff'))
 
 
 @scenario("FormatError", "No group at all.")
@@ -754,6 +967,72 @@ def signature_with_an_algorithm() -> Files:
     return edited(SIGNATURES, lambda s: s["signatures"][0].update(alg="none"))
 
 
+def _signed(change: Callable[[dict[str, Any]], None], expires: str = "") -> Files:
+    """With an expiry by the publisher, if so; then edited by anybody."""
+    files = build()
+    signatures = Signatures.from_bytes(files[SIGNATURES])
+    if expires:
+        made = signer().sign_expiry(manifest_hash(files[MANIFEST]), expires)
+        signatures = signatures.with_expiry(*made, expires)
+    value = json.loads(signatures.to_bytes())
+    change(value)
+    return files | {SIGNATURES: dump(value)}
+
+
+def _stranger(number: int = 0, **members: str) -> dict[str, str]:
+    return {"keyid": f"{number:096x}", "sig": "AAAA"} | members
+
+
+def _bad_signatures(
+    name: str, comment: str, *added: dict[str, str], to: str = "signatures"
+) -> None:
+    def make() -> Files:
+        return _signed(lambda s: s[to].extend(added))
+
+    make.__name__ = name
+    scenario("FormatError", comment)(make)
+
+
+_bad_signatures("signatures_17", "17 of them.", *map(_stranger, range(16)))
+_bad_signatures("signature_keyid", "Another's id in capitals.", _stranger(keyid="A" * 96))
+_bad_signatures("signature_base64", "Another's with bits to spare.", _stranger(sig="AB=="))
+_bad_signatures(
+    "signature_long",
+    "Another's of 8193 bytes.",
+    _stranger(sig=base64.b64encode(bytes(8193)).decode()),
+)
+_bad_signatures(
+    "expiry_no_time", "Another's without a time.", _stranger(expires="tomorrow"), to="expiries"
+)
+
+
+@scenario("FormatError", "Over 256 KiB, each member within its bounds.", make="strangers 15")
+def signatures_too_large() -> Files:
+    return build()
+
+
+@scenario("ok", "The publisher vouches until 2999.")
+def expiry() -> Files:
+    return _signed(lambda _: None, "2999-12-31T23:59:59Z")
+
+
+@scenario("ModelExpired", "The publisher vouched until 2026-01-02.")
+def expired() -> Files:
+    return _signed(lambda _: None, "2026-01-02T00:00:00Z")
+
+
+@scenario("UntrustedPublisher", "The time that the publisher stated was changed.")
+def expiry_forged() -> Files:
+    return _signed(
+        lambda s: s["expiries"][0].update(expires="2999-12-31T23:59:59Z"), "2026-01-02T00:00:00Z"
+    )
+
+
+@scenario("ok", "A stranger states a time that has passed.")
+def expiry_of_a_stranger() -> Files:
+    return _signed(lambda s: s["expiries"].append(_stranger(expires="2026-01-02T00:00:00Z")))
+
+
 # --- the folder -------------------------------------------------------------------------------
 
 
@@ -764,6 +1043,16 @@ def payload_unlisted() -> Files:
 
 @scenario("FormatError", "A folder in payload/ that nobody listed.", make="mkdir payload/extra")
 def payload_unlisted_folder() -> Files:
+    return build()
+
+
+@scenario("FormatError", "There is no payload folder.", make="remove payload")
+def payload_folder_missing() -> Files:
+    return build()
+
+
+@scenario("FormatError", "Signatures that are a fifo.", make=f"fifo {SIGNATURES}")
+def signatures_fifo() -> Files:
     return build()
 
 
@@ -827,18 +1116,25 @@ def main() -> None:
         provider.create_key(key, "aes256", {})
     for key, kind in (
         ("p256", "hpke-p256"),
+        ("p384", "hpke-p384"),
         ("x25519", "hpke-x25519"),
         ("hybrid", "hpke-mlkem768-x25519"),
+        ("mlkem", "hpke-mlkem1024"),
     ):
         provider.create_key(key, kind, {})
-    for key, kind in (("publisher", "ed25519"), ("stranger", "ed25519"), ("pq", "ml-dsa-65")):
+    for key, kind in (
+        ("publisher", "ed25519"),
+        ("stranger", "ed25519"),
+        ("pq", "ml-dsa-65"),
+        ("pq5", "ml-dsa-87"),
+    ):
         provider.create_key(key, kind, {})
         pem = PublicKey(provider.public_key(key)).to_pem()
         if key != "stranger":
             (SITE / f"{key}.pem").write_bytes(pem)
     (SITE / "keymgmt.toml").write_text(
         '[providers.local]\nbackend = "file"\npath = "keys"\n\n'
-        '[policy]\npublishers = { "publisher.pem" = ["*"], "pq.pem" = ["*"] }\n'
+        '[policy]\npublishers = { "publisher.pem" = ["*"], "pq.pem" = ["*"], "pq5.pem" = ["*"] }\n'
     )
     CONFIG = site()
     with tempfile.TemporaryDirectory() as work:
@@ -853,7 +1149,7 @@ def main() -> None:
             (HERE / name / "vector.txt").write_text(header)
     # The site of those who open has not all keys of those who sealed.
     for file in (SITE / "keys").iterdir():
-        if file.name.startswith(("gone", "stranger", ".")):
+        if file.name.startswith(("gone", "stranger", "versions", ".")):
             file.unlink()
     print(f"{len(SCENARIOS)} vectors")  # noqa: T201
 

@@ -10,8 +10,8 @@ import pytest
 
 import keymgmt
 from keymgmt import Config, errors
-from keymgmt._cache import DekCache
-from keymgmt._dek import Dek
+from keymgmt._crypto.dek import Dek
+from keymgmt._crypto.dek_cache import DekCache
 from keymgmt.testing._process import in_fork
 
 

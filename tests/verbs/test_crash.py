@@ -20,7 +20,8 @@ from keymgmt import errors
 
 pytestmark = pytest.mark.once
 
-ROUNDS = 100 if os.environ.get("CI") else 15
+NIGHTLY = os.environ.get("KEYMGMT_TEST_NIGHTLY")
+ROUNDS = 500 if NIGHTLY else 100 if os.environ.get("CI") else 15
 
 # One process that forks a child for each round: the imports are paid for once. The child seals or
 # unseals; the parent kills it after the time that it is told.
@@ -171,7 +172,8 @@ def test_a_payload_that_cannot_be_read(site, monkeypatch):
         buffer = bytearray(b"\xff" * model.manifest.file("model.bin").size)
         with pytest.raises(errors.SealedModelError, match=r"model\.bin"):
             model.read_into("model.bin", buffer)
-        assert not any(buffer)
+        # What was written is wiped; what was not is as the caller left it.
+        assert set(buffer) <= {0, 0xFF}
 
 
 def test_two_seals_to_one_target(site):

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import keymgmt
-from keymgmt import errors
-from keymgmt._provider import SupportsBatchUnwrap
-from keymgmt._rewrap import rewrap_one
+from keymgmt import Config, errors
+from keymgmt._providers.contract import SupportsBatchUnwrap
+from keymgmt._verbs.rewrap import Task, rewrap_one
 
 
 def groups(path):
@@ -79,7 +79,7 @@ def test_dry_run_writes_nothing(site, tree_of):
 def test_add_and_drop(site):
     path = site.seal("local:a")
     done = keymgmt.rewrap(path, keys=site.config(), add=["local:b"], drop=["file:a"])
-    assert [(state.group, state.change) for state in done.groups] == [
+    assert [(state.group, state.state) for state in done.groups] == [
         ("file:a@1", "dropped"),
         ("file:b@1", "added"),
     ]
@@ -92,6 +92,7 @@ def test_the_last_group_that_opens_here_goes_only_by_force(site):
     away = site.root / "b.away"
     file = next(f for f in (site.root / "keys").iterdir() if f.name.split(".")[0] == "b")
     file.rename(away)
+    (site.root / "keys" / "versions.json").unlink()  # this machine never had it
     with pytest.raises(errors.ConfigError, match="no group that opens here"):
         keymgmt.rewrap(path, keys=site.config(), drop=["file:a"])
     keymgmt.rewrap(path, keys=site.config(), drop=["file:a"], force=True)
@@ -136,12 +137,13 @@ def test_a_group_that_does_not_open_here_is_kept(site, tmp_path):
     (site.root / "keys" / "hidden").mkdir()
     file = next(f for f in (site.root / "keys").iterdir() if f.name.split(".")[0] == "b")
     file.rename(site.root / "b.away")
+    (site.root / "keys" / "versions.json").unlink()  # this machine never had it
     (site.root / "keys" / "hidden").rmdir()
     site.provider.rotate_key("a")
     done = keymgmt.rewrap(path, keys=site.config())
-    assert [(s.group, s.change, s.tested) for s in done.groups] == [
-        ("file:a@2", "rewrapped", True),
-        ("file:b@1", "kept", False),
+    assert [(s.group, s.state, s.tested) for s in done.groups] == [
+        ("file:a@2", "moved", True),
+        ("file:b@1", "foreign", False),
     ]
     (site.root / "b.away").rename(file)
     (site.root / "keys" / "a.json").unlink(missing_ok=True)
@@ -285,7 +287,8 @@ def test_reseal_is_a_new_model(site):
 def test_reseal_of_a_damaged_model_keeps_it(site, tree_of):
     path = site.seal()
     payload = path / "payload" / "model.bin.floe"
-    payload.write_bytes(payload.read_bytes()[:-1] + b"\0")
+    data = payload.read_bytes()
+    payload.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     before = tree_of(path)
     with pytest.raises(errors.IntegrityError):
         keymgmt.reseal(path, to=["local:b"], keys=site.config())
@@ -399,7 +402,7 @@ def test_more_groups_than_one_open_would_try(site):
     for key in keys:
         site.provider.rotate_key(key)
     done = keymgmt.rewrap(path, keys=site.config())
-    assert {group.change for group in done.groups} == {"rewrapped"}
+    assert {group.state for group in done.groups} == {"moved"}
     assert all(group.tested for group in done.groups)
     assert groups(path) == [f"file:{key}@2" for key in keys]
 
@@ -436,7 +439,7 @@ def test_a_tree_with_the_same_model_twice(site, tree, monkeypatch):
 
     config = site.config()
     path = tree / "d0" / "m0.sealed"
-    done = rewrap_one(path, config, answers=Taken())
+    done = rewrap_one(path, Task(config), answers=Taken())
     assert not done.changed
 
 
@@ -447,3 +450,117 @@ def test_a_plugin_that_answers_a_batch_wrongly_stops_no_tree(site, tree, monkeyp
     provider.__class__ = kind
     done = list(keymgmt.rewrap_tree(tree, keys=config))
     assert [type(item) for item in done] == [keymgmt.Rewrapped] * 5
+
+
+def test_dropping_a_key_drops_all_its_versions(site):
+    """Models of a tree were sealed at different times; a lost site must not keep half of them."""
+    path = site.seal("local:a", "local:b")
+    site.provider.rotate_key("b")
+    keymgmt.rewrap(path, keys=site.config())
+    assert groups(path) == ["file:a@1", "file:b@2"]
+    done = keymgmt.rewrap(path, keys=site.config(), drop=["file:b@1"])
+    assert (groups(path), done.left) == (["file:a@1"], ())
+
+
+def test_dropping_one_version_is_asked_for(site):
+    path = site.seal("local:a", "local:b")
+    site.provider.rotate_key("b")
+    keymgmt.rewrap(path, keys=site.config())
+    with pytest.raises(errors.ConfigError, match="no group file:b@1"):
+        keymgmt.rewrap(path, keys=site.config(), drop=["file:b@1"], exact=True)
+    keymgmt.rewrap(path, keys=site.config(), drop=["file:b@2"], exact=True)
+    assert groups(path) == ["file:a@1"]
+
+
+def test_what_is_left_of_a_dropped_key_is_told(site):
+    path = site.seal("local:a+local:b", "local:b", "local:c")
+    done = keymgmt.rewrap(path, keys=site.config(), drop=["file:b"])
+    assert done.left == ("file:a@1+file:b@1",)
+    assert groups(path) == ["file:a@1+file:b@1", "file:c@1"]
+
+
+def test_adding_a_key_that_is_there_moves_it(site):
+    path = site.seal("local:a", "local:b+local:c")
+    for key in "abc":
+        site.provider.rotate_key(key)
+    done = keymgmt.rewrap(path, keys=site.config(), add=["local:a", "local:b+local:c"])
+    assert [(state.group, state.state) for state in done.groups] == [
+        ("file:a@2", "moved"),
+        ("file:b@2+file:c@2", "moved"),
+    ]
+    assert groups(path) == ["file:a@2", "file:b@2+file:c@2"]
+    assert opens(site, path)
+
+
+def test_adding_a_retired_key_doubles_it_since_nothing_proves_that_it_is_the_same(site):
+    path = site.seal("local:a", "local:b")
+    site.provider.rotate_key("b")
+    site.provider.retire_version("b", "1")
+    keymgmt.rewrap(path, keys=site.config(), add=["local:b"])
+    assert groups(path) == ["file:a@1", "file:b@1", "file:b@2"]
+
+
+def test_exactly_these_groups(site):
+    path = site.seal("local:a", "local:b")
+    site.provider.rotate_key("b")
+    done = keymgmt.rewrap(path, keys=site.config(), to=["local:c", "local:b"])
+    assert {(state.group, state.state) for state in done.groups} == {
+        ("file:a@1", "dropped"),
+        ("file:b@2", "moved"),
+        ("file:c@1", "added"),
+    }
+    assert groups(path) == ["file:b@2", "file:c@1"]
+    assert not keymgmt.rewrap(path, keys=site.config(), to=["local:c", "local:b"]).changed
+    with pytest.raises(errors.ConfigError, match="--set"):
+        keymgmt.rewrap(path, keys=site.config(), to=["local:a"], add=["local:b"])
+
+
+def test_a_retired_version_is_denied_and_not_passed_over(site):
+    path = site.seal("local:a", "local:b")
+    site.provider.rotate_key("b")
+    site.provider.retire_version("b", "1")
+    done = keymgmt.rewrap(path, keys=site.config())
+    assert [state.state for state in done.groups] == ["current", "denied"]
+    assert done.exit_code == 5
+    assert done.groups[1].to_json()["class"] == "KeyRetired"
+
+
+def test_one_member_of_another_machine_makes_a_group_foreign(site):
+    """Whether the other member's service answers does not matter then."""
+    path = site.seal("local:a", "local:b+local:c")
+    (site.root / "keys" / "c.jwks").rename(site.root / "c.away")
+    (site.root / "keys" / "versions.json").unlink()  # this machine never had it
+    done = keymgmt.rewrap(path, keys=site.config())
+    assert [state.state for state in done.groups] == ["current", "foreign"]
+    assert done.exit_code == 0
+
+
+def test_who_may_wrap_and_not_unwrap_is_no_key_of_another(site, monkeypatch):
+    """A key of the same name in a service where this user only wraps is not the one that opened."""
+    (site.root / "more").mkdir(mode=0o700)
+    data = {
+        "providers": {
+            "one": {"backend": "file", "path": str(site.root / "keys")},
+            "two": {"backend": "file", "path": str(site.root / "more")},
+        },
+        "policy": site.policy,
+    }
+    config = Config(data, path=site.root / "keymgmt.toml")
+    config.provider("two").create_key("a", "aes256", {})
+    path = site.seal("one:a", keys=config, sign="one:publisher")
+    before = (path / "keys.json").read_bytes()
+
+    def denied(wrapped, context):
+        raise errors.AccessDenied("the policy does not allow decrypt")
+
+    monkeypatch.setattr(config.provider("two"), "unwrap", denied)
+    done = keymgmt.rewrap(path, to=["two:a"], keys=config, force=True)
+    assert done.changed
+    assert (path / "keys.json").read_bytes() != before
+    # It opens with the other service's key alone.
+    fresh = Config(data, path=site.root / "keymgmt.toml")
+    with keymgmt.open(path, keys=fresh) as model:
+        assert model.opened_by == ("two",)
+    del data["providers"]["two"]
+    with pytest.raises(errors.CannotUnlock):
+        keymgmt.open(path, keys=Config(data, path=site.root / "keymgmt.toml"))

@@ -1,0 +1,1 @@
+"""The operator's words: keymgmt.toml, read, checked and explained."""

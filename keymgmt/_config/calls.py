@@ -1,0 +1,76 @@
+"""Asking a configured provider: for an ability, or to do something."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from keymgmt._crypto.dek import Dek
+from keymgmt._providers.contract import SupportsBatchUnwrap
+from keymgmt.errors import (
+    ConfigError,
+    KeymgmtError,
+    ProviderError,
+    ProviderUnavailable,
+)
+
+if TYPE_CHECKING:
+    from keymgmt._config.config import Config
+    from keymgmt._providers.contract import KeyProvider
+    from keymgmt._providers.data import WrappedKey
+
+__all__ = ["Answers", "call_provider", "require", "unwrap_many"]
+
+# What providers answered, many in one call: (provider, blob, context) -> its answer.
+Answers = dict[tuple[str, bytes, bytes], Dek | ProviderError]
+
+
+def call_provider(config: Config, name: str, call: Any) -> Any:
+    """Run ``call(provider)``; what a plugin lets through is turned into a ProviderError."""
+    try:
+        provider: KeyProvider[Any] = config.provider(name)
+        return call(provider)
+    except KeymgmtError:
+        raise
+    except Exception as error:
+        # Its text could quote anything, so only its class is repeated.
+        raise ProviderError(
+            f"the provider {name} failed with {type(error).__name__}",
+            hint="a backend raises only errors of keymgmt; report this one to its author",
+        ) from error
+
+
+def require(config: Config, name: str, ability: type[Any], what: str) -> Any:
+    """The provider called ``name`` if it has the ability; ConfigError if it has not."""
+    provider = config.provider(name)
+    if not isinstance(provider, ability):
+        raise ConfigError(
+            f"the provider {name} ({config.backend_of(name)}) {what}",
+            hint="see what each backend can do with: keymgmt backends",
+        )
+    return provider
+
+
+def unwrap_many(config: Config, name: str, items: Sequence[tuple[WrappedKey, bytes]]) -> Answers:
+    """Unwrap many recipients in one call, where the provider can; else nothing.
+
+    A service that is not reached answers for all. Whatever else goes wrong as a whole is found
+    again, and told, when a recipient is asked for alone.
+    """
+
+    def ask(provider: Any) -> Answers:
+        if not isinstance(provider, SupportsBatchUnwrap):
+            return {}
+        answers = provider.unwrap_batch(items)
+        return {
+            (name, wrapped.blob, context): answer
+            for (wrapped, context), answer in zip(items, answers, strict=True)
+        }
+
+    try:
+        found: Answers = call_provider(config, name, ask)
+    except ProviderUnavailable as error:
+        return {(name, wrapped.blob, context): error for wrapped, context in items}
+    except ProviderError:
+        return {}
+    return found

@@ -1,0 +1,88 @@
+"""What is wrong in a config, said with file, table and key, and the nearest known word."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
+
+from pydantic import ValidationError
+
+from keymgmt._providers.contract import Settings
+from keymgmt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+__all__ = ["parse_settings"]
+
+
+def parse_settings(
+    model: type[Any], data: Mapping[str, Any], base: Path, file: str, table: str
+) -> Any:
+    """Check ``data`` against a Settings model; a ConfigError names file, table and key."""
+    try:
+        return model.model_validate(data, context={"base": base})
+    except ValidationError as error:
+        raise _explain(error, model, file, table) from None
+
+
+def _explain(error: ValidationError, model: type[BaseModel], file: str, table: str) -> ConfigError:
+    found = error.errors(include_input=False, include_url=False)
+    # A misspelt key is also a missing one; to say that it is missing would not help.
+    first = next((each for each in found if each["type"] == "extra_forbidden"), found[0])
+    path, members = _walk(model, first["loc"])
+    where = ".".join(part for part in [table, *path[:-1]] if part)
+    key = path[-1] if path else ""
+    place = f"{file}: " + (f"[{where}] " if where else "") + (f"{key}: " if key else "")
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, members, n=1)
+        known = ", ".join(sorted(members))
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {known}"
+        return ConfigError(f"{place}unknown key", hint=hint)
+    if first["type"].startswith("union_tag_"):
+        member, tags = first["ctx"]["discriminator"], first["ctx"].get("expected_tags")
+        tag = f"unknown {member} {first['ctx']['tag']!r}" if tags else f"{member} is missing"
+        return ConfigError(f"{place}{tag}", hint=tags and f"known: {tags}")
+    message = first["msg"].removeprefix("Value error, ")
+    more = error.error_count() - 1
+    return ConfigError(
+        f"{place}{message[:1].lower()}{message[1:]}",
+        hint=f"{more} more in this table" if more else None,
+    )
+
+
+def _walk(model: type[BaseModel], location: Iterable[object]) -> tuple[list[str], list[str]]:
+    """The path of an error as the file has it, and the members known in its table.
+
+    pydantic puts names of its own into the path: the tag of a tagged union, the kind that a member
+    of a plain union was tried as.
+    """
+    path: list[str] = []
+    tables: list[type[BaseModel]] = [model]
+    plain_union = False
+    for part in map(str, location):
+        tagged = [each for each in tables if _has_tag(each, part)] if len(tables) > 1 else []
+        found = next((each for each in tables if part in each.model_fields), None)
+        if tagged:
+            tables = tagged
+        elif found is not None:
+            annotation = found.model_fields[part].annotation
+            tables = _tables(annotation)
+            plain_union = not tables and get_origin(annotation) in (Union, UnionType)
+            path.append(part)
+        elif not plain_union:
+            path.append(part)
+    return path, list(tables[0].model_fields) if tables else []
+
+
+def _tables(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return [annotation]
+    return [table for argument in get_args(annotation) for table in _tables(argument)]
+
+
+def _has_tag(table: type[BaseModel], tag: str) -> bool:
+    return any(tag in get_args(field.annotation) for field in table.model_fields.values())

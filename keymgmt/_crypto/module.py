@@ -1,0 +1,22 @@
+"""Which cryptographic module runs: what a validation would be of."""
+
+from __future__ import annotations
+
+import ssl
+from importlib.metadata import version
+
+from cryptography.hazmat.bindings._rust import openssl
+
+__all__ = ["describe_module"]
+
+
+def describe_module() -> tuple[str, bool]:
+    """The libraries that encrypt and hash, in a sentence, and whether OpenSSL is in FIPS mode.
+
+    In FIPS mode the provider called ``fips`` does what ``cryptography`` asks for; that it is a
+    validated one, and that Python's own OpenSSL is too, is for its operator to know.
+    """
+    ours, theirs = openssl.openssl_version_text(), ssl.OPENSSL_VERSION
+    fips = openssl.is_fips_enabled()
+    state = "in FIPS mode" if fips else "not a validated module"
+    return f"{ours} of cryptography {version('cryptography')}, {state}; {theirs} of Python", fips

@@ -1,0 +1,138 @@
+"""Verifying detached signatures, and the bytes that DSSE signs.
+
+Rules: the algorithm follows from the trusted public key and never from the file that carries the
+signature. The algorithms are those of ``SupportsSigning``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, mldsa, padding, rsa
+from cryptography.hazmat.primitives.serialization import load_der_public_key
+
+from keymgmt.errors import ConfigError
+
+__all__ = ["ALGORITHMS", "PublicKey", "algorithm_of", "pre_authentication", "verify_signature"]
+
+_HASHES: Final = {"secp256r1": hashes.SHA256(), "secp384r1": hashes.SHA384()}
+_KINDS: Final = {
+    ed25519.Ed25519PublicKey: "ed25519",
+    mldsa.MLDSA65PublicKey: "ml-dsa-65",
+    mldsa.MLDSA87PublicKey: "ml-dsa-87",
+}
+_RSA_BITS: Final = range(2048, 8193)
+
+
+ALGORITHMS: Final = (*_KINDS.values(), "ecdsa-p256", "ecdsa-p384", "rsa-pss-sha256")
+"""What a key can sign with."""
+
+
+def pre_authentication(payload_type: str, payload: bytes) -> bytes:
+    """What is signed: PAE of DSSE v1 (secure-systems-lab/dsse, protocol.md)."""
+    kind = payload_type.encode()
+    return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
+
+
+def _load(public_key: bytes) -> tuple[str, Any]:
+    """The algorithm and the key object of a DER SubjectPublicKeyInfo; ConfigError if none."""
+    try:
+        key = load_der_public_key(public_key)
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise ConfigError("not a public key: no DER SubjectPublicKeyInfo") from error
+    for kind, algorithm in _KINDS.items():
+        if isinstance(key, kind):
+            return algorithm, key
+    if isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name in _HASHES:
+        return ("ecdsa-p256" if key.curve.name == "secp256r1" else "ecdsa-p384"), key
+    if isinstance(key, rsa.RSAPublicKey) and key.key_size in _RSA_BITS:
+        return "rsa-pss-sha256", key
+    raise ConfigError(
+        "a public key of a kind that signs nothing here",
+        hint="known: Ed25519, ML-DSA-65 and -87, ECDSA P-256 and P-384, RSA of 2048 to 8192 bits",
+    )
+
+
+def algorithm_of(public_key: bytes) -> str:
+    """The algorithm that a DER SubjectPublicKeyInfo signs with; ConfigError if none of ours."""
+    return _load(public_key)[0]
+
+
+def verify_signature(public_key: bytes, message: bytes, signature: bytes) -> bool:
+    """Whether ``signature`` is ``public_key``'s over ``message``.
+
+    Args:
+        public_key: DER SubjectPublicKeyInfo of a trusted key.
+        message: the message itself, not a digest.
+        signature: as ``SupportsSigning`` makes it for this kind of key.
+
+    Raises:
+        ConfigError: ``public_key`` is of no kind that signs here.
+    """
+    key = _load(public_key)[1]
+    try:
+        if isinstance(key, ec.EllipticCurvePublicKey):
+            key.verify(signature, message, ec.ECDSA(_HASHES[key.curve.name]))
+        elif isinstance(key, rsa.RSAPublicKey):
+            pss = padding.PSS(padding.MGF1(hashes.SHA256()), 32)
+            key.verify(signature, message, pss, hashes.SHA256())
+        else:
+            key.verify(signature, message)
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class PublicKey:
+    """A public key that signatures are checked with, by a person's choice.
+
+    Attributes:
+        der: DER SubjectPublicKeyInfo (RFC 5280), in the one encoding that the library writes: a key
+            that was encoded otherwise (a compressed point, other parameters) is the same key.
+    """
+
+    der: bytes = field(repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "der", _encode(_load(self.der)[1]))
+
+    @property
+    def algorithm(self) -> str:
+        """What it signs with."""
+        return algorithm_of(self.der)
+
+    @property
+    def id(self) -> str:
+        """SHA-384 of ``der`` in hex."""
+        return hashlib.sha384(self.der).hexdigest()
+
+    @classmethod
+    def from_pem(cls, pem: bytes) -> PublicKey:
+        """Read a PEM ``PUBLIC KEY`` (RFC 7468); ConfigError if it is none that signs here."""
+        if pem.count(b"-----BEGIN") > 1:
+            raise ConfigError(
+                "there is more than one key in the PEM file", hint="give each key a file of its own"
+            )
+        try:
+            key = serialization.load_pem_public_key(pem)
+        except (ValueError, UnsupportedAlgorithm) as error:
+            raise ConfigError("not a public key in PEM") from error
+        return cls(_encode(key))
+
+    def to_pem(self) -> bytes:
+        """The PEM form."""
+        return serialization.load_der_public_key(self.der).public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+
+
+def _encode(key: Any) -> bytes:
+    encoded: bytes = key.public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    return encoded

@@ -1,0 +1,1 @@
+"""A sealed model by path, in memory: for programs that take paths."""

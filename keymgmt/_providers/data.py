@@ -1,0 +1,149 @@
+"""What goes between keymgmt and a key service: wraps, keys, signatures, and what a check found."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from keymgmt._providers.names import is_key, is_name, is_version
+from keymgmt.errors import FormatError
+
+__all__ = [
+    "MAX_BLOB",
+    "MAX_PARAMS",
+    "Finding",
+    "Health",
+    "KeyInfo",
+    "KeyVersion",
+    "Signature",
+    "Status",
+    "WrappedKey",
+]
+
+MAX_BLOB: Final = 8192
+
+
+MAX_PARAMS: Final = 8
+
+
+_MECHANISM: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
+
+
+_PARAM_NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,31}")
+
+
+_PARAM_VALUE: Final = re.compile(r"[A-Za-z0-9._=+/-]{0,256}")
+
+
+@dataclass(frozen=True)
+class WrappedKey:
+    """One data key (or share) encrypted under one version of one KEK.
+
+    It names the key and never the place: no address, module path, mount or file. All of it is
+    plain, and all of it is hostile when it was read from a file, so its grammar is checked here.
+
+    Attributes:
+        backend: kind of key service, such as ``vault``.
+        key: the KEK's name there.
+        version: the KEK's version as the provider counts it.
+        mechanism: how it was wrapped; the provider allows a list of them for each key.
+        blob: the ciphertext, 1 to 8192 bytes.
+        params: at most 8 short public strings that unwrapping needs.
+
+    Raises:
+        FormatError: a member is not of its grammar or over its bound.
+    """
+
+    backend: str
+    key: str
+    version: str
+    mechanism: str
+    blob: bytes = field(repr=False)
+    params: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not is_name(self.backend):
+            raise FormatError(f"a recipient has no valid backend name: {str(self.backend)[:40]!r}")
+        if not is_key(self.key):
+            raise FormatError(f"a recipient has no valid key name: {str(self.key)[:80]!r}")
+        if not is_version(self.version):
+            raise FormatError(f"a recipient has no valid key version: {str(self.version)[:40]!r}")
+        if not isinstance(self.mechanism, str) or not _MECHANISM.fullmatch(self.mechanism):
+            raise FormatError(f"a recipient has no valid mechanism: {str(self.mechanism)[:40]!r}")
+        if not isinstance(self.blob, bytes) or not 1 <= len(self.blob) <= MAX_BLOB:
+            raise FormatError(f"the blob of a recipient has 1 to {MAX_BLOB} bytes")
+        if len(self.params) > MAX_PARAMS or not all(
+            isinstance(name, str)
+            and isinstance(value, str)
+            and _PARAM_NAME.fullmatch(name)
+            and _PARAM_VALUE.fullmatch(value)
+            for name, value in self.params.items()
+        ):
+            raise FormatError(f"a recipient has at most {MAX_PARAMS} short plain parameters")
+
+    def __str__(self) -> str:
+        return f"{self.backend}:{self.key}@{self.version}"
+
+
+Status = Literal["ok", "warning", "failed", "skipped"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a check looked at: what, how it is, and the way out where it is not well."""
+
+    name: str
+    status: Status
+    detail: str = ""
+    hint: str | None = None
+
+
+@dataclass(frozen=True)
+class Health:
+    """What ``KeyProvider.check`` found, in the order in which it looked."""
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing failed; warnings may be among the findings."""
+        return all(finding.status != "failed" for finding in self.findings)
+
+
+@dataclass(frozen=True)
+class KeyVersion:
+    """One version of a key: ``state`` is active, retired (unwraps or verifies no more) or old."""
+
+    version: str
+    state: Literal["active", "old", "retired"]
+    created: str | None = None
+
+
+@dataclass(frozen=True)
+class KeyInfo:
+    """What a provider says of a key; nothing of it is secret.
+
+    ``kind`` is the algorithm in the backend's words; ``versions`` run from oldest to newest;
+    ``detail`` is whatever else the operator should see.
+    """
+
+    key: str
+    purpose: Literal["wrap", "sign"]
+    kind: str
+    versions: tuple[KeyVersion, ...]
+    detail: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def newest(self) -> str:
+        """The version that new wraps or signatures use."""
+        return self.versions[-1].version
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A detached signature and the public key (DER SubjectPublicKeyInfo) that verifies it."""
+
+    signature: bytes
+    public_key: bytes

@@ -1,0 +1,1 @@
+"""The operating system: files, locks, memory, time. Nothing here knows of keys."""

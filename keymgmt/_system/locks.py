@@ -1,0 +1,123 @@
+"""Locks between processes (flock(2)), waited for no longer than told.
+
+A lock is given back by name and not just by closing: a process that was forked meanwhile has a
+copy of the descriptor, and would go on holding the lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+__all__ = ["acquire_lock", "lock_file", "release_lock"]
+
+_PAUSE: Final = 0.01
+_FLAGS: Final = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+
+
+def acquire_lock(descriptor: int, seconds: float, path: str | os.PathLike[str] = "") -> None:
+    """Lock an open file or folder for this process alone.
+
+    Args:
+        descriptor: of the file or folder.
+        seconds: how long to wait for whoever holds the lock; 0 tries once.
+        path: its name, for the error.
+
+    Raises:
+        TimeoutError: another process held the lock all that time (``errno`` is ETIMEDOUT).
+        OSError: the file system has no locks.
+    """
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                message = f"another process held its lock for {seconds:g} seconds"
+                raise TimeoutError(errno.ETIMEDOUT, message, os.fspath(path)) from None
+            time.sleep(_PAUSE)
+        else:
+            return
+
+
+def release_lock(descriptor: int) -> None:
+    """Give the lock back and close the descriptor."""
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
+
+
+def _open(path: Path, mode: int, like: os.stat_result | None) -> int:
+    while True:
+        try:
+            descriptor = os.open(path, _FLAGS | os.O_CREAT | os.O_EXCL, mode)
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):  # removed by whoever held it
+                return os.open(path, _FLAGS)
+        else:
+            if like is not None:
+                with contextlib.suppress(PermissionError):
+                    owner = like.st_uid if os.geteuid() == 0 else -1
+                    os.fchown(descriptor, owner, like.st_gid)
+            os.fchmod(descriptor, mode)
+            return descriptor
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def lock_file(
+    path: Path,
+    seconds: float,
+    *,
+    mode: int = 0o600,
+    like: os.stat_result | None = None,
+    remove: bool = False,
+) -> Iterator[None]:
+    """Hold the lock of a file that is only there to be locked, and is made if it is missing.
+
+    Nobody can hold it who may not write to it: a lock on a file that all may read (flock(2) asks
+    for no more) is one that all may hold for ever.
+
+    Args:
+        path: the lock file; its folder exists.
+        seconds: how long to wait for whoever holds it; 0 tries once.
+        mode: permission bits of a new one, whatever the umask.
+        like: of the folder; where this user may, a new one gets its owner and group, so that they
+            can lock it also after this process was killed.
+        remove: remove it before the lock is given back.
+
+    Raises:
+        TimeoutError: another process held it all that time.
+        OSError: it cannot be made, or is a link or a folder.
+    """
+    until = time.monotonic() + seconds
+    while True:
+        descriptor = _open(path, mode, like)
+        try:
+            acquire_lock(descriptor, max(0.0, until - time.monotonic()), path)
+            # Somebody may have removed the file that was locked here: then it locks nobody out.
+            current = _is_at(path, descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if current:
+            break
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        if remove:
+            # Whoever waits for it sees that it is gone, and makes another.
+            path.unlink(missing_ok=True)
+        release_lock(descriptor)

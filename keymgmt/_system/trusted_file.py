@@ -1,0 +1,242 @@
+"""Reading a small file, and knowing who could have written it.
+
+Rules: only regular files, at most so many bytes, and a fifo does not block. A file that decides
+whom to trust, or that holds a secret, is read only where nobody but root and this user could have
+put it there: the file, each folder above it, and each link on the way and what it points to belong
+to one of the two and are not writable by others. In a folder with the sticky bit, such as /tmp,
+others may add names and may not exchange ours, so an entry of ours in it counts.
+
+A group may write where it is this user's own and has no other member, as Debian has it by default
+and its sshd allows (user-group-modes.patch).
+"""
+
+from __future__ import annotations
+
+import errno
+import grp
+import os
+import pwd
+import stat
+from pathlib import Path
+from typing import Final, Literal
+
+from keymgmt.errors import ConfigError, KeymgmtError
+
+__all__ = ["Access", "check_trusted", "read_file"]
+
+Access = Literal["any", "trusted", "private"]
+"""Who may have access: anybody; others may read and not write; nobody but this user and root."""
+
+_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+# Whoever writes as we do puts a whole new file in its place, at any moment.
+_EXCHANGES: Final = 100
+_LINKS: Final = 40  # as many as the kernel follows (path_resolution(7))
+
+
+def read_file(
+    path: Path,
+    *,
+    what: str,
+    limit: int,
+    access: Access,
+    error: type[KeymgmtError] = ConfigError,
+    hint: str | None = None,
+    irregular: str | None = None,
+) -> bytearray:
+    """The content of a regular file, in memory that the caller may wipe.
+
+    Args:
+        path: the file; links are followed.
+        what: what it is, for messages: "config", "key file".
+        limit: bytes that it may have at most.
+        access: who may have access to it.
+        error: class of what is raised: ConfigError where the operator's words are wrong, a
+            ProviderError where a provider lacks it.
+        hint: the way out where the file is missing or unreadable.
+        irregular: the way out where it is a folder, a pipe or a device.
+
+    Raises:
+        KeymgmtError: of the class ``error``; ``__cause__`` is the OSError where the system refused,
+            such as a FileNotFoundError.
+    """
+    for _ in range(_EXCHANGES):
+        content = _read_once(path, what, limit, access, error, (hint, irregular))
+        if content is not None:
+            return content
+    raise error(f"the {what} {path} was exchanged again and again while it was read")
+
+
+def _read_once(
+    path: Path,
+    what: str,
+    limit: int,
+    access: Access,
+    error: type[KeymgmtError],
+    hints: tuple[str | None, str | None],
+) -> bytearray | None:
+    """The content, or None where another file took the place of the one that was opened."""
+    hint, irregular = hints
+    try:
+        descriptor = os.open(path, _FLAGS)
+    except (OSError, ValueError) as reason:  # ValueError: a NUL in the name
+        why = reason.strerror if isinstance(reason, OSError) else "its name has a NUL"
+        raise error(f"cannot read the {what} {path}: {why}", hint=hint) from reason
+    try:
+        info = os.fstat(descriptor)
+        if not stat.S_ISREG(info.st_mode):
+            raise error(f"the {what} {path} is not a regular file", hint=irregular)
+        if access != "any":
+            check_trusted(path, what=what, private=access == "private", error=error)
+            if not _is_same(path, info):
+                return None
+        if info.st_size > limit:
+            raise error(f"the {what} {path} is larger than {limit} bytes")
+        content = bytearray(info.st_size)
+        try:
+            # One more is asked for, to see that the file did not grow meanwhile.
+            count = os.preadv(descriptor, [content, bytearray(1)], 0)
+            if count and not info.st_size:
+                # What the kernel makes as it is read (sysfs, configfs) has no size before.
+                with open(descriptor, "rb", closefd=False) as made:
+                    content, count = bytearray(made.read(limit + 1)), 0
+        except OSError as reason:
+            raise error(f"cannot read the {what} {path}: {reason.strerror}") from reason
+    finally:
+        os.close(descriptor)
+    if len(content) > limit:
+        raise error(f"the {what} {path} is larger than {limit} bytes")
+    if count != info.st_size:
+        raise error(f"the {what} {path} changed while it was read", hint="try again")
+    return content
+
+
+def check_trusted(
+    path: Path, *, what: str, private: bool, error: type[KeymgmtError] = ConfigError
+) -> None:
+    """Refuse a file or folder that others than root and this user could have put there.
+
+    Args:
+        path: of the file or folder, which exists.
+        what: what it is, for messages.
+        private: whether others may not even read it.
+        error: class of what is raised.
+
+    Raises:
+        KeymgmtError: of the class ``error``; it names the one file, folder or link, and the one
+            ``chmod`` or ``chown`` that mends it.
+    """
+    try:
+        steps = _steps(path)
+    except OSError as reason:
+        raise error(f"cannot look at the {what} {path}: {reason.strerror}") from reason
+    for place, (step, info) in enumerate(steps):
+        last = place == len(steps) - 1
+        # A folder with the sticky bit lets nobody exchange the entry of another (chmod(2)); who
+        # owns that entry is looked at in the next step.
+        sticky = stat.S_ISDIR(info.st_mode) and info.st_mode & stat.S_ISVTX and not last
+        problem = _owner_problem(info) or (
+            None
+            if sticky or stat.S_ISLNK(info.st_mode)
+            else _mode_problem(step, info, last and private)
+        )
+        if problem is not None:
+            place_name = f"the {what} {path}" if last else f"the {what} {path}, in {step},"
+            raise error(
+                f"{place_name} is refused: {problem[0]}",
+                hint=problem[1].format(path=step) if problem[1] else None,
+            )
+
+
+def _steps(path: Path) -> list[tuple[Path, os.stat_result]]:
+    """Each folder and link on the way to a file, from the root on, and the file."""
+    found: list[tuple[Path, os.stat_result]] = []
+    todo = list(reversed(path.absolute().parts))  # ".." is gone up after links were followed
+    current, links = Path(todo.pop()), 0
+    found.append((current, current.lstat()))
+    while todo:
+        part = todo.pop()
+        current = current.parent if part == ".." else current / part
+        info = current.lstat()
+        found.append((current, info))
+        if stat.S_ISLNK(info.st_mode):
+            links += 1
+            if links > _LINKS:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+            target = current.readlink()
+            parts = list(target.parts)
+            current = Path(parts.pop(0)) if target.is_absolute() else current.parent
+            todo += reversed(parts)
+    return found
+
+
+def _is_same(path: Path, info: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(path.stat(), info)
+    except OSError:
+        return False
+
+
+def _owner_problem(info: os.stat_result) -> tuple[str, str] | None:
+    if info.st_uid == 0:
+        return None
+    # Asked before whether it is this user, who may have the very number that stands for others.
+    if _is_unmapped(info.st_uid):
+        return (
+            "its owner does not exist in this container or user namespace",
+            "mount {path} so that its owner is root or this user in the container"
+            + (
+                f", and run it as another user than {info.st_uid}, which stands for all others"
+                if info.st_uid == os.geteuid()
+                else ""
+            ),
+        )
+    if info.st_uid == os.geteuid():
+        return None
+    return f"it belongs to user {info.st_uid}", f"chown {os.geteuid()} {{path}}"
+
+
+def _is_unmapped(user: int) -> bool:
+    """Whether the kernel shows this user for one that the user namespace does not map."""
+    try:
+        overflow = int(Path("/proc/sys/kernel/overflowuid").read_text())
+        mapped = Path("/proc/self/uid_map").read_text().split()
+    except (OSError, ValueError):
+        return False
+    return user == overflow and mapped != ["0", "0", "4294967295"]
+
+
+def _mode_problem(path: Path, info: os.stat_result, private: bool) -> tuple[str, str] | None:
+    mode = stat.S_IMODE(info.st_mode)
+    if private and mode & 0o077:
+        return f"others can use it (mode {mode:04o})", "chmod go= {path}"
+    if mode & 0o002:
+        return f"others can write it (mode {mode:04o})", "chmod go-w {path}"
+    # With an access list the bits of the group are its mask (acl(5)), and say nothing of the group.
+    if mode & 0o020 and _has_access_list(path):
+        return "others can write it (by its access list)", "setfacl -b {path}"
+    if mode & 0o020 and not _own_group(info.st_gid):
+        return f"others can write it (its group, mode {mode:04o})", "chmod g-w {path}"
+    return None
+
+
+def _has_access_list(path: Path) -> bool:
+    try:
+        os.getxattr(path, "system.posix_acl_access")
+    except OSError as error:
+        # No list, or a file system that has none. What cannot be looked at counts as one.
+        return error.errno not in (errno.ENODATA, errno.ENOTSUP)
+    return True
+
+
+def _own_group(group: int) -> bool:
+    """Whether a group is this user's own, and nobody else is in it."""
+    try:
+        user = pwd.getpwuid(os.geteuid())
+        members = set(grp.getgrgid(group).gr_mem) - {user.pw_name}
+    except KeyError:
+        return False
+    if user.pw_gid != group or members:
+        return False
+    return not any(
+        other.pw_gid == group and other.pw_uid != user.pw_uid for other in pwd.getpwall()
+    )

@@ -1,0 +1,1 @@
+"""May this model open here, and with which key."""

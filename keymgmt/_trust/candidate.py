@@ -1,0 +1,196 @@
+"""Reading a sealed model's small files, and deciding whether this config lets it in.
+
+The order of trust: parse within bounds, signature by a publisher trusted for this name and not
+expired, expected name and release floor. Only then is a key service asked, elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from keymgmt._trust.policy import (
+    check_expiry,
+    check_name,
+    check_release,
+    check_signature,
+    load_publishers,
+)
+from keymgmt._trust.release_memory import remember, remembered_release, remembered_time
+from keymgmt.errors import ConfigError, IntegrityError, KeymgmtError, SealedModelError
+from keymgmt.sealed.folder import KEYS, MANIFEST, SIGNATURES, SealedFolder, payload_name
+from keymgmt.sealed.keys import MAX_KEYS, UnlockPolicy
+from keymgmt.sealed.manifest import MAX_MANIFEST, Manifest, manifest_hash
+from keymgmt.sealed.payload import digest_payload
+from keymgmt.sealed.signatures import MAX_SIGNATURES, Signatures
+from keymgmt.sealed.times import utc_text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from keymgmt._config.config import Config
+    from keymgmt._trust.policy import Vouched
+
+__all__ = ["Candidate", "admit", "refusal", "step"]
+
+
+@dataclass(frozen=True)
+class Trust:
+    """Why a model was let in, and what must be remembered of it once it is open.
+
+    Attributes:
+        vouched: by whom, until when; None where no signature is required.
+        memory: the file that remembers releases; None where the config names none.
+        known: the highest release of this name that was remembered.
+    """
+
+    vouched: Vouched | None
+    memory: Path | None
+    known: int | None
+
+    def remember(self, candidate: Candidate) -> None:
+        """Raise the floors, but only for a release that is whole: its digests are checked first.
+
+        Raises:
+            IntegrityError: a digest is not the manifest's.
+            ConfigError: it cannot be remembered.
+        """
+        if self.memory is None:
+            return
+        manifest = candidate.manifest
+        if manifest.release != self.known:
+            candidate.check_digests()
+            remember(self.memory, manifest.name, manifest.release)
+        if self.vouched is not None and self.vouched.expires is not None:
+            remember(self.memory, manifest.name, manifest.release, time=True)
+
+
+@dataclass
+class Candidate:
+    """A sealed model as read from its folder, parsed but trusted in nothing yet.
+
+    A context manager that closes the folder.
+    """
+
+    folder: SealedFolder
+    data: bytes
+    manifest: Manifest
+    signatures: Signatures
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Candidate:
+        """Read manifest.json and signatures.json; SealedModelError where they are not as SPEC says.
+
+        keys.json is read later, by ``policy``: most checks need none of it, and it may be large.
+        """
+        folder = SealedFolder(path)
+        try:
+            data = folder.read(MANIFEST, MAX_MANIFEST)
+            manifest = Manifest.from_bytes(data)
+            content = folder.read(SIGNATURES, MAX_SIGNATURES, optional=True)
+            signatures = Signatures.from_bytes(content) if content else Signatures()
+            folder.check_listing(manifest)
+        except BaseException:
+            folder.close()
+            raise
+        return cls(folder, data, manifest, signatures)
+
+    @property
+    def hash(self) -> bytes:
+        """SHA-384 of manifest.json."""
+        return manifest_hash(self.data)
+
+    def policy(self) -> UnlockPolicy:
+        """Read keys.json; SealedModelError where it is malformed, or not of this manifest."""
+        policy = UnlockPolicy.from_bytes(self.folder.read(KEYS, MAX_KEYS))
+        if policy.manifest != self.hash:
+            raise IntegrityError(
+                "keys.json belongs to another manifest.json",
+                hint="files of two models were mixed; fetch the sealed model again",
+            )
+        policy.check_profile(self.manifest)
+        return policy
+
+    def trust(self, config: Config, name: str | None = None) -> Trust:
+        """Check signature, expiry, name and release; who vouches, and what is to be remembered.
+
+        Raises:
+            UntrustedPublisher, ModelExpired, RollbackError, ConfigError: as the config demands.
+        """
+        vouched, policy = None, config.policy
+        memory = policy.remember_releases
+        if policy.require_signature:
+            manifest, signatures, publishers = (
+                self.manifest,
+                self.signatures,
+                load_publishers(config),
+            )
+            count = policy.signatures.get(manifest.name, 1)
+            signed = check_signature(manifest, self.data, signatures, publishers, count)
+            clock = utc_text(), remembered_time(memory) if memory else None
+            vouched = check_expiry(manifest, self.hash, signatures, signed, policy, clock)
+        check_name(self.manifest, name, config)
+        known = remembered_release(memory, self.manifest.name) if memory else None
+        check_release(self.manifest, config, known)
+        return Trust(vouched, memory, known)
+
+    def check_digests(self, progress: Callable[[int, int], object] | None = None) -> None:
+        """IntegrityError unless every payload file has the digest of the manifest; needs no key.
+
+        Says something only once the signature was checked.
+        """
+        manifest, done = self.manifest, 0
+        for entry in manifest.files:
+            descriptor = self.folder.open_payload(entry.path)
+            try:
+                root = digest_payload(
+                    descriptor,
+                    entry.size,
+                    segment_length=manifest.segment_length,
+                    digest=manifest.digest,
+                    progress=step(progress, done, manifest.size),
+                )
+            finally:
+                os.close(descriptor)
+            if root != entry.digest:
+                raise IntegrityError(
+                    f"{payload_name(entry.path)} has not the digest that the manifest lists",
+                    hint="it was damaged or exchanged; fetch the sealed model again",
+                )
+            done += entry.size
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.folder.close()
+
+
+def step(
+    progress: Callable[[int, int], object] | None, before: int, total: int
+) -> Callable[[int], object] | None:
+    """The progress of one file as progress of the whole model."""
+    return None if progress is None else lambda done: progress(before + done, total)
+
+
+def admit(
+    path: str | os.PathLike[str], config: Config, name: str | None
+) -> tuple[Candidate, Trust]:
+    """Read a sealed model and check that this config lets it in; closed again if it does not."""
+    candidate = Candidate.read(path)
+    try:
+        return candidate, candidate.trust(config, name)
+    except BaseException:
+        candidate.folder.close()
+        raise
+
+
+def refusal(path: str | os.PathLike[str], config: Config) -> KeymgmtError | None:
+    """Why this config would not let in what was just written; None where it would."""
+    try:
+        admit(path, config, None)[0].folder.close()
+    except (SealedModelError, ConfigError) as error:
+        return error
+    return None

@@ -1,0 +1,65 @@
+"""Looking at a sealed model without any key, config or trust."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from keymgmt._trust.candidate import Candidate
+from keymgmt.errors import KeymgmtError
+from keymgmt.sealed.keys import recipient_name
+from keymgmt.sealed.manifest import Manifest
+
+__all__ = ["Inspection", "inspect"]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a sealed model says of itself; nothing of it was verified.
+
+    Attributes:
+        path: the folder.
+        manifest: name, release, files and the rest.
+        groups: the recipients of each group; any one group opens.
+        signers: ids (SHA-384 of the DER public key, hex) of those who claim to have signed.
+        expiries: until when they claim to vouch, by the same ids.
+        refusal: where it was just made, why the config that made it would not let it in.
+    """
+
+    path: str
+    manifest: Manifest
+    groups: tuple[tuple[str, ...], ...]
+    signers: tuple[str, ...]
+    expiries: Mapping[str, str] = field(default_factory=dict)
+    refusal: KeymgmtError | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return {
+            "path": self.path,
+            "verified": False,
+            "manifest": self.manifest.to_json(),
+            "size": self.manifest.size,
+            "groups": [list(group) for group in self.groups],
+            "signers": list(self.signers),
+            "expiries": dict(self.expiries),
+            "refusal": str(self.refusal) if self.refusal else None,
+        }
+
+
+def inspect(path: str | os.PathLike[str]) -> Inspection:
+    """Read a sealed model's small files; SealedModelError where they are not of the format."""
+    with Candidate.read(path) as candidate:
+        policy = candidate.policy()
+        return Inspection(
+            str(path),
+            candidate.manifest,
+            tuple(
+                tuple(recipient_name(wrapped) for wrapped in group.recipients)
+                for group in policy.groups
+            ),
+            tuple(signed.key_id for signed in candidate.signatures.signatures),
+            {one.key_id: one.expires or "" for one in candidate.signatures.expiries},
+        )

@@ -1,0 +1,608 @@
+"""Rewrap: new wraps of the same data key. Only keys.json is replaced; the payload is not touched.
+
+The model is opened first, as anybody would open it, and the MAC of the policy is checked, so
+nothing is ever wrapped to a recipient that a holder of the data key did not put there. What was
+written is read back and opened again, before it takes its place and after.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from keymgmt._config.calls import Answers
+from keymgmt._config.config import use_config
+from keymgmt._crypto.dek import Dek
+from keymgmt._system.audit import audit
+from keymgmt._system.files import left_behind
+from keymgmt._trust.candidate import admit
+from keymgmt._trust.recipients import ProviderKey, resolve_groups
+from keymgmt._trust.unlock import Unlocker
+from keymgmt.errors import (
+    AccessDenied,
+    CannotUnlock,
+    ConfigError,
+    IntegrityError,
+    KeyRetired,
+    LockedOut,
+    ProviderError,
+    ProviderUnavailable,
+    UnsupportedOperation,
+    UnwrapFailed,
+    WrongKey,
+)
+from keymgmt.sealed.folder import KEYS
+from keymgmt.sealed.keys import MAX_KEYS, Group, UnlockPolicy, recipient_name, wrap_group
+
+if TYPE_CHECKING:
+    from keymgmt._config.config import Config
+    from keymgmt._providers.data import WrappedKey
+    from keymgmt._trust.candidate import Candidate
+    from keymgmt.errors import Attempt, KeymgmtError
+    from keymgmt.sealed.keys import Wrap
+
+__all__ = ["GroupChange", "Rewrapped", "Task", "rewrap"]
+
+_MEMBER: Final = re.compile(r"([^@#]+)(?:@([^#]+))?(?:#(.+))?")
+
+State = Literal[
+    "moved", "current", "added", "dropped", "kept", "foreign", "unreachable", "denied", "damaged"
+]
+# Whose fault it is that a group was not moved, the worst first, and the exit codes for it.
+EXIT_CODES: Final[dict[State, int]] = {"unreachable": 6, "denied": 5, "damaged": 4}
+_DENIED: Final = (AccessDenied, LockedOut, KeyRetired, UnsupportedOperation)
+
+
+@dataclass(frozen=True)
+class GroupChange:
+    """What became of one group.
+
+    Attributes:
+        group: its recipients, as ``inspect`` shows them.
+        state: ``moved`` to newest key versions, or ``current``: it has them; ``added``;
+            ``dropped``; ``kept`` without a look; or not moved, because it is ``foreign`` (no
+            provider here holds its keys), a key service is ``unreachable`` or ``denied`` it, or it
+            is ``damaged`` or another key of that name made it, which no cipher can tell.
+        tested: whether it was opened here afterwards.
+        note: for people.
+        error: why it was not moved.
+    """
+
+    group: str
+    state: State
+    tested: bool
+    note: str = ""
+    error: KeymgmtError | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        error = self.error
+        return {
+            "group": self.group,
+            "state": self.state,
+            "tested": self.tested,
+            "note": self.note,
+            "class": type(error).__name__ if error else None,
+            "error": str(error) if error else None,
+            "hint": error.hint if error else None,
+        }
+
+
+@dataclass(frozen=True)
+class Rewrapped:
+    """What a rewrap did, or would do, to one sealed model.
+
+    Attributes:
+        path: its folder.
+        name: the model's name.
+        changed: whether keys.json was, or would be, replaced.
+        groups: what became of each group.
+        left: groups that still open with a key of a group that was dropped.
+    """
+
+    path: str
+    name: str
+    changed: bool
+    groups: tuple[GroupChange, ...] = field(default=())
+    left: tuple[str, ...] = ()
+
+    @property
+    def exit_code(self) -> int:
+        """6 if a group was unreachable, else 5 if one was denied, 4 if one is damaged, else 0."""
+        states = {group.state for group in self.groups}
+        return next((code for state, code in EXIT_CODES.items() if state in states), 0)
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return {
+            "path": self.path,
+            "name": self.name,
+            "changed": self.changed,
+            "groups": [group.to_json() for group in self.groups],
+            "left": list(self.left),
+        }
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be done with a model, or with each of a tree of them.
+
+    Attributes:
+        config: the loaded config.
+        add: groups to add.
+        drop: groups to take out, as texts.
+        exact: take out only the version that is written.
+        only: leave no group but those of ``add``.
+        force: allow that no group is left that opens here.
+        dry_run: write nothing.
+        tree: whether this is one of many models: then a group to drop need not be there, and a
+            model that does not open here is told and not raised.
+        dropped: texts of ``drop`` that some model had.
+        down: providers that were not reached, which are not asked again.
+    """
+
+    config: Config
+    add: Sequence[Sequence[Wrap]] = ()
+    drop: Sequence[str] = ()
+    exact: bool = False
+    only: bool = False
+    force: bool = False
+    dry_run: bool = False
+    tree: bool = False
+    dropped: set[str] = field(default_factory=set)
+    down: dict[str, ProviderError] = field(default_factory=dict)
+
+    @classmethod
+    def make(
+        cls,
+        config: Config,
+        *,
+        add: Sequence[str],
+        drop: Sequence[str],
+        to: Sequence[str],
+        fingerprints: Sequence[str],
+        exact: bool,
+        force: bool,
+        dry_run: bool,
+        tree: bool = False,
+    ) -> Task:
+        """Look up the groups; raises as ``rewrap``."""
+        if to and (add or drop):
+            raise ConfigError("--set names all groups, so there is none to add or to drop")
+        texts = [*add, *to]
+        return cls(
+            config,
+            add=resolve_groups(texts, config, fingerprints) if texts else (),
+            drop=drop,
+            exact=exact,
+            only=bool(to),
+            force=force,
+            dry_run=dry_run,
+            tree=tree,
+        )
+
+
+def rewrap(
+    path: str | os.PathLike[str],
+    *,
+    add: Sequence[str] = (),
+    drop: Sequence[str] = (),
+    to: Sequence[str] = (),
+    exact: bool = False,
+    keys: Config | str | os.PathLike[str] | None = None,
+    name: str | None = None,
+    fingerprints: Sequence[str] = (),
+    force: bool = False,
+    dry_run: bool = False,
+) -> Rewrapped:
+    """Change who opens a sealed model, or move every group that opens here to newest key versions.
+
+    With none of ``add``, ``drop`` and ``to`` every group that opens here is wrapped again where one
+    of its keys has a newer version. Running it again changes nothing more.
+
+    Args:
+        path: the sealed model's folder.
+        add: groups to add, written as for ``keymgmt.seal``. One that is there with older versions
+            of the same keys is moved.
+        drop: groups to take out, written as ``inspect`` shows them. A version in it does not count:
+            all versions of its keys are taken out.
+        to: exactly these groups open it from now on.
+        exact: take out only the version that ``drop`` writes.
+        keys: a loaded config, or the path of one.
+        name: the model name that is expected.
+        fingerprints: of recipient files that no trusted signer vouches for.
+        force: allow that no group is left that opens here.
+        dry_run: say what would be done, and write nothing.
+
+    Raises:
+        ConfigError: a group to drop is not there, is only part of a group, or is the last that
+            opens here; or the config is wrong.
+        CannotUnlock, SealedModelError: as ``keymgmt.open``; nothing was changed.
+        ProviderError: a group to add cannot be wrapped to, or nobody knows whether a group is left
+            that opens here; nothing was changed.
+    """
+    with use_config(keys) as config:
+        task = Task.make(
+            config,
+            add=add,
+            drop=drop,
+            to=to,
+            fingerprints=fingerprints,
+            exact=exact,
+            force=force,
+            dry_run=dry_run,
+        )
+        return rewrap_one(path, task, name)
+
+
+def rewrap_one(
+    path: str | os.PathLike[str],
+    task: Task,
+    name: str | None = None,
+    answers: Answers | None = None,
+) -> Rewrapped:
+    """Rewrap one model; raises as ``rewrap``.
+
+    ``answers`` holds data keys that were unwrapped ahead, many in one call.
+    """
+    candidate, _ = admit(path, task.config, name)
+    with candidate:
+        if not task.dry_run:
+            candidate.folder.lock()
+            for abandoned in left_behind(Path(path) / KEYS):
+                # Nobody else writes keys.json while the lock is held, so a killed rewrap left it.
+                if abandoned.is_file() or abandoned.is_symlink():
+                    abandoned.unlink(missing_ok=True)
+        policy, manifest = candidate.policy(), candidate.manifest
+        unlocker = Unlocker(task.config, manifest, policy, answers, down=task.down)
+        try:
+            dek, opened = unlocker.unlock()
+        except CannotUnlock:
+            if not task.tree:
+                raise
+            states = tuple(
+                _not_opened(group, index, unlocker, authentic=False)
+                for index, group in enumerate(policy.groups)
+            )
+            return Rewrapped(str(path), manifest.name, changed=False, groups=states)
+        with dek:
+            work = _Work(task, candidate, policy.groups, unlocker, dek, opened)
+            if not task.add and not task.drop:
+                work.refresh()
+            left = work.drop()
+            work.add()
+            if not work.groups:
+                raise ConfigError(
+                    f"no group that opens {path} would be left, so nobody could ever open it",
+                    hint="delete the folder instead, if that is what is wanted",
+                )
+            data = work.new_keys() if work.changed else b""
+            if not task.force:
+                work.check_opens_here(str(path))
+            if work.changed and not task.dry_run:
+                _replace_keys(Path(path), candidate, data)
+                audit("rewrap", model=manifest.id.hex(), name=manifest.name)
+            states = tuple(work.states.values())
+            return Rewrapped(str(path), manifest.name, work.changed, states, left)
+
+
+def _state_of(error: KeymgmtError, *, authentic: bool) -> State:
+    """What it means for a group that a provider answered so; what is unknown is not harmless."""
+    if isinstance(error, WrongKey) or (authentic and isinstance(error, UnwrapFailed)):
+        # What a holder of the data key wrote is not damaged: another key of that name made it.
+        return "foreign"
+    if isinstance(error, UnwrapFailed):
+        return "damaged"
+    return "denied" if isinstance(error, _DENIED) else "unreachable"
+
+
+def _not_opened(group: Group, index: int, unlocker: Unlocker, *, authentic: bool) -> GroupChange:
+    """Why a group did not open here.
+
+    One member that no provider here can ever open makes it foreign. Of several providers that might
+    hold a member's key, the one counts that might still open it.
+    """
+    by_member: dict[int, list[Attempt]] = {}
+    for attempt in unlocker.attempts:
+        if attempt.group == index:
+            by_member.setdefault(attempt.member, []).append(attempt)
+    if not by_member:
+        # Nothing was asked: what is wrong is told to whoever opens it.
+        return GroupChange(str(group), "damaged", tested=False)
+
+    def hope(error: KeymgmtError) -> int:
+        state = _state_of(error, authentic=authentic)
+        return 0 if state == "foreign" else EXIT_CODES[state]
+
+    error = min((max((a.error for a in tried), key=hope) for tried in by_member.values()), key=hope)
+    state = _state_of(error, authentic=authentic)
+    return GroupChange(str(group), state, tested=False, error=None if state == "foreign" else error)
+
+
+class _Work:
+    """The groups of one model while they are changed; ``states`` is in the order of the result."""
+
+    def __init__(
+        self,
+        task: Task,
+        candidate: Candidate,
+        groups: Sequence[Group],
+        unlocker: Unlocker,
+        dek: Dek,
+        opened: int,
+    ) -> None:
+        self._task, self._hash, self._dek = task, candidate.hash, dek
+        self._manifest = candidate.manifest
+        self._unlocker, self._opened = unlocker, opened
+        self.groups: dict[int, Group] = dict(enumerate(groups))
+        self.states = {
+            index: GroupChange(str(group), "kept", index == opened)
+            for index, group in self.groups.items()
+        }
+        self.changed = False
+
+    def check_opens_here(self, path: str) -> None:
+        """Refuse to leave no group that opens with this config, or of which nobody knows.
+
+        Raises:
+            ConfigError: there is none.
+            ProviderError: a key service that might hold a key does not say.
+        """
+        doubt: KeymgmtError | None = None
+        for index, group in self.groups.items():
+            state = self.states[index]
+            if state.tested or (state.state == "kept" and self._opens(index)):
+                return
+            if state.state == "kept":
+                state = _not_opened(group, index, self._unlocker, authentic=True)
+            if state.state == "unreachable" or isinstance(state.error, LockedOut):
+                doubt = state.error
+        if isinstance(doubt, ProviderError):
+            raise type(doubt)(
+                f"nobody knows whether a group that would be left in {path} opens here: {doubt}",
+                hint=doubt.hint or "try again when the key service answers",
+            )
+        raise ConfigError(
+            f"no group that opens here would be left in {path}",
+            hint="add another group in the same call, or give --force",
+        )
+
+    def _opens(self, index: int) -> bool:
+        if index == self._opened:
+            return True
+        dek = self._unlocker.open_group(index)
+        if dek is None:
+            return False
+        # A group that gives another key than the first has passed the same commitment: it cannot.
+        dek.wipe()
+        return True
+
+    def refresh(self) -> None:
+        """Wrap again every group whose keys are here and of which one has a newer version.
+
+        Also where an older version opens no more: the group is that of who sealed, and the key is
+        this provider's own.
+        """
+        for index, group in list(self.groups.items()):
+            opened = self._opens(index)
+            names = self._unlocker.providers(index) if opened else self._unlocker.holders(index)
+            if not opened:
+                self.states[index] = _not_opened(group, index, self._unlocker, authentic=True)
+            if names is None:
+                continue
+            wraps = [
+                ProviderKey(self._task.config, provider, wrapped.key)
+                for provider, wrapped in zip(names, group.recipients, strict=True)
+            ]
+            try:
+                fresh = self._wrap(wraps)
+            except ProviderError as error:
+                state = _state_of(error, authentic=False)
+                if state == "foreign":
+                    # It opened a moment ago, or is known to be its own, so the key is here.
+                    state = "unreachable"
+                note = f"cannot wrap: {error}"
+                self.states[index] = GroupChange(str(group), state, opened, note, error)
+                continue
+            if not _same(fresh, group):
+                self._move(index, fresh)
+            elif opened:
+                self.states[index] = GroupChange(str(group), "current", tested=True)
+
+    def _move(self, index: int, fresh: Group) -> None:
+        was = self.groups[index]
+        self.groups[index] = fresh
+        self.states[index] = GroupChange(str(fresh), "moved", tested=True, note=f"was {was}")
+        self.changed = True
+
+    def _wrap(self, wraps: Sequence[Wrap]) -> Group:
+        return wrap_group(self._dek, self._hash, [self._careful(wrap) for wrap in wraps])
+
+    def _careful(self, wrap: Wrap) -> Wrap:
+        """One that does not ask a service which another model found not to answer."""
+        down = self._task.down
+
+        def call(dek: Dek, context: bytes) -> WrappedKey:
+            name = wrap.provider if isinstance(wrap, ProviderKey) else ""
+            if name in down:
+                raise down[name]
+            try:
+                return wrap(dek, context)
+            except ProviderUnavailable as error:
+                down[name] = error
+                raise
+
+        return call
+
+    def drop(self) -> tuple[str, ...]:
+        """Take groups out; those that are left with a key of them."""
+        gone: list[Group] = []
+        for text in self._task.drop:
+            found = self._named(text)
+            if not found:
+                self._refuse_part(text)
+                if self._task.tree:
+                    continue
+                shown = ", ".join(str(group) for group in list(self.groups.values())[:8])
+                raise ConfigError(f"there is no group {text}", hint=f"the groups are: {shown}")
+            self._task.dropped.add(text)
+            gone += [self._take_out(index) for index in found]
+        names = {_identity(wrapped) for group in gone for wrapped in group.recipients}
+        return tuple(
+            str(group)
+            for group in self.groups.values()
+            if not names.isdisjoint(map(_identity, group.recipients))
+        )
+
+    def _take_out(self, index: int, note: str = "") -> Group:
+        group = self.groups.pop(index)
+        self.states[index] = GroupChange(str(group), "dropped", tested=False, note=note)
+        self.changed = True
+        return group
+
+    def _named(self, text: str) -> list[int]:
+        """The groups that ``text`` names, whatever their versions."""
+        members = [_MEMBER.fullmatch(member) for member in text.split("+")]
+        found = [
+            index
+            for index, group in self.groups.items()
+            if len(members) == len(group.recipients)
+            and all(
+                match is not None and self._is_named(match, wrapped)
+                for match, wrapped in zip(members, group.recipients, strict=True)
+            )
+        ]
+        public = {
+            tuple(wrapped.params.get("pk") for wrapped in self.groups[index].recipients)
+            for index in found
+        }
+        if len(public) > 1:
+            # A fleet's devices have one key name: which of them must go is not to be guessed.
+            shown = ", ".join(str(self.groups[index]) for index in found[:4])
+            raise ConfigError(
+                f"{text} names {len(found)} groups",
+                hint=f"write the one that is meant as `inspect` shows it: {shown}"
+                + (", ..." if len(found) > 4 else ""),
+            )
+        return found
+
+    def _is_named(self, match: re.Match[str], wrapped: WrappedKey) -> bool:
+        name, version, public = match.groups()
+        return (
+            name == f"{wrapped.backend}:{wrapped.key}"
+            and (version == wrapped.version or version is None or not self._task.exact)
+            and (public is None or wrapped.params.get("pk", "").startswith(public))
+        )
+
+    def _refuse_part(self, text: str) -> None:
+        match = _MEMBER.fullmatch(text) if "+" not in text else None
+        for group in self.groups.values():
+            if match is not None and any(self._is_named(match, w) for w in group.recipients):
+                raise ConfigError(
+                    f"{text} is one member of the group {group}",
+                    hint="drop the whole group, and add the one that shall replace it",
+                )
+
+    def add(self) -> None:
+        """Add groups under the keys' newest versions, or move those that are there already.
+
+        Where the task says ``only``, take the others out.
+        """
+        wanted: set[int] = set()
+        for wraps in self._task.add:
+            fresh = self._wrap(wraps)
+            same = [i for i, group in self.groups.items() if self._is(group, fresh, wraps)]
+            older = [i for i, group in self.groups.items() if self._is_older(i, fresh, wraps)]
+            if not same and older:
+                same = [older.pop(0)]
+                self._move(same[0], fresh)
+            for index in older:
+                self._take_out(index, note=f"moved to {fresh}")
+            if not same:
+                same = [len(self.states)]
+                self.groups[same[0]] = fresh
+                tested = all(isinstance(wrap, ProviderKey) for wrap in wraps)
+                note = "" if tested else "written, not tested"
+                self.states[same[0]] = GroupChange(str(fresh), "added", tested, note)
+                self.changed = True
+            wanted.update(same)
+        if self._task.only:
+            for index in set(self.groups) - wanted:
+                self._take_out(index)
+
+    def _is(self, group: Group, fresh: Group, wraps: Sequence[Wrap]) -> bool:
+        # A public key's name says which it is; of others, only who holds it.
+        return _same(group, fresh) and all(
+            "pk" in wrapped.params or self._unlocker.asks_the_same_key(group, member, wrap.provider)
+            for member, (wrap, wrapped) in enumerate(zip(wraps, group.recipients, strict=True))
+            if isinstance(wrap, ProviderKey)
+        )
+
+    def _is_older(self, index: int, fresh: Group, wraps: Sequence[Wrap]) -> bool:
+        """Whether a group is of other versions of the same keys, which only its opening proves."""
+        group = self.groups[index]
+        if _same(group, fresh) or [f"{w.backend}:{w.key}" for w in group.recipients] != [
+            f"{w.backend}:{w.key}" for w in fresh.recipients
+        ]:
+            return False
+        names = [wrap.provider if isinstance(wrap, ProviderKey) else None for wrap in wraps]
+        # A device's other versions cannot be told from other devices of that name.
+        if None in names or self.states[index].state in ("added", "moved"):
+            return False
+        return self._opens(index) and self._unlocker.providers(index) == names
+
+    def new_keys(self) -> bytes:
+        """The new keys.json, after every new group in it that opens here was opened from it.
+
+        Raises:
+            ProviderError: a group was wrapped and does not unwrap to the same data key.
+        """
+        manifest = self._manifest
+        groups = list(self.groups.values())
+        data = UnlockPolicy.make(self._dek, manifest, self._hash, groups).to_bytes()
+        policy = UnlockPolicy.from_bytes(data)
+        policy.check_mac(self._dek, manifest.id)
+        unlocker = Unlocker(self._task.config, manifest, policy, bounded=False)
+        for position, index in enumerate(self.groups):
+            state = self.states[index]
+            if not state.tested or state.state not in ("moved", "added"):
+                continue
+            found = unlocker.open_group(position)
+            if found is not None:
+                found.wipe()
+                continue
+            reason = unlocker.attempts[-1].error
+            if isinstance(reason, (UnwrapFailed, WrongKey)):
+                raise ProviderError(
+                    f"the group {state.group} does not open after wrapping, so nothing was "
+                    f"written: {reason}",
+                    hint=reason.hint,
+                ) from reason
+            # Who may wrap need not be who may unwrap.
+            note = f"written, not tested: {reason}"
+            self.states[index] = replace(state, tested=False, note=note)
+        return data
+
+
+def _identity(wrapped: WrappedKey) -> tuple[str, str, str]:
+    """What tells a key from others: its name, and its public key where it has one."""
+    return wrapped.backend, wrapped.key, wrapped.params.get("pk", "")
+
+
+def _same(left: Group, right: Group) -> bool:
+    return [recipient_name(w) for w in left.recipients] == [
+        recipient_name(w) for w in right.recipients
+    ]
+
+
+def _replace_keys(path: Path, candidate: Candidate, data: bytes) -> None:
+    candidate.folder.replace(KEYS, data)
+    if candidate.folder.read(KEYS, MAX_KEYS) != data:
+        raise IntegrityError(
+            f"{path / KEYS} does not read back as it was written",
+            hint="look at the disk; the other files of the model were not touched",
+        )

@@ -1,0 +1,389 @@
+"""What is to be sealed: the files of a plain model, what kind it is, and which file comes first."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import logging
+import os
+import re
+import stat
+import unicodedata
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from keymgmt._providers.names import is_key
+from keymgmt._system.files import from_system, to_system
+from keymgmt._system.trusted_file import read_file
+from keymgmt._verbs.onnx import CONVERT, external_files
+from keymgmt.errors import ConfigError, FormatError
+from keymgmt.sealed.folder import KEYS, MANIFEST, PAYLOAD
+from keymgmt.sealed.manifest import MAX_FILES
+from keymgmt.sealed.paths import check_paths, path_problem
+
+__all__ = ["GRAPHS", "IGNORE", "Source", "Survey", "find_source", "survey", "why_not_loaded"]
+
+log = logging.getLogger("keymgmt")
+
+# What OpenVINO's Core.read_model knows by its name.
+GRAPHS: Final = (".xml", ".onnx", ".tflite", ".pdmodel", ".pb", ".gguf")
+
+IGNORE: Final = ".keymgmtignore"
+# Names of what was hardly meant to be shipped: secrets, and what tools leave behind.
+_SECRETS: Final = (
+    *(".env", ".env.*", ".ssh", ".gnupg", ".aws", ".netrc", ".npmrc", ".pypirc"),
+    *(".git-credentials", "id_rsa*", "id_ecdsa*", "id_ed25519*", "*.key", "*.p12", "*.pfx"),
+    *("*.jwks", "*.kdbx", "keymgmt.toml", "passphrase.json"),
+)
+_LEFTOVERS: Final = (
+    *(".git", ".hg", ".svn", ".venv", "__pycache__", ".ipynb_checkpoints", ".DS_Store"),
+    *("*.sealed", "*.tmp", "*.swp", "*~", "core.[0-9]*", ".keymgmt.lock"),
+)
+_MAX_IGNORE: Final = 1 << 20
+_GENAI: Final = ("openvino_model.xml", "openvino_language_model.xml")
+_TOKENIZER: Final = "openvino_tokenizer.xml"
+_PIPELINE: Final = {_TOKENIZER, "model_index.json"}  # of GenAI folders, which it opens by path
+_SAVED_MODEL: Final = "saved_model.pb"  # is of a folder
+_KINDS: Final = {".xml": "openvino-ir", ".onnx": "onnx"}
+
+
+@dataclass(frozen=True)
+class PlainFile:
+    """A file to seal, as it was when it was listed."""
+
+    path: Path
+    size: int
+    identity: tuple[int, int]
+
+    @classmethod
+    def of(cls, path: Path, info: os.stat_result) -> PlainFile:
+        """The file that ``info`` says something of."""
+        return cls(path, info.st_size, (info.st_dev, info.st_ino))
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[int]:
+        """A descriptor of the very file that was listed.
+
+        Raises:
+            ConfigError: it cannot be read, or something else is there by now: whoever may write in
+                its folder could have put a link to any file there, to have that sealed instead.
+        """
+        try:
+            # O_NONBLOCK: a fifo that took its place does not block.
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise ConfigError(f"cannot read {self.path}: {error.strerror}") from error
+        try:
+            info = os.fstat(descriptor)
+            if not stat.S_ISREG(info.st_mode) or (info.st_dev, info.st_ino) != self.identity:
+                raise ConfigError(
+                    f"{self.path} was exchanged while the model was being sealed",
+                    hint="seal it when nobody writes there any more",
+                )
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A plain model on disk.
+
+    Attributes:
+        name: a model name made from the file's or folder's.
+        kind: ``openvino-ir``, ``openvino-genai``, ``onnx`` or ``files``.
+        main: the file that a loader reads first, or None.
+        files: path in the model -> the plain file, sorted by path.
+    """
+
+    name: str
+    kind: str
+    main: str | None
+    files: dict[str, PlainFile]
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What a tool should know beside kind and main: the tokenizer of a language model."""
+        has_one = self.kind == "openvino-genai" and _TOKENIZER in self.files
+        return {"tokenizer": _TOKENIZER} if has_one else {}
+
+
+def find_source(path: str | os.PathLike[str]) -> Source:
+    """Look at a folder, or a graph that OpenVINO reads (``GRAPHS``) with what belongs to it.
+
+    What would keep an .onnx from being loaded is said in the log.
+
+    Raises:
+        ConfigError: missing, unreadable, a graph without its weights, a folder that is empty or
+            sealed already, a link or device in it, or a file name that a sealed model cannot have.
+
+    What matches a line of the file ``.keymgmtignore`` in the folder is left out, and that file too:
+    shell patterns (fnmatch) of a name at any depth, or, with a slash, of a path from the folder on.
+    """
+    source = Path(path)
+    try:
+        mode = source.stat().st_mode
+    except OSError as error:
+        raise ConfigError(f"cannot read the model {source}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"cannot read the model {source}: its name has a NUL") from error
+    if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
+        # Opening a fifo would wait for its other end for ever.
+        raise ConfigError(f"{source} is neither a regular file nor a folder")
+    if stat.S_ISDIR(mode):
+        files = _scan(source, [], [])
+        kind, main = _kind(list(files))
+    else:
+        kind, main = _KINDS.get(source.suffix.lower(), "files"), from_system(source.name)
+        files = {
+            path: PlainFile.of(file, file.stat()) for path, file in _beside(source, main).items()
+        }
+    files = dict(sorted(files.items(), key=lambda item: item[0].encode()))
+    _check(source, files)
+    for path, file in files.items():
+        if path.lower().endswith(".onnx"):
+            _look_through(path, file, files)
+    return Source(_model_name(source.absolute()), kind, main, files)
+
+
+def _beside(source: Path, name: str) -> dict[str, Path]:
+    """A model that is one file, and what belongs to it: path in the sealed model -> file."""
+    suffix = source.suffix.lower()
+    found = {name: source}
+    if suffix == ".xml":
+        weights = source.with_suffix(".BIN" if source.suffix.isupper() else ".bin")
+        if not weights.is_file():
+            weights = source.with_suffix(".bin")
+        if weights.is_file():
+            found[from_system(weights.name)] = weights
+        elif not _has_no_constants(source):
+            raise ConfigError(
+                f"{source} has no weights: {weights.name} is not beside it",
+                hint="an OpenVINO IR is a pair of .xml and .bin; seal them together",
+            )
+    elif suffix == ".onnx":
+        file = PlainFile.of(source, source.stat())
+        # What is wrong in it is said of all files alike, by _look_through.
+        with file.open() as descriptor, contextlib.suppress(FormatError):
+            for path in external_files(descriptor, name, name):
+                found[path] = source.parent / to_system(path)
+        if missing := [path for path, file in found.items() if not file.is_file()]:
+            raise ConfigError(
+                f"{source} has tensors in {min(missing)}, which is not beside it",
+                hint="fetch all files of the model, and seal them together",
+            )
+    elif suffix == ".pdmodel":
+        weights = source.with_suffix(".pdiparams")
+        if weights.is_file():
+            found[from_system(weights.name)] = weights
+    elif suffix not in GRAPHS or source.name == _SAVED_MODEL:
+        raise ConfigError(
+            f"{source} is neither an IR's .xml, nor an .onnx, nor a folder",
+            hint="convert it to OpenVINO IR first (openvino.convert_model, openvino.save_model "
+            "with compress_to_fp16=False), or put the files in a folder and seal that",
+        )
+    return found
+
+
+def _has_no_constants(graph: Path) -> bool:
+    """Whether an .xml is an IR whose .bin would be empty, so that it may be missing."""
+    try:
+        content = graph.read_bytes()
+    except OSError:  # which is said where it is opened to be sealed
+        return False
+    return b"<layer " in content and b'type="Const"' not in content
+
+
+def _look_through(path: str, file: PlainFile, files: dict[str, PlainFile]) -> None:
+    """Say of an ONNX file now what would keep it from being loaded later."""
+    try:
+        with file.open() as descriptor:
+            missing = external_files(descriptor, path, path) - files.keys()
+    except FormatError as error:
+        log.warning("%s; it is sealed, and keymgmt_openvino.load will refuse it", error)
+    else:
+        if missing:
+            log.warning(
+                "%s has tensors in %s, which is not in the folder; it is sealed, and "
+                "keymgmt_openvino.load will refuse it",
+                path,
+                min(missing),
+            )
+
+
+def why_not_loaded(kind: str, main: str | None, paths: Collection[str]) -> str | None:
+    """Why ``keymgmt_openvino.load`` refuses a model whatever is in its files, and the way out."""
+    graphs = [path for path in paths if path.lower().endswith(GRAPHS)]
+    if main is not None or kind != "files" or len(graphs) == 1 or _PIPELINE & set(paths):
+        return None
+    if graphs:
+        return f"it has {len(graphs)} graphs: load(..., file={graphs[0]!r}) says which"
+    return (
+        "OpenVINO reads none of its files by its name, so keymgmt_openvino.load will refuse it: "
+        f"{CONVERT}. Programs that open it by path get it with keymgmt.mount"
+    )
+
+
+def _ignored(folder: Path) -> list[str]:
+    """The patterns of the folder's ignore file."""
+    file = folder / IGNORE
+    if not os.path.lexists(file):
+        return []
+    text = read_file(file, what="ignore file", limit=_MAX_IGNORE, access="any")
+    try:
+        lines = [line.strip() for line in text.decode("utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the ignore file {file} is not UTF-8") from error
+    return [IGNORE, *(line.rstrip("/") for line in lines if line and not line.startswith("#"))]
+
+
+def _is_ignored(path: str, patterns: list[str]) -> bool:
+    name = path.rpartition("/")[2]
+    return any(
+        fnmatch.fnmatchcase(path if "/" in each else name, each.removeprefix("/"))
+        for each in patterns
+    )
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What somebody who seals a model may not expect; all are paths as in the sealed model.
+
+    Attributes:
+        beside: what a model that is one file names, and is sealed with it; a link with its target.
+        doubtful: files and folders that look like secrets or leftovers, and are sealed.
+        left_out: what the ignore file leaves out.
+        empty: folders without a file, which a sealed model does not have.
+    """
+
+    beside: tuple[str, ...]
+    doubtful: tuple[str, ...]
+    left_out: tuple[str, ...]
+    empty: tuple[str, ...]
+
+
+def survey(source: Path) -> Survey:
+    """Look through what is to be sealed; ConfigError as by ``find_source``."""
+    left_out: list[str] = []
+    empty: list[str] = []
+    beside: list[str] = []
+    doubtful: dict[str, None] = {}
+    if source.is_dir():
+        found = list(_scan(source, left_out, empty))
+    else:
+        main = from_system(source.name)
+        files = _beside(source, main)
+        found = list(files)
+        for path in sorted(files.keys() - {main}):
+            file = files[path]
+            beside.append(f"{path}, a link to {file.resolve()}" if file.is_symlink() else path)
+            if file.is_symlink():
+                found.append(from_system(file.resolve().as_posix()))
+    for path in sorted(found):
+        parts = path.split("/")
+        for depth, name in enumerate(parts, 1):
+            if any(fnmatch.fnmatchcase(name, each) for each in (*_SECRETS, *_LEFTOVERS)):
+                doubtful["/".join(parts[:depth])] = None
+                break
+    return Survey(tuple(beside), tuple(doubtful), tuple(sorted(left_out)), tuple(sorted(empty)))
+
+
+def _scan(folder: Path, left_out: list[str], empty: list[str]) -> dict[str, PlainFile]:
+    """The files to seal; what is ignored, and what is empty, is added to the lists."""
+    ignored = _ignored(folder)
+    found = {}
+    # By descriptors: a folder that is exchanged for a link meanwhile is not walked into.
+    listed, visited = {folder}, set()
+    for parent, folders, names, descriptor in os.fwalk(folder, onerror=_refuse):
+        visited.add(Path(parent))
+        below = Path(parent).relative_to(folder)
+        if below == Path() and {MANIFEST, KEYS} <= set(names) and PAYLOAD in folders:
+            raise ConfigError(
+                f"{folder} is sealed already",
+                hint="rewrap changes who opens it, reseal its key; or name the plain files",
+            )
+        if not folders and not names and below != Path():
+            empty.append(from_system(below.as_posix()))
+        for group in (folders, names):
+            for name in list(group):
+                if _is_ignored(from_system((below / name).as_posix()), ignored):
+                    group.remove(name)
+                    left_out.append(from_system((below / name).as_posix()))
+        listed.update(Path(parent) / name for name in folders)
+        for name in [*folders, *names]:
+            path = Path(parent) / name
+            try:
+                info = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+            except OSError as error:
+                raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+            mode = info.st_mode
+            if stat.S_ISLNK(mode):
+                raise ConfigError(
+                    f"{path} is a symbolic link, which a sealed model does not have",
+                    hint="copy the folder with its links followed: cp -rL",
+                )
+            if not _is_text(from_system(name)):
+                raise ConfigError(f"the file name {name!r} is not UTF-8", hint="rename it")
+            if stat.S_ISREG(mode):
+                found[from_system(path.relative_to(folder).as_posix())] = PlainFile.of(path, info)
+            elif not stat.S_ISDIR(mode):
+                raise ConfigError(f"{path} is neither a regular file nor a folder")
+    if exchanged := listed - visited:
+        raise ConfigError(
+            f"{min(exchanged)} was exchanged while the folder was being listed",
+            hint="seal it when nobody writes there any more",
+        )
+    if not found:
+        raise ConfigError(f"the folder {folder} has no files to seal")
+    if len(found) > MAX_FILES:
+        raise ConfigError(
+            f"the folder {folder} has {len(found)} files, and a sealed model has at most "
+            f"{MAX_FILES}",
+            hint="pack what belongs together into one file, or seal several models",
+        )
+    return found
+
+
+def _is_text(name: str) -> bool:
+    # Python shows bytes that are no UTF-8 as lone surrogates (PEP 383).
+    return not any("\udc80" <= char <= "\udcff" for char in name)
+
+
+def _refuse(error: OSError) -> None:
+    raise ConfigError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+
+
+def _kind(paths: list[str]) -> tuple[str, str | None]:
+    present = set(paths)
+    for main in _GENAI:
+        if main in present and (_TOKENIZER in present or "config.json" in present):
+            return "openvino-genai", main
+    models = [p for p in paths if p.endswith(".xml") and f"{p[:-4]}.bin" in present]
+    if len(models) == 1:
+        return "openvino-ir", models[0]
+    onnx = [p for p in paths if p.endswith(".onnx")]
+    if not models and len(onnx) == 1:
+        return "onnx", onnx[0]
+    return "files", None
+
+
+def _check(source: Path, files: dict[str, PlainFile]) -> None:
+    for path, plain in files.items():
+        file = plain.path
+        if problem := path_problem(path):
+            raise ConfigError(f"{file} cannot be in a sealed model: {problem}", hint="rename it")
+        if not os.access(file, os.R_OK):
+            raise ConfigError(f"cannot read {file}: permission denied")
+    try:
+        check_paths(files)
+    except FormatError as error:
+        raise ConfigError(f"{source} cannot be sealed: {error}", hint="rename a file") from error
+
+
+def _model_name(path: Path) -> str:
+    stem = path.stem if path.is_file() else path.name
+    plain = unicodedata.normalize("NFKD", stem).encode("ascii", "ignore").decode().lower()
+    name = re.sub(r"[^a-z0-9._-]+|\.{2,}", "-", plain)[:64].strip("._-")
+    return name if is_key(name) else "model"

@@ -1,0 +1,142 @@
+"""Signing, verifying and resealing every model of a tree.
+
+Each is told as it is done, and one with which something is wrong stops no other.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from keymgmt._config.config import use_config
+from keymgmt._trust.candidate import refusal
+from keymgmt._verbs.reseal import reseal
+from keymgmt._verbs.sign import sign
+from keymgmt._verbs.tree import Failure, find_models, over_models
+from keymgmt._verbs.verify import verify
+from keymgmt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from keymgmt._config.config import Config
+
+__all__ = ["Done", "reseal_tree", "sign_tree", "verify_tree"]
+
+
+@dataclass(frozen=True)
+class Done:
+    """What was done with one model of a tree.
+
+    Attributes:
+        path: its folder.
+        state: ``signed``, ``current`` (it was signed already), ``verified`` or ``resealed``.
+        detail: more of it, for JSON; ``refusal`` is why this config would not let the result in.
+    """
+
+    path: str
+    state: str
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return {"path": self.path, "state": self.state, **self.detail}
+
+
+def _each(
+    tree: str | os.PathLike[str], work: Callable[[Path], Done], doing: str, threads: int
+) -> Iterator[Done | Failure]:
+    return over_models(find_models(tree), lambda _: work, doing, threads=threads)
+
+
+def sign_tree(
+    tree: str | os.PathLike[str],
+    *,
+    if_signed_by: Sequence[str | os.PathLike[str]],
+    key: str | None = None,
+    expires: datetime | None = None,
+    unopened: bool = False,
+    keys: Config | str | os.PathLike[str] | None = None,
+) -> Iterator[Done | Failure]:
+    """Sign every model of a tree that an earlier key has signed, in parallel.
+
+    Who signs whatever lies in a tree vouches for what somebody planted there. May be killed at any
+    point and run again.
+
+    Args:
+        tree: the folder.
+        if_signed_by: public key files (PEM), as for ``keymgmt.sign``; at least one.
+        key: as for ``keymgmt.sign``.
+        expires: likewise.
+        unopened: likewise.
+        keys: likewise.
+
+    Raises:
+        ConfigError: no earlier key is named, or the config is wrong.
+    """
+    if not if_signed_by:
+        raise ConfigError(
+            "signing a tree would vouch for whatever somebody put there",
+            hint="say whose signature each model must have already: --if-signed-by OLD.pem",
+        )
+    with use_config(keys) as config:
+
+        def one(path: Path) -> Done:
+            made = sign(
+                path,
+                key=key,
+                expires=expires,
+                unopened=unopened,
+                keys=config,
+                if_signed_by=if_signed_by,
+            )
+            refused = refusal(path, config)
+            detail = {"refusal": str(refused) if refused else None}
+            return Done(str(path), "signed" if made else "current", detail)
+
+        yield from _each(tree, one, "sign", threads=4)
+
+
+def verify_tree(
+    tree: str | os.PathLike[str],
+    *,
+    keys: Config | str | os.PathLike[str] | None = None,
+    signature_only: bool = False,
+) -> Iterator[Done | Failure]:
+    """Verify every model of a tree, one after the other; arguments as for ``keymgmt.verify``."""
+    with use_config(keys) as config:
+
+        def one(path: Path) -> Done:
+            proved = verify(path, keys=config, signature_only=signature_only)
+            return Done(str(path), "verified", proved.to_json())
+
+        yield from _each(tree, one, "verify", threads=1)
+
+
+def reseal_tree(
+    tree: str | os.PathLike[str],
+    *,
+    to: Sequence[str] = (),
+    sign: str | None = None,
+    keys: Config | str | os.PathLike[str] | None = None,
+    fingerprints: Sequence[str] = (),
+) -> Iterator[Done | Failure]:
+    """Reseal every model of a tree in its place, one after the other.
+
+    Arguments as for ``keymgmt.reseal``. Run again, it reseals all of them again.
+    """
+    with use_config(keys) as config:
+
+        def one(path: Path) -> Done:
+            made = reseal(path, to=to, sign=sign, keys=config, fingerprints=fingerprints)
+            detail = {
+                "name": made.manifest.name,
+                "release": made.manifest.release,
+                "id": made.manifest.id.hex(),
+                "refusal": str(made.refusal) if made.refusal else None,
+            }
+            return Done(str(path), "resealed", detail)
+
+        yield from _each(tree, one, "reseal", threads=1)

@@ -1,0 +1,145 @@
+"""Which key versions the sealed models of some folders still need, from their keys.json.
+
+A key is known by its public key, or by the provider that was asked and opened; else by its name
+alone, which two key services may both use and one may call otherwise. Nothing is authenticated:
+whoever can write to a tree can hide a model or invent one. What could not be looked at is listed,
+and then nothing is said to be unused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from keymgmt._config.config import use_config
+from keymgmt._verbs.prove import Provers
+from keymgmt._verbs.tree import Failure, Link, find_models, read_models
+from keymgmt.errors import ProviderError
+
+if TYPE_CHECKING:
+    from keymgmt._config.config import Config
+    from keymgmt._providers.data import WrappedKey
+
+__all__ = ["KeyUse", "Usage", "usage"]
+
+KnownBy = Literal["public key", "provider", "name"]
+
+
+@dataclass
+class KeyUse:
+    """One version of one key: how many models it opens, and those that nothing else opens.
+
+    Attributes:
+        backend: kind of key service.
+        key: its name, as the models have it.
+        version: likewise.
+        known_by: what says that it is one key: the ``public key``; the ``provider`` that opened
+            with it; or the ``name`` alone, under which several keys may be counted as one.
+        identity: id of the public key (SHA-256, hex), or the provider's name; else empty.
+        opens: how many models.
+        only_way_into: the folders of those in which every group needs it.
+    """
+
+    backend: str
+    key: str
+    version: str
+    known_by: KnownBy = "name"
+    identity: str = ""
+    opens: int = 0
+    only_way_into: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What some folders refer to.
+
+    Attributes:
+        models: how many sealed models were read.
+        keys: every key version that any of them names, sorted.
+        links: links to folders, which were followed.
+        failures: what could not be looked at; while there is any, no key version is known unused.
+    """
+
+    models: int
+    keys: tuple[KeyUse, ...]
+    links: tuple[Link, ...]
+    failures: tuple[Failure, ...]
+
+    def of(self, backend: str, key: str, version: str, identity: str = "") -> KeyUse | None:
+        """The use of one key version, or None if nothing that was read names it."""
+        wanted = (backend, key, version, identity)
+        return next(
+            (u for u in self.keys if (u.backend, u.key, u.version, u.identity) == wanted), None
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return {
+            "format": "keymgmt-usage/1",
+            "authenticated": False,
+            "complete": not self.failures,
+            "models": self.models,
+            "keys": [asdict(use) for use in self.keys],
+            "links": [asdict(link) for link in self.links],
+            "failures": [failure.to_json() for failure in self.failures],
+        }
+
+
+def usage(
+    *trees: str | os.PathLike[str],
+    prove: Config | str | os.PathLike[str] | None = None,
+    by_name: bool = False,
+) -> Usage:
+    """Count the key versions that the sealed models at or below some folders name.
+
+    Args:
+        trees: the folders; links in them are followed, and each model counts once.
+        prove: a loaded config, or the path of one: its providers are asked who holds what has no
+            public key. Without it no key service is asked.
+        by_name: count by name alone, also where a public key tells keys of one name apart.
+
+    Raises:
+        ConfigError: the config is wrong.
+    """
+    links: list[Link] = []
+    failures: list[Failure] = []
+    uses: dict[tuple[str, str, str, KnownBy, str], KeyUse] = {}
+    models = 0
+    with contextlib.ExitStack() as stack:
+        provers = Provers(stack.enter_context(use_config(prove))) if prove is not None else None
+        for item in read_models(find_models(trees, links)):
+            if isinstance(item, Failure):
+                failures.append(item)
+                continue
+            path, policy = item
+            models += 1
+            groups = []
+            for group in policy.groups:
+                places = set()
+                for member, wrapped in enumerate(group.recipients):
+                    context = group.context(policy.manifest, member)
+                    known: tuple[KnownBy, str] = ("name", "")
+                    if not by_name:
+                        try:
+                            known = _identity(wrapped, context, provers)
+                        except ProviderError as error:
+                            failures.append(Failure(str(path), error))
+                    places.add((wrapped.backend, wrapped.key, wrapped.version, *known))
+                groups.append(places)
+            for place in set().union(*groups):
+                use = uses.setdefault(place, KeyUse(*place))
+                use.opens += 1
+                if all(place in group for group in groups):
+                    use.only_way_into.append(str(path))
+    keys = tuple(uses[place] for place in sorted(uses))
+    return Usage(models, keys, tuple(links), tuple(failures))
+
+
+def _identity(wrapped: WrappedKey, context: bytes, provers: Provers | None) -> tuple[KnownBy, str]:
+    public = wrapped.params.get("pk", "")
+    if public:
+        return "public key", public
+    holder = provers.holder(wrapped, context) if provers is not None else None
+    return ("provider", holder) if holder is not None else ("name", "")

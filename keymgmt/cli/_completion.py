@@ -1,0 +1,64 @@
+"""``keymgmt completion``: let the shell complete commands, options, providers and keys."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal
+
+import typer
+from typer import _completion_classes
+from typer import _completion_shared as scripts
+
+from keymgmt.cli._options import Json
+from keymgmt.console import clean, console, print_json
+
+__all__ = ["completion"]
+
+# In bash a colon ends a word, so typer's own script takes `local:models` for three. This one takes
+# what the person typed, and cuts off the part before the colon that bash holds for another word.
+_BASH: Final = """
+%(complete_func)s() {
+    local IFS=$' \\t\\n' line="${COMP_LINE:0:COMP_POINT}" word="" prefix=""
+    local -a words
+    read -ra words <<< "$line"
+    local count=${#words[@]}
+    [[ $line == *[[:space:]] ]] || { word="${words[count-1]}"; count=$((count - 1)); }
+    [[ $word == *:* && $COMP_WORDBREAKS == *:* ]] && prefix="${word%%"${word##*:}"}"
+    IFS=$'\\n'
+    COMPREPLY=( $( env COMP_WORDS="$line" COMP_CWORD="$count" \\
+                   %(autocomplete_var)s=complete_bash "$1" ) )
+    COMPREPLY=( "${COMPREPLY[@]#"$prefix"}" )
+    return 0
+}
+
+complete -o default -F %(complete_func)s %(prog_name)s
+"""
+scripts._completion_scripts["bash"] = _BASH
+# Tells typer how each shell asks, and to answer in plain text.
+_completion_classes.completion_init()
+setattr(_completion_classes, "_sanitize_help_text", str)  # noqa: B010 - or it imports rich
+
+
+def completion(
+    shell: Annotated[
+        Literal["bash", "zsh", "fish"], typer.Argument(metavar="bash|zsh|fish", help="The shell.")
+    ],
+    install: Annotated[
+        bool, typer.Option("--install", help="Install it in this user's home directory.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Print the script with which a shell completes commands, options, providers and keys.
+
+    Examples:
+        keymgmt completion bash --install
+        keymgmt completion zsh
+    """
+    names = {"prog_name": "keymgmt", "complete_var": "_KEYMGMT_COMPLETE", "shell": str(shell)}
+    place = str(scripts.install(**names)[1]) if install else None
+    script = scripts.get_completion_script(**names)
+    if as_json:
+        print_json({"format": "keymgmt-completion/1", "script": script, "file": place})
+    elif place is None:
+        typer.echo(script)
+    else:
+        console().print(f"installed {clean(place)}; a new shell uses it", soft_wrap=True)

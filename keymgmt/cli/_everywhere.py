@@ -1,0 +1,146 @@
+"""What every command has, ours and a stranger's: the global options, and help in plain lines.
+
+The options stand anywhere on the command line, and what is said last counts. A command that takes
+one of their names for itself keeps it.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from typer.core import TyperArgument, TyperGroup
+
+from keymgmt.cli._state import State
+
+__all__ = ["adopt", "state_of"]
+
+PANEL: Final = "Global options"
+_EXAMPLES: Final = re.compile(r"^Examples?:$", re.MULTILINE)
+
+
+def state_of(context: typer.Context) -> State:
+    """The one State of a run; a command finds it as ``context.obj``."""
+    state: State = context.meta.setdefault(State.__qualname__, State())
+    return state
+
+
+def _everywhere(
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            "-c",
+            metavar="FILE",
+            help="Config file; else $KEYMGMT_CONFIG, the user's, the machine's.",
+        ),
+    ] = None,
+    verbose: Annotated[
+        int,
+        typer.Option(
+            "--verbose",
+            "-v",
+            count=True,
+            show_default=False,
+            help="Show audit events; -vv debugs.",
+        ),
+    ] = 0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")
+    ] = False,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="Show audit events, each as one line of JSON.")
+    ] = False,
+    show_help: Annotated[
+        bool, typer.Option("--help", "-h", is_eager=True, help="Show this message and exit.")
+    ] = False,
+) -> None:
+    """Never called: its parameters are the global options."""
+
+
+@cache
+def _options() -> list[Any]:
+    app = typer.Typer(add_completion=False)
+    app.command()(_everywhere)
+    command: Any = typer.main.get_command(app)
+    return list(command.params)
+
+
+def _lenient(param: Any) -> None:
+    """While a word is completed nothing is converted, which would import pydantic."""
+    process: Callable[[typer.Context, Any], Any] = param.process_value
+    param.process_value = lambda context, value: (
+        value if context.resilient_parsing else process(context, value)
+    )
+
+
+def _store(option: Any, context: typer.Context, value: Any) -> Any:
+    if value and option.name == "show_help" and not context.resilient_parsing:
+        typer.echo(context.get_help())
+        raise typer.Exit
+    # An empty text was given too: the file of a variable that is not set is none, and no default.
+    if value or (value == "" and not context.resilient_parsing):
+        getattr(state_of(context), f"set_{option.name}")(value)
+    return value
+
+
+def _json(context: typer.Context, _option: Any, value: bool) -> bool:
+    """``--json`` of a command's own: true also where it stood before the command."""
+    state = state_of(context)
+    if value:
+        state.set_as_json(value)
+    return state.as_json
+
+
+def adopt(command: Any) -> Any:
+    """Give a command, and all below it, the global options and our help; returns it."""
+    if getattr(command, "adopted", False):
+        return command
+    command.adopted = True
+    command.rich_markup_mode = None
+    command.add_help_option = False  # ours is one of the global options
+    if command.help:
+        # Click keeps the lines of a paragraph that begins with a backspace.
+        command.help = _EXAMPLES.sub("\b\nExamples:", inspect.cleandoc(command.help))
+    taken: dict[str, Any] = {}
+    for param in command.params:
+        taken |= dict.fromkeys((*param.opts, *param.secondary_opts), param)
+        _lenient(param)
+        if isinstance(param, TyperArgument):
+            _plain_argument(param)
+    for option in _options():
+        names = [name for name in option.opts if name not in taken]
+        if "--json" in option.opts and not names:
+            taken["--json"].callback = _json
+        elif names:
+            ours = copy.copy(option)
+            ours.opts, ours.expose_value = names, False
+            ours.process_value = partial(_store, ours)
+            command.params.append(ours)
+    if isinstance(command, TyperGroup):
+        for each in command.commands.values():
+            adopt(each)
+    return command
+
+
+def _plain_argument(param: Any) -> None:
+    """Show an argument by its name alone: no braces, no type, and in brackets if optional."""
+    name = str(param.metavar or param.name.upper())
+    if not param.required and not name.startswith("["):
+        name = f"[{name}]"
+    if param.nargs != 1 and not name.endswith("..."):
+        name += "..."
+    record: Callable[[typer.Context], tuple[str, str] | None] = param.get_help_record
+
+    def plain(context: typer.Context) -> tuple[str, str] | None:
+        found = record(context)
+        return found and (name, found[1].removesuffix("[required]").rstrip())
+
+    param.get_usage_pieces = lambda _context: [name]
+    param.get_help_record = plain

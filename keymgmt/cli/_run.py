@@ -1,0 +1,167 @@
+"""Run one command line to its exit: what goes wrong is said once, and the code says whose it is."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+import typer
+
+from keymgmt._system.files import naming
+from keymgmt.errors import ConfigError, KeymgmtError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["run", "translate"]
+
+
+class _Stream(str):
+    """The name of a stream in an OSError; compared by identity, as a file may be called alike."""
+
+    __slots__ = ()
+
+
+STDOUT: Final = _Stream("stdout")
+# What the person at the keyboard named wrongly, or may not do; all else is the machine's trouble.
+_OPERATORS: Final = {
+    errno.ENOENT: None,
+    errno.ENOTDIR: None,
+    errno.EISDIR: None,
+    errno.EEXIST: "name another one",
+    errno.ENAMETOOLONG: None,
+    errno.ELOOP: None,
+    errno.EACCES: "run it as a user who may, or change who may",
+    errno.EPERM: "run it as a user who may, or change who may",
+    errno.EROFS: "name a place on a file system that can be written",
+}
+_MACHINES: Final = {
+    errno.ENOSPC: "make room there, and run it again: nothing half done was left",
+    errno.EDQUOT: "make room in this user's quota, and run it again: nothing half done was left",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
+
+
+def run(arguments: Sequence[str]) -> NoReturn:
+    """Run ``keymgmt ARGUMENTS`` and exit."""
+    if type(sys.stdout) is io.TextIOWrapper:
+        raw = io.BufferedWriter(_Stdout(1, "wb", closefd=False))
+        sys.stdout = io.TextIOWrapper(
+            raw, encoding=sys.stdout.encoding, line_buffering=sys.stdout.isatty()
+        )
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal of another encoding shows an escape, and not a traceback.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    # As an exception, so that what is half done is cleared away, as it is for Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    sys.unraisablehook = _interrupt_later
+    as_json = "--json" in arguments[: [*arguments, "--"].index("--")]
+    try:
+        code = _run(arguments)
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except KeymgmtError as error:
+        code = _tell(error, as_json=as_json)
+    except OSError as error:
+        if error.filename is not STDOUT:
+            code = _tell(translate(error), as_json=as_json)
+        else:
+            _stop_stdout()
+            if isinstance(error, BrokenPipeError):
+                # `keymgmt ... | head`: who read it has seen enough.
+                code = 128 + signal.SIGPIPE
+            else:
+                code = _tell(translate(error), as_json=False)
+    sys.exit(code)
+
+
+def _interrupt_later(ignored: sys.UnraisableHookArgs) -> None:
+    """A Ctrl-C in a ``__del__`` cannot be raised there: it is raised a moment later."""
+    if ignored.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(ignored)
+        return
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
+
+
+class _Stdout(io.FileIO):
+    """Standard output, by its name in errors: no other broken pipe is taken for its reader's."""
+
+    def write(self, content: Buffer, /) -> int:
+        with naming(STDOUT):
+            return super().write(content) or 0
+
+
+def _run(arguments: Sequence[str]) -> int:
+    from keymgmt.cli._app import app
+
+    if "_KEYMGMT_COMPLETE" in os.environ:
+        app([], prog_name="keymgmt")
+    command: Any = typer.main.get_command(app)
+    try:
+        # Not `app()`, which takes every broken pipe for that of stdout.
+        with command.make_context("keymgmt", list(arguments)) as context:
+            command.invoke(context)
+        code = 0
+    except typer.Exit as end:
+        code = end.exit_code
+    except (typer.Abort, EOFError):
+        raise KeyboardInterrupt from None
+    except typer.TyperException as error:
+        raise _usage(error) from None
+    sys.stdout.flush()
+    return code
+
+
+class UsageError(KeymgmtError):
+    exit_code = 2
+
+
+def _usage(error: typer.TyperException) -> KeymgmtError:
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        typer.echo(error.format_message(), err=True)
+        sys.exit(2)
+    hint = f"{context.command_path} --help" if context is not None else None
+    return UsageError(error.format_message().rstrip("."), hint=hint)
+
+
+def translate(error: OSError) -> KeymgmtError:
+    """What the system refused, in the words of the person who asked for it.
+
+    Returns:
+        A ConfigError (exit 3) where a path or a permission is the operator's to mend, else a
+        KeymgmtError (exit 1): a full disk, a broken device.
+    """
+    said = error.strerror or str(error) or type(error).__name__
+    where = error.filename
+    if isinstance(where, bytes):
+        where = os.fsdecode(where)
+    message = f"{where}: {said}" if where else f"the system refused: {said}"
+    if error.errno in _OPERATORS and where:
+        return ConfigError(message, hint=_OPERATORS[error.errno])
+    return KeymgmtError(message, hint=_MACHINES.get(error.errno or 0))
+
+
+def _tell(error: KeymgmtError, *, as_json: bool) -> int:
+    from keymgmt.cli._output import print_error
+
+    try:
+        print_error(error, as_json=as_json)
+        sys.stdout.flush()
+    except OSError:
+        _stop_stdout()
+    return error.exit_code
+
+
+def _stop_stdout() -> None:
+    """Let nothing more be written to stdout, whose buffer Python flushes when it ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)

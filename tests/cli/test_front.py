@@ -1,0 +1,208 @@
+"""What holds for every command: options anywhere, JSON, errors of the system, streams that end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+import keymgmt.cli as keymgmt_cli
+
+Cli = Callable[..., Any]
+PROGRAM = [sys.executable, "-P", "-m", "keymgmt"]
+
+
+def keymgmt(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [*PROGRAM, *map(str, arguments)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+    return subprocess.run(command, timeout=60, check=False, **options)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        ("-c", "{config}", "keys", "list", "--json"),
+        ("keys", "-c", "{config}", "list", "--json"),
+        ("keys", "list", "--json", "-c", "{config}"),
+        ("--json", "keys", "list", "--config", "{config}"),
+        ("keys", "--json", "list", "--config={config}"),
+        ("-c", "nowhere.toml", "keys", "list", "--json", "-c", "{config}"),
+    ],
+)
+def test_global_options_stand_anywhere(
+    cli: Cli, site: Path, monkeypatch: pytest.MonkeyPatch, place: tuple[str, ...]
+) -> None:
+    monkeypatch.delenv("KEYMGMT_CONFIG")
+    ran = cli(*(word.format(config=site / "keymgmt.toml") for word in place))
+    assert ran.code == 0, ran.err
+    assert ran.json()["format"] == "keymgmt-keys/1"
+
+
+def test_what_stands_for_another_program_is_not_ours(cli: Cli, site: Path) -> None:
+    ran = cli("keys", "list", "--", "--json")
+    assert ran.code == 3
+    assert ran.out == ""
+
+
+def test_log_lines_are_json(site: Path) -> None:
+    for place in (("--log-json", "seal"), ("seal", "--log-json", "-v")):
+        ran = keymgmt(*place, "model", "out.sealed", "--force", cwd=site)
+        lines = [json.loads(line) for line in ran.stderr.splitlines() if line.startswith("{")]
+        events = {line["event"]: line for line in lines if line["logger"] == "keymgmt.audit"}
+        assert events["seal"]["outcome"] == "ok"
+        assert events["wrap"]["format"] == "keymgmt-log/1"
+        assert events["wrap"]["level"] == "info"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "kind"),
+    [
+        (("inspect", "nothere", "--json"), 3, "ConfigError"),
+        (("--json", "nosuch"), 2, "UsageError"),
+        (("seal", "--json"), 2, "UsageError"),
+        (("keys", "show", "local:nothing", "--json"), 3, "KeyNotFound"),
+        (("verify", "model.sealed", "--name", "other", "--json"), 4, "UntrustedPublisher"),
+        (("file", "lock", "--json", "nobody"), 3, "ConfigError"),
+    ],
+)
+def test_an_error_is_one_object_on_stdout(
+    cli: Cli, sealed: Path, arguments: tuple[str, ...], code: int, kind: str
+) -> None:
+    ran = cli(*arguments)
+    assert ran.code == code, ran.err
+    said = ran.json()
+    assert said["format"] == "keymgmt-error/1"
+    assert (said["error"]["exit_code"], said["error"]["class"]) == (code, kind)
+    assert said["error"]["message"] == ran.error
+
+
+def test_why_nothing_opened_is_in_the_json(cli: Cli, sealed: Path) -> None:
+    (sealed.parent / "keys").rename(sealed.parent / "elsewhere")
+    ran = cli("verify", sealed, "--json")
+    (attempt,) = ran.json()["error"]["attempts"]
+    assert (attempt["recipient"], attempt["error"]) == ("file:models@1", "ProviderUnavailable")
+    ran = cli("keys", "list", "--json")
+    assert ran.code == 6
+    said = ran.json()
+    assert said["failed"][0]["provider"] == "local"
+    assert said["error"]["class"] == "ProviderUnavailable"
+
+
+@pytest.mark.parametrize("words", [("help", "keys", "create"), ("keys", "create", "-h")])
+def test_help_in_both_ways_is_the_same(cli: Cli, words: tuple[str, ...]) -> None:
+    ran = cli(*words)
+    assert ran.code == 0
+    assert ran.out == cli("keys", "create", "--help").out
+    assert "Usage: keymgmt keys create [OPTIONS] PROVIDER:KEY\n" in ran.out
+
+
+def test_the_version_in_every_way(cli: Cli) -> None:
+    said = cli("--version").out
+    assert said.startswith("keymgmt ")
+    assert cli("-V").out == keymgmt("--version").stdout == said
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--version",), ("--help",), ("seal", "--help"), ("keys", "create", "-h"), ()]
+)
+def test_help_imports_no_provider_and_no_cryptography(arguments: tuple[str, ...]) -> None:
+    """What costs: half of the time was cryptography, pydantic and rich."""
+    program = (
+        "import sys, atexit\n"
+        "heavy = ('cryptography', 'pydantic', 'rich', 'openvino', 'keymgmt_', 'keymgmt._crypto')\n"
+        "atexit.register(lambda: print([n for n in sys.modules if n.startswith(heavy)]))\n"
+        "from keymgmt.cli import main\nmain()\n"
+    )
+    for environment in (
+        {},
+        {
+            "_KEYMGMT_COMPLETE": "complete_zsh",
+            "_TYPER_COMPLETE_ARGS": " ".join(["keymgmt", *arguments[:1], ""]),
+        },
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *arguments],
+            capture_output=True,
+            text=True,
+            env=os.environ | environment,
+            timeout=60,
+        )
+        assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+
+
+def test_a_reader_that_went_away_is_no_error(site: Path) -> None:
+    for arguments in (["keys", "list"], ["keys", "list", "--json"], ["--help"]):
+        ours, theirs = os.pipe()
+        os.close(ours)
+        ran = keymgmt(*arguments, stdout=theirs, cwd=site)
+        os.close(theirs)
+        assert (ran.returncode, ran.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("arguments", [["keys", "list"], ["keys", "list", "--json"]])
+def test_stdout_that_cannot_be_written_is_an_error(site: Path, arguments: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        ran = keymgmt(*arguments, stdout=full, cwd=site)
+    assert (ran.returncode, ran.stderr.splitlines()[0]) == (
+        1,
+        "error: stdout: No space left on device",
+    )
+    closed = ["sh", "-c", 'exec "$@" >&-', "sh", *PROGRAM, *arguments]
+    done = subprocess.run(closed, stderr=subprocess.PIPE, text=True, timeout=60, cwd=site)
+    assert done.returncode == 1
+    assert done.stderr == "error: stdout: Bad file descriptor\n"
+
+
+def test_ctrl_c_at_any_moment_leaves_no_traceback(site: Path) -> None:
+    """From the first imports on; the moments are spread over what the command takes in all."""
+    begun = time.monotonic()
+    assert keymgmt("doctor", cwd=site).returncode == 0
+    whole = time.monotonic() - begun
+    # Before `main` runs it is Python that starts, and what it prints then is its own.
+    for step in range(4, 10):
+        with subprocess.Popen(
+            [*PROGRAM, "doctor"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=site
+        ) as process:
+            time.sleep(whole * step / 10)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+        assert process.returncode in (130, -signal.SIGINT, 0)
+        assert b"Traceback" not in said
+
+
+def leaves(command: Any, words: tuple[str, ...] = ()) -> Any:
+    """Every command of the core with the words that lead to it."""
+    if not hasattr(command, "commands"):
+        yield words, command
+        return
+    for name, below in command.commands.items():
+        yield from leaves(below, (*words, name))
+
+
+def test_every_help_page_has_an_example_that_can_be_typed(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 40 columns too: nothing of an option's name is cut off."""
+    monkeypatch.setenv("COLUMNS", "40")
+    root: Any = typer.main.get_command(keymgmt_cli.app)
+    for words, command in leaves(root):
+        page = cli(*words, "--help").out
+        examples = [line.split() for line in page.splitlines() if line.startswith("      keymgmt ")]
+        assert examples, words
+        for example in examples:
+            assert tuple(example[1 : len(words) + 1]) == words
+            # Parsed, and not run.
+            command.make_context(words[-1], example[len(words) + 1 :])
+        for option in command.params:
+            assert all(name in page for name in option.opts if name.startswith("-"))
+        assert "<bool>" not in page
+        assert "…" not in page

@@ -1,0 +1,155 @@
+"""The sentences that people read when something is wrong, with whose fault it is."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Cli = Callable[..., Any]
+ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="root alone mounts")
+
+
+@pytest.fixture
+def small(site: Path) -> Iterator[Path]:
+    """A file system of 256 KiB, which a sealed model fills."""
+    folder = site / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k,mode=755", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@ROOT
+def test_a_full_disk_names_the_path_that_was_given(cli: Cli, site: Path, small: Path) -> None:
+    (site / "model" / "large.bin").write_bytes(bytes(1 << 20))
+    for arguments in (
+        ("seal", "model", small / "out.sealed"),
+        ("seal", "model", small / "out.sealed", "--json"),
+    ):
+        ran = cli(*arguments)
+        assert ran.code == 1
+        assert ran.error == f"{small}/out.sealed: No space left on device"
+        assert ran.hint.startswith("make room there")
+        assert not list(small.iterdir())
+
+
+@ROOT
+def test_a_file_system_that_is_read_only(cli: Cli, sealed: Path, small: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
+    ran = cli("seal", "model", small / "out.sealed")
+    assert ran.code == 3
+    assert ran.error == f"{small}/out.sealed: Read-only file system"
+    ran = cli("keys", "export", "local:publisher", "-o", small / "p.pem")
+    assert ran.code == 3
+    assert ran.error == f"cannot write {small}/p.pem: Read-only file system"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "hint"),
+    [
+        (("inspect", "nothere"), "cannot open nothere: No such file or directory", ""),
+        (("verify", "nothere"), "cannot open nothere: No such file or directory", ""),
+        (("unseal", "nothere", "x"), "cannot open nothere: No such file or directory", ""),
+        (("seal", "nothere", "x"), "cannot read the model nothere: No such file or directory", ""),
+        (("rewrap", "nothere"), "cannot open nothere: No such file or directory", ""),
+        (("-c", "model", "doctor"), "the config model is not a regular file", "-c FILE"),
+        (("seal", "model", "x", "--to", "local:modles"), "no such key file", "local:models"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_misspelt_word_is_3_everywhere(
+    cli: Cli, site: Path, arguments: tuple[str, ...], said: str, hint: str
+) -> None:
+    ran = cli(*arguments)
+    assert ran.code == 3
+    assert said in ran.error
+    assert hint in ran.hint
+
+
+def test_a_config_from_a_pipe(site: Path) -> None:
+    """``-c <(...)``: a shell's pipe is no place for a config, and the sentence says so."""
+    ran = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m keymgmt doctor -c <(cat keymgmt.toml)"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=site,
+    )
+    assert ran.returncode == 3
+    assert "is not a regular file" in ran.stderr
+    assert "hint: " in ran.stderr
+
+
+def test_export_says_what_it_wrote_and_what_comes_next(cli: Cli, site: Path) -> None:
+    ran = cli("keys", "export", "local:publisher", "-o", "p.pem")
+    assert ran.err.splitlines() == [
+        "wrote p.pem",
+        'next, where models are opened: publishers = { "p.pem" = ["*"] } under [policy]',
+    ]
+
+
+def test_init_says_how_its_config_is_used(cli: Cli, tmp_path: Path) -> None:
+    said = cli("init", "my site").out
+    assert f"export KEYMGMT_CONFIG='{tmp_path}/work/my site/keymgmt.toml'" in said
+
+
+@ROOT
+def test_a_config_that_this_user_may_not_read(site: Path) -> None:
+    for folder in (site, *site.parents[:3]):
+        folder.chmod(0o755)
+    code = (
+        "import os, sys, keymgmt._config.config as c, keymgmt.errors as e\n"
+        "os.setresuid(54321, 54321, 54321)\n"
+        "try: c.load_config(sys.argv[1])\n"
+        "except e.ConfigError as error: print(error, error.hint, sep='; ')\n"
+    )
+    (site / "keymgmt.toml").chmod(0o600)
+    command = [sys.executable, "-c", code, site / "keymgmt.toml"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ran.stdout.endswith(
+        "Permission denied; let this user read it, or name another one: -c FILE\n"
+    ), ran.stderr
+
+
+def test_an_empty_name_of_a_config_is_none(cli: Cli, site: Path) -> None:
+    """``--config "$NOT_SET"`` must not take another config, which trusts others."""
+    for arguments in (("--config", "", "inspect", "model"), ("inspect", "model", "--config", "")):
+        ran = cli(*arguments)
+        assert ran.code == 3
+        assert ran.error == "--config names no file"
+
+
+def test_what_the_library_warns_of_is_shown_once(cli: Cli, sealed: Path, site: Path) -> None:
+    config = site / "other.toml"
+    gone = '[providers.gone]\nbackend = "file"\npath = "gone"\n\n'
+    config.write_text(gone + (site / "keymgmt.toml").read_text())
+    for _ in range(2):
+        ran = cli("verify", sealed, "-c", config)
+        assert ran.code == 0
+        (warned,) = (line for line in ran.err.splitlines() if line.startswith("warning: "))
+        assert "because the provider gone does not work" in warned
+        assert "event=" not in ran.err
+
+
+def test_what_an_onnx_names_is_told_before_it_is_sealed(cli: Cli, site: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    helper, tensors = onnx.helper, onnx.TensorProto
+    weight = helper.make_tensor("w", tensors.FLOAT, [2], [1.0, 2.0])
+    weight.ClearField("float_data")
+    weight.data_location = tensors.EXTERNAL
+    weight.external_data.add(key="location", value=".ssh/id_rsa")
+    graph = helper.make_graph([], "g", [], [], [weight])
+    onnx.save(helper.make_model(graph), site / "m.onnx")
+    (site / ".ssh").mkdir()
+    (site / ".ssh" / "id_rsa").write_bytes(bytes(8))
+    ran = cli("seal", "m.onnx", "m.sealed")
+    assert "sealed with it: .ssh/id_rsa" in ran.err
+    assert "looks like secrets or leftovers, and is sealed too: .ssh" in ran.err

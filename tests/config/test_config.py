@@ -1,0 +1,225 @@
+"""keymgmt.toml: where it is found, what is refused, and how exactly that is said."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from keymgmt import Config, load_config
+from keymgmt._providers.registry import load_backend
+from keymgmt.errors import ConfigError
+
+Install = Callable[..., Path]
+
+ACME = """
+from keymgmt.backend import ConfigPath, Health, KeyProvider, SecretSource, Settings
+
+class Auth(Settings):
+    method: str = "pin"
+    pin: SecretSource | None = None
+
+class AcmeSettings(Settings):
+    address: str
+    ca_file: ConfigPath | None = None
+    auth: Auth = Auth()
+
+class Acme(KeyProvider[AcmeSettings]):
+    backend = "acme"
+    Settings = AcmeSettings
+    closed = 0
+    def wrap(self, key, dek, context): raise NotImplementedError
+    def unwrap(self, wrapped, context): raise NotImplementedError
+    def check(self, key=None): return Health(())
+    def close(self): self.closed += 1
+"""
+
+
+@pytest.fixture(autouse=True)
+def _acme(install: Install) -> None:
+    load_backend.cache_clear()
+    install("acme-hsm", "keymgmt.backends", {"acme": "acme_hsm:Acme"}, acme_hsm=ACME)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str], Path]:
+    def to(text: str) -> Path:
+        path = tmp_path / "keymgmt.toml"
+        path.write_text(text)
+        return path
+
+    return to
+
+
+GOOD = '[providers.hsm]\nbackend = "acme"\naddress = "a"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "hint"),
+    [
+        ("providers = 3", "providers: ", None),
+        ("[provider.hsm]", "provider: unknown key", "did you mean 'providers'?"),
+        ("[policy]\npublisher = {}", "[policy] publisher: unknown", "did you mean 'publishers'?"),
+        ("[policy]\nrequire_signature = 1", "[policy] require_signature: ", None),
+        ("[policy.minimum_release]\nm = -1", "[policy.minimum_release] m: ", None),
+        ("[policy]\nprefer = ['hms']\n" + GOOD, "no provider named 'hms'", "did you mean 'hsm'?"),
+        (
+            "[policy]\nrequire_signature = false\nminimum_release = { m = 1 }",
+            "counts for nothing unsigned",
+            None,
+        ),
+        (
+            "[policy]\nrequire_signature = false\npublishers = { 'a.pem' = ['*'] }",
+            "publishers are named",
+            None,
+        ),
+        ("[providers.hsm]\naddress = 'a'", "[providers.hsm] has no backend", "backend ="),
+        ("[providers.'../x']\nbackend = 'acme'", "is no provider name", "lower-case"),
+        ("[providers.hsm]\nbackend = 'acme'\ndistribution = ['a']", "distribution", None),
+    ],
+)
+def test_a_wrong_config_names_file_table_and_key(
+    write: Callable[[str], Path], text: str, said: str, hint: str | None
+) -> None:
+    path = write(text)
+    with pytest.raises(ConfigError) as raised:
+        load_config(path)
+    assert str(path) in str(raised.value)
+    assert said in str(raised.value)
+    assert hint is None or hint in str(raised.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("line", "said", "hint"),
+    [
+        ("adress = 'b'", "[providers.hsm] adress: unknown key", "did you mean 'address'?"),
+        ("ca_file = 3", "[providers.hsm] ca_file: ", None),
+        ("auth = { methd = 'x' }", "[providers.hsm.auth] methd: unknown", "did you mean 'method'?"),
+        ("auth = { pin = 'hunter2' }", "a secret is not written here", None),
+        ("auth = { pin = { env = 'A', file = 'B' } }", "exactly one of", None),
+        ("auth = { pin = {} }", "exactly one of", None),
+        ("auth = { pin = { credential = '../x' } }", "without slashes", None),
+    ],
+)
+def test_wrong_settings_of_a_backend_are_named_too_and_secrets_are_not_repeated(
+    write: Callable[[str], Path], line: str, said: str, hint: str | None
+) -> None:
+    with load_config(write(GOOD + line)) as config, pytest.raises(ConfigError) as raised:
+        config.provider("hsm")
+    assert said in str(raised.value)
+    assert hint is None or hint in str(raised.value.hint)
+    assert "hunter2" not in f"{raised.value} {raised.value.hint} {raised.value.__context__!r}"
+
+
+def test_a_misspelt_key_is_said_rather_than_that_the_right_one_is_missing(
+    write: Callable[[str], Path],
+) -> None:
+    config = load_config(write('[providers.hsm]\nbackend = "acme"\nadress = "a"\n'))
+    with pytest.raises(ConfigError, match="adress: unknown key"):
+        config.provider("hsm")
+
+
+def test_relative_paths_are_relative_to_the_file_and_home_is_expanded(
+    write: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.chdir("/")
+    for given, meant in (
+        ("ca.pem", tmp_path / "ca.pem"),
+        ("/etc/ca.pem", Path("/etc/ca.pem")),
+        ("~/ca.pem", Path("/home/somebody/ca.pem")),
+    ):
+        with load_config(write(GOOD + f"ca_file = '{given}'")) as config:
+            assert config.provider("hsm").settings.ca_file == meant
+
+
+def test_a_config_that_others_can_write_is_refused(write: Callable[[str], Path]) -> None:
+    path = write(GOOD)
+    for mode in (0o606, 0o602, 0o622):
+        path.chmod(mode)
+        with pytest.raises(ConfigError, match="others can write it") as raised:
+            load_config(path)
+        assert raised.value.hint == f"chmod go-w {path}"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_a_config_of_somebody_else_is_refused(write: Callable[[str], Path]) -> None:
+    path = write(GOOD)
+    os.chown(path, 12345, 12345)
+    with pytest.raises(ConfigError, match="belongs to user 12345"):
+        load_config(path)
+
+
+def test_what_is_no_small_file_is_refused_and_never_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo", 0o600)
+    (tmp_path / "large.toml").write_bytes(b"#" * ((1 << 20) + 1))
+    for name, said in (
+        ("fifo", "not a regular file"),
+        ("large.toml", "larger"),
+        (".", "not a regular file"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            load_config(tmp_path / name)
+    with pytest.raises(ConfigError, match="cannot read") as raised:
+        load_config(tmp_path / "missing.toml")
+    assert "keymgmt init" in str(raised.value.hint)
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"a = ", b"[" * 100_000, b"a = 1\na = 2"])
+def test_what_is_not_toml_is_said(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "keymgmt.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="is not TOML"):
+        load_config(path)
+
+
+def test_the_library_never_reads_the_working_directory(
+    write: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named, user = tmp_path / "named.toml", tmp_path / "xdg" / "keymgmt" / "keymgmt.toml"
+    monkeypatch.chdir(write(GOOD).parent)
+    monkeypatch.delenv("KEYMGMT_CONFIG", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg"))
+    if not Path("/etc/keymgmt/keymgmt.toml").exists():
+        with pytest.raises(ConfigError, match="no config file"):
+            load_config()
+    user.parent.mkdir(parents=True)
+    user.write_text("")
+    assert load_config().path == user
+    named.write_text("")
+    monkeypatch.setenv("KEYMGMT_CONFIG", str(named))
+    assert load_config().path == named
+
+
+def test_threads_get_one_provider_and_closing_lets_go_of_it(write: Callable[[str], Path]) -> None:
+    config = load_config(write(GOOD))
+    made: list[Any] = []
+    threads = [
+        threading.Thread(target=lambda: made.append(config.provider("hsm"))) for _ in range(16)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({id(provider) for provider in made}) == 1
+    config.close()
+    assert made[0].closed == 1
+    assert config.provider("hsm") is not made[0]
+
+
+def test_the_preferred_come_first(write: Callable[[str], Path]) -> None:
+    text = "[policy]\nprefer = ['b']\n" + "".join(
+        f"[providers.{name}]\nbackend = 'acme'\naddress = 'a'\n" for name in "abc"
+    )
+    assert load_config(write(text)).provider_names == ("b", "a", "c")
+
+
+def test_an_unknown_provider_lists_those_that_are_there() -> None:
+    config = Config({"providers": {"hsm": {"backend": "acme", "address": "a"}}})
+    with pytest.raises(ConfigError, match="no provider named 'vault'") as raised:
+        config.provider("vault")
+    assert raised.value.hint == "configured: hsm"

@@ -1,0 +1,94 @@
+"""Names and texts that others chose, and systems that show them otherwise than most."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from keymgmt import Config, load_config
+from keymgmt.console import clean
+from keymgmt.errors import ConfigError, FormatError, KeymgmtError
+
+FORGED = "x\n\x1b[2Jok  signature by release.pem\r\u2028\udcff"
+
+
+def test_every_message_and_hint_is_one_printable_line() -> None:
+    for error in (KeymgmtError(FORGED, hint=FORGED), FormatError(f"{FORGED} is bad")):
+        for text in (str(error), error.hint or ""):
+            assert text.isprintable()
+    assert clean(FORGED).isprintable()
+    assert clean("a\nb\x1b", lines=True) == "a\nb\\x1b"
+
+
+def test_a_config_key_of_very_many_dots_is_refused_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "keymgmt.toml"
+    path.write_text("a" + ".a" * 100_000 + " = 1\n")
+    started = time.process_time()
+    with pytest.raises(ConfigError, match="dots"):
+        load_config(path)
+    assert time.process_time() - started < 5  # it took 100 s of computing
+    path.write_text('[providers.v]\nbackend = "vault"\naddress = "' + "a." * 200 + '"\n')
+    load_config(path).close()
+
+
+def test_two_keys_in_one_pem_are_refused(tmp_path: Path) -> None:
+    from cryptography.hazmat.primitives.asymmetric import ed25519
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    pem = b"".join(
+        ed25519.Ed25519PrivateKey.generate()
+        .public_key()
+        .public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        for _ in range(2)
+    )
+    (tmp_path / "two.pem").write_bytes(pem)
+    config = Config({"policy": {"publishers": {"two.pem": ["*"]}}}, path=tmp_path / "k.toml")
+    with pytest.raises(ConfigError, match=r"two\.pem is refused: there is more than one key"):
+        config.public_key("two.pem")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_that_cannot_show_a_character(encoding: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    command = [sys.executable, "-m", "keymgmt.cli", "inspect", "mod\u00e8le-\u6a21.sealed"]
+    done = subprocess.run(command, capture_output=True, env=environment, timeout=60, check=False)
+    assert b"Traceback" not in done.stderr
+    assert b"\\u6a21" in done.stderr
+    assert done.returncode == 3
+
+
+LATIN = """
+import sys
+import keymgmt
+config = sys.argv[1]
+keymgmt.seal("plain", "m.sealed", keys=config, name="m")
+keymgmt.verify("m.sealed", keys=config)
+with keymgmt.open("m.sealed", keys=config) as model:
+    names = [entry.path for entry in model.manifest.files]
+    assert names == ["poids-\\u00e9t\\u00e9.bin"], names
+keymgmt.unseal("m.sealed", "again", keys=config)
+"""
+
+
+def test_a_file_system_encoding_other_than_utf_8(tmp_path: Path) -> None:
+    pytest.importorskip("keymgmt_file")
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    (tmp_path / "plain").mkdir()
+    name = "poids-\u00e9t\u00e9.bin"
+    (tmp_path / "plain" / name).write_bytes(b"weights")
+
+    def run(*command: str) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, timeout=60, check=False
+        )
+
+    assert run(sys.executable, "-m", "keymgmt.cli", "init", "site").returncode == 0
+    done = run(sys.executable, "-c", LATIN, "site/keymgmt.toml")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "again" / name).read_bytes() == b"weights"
+    assert (tmp_path / "m.sealed" / "payload" / f"{name}.floe").is_file()

@@ -1,0 +1,151 @@
+"""Backends of strangers: found, imported alone, and explained where something is wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from keymgmt import Config
+from keymgmt._providers.registry import backends, load_backend
+from keymgmt.errors import BackendNotInstalled
+
+Install = Callable[..., Path]
+GROUP = "keymgmt.backends"
+
+ACME = """
+from keymgmt.backend import Health, KeyProvider, Settings
+
+class AcmeSettings(Settings):
+    address: str
+    slots: int = 1
+
+class Acme(KeyProvider[AcmeSettings]):
+    backend = "acme"
+    Settings = AcmeSettings
+    def wrap(self, key, dek, context): raise NotImplementedError
+    def unwrap(self, wrapped, context): raise NotImplementedError
+    def check(self, key=None): return Health(())
+"""
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    load_backend.cache_clear()
+
+
+def test_a_backend_is_chosen_by_config_alone(install: Install) -> None:
+    install("acme-hsm", GROUP, {"acme": "acme_hsm:Acme"}, acme_hsm=ACME)
+    config = Config({"providers": {"hsm": {"backend": "acme", "address": "x"}}})
+    provider = config.provider("hsm")
+    assert (provider.name, provider.backend, provider.settings.slots) == ("hsm", "acme", 1)
+    assert config.provider("hsm") is provider
+    (info,) = backends()["acme"]
+    assert (info.distribution, info.version) == ("acme-hsm", "1.0")
+
+
+def test_only_the_named_backend_is_imported(install: Install) -> None:
+    install("acme-hsm", GROUP, {"acme": "acme_hsm:Acme"}, acme_hsm=ACME)
+    trap = "raise RuntimeError('imported')"
+    install("other-hsm", GROUP, {"other": "other_hsm:Other"}, other_hsm=trap)
+    assert {"acme", "other"} <= set(backends())
+    load_backend("acme")
+    assert "other_hsm" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("source", "said", "hint"),
+    [
+        ("import nothing_of_that_name", "fails to import: ModuleNotFoundError", "pip install"),
+        ("raise OSError('no licence')", "OSError: no licence", "pip install"),
+        ("Other = 1", "fails to import: AttributeError", "pip install"),
+        ("Acme = 1", "is no KeyProvider", "author"),
+        ("class Acme: pass", "is no KeyProvider", "author"),
+        (
+            ACME.replace('backend = "acme"', 'backend = "acme"; api_version = 0'),
+            "speaks version 0 of the provider API, this keymgmt speaks 1",
+            "pip install --upgrade acme-hsm",
+        ),
+        (
+            ACME.replace('backend = "acme"', 'backend = "acme"; api_version = 2'),
+            "speaks version 2",
+            "pip install --upgrade keymgmt",
+        ),
+        (ACME.replace('backend = "acme"', 'backend = "emca"'), "calls itself 'emca'", "equal"),
+    ],
+)
+def test_a_broken_one_is_explained_and_harms_no_other(
+    install: Install, source: str, said: str, hint: str
+) -> None:
+    install("acme-hsm", GROUP, {"acme": "acme_hsm:Acme"}, acme_hsm=source)
+    good = ACME.replace('"acme"', '"good"')
+    install("good-hsm", GROUP, {"good": "good_hsm:Acme"}, good_hsm=good)
+    with pytest.raises(BackendNotInstalled, match="the backend 'acme' of acme-hsm") as raised:
+        load_backend("acme")
+    assert said in str(raised.value)
+    assert hint in str(raised.value.hint)
+    assert load_backend("good").backend == "good"
+
+
+def test_a_name_that_two_provide_is_refused_until_one_is_named(install: Install) -> None:
+    install("acme-hsm", GROUP, {"acme": "acme_hsm:Acme"}, acme_hsm=ACME)
+    trap = "raise RuntimeError('imported')"
+    install("evil-hsm", GROUP, {"acme": "evil_hsm:Acme"}, evil_hsm=trap)
+    table = {"backend": "acme", "address": "x"}
+    with pytest.raises(BackendNotInstalled, match="provided twice") as raised:
+        Config({"providers": {"hsm": table}}).provider("hsm")
+    assert "distribution =" in str(raised.value.hint)
+    pinned = Config({"providers": {"hsm": table | {"distribution": "acme-hsm"}}})
+    assert pinned.provider("hsm").backend == "acme"
+    assert "evil_hsm" not in sys.modules
+
+
+def test_a_package_that_slipped_in_under_the_name_is_refused(install: Install) -> None:
+    trap = "raise RuntimeError('imported')"
+    install("evil-hsm", GROUP, {"acme": "evil_hsm:Acme"}, evil_hsm=trap)
+    with pytest.raises(BackendNotInstalled, match="comes from evil-hsm, but the config allows"):
+        load_backend("acme", "acme-hsm")
+    assert "evil_hsm" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("nonesuch", "install the distribution that provides it"),
+        ("acmee", "did you mean 'acme'?"),
+        ("../", "short name"),
+    ],
+)
+def test_a_missing_one_says_what_to_do(install: Install, name: str, hint: str) -> None:
+    install("acme-hsm", GROUP, {"acme": "acme_hsm:Acme"}, acme_hsm=ACME)
+    with pytest.raises(BackendNotInstalled, match="is not installed") as raised:
+        load_backend(name)
+    assert hint in str(raised.value.hint)
+
+
+@pytest.mark.parametrize("name", ["file", "vault", "pkcs11", "tpm2"])
+def test_one_of_ours_that_is_missing_says_the_exact_command(name: str) -> None:
+    if name in backends():
+        pytest.skip("installed")
+    with pytest.raises(BackendNotInstalled) as raised:
+        load_backend(name)
+    assert raised.value.hint == f'pip install "keymgmt[{name}]"'
+
+
+def test_nothing_is_imported_from_the_working_directory(
+    install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install("acme-hsm", GROUP, {"acme": "acme_hsm:Acme"}, acme_hsm=ACME)
+    work = tmp_path / "work"
+    work.mkdir()
+    for trap in ("acme_hsm", "keymgmt_file", "rich", "typer", "cryptography"):
+        (work / f"{trap}.py").write_text("raise SystemExit('a trap')")
+    script = Path(sys.executable).with_name("keymgmt")
+    command = [script, "backends", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=work, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "a trap" not in done.stdout + done.stderr
+    assert '"acme-hsm"' in done.stdout
