@@ -1,7 +1,7 @@
 """One key as a JWK Set: all its versions, oldest first, and nothing but bytes in and out.
 
 The members are those of RFC 7517 (JWK), RFC 7518 (``oct``), RFC 8037 (``OKP``) and, for ML-DSA,
-``AKP`` with the 32-byte seed as ``priv``. ``kid`` is the version, counted from 1; ``iat`` is when
+``AKP`` with the seed as ``priv``. ``kid`` is the version, counted from 1; ``iat`` is when
 it was made and ``revoked`` that it was retired, both as OpenID Federation 1.0 uses them in a JWK
 Set. Members that are not known here are kept when the file is rewritten.
 
@@ -14,45 +14,40 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA65PrivateKey
+from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA65PrivateKey, MLDSA87PrivateKey
 
 from keymgmt.backend import (
     HPKE_KINDS,
+    FormatError,
+    JsonReader,
     KeyInfo,
     KeyVersion,
-    ProviderError,
+    UnsupportedOperation,
     fill_random,
     hpke_generate,
     hpke_public,
+    load_json,
     wipe,
 )
+from keymgmt_file._errors import damaged
 
-__all__ = [
-    "KINDS",
-    "MAX_FILE",
-    "KeySet",
-    "Kind",
-    "SigningKey",
-    "decode",
-    "encode",
-    "load_json",
-    "signing_key",
-]
+__all__ = ["KINDS", "MAX_FILE", "KeySet", "SigningKey", "random_key", "read_json", "signing_key"]
 
 MAX_FILE: Final = 4 << 20
 _KID: Final = re.compile(r"[1-9][0-9]{0,8}")
 _LATEST: Final = 253402300799  # the last second that datetime can show
 
-SigningKey = Ed25519PrivateKey | MLDSA65PrivateKey
+SigningKey = Ed25519PrivateKey | MLDSA65PrivateKey | MLDSA87PrivateKey
 
 
 @dataclass(frozen=True)
@@ -89,13 +84,15 @@ class Kind:
 # The `alg` of a wrapping key is the mechanism of its wraps: a name of our own, as RFC 7517 allows,
 # since the registered ones mean something else (A256GCM would be a key that encrypts directly).
 _KINDS: Final = (
-    Kind("aes256", "wrap", {"kty": "oct", "alg": "HKDF-SHA256-A256GCM"}, "k"),
+    Kind("aes256", "wrap", {"kty": "oct", "alg": "HKDF-SHA384-A256GCM"}, "k"),
     Kind("hpke-p256", "wrap", {"kty": "EC", "crv": "P-256", "alg": "hpke-p256"}, "d"),
     Kind("hpke-p384", "wrap", {"kty": "EC", "crv": "P-384", "alg": "hpke-p384"}, "d", 48),
     Kind("hpke-x25519", "wrap", {"kty": "OKP", "crv": "X25519", "alg": "hpke-x25519"}, "d"),
     Kind("hpke-mlkem768-x25519", "wrap", {"kty": "AKP", "alg": "hpke-mlkem768-x25519"}, "priv"),
+    Kind("hpke-mlkem1024", "wrap", {"kty": "AKP", "alg": "hpke-mlkem1024"}, "priv", 64),
     Kind("ed25519", "sign", {"kty": "OKP", "crv": "Ed25519", "alg": "Ed25519"}, "d"),
     Kind("ml-dsa-65", "sign", {"kty": "AKP", "alg": "ML-DSA-65"}, "priv"),
+    Kind("ml-dsa-87", "sign", {"kty": "AKP", "alg": "ML-DSA-87"}, "priv"),
 )
 KINDS: Final[Mapping[str, Kind]] = {kind.name: kind for kind in _KINDS}
 
@@ -104,7 +101,8 @@ def signing_key(kind: Kind, secret: bytearray) -> SigningKey:
     """The key object of a signing kind."""
     if kind.name == "ed25519":
         return Ed25519PrivateKey.from_private_bytes(secret)
-    return MLDSA65PrivateKey.from_seed_bytes(secret)
+    kind_of_key = MLDSA87PrivateKey if kind.name == "ml-dsa-87" else MLDSA65PrivateKey
+    return kind_of_key.from_seed_bytes(secret)
 
 
 def _public_members(kind: Kind, secret: bytearray) -> dict[str, str]:
@@ -115,8 +113,18 @@ def _public_members(kind: Kind, secret: bytearray) -> dict[str, str]:
     else:
         public = hpke_public(kind.name, secret)
     if kind.marks["kty"] == "EC":
-        return {"x": encode(public[1 : 1 + kind.length]), "y": encode(public[1 + kind.length :])}
-    return {"pub" if kind.marks["kty"] == "AKP" else "x": encode(public)}
+        return {"x": _encode(public[1 : 1 + kind.length]), "y": _encode(public[1 + kind.length :])}
+    return {"pub" if kind.marks["kty"] == "AKP" else "x": _encode(public)}
+
+
+def _stated_public(kind: Kind, jwk: Mapping[str, Any]) -> bytes | None:
+    try:
+        if kind.marks["kty"] == "EC":
+            # An uncompressed point: 4, x, y (SEC 1, section 2.3.3).
+            return b"\4" + _decode(jwk["x"]) + _decode(jwk["y"])
+        return _decode(jwk["pub" if kind.marks["kty"] == "AKP" else "x"])
+    except (ValueError, LookupError, AttributeError, TypeError):
+        return None
 
 
 @dataclass
@@ -129,34 +137,26 @@ class KeySet:
     extra: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def parse(cls, key: str, data: dict[str, Any]) -> KeySet:
+    def parse(cls, key: str, reader: JsonReader) -> KeySet:
         """Read a JWK Set.
 
         Raises:
             ProviderError: it is damaged, empty, of mixed kinds or of a kind unknown here.
         """
-        try:
-            versions = data["keys"]
-            kind = _kind_of(versions[0])
-            last = 0
-            for jwk in versions:
-                _check(jwk, kind, last)
-                last = int(jwk["kid"])
-        except (ValueError, LookupError, TypeError, AttributeError):
-            # Tools that report errors show the variables of every frame.
-            _forget(data)
-            raise _damaged(key) from None
-        return cls(key, kind, versions, {k: v for k, v in data.items() if k != "keys"})
+        # Raised outside of the frames that hold secrets: error trackers show their variables.
+        found = _parse(key, reader)
+        if found is None:
+            raise damaged(f"the key file of {key!r}")
+        return found
 
     def dump(self) -> bytearray:
         """The JWK Set as the file holds it; the caller wipes it."""
-        text = {**self.extra, "keys": self.versions}
-        return bytearray(json.dumps(text, indent=1).encode() + b"\n")
+        return bytearray(json.dumps({**self.extra, "keys": self.versions}, indent=1).encode())
 
-    def add_version(self) -> None:
-        """Make the next version; new wraps and signatures use it."""
-        last = int(self.versions[-1]["kid"]) if self.versions else 0
-        secret = _generate(self.kind)
+    def add_version(self, after: int) -> None:
+        """Make the version above ``after`` and all others; new wraps and signatures use it."""
+        last = max(after, *map(int, self.numbers), 0)
+        secret = hpke_generate(self.kind.name) if self.kind.is_hpke else random_key()
         try:
             self.versions.append(
                 {
@@ -165,26 +165,39 @@ class KeySet:
                     "key_ops": self.kind.operations,
                     "iat": int(time.time()),
                     **_public_members(self.kind, secret),
-                    self.kind.secret: encode(secret),
+                    self.kind.secret: _encode(secret),
                 }
             )
         finally:
             wipe(secret)
+
+    def require(self, purpose: str | None) -> KeySet:
+        """This key, if it is for ``purpose``; UnsupportedOperation if it is for another."""
+        if purpose not in (None, self.kind.purpose):
+            raise UnsupportedOperation(
+                f"the key {self.key!r} is {self.kind.name}, which does not {purpose}",
+                hint="a key has one purpose; make another one for this",
+            )
+        return self
 
     @property
     def newest(self) -> str:
         """The version that new wraps and signatures use."""
         return str(self.versions[-1]["kid"])
 
-    def find(self, version: str) -> dict[str, Any] | None:
-        """The JWK of one version, or None."""
-        return next((jwk for jwk in self.versions if jwk["kid"] == version), None)
+    @property
+    def numbers(self) -> list[str]:
+        """The versions, from oldest to newest."""
+        return [jwk["kid"] for jwk in self.versions]
 
-    def secret(self, version: str) -> bytearray:
-        """The secret bytes of one version; the caller wipes them."""
-        jwk = self.find(version)
-        assert jwk is not None  # noqa: S101 - callers looked it up
-        return bytearray(decode(jwk[self.kind.secret]))
+    @contextlib.contextmanager
+    def secret(self, version: str) -> Iterator[bytearray]:
+        """The secret bytes of one version that is there, for as long as the block lasts."""
+        secret = bytearray(_decode(self._find(version)[self.kind.secret]))
+        try:
+            yield secret
+        finally:
+            wipe(secret)
 
     def hpke_public(self, version: str) -> bytes:
         """The public key of one version of an HPKE kind, derived from its secret.
@@ -192,34 +205,28 @@ class KeySet:
         Raises:
             ProviderError: it is not the public key that the file states.
         """
-        secret = self.secret(version)
-        try:
+        public = None
+        with contextlib.suppress(ValueError), self.secret(version) as secret:
             public = hpke_public(self.kind.name, secret)
-        except ValueError:
-            raise _damaged(self.key) from None
-        finally:
-            wipe(secret)
         # Whatever is sealed to a public key that is not the secret's would never open again.
-        if public != self.stated_public(version):
-            raise _damaged(self.key)
+        if public is None or public != self.stated_public(version):
+            raise damaged(f"the key file of {self.key!r}")
         return public
 
     def stated_public(self, version: str) -> bytes:
         """The public key that the file states, which costs nothing to derive."""
-        jwk = self.find(version) or {}
-        try:
-            if self.kind.marks["kty"] == "EC":
-                # An uncompressed point: 4, x, y (SEC 1, section 2.3.3).
-                return b"\4" + decode(jwk["x"]) + decode(jwk["y"])
-            return decode(jwk["pub" if self.kind.marks["kty"] == "AKP" else "x"])
-        except (ValueError, LookupError, AttributeError, TypeError):
-            raise _damaged(self.key) from None
+        public = _stated_public(self.kind, self._find(version))
+        if public is None:
+            raise damaged(f"the key file of {self.key!r}")
+        return public
+
+    def is_retired(self, version: str) -> bool:
+        """Whether a version that is there may not be used any more."""
+        return "revoked" in self._find(version)
 
     def retire(self, version: str) -> None:
         """Mark one version as retired; its material stays, so that it can be undone by hand."""
-        jwk = self.find(version)
-        if jwk is not None and "revoked" not in jwk:
-            jwk["revoked"] = {"revoked_at": int(time.time())}
+        self._find(version).setdefault("revoked", {"revoked_at": int(time.time())})
 
     def info(self) -> KeyInfo:
         """What may be said of the key."""
@@ -233,51 +240,42 @@ class KeySet:
             ),
         )
 
+    def _find(self, version: str) -> dict[str, Any]:
+        return next(jwk for jwk in self.versions if jwk["kid"] == version)
+
     def _state(self, jwk: dict[str, Any]) -> Literal["active", "old", "retired"]:
         if "revoked" in jwk:
             return "retired"
         return "active" if jwk is self.versions[-1] else "old"
 
 
-def _generate(kind: Kind) -> bytearray:
-    if kind.is_hpke:
-        return hpke_generate(kind.name)
-    secret = bytearray(kind.length)
-    fill_random(secret)
-    return secret
+def random_key() -> bytearray:
+    """32 random bytes; the caller wipes them."""
+    key = bytearray(32)
+    fill_random(key)
+    return key
 
 
-def load_json(key: str, content: bytes | bytearray) -> dict[str, Any]:
-    """Read the JSON object of a key file; ProviderError where it is none."""
+def read_json(content: bytes | bytearray, what: str) -> JsonReader:
+    """Read one JSON object in any spelling; ProviderError, which quotes nothing, if it is none."""
+    reader = None
+    with contextlib.suppress(FormatError):
+        reader = load_json(content, what, MAX_FILE, canonical=False)
+    if reader is None:
+        raise damaged(what)
+    return reader
+
+
+def _parse(key: str, reader: JsonReader) -> KeySet | None:
     try:
-        data = json.loads(content, object_pairs_hook=_members)
-    except (ValueError, RecursionError):
-        # Whatever the parser said may quote the content: no cause, no detail.
-        raise _damaged(key) from None
-    if not isinstance(data, dict):
-        raise _damaged(key)
-    return data
-
-
-def _forget(value: Any) -> None:
-    if isinstance(value, dict | list):
-        for each in value.values() if isinstance(value, dict) else value:
-            _forget(each)
-        value.clear()
-
-
-def _damaged(key: str) -> ProviderError:
-    return ProviderError(
-        f"the key file of {key!r} is damaged or of an unknown kind",
-        hint="put it back from a backup; until then this key opens nothing",
-    )
-
-
-def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) != len(pairs):
-        raise ValueError("a member twice")
-    return members
+        versions = reader.array("keys", least=1, most=MAX_FILE)
+        kind, last = _kind_of(versions[0]), 0
+        for jwk in versions:
+            _check(jwk, kind, last)
+            last = int(jwk["kid"])
+    except (FormatError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+    return KeySet(key, kind, versions, reader.rest())
 
 
 def _kind_of(jwk: Mapping[str, Any]) -> Kind:
@@ -292,17 +290,17 @@ def _check(jwk: Mapping[str, Any], kind: Kind, last: int) -> None:
         raise ValueError("not the next version")
     if len(jwk[kind.secret]) != -(-kind.length * 4 // 3):
         raise ValueError("length")
-    wipe(bytearray(decode(jwk[kind.secret])))
+    wipe(bytearray(_decode(jwk[kind.secret])))
     if "iat" in jwk and not (type(jwk["iat"]) is int and 0 <= jwk["iat"] <= _LATEST):
         raise ValueError("time")
 
 
-def encode(data: bytes | bytearray) -> str:
+def _encode(data: bytes | bytearray) -> str:
     """Base64url without padding (RFC 7515, section 2)."""
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
-def decode(text: str) -> bytes:
+def _decode(text: str) -> bytes:
     """Strict base64url without padding; ValueError or AttributeError for anything else."""
     if "+" in text or "/" in text or "=" in text:
         raise ValueError("not base64url")

@@ -1,226 +1,210 @@
-"""A passphrase around each key file: Argon2id gives a key, AES-256-GCM seals the JWK Set.
+"""A passphrase around a key directory: it opens one small file, whose key opens the key files.
 
-    {"format": "keymgmt-file-locked/1",
-     "kdf": {"name": "argon2id", "salt": ..., "memory_kib": ..., "passes": ..., "lanes": ...},
-     "nonce": ..., "ciphertext": ...}
+A *locked file* is encrypted with AES-256-GCM under some key. Its name is additional data, so that a
+file put under another name does not open; ``sealed`` is nonce, ciphertext and tag in base64:
 
-Binary members are base64url. The format, the key's name and ``kdf`` are additional data, so that a
-file put under another name, or given weaker parameters, does not open. Parameters read from a file
-are bounded before they are used. The derived key is kept for the life of the provider, because
-deriving it takes a good part of a second; the passphrase is not.
+    {"format": "keymgmt-file-locked/1", "sealed": ...}
+
+``passphrase.json`` is one. Its content is the *key-encryption key*, 32 random bytes; its key is
+Argon2id of the passphrase with the parameters in its further member ``kdf``:
+
+    {"name": "argon2id", "salt": ..., "memory_kib": ..., "passes": ..., "lanes": ...}
+
+Parameters read from a file are bounded before they are used. The key-encryption key is kept for the
+life of the provider, because deriving what opens it takes a good part of a second; the passphrase
+is not.
 """
 
 from __future__ import annotations
 
+import base64
+import hmac
 import json
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 from cryptography.exceptions import InvalidTag, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 
-from keymgmt.backend import AccessDenied, ProviderError, ProviderUnavailable, wipe
-from keymgmt_file._jwk import decode, encode
+from keymgmt.backend import (
+    AccessDenied,
+    ConfigError,
+    ForkSafe,
+    FormatError,
+    JsonReader,
+    ProviderUnavailable,
+    SecretSource,
+    wipe,
+)
+from keymgmt_file._errors import damaged
+from keymgmt_file._jwk import MAX_FILE, read_json
 
-__all__ = ["FORMAT", "Kdf", "Passphrase", "is_locked"]
+__all__ = ["KEK_FILE", "Passphrase", "decrypt_file", "encrypt_file"]
 
+KEK_FILE: Final = "passphrase.json"
 FORMAT: Final = "keymgmt-file-locked/1"
-MAX_MEMORY_KIB: Final = 1 << 20
-MAX_PASSES: Final = 10
-MAX_LANES: Final = 4
+# KiB of memory, passes, lanes: the second choice of RFC 9106, section 4. OWASP's minimum is 19 MiB
+# with 2 passes; the first choice of the RFC, 2 GiB, is more than a small machine has.
+NEW_KDF: Final = (64 << 10, 3, 4)
+MAX_KDF: Final = (1 << 20, 10, 4)
 # One open may try thousands of recipients: a wrong passphrase is neither asked for nor derived from
 # for each of them, and yet a person who mistyped it is asked again.
 ASK_AGAIN_SECONDS: Final = 3.0
-_MEMBERS: Final = {"format", "kdf", "nonce", "ciphertext"}
+_NONCE: Final = 12
+_TAG: Final = 16
 
 
-@dataclass(frozen=True)
-class Kdf:
-    """Argon2id parameters; the defaults are the second choice of RFC 9106, section 4.
-
-    OWASP's minimum is 19 MiB with 2 passes; the first choice of the RFC, 2 GiB, is more than a
-    small machine has.
-    """
-
-    salt: bytes = field(default_factory=lambda: os.urandom(16))
-    memory_kib: int = 64 << 10
-    passes: int = 3
-    lanes: int = 4
-
-    @classmethod
-    def parse(cls, data: Any) -> Kdf:
-        """Read the member ``kdf``; ValueError where it is not of its grammar or out of bounds."""
-        if set(data) != {"name", "salt", "memory_kib", "passes", "lanes"}:
-            raise ValueError("members")
-        kdf = cls(decode(data["salt"]), data["memory_kib"], data["passes"], data["lanes"])
-        numbers = (kdf.memory_kib, kdf.passes, kdf.lanes)
-        if data["name"] != "argon2id" or any(type(number) is not int for number in numbers):
-            raise ValueError("type")
-        if not (
-            16 <= len(kdf.salt) <= 64
-            and 1 <= kdf.lanes <= MAX_LANES
-            and 8 * kdf.lanes <= kdf.memory_kib <= MAX_MEMORY_KIB
-            and 1 <= kdf.passes <= MAX_PASSES
-        ):
-            raise ValueError("bounds")
-        return kdf
-
-    def dump(self) -> dict[str, Any]:
-        """The member ``kdf``."""
-        return {
-            "name": "argon2id",
-            "salt": encode(self.salt),
-            "memory_kib": self.memory_kib,
-            "passes": self.passes,
-            "lanes": self.lanes,
-        }
-
-    def derive(self, secret: bytearray) -> bytearray:
-        """The 32-byte key; the caller wipes it."""
-        key = bytearray(32)
-        try:
-            Argon2id(
-                salt=self.salt,
-                length=32,
-                iterations=self.passes,
-                lanes=self.lanes,
-                memory_cost=self.memory_kib,
-            ).derive_into(secret, key)  # type: ignore[arg-type]  # any buffer will do
-        except (MemoryError, UnsupportedAlgorithm) as error:
-            raise ProviderUnavailable(
-                f"Argon2id with {self.memory_kib >> 10} MiB cannot run here"
-            ) from error
-        return key
-
-
-def is_locked(data: Mapping[str, Any]) -> bool:
-    """Whether the JSON of a key file is locked with a passphrase."""
-    return "ciphertext" in data
-
-
-class Passphrase:
-    """A passphrase and the keys derived from it, for threads and forks alike.
+class Passphrase(ForkSafe):
+    """A passphrase, and the key-encryption key that it opened, for threads and forks alike.
 
     Args:
-        read: fetches the passphrase when it is needed; None where none is configured.
+        source: where the passphrase is fetched when it is needed; None where none is configured.
         provider: the operator's name for the provider, for messages.
     """
 
-    def __init__(self, read: Callable[[], bytearray] | None, provider: str) -> None:
-        self._read = read
+    def __init__(self, source: SecretSource | None, provider: str) -> None:
+        self.source = source
         self._provider = provider
-        self._keys: dict[Kdf, bytearray] = {}
-        self._proven: set[Kdf] = set()
-        self._failed: dict[Kdf, float] = {}
-        # One lock for each process: a fork may copy this one while another thread holds it.
-        self._locks: dict[int, threading.Lock] = {}
+        # What passphrase.json held, and what that opened to, or when it did not.
+        self._opened: tuple[bytes, bytearray] | None = None
+        self._refused: tuple[bytes, float] | None = None
+        super().__init__()
 
-    @property
-    def configured(self) -> bool:
-        """Whether there is a passphrase at all."""
-        return self._read is not None
+    def _renew(self) -> None:
+        self._lock = threading.Lock()
 
-    def open(self, key: str, data: Mapping[str, Any]) -> bytearray:
-        """Decrypt the JSON of a locked key file; the caller wipes it.
+    def open(self, content: bytes) -> bytearray:
+        """The key-encryption key in what ``passphrase.json`` holds; the caller wipes it.
 
         Raises:
             AccessDenied: no passphrase is configured, or it is wrong.
             ProviderError: the file is damaged.
         """
-        kdf, nonce, sealed = _parse(key, data)
-        content = bytearray(len(sealed) - 16)
-        derived = self._derive(kdf)
-        try:
-            AESGCM(derived).decrypt_into(nonce, sealed, _bound(key, kdf), content)
-        except InvalidTag:
-            wipe(content)
-            if kdf not in self._proven:
-                self._failed.setdefault(kdf, time.monotonic())
-            raise AccessDenied(
-                f"the key file of {key!r} does not open with this passphrase",
-                hint="try the right one; a file that was damaged or renamed looks the same",
-            ) from None
-        finally:
-            wipe(derived)
-        self._proven.add(kdf)
+        with self._lock:
+            if self._opened is None or self._opened[0] != content:
+                refused, when = self._refused or (b"", 0.0)
+                if refused == content and time.monotonic() - when <= ASK_AGAIN_SECONDS:
+                    raise _wrong()
+                self._forget()
+                reader = read_json(content, KEK_FILE)
+                kdf = _kdf(reader)
+                derived = _derive(kdf, self._ask())
+                kek = decrypt_file(KEK_FILE, reader, derived)
+                wipe(derived)
+                if kek is None:
+                    self._refused = content, time.monotonic()
+                    raise _wrong()
+                self._opened = content, kek
+            # A copy, so that a close in another thread cannot turn a key in use into zeros.
+            return bytearray(self._opened[1])
+
+    def make(self, kek: bytearray) -> bytes:
+        """What ``passphrase.json`` is to hold so that this passphrase opens it to ``kek``.
+
+        Raises:
+            AccessDenied: no passphrase is configured.
+            ConfigError: it was typed differently the second time.
+        """
+        kdf: dict[str, Any] = dict(zip(("memory_kib", "passes", "lanes"), NEW_KDF, strict=True))
+        kdf |= {"name": "argon2id", "salt": base64.b64encode(os.urandom(16)).decode()}
+        derived = _derive(_kdf(JsonReader({"kdf": kdf}, KEK_FILE)), self._ask(again=True))
+        content = encrypt_file(KEK_FILE, kek, derived, kdf=kdf)
+        wipe(derived)
+        with self._lock:
+            self._forget()
+            self._opened = content, bytearray(kek)
         return content
 
-    def seal(self, key: str, content: bytes | bytearray, kdf: Kdf) -> bytes:
-        """Encrypt a JWK Set into the JSON of a locked key file."""
-        nonce = os.urandom(12)
-        derived = self._derive(kdf)
-        try:
-            sealed = AESGCM(derived).encrypt(nonce, content, _bound(key, kdf))
-        finally:
-            wipe(derived)
-        data = {
-            "format": FORMAT,
-            "kdf": kdf.dump(),
-            "nonce": encode(nonce),
-            "ciphertext": encode(sealed),
-        }
-        return json.dumps(data, indent=1).encode() + b"\n"
-
     def close(self) -> None:
-        """Wipe the derived keys."""
-        with self._lock():
-            for kdf in list(self._keys):
-                self._drop(kdf)
-            self._proven.clear()
+        """Wipe the key-encryption key."""
+        with self._lock:
+            self._forget()
 
-    def _lock(self) -> threading.Lock:
-        return self._locks.setdefault(os.getpid(), threading.Lock())
+    def _forget(self) -> None:
+        if self._opened is not None:
+            wipe(self._opened[1])
+        self._opened = self._refused = None
 
-    def _derive(self, kdf: Kdf) -> bytearray:
-        # A copy, so that a close in another thread cannot turn a key in use into zeros.
-        with self._lock():
-            failed = self._failed.get(kdf)
-            if kdf in self._proven or failed is None:
-                self._failed.pop(kdf, None)
-            elif time.monotonic() - failed > ASK_AGAIN_SECONDS:
-                self._drop(kdf)
-            if kdf not in self._keys:
-                self._keys[kdf] = self._ask(kdf)
-            return bytearray(self._keys[kdf])
-
-    def _ask(self, kdf: Kdf) -> bytearray:
-        if self._read is None:
+    def _ask(self, *, again: bool = False) -> bytearray:
+        if self.source is None:
             raise AccessDenied(
                 f"the keys of {self._provider!r} are locked with a passphrase",
                 hint=f"say where it is, in [providers.{self._provider}]: "
                 'passphrase = { prompt = "Passphrase" }',
             )
-        secret = self._read()
-        try:
-            return kdf.derive(secret)
-        finally:
-            wipe(secret)
+        secret = self.source.read()
+        if again and self.source.prompt:
+            # Nothing can tell a mistyped passphrase yet.
+            second = SecretSource(prompt=f"{self.source.prompt}, again").read()
+            same = hmac.compare_digest(secret, second)
+            wipe(second)
+            if not same:
+                wipe(secret)
+                raise ConfigError(
+                    "the two passphrases differ", hint="nothing was changed; try again"
+                )
+        return secret
 
-    def _drop(self, kdf: Kdf) -> None:
-        wipe(self._keys.pop(kdf, bytearray()))
-        self._failed.pop(kdf, None)
+
+def encrypt_file(name: str, content: bytearray, key: bytearray, **members: Any) -> bytes:
+    """Encrypt the content of the file ``name``."""
+    nonce = os.urandom(_NONCE)
+    sealed = nonce + AESGCM(key).encrypt(nonce, content, f"{FORMAT} {name}".encode())
+    text = base64.b64encode(sealed).decode()
+    return json.dumps({"format": FORMAT, **members, "sealed": text}, indent=1).encode()
 
 
-def _parse(key: str, data: Mapping[str, Any]) -> tuple[Kdf, bytes, bytes]:
+def decrypt_file(name: str, reader: JsonReader, key: bytearray) -> bytearray | None:
+    """Decrypt the file ``name``; None where it does not open. The caller wipes it."""
     try:
-        kdf = Kdf.parse(data["kdf"])
-        nonce, sealed = decode(data["nonce"]), decode(data["ciphertext"])
-        whole = set(data) == _MEMBERS and len(nonce) == 12 and len(sealed) >= 16
-    except (ValueError, LookupError, TypeError, AttributeError):
-        whole = False
-    if not whole or data["format"] != FORMAT:
-        raise ProviderError(
-            f"the locked key file of {key!r} is damaged, of another format, or asks for more than "
-            f"{MAX_MEMORY_KIB >> 10} MiB, {MAX_PASSES} passes or {MAX_LANES} lanes",
-            hint="put it back from a backup",
-        )
-    return kdf, nonce, sealed
+        reader.version(FORMAT, "")
+        sealed = reader.base64("sealed", limit=MAX_FILE)
+        reader.end()
+        content = bytearray(len(sealed) - _NONCE - _TAG)
+        bound = f"{FORMAT} {name}".encode()
+        AESGCM(key).decrypt_into(sealed[:_NONCE], sealed[_NONCE:], bound, content)
+    except (FormatError, InvalidTag, ValueError):  # ValueError: it is too short
+        return None
+    return content
 
 
-def _bound(key: str, kdf: Kdf) -> bytes:
-    return json.dumps([FORMAT, key, kdf.dump()], sort_keys=True).encode()
+def _kdf(reader: JsonReader) -> Argon2id:
+    """Read the member ``kdf``; ProviderError where it is not of its grammar or out of bounds."""
+    try:
+        members = JsonReader(reader.members("kdf"), "kdf")
+        name, salt = members.text("name", limit=16), members.base64("salt", limit=64)
+        lanes = members.integer("lanes", least=1, most=MAX_KDF[2])
+        memory = members.integer("memory_kib", least=8 * lanes, most=MAX_KDF[0])
+        passes = members.integer("passes", least=1, most=MAX_KDF[1])
+        members.end()
+        if name == "argon2id" and len(salt) >= 16:
+            return Argon2id(
+                salt=salt, length=32, iterations=passes, lanes=lanes, memory_cost=memory
+            )
+    except UnsupportedAlgorithm as error:
+        raise ProviderUnavailable("there is no Argon2id here", hint="another OpenSSL") from error
+    except FormatError as error:
+        raise damaged(f"{KEK_FILE} ({error})") from error
+    raise damaged(KEK_FILE)
+
+
+def _derive(kdf: Argon2id, secret: bytearray) -> bytearray:
+    """The 32-byte key of a passphrase, which is wiped; the caller wipes the key."""
+    key = bytearray(32)
+    try:
+        kdf.derive_into(secret, key)  # type: ignore[arg-type]  # any buffer will do
+    except MemoryError as error:
+        raise ProviderUnavailable("there is not enough memory for Argon2id here") from error
+    finally:
+        wipe(secret)
+    return key
+
+
+def _wrong() -> AccessDenied:
+    return AccessDenied(
+        "the key directory does not open with this passphrase",
+        hint=f"try the right one; a {KEK_FILE} that was damaged looks the same",
+    )

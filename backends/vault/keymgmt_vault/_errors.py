@@ -1,17 +1,20 @@
-"""What Vault's refusals mean, in the words of ``keymgmt.errors``.
+"""What goes wrong, as two tables: with a node, and with what the service refuses.
 
-Vault answers most mistakes with status 400 and a sentence; the sentences here were seen from
-OpenBao 2.7, whose Transit comes from HashiCorp Vault's.
+A node's failure says whether waiting may help (``passing``) and never whether another node should
+be asked: that is always done. What Vault refuses comes as a status and a sentence; the sentences
+here were seen from OpenBao 2.7, whose Transit comes from HashiCorp Vault's. An answer that is none
+of Vault's is never taken for a refusal, whatever its status is.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
-
-from hvac import exceptions
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final, Literal
 
 from keymgmt.backend import (
     AccessDenied,
+    Fault,
+    FaultTable,
     KeyNotFound,
     KeyRetired,
     ProviderError,
@@ -24,104 +27,237 @@ from keymgmt.backend import (
 if TYPE_CHECKING:
     from keymgmt_vault._settings import VaultSettings
 
-__all__ = ["denied", "expired", "reason_of", "soft_deleted", "translate"]
+__all__ = ["NODE_FAULTS", "NodeFailure", "Operation", "Refusal", "Verb", "refused"]
 
-_CAPABILITY: Final = {
-    "encrypt": "update",
-    "decrypt": "update",
-    "sign": "update",
-    "rotate": "update",
-    "read": "read",
-    "create": "create",
-    "retire": "update",
-    "list": "list",
-}
+Operation = Literal["ask", "change", "login", "single-use login"]
+"""How a request may be sent: to ask again changes nothing; ``change`` and a login whose credential
+may serve once are never repeated where the node may have carried them out."""
+
+Verb = Literal["encrypt", "decrypt", "sign", "rotate", "read", "create", "retire", "list"]
 
 
-def soft_deleted(place: str) -> KeyRetired:
-    """The key is there, and marked so that the server refuses to use it."""
-    return KeyRetired(
-        f"the Transit key {place} is soft-deleted",
-        hint=f"bao write -f {place.replace('/', '/keys/', 1)}/soft-delete-restore",
-    )
+def _node(message: str, hint: str, *, passing: bool = True) -> Fault:
+    return Fault(ProviderUnavailable, message, hint, passing)
 
 
-def reason_of(error: exceptions.VaultError) -> str:
-    """The server's words, short and printable."""
-    text = "; ".join(error.errors or []) or str(error.args[0] or "no reason given")
-    return "".join(char if char.isprintable() else " " for char in text)[:300]
+_NO_VAULT: Final = "look whether this is the address of a Vault or OpenBao server, with its path"
+
+NODE_FAULTS: Final = FaultTable[str](
+    {
+        "name": _node(
+            "its name is not known", "look at the address, and at the name service", passing=False
+        ),
+        "look-up": _node("the name service gives no answer", "look at this machine's name service"),
+        "refused": _node("no connection: {}", "look whether the server runs, and at the address"),
+        "stalled": _node(
+            "no answer in {} s", "look whether the server hangs or a firewall drops what is sent"
+        ),
+        "certificate": _node(
+            "its certificate is refused: {}",
+            "name in ca_file who issued the server's certificate",
+            passing=False,
+        ),
+        "expired": _node(
+            "its certificate is refused: {}",
+            "renew the server's certificate, or set this machine's clock",
+            passing=False,
+        ),
+        "clock": _node(
+            "its certificate is refused: {}", "set this machine's clock: it is late", passing=False
+        ),
+        "tls": _node(
+            "no TLS: {}", "look at the address, and whether client_cert is asked for", passing=False
+        ),
+        "https": _node(
+            "it speaks https, and is asked in http", "write https:// in address", passing=False
+        ),
+        "broken": _node("the connection broke", "look at the log of the server or its balancer"),
+        "oversized": _node("an answer of more than {} bytes", _NO_VAULT, passing=False),
+        "json": _node("the server's answer is no JSON", _NO_VAULT, passing=False),
+        "sealed": _node(
+            "it is sealed or not initialised", "unseal it, with vault or with: bao operator unseal"
+        ),
+        "redirect": _node(
+            "it redirects elsewhere",
+            "redirects are never followed: add the leader's address to the config",
+        ),
+        "limited": _node(
+            "it is over its rate limit or behind the leader",
+            "the server limits its load; try again later",
+        ),
+        "standby": _node("it is a standby and knows no leader", "look at the cluster's health"),
+        "status": _node("it answered with status {}", "look at the server's log"),
+        "page": _node(
+            "a proxy, and no Vault, answered with status {}",
+            "look whether the server behind the proxy or balancer runs",
+        ),
+        "stranger": _node(
+            "what answered with status {} is no Vault",
+            f"a proxy, gateway or another service is there: {_NO_VAULT}",
+            passing=False,
+        ),
+    },
+    unknown=_node("it failed in an unknown way", "look at the server's log", passing=False),
+    operations={
+        ("change", "lost"): _node(
+            "what was asked may have been done",
+            "look with: keymgmt keys show PROVIDER:KEY",
+            passing=False,
+        ),
+        ("single-use login", "lost"): _node(
+            "the login may have used up the secret id", "give this machine a new one", passing=False
+        ),
+    },
+)
 
 
-def path_of(verb: str, native: str, mount: str) -> str:
-    """The API path that a policy names for ``verb``."""
-    if verb in ("encrypt", "decrypt", "sign"):
-        return f"{mount}/{verb}/{native}"
-    if verb == "rotate":
-        return f"{mount}/keys/{native}/rotate"
-    if verb == "retire":
-        return f"{mount}/keys/{native}/config"
-    return f"{mount}/keys/{native}" if native else f"{mount}/keys"
+class NodeFailure(Exception):
+    """No answer that can be used from one node.
+
+    Attributes:
+        kind: what is wrong, as NODE_FAULTS has it.
+        sent: whether the node may have carried out what it was asked.
+        seconds: how long it was tried.
+        after: seconds that the node asks us to wait (RFC 9110, Retry-After).
+    """
+
+    seconds = 0.0
+
+    def __init__(
+        self, kind: str, detail: object = "", *, sent: bool = True, after: float = 0.0
+    ) -> None:
+        self.fault: Final = NODE_FAULTS.find(kind)
+        self.hint: Final = self.fault.hint
+        super().__init__(self.fault.message.format(detail))
+        self.kind: Final = kind
+        self.sent: Final = sent
+        self.after: Final = after
 
 
-def denied(verb: str, native: str, settings: VaultSettings) -> AccessDenied:
-    """The token lives, and its policies do not allow ``verb``."""
-    path = path_of(verb, native, settings.mount)
-    return AccessDenied(
-        f"the policy does not allow {_CAPABILITY[verb]} on {path}",
-        hint=f'if it should, grant it: path "{path}" '
-        f'{{ capabilities = ["{_CAPABILITY[verb]}"] }}; also look at the mount, the key name '
-        "and the namespace: Vault refuses what is not there with the same words",
-    )
+class Refusal(Exception):
+    """The service answered and refused; ``words`` are its own, without what we had sent."""
+
+    def __init__(self, status: int, words: Sequence[str]) -> None:
+        self.words: Final = "; ".join(words)
+        super().__init__(f"status {status}: {self.words}")
+        self.status: Final = status
+        self.code: Final = _code(status, self.words.lower())
 
 
-def expired() -> AccessDenied:
-    """The token itself is refused, and no new one can be had."""
-    return AccessDenied(
-        "the token has expired, was revoked, or is of another server or namespace",
-        hint="replace it where the config takes it from, or use an auth method that logs in itself",
-    )
+_WORDS: Final = (
+    ("no handler for route", "no mount"),
+    ("namespace not found", "no namespace"),
+    ("key not found", "no key"),
+    ("version is too new", "no version"),
+    ("too old", "retired"),
+    ("disallowed by policy", "retired"),
+    ("soft-deleted", "soft-deleted"),
+    ("invalid token", "dead token"),
+    ("bad token", "dead token"),
+    ("missing client token", "dead token"),
+    ("non-aead", "other type"),
+    ("not supported for key type", "other type"),
+    ("does not support", "other type"),
+    ("authentication failed", "tampered"),
+    ("ciphertext", "tampered"),
+    ("decryption error", "tampered"),
+    ("not support", "unable"),
+    ("context", "unable"),
+)
 
 
-def translate(
-    error: exceptions.VaultError, verb: str, native: str, settings: VaultSettings
+def _code(status: int, words: str) -> str:
+    if status in (401, 403) and words == "permission denied":
+        # A policy's no is worded as a list: "1 error occurred: * permission denied".
+        return "dead token"
+    for text, code in _WORDS:
+        if text in words:
+            return code
+    return {401: "denied", 403: "denied", 404: "absent"}.get(status, "unknown")
+
+
+_NO_MOUNT: Final = Fault(
+    ProviderUnavailable,
+    "no Transit engine is mounted at {mount}",
+    "bao secrets enable -path={mount} transit; or set mount and namespace",
+)
+_NO_KEY: Final = Fault(
+    KeyNotFound, "there is no Transit key {place}", "make it with: keymgmt keys create PROVIDER:KEY"
+)
+_REFUSALS: Final = FaultTable[str](
+    {
+        "dead token": Fault(
+            AccessDenied,
+            "the token has expired, was revoked, or is of another server or namespace",
+            "replace it where the config takes it from, or use an auth method that logs in itself; "
+            "where it lives, look at the addresses that it is bound to",
+        ),
+        "denied": Fault(
+            AccessDenied,
+            "the policy does not allow {capability} on {path}",
+            'if it should, grant it: path "{path}" {{ capabilities = ["{capability}"] }}; where '
+            "it is granted, look at allowed_parameters, the mount, the key name and the "
+            "namespace: Vault refuses what is not there with the same words",
+        ),
+        "no mount": _NO_MOUNT,
+        "absent": _NO_MOUNT,
+        "no namespace": Fault(
+            ProviderUnavailable, "the server has no namespace {namespace}", "look at namespace"
+        ),
+        "no key": _NO_KEY,
+        "no version": Fault(WrongKey, "the Transit key {place} has no such version"),
+        "retired": Fault(
+            KeyRetired,
+            "that version of the Transit key {place} is retired",
+            "rewrap the model elsewhere, or lower min_decryption_version for a while",
+        ),
+        "soft-deleted": Fault(
+            KeyRetired,
+            "the Transit key {place} is soft-deleted",
+            "bao write -f {mount}/keys/{native}/soft-delete-restore",
+        ),
+        "other type": Fault(UnsupportedOperation, "the Transit key {place} cannot {verb}: {words}"),
+        "unable": Fault(UnsupportedOperation, "the Transit key {place} cannot {verb}: {words}"),
+    },
+    unknown=Fault(ProviderError, "the server refused to {verb} with {place}: {words}"),
+    operations={
+        ("read", "absent"): _NO_KEY,
+        ("decrypt", "no key"): Fault(WrongKey, "there is no Transit key {place}"),
+        ("decrypt", "other type"): Fault(
+            WrongKey, "the Transit key {place} is of another type than this blob's"
+        ),
+        ("decrypt", "tampered"): Fault(
+            UnwrapFailed,
+            "the wrapped key does not authenticate: another context, a damaged blob, "
+            "or another key called {place}",
+        ),
+    },
+)
+_CAPABILITY: Final = {"read": "read", "create": "create", "list": "list"}
+
+
+def refused(
+    code: str, verb: Verb, native: str, settings: VaultSettings, words: str
 ) -> ProviderError:
-    """Name a refusal of ``verb`` (as in ``path_of``) on the key ``native``."""
-    text = reason_of(error)
-    low = text.lower()
-    place = f"{settings.mount}/{native}" if native else settings.mount
-    if isinstance(error, (exceptions.Forbidden, exceptions.Unauthorized)):
-        return denied(verb, native, settings)
-    missing = isinstance(error, exceptions.InvalidPath)
-    if missing and ("no handler for route" in low or verb != "read"):
-        return KeyNotFound(
-            f"no Transit engine is mounted at {settings.mount}",
-            hint=f"bao secrets enable -path={settings.mount} transit; or set mount and namespace",
-        )
-    if missing or "key not found" in low:
-        kind = WrongKey if verb == "decrypt" else KeyNotFound
-        return kind(
-            f"there is no Transit key {place}",
-            hint=None if verb == "decrypt" else "make it with: keymgmt keys create",
-        )
-    if "version is too new" in low:
-        return WrongKey(f"the Transit key {place} has no such version", hint=None)
-    if "too old" in low or "disallowed by policy" in low:
-        return KeyRetired(
-            f"that version of the Transit key {place} is retired",
-            hint="rewrap the model elsewhere, or lower min_decryption_version for a while",
-        )
-    if "soft-deleted" in low:
-        return soft_deleted(place)
-    if verb == "decrypt":
-        if "non-aead" in low or "not supported for key type" in low or "does not support" in low:
-            return WrongKey(f"the Transit key {place} is of another type than this blob's")
-        if "authentication failed" in low or "ciphertext" in low or "decryption error" in low:
-            return UnwrapFailed(
-                "the wrapped key does not authenticate: another context, a damaged blob, "
-                f"or another key called {place}"
-            )
-    if "not support" in low or "missing 'context'" in low or "context" in low:
-        return UnsupportedOperation(f"the Transit key {place} cannot {verb}: {text}")
-    if isinstance(error, (exceptions.InternalServerError, exceptions.VaultDown)):
-        return ProviderUnavailable(f"the server failed to {verb} with {place}: {text}")
-    return ProviderError(f"the server refused to {verb} with {place}: {text}")
+    """The error for a refusal of ``verb`` on the Transit key ``native``."""
+    mount = settings.mount
+    place = f"{mount}/{native}" if native else mount
+    path = f"{mount}/keys/{native}" if native else f"{mount}/keys"
+    if verb in ("encrypt", "decrypt", "sign"):
+        path = f"{mount}/{verb}/{native}"
+    elif verb in ("rotate", "retire"):
+        path += "/rotate" if verb == "rotate" else "/config"
+    fault = _REFUSALS.find(code, verb)
+    fields = {
+        "capability": _CAPABILITY.get(verb, "update"),
+        "mount": mount,
+        "namespace": settings.namespace,
+        "native": native,
+        "path": path,
+        "place": place,
+        "verb": verb,
+        "words": words or "no reason given",
+    }
+    return fault.error(
+        fault.message.format(**fields), hint=fault.hint and fault.hint.format(**fields)
+    )

@@ -4,31 +4,40 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
+import logging
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from hvac.exceptions import VaultError
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from keymgmt.backend import (
+    AccessDenied,
     ConfigError,
     KeyInfo,
     KeyNotFound,
     KeyVersion,
+    ProviderError,
     ProviderUnavailable,
+    PublicKey,
     Signature,
     UnsupportedOperation,
+    check_retirable,
+    no_version,
 )
-from keymgmt_vault._client import text_of
-from keymgmt_vault._errors import soft_deleted
-from keymgmt_vault._mechanisms import KINDS, RSA
+from keymgmt_vault._errors import Refusal, Verb, refused
+from keymgmt_vault._login import text_of
+from keymgmt_vault._settings import KINDS, RSA
 
 if TYPE_CHECKING:
-    from keymgmt_vault._client import Client
+    from keymgmt_vault._session import Session
+    from keymgmt_vault._settings import VaultSettings
 
 __all__ = ["Described", "Keys"]
 
@@ -39,12 +48,15 @@ _ECDSA: Final = {
 _PERIOD: Final = re.compile(r"[1-9][0-9]{0,5}[smh]")
 _SIGNATURE: Final = re.compile(r"vault:v([1-9][0-9]{0,8}):([A-Za-z0-9+/]{4,8000}={0,2})")
 _MAX_VERSIONS: Final = 10_000
+_AT_ONCE: Final = 8
+log: Final = logging.getLogger("keymgmt.vault")
 
 
 @dataclass(frozen=True)
 class Described:
     """A Transit key as the server describes it."""
 
+    settings: VaultSettings
     key: str
     native: str
     kind: str
@@ -56,19 +68,10 @@ class Described:
     versions: Mapping[str, Any]
     detail: Mapping[str, str]
 
-    @property
-    def wrapping(self) -> tuple[str, ...]:
-        """The kinds that wrap."""
-        return tuple(kind for kind, purpose in KINDS.items() if purpose == "wrap")
-
     def info(self) -> KeyInfo:
         """The key in the core's words."""
         versions = tuple(
-            KeyVersion(
-                str(number),
-                self._state(number),
-                _created(self.versions.get(str(number))),
-            )
+            KeyVersion(str(number), self._state(number), _created(self.versions.get(str(number))))
             for number in range(self.oldest, self.newest + 1)
         )
         return KeyInfo(self.key, self.purpose, self.kind, versions, self.detail)
@@ -81,24 +84,22 @@ class Described:
     def alive(self) -> Described:
         """The key itself; KeyRetired if it was soft-deleted."""
         if self.deleted:
-            raise soft_deleted(self.detail["transit"])
+            raise refused("soft-deleted", "read", self.native, self.settings, "")
         return self
 
-    def public_key(self) -> bytes:
-        """The newest version's public key as DER SubjectPublicKeyInfo."""
-        entry = self.versions.get(str(self.newest))
+    def public_key(self, version: str | None = None) -> bytes:
+        """A version's public key, by default the newest's, as DER SubjectPublicKeyInfo."""
+        if version not in (None, *self.versions):
+            raise no_version(self.native, str(version), sorted(self.versions, key=int))
+        entry = self.versions.get(version or str(self.newest))
         text = text_of(entry if isinstance(entry, dict) else {}, "public_key")
         try:
             if self.kind == "ed25519":
-                public: Any = Ed25519PublicKey.from_public_bytes(binascii.a2b_base64(text))
-            else:
-                public = serialization.load_pem_public_key(text.encode())
-        except ValueError as error:
+                raw = Ed25519PublicKey.from_public_bytes(binascii.a2b_base64(text))
+                return raw.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+            return PublicKey.from_pem(text.encode()).der
+        except (ValueError, ConfigError) as error:
             raise ProviderUnavailable("the server's answer is no public key") from error
-        encoded: bytes = public.public_bytes(
-            serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-        )
-        return encoded
 
 
 class Keys:
@@ -107,10 +108,9 @@ class Keys:
     Each call has its own time: making an RSA key may take longer than an operation may.
     """
 
-    def __init__(self, client: Client, provider: str) -> None:
-        self._client = client
-        self._provider = provider
-        self._settings = client.settings
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._settings = session.settings
 
     def read(self, key: str, *, fresh: bool = False) -> Described:
         """One key; KeyNotFound if it is not there, UnsupportedOperation if it is no use to us.
@@ -119,27 +119,21 @@ class Keys:
         """
         native = self._settings.native(key)
         path = f"/v1/{self._settings.mount}/keys/{native}"
-        data = self._client.call(
-            "read", native, lambda: self._client.adapter.get(path, fresh=fresh)
+        data = self._session.call(
+            "read", native, lambda: self._session.connection.get(path, fresh=fresh)
         )
-        described = self._describe(key, native, data)
-        if described is None:
+        kind, versions = data.get("type"), data.get("keys")
+        if str(kind) not in KINDS or not isinstance(versions, dict) or data.get("derived"):
             raise UnsupportedOperation(
-                f"the Transit key {native!r} is {str(data.get('type'))[:40]}, or derived, and has "
-                "no use here",
+                f"the Transit key {native!r} is {str(kind)[:40]}, or derived, and has no use here",
                 hint=f"kinds that have: {', '.join(KINDS)}; not derived",
             )
-        return described
+        return self._describe(key, native, str(kind), data)
 
-    def _describe(self, key: str, native: str, data: Mapping[str, Any]) -> Described | None:
-        kind, versions = data.get("type"), data.get("keys")
-        if not isinstance(kind, str) or not isinstance(versions, dict):
-            return None
-        if kind not in KINDS or data.get("derived"):
-            return None
+    def _describe(self, key: str, native: str, kind: str, data: Mapping[str, Any]) -> Described:
         newest = _number(data, "latest_version")
         floor = _number(data, "min_decryption_version")
-        oldest = max(1, int(data.get("min_available_version") or 0))
+        oldest = max(1, _number({"min_available_version": 0, **data}, "min_available_version"))
         if not oldest <= newest < oldest + _MAX_VERSIONS:
             raise ProviderUnavailable("the server's answer has no sensible versions")
         entry = self._settings.keys.get(key)
@@ -158,7 +152,17 @@ class Keys:
         if deleted := data.get("soft_deleted") is True:
             detail["soft-deleted"] = "yes: restore it before it is used"
         return Described(
-            key, native, kind, purpose, newest, oldest, floor, deleted, versions, detail
+            self._settings,
+            key,
+            native,
+            kind,
+            purpose,
+            newest,
+            oldest,
+            floor,
+            deleted,
+            data["keys"],
+            detail,
         )
 
     def create(self, key: str, kind: str, options: Mapping[str, str]) -> KeyInfo:
@@ -174,16 +178,12 @@ class Keys:
             )
         native = self._settings.native(key)
         # Transit answers success, and changes nothing, where the key exists.
-        try:
-            self.read(key)
-        except KeyNotFound:
-            pass
-        except UnsupportedOperation as error:
-            raise ConfigError(f"there is a Transit key {native!r} already") from error
-        else:
+        with contextlib.suppress(KeyNotFound):
+            with contextlib.suppress(UnsupportedOperation):
+                self.read(key)
             raise ConfigError(
                 f"there is a Transit key {native!r} already",
-                hint=f"rotate it, or choose another name: keymgmt keys show {self._provider}:{key}",
+                hint=f"choose another name; see: keymgmt keys show {self._session.name}:{key}",
             )
         body: dict[str, Any] = {
             "type": kind,
@@ -196,36 +196,43 @@ class Keys:
         self._write("create", native, "", body)
         return self.read(key).info()
 
-    def _write(self, verb: str, native: str, rest: str, body: Mapping[str, Any]) -> None:
+    def _write(self, verb: Verb, native: str, rest: str, body: Mapping[str, Any]) -> None:
         path = f"/v1/{self._settings.mount}/keys/{native}{rest}"
-        self._client.call(
-            verb, native, lambda: self._client.adapter.post(path, json=body, once=True)
+        connection = self._session.connection
+        self._session.call(
+            verb, native, lambda: connection.post(path, json=body, operation="change")
         )
 
     def list(self) -> list[KeyInfo]:
-        """Every key that we can use, by name; other engines' users may have more."""
+        """Every key that we can use and may read, by name; the others are named in the log."""
+        session = self._session
         try:
-            data = self._client.call(
-                "list",
-                "",
-                lambda: self._client.transit.list_keys(mount_point=self._settings.mount),
+            data = session.call(
+                "list", "", lambda: session.transit.list_keys(mount_point=self._settings.mount)
             )
-        except KeyNotFound as error:
+        except ProviderError as error:
             # Transit answers 404, and gives no reason, where there is no key yet.
-            if isinstance(error.__cause__, VaultError) and not error.__cause__.errors:
+            if isinstance(error.__cause__, Refusal) and error.__cause__.code == "absent":
                 return []
             raise
         names = data.get("keys")
-        found = []
-        for native in names if isinstance(names, list) else []:
-            key = self._settings.ours(str(native))
-            if key is None:
-                continue
-            try:
-                found.append(self.read(key).info())
-            except (UnsupportedOperation, KeyNotFound):
-                continue
-        return sorted(found, key=lambda info: info.key)
+        keys = map(self._settings.ours, map(str, names if isinstance(names, list) else []))
+        ours = sorted({key for key in keys if key is not None and self._settings.may_hold(key)})
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            found = list(pool.map(self._look, ours))
+        closed = [key for key, info in zip(ours, found, strict=True) if info is False]
+        if closed:
+            log.warning("the policy does not let us look at: %s", ", ".join(closed))
+        return [info for info in found if isinstance(info, KeyInfo)]
+
+    def _look(self, key: str) -> KeyInfo | bool:
+        """The key; False where it may not be read, True where it is of no use."""
+        try:
+            return self.read(key).info()
+        except AccessDenied:
+            return False
+        except (UnsupportedOperation, KeyNotFound):
+            return True
 
     def rotate(self, key: str) -> KeyInfo:
         """Add a version."""
@@ -238,13 +245,7 @@ class Keys:
         # The floor of a standby that lags would lower the real one.
         before = self.read(key, fresh=True).alive()
         known = {entry.version: entry.state for entry in before.info().versions}
-        if version not in known:
-            raise ConfigError(f"the key {key!r} has no version {version[:40]!r}")
-        if version == str(before.newest):
-            raise ConfigError(
-                f"version {version} of {key!r} is the newest",
-                hint=f"rotate first: keymgmt keys rotate {self._provider}:{key}",
-            )
+        check_retirable(key, version, list(known), self._session.name)
         if known[version] == "retired":
             return before.info()
         floor = max(before.floor, before.oldest)
@@ -264,7 +265,7 @@ class Keys:
             raise UnsupportedOperation(
                 f"the key {key!r} is {described.kind} and wraps; it does not sign",
                 hint="an RSA key signs where the config says so: "
-                f'[providers.{self._provider}.keys.{key}] purpose = "sign"'
+                f'[providers.{self._session.name}.keys.{key}] purpose = "sign"'
                 if described.kind in RSA
                 else "a key that signs is of kind ed25519, ecdsa-p256 or ecdsa-p384",
             )
@@ -272,13 +273,13 @@ class Keys:
 
     def sign(self, key: str, message: bytes) -> Signature:
         """Sign with the version whose public key is returned with it."""
-        with self._client.adapter.operation():
+        with self._session.connection.operation():
             described = self.signing(key)
             public = described.public_key()
-            data = self._client.call(
+            data = self._session.call(
                 "sign",
                 described.native,
-                lambda: self._client.transit.sign_data(
+                lambda: self._session.transit.sign_data(
                     described.native,
                     key_version=described.newest,
                     mount_point=self._settings.mount,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["ROLES", "policy"]
+__all__ = ["policy_of"]
 
 _READ: Final = """path "{mount}/keys/{key}" {{
   capabilities = ["read"]
@@ -24,14 +24,15 @@ path "{mount}/keys/{key}/config" {{
   }}
 }}
 """
-ROLES: Final = {
-    "sealing machine": _USE % "encrypt" + _READ,
-    "edge device": _USE % "decrypt",
-    "rotator": _READ + _RETIRE,
-    "publisher": _READ + _USE % "sign",
+_ROLES: Final = {
+    "seal": ("sealing machine", _USE % "encrypt" + _READ),
+    "open": ("edge device", _USE % "decrypt"),
+    "rotate": ("rotator", _READ + _RETIRE),
+    "publish": ("publisher", _READ + _USE % "sign"),
 }
 
 
-def policy(role: str, mount: str, native: str) -> str:
+def policy_of(role: str, mount: str, native: str) -> str:
     """The policy of a role for one key; mount and name have matched their grammar."""
-    return f"# role: {role}\n" + ROLES[role].format(mount=mount, key=native)
+    title, rules = _ROLES[role]
+    return f"# role: {title}\n" + rules.format(mount=mount, key=native)

@@ -2,64 +2,30 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Final, Literal, NamedTuple
-
-from hvac import exceptions
+from typing import ClassVar, Literal
 
 from keymgmt.backend import (
-    DEK_LENGTH,
     Dek,
     Health,
     KeyInfo,
     KeyProvider,
     ProviderError,
-    ProviderUnavailable,
     Signature,
     SupportsBatchUnwrap,
     SupportsKeyManagement,
     SupportsSigning,
-    UnsupportedOperation,
-    UnwrapFailed,
     WrappedKey,
-    WrongKey,
+    bare,
     check_key,
-    inner_unwrap,
-    inner_wrap,
-    is_key,
 )
-from keymgmt_vault import _doctor, _keys, _policies
-from keymgmt_vault._client import Client, text_of
-from keymgmt_vault._errors import translate
-from keymgmt_vault._mechanisms import (
-    KINDS,
-    MECHANISMS,
-    ciphertext_version,
-    has_inner,
-    mechanism_of,
-)
-from keymgmt_vault._settings import VaultSettings
+from keymgmt_vault import _checks
+from keymgmt_vault._keys import Keys
+from keymgmt_vault._session import Session
+from keymgmt_vault._settings import KINDS, VaultSettings
+from keymgmt_vault._wrapping import Wrapping
 
 __all__ = ["VaultProvider"]
-
-# OpenBao refused a body with 245 to 250 items and additional data ("maximum number of strings").
-BATCH: Final = 200
-
-
-class _Item(NamedTuple):
-    """One blob as Transit takes it; ``context`` is bound by it, or by the inner key."""
-
-    native: str
-    ciphertext: str
-    associated: str | None
-
-    def body(self) -> dict[str, str]:
-        body = {"ciphertext": self.ciphertext}
-        if self.associated:
-            body["associated_data"] = self.associated
-        return body
 
 
 class VaultProvider(
@@ -95,143 +61,28 @@ class VaultProvider(
 
     def __init__(self, name: str, settings: VaultSettings) -> None:
         super().__init__(name, settings)
-        self._client = Client(settings)
-        self._keys = _keys.Keys(self._client, name)
+        self._session = Session(name, settings)
+        self._keys = Keys(self._session)
+        self._wrapping = Wrapping(self._session, self._keys)
 
+    @bare
     def wrap(self, key: str, dek: Dek, context: bytes) -> WrappedKey:
         """See KeyProvider; two calls, since the key is looked at before."""
-        with self._client.adapter.operation():
-            described = self._keys.read(check_key(key)).alive()
-            mechanism = mechanism_of(described.kind) if described.purpose == "wrap" else None
-            if mechanism is None:
-                raise UnsupportedOperation(
-                    f"the key {key!r} is {described.kind} and does not wrap",
-                    hint=f"a key that wraps is of kind {', '.join(described.wrapping)}",
-                )
-            if has_inner(mechanism):
-                made: list[str] = []
+        return self._wrapping.wrap(check_key(key), dek, context)
 
-                def wrap_inner(inner: Dek) -> bytes:
-                    made.append(self._encrypt(described.native, inner, b""))
-                    return made[0].encode()
-
-                blob = inner_wrap(dek, context, wrap_inner)
-            else:
-                made = [self._encrypt(described.native, dek, context)]
-                blob = made[0].encode()
-        version = ciphertext_version(made[0])
-        if version is None:
-            raise ProviderUnavailable("the server's answer is no Transit ciphertext")
-        return WrappedKey(self.backend, key, version, mechanism, blob)
-
-    def _encrypt(self, native: str, dek: Dek, context: bytes) -> str:
-        plaintext = base64.b64encode(dek.view()).decode()
-        associated = base64.b64encode(context).decode() or None
-        data = self._client.call(
-            "encrypt",
-            native,
-            lambda: self._client.transit.encrypt_data(
-                native,
-                plaintext,
-                associated_data=associated,
-                mount_point=self.settings.mount,
-            ),
-        )
-        return text_of(data, "ciphertext")
-
+    @bare
     def unwrap(self, wrapped: WrappedKey, context: bytes) -> Dek:
         """See KeyProvider; one call."""
-        item = self._prepare(wrapped, context)
-        data = self._client.call(
-            "decrypt",
-            item.native,
-            lambda: self._client.transit.decrypt_data(
-                item.native,
-                item.ciphertext,
-                associated_data=item.associated,
-                mount_point=self.settings.mount,
-            ),
-        )
-        return _finish(wrapped, context, data)
+        return self._wrapping.unwrap(wrapped, context)
 
+    @bare
     def unwrap_batch(
         self, items: Sequence[tuple[WrappedKey, bytes]]
     ) -> Sequence[Dek | ProviderError]:
         """See SupportsBatchUnwrap; one call for each 200 items of a key."""
-        answers: dict[int, Dek | ProviderError] = {}
-        groups: dict[str, list[tuple[int, _Item]]] = {}
-        for index, (wrapped, context) in enumerate(items):
-            try:
-                item = self._prepare(wrapped, context)
-                groups.setdefault(item.native, []).append((index, item))
-            except ProviderError as error:
-                answers[index] = error
-        for native, group in groups.items():
-            for start in range(0, len(group), BATCH):
-                chunk = group[start : start + BATCH]
-                try:
-                    results = self._decrypt_many(native, [item for _, item in chunk])
-                except ProviderError as error:
-                    answers |= dict.fromkeys((index for index, _ in chunk), error)
-                    continue
-                for (index, _), result in zip(chunk, results, strict=True):
-                    answers[index] = self._one_of_many(native, *items[index], result)
-        return [answers[index] for index in range(len(items))]
+        return self._wrapping.unwrap_batch(items)
 
-    def _decrypt_many(self, native: str, batch: list[_Item]) -> list[Any]:
-        body = {
-            "batch_input": [item.body() for item in batch],
-            # Without it one bad item is status 400 for all.
-            "partial_failure_response_code": 200,
-        }
-        path = f"/v1/{self.settings.mount}/decrypt/{native}"
-        data = self._client.call(
-            "decrypt", native, lambda: self._client.adapter.post(path, json=body)
-        )
-        results = data.get("batch_results")
-        if not isinstance(results, list) or len(results) != len(batch):
-            raise ProviderUnavailable("the server's answer has not one result for each item")
-        return results
-
-    def _one_of_many(
-        self, native: str, wrapped: WrappedKey, context: bytes, result: Any
-    ) -> Dek | ProviderError:
-        try:
-            if isinstance(result, dict) and not result.get("error"):
-                return _finish(wrapped, context, result)
-            text = str(result.get("error")) if isinstance(result, dict) else "no result"
-            refusal = exceptions.InvalidRequest(errors=[text])
-            return translate(refusal, "decrypt", native, self.settings)
-        except ProviderError as error:
-            return error
-
-    def _prepare(self, wrapped: WrappedKey, context: bytes) -> _Item:
-        if wrapped.backend != self.backend:
-            raise WrongKey(f"{wrapped} was not wrapped by a Vault")
-        if not is_key(wrapped.key):
-            # Never into a URL, whatever way it came past WrappedKey.
-            raise WrongKey("what was wrapped names no key")
-        if wrapped.mechanism not in MECHANISMS:
-            raise UnsupportedOperation(f"{wrapped} was wrapped by an unknown mechanism")
-        if not self.settings.allows(wrapped.key, wrapped.mechanism):
-            raise UnsupportedOperation(
-                f"the config does not allow {wrapped.mechanism} for the key {wrapped.key!r}",
-                hint=f"add it to mechanisms of [providers.{self.name}.keys.{wrapped.key}]",
-            )
-        blob, associated = wrapped.blob, base64.b64encode(context).decode() or None
-        if has_inner(wrapped.mechanism):
-            blob, associated = blob[2 : 2 + int.from_bytes(blob[:2], "big")], None
-        # Anything outside the alphabet becomes a character that no ciphertext has.
-        ciphertext = blob.decode("ascii", "replace")
-        version = ciphertext_version(ciphertext)
-        if version is None or wrapped.params:
-            # It cannot decrypt; the server says whether key and version are there at all.
-            ciphertext, associated = f"vault:v{wrapped.version}:{'A' * 80}", None
-            version = ciphertext_version(ciphertext)
-        if version != wrapped.version:
-            raise WrongKey(f"the blob of {wrapped} is of no such version")
-        return _Item(self.settings.native(wrapped.key), ciphertext, associated)
-
+    @bare
     def create_key(self, key: str, kind: str, options: Mapping[str, str]) -> KeyInfo:
         """See SupportsKeyManagement; the option ``auto-rotate`` is a period such as ``2160h``.
 
@@ -239,57 +90,40 @@ class VaultProvider(
         """
         return self._keys.create(check_key(key), kind, options)
 
+    @bare
     def list_keys(self) -> list[KeyInfo]:
-        """See SupportsKeyManagement; keys whose names or types we cannot use are left out."""
+        """See SupportsKeyManagement; what we may not look at is named in the log."""
         return self._keys.list()
 
+    @bare
     def describe_key(self, key: str) -> KeyInfo:
         """See SupportsKeyManagement."""
         return self._keys.read(check_key(key)).info()
 
+    @bare
     def rotate_key(self, key: str) -> KeyInfo:
         """See SupportsKeyManagement."""
         return self._keys.rotate(check_key(key))
 
+    @bare
     def retire_version(self, key: str, version: str) -> KeyInfo:
         """See SupportsKeyManagement; Transit has only a floor, so the oldest one first."""
         return self._keys.retire(check_key(key), version)
 
-    def public_key(self, key: str) -> bytes:
+    @bare
+    def public_key(self, key: str, version: str | None = None) -> bytes:
         """See SupportsSigning."""
-        return self._keys.signing(check_key(key)).public_key()
+        return self._keys.signing(check_key(key)).public_key(version)
 
+    @bare
     def sign(self, key: str, message: bytes) -> Signature:
         """See SupportsSigning; all but Ed25519 hash here and send the digest."""
         return self._keys.sign(check_key(key), message)
 
-    def policy(self, role: str, key: str) -> str:
-        """The policy in HCL that ``role`` (of ``_policies.ROLES``) needs for ``key``; no I/O."""
-        return _policies.policy(role, self.settings.mount, self.settings.native(check_key(key)))
-
-    def administer(self, path: str, body: Mapping[str, Any]) -> Any:
-        """POST to a path of the server's own API and return its answer; for ``keymgmt vault``."""
-        with self._client.adapter.operation():
-            self._client.login.ensure()
-            return self._client.adapter.post(path, json=body, once=True)
-
     def check(self, key: str | None = None) -> Health:
         """See KeyProvider; each address, then the login and its token, then the key."""
-        return _doctor.check(self, self._client, key)
+        return _checks.check(self._session, self._keys, self._wrapping, key)
 
     def close(self) -> None:
-        """See KeyProvider; it may be used again, and then logs in again."""
-        self._client.close()
-
-
-def _finish(wrapped: WrappedKey, context: bytes, data: Mapping[str, Any]) -> Dek:
-    try:
-        plain = binascii.a2b_base64(text_of(data, "plaintext"), strict_mode=True)
-    except ValueError as error:
-        raise ProviderUnavailable("the server's answer has no plaintext in base64") from error
-    if len(plain) != DEK_LENGTH:
-        raise UnwrapFailed(f"what {wrapped} holds is no data key")
-    dek = Dek(plain)
-    if has_inner(wrapped.mechanism):
-        return inner_unwrap(wrapped.blob, context, lambda _: dek)
-    return dek
+        """See KeyProvider; it logs out, may be used again, and then logs in again."""
+        self._session.close()

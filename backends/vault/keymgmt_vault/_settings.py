@@ -1,4 +1,4 @@
-"""The ``[providers.NAME]`` table of a Vault provider: where it is and how to log in.
+"""The ``[providers.NAME]`` table of a Vault provider: where it is, how to log in, which keys.
 
 Addresses come from here and from nowhere else. TLS is required, except on loopback and on sockets
 of this machine.
@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal, NamedTuple
 from urllib.parse import urlsplit
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from keymgmt.backend import ConfigPath, SecretSource, Settings, is_key
-from keymgmt_vault._mechanisms import MECHANISMS
 
 __all__ = [
+    "AEAD",
+    "INNER",
+    "KINDS",
+    "MECHANISMS",
+    "RSA",
     "Address",
     "AgentAuth",
     "AppRoleAuth",
@@ -25,16 +30,36 @@ __all__ = [
     "CertAuth",
     "JwtAuth",
     "KubernetesAuth",
+    "SecretId",
     "TokenAuth",
     "VaultSettings",
 ]
+
+AEAD: Final = ("aes256-gcm96", "chacha20-poly1305", "xchacha20-poly1305")
+RSA: Final = ("rsa-2048", "rsa-3072", "rsa-4096")
+INNER: Final = "rsa-oaep-sha256+inner"
+MECHANISMS: Final = (*AEAD, INNER)
+KINDS: Final[Mapping[str, Literal["wrap", "sign"]]] = {
+    **dict.fromkeys(AEAD, "wrap"),
+    **dict.fromkeys(RSA, "wrap"),
+    "ed25519": "sign",
+    "ecdsa-p256": "sign",
+    "ecdsa-p384": "sign",
+}
+"""Transit key types that are of use: what each is for, if the config says nothing else."""
 
 # Each of these becomes part of a URL, in which a client or server may collapse dot segments.
 _SEGMENT: Final = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]|\.(?!\.)){0,126}[A-Za-z0-9_-]|[A-Za-z0-9_]"
 _PATH: Final = rf"^(?:{_SEGMENT})(?:/(?:{_SEGMENT})){{0,7}}$"
 _SERVICE_ACCOUNT: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 
-Mount = Annotated[str, Field(max_length=256)]
+
+def _no_slash_at_the_end(value: object) -> object:
+    # As `vault secrets list` shows a mount.
+    return value.strip("/") if isinstance(value, str) else value
+
+
+Mount = Annotated[str, BeforeValidator(_no_slash_at_the_end), Field(max_length=256)]
 Role = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
 
@@ -44,11 +69,15 @@ def is_path(text: str) -> bool:
 
 
 class Address(NamedTuple):
-    """One configured address: scheme ``https``, ``http`` (loopback only) or ``unix``."""
+    """One configured address: scheme ``https``, ``http`` (loopback only) or ``unix``.
+
+    ``path`` is what a gateway has before ``/v1``.
+    """
 
     scheme: Literal["https", "http", "unix"]
     host: str
     port: int
+    path: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Address:
@@ -62,27 +91,41 @@ class Address(NamedTuple):
             # Not repeated: what stands before the @ may be a password.
             raise ValueError("an address holds no user name or password; use auth")
         if parts.query or parts.fragment:
-            raise ValueError(f"{text[:200]!r} has more than scheme, host and port")
+            raise ValueError(f"{text[:200]!r} has more than scheme, host, port and path")
         if parts.scheme == "unix":
             if parts.netloc or not parts.path.startswith("/"):
                 raise ValueError(f"{text[:200]!r} is no socket: write unix:/path/of/the/socket")
             return cls("unix", parts.path, 0)
         if parts.scheme not in ("https", "http") or not parts.hostname:
             raise ValueError(f"{text[:200]!r} is no address: write https://host:8200")
-        if parts.path not in ("", "/"):
-            raise ValueError(f"{text[:200]!r} has more than scheme, host and port")
+        path = parts.path.strip("/")
+        if path and not is_path(path):
+            raise ValueError(f"{text[:200]!r} has a path that is none")
+        if path == "v1" or path.endswith("/v1"):
+            raise ValueError(f"{text[:200]!r} ends in /v1, which is added: leave it out")
         if parts.scheme == "http" and not _is_loopback(parts.hostname):
             raise ValueError(
                 f"{text[:200]!r} is not protected: use https, http is for loopback addresses only"
             )
         secure = parts.scheme == "https"
-        return cls("https" if secure else "http", parts.hostname, port or (443 if secure else 80))
+        return cls(
+            "https" if secure else "http",
+            parts.hostname,
+            port or (443 if secure else 80),
+            f"/{path}" if path else "",
+        )
+
+    @property
+    def netloc(self) -> str:
+        """Host and port as HTTP's ``Host`` has them."""
+        if self.scheme == "unix":
+            return "localhost"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     def __str__(self) -> str:
         if self.scheme == "unix":
             return f"unix:{self.host}"
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.scheme}://{host}:{self.port}"
+        return f"{self.scheme}://{self.netloc}{self.path}"
 
 
 def _is_loopback(host: str) -> bool:
@@ -94,18 +137,34 @@ def _is_loopback(host: str) -> bool:
 
 
 class TokenAuth(Settings):
-    """``{ method = "token", token = SECRET }``: a token that somebody else renews or replaces."""
+    """``{ method = "token", token = SECRET }``: a token that somebody else made.
+
+    It is renewed in time, which costs it a use or two; ``renew = false`` leaves it alone.
+    """
 
     method: Literal["token"]
     token: SecretSource
+    renew: bool = True
+
+
+class SecretId(SecretSource):
+    """A secret id: where it is, or ``{ wrapped = SECRET }`` where a token that wraps it is.
+
+    Such a token serves once (Vault's response wrapping), as in Vault's agent.
+    """
+
+    wrapped: SecretSource | None = None
 
 
 class AppRoleAuth(Settings):
-    """``{ method = "approle", role_id = SECRET, secret_id = SECRET }``; ``mount`` as enabled."""
+    """``{ method = "approle", role_id = SECRET, secret_id = SECRET }``; ``mount`` as enabled.
+
+    ``secret_id = { wrapped = SECRET }`` has it from a token that wraps it and serves once.
+    """
 
     method: Literal["approle"]
     role_id: SecretSource
-    secret_id: SecretSource | None = None
+    secret_id: SecretId | None = None
     mount: Mount = "approle"
 
 
@@ -118,7 +177,10 @@ class CertAuth(Settings):
 
 
 class JwtAuth(Settings):
-    """``{ method = "jwt", role = "NAME", jwt = SECRET }``; for OIDC's mount, ``mount = "oidc"``."""
+    """``{ method = "jwt", role = "NAME", jwt = SECRET }``; for OIDC's mount, ``mount = "oidc"``.
+
+    A file that others can read is taken too: that is how pods have it, as for ``kubernetes``.
+    """
 
     method: Literal["jwt"]
     role: Role
@@ -129,7 +191,8 @@ class JwtAuth(Settings):
 class KubernetesAuth(Settings):
     """``{ method = "kubernetes", role = "NAME" }``: the service account of this pod.
 
-    ``token_file`` is written by the kubelet, with the mode that the pod asked for; it is read anew
+    ``token_file`` is written by the kubelet, with the mode that the pod asked for (0440 or 0644,
+    in a folder of this pod alone); it is refused only where others can write it. It is read anew
     for each login because it is replaced while the pod runs.
     """
 
@@ -197,6 +260,8 @@ class VaultSettings(Settings):
         timeout: seconds for a whole operation, with its retries and logins.
         call_timeout: seconds for one call to one node.
         keys: key -> native name and mechanisms, for keys that are called otherwise in Transit.
+        keys_prefix: how the names of our keys begin; all others are other machines', and cost no
+            request.
     """
 
     address: str | list[str]
@@ -206,11 +271,12 @@ class VaultSettings(Settings):
     client_key: ConfigPath | None = None
     client_key_password: SecretSource | None = None
     server_name: str | None = None
-    namespace: str | None = None
+    namespace: Mount | None = None
     mount: Mount = "transit"
     timeout: Annotated[float, Field(gt=0, le=600)] = 10.0
     call_timeout: Annotated[float, Field(gt=0, le=60)] = 3.0
     keys: dict[str, KeyEntry] = Field(default_factory=dict)
+    keys_prefix: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> VaultSettings:
@@ -237,6 +303,8 @@ class VaultSettings(Settings):
         for key in self.keys:
             if not is_key(key):
                 raise ValueError(f"keys: {key[:80]!r} is no key name")
+        if self.keys_prefix is not None and not is_key(f"{self.keys_prefix}0"):
+            raise ValueError(f"keys_prefix {self.keys_prefix!r} begins no key name")
         return self
 
     @property
@@ -258,6 +326,10 @@ class VaultSettings(Settings):
         # A key that the table calls otherwise is not reached by its own name.
         shadowed = native in self.keys and self.keys[native].name not in (None, native)
         return native if is_key(native) and not shadowed else None
+
+    def may_hold(self, key: str) -> bool:
+        """Whether ``key`` may be one of ours, by ``keys_prefix``."""
+        return key.startswith(self.keys_prefix or "")
 
     def allows(self, key: str, mechanism: str) -> bool:
         """Whether a blob of ``mechanism`` may be unwrapped with ``key``."""

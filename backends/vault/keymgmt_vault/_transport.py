@@ -1,334 +1,323 @@
-"""One call to one node: pooled connections that the environment and the server cannot steer.
+"""One call to one node, over kept connections that the environment and the server cannot steer.
 
-Rules: no proxy, no netrc, no CA bundle and no key log from the environment (urllib3's pools read
-none of it, and the TLS context is made here); no redirect is followed; an answer has at most
+Rules: no proxy, no netrc, no CA bundle and no key log from the environment (http.client reads none
+of it, and the TLS context is made here); no redirect is followed; an answer has at most
 ``MAX_ANSWER`` bytes and is never decompressed; a call ends by its deadline even if the server sends
-a byte now and then.
+a byte now and then. Certificates and authorities are read anew for the next connection when their
+files changed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import http.client
 import ipaddress
+import logging
+import select
 import socket
 import ssl
-import threading
 import time
+from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal
+from email.message import Message
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import certifi
-import urllib3
-from urllib3 import exceptions as broken
-from urllib3.connection import HTTPConnection, HTTPSConnection
 
-from keymgmt.backend import ConfigError, ProviderUnavailable, private_file_problem, wipe, within
+from keymgmt.backend import Deadline, ProviderError, ProviderUnavailable, read_file, wipe
+from keymgmt_vault._errors import NodeFailure
 
 if TYPE_CHECKING:
     from keymgmt_vault._settings import Address, VaultSettings
 
-__all__ = ["MAX_ANSWER", "Node", "NodeFailure", "Reply", "tls_context"]
+__all__ = ["MAX_ANSWER", "Answer", "Node", "Place", "Tls"]
 
 MAX_ANSWER: Final = 4 << 20
-_POOL: Final = 32
-_LENGTH: Final = {"content-length", "transfer-encoding"}
-_deadline = threading.local()
+_MAX_PEM: Final = 4 << 20
+_KEPT: Final = 64
+_IDLE: Final = 30.0  # seconds after which something on the way may have forgotten a connection
+_CLOSED: Final = (http.client.RemoteDisconnected, ConnectionError, ssl.SSLEOFError)
+_VERIFY: Final = {9: "clock", 10: "expired"}  # X509_V_ERR_CERT_NOT_YET_VALID, _HAS_EXPIRED
+log: Final = logging.getLogger("keymgmt.vault")
 
 
-class _Deadline:
-    """A socket whose every read ends by the deadline of the call, not so long after the last byte.
+class Place(NamedTuple):
+    """Where to connect to: what a name resolved to."""
 
-    A connection serves one thread at a time, so the thread knows the deadline.
-    """
+    family: int
+    where: Any
+
+
+class Answer(NamedTuple):
+    """What a node answered, whatever its status; ``data`` may hold a secret."""
+
+    status: int
+    headers: Message
+    data: bytes
+
+
+class _Timed:
+    """A socket whose reads all end by the deadline of the call, not so long after the last byte."""
+
+    deadline: Deadline
 
     def recv_into(self, *args: Any, **kwargs: Any) -> int:
-        left = getattr(_deadline, "at", float("inf")) - time.monotonic()
-        if left <= 0:
+        left = self.deadline.remaining
+        if not left:
             raise TimeoutError("timed out")
-        if left != float("inf"):
-            self.settimeout(left)  # type: ignore[attr-defined]
+        self.settimeout(left)  # type: ignore[attr-defined]
         return super().recv_into(*args, **kwargs)  # type: ignore[misc,no-any-return]
 
 
-class _Socket(_Deadline, socket.socket):
+class _Socket(_Timed, socket.socket):
     pass
 
 
-class _TlsSocket(_Deadline, ssl.SSLSocket):
+class _TlsSocket(_Timed, ssl.SSLSocket):
     pass
 
 
-def _connect(connection: HTTPConnection) -> socket.socket:
-    host, port = connection._dns_host, connection.port
-    left = max(0.001, _deadline.at - time.monotonic())
+class Tls:
+    """The TLS of a provider: its own authorities and certificate, TLS 1.2 or newer."""
+
+    def __init__(self, settings: VaultSettings) -> None:
+        self._settings = settings
+        self._made: tuple[object, ssl.SSLContext] | None = None
+
+    def context(self) -> ssl.SSLContext:
+        """What the files say now; while they are being replaced, what they said before.
+
+        Raises:
+            ProviderUnavailable: a file is missing, not private, or not what it should be.
+        """
+        files = self._settings.ca_file, self._settings.client_cert, self._settings.client_key
+        state = [_state(path) for path in files if path]
+        made = self._made
+        if made is None or made[0] != state:
+            try:
+                made = state, _context(self._settings)
+            except ProviderError as error:
+                if made is None:
+                    raise
+                log.warning("what was read before is used, because %s", error)
+            else:
+                self._made = made
+        return made[1]
+
+
+def _state(path: Path) -> tuple[int, int, int] | None:
     try:
-        found = within(
-            left,
-            f"the name look-up of {host}",
-            lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM),
-        )
-    except socket.gaierror as error:
-        raise broken.NameResolutionError(host, connection, error) from error
-    except ProviderUnavailable as error:
-        raise broken.ConnectTimeoutError(connection, str(error)) from error
-    failure: OSError = OSError("the name has no address")
-    for tried, (family, kind, protocol, _, place) in enumerate(found):
-        # An address that never answers leaves time for the others.
-        left = (_deadline.at - time.monotonic()) / (len(found) - tried)
-        if left <= 0:
-            failure = TimeoutError("timed out")
-            break
-        opened = _Socket(family, kind, protocol)
-        try:
-            opened.settimeout(left)
-            opened.connect(place)
-            opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        except OSError as error:
-            opened.close()
-            failure = error
-        else:
-            return opened
-    if isinstance(failure, TimeoutError):
-        raise broken.ConnectTimeoutError(connection, "no connection in time") from failure
-    raise broken.NewConnectionError(connection, failure.strerror or str(failure)) from failure
+        info = path.stat()
+    except OSError:
+        return None
+    return info.st_ino, info.st_mtime_ns, info.st_size
 
 
-class _PlainConnection(HTTPConnection):
-    def _new_conn(self) -> socket.socket:
-        opened = _connect(self)
-        # The name localhost may resolve to anything; nothing is sent in clear to another machine.
-        if not ipaddress.ip_address(opened.getpeername()[0]).is_loopback:
-            opened.close()
-            raise broken.NewConnectionError(self, "the address is not on loopback")
-        return opened
-
-
-class _TlsConnection(HTTPSConnection):
-    def _new_conn(self) -> socket.socket:
-        return _connect(self)
-
-
-class _UnixConnection(HTTPConnection):
-    path = ""
-
-    def _new_conn(self) -> socket.socket:
-        opened = _Socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            opened.settimeout(max(0.001, _deadline.at - time.monotonic()))
-            opened.connect(self.path)
-        except TimeoutError as error:
-            opened.close()
-            raise broken.ConnectTimeoutError(self, "no connection in time") from error
-        except OSError as error:
-            opened.close()
-            raise broken.NewConnectionError(self, error.strerror or str(error)) from error
-        return opened
-
-
-Kind = Literal[
-    "name",
-    "refused",
-    "stalled",
-    "tls",
-    "broken",
-    "oversized",
-    "status",
-    "sealed",
-    "redirect",
-    "limited",
-]
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What a node answered; ``data`` may hold a secret, and who reads it wipes it."""
-
-    status: int
-    headers: Mapping[str, str]
-    data: bytearray = field(repr=False)
-
-
-class NodeFailure(Exception):
-    """No answer that can be used from one node.
-
-    Attributes:
-        kind: what is wrong; ``name`` and ``tls`` do not go away by waiting.
-        sent: whether the node may have carried out what it was asked.
-        cut: whether the operation's end made the call shorter than a call may be.
-    """
-
-    cut = False
-
-    def __init__(
-        self,
-        kind: Kind,
-        message: str,
-        *,
-        sent: bool = True,
-    ) -> None:
-        super().__init__(message)
-        self.kind: Final = kind
-        self.sent: Final = sent
-
-
-def tls_context(settings: VaultSettings) -> ssl.SSLContext:
-    """The TLS of a provider: its own authorities and certificate, TLS 1.2 or newer.
-
-    Raises:
-        ConfigError: a file is missing, not private, or not what it should be.
-    """
+def _context(settings: VaultSettings) -> ssl.SSLContext:
     # Not ssl.create_default_context: that follows SSL_CERT_FILE and SSLKEYLOGFILE.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.sslsocket_class = _TlsSocket
-    authorities = settings.ca_file or certifi.where()
+    path = settings.ca_file
     try:
-        context.load_verify_locations(cafile=authorities)
-    except ssl.SSLError as error:
-        raise ConfigError(f"{authorities} holds no certificate in PEM") from error
-    except OSError as error:
-        raise ConfigError(f"cannot read ca_file {authorities}: {error.strerror}") from error
-    if settings.client_cert and settings.client_key:
-        _load_client(context, settings)
-    return context
-
-
-def _load_client(context: ssl.SSLContext, settings: VaultSettings) -> None:
+        if path is None:
+            context.load_verify_locations(cafile=certifi.where())
+        else:
+            pem = _read(path, "ca_file", private=False)
+            context.load_verify_locations(cadata=pem.decode("ascii", "replace"))
+    except (ssl.SSLError, ValueError) as error:
+        raise ProviderUnavailable(f"{path} holds no certificate in PEM") from error
     certificate, key = settings.client_cert, settings.client_key
-    assert certificate is not None and key is not None  # noqa: S101, PT018 - for the type checker
-    try:
-        problem = private_file_problem(key.stat())
-        certificate.stat()
-    except OSError as error:
-        raise ConfigError(f"cannot read {error.filename}: {error.strerror}") from error
-    if problem:
-        raise ConfigError(f"the client key {key} is refused: {problem}", hint=f"chmod 600 {key}")
+    if certificate is None or key is None:
+        return context
+    _read(certificate, "client_cert", private=False)
+    wipe(_read(key, "client_key", private=True))
     source = settings.client_key_password
     password = source.read() if source else bytearray()
     try:
         # An empty password stops OpenSSL from asking on the terminal.
         context.load_cert_chain(certificate, key, password=password)
     except (ssl.SSLError, OSError, ValueError) as error:
-        raise ConfigError(
+        raise ProviderUnavailable(
             f"{certificate} and {key} are no certificate and its private key in PEM",
             hint="if the key has a password, name it as client_key_password",
         ) from error
     finally:
         wipe(password)
+    return context
+
+
+def _read(path: Path, what: str, *, private: bool) -> bytearray:
+    access: Any = "private" if private else "trusted"
+    return read_file(path, what=what, limit=_MAX_PEM, access=access, error=ProviderUnavailable)
 
 
 class Node:
-    """One configured address and the connections to it; safe to share between threads."""
+    """One place of one configured address, and the connections to it; shared between threads."""
 
-    def __init__(self, address: Address, context: ssl.SSLContext | None, name: str | None) -> None:
-        """``context`` is for https; ``name`` is whom its certificate must be for, if given."""
+    def __init__(self, address: Address, place: Place, tls: Tls, name: str | None) -> None:
+        """``name`` is whom the server's certificate must be for, if not the host of the address."""
         self.address: Final = address
-        self._pool = _pool(address, context, name)
+        self._place, self._tls, self._name = place, tls, name or address.host
+        self._idle: deque[tuple[float, socket.socket]] = deque()
+
+    def __str__(self) -> str:
+        return str(self.address)
 
     def call(
-        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], seconds: float
-    ) -> Reply:
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        headers: Mapping[str, str],
+        seconds: float,
+        *,
+        answer: float | None = None,
+        fresh: bool = False,
+    ) -> Answer:
         """Send one request and read its whole answer, whatever its status.
 
-        Raises:
-            NodeFailure: no whole answer of allowed size within ``seconds``.
-        """
-        _deadline.at = time.monotonic() + seconds
-        try:
-            return self._call(method, path, body, headers, seconds)
-        except broken.NameResolutionError as error:
-            raise NodeFailure("name", "its name is not known", sent=False) from error
-        except broken.NewConnectionError as error:
-            cause = error.__cause__
-            reason = (cause.strerror if isinstance(cause, OSError) else None) or "refused"
-            raise NodeFailure("refused", f"no connection: {reason}", sent=False) from error
-        except broken.ConnectTimeoutError as error:
-            raise NodeFailure("stalled", f"no connection in {seconds:.3g} s", sent=False) from error
-        except broken.SSLError as error:
-            raise NodeFailure("tls", _tls_reason(error), sent=False) from error
-        except (broken.TimeoutError, TimeoutError) as error:
-            raise NodeFailure("stalled", f"no answer in {seconds:.3g} s") from error
-        except (broken.HTTPError, OSError, ValueError) as error:
-            raise NodeFailure("broken", "the connection broke") from error
+        Args:
+            method: HTTP method.
+            path: from ``/v1/`` on.
+            body: JSON, or None.
+            headers: all but ``Host``.
+            seconds: for the connection and the answer together.
+            answer: for the answer from when it is sent, if not what is left of ``seconds``.
+            fresh: connect anew, so that a frozen node is noticed before anything is sent.
 
-    def _call(
-        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], seconds: float
-    ) -> Reply:
-        response = self._pool.urlopen(
-            method,
-            path,
-            body=body,
-            headers=headers,
-            retries=False,
-            redirect=False,
-            timeout=seconds,
-            preload_content=False,
-            decode_content=False,
-        )
-        clean = False
+        Raises:
+            NodeFailure: no whole answer of allowed size in that time.
+            ProviderUnavailable: the files of TLS cannot be used.
+        """
+        deadline = Deadline(seconds, str(self))
+        data = self._encode(method, path, body, headers)
+        if not fresh and (kept := self._take()):
+            with contextlib.suppress(*_CLOSED):
+                # What fails like that was closed while it was idle; it is sent again.
+                return self._exchange(kept, method, data, deadline)
+        made = self._connect(deadline)
+        if answer is not None:
+            deadline = Deadline(answer, str(self))
         try:
-            data = bytearray()
-            while chunk := response.read(MAX_ANSWER + 1 - len(data)):
-                data += chunk
-                if len(data) > MAX_ANSWER:
-                    raise NodeFailure("oversized", f"an answer of more than {MAX_ANSWER} bytes")
-            if response.status != 204 and not _LENGTH & {name.lower() for name in response.headers}:
+            return self._exchange(made, method, data, deadline)
+        except _CLOSED as error:
+            raise NodeFailure("broken") from error
+
+    def _encode(
+        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
+    ) -> bytes:
+        """The request as it is sent, in one piece (RFC 9112); nothing in it can end a line."""
+        fields = {**headers, "Host": self.address.netloc, "Content-Length": str(len(body or b""))}
+        lines = [f"{method} {self.address.path}{path} HTTP/1.1"]
+        lines += [f"{name}: {value}" for name, value in fields.items()]
+        text = "".join(lines)
+        if not text.isascii() or not text.isprintable():
+            raise NodeFailure("broken", sent=False)
+        return "\r\n".join((*lines, "\r\n")).encode() + (body or b"")
+
+    def _exchange(self, made: Any, method: str, data: bytes, deadline: Deadline) -> Answer:
+        kept = False
+        made.deadline = deadline
+        try:
+            made.settimeout(max(0.001, deadline.remaining))
+            made.sendall(data)
+            with http.client.HTTPResponse(made, method=method) as response:
+                response.begin()
                 # Without a length, an answer that was cut off looks like a whole one.
-                raise NodeFailure("broken", "the connection broke")
-            clean = True
-            return Reply(response.status, response.headers, data)
+                endless = response.length is None and not response.chunked
+                content = response.read(MAX_ANSWER + 1)
+                if len(content) > MAX_ANSWER or (response.length or 0) > MAX_ANSWER:
+                    raise NodeFailure("oversized", MAX_ANSWER)
+                if endless or response.length:
+                    raise NodeFailure("broken")
+                kept = not response.will_close
+                return Answer(response.status, response.headers, content)
+        except _CLOSED:
+            raise
+        except (http.client.HTTPException, OSError, ValueError) as error:
+            raise _failure(error, deadline, sent=True) from error
         finally:
-            if clean:
-                response.release_conn()
+            if kept and len(self._idle) < _KEPT:
+                self._idle.append((time.monotonic(), made))
             else:
                 # What is left of this answer must never be taken for the next one.
-                response.close()
+                made.close()
+
+    def _take(self) -> socket.socket | None:
+        while True:
+            try:
+                since, idle = self._idle.pop()
+            except IndexError:
+                return None
+            if time.monotonic() - since < _IDLE and not _readable(idle):
+                return idle
+            idle.close()
+
+    def _connect(self, deadline: Deadline) -> socket.socket:
+        secure = self.address.scheme == "https"
+        context = self._tls.context() if secure else None
+        family, where = self._place
+        made: socket.socket = _Socket(family, socket.SOCK_STREAM)
+        try:
+            made.settimeout(max(0.001, deadline.remaining))
+            made.connect(where)
+            if family != socket.AF_UNIX:
+                made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self.address.scheme == "http":
+                _check_loopback(made)
+            if context:
+                made.settimeout(max(0.001, deadline.remaining))
+                made = context.wrap_socket(made, server_hostname=self._name)
+        except OSError as error:
+            made.close()
+            raise _failure(error, deadline, sent=False) from error
+        except BaseException:
+            made.close()
+            raise
+        return made
 
     def certificate(self, seconds: float) -> dict[str, Any] | None:
         """The server's certificate as ``SSLSocket.getpeercert`` gives it; None without TLS."""
-        if not isinstance(self._pool, urllib3.HTTPSConnectionPool):
+        if self.address.scheme != "https":
             return None
-        _deadline.at = time.monotonic() + seconds
-        connection: Any = self._pool._new_conn()
         try:
-            connection.timeout = seconds
-            connection.connect()
-            certificate: dict[str, Any] | None = connection.sock.getpeercert()
-        except (broken.HTTPError, OSError):
-            certificate = None
-        finally:
-            with contextlib.suppress(OSError):
-                connection.close()
-        return certificate
+            with self._connect(Deadline(seconds, str(self))) as made:
+                found: dict[str, Any] | None = made.getpeercert()  # type: ignore[attr-defined]
+                return found
+        except (NodeFailure, ProviderError):
+            return None
 
     def close(self) -> None:
         """Close the idle connections."""
-        self._pool.close()
+        with contextlib.suppress(IndexError):
+            while True:
+                self._idle.pop()[1].close()
 
 
-def _pool(
-    address: Address, context: ssl.SSLContext | None, name: str | None
-) -> urllib3.HTTPConnectionPool:
-    pool: urllib3.HTTPConnectionPool
-    if address.scheme == "https":
-        pool = urllib3.HTTPSConnectionPool(
-            address.host, address.port, maxsize=_POOL, ssl_context=context, server_hostname=name
-        )
-        pool.ConnectionCls = _TlsConnection
-        return pool
-    if address.scheme == "http":
-        pool = urllib3.HTTPConnectionPool(address.host, address.port, maxsize=_POOL)
-        pool.ConnectionCls = _PlainConnection
-        return pool
-    pool = urllib3.HTTPConnectionPool("localhost", maxsize=_POOL)
-    pool.ConnectionCls = type("_Unix", (_UnixConnection,), {"path": address.host})
-    return pool
+def _readable(idle: socket.socket) -> bool:
+    """Whether a connection that nothing was asked on has something to read: its end, say."""
+    poll = select.poll()
+    poll.register(idle, select.POLLIN)
+    return bool(poll.poll(0))
 
 
-def _tls_reason(error: BaseException) -> str:
-    inner = error.args[0] if error.args and isinstance(error.args[0], ssl.SSLError) else error
-    if isinstance(inner, ssl.SSLCertVerificationError):
-        return f"its certificate is refused: {inner.verify_message}"
-    reason = getattr(inner, "reason", None)
-    return f"no TLS: {str(reason or inner)[:120]}"
+def _check_loopback(made: socket.socket) -> None:
+    # The name localhost may resolve to anything; nothing is sent in clear to elsewhere.
+    if not ipaddress.ip_address(made.getpeername()[0]).is_loopback:
+        raise NodeFailure("refused", "the address is not on loopback", sent=False)
+
+
+def _failure(error: Exception, deadline: Deadline, *, sent: bool) -> NodeFailure:
+    if isinstance(error, TimeoutError):
+        return NodeFailure("stalled", f"{deadline.seconds:.3g}", sent=sent)
+    if isinstance(error, ssl.SSLCertVerificationError):
+        kind = _VERIFY.get(error.verify_code, "certificate")
+        return NodeFailure(kind, error.verify_message, sent=False)
+    if isinstance(error, ssl.SSLError) and not isinstance(error, _CLOSED):
+        return NodeFailure("tls", str(error.reason or error)[:120], sent=sent)
+    reset = isinstance(error, _CLOSED) and not isinstance(error, ConnectionRefusedError)
+    if isinstance(error, OSError) and not sent and not reset:
+        return NodeFailure("refused", error.strerror or error, sent=False)
+    return NodeFailure("broken", sent=sent)

@@ -1,0 +1,60 @@
+"""What ``keymgmt doctor`` says of a key directory: its access, its locks, every key in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from keymgmt.backend import (
+    Dek,
+    Finding,
+    Health,
+    KeymgmtError,
+    KeyProvider,
+    SupportsSigning,
+    UnwrapFailed,
+)
+from keymgmt_file._keys import KeyFiles
+
+__all__ = ["check"]
+
+
+def check(provider: KeyProvider[Any], files: KeyFiles, key: str | None) -> Health:
+    """Look at the directory and read every key file in it, or try the one key ``key``."""
+    try:
+        findings = [_directory(files)]
+        names = files.names() if key is None else [key]
+    except KeymgmtError as error:
+        return Health((Finding("key directory", "failed", str(error), error.hint),))
+    for name in names:
+        try:
+            info = files.current(name).info()
+            if key is not None:
+                _try(provider, name, info.purpose)
+        except KeymgmtError as error:
+            findings.append(Finding(f"key {name}", "failed", str(error), error.hint))
+        else:
+            done = "" if key is None else f", {info.purpose}s"
+            detail = f"{info.kind}, version {info.newest}{done}"
+            findings.append(Finding(f"key {name}", "ok", detail))
+    return Health(tuple(findings))
+
+
+def _directory(files: KeyFiles) -> Finding:
+    name, states = "key directory", files.locked_keys().values()
+    if not states:
+        make = f"make one with: keymgmt keys create {files.provider}:KEY"
+        return Finding(name, "warning", f"{files.path}: no keys yet", make)
+    detail = f"{files.path}: private, {len(states)} keys, {sum(states)} locked with a passphrase"
+    if not all(states) and (any(states) or files.passphrase.source is not None):
+        lock = f"lock the others with: keymgmt file lock {files.provider}"
+        return Finding(name, "warning", detail, lock)
+    return Finding(name, "ok", detail)
+
+
+def _try(provider: KeyProvider[Any], key: str, purpose: str) -> None:
+    if isinstance(provider, SupportsSigning) and purpose == "sign":
+        provider.sign(key, b"keymgmt check")
+        return
+    with Dek.generate() as dek, provider.unwrap(provider.wrap(key, dek, b""), b"") as again:
+        if dek != again:
+            raise UnwrapFailed(f"the key {key!r} does not give back what it wrapped")

@@ -1,0 +1,103 @@
+"""Lock a key directory with a passphrase, unlock it, change the passphrase; accept a key file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from keymgmt.backend import ConfigError, SecretSource
+from keymgmt.console import clean, console
+from keymgmt_file._keys import KeyFiles
+from keymgmt_file._passphrase import Passphrase
+from keymgmt_file._provider import FileProvider
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+
+Provider = Annotated[
+    str | None,
+    typer.Argument(help="Provider in the config; may be left out where only one is of `file`."),
+]
+
+
+@app.command()
+def lock(context: typer.Context, provider: Provider = None) -> None:
+    """Lock all key files with the passphrase that the config names."""
+    files = _find(context, provider)
+    count = files.lock()
+    _say(f"locked {count} key files in {files.path}")
+    if count:
+        _say(
+            "What stood there before may still be found on the disk and in backups; "
+            "rotate the keys if that matters.",
+            note=True,
+        )
+
+
+@app.command()
+def unlock(context: typer.Context, provider: Provider = None) -> None:
+    """Take the passphrase off all key files."""
+    files = _find(context, provider)
+    _say(f"unlocked {files.unlock()} key files in {files.path}")
+    if files.passphrase.source is not None:
+        _say(
+            f"The config still names a passphrase; take it out of [providers.{files.provider}], "
+            "or the next key that is made or rotated is locked again.",
+            note=True,
+        )
+
+
+@app.command()
+def passwd(
+    context: typer.Context,
+    provider: Provider = None,
+    new_file: Annotated[
+        Path | None, typer.Option(help="Private file with the new passphrase; else it is asked.")
+    ] = None,
+) -> None:
+    """Change the passphrase of a locked key directory."""
+    files = _find(context, provider)
+    new = SecretSource(file=new_file) if new_file else SecretSource(prompt="New passphrase")
+    files.change_passphrase(Passphrase(new, files.provider))
+    _say(f"changed the passphrase of {files.path}")
+    source = files.passphrase.source
+    if source is not None and not source.prompt:
+        _say(f"Put the new one where the config looks for it: {source}", note=True)
+
+
+@app.command()
+def accept(
+    context: typer.Context,
+    key: Annotated[str, typer.Argument(metavar="PROVIDER:KEY", help="The key whose file it is.")],
+) -> None:
+    """Go on from a key file that is not the newest of its key: make a new version of it.
+
+    Its number is above all that were ever here. Models of the versions that it lacks stay closed.
+    """
+    provider, _, name = key.partition(":")
+    files = _find(context, provider)
+    with files.changing():
+        keys = files.find(name)
+        files.add_version(keys)
+    _say(f"made version {keys.newest} of the key {key}")
+
+
+def _say(text: str, *, note: bool = False) -> None:
+    console(stderr=note).print(clean(text), soft_wrap=True)
+
+
+def _find(context: typer.Context, name: str | None) -> KeyFiles:
+    config = context.obj.config()
+    if name is None:
+        names = [each for each in config.provider_names if config.backend_of(each) == "file"]
+        if len(names) != 1:
+            found = ", ".join(names) or "none"
+            raise ConfigError(
+                "which provider?", hint=f"providers with the backend file: {found}; name one"
+            )
+        name = names[0]
+    provider: FileProvider = context.obj.provider(name, FileProvider)
+    return provider.key_files

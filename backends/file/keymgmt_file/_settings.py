@@ -1,0 +1,19 @@
+"""The config table of a key directory."""
+
+from __future__ import annotations
+
+from keymgmt.backend import ConfigPath, SecretSource, Settings
+
+__all__ = ["FileSettings"]
+
+
+class FileSettings(Settings):
+    """``[providers.NAME]`` with ``backend = "file"``.
+
+    Attributes:
+        path: the key directory; relative to the config file.
+        passphrase: where the passphrase of locked key files is; see ``keymgmt file lock``.
+    """
+
+    path: ConfigPath
+    passphrase: SecretSource | None = None

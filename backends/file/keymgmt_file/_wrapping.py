@@ -1,0 +1,125 @@
+"""Wrapping under one version of a key; the mechanisms are in the core's SPEC.md, section 5."""
+
+from __future__ import annotations
+
+import os
+from typing import Final
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA384
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
+
+from keymgmt.backend import (
+    DEK_LENGTH,
+    Dek,
+    Recipient,
+    UnsupportedOperation,
+    UnwrapFailed,
+    WrappedKey,
+    WrongKey,
+    hpke_open,
+    public_key_id,
+    wipe,
+    wrap_for,
+)
+from keymgmt_file._jwk import KeySet
+
+__all__ = ["BACKEND", "recipient", "unwrap", "wrap"]
+
+BACKEND: Final = "file"
+_SALT: Final = 32
+_BLOB: Final = _SALT + DEK_LENGTH + 16
+_LABEL: Final = b"keymgmt-file wrap 1"
+_RECOGNISER: Final = b"keymgmt-file recogniser 1"
+
+
+def recipient(keys: KeySet) -> Recipient:
+    """The public part of the newest version of a key of an HPKE kind."""
+    version = keys.newest
+    return Recipient(keys.kind.name, BACKEND, keys.key, version, keys.hpke_public(version))
+
+
+def wrap(keys: KeySet, dek: Dek, context: bytes) -> WrappedKey:
+    """Wrap under the newest version."""
+    if keys.kind.is_hpke:
+        return wrap_for(recipient(keys), dek, context)
+    version, salt = keys.newest, os.urandom(_SALT)
+    derived = _derive(keys, version, salt, context)
+    try:
+        # The nonce may be fixed: the key was derived for this one message.
+        sealed = AESGCM(derived).encrypt(bytes(12), dek.view(), context)
+    finally:
+        wipe(derived)
+    params = {"recogniser": _recogniser(keys, version, salt)}
+    return WrappedKey(BACKEND, keys.key, version, keys.kind.marks["alg"], salt + sealed, params)
+
+
+def unwrap(keys: KeySet, wrapped: WrappedKey, context: bytes) -> Dek:
+    """Unwrap with the version that ``wrapped`` names, which ``keys`` have.
+
+    Raises:
+        UnsupportedOperation: it was wrapped by another mechanism than that of the key.
+        WrongKey: it was wrapped under another key of that name.
+        UnwrapFailed: it does not authenticate.
+    """
+    if wrapped.mechanism != keys.kind.marks["alg"]:
+        raise UnsupportedOperation(
+            f"the key {wrapped.key!r} is {keys.kind.name} and unwraps no {wrapped.mechanism}"
+        )
+    if set(wrapped.params) != {"pk" if keys.kind.is_hpke else "recogniser"}:
+        raise UnwrapFailed(f"what was wrapped by {wrapped} is malformed")
+    return (_unwrap_hpke if keys.kind.is_hpke else _unwrap_aes)(keys, wrapped, context)
+
+
+def _unwrap_aes(keys: KeySet, wrapped: WrappedKey, context: bytes) -> Dek:
+    if len(wrapped.blob) != _BLOB:
+        raise UnwrapFailed(f"what was wrapped by {wrapped} is malformed")
+    salt, sealed = wrapped.blob[:_SALT], wrapped.blob[_SALT:]
+    if wrapped.params["recogniser"] != _recogniser(keys, wrapped.version, salt):
+        raise WrongKey(
+            f"{wrapped} was wrapped by another key of that name",
+            hint="each directory has its own; put the right key file here, or seal to this key too",
+        )
+    plain = bytearray(DEK_LENGTH)
+    derived = _derive(keys, wrapped.version, salt, context)
+    try:
+        AESGCM(derived).decrypt_into(bytes(12), sealed, context, plain)
+        return Dek(plain)
+    except InvalidTag as error:
+        raise UnwrapFailed(
+            f"what was wrapped by {wrapped} does not authenticate",
+            hint="it was damaged, or bound to another model",
+        ) from error
+    finally:
+        # decrypt_into leaves unverified bytes behind on failure, and the key on success.
+        wipe(plain)
+        wipe(derived)
+
+
+def _unwrap_hpke(keys: KeySet, wrapped: WrappedKey, context: bytes) -> Dek:
+    # The stated public key will do: thousands may be asked about, and most are of other devices.
+    if wrapped.params["pk"] != public_key_id(keys.stated_public(wrapped.version)):
+        raise WrongKey(
+            f"{wrapped} was sealed to another key of that name",
+            hint="each device has its own; seal to the recipient file of this one too",
+        )
+    with keys.secret(wrapped.version) as secret:
+        return hpke_open(keys.kind.name, secret, wrapped.blob, context)
+
+
+def _recogniser(keys: KeySet, version: str, salt: bytes) -> str:
+    """What tells whoever has the key that a wrap is his, and tells nobody else anything."""
+    with keys.secret(version) as secret:
+        return HKDFExpand(SHA384(), 8, _RECOGNISER + salt).derive(secret).hex()
+
+
+def _derive(keys: KeySet, version: str, salt: bytes, context: bytes) -> bytearray:
+    info = bytearray(_LABEL)
+    for part in (keys.key.encode(), version.encode(), context):
+        # The length of each part before it, so that no two lists of parts read the same.
+        info += len(part).to_bytes(4, "big") + part
+    derived = bytearray(32)
+    with keys.secret(version) as secret:
+        HKDF(SHA384(), 32, salt, bytes(info)).derive_into(secret, derived)
+    return derived

