@@ -1,9 +1,10 @@
-"""The calls that python-pkcs11 cannot make as we need them, straight from the module's own table.
+"""The functions of a PKCS#11 module, called through its own table.
 
 Rules: secrets go in and come out in buffers that are wiped; the module's exact return code is kept;
-initialisation asks for locking; the IV is read back, since some tokens make their own; lengths that
-a module reports are not trusted (NSS softokn reports GCM's without the tag). Everything else is
-python-pkcs11's. ctypes releases the GIL during each call.
+initialisation asks for locking; the IV is read back, since some tokens make their own; lengths and
+counts that a module reports are not trusted (NSS softokn reports GCM's without the tag). There is
+no other binding: p11-kit gives each caller of C_GetFunctionList a table with sessions of its own.
+ctypes releases the GIL during each call.
 
 The layout is that of PKCS#11 2.40, pkcs11t.h and pkcs11f.h, for Unix (natural alignment).
 """
@@ -11,39 +12,47 @@ The layout is that of PKCS#11 2.40, pkcs11t.h and pkcs11f.h, for Unix (natural a
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from keymgmt.backend import wipe
+from keymgmt_pkcs11._errors import CkError, Ckr
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = [
-    "MAX_OUTPUT",
-    "ULONG_SIZE",
-    "USER_NOT_LOGGED_IN",
-    "CkError",
-    "Cryptoki",
-    "Parameters",
-    "TokenCounts",
-    "code_name",
-]
+    Template = Mapping[Any, bool | int | Buffer]
+
+__all__ = ["MAX_OUTPUT", "ULONG_SIZE", "Cryptoki", "LibraryInfo", "Parameters", "TokenInfo"]
 
 _ULONG = ctypes.c_ulong
 _PTR = ctypes.c_void_p
+_char = ctypes.c_char
 ULONG_SIZE: Final = ctypes.sizeof(_ULONG)
 UNKNOWN: Final = _ULONG(-1).value  # CK_UNAVAILABLE_INFORMATION
+_NO_NUMBER: Final = UNKNOWN - 1  # openCryptoki says one less
 _OS_LOCKING: Final = 2  # CKF_OS_LOCKING_OK
+_RW_SESSION: Final = 2  # CKF_RW_SESSION
+_SERIAL_SESSION: Final = 4  # CKF_SERIAL_SESSION
 MAX_OUTPUT: Final = 1024  # bytes of an RSA key of 8192 bits, the largest that is used
-USER_NOT_LOGGED_IN: Final = 0x101
+_Output = _char * MAX_OUTPUT
+_ZEROS: Final = bytes(MAX_OUTPUT)
+# Bounds of what a module may answer.
+MAX_NUMBERS: Final = 4096
+MAX_OBJECTS: Final = 65536
 
 # Name -> place in CK_FUNCTION_LIST and argument types.
 _CALLS: Final[Mapping[str, tuple[int, tuple[Any, ...]]]] = {
     "C_Initialize": (0, (_PTR,)),
     "C_Finalize": (1, (_PTR,)),
+    "C_GetInfo": (2, (_PTR,)),
+    "C_GetSlotList": (4, (ctypes.c_ubyte, _PTR, _PTR)),
+    "C_GetSlotInfo": (5, (_ULONG, _PTR)),
     "C_GetTokenInfo": (6, (_ULONG, _PTR)),
+    "C_GetMechanismList": (7, (_ULONG, _PTR, _PTR)),
+    "C_OpenSession": (12, (_ULONG, _ULONG, _PTR, _PTR, _PTR)),
+    "C_CloseSession": (13, (_ULONG,)),
     "C_GetSessionInfo": (15, (_ULONG, _PTR)),
     "C_Login": (18, (_ULONG, _ULONG, _PTR, _ULONG)),
     "C_CreateObject": (20, (_ULONG, _PTR, _ULONG, _PTR)),
@@ -59,169 +68,91 @@ _CALLS: Final[Mapping[str, tuple[int, tuple[Any, ...]]]] = {
     "C_Decrypt": (34, (_ULONG, _PTR, _ULONG, _PTR, _PTR)),
     "C_SignInit": (42, (_ULONG, _PTR, _ULONG)),
     "C_Sign": (43, (_ULONG, _PTR, _ULONG, _PTR, _PTR)),
+    "C_GenerateKey": (58, (_ULONG, _PTR, _PTR, _ULONG, _PTR)),
+    "C_GenerateKeyPair": (59, (_ULONG, _PTR, _PTR, _ULONG, _PTR, _ULONG, _PTR, _PTR)),
     "C_WrapKey": (60, (_ULONG, _PTR, _ULONG, _ULONG, _PTR, _PTR)),
     "C_UnwrapKey": (61, (_ULONG, _PTR, _ULONG, _PTR, _ULONG, _PTR, _ULONG, _PTR)),
     "C_DeriveKey": (62, (_ULONG, _PTR, _ULONG, _PTR, _ULONG, _PTR)),
 }
 
-# CKR_ codes under the names that python-pkcs11 gives to its exceptions.
-_CODES: Final[Mapping[int, str]] = {
-    0x02: "HostMemory",
-    0x03: "SlotIDInvalid",
-    0x05: "GeneralError",
-    0x06: "FunctionFailed",
-    0x07: "ArgumentsBad",
-    0x0A: "CantLock",
-    0x10: "AttributeReadOnly",
-    0x11: "AttributeSensitive",
-    0x12: "AttributeTypeInvalid",
-    0x13: "AttributeValueInvalid",
-    0x1B: "ActionProhibited",
-    0x20: "DataInvalid",
-    0x21: "DataLenRange",
-    0x30: "DeviceError",
-    0x31: "DeviceMemory",
-    0x32: "DeviceRemoved",
-    0x40: "EncryptedDataInvalid",
-    0x41: "EncryptedDataLenRange",
-    0x42: "AEADDecryptFailed",
-    0x50: "FunctionCancelled",
-    0x54: "FunctionNotSupported",
-    0x60: "KeyHandleInvalid",
-    0x62: "KeySizeRange",
-    0x63: "KeyTypeInconsistent",
-    0x68: "KeyFunctionNotPermitted",
-    0x69: "KeyNotWrappable",
-    0x6A: "KeyUnextractable",
-    0x70: "MechanismInvalid",
-    0x71: "MechanismParamInvalid",
-    0x82: "ObjectHandleInvalid",
-    0x90: "OperationActive",
-    0x91: "OperationNotInitialized",
-    0xA0: "PinIncorrect",
-    0xA1: "PinInvalid",
-    0xA2: "PinLenRange",
-    0xA3: "PinExpired",
-    0xA4: "PinLocked",
-    0xB0: "SessionClosed",
-    0xB1: "SessionCount",
-    0xB3: "SessionHandleInvalid",
-    0xB5: "SessionReadOnly",
-    0xB7: "SessionReadOnlyExists",
-    0xD0: "TemplateIncomplete",
-    0xD1: "TemplateInconsistent",
-    0xE0: "TokenNotPresent",
-    0xE1: "TokenNotRecognised",
-    0xE2: "TokenWriteProtected",
-    0xF0: "UnwrappingKeyHandleInvalid",
-    0xF1: "UnwrappingKeySizeRange",
-    0xF2: "UnwrappingKeyTypeInconsistent",
-    0x100: "UserAlreadyLoggedIn",
-    0x101: "UserNotLoggedIn",
-    0x102: "UserPinNotInitialized",
-    0x103: "UserTypeInvalid",
-    0x104: "AnotherUserAlreadyLoggedIn",
-    0x105: "UserTooManyTypes",
-    0x110: "WrappedKeyInvalid",
-    0x112: "WrappedKeyLenRange",
-    0x113: "WrappingKeyHandleInvalid",
-    0x150: "BufferTooSmall",
-    0x190: "CryptokiNotInitialized",
-    0x191: "CryptokiAlreadyInitialized",
-}
+
+def _structure(**fields: Any) -> Any:
+    return type("CK_", (ctypes.Structure,), {"_fields_": tuple(fields.items())})
 
 
-def code_name(code: int) -> str:
-    """The name of a return code, or its number in hex."""
-    return _CODES.get(code, f"0x{code:x}")
-
-
-class CkError(RuntimeError):
-    """A call answered something other than CKR_OK; ``reason`` is the code's name."""
-
-    def __init__(self, call: str, code: int) -> None:
-        self.call = call
-        self.code = code
-        self.reason = code_name(code)
-        super().__init__(f"{call}: {self.reason}")
-
-
-class _InitArgs(ctypes.Structure):
-    _fields_ = (
-        *((name, _PTR) for name in ("create", "destroy", "lock", "unlock")),
-        ("flags", _ULONG),
-        ("reserved", _PTR),
-    )
-
-
-class _Mechanism(ctypes.Structure):
-    _fields_ = (("mechanism", _ULONG), ("parameter", _PTR), ("length", _ULONG))
-
-
-class _Attribute(ctypes.Structure):
-    _fields_ = (("type", _ULONG), ("value", _PTR), ("length", _ULONG))
-
-
-class _Gcm(ctypes.Structure):
-    _fields_ = (
-        ("iv", _PTR),
-        ("iv_length", _ULONG),
-        ("iv_bits", _ULONG),
-        ("aad", _PTR),
-        ("aad_length", _ULONG),
-        ("tag_bits", _ULONG),
-    )
-
-
-class _Oaep(ctypes.Structure):
-    _fields_ = (
-        ("hash", _ULONG),
-        ("mgf", _ULONG),
-        ("source", _ULONG),
-        ("label", _PTR),
-        ("label_length", _ULONG),
-    )
-
-
-class _Ecdh(ctypes.Structure):
-    _fields_ = (
-        ("kdf", _ULONG),
-        ("shared_length", _ULONG),
-        ("shared", _PTR),
-        ("public_length", _ULONG),
-        ("public", _PTR),
-    )
-
-
-class _Pss(ctypes.Structure):
-    _fields_ = (("hash", _ULONG), ("mgf", _ULONG), ("salt", _ULONG))
-
-
-class _TokenInfo(ctypes.Structure):
-    _fields_ = (
-        ("text", ctypes.c_char * 96),
-        ("flags", _ULONG),
-        ("max_sessions", _ULONG),
-        ("sessions", _ULONG),
-        ("max_rw_sessions", _ULONG),
-        ("rw_sessions", _ULONG),
-        ("rest", _ULONG * 6),
-        ("versions", ctypes.c_ubyte * 4),
-        ("time", ctypes.c_char * 16),
-    )
-
-
-class _SessionInfo(ctypes.Structure):
-    _fields_ = (("slot", _ULONG), ("state", _ULONG), ("flags", _ULONG), ("device_error", _ULONG))
+_BYTES: Final = ctypes.c_char_p  # a pointer to what is only read, which the structure keeps
+_InitArgs: Final = _structure(
+    create=_PTR, destroy=_PTR, lock=_PTR, unlock=_PTR, flags=_ULONG, reserved=_PTR
+)
+_Mechanism: Final = _structure(mechanism=_ULONG, parameter=_PTR, length=_ULONG)
+_Attribute: Final = _structure(type=_ULONG, value=_PTR, length=_ULONG)
+_Gcm: Final = _structure(
+    iv=_PTR, iv_length=_ULONG, iv_bits=_ULONG, aad=_BYTES, aad_length=_ULONG, tag_bits=_ULONG
+)
+_Oaep: Final = _structure(hash=_ULONG, mgf=_ULONG, source=_ULONG, label=_BYTES, label_length=_ULONG)
+_Ecdh: Final = _structure(
+    kdf=_ULONG, shared_length=_ULONG, shared=_PTR, public_length=_ULONG, public=_BYTES
+)
+_Pss: Final = _structure(hash=_ULONG, mgf=_ULONG, salt=_ULONG)
+_Version: Final = _structure(major=ctypes.c_ubyte, minor=ctypes.c_ubyte)
+_Info: Final = _structure(
+    cryptoki=_Version,
+    manufacturer=_char * 32,
+    flags=_ULONG,
+    description=_char * 32,
+    library=_Version,
+)
+_SlotInfo: Final = _structure(
+    description=_char * 64, manufacturer=_char * 32, flags=_ULONG, versions=_Version * 2
+)
+_TokenInfo: Final = _structure(
+    label=_char * 32,
+    manufacturer=_char * 32,
+    model=_char * 16,
+    serial=_char * 16,
+    flags=_ULONG,
+    max_sessions=_ULONG,
+    sessions=_ULONG,
+    rest=_ULONG * 8,
+    versions=_Version * 2,
+    time=_char * 16,
+)
+_SessionInfo: Final = _structure(slot=_ULONG, state=_ULONG, flags=_ULONG, device_error=_ULONG)
 
 
 @dataclass(frozen=True)
-class TokenCounts:
-    """Flags and session numbers of CK_TOKEN_INFO; None where the token does not say."""
+class LibraryInfo:
+    """CK_INFO: what a module says of itself."""
 
+    manufacturer: str
+    description: str
+    version: tuple[int, int]
+    speaks: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class TokenInfo:
+    """CK_TOKEN_INFO; None where the token does not say."""
+
+    slot: int
+    label: str
+    manufacturer: str
+    model: str
+    serial: str
     flags: int
     sessions: int | None
     max_sessions: int | None
+
+    def __str__(self) -> str:
+        return f"{self.label or '(no label)'!r} serial {self.serial} in slot {self.slot}"
+
+
+def _text(structure: ctypes.Structure, name: str) -> str:
+    """A padded text of fixed length, with what is not printable made plain."""
+    field = getattr(type(structure), name)
+    raw = ctypes.string_at(ctypes.addressof(structure) + field.offset, field.size)
+    text = raw.decode("utf-8", "replace").strip("\0 ")
+    return "".join(char if char.isprintable() else " " for char in text)
 
 
 class Parameters:
@@ -229,33 +160,28 @@ class Parameters:
 
     def __init__(self, mechanism: int, parameter: ctypes.Structure | None = None, *keep: Any):
         self._keep = (parameter, *keep)
-        self._struct = _Mechanism(
-            mechanism,
-            ctypes.cast(ctypes.pointer(parameter), _PTR) if parameter is not None else None,
-            ctypes.sizeof(parameter) if parameter is not None else 0,
-        )
+        size = 0 if parameter is None else ctypes.sizeof(parameter)
+        self._struct = _Mechanism(mechanism, _at(parameter), size)
         self.pointer = ctypes.byref(self._struct)
 
     @classmethod
     def gcm(cls, mechanism: int, iv: bytearray, aad: bytes) -> Parameters:
-        """AES-GCM with a tag of 128 bits; the token may write its own ``iv`` back."""
-        place = (ctypes.c_char * len(iv)).from_buffer(iv)
-        extra = ctypes.create_string_buffer(aad, len(aad)) if aad else None
-        parameter = _Gcm(_at(place), len(iv), 8 * len(iv), _at(extra), len(aad), 128)
-        return cls(mechanism, parameter, place, extra)
+        """AES-GCM with a tag of 128 bits; the token may write another ``iv`` back."""
+        place = (_char * len(iv)).from_buffer(iv)
+        start = _at(place) if iv else None
+        parameter = _Gcm(start, len(iv), 8 * len(iv), aad or None, len(aad), 128)
+        return cls(mechanism, parameter, place)
 
     @classmethod
     def oaep(cls, mechanism: int, digest: int, mgf: int, label: bytes) -> Parameters:
         """RSA-OAEP (RFC 8017, section 7.1)."""
-        place = ctypes.create_string_buffer(label, len(label)) if label else None
         # CKZ_DATA_SPECIFIED is the only source there is.
-        return cls(mechanism, _Oaep(digest, mgf, 1, _at(place), len(label)), place)
+        return cls(mechanism, _Oaep(digest, mgf, 1, label or None, len(label)))
 
     @classmethod
     def ecdh(cls, mechanism: int, point: bytes) -> Parameters:
         """ECDH without a key derivation function (CKD_NULL)."""
-        place = ctypes.create_string_buffer(point, len(point))
-        return cls(mechanism, _Ecdh(1, 0, None, len(point), _at(place)), place)
+        return cls(mechanism, _Ecdh(1, 0, None, len(point), point))
 
     @classmethod
     def pss(cls, mechanism: int, digest: int, mgf: int, salt: int) -> Parameters:
@@ -267,12 +193,17 @@ def _at(place: Any) -> int | None:
     return None if place is None else ctypes.addressof(place)
 
 
+def _place(data: bytes | bytearray) -> Any:
+    """What a call is given for a buffer, without a copy of it."""
+    return data if isinstance(data, bytes) else (_char * len(data)).from_buffer(data)
+
+
 class _Template:
     """A CK_ATTRIBUTE array; values are bool, int (CK_ULONG) or bytes-like."""
 
-    def __init__(self, attributes: Mapping[int, bool | int | Buffer]) -> None:
+    def __init__(self, attributes: Template) -> None:
         self._values = [bytearray(_pack(value)) for value in attributes.values()]
-        self._places = [(ctypes.c_char * len(value)).from_buffer(value) for value in self._values]
+        self._places = [(_char * len(value)).from_buffer(value) for value in self._values]
         self.count = len(self._values)
         self.array = (_Attribute * self.count)(
             *(
@@ -317,7 +248,9 @@ class Cryptoki:
         }
 
     def _call(self, name: str, *arguments: Any) -> None:
-        _check(name, self._calls[name](*arguments))
+        code = self._calls[name](*arguments)
+        if code:
+            raise CkError(name, code)
 
     def initialize(self, init_args: str | None, *, locking: bool) -> None:
         """C_Initialize, with OS locking unless the module cannot."""
@@ -333,65 +266,163 @@ class Cryptoki:
         """C_Finalize: every session of this process with this module ends."""
         self._call("C_Finalize", None)
 
-    def token_counts(self, slot: int) -> TokenCounts:
-        """C_GetTokenInfo, of which python-pkcs11 leaves the session numbers out."""
-        info = _TokenInfo()
-        self._call("C_GetTokenInfo", slot, ctypes.byref(info))
-        # 0 is CK_EFFECTIVELY_INFINITE for the maximum.
-        return TokenCounts(
-            info.flags,
-            None if info.sessions == UNKNOWN else info.sessions,
-            None if info.max_sessions in (UNKNOWN, 0) else info.max_sessions,
+    def info(self) -> LibraryInfo:
+        """C_GetInfo."""
+        info = _Info()
+        self._call("C_GetInfo", ctypes.byref(info))
+        return LibraryInfo(
+            _text(info, "manufacturer"),
+            _text(info, "description"),
+            (info.library.major, info.library.minor),
+            (info.cryptoki.major, info.cryptoki.minor),
         )
 
+    def slots(self) -> list[int]:
+        """C_GetSlotList of the slots with a token in them, at most 4096."""
+        return self._numbers("C_GetSlotList", 1)
+
+    def mechanisms(self, slot: int) -> list[int]:
+        """C_GetMechanismList, at most 4096; what is listed may be refused all the same."""
+        return self._numbers("C_GetMechanismList", slot)
+
+    def _numbers(self, name: str, argument: int) -> list[int]:
+        count = _ULONG()
+        # Modules look for new tokens when they are asked for the number alone.
+        self._call(name, argument, None, ctypes.byref(count))
+        room = min(count.value + 16, MAX_NUMBERS)
+        found, count = (_ULONG * room)(), _ULONG(room)
+        self._call(name, argument, found, ctypes.byref(count))
+        return list(found[: min(count.value, room)])
+
+    def slot_texts(self, slot: int) -> tuple[str, str]:
+        """Description and manufacturer of C_GetSlotInfo."""
+        info = _SlotInfo()
+        self._call("C_GetSlotInfo", slot, ctypes.byref(info))
+        return _text(info, "description"), _text(info, "manufacturer")
+
+    def token_info(self, slot: int) -> TokenInfo:
+        """C_GetTokenInfo."""
+        info = _TokenInfo()
+        self._call("C_GetTokenInfo", slot, ctypes.byref(info))
+        return TokenInfo(
+            slot,
+            _text(info, "label"),
+            _text(info, "manufacturer"),
+            _text(info, "model"),
+            _text(info, "serial"),
+            info.flags,
+            None if info.sessions >= _NO_NUMBER else info.sessions,
+            # 0 is CK_EFFECTIVELY_INFINITE.
+            None if not 0 < info.max_sessions < _NO_NUMBER else info.max_sessions,
+        )
+
+    def open_session(self, slot: int, *, writing: bool) -> int:
+        """C_OpenSession."""
+        handle = _ULONG()
+        flags = _SERIAL_SESSION | (_RW_SESSION if writing else 0)
+        self._call("C_OpenSession", slot, flags, None, None, ctypes.byref(handle))
+        return handle.value
+
+    def close_session(self, session: int) -> None:
+        """C_CloseSession."""
+        self._call("C_CloseSession", session)
+
     def logged_in(self, session: int) -> bool:
-        """Whether the normal user is logged in, as this session sees it."""
+        """Whether a user, of whatever kind, is logged in as this session sees it."""
         info = _SessionInfo()
         self._call("C_GetSessionInfo", session, ctypes.byref(info))
-        return info.state in (1, 3)  # CKS_RO_USER_FUNCTIONS, CKS_RW_USER_FUNCTIONS
+        return info.state not in (0, 2)  # CKS_RO_PUBLIC_SESSION, CKS_RW_PUBLIC_SESSION
 
-    def login(self, session: int, pin: bytearray | None) -> None:
-        """C_Login as the normal user; without a PIN, at the reader's own pad."""
-        place = (ctypes.c_char * len(pin)).from_buffer(pin) if pin else None
-        self._call("C_Login", session, 1, _at(place), len(pin or b""))
+    def login(self, session: int, user: int, pin: bytearray | None) -> None:
+        """C_Login; without a PIN, at the reader's own pad."""
+        place = (_char * len(pin)).from_buffer(pin) if pin else None
+        self._call("C_Login", session, user, _at(place), len(pin or b""))
 
     def encrypt(self, session: int, how: Parameters, key: int, data: Buffer) -> bytes:
         """C_Encrypt in one part."""
         return bytes(self._transform("Encrypt", session, how, key, data))
 
-    def decrypt(self, session: int, how: Parameters, key: int, data: bytes) -> bytearray:
-        """C_Decrypt in one part; the caller wipes what it gets."""
-        return self._transform("Decrypt", session, how, key, data)
+    def decrypt(
+        self, session: int, how: Parameters, key: int, data: bytes, approve: Approval | None = None
+    ) -> bytearray:
+        """C_Decrypt in one part; the caller wipes what it gets.
 
-    def sign(self, session: int, how: Parameters, key: int, data: bytes) -> bytes:
-        """C_Sign in one part."""
-        return bytes(self._transform("Sign", session, how, key, data))
+        Args:
+            session: its handle.
+            how: the mechanism.
+            key: handle of the key.
+            data: the ciphertext.
+            approve: called between C_DecryptInit and C_Decrypt, for a key that wants a login then.
+        """
+        return self._transform("Decrypt", session, how, key, data, approve)
+
+    def sign(
+        self, session: int, how: Parameters, key: int, data: bytes, approve: Approval | None = None
+    ) -> bytes:
+        """C_Sign in one part; ``approve`` as for ``decrypt``."""
+        return bytes(self._transform("Sign", session, how, key, data, approve))
 
     def _transform(
-        self, verb: str, session: int, how: Parameters, key: int, data: Buffer
+        self,
+        verb: str,
+        session: int,
+        how: Parameters,
+        key: int,
+        data: Buffer,
+        approve: Approval | None = None,
     ) -> bytearray:
-        source = bytearray(data)
-        room = max(MAX_OUTPUT, len(source) + 64)
-        output, length = bytearray(room), _ULONG(room)
-        given = (ctypes.c_char * len(source)).from_buffer(source)
-        place = (ctypes.c_char * room).from_buffer(output)
+        # What is not bytes is a secret, so its copy is wiped.
+        given = data if isinstance(data, bytes) else bytearray(data)
+        output, length = _Output(), _ULONG(MAX_OUTPUT)
         try:
             self._call(f"C_{verb}Init", session, how.pointer, key)
+            if approve is not None:
+                approve()
             self._call(
-                f"C_{verb}", session, _at(given), len(source), _at(place), ctypes.byref(length)
+                f"C_{verb}", session, _place(given), len(given), output, ctypes.byref(length)
             )
-            return output[: length.value]
+            return bytearray(memoryview(output)[: length.value])
         finally:
-            wipe(source)
-            wipe(output)
+            output.raw = _ZEROS
+            if isinstance(given, bytearray):
+                wipe(given)
 
-    def create(self, session: int, attributes: Mapping[int, bool | int | Buffer]) -> int:
+    def create(self, session: int, attributes: Template) -> int:
         """C_CreateObject: the handle of a new object."""
+        return self._made("C_CreateObject", attributes, session)
+
+    def generate(self, session: int, how: Parameters, attributes: Template) -> int:
+        """C_GenerateKey: the handle of a new secret key."""
+        return self._made("C_GenerateKey", attributes, session, how.pointer)
+
+    def generate_pair(
+        self, session: int, how: Parameters, public: Template, private: Template
+    ) -> tuple[int, int]:
+        """C_GenerateKeyPair: the handles of the public and the private key."""
+        halves, first, second = [_Template(public), _Template(private)], _ULONG(), _ULONG()
+        self._call(
+            "C_GenerateKeyPair",
+            *(session, how.pointer),
+            *(part for half in halves for part in (half.array, half.count)),
+            *(ctypes.byref(first), ctypes.byref(second)),
+        )
+        return first.value, second.value
+
+    def unwrap_key(
+        self, session: int, how: Parameters, key: int, blob: bytes, attributes: Template
+    ) -> int:
+        """C_UnwrapKey: the handle of the key that came out."""
+        arguments = (session, how.pointer, key, blob, len(blob))
+        return self._made("C_UnwrapKey", attributes, *arguments)
+
+    def derive(self, session: int, how: Parameters, key: int, attributes: Template) -> int:
+        """C_DeriveKey: the handle of the derived secret."""
+        return self._made("C_DeriveKey", attributes, session, how.pointer, key)
+
+    def _made(self, name: str, attributes: Template, *arguments: Any) -> int:
         template, handle = _Template(attributes), _ULONG()
         try:
-            self._call(
-                "C_CreateObject", session, template.array, template.count, ctypes.byref(handle)
-            )
+            self._call(name, *arguments, template.array, template.count, ctypes.byref(handle))
             return handle.value
         finally:
             template.wipe()
@@ -400,25 +431,24 @@ class Cryptoki:
         """C_DestroyObject."""
         self._call("C_DestroyObject", session, handle)
 
-    def find(self, session: int, attributes: Mapping[int, bool | int | Buffer]) -> list[int]:
-        """The handles of all objects with these attributes."""
+    def find(self, session: int, attributes: Template) -> list[int]:
+        """The handles of all objects with these attributes, at most 65536."""
         template = _Template(attributes)
         found: list[int] = []
         batch, count = (_ULONG * 64)(), _ULONG()
         self._call("C_FindObjectsInit", session, template.array, template.count)
         try:
-            while True:
+            while len(found) < MAX_OBJECTS:
                 self._call("C_FindObjects", session, batch, len(batch), ctypes.byref(count))
                 if not count.value:
-                    return found
-                found += batch[: count.value]
+                    break
+                found += batch[: min(count.value, len(batch))]
+            return found
         finally:
             # A failure of the search itself is the one to tell.
             self._calls["C_FindObjectsFinal"](session)
 
-    def change(
-        self, session: int, handle: int, attributes: Mapping[int, bool | int | Buffer]
-    ) -> None:
+    def change(self, session: int, handle: int, attributes: Template) -> None:
         """C_SetAttributeValue."""
         template = _Template(attributes)
         self._call("C_SetAttributeValue", session, handle, template.array, template.count)
@@ -426,57 +456,59 @@ class Cryptoki:
     def read(self, session: int, handle: int, attribute: int, size: int) -> bytearray:
         """One attribute of at most ``size`` bytes; the caller wipes it where it is secret."""
         value = bytearray(size)
-        place = (ctypes.c_char * size).from_buffer(value)
+        place = (_char * size).from_buffer(value)
         entry = _Attribute(attribute, _at(place), size)
         self._call("C_GetAttributeValue", session, handle, ctypes.byref(entry), 1)
         if entry.length > size:
             # Some tokens say "unavailable" together with CKR_OK.
             unavailable = entry.length == UNKNOWN
-            raise CkError("C_GetAttributeValue", 0x12 if unavailable else 0x150)
+            code = Ckr.ATTRIBUTE_TYPE_INVALID if unavailable else Ckr.BUFFER_TOO_SMALL
+            raise CkError("C_GetAttributeValue", code)
         try:
             return value[: entry.length]
         finally:
             wipe(value)
 
+    def read_many(self, session: int, handle: int, sizes: Mapping[int, int]) -> dict[int, bytes]:
+        """Public attributes in one call: those of ``sizes`` (attribute -> largest length) it tells.
+
+        One that the module did not get to, or says nothing of while the call failed, is missing
+        from the answer: it can be asked for by ``read``.
+        """
+        places = [ctypes.create_string_buffer(_UNTOUCHED * size, size) for size in sizes.values()]
+        entries = (_Attribute * len(sizes))(
+            *(
+                _Attribute(kind, _at(place), size)
+                for (kind, size), place in zip(sizes.items(), places, strict=True)
+            )
+        )
+        code = self._calls["C_GetAttributeValue"](session, handle, entries, len(entries))
+        if code and code not in _PARTIAL:
+            raise CkError("C_GetAttributeValue", code)
+        found = {}
+        for entry, place, (kind, size) in zip(entries, places, sizes.items(), strict=True):
+            # A module that stops at the first attribute it has not leaves the others as they were.
+            if not entry.length or (entry.length <= size and place.raw != _UNTOUCHED * size):
+                found[kind] = place.raw[: entry.length]
+        return found
+
     def wrap_key(self, session: int, how: Parameters, key: int, target: int) -> bytes:
         """C_WrapKey."""
-        output, length = (ctypes.c_char * MAX_OUTPUT)(), _ULONG(MAX_OUTPUT)
+        output, length = (_char * MAX_OUTPUT)(), _ULONG(MAX_OUTPUT)
         self._call("C_WrapKey", session, how.pointer, key, target, output, ctypes.byref(length))
         return output.raw[: length.value]
 
-    def unwrap_key(
-        self,
-        session: int,
-        how: Parameters,
-        key: int,
-        blob: bytes,
-        attributes: Mapping[int, bool | int | Buffer],
-    ) -> int:
-        """C_UnwrapKey: the handle of the key that came out."""
-        template, handle = _Template(attributes), _ULONG()
-        given = ctypes.create_string_buffer(blob, len(blob))
-        self._call(
-            "C_UnwrapKey",
-            *(session, how.pointer, key, given, len(blob)),
-            *(template.array, template.count, ctypes.byref(handle)),
-        )
-        return handle.value
 
-    def derive(
-        self,
-        session: int,
-        how: Parameters,
-        key: int,
-        attributes: Mapping[int, bool | int | Buffer],
-    ) -> int:
-        """C_DeriveKey: the handle of the derived secret."""
-        template, handle = _Template(attributes), _ULONG()
-        self._call(
-            "C_DeriveKey",
-            *(session, how.pointer, key),
-            *(template.array, template.count, ctypes.byref(handle)),
-        )
-        return handle.value
+Approval = Callable[[], None]
+_UNTOUCHED: Final = b"\xa5"
+# C_GetAttributeValue (section 5.7.5): with these, what could be read was read.
+_PARTIAL: Final = frozenset(
+    {
+        Ckr.ATTRIBUTE_SENSITIVE,
+        Ckr.ATTRIBUTE_TYPE_INVALID,
+        Ckr.BUFFER_TOO_SMALL,
+    }
+)
 
 
 def _check(call: str, code: int) -> None:

@@ -1,148 +1,246 @@
-"""What a return code means to an operator: one table, from reasons to errors and hints.
+"""What the return codes of a module mean to an operator: one table.
 
-A reason is the name of a CKR_ code, whether python-pkcs11 or our own calls met it. One code means
-several things on several modules (GeneralError most of all), so the caller of ``translate`` has
-ruled out first what only it can know: a tampered blob, a retired key.
+One code means several things on several modules (CKR_GENERAL_ERROR most of all), so whoever asks
+the table has ruled out first what only it can know: a tampered blob, a retired key.
 """
 
 from __future__ import annotations
 
-import re
+from enum import IntEnum
 from typing import Final
-
-import pkcs11
 
 from keymgmt.backend import (
     AccessDenied,
+    Fault,
+    FaultTable,
     KeymgmtError,
     KeyNotFound,
     LockedOut,
-    ProviderError,
     ProviderUnavailable,
     UnsupportedOperation,
 )
-from keymgmt_pkcs11._cryptoki import CkError, code_name
 
-__all__ = ["GONE", "LOST", "TAMPERED", "reason", "translate"]
+__all__ = ["FAULTS", "REFUSED_MECHANISM", "REFUSED_TEMPLATE", "CkError", "Ckr", "translate"]
 
-LOST: Final = frozenset(
+
+class Ckr(IntEnum):
+    """Return codes that mean something here (PKCS#11 2.40, pkcs11t.h), without their ``CKR_``."""
+
+    HOST_MEMORY = 0x02
+    SLOT_ID_INVALID = 0x03
+    GENERAL_ERROR = 0x05
+    FUNCTION_FAILED = 0x06
+    ARGUMENTS_BAD = 0x07
+    CANT_LOCK = 0x0A
+    ATTRIBUTE_READ_ONLY = 0x10
+    ATTRIBUTE_SENSITIVE = 0x11
+    ATTRIBUTE_TYPE_INVALID = 0x12
+    ATTRIBUTE_VALUE_INVALID = 0x13
+    ACTION_PROHIBITED = 0x1B
+    DATA_INVALID = 0x20
+    DATA_LEN_RANGE = 0x21
+    DEVICE_ERROR = 0x30
+    DEVICE_MEMORY = 0x31
+    DEVICE_REMOVED = 0x32
+    ENCRYPTED_DATA_INVALID = 0x40
+    ENCRYPTED_DATA_LEN_RANGE = 0x41
+    AEAD_DECRYPT_FAILED = 0x42
+    FUNCTION_CANCELED = 0x50
+    FUNCTION_NOT_SUPPORTED = 0x54
+    KEY_HANDLE_INVALID = 0x60
+    KEY_SIZE_RANGE = 0x62
+    KEY_TYPE_INCONSISTENT = 0x63
+    KEY_FUNCTION_NOT_PERMITTED = 0x68
+    KEY_NOT_WRAPPABLE = 0x69
+    KEY_UNEXTRACTABLE = 0x6A
+    MECHANISM_INVALID = 0x70
+    MECHANISM_PARAM_INVALID = 0x71
+    OBJECT_HANDLE_INVALID = 0x82
+    OPERATION_ACTIVE = 0x90
+    OPERATION_NOT_INITIALIZED = 0x91
+    PIN_INCORRECT = 0xA0
+    PIN_INVALID = 0xA1
+    PIN_LEN_RANGE = 0xA2
+    PIN_EXPIRED = 0xA3
+    PIN_LOCKED = 0xA4
+    SESSION_CLOSED = 0xB0
+    SESSION_COUNT = 0xB1
+    SESSION_HANDLE_INVALID = 0xB3
+    SESSION_READ_ONLY = 0xB5
+    TEMPLATE_INCOMPLETE = 0xD0
+    TEMPLATE_INCONSISTENT = 0xD1
+    TOKEN_NOT_PRESENT = 0xE0
+    TOKEN_NOT_RECOGNIZED = 0xE1
+    TOKEN_WRITE_PROTECTED = 0xE2
+    UNWRAPPING_KEY_HANDLE_INVALID = 0xF0
+    UNWRAPPING_KEY_SIZE_RANGE = 0xF1
+    UNWRAPPING_KEY_TYPE_INCONSISTENT = 0xF2
+    USER_ALREADY_LOGGED_IN = 0x100
+    USER_NOT_LOGGED_IN = 0x101
+    USER_PIN_NOT_INITIALIZED = 0x102
+    USER_TYPE_INVALID = 0x103
+    USER_ANOTHER_ALREADY_LOGGED_IN = 0x104
+    WRAPPED_KEY_INVALID = 0x110
+    WRAPPED_KEY_LEN_RANGE = 0x112
+    WRAPPING_KEY_HANDLE_INVALID = 0x113
+    CURVE_NOT_SUPPORTED = 0x140
+    BUFFER_TOO_SMALL = 0x150
+    CRYPTOKI_NOT_INITIALIZED = 0x190
+    CRYPTOKI_ALREADY_INITIALIZED = 0x191
+
+
+class CkError(RuntimeError):
+    """A call answered something other than CKR_OK.
+
+    Attributes:
+        call: the function, such as ``C_Decrypt``.
+        code: what it answered.
+    """
+
+    def __init__(self, call: str, code: int) -> None:
+        self.call = call
+        self.code = code
+        super().__init__(f"{call}: {self.name}")
+
+    @property
+    def name(self) -> str:
+        """The code as the standard and vendors' manuals write it."""
+        known = self.code in Ckr._value2member_map_
+        return f"CKR_{Ckr(self.code).name}" if known else f"0x{self.code:08x}"
+
+    @property
+    def passing(self) -> bool:
+        """Whether the same call may succeed with another session, login or C_Initialize."""
+        return FAULTS.find(self.code, self.call).passing
+
+    @property
+    def lost(self) -> bool:
+        """Whether it is session, login or object handle that is gone, whatever was asked."""
+        return FAULTS.find(self.code) in (_LOST, _GONE) or self.code == Ckr.USER_NOT_LOGGED_IN
+
+    @property
+    def damaged(self) -> bool:
+        """Whether the ciphertext is not what this key made."""
+        return FAULTS.find(self.code) is _DAMAGED
+
+
+REFUSED_MECHANISM: Final = frozenset(
     {
-        "SessionHandleInvalid",
-        "SessionClosed",
-        "DeviceRemoved",
-        "TokenNotPresent",
-        "TokenNotRecognised",
-        "SlotIDInvalid",
-        "CryptokiNotInitialized",
-        "UserNotLoggedIn",
-        "OperationActive",
-        "BufferTooSmall",
+        *(Ckr.MECHANISM_INVALID, Ckr.MECHANISM_PARAM_INVALID, Ckr.FUNCTION_NOT_SUPPORTED),
+        *(Ckr.ARGUMENTS_BAD, Ckr.KEY_TYPE_INCONSISTENT, Ckr.KEY_SIZE_RANGE, Ckr.DATA_LEN_RANGE),
+        *(Ckr.UNWRAPPING_KEY_SIZE_RANGE, Ckr.UNWRAPPING_KEY_TYPE_INCONSISTENT, Ckr.DATA_INVALID),
+        *(Ckr.KEY_NOT_WRAPPABLE, Ckr.KEY_UNEXTRACTABLE, Ckr.CURVE_NOT_SUPPORTED),
     }
 )
-"""The session is of no more use; a new one may be."""
+"""The module does not do this mechanism, or not with these parameters."""
 
-GONE: Final = frozenset(
+REFUSED_TEMPLATE: Final = frozenset(
     {
-        "ObjectHandleInvalid",
-        "KeyHandleInvalid",
-        "UnwrappingKeyHandleInvalid",
-        "WrappingKeyHandleInvalid",
+        *(Ckr.TEMPLATE_INCONSISTENT, Ckr.TEMPLATE_INCOMPLETE, Ckr.ATTRIBUTE_TYPE_INVALID),
+        *(Ckr.ATTRIBUTE_VALUE_INVALID, Ckr.ATTRIBUTE_READ_ONLY),
     }
 )
-"""The object behind a handle is not there any more."""
+"""The module does not make an object with these attributes."""
 
-TAMPERED: Final = frozenset(
-    {
-        "EncryptedDataInvalid",
-        "EncryptedDataLenRange",
-        "AEADDecryptFailed",
-        "WrappedKeyInvalid",
-        "WrappedKeyLenRange",
-    }
+_PIN: Final = "correct the PIN at its source; it is not sent again in this process"
+_LOST: Final = Fault(ProviderUnavailable, "the session with the token was lost", None, passing=True)
+_TROUBLE: Final = Fault(
+    ProviderUnavailable,
+    "the module answered",
+    "see whether the token is there: keymgmt doctor PROVIDER",
+    passing=True,
 )
-"""The ciphertext is not what this key made."""
+_REFUSED: Final = Fault(
+    UnsupportedOperation,
+    "the module refuses this mechanism or its parameters",
+    "see what it does: keymgmt pkcs11 mechanisms PROVIDER",
+)
+_FIXED: Final = Fault(UnsupportedOperation, "the token does not let this object change")
+_GONE: Final = Fault(KeyNotFound, "the key is not there any more", passing=True)
+_DAMAGED: Final = Fault(UnsupportedOperation, "the module does not take this ciphertext")
 
-_PIN: Final = "check the PIN's source; it is not tried again in this process"
-_ASK: Final = "ask whoever runs the HSM: the user PIN is unlocked with the SO PIN"
-_KINDS: Final[dict[str, tuple[type[ProviderError], str, str | None]]] = {
-    "PinIncorrect": (AccessDenied, "the PIN is wrong", _PIN),
-    "PinInvalid": (AccessDenied, "the PIN has characters that the token does not take", _PIN),
-    "PinLenRange": (AccessDenied, "the PIN is too short or too long", _PIN),
-    "PinExpired": (AccessDenied, "the PIN has expired", "set a new one with the vendor's tool"),
-    "PinLocked": (LockedOut, "the PIN is locked", _ASK),
-    "UserPinNotInitialized": (
-        AccessDenied,
-        "the token has no user PIN yet",
-        "set one: pkcs11-tool --init-pin, or the vendor's tool",
-    ),
-    "UserNotLoggedIn": (AccessDenied, "the token wants a login", "set login and pin"),
-    "AnotherUserAlreadyLoggedIn": (
-        AccessDenied,
-        "another user of the token is logged in from this process",
-        "log the security officer out",
-    ),
-    "SessionReadOnly": (
-        UnsupportedOperation,
-        "the session may not change the token",
-        "set read_only = false",
-    ),
-    "TokenWriteProtected": (UnsupportedOperation, "the token is write-protected", None),
-    "KeyFunctionNotPermitted": (
-        UnsupportedOperation,
-        "the key's attributes do not permit this",
-        "see the key's attributes: keymgmt doctor",
-    ),
-    "ActionProhibited": (UnsupportedOperation, "the token does not let this object change", None),
-    "AttributeReadOnly": (UnsupportedOperation, "the token does not let this object change", None),
-    "SessionCount": (
-        ProviderUnavailable,
-        "the token has no free session",
-        "close other applications' sessions, or set sessions lower here and there",
-    ),
-    "DeviceMemory": (ProviderUnavailable, "the token is full", "destroy objects that nobody uses"),
-    **dict.fromkeys(
-        (
-            "MechanismInvalid",
-            "MechanismParamInvalid",
-            "FunctionNotSupported",
-            "ArgumentsBad",
-            "KeyTypeInconsistent",
-            "KeySizeRange",
-            "TemplateInconsistent",
-            "TemplateIncomplete",
-            "AttributeTypeInvalid",
-            "AttributeValueInvalid",
+FAULTS: Final = FaultTable[int](
+    {
+        **dict.fromkeys((*REFUSED_MECHANISM, *REFUSED_TEMPLATE), _REFUSED),
+        **dict.fromkeys(
+            (
+                *(Ckr.SESSION_HANDLE_INVALID, Ckr.SESSION_CLOSED, Ckr.CRYPTOKI_NOT_INITIALIZED),
+                *(Ckr.DEVICE_REMOVED, Ckr.TOKEN_NOT_PRESENT, Ckr.TOKEN_NOT_RECOGNIZED),
+                *(Ckr.SLOT_ID_INVALID, Ckr.OPERATION_ACTIVE, Ckr.OPERATION_NOT_INITIALIZED),
+            ),
+            _LOST,
         ),
-        (UnsupportedOperation, "the module refuses this mechanism or its parameters", None),
-    ),
-    **dict.fromkeys(GONE, (KeyNotFound, "the key is not there any more", None)),
-}
-_UNMAPPED: Final = re.compile(r"Unmapped error code 0x([0-9a-f]+)")
+        **dict.fromkeys(
+            (
+                *(Ckr.OBJECT_HANDLE_INVALID, Ckr.KEY_HANDLE_INVALID),
+                *(Ckr.UNWRAPPING_KEY_HANDLE_INVALID, Ckr.WRAPPING_KEY_HANDLE_INVALID),
+            ),
+            _GONE,
+        ),
+        **dict.fromkeys(
+            (
+                *(Ckr.ENCRYPTED_DATA_INVALID, Ckr.ENCRYPTED_DATA_LEN_RANGE),
+                *(Ckr.AEAD_DECRYPT_FAILED, Ckr.WRAPPED_KEY_INVALID, Ckr.WRAPPED_KEY_LEN_RANGE),
+            ),
+            _DAMAGED,
+        ),
+        **dict.fromkeys((Ckr.ACTION_PROHIBITED, Ckr.ATTRIBUTE_READ_ONLY), _FIXED),
+        Ckr.PIN_INCORRECT: Fault(AccessDenied, "the PIN is wrong", _PIN),
+        Ckr.PIN_INVALID: Fault(AccessDenied, "the PIN has characters that are not taken", _PIN),
+        Ckr.PIN_LEN_RANGE: Fault(AccessDenied, "the PIN is too short or too long", _PIN),
+        Ckr.PIN_EXPIRED: Fault(
+            AccessDenied, "the PIN has expired", "set a new one with the vendor's tool"
+        ),
+        Ckr.PIN_LOCKED: Fault(
+            LockedOut,
+            "the PIN is locked",
+            "ask whoever runs the HSM: the user PIN is unlocked with the SO PIN",
+        ),
+        Ckr.USER_PIN_NOT_INITIALIZED: Fault(
+            AccessDenied,
+            "the token has no user PIN yet",
+            "set one with the vendor's tool, or: pkcs11-tool --module LIBRARY.so "
+            "--token-label LABEL --login --login-type so --init-pin",
+            passing=True,
+        ),
+        Ckr.USER_NOT_LOGGED_IN: Fault(
+            AccessDenied, "the token wants a login", "set login and pin", passing=True
+        ),
+        Ckr.USER_TYPE_INVALID: Fault(
+            AccessDenied, "the token has no such kind of user", "set user_type as its vendor says"
+        ),
+        Ckr.USER_ANOTHER_ALREADY_LOGGED_IN: Fault(
+            AccessDenied,
+            "another user of the token is logged in from this process",
+            "log the security officer out",
+        ),
+        Ckr.SESSION_READ_ONLY: Fault(UnsupportedOperation, "the session may not change the token"),
+        Ckr.TOKEN_WRITE_PROTECTED: Fault(
+            UnsupportedOperation,
+            "the token is write-protected",
+            "keys are made and retired where it may be written; all else works as it is",
+        ),
+        Ckr.KEY_FUNCTION_NOT_PERMITTED: Fault(
+            UnsupportedOperation,
+            "the key's attributes do not permit this",
+            "see them: keymgmt pkcs11 keys PROVIDER",
+        ),
+        Ckr.SESSION_COUNT: Fault(
+            ProviderUnavailable,
+            "the token has no free session",
+            "close other applications' sessions, or set sessions lower here and there",
+        ),
+        Ckr.DEVICE_MEMORY: Fault(
+            ProviderUnavailable, "the token is full", "destroy objects that nobody uses"
+        ),
+    },
+    # What is not known, a vendor's own code too, may be a lost HSM as well as anything else.
+    unknown=_TROUBLE,
+)
 
 
-def reason(error: BaseException) -> str:
-    """The name of the return code behind an exception; empty where there is none."""
-    if isinstance(error, CkError):
-        return error.reason
-    if isinstance(error, pkcs11.PKCS11Error):
-        if found := _UNMAPPED.search(str(error)):
-            return code_name(int(found[1], 16))
-        return type(error).__name__
-    return ""
-
-
-def translate(error: BaseException, doing: str) -> KeymgmtError:
-    """The error of ours for what a call raised, with ``doing`` in front; ours pass unchanged."""
-    if isinstance(error, KeymgmtError):
-        return error
-    name = reason(error)
-    if name in _KINDS:
-        kind, text, hint = _KINDS[name]
-        made: ProviderError = kind(f"{doing}: {text} ({name})", hint=hint)
-    else:
-        made = ProviderUnavailable(
-            f"{doing}: the module answered {name or type(error).__name__}",
-            hint="see whether the token is there: keymgmt doctor",
-        )
+def translate(error: CkError, doing: str) -> KeymgmtError:
+    """The error of ours for what a call answered, with ``doing`` in front."""
+    made = FAULTS.error(error.code, doing, error.call, shown=error.name)
     made.__cause__ = error
     return made

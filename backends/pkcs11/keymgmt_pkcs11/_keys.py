@@ -8,6 +8,7 @@ counter, and nobody else's CKA_ID is the same. A CKA_ID that others gave counts 
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,23 +19,26 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pkcs11 import Attribute, KeyType, ObjectClass
 
-from keymgmt.backend import ConfigError, KeyNotFound, KeyVersion, UnsupportedOperation
-from keymgmt_pkcs11._cryptoki import MAX_OUTPUT, ULONG_SIZE, USER_NOT_LOGGED_IN, CkError
-from keymgmt_pkcs11._errors import GONE, LOST
-from keymgmt_pkcs11._sessions import Channel, Lost
+from keymgmt.backend import KeyNotFound, KeyVersion, UnsupportedOperation, is_version
+from keymgmt_pkcs11._cryptoki import MAX_OUTPUT, ULONG_SIZE
+from keymgmt_pkcs11._errors import CkError, Ckr
 
 if TYPE_CHECKING:
-    from keymgmt_pkcs11._settings import KeyEntry
+    from keymgmt_pkcs11._connection import Session
+    from keymgmt_pkcs11._settings import KeyEntry, Pkcs11Settings
 
 __all__ = [
     "CURVES",
-    "NO_ID",
     "KeyObject",
     "Versions",
     "all_keys",
+    "by_name",
+    "find_halves",
     "find_versions",
     "new_id",
+    "read_attributes",
     "session_object",
+    "switch_off",
 ]
 
 NO_ID: Final = "noid"
@@ -58,14 +62,24 @@ STATES: Final = {
     Attribute.PRIVATE: "private",
     Attribute.ALWAYS_AUTHENTICATE: "always_authenticate",
 }
-_READ: Final = (
-    *(Attribute.CLASS, Attribute.KEY_TYPE, Attribute.LABEL, Attribute.ID),
-    *USAGES,
-    *STATES,
-    *(Attribute.VALUE_LEN, Attribute.MODULUS, Attribute.PUBLIC_EXPONENT),
-    *(Attribute.EC_PARAMS, Attribute.EC_POINT),
-)
-_NUMBERS: Final = frozenset({Attribute.CLASS, Attribute.KEY_TYPE, Attribute.VALUE_LEN})
+_U: Final = Attribute
+_SECRET_STATES: Final = tuple(state for state in STATES if state is not _U.ALWAYS_AUTHENTICATE)
+# What each class of object has, so that one call reads it all.
+_READ: Final[Mapping[ObjectClass, tuple[Attribute, ...]]] = {
+    ObjectClass.SECRET_KEY: (_U.KEY_TYPE, _U.LABEL, _U.ID, *USAGES, *_SECRET_STATES, _U.VALUE_LEN),
+    ObjectClass.PRIVATE_KEY: (
+        *(_U.KEY_TYPE, _U.LABEL, _U.ID, _U.DECRYPT, _U.UNWRAP, _U.SIGN, _U.DERIVE),
+        *STATES,
+    ),
+    ObjectClass.PUBLIC_KEY: (_U.KEY_TYPE, _U.LABEL, _U.ID),
+}
+# Of a key pair, by its type; some tokens have them with one half only.
+_PUBLIC_PARTS: Final = {
+    KeyType.RSA: (_U.MODULUS, _U.PUBLIC_EXPONENT),
+    KeyType.EC: (_U.EC_PARAMS, _U.EC_POINT),
+}
+_NUMBERS: Final = frozenset({_U.CLASS, _U.KEY_TYPE, _U.VALUE_LEN})
+_TRUTHS: Final = frozenset({*USAGES, *STATES})
 # DER of namedCurve (RFC 5480, section 2.1.1).
 CURVES: Final[Mapping[bytes, ec.EllipticCurve]] = {
     bytes.fromhex("06082a8648ce3d030107"): ec.SECP256R1(),
@@ -114,6 +128,11 @@ class KeyObject:
         return not self.flags.isdisjoint(usages)
 
     @property
+    def wants_approval(self) -> bool:
+        """Whether each single use of it wants a login of its own."""
+        return self.can("always_authenticate")
+
+    @property
     def retired(self) -> bool:
         """Whether it may be used for nothing that needs its secret."""
         return not self.can("decrypt", "unwrap", "derive", "sign")
@@ -126,7 +145,7 @@ class KeyObject:
         return self.public.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
 
     @property
-    def spki(self) -> bytes:
+    def der(self) -> bytes:
         """The public key as DER SubjectPublicKeyInfo.
 
         Raises:
@@ -145,20 +164,34 @@ class KeyObject:
 
 @dataclass(frozen=True)
 class Versions:
-    """The versions of one key, from oldest to newest."""
+    """The versions of one key, from oldest to newest.
+
+    Attributes:
+        key: the operator's name for it.
+        objects: one for each version.
+        told: whether the config says their order.
+    """
 
     key: str
     objects: tuple[KeyObject, ...]
+    told: bool = False
+
+    @classmethod
+    def of(cls, key: str, found: Sequence[KeyObject], entry: KeyEntry) -> Versions:
+        """In the order of the ids that the config lists, else of our counters, then of the ids."""
+        if entry.ids:
+            return cls(key, tuple(sorted(found, key=lambda i: entry.ids.index(i.id))), told=True)
+        return cls(key, tuple(sorted(found, key=lambda item: (item.counter, item.id))))
 
     @property
     def newest(self) -> KeyObject:
         """The version for new wraps and signatures.
 
         Raises:
-            ConfigError: the token does not tell which one it is.
+            UnsupportedOperation: the token does not tell which one it is.
         """
         last = self.objects[-1]
-        if last.counter == 0 and len(self.objects) > 1:
+        if not self.told and last.counter == 0 and len(self.objects) > 1:
             raise _ambiguous(self.key, self.objects)
         return last
 
@@ -166,7 +199,7 @@ class Versions:
         """The object of a version, or None.
 
         Raises:
-            ConfigError: several objects have this label and id.
+            UnsupportedOperation: several objects have this label and id.
         """
         found = [item for item in self.objects if item.version == version]
         if len(found) > 1:
@@ -190,107 +223,188 @@ def new_id(counter: int) -> bytes:
     return _MARK + counter.to_bytes(4, "big") + os.urandom(6)
 
 
-def find_versions(channel: Channel, key: str, entry: KeyEntry) -> Versions:
+def find_versions(session: Session, key: str, entry: KeyEntry) -> Versions:
     """The versions of a key in the token.
 
     Raises:
         KeyNotFound: there is none.
-        ConfigError: two objects have the same label and id.
+        UnsupportedOperation: two objects have the same label and id.
     """
-    template: dict[Any, Any] = {}
-    if entry.label is not None:
-        template[Attribute.LABEL] = entry.label.encode("utf-8", "backslashreplace")
-    if entry.id is not None:
-        template[Attribute.ID] = bytes.fromhex(entry.id)
-    found = _read(channel, template)
+    label = {} if entry.label is None else {Attribute.LABEL: _encoded(entry.label)}
+    found, odd = _read(session, [{**label, Attribute.ID: each} for each in entry.ids] or [label])
     if not found:
-        _confirm(channel)
-        words = " ".join(f"{name} {value!r}" for name, value in entry if value is not None)
+        session.confirm()
+        words = [] if entry.label is None else [f"label {entry.label!r}"]
+        words += [f"id {each.hex()}" for each in entry.ids]
         raise KeyNotFound(
-            f"the token {channel.token.label!r} has no key {words}",
-            hint="see its keys: keymgmt keys list; name others in the table keys of the config",
+            f"the token {session.token.label!r} has no key {' '.join(words)}"
+            + (f" that can be used: {'; '.join(odd)}" if odd else ""),
+            hint="see its keys: keymgmt keys list PROVIDER; name others in the table keys of the "
+            "config",
         )
-    versions = Versions(key, tuple(found))
+    versions = Versions.of(key, found, entry)
     for item in found:
         versions.get(item.version)
     return versions
 
 
-def all_keys(channel: Channel) -> list[KeyObject]:
-    """Every secret and private key of the token, in the order of label and version."""
-    return _read(channel, {})
+def all_keys(session: Session) -> tuple[list[KeyObject], list[str]]:
+    """Every secret and private key of the token by label and version, and what cannot be read."""
+    found, odd = _read(session, [{}])
+    if not found:
+        session.confirm()
+    return found, odd
 
 
-def _confirm(channel: Channel) -> None:
-    """Raise if token or login is gone: no key is seen then, and that must not be the news."""
-    if channel.expects_login and not channel.ck.logged_in(channel.handle):
-        raise CkError("C_GetSessionInfo", USER_NOT_LOGGED_IN)
-    try:
-        channel.ck.token_counts(channel.token.slot.slot_id)
-    except CkError as error:
-        raise Lost(error.reason) from error
+def by_name(
+    keys: Sequence[KeyObject], settings: Pkcs11Settings
+) -> tuple[dict[str, Versions], list[KeyObject]]:
+    """The keys that have a name of ours, and those that have none or are of another type."""
+    found: dict[str, list[KeyObject]] = {}
+    strange = []
+    for item in keys:
+        name = settings.name_of(item.label, item.id)
+        if name is None or item.type not in _TYPES.values():
+            strange.append(item)
+        else:
+            found.setdefault(name, []).append(item)
+    return {
+        name: Versions.of(name, items, settings.entry(name)) for name, items in found.items()
+    }, strange
 
 
-def session_object(channel: Channel, identifier: bytes) -> KeyObject:
+def session_object(session: Session, identifier: bytes) -> KeyObject:
     """A key of this session only, by its CKA_ID."""
-    return _read(channel, {Attribute.ID: identifier}, token=False)[0]
+    found, odd = _read(session, [{Attribute.ID: identifier}], token=False)
+    if not found:
+        raise UnsupportedOperation(f"the module does not show a new key: {'; '.join(odd)}")
+    return found[0]
 
 
-def _read(channel: Channel, template: dict[Any, Any], *, token: bool = True) -> list[KeyObject]:
-    public: dict[tuple[str, bytes], list[dict[Any, Any]]] = {}
-    found: list[dict[Any, Any]] = []
-    handles: list[int] = []
-    for kind in (ObjectClass.SECRET_KEY, ObjectClass.PRIVATE_KEY, ObjectClass.PUBLIC_KEY):
-        wanted = {Attribute.CLASS: int(kind), Attribute.TOKEN: token, **template}
-        for handle in channel.ck.find(channel.handle, wanted):
-            read = read_attributes(channel, handle, _READ)
+def find_halves(session: Session, item: KeyObject) -> list[int]:
+    """The key and, beside a private one, its public one."""
+    name = {Attribute.LABEL: _encoded(item.label), Attribute.ID: item.id}
+    return [
+        handle
+        for kind in (ObjectClass.SECRET_KEY, ObjectClass.PRIVATE_KEY, ObjectClass.PUBLIC_KEY)
+        for handle in session.ck.find(
+            session.handle, {Attribute.CLASS: int(kind), Attribute.TOKEN: True, **name}
+        )
+    ]
+
+
+def switch_off(session: Session, item: KeyObject, keep: frozenset[Attribute]) -> None:
+    """Set every usage of a key and its public half to false, but for those to keep.
+
+    Raises:
+        CkError: the token does not let it change.
+    """
+    for half in find_halves(session, item):
+        usages = read_attributes(session, half, tuple(USAGES))
+        for usage in (usage for usage, may in usages.items() if may and usage not in keep):
+            session.ck.change(session.handle, half, {usage: False})
+    session.cache.clear()
+
+
+def _read(
+    session: Session, templates: Sequence[Mapping[Any, Any]], *, token: bool = True
+) -> tuple[list[KeyObject], list[str]]:
+    """The keys that fit one, in the order of label and version, and which cannot be read."""
+    public: dict[tuple[bytes, bytes], dict[Attribute, Any]] = {}
+    secret: list[tuple[int, dict[Attribute, Any]]] = []
+    odd: list[str] = []
+    for kind, attributes in _READ.items():
+        wanted = {Attribute.CLASS: int(kind), Attribute.TOKEN: token}
+        handles = [session.ck.find(session.handle, {**wanted, **each}) for each in templates]
+        for handle in itertools.chain(*handles):
+            try:
+                read = read_attributes(session, handle, attributes)
+                read |= _public_parts(session, handle, read, kind)
+            except ValueError as error:
+                odd.append(f"object {handle} of class {kind.name}: {error}")
+                continue
             if kind is ObjectClass.PUBLIC_KEY:
-                place = (str(read.get(Attribute.LABEL, "")), read.get(Attribute.ID, b""))
-                public.setdefault(place, []).append(read)
+                place = (read.get(Attribute.LABEL, b""), read.get(Attribute.ID, b""))
+                # Where several have this name, a round trip finds whether the first is the right.
+                public.setdefault(place, read)
             else:
-                found.append(read)
-                handles.append(handle)
-    made = [_object(handle, read, public) for handle, read in zip(handles, found, strict=True)]
-    return sorted(made, key=lambda item: (item.label, item.counter, item.id))
+                secret.append((handle, read))
+    made = []
+    for handle, read in secret:
+        item = _object(handle, read, public)
+        if is_version(item.version):
+            made.append(item)
+        else:
+            odd.append(f"{item.type} label {item.label[:80]!r}: its id is too long")
+    return sorted(made, key=lambda item: (item.label, item.counter, item.id)), odd
+
+
+def _public_parts(
+    session: Session, handle: int, read: Mapping[Attribute, Any], kind: ObjectClass
+) -> dict[Attribute, Any]:
+    wanted = _PUBLIC_PARTS.get(read.get(Attribute.KEY_TYPE, 0), ())
+    if not wanted or kind is ObjectClass.SECRET_KEY:
+        return {}
+    return read_attributes(session, handle, wanted)
 
 
 def read_attributes(
-    channel: Channel, handle: int, wanted: Sequence[Attribute]
+    session: Session, handle: int, wanted: Sequence[Attribute]
 ) -> dict[Attribute, Any]:
-    """Those of the wanted attributes that the object has and the token tells."""
-    found: dict[Attribute, Any] = {}
-    for attribute in wanted:
-        # NSS takes a number into a buffer of its exact size only.
-        size = ULONG_SIZE if attribute in _NUMBERS else MAX_OUTPUT
+    """Those of the wanted attributes that the object has and the token tells.
+
+    Raises:
+        ValueError: one of them is larger than any that is used here.
+        CkError: the object or the session is gone.
+    """
+    # NSS takes a number or truth value into a buffer of its exact size only.
+    sizes = {
+        int(each): ULONG_SIZE if each in _NUMBERS else 1 if each in _TRUTHS else MAX_OUTPUT
+        for each in wanted
+    }
+    raw: dict[int, bytes] = {}
+    if session.cache.get("reads one by one") is None:
         try:
-            value = bytes(channel.ck.read(channel.handle, handle, attribute, size))
+            raw = session.ck.read_many(session.handle, handle, sizes)
         except CkError as error:
-            if error.reason in LOST | GONE:
+            if error.passing:
                 raise
-            continue
-        if attribute in USAGES or attribute in STATES:
-            found[attribute] = any(value)
-        elif attribute in _NUMBERS:
-            found[attribute] = int.from_bytes(value, sys.byteorder)
-        elif attribute is Attribute.LABEL:
-            found[attribute] = value.decode("utf-8", "backslashreplace")
-        else:
-            found[attribute] = value
+            session.cache["reads one by one"] = True
+    for each in sizes.keys() - raw.keys():
+        try:
+            raw[each] = bytes(session.ck.read(session.handle, handle, each, sizes[each]))
+        except CkError as error:
+            if error.code == Ckr.BUFFER_TOO_SMALL:
+                name = Attribute(each).name
+                raise ValueError(f"its {name} is larger than {sizes[each]} bytes") from error
+            if error.passing:
+                raise
+    found: dict[Attribute, Any] = {}
+    for each in wanted:
+        if each in raw:
+            value = raw[each]
+            if each in _TRUTHS:
+                found[each] = any(value)
+            elif each in _NUMBERS:
+                found[each] = int.from_bytes(value, sys.byteorder)
+            else:
+                found[each] = value
     return found
 
 
 def _object(
-    handle: int, read: dict[Any, Any], public: Mapping[tuple[str, bytes], Sequence[dict[Any, Any]]]
+    handle: int,
+    read: Mapping[Attribute, Any],
+    public: Mapping[tuple[bytes, bytes], Mapping[Attribute, Any]],
 ) -> KeyObject:
-    label, identifier = str(read.get(Attribute.LABEL, "")), read.get(Attribute.ID, b"")
+    label, identifier = read.get(Attribute.LABEL, b""), read.get(Attribute.ID, b"")
     kind = read.get(Attribute.KEY_TYPE)
     names = {**USAGES, **STATES}
-    # Where several public keys have this name, a round trip finds whether the first is the right.
-    other = next(iter(public.get((label, identifier), ())), {})
+    other = public.get((label, identifier), {})
     key = _public(kind, {**other, **{k: v for k, v in read.items() if v}})
     return KeyObject(
         handle,
-        label,
+        label.decode("utf-8", "backslashreplace"),
         identifier,
         _TYPES.get(kind, f"type {kind}"),  # type: ignore[arg-type]
         key.key_size if key else 8 * read.get(Attribute.VALUE_LEN, 0),
@@ -320,12 +434,17 @@ def _public(
     return None
 
 
-def _ambiguous(key: str, candidates: Sequence[KeyObject]) -> ConfigError:
+def _encoded(label: str) -> bytes:
+    return label.encode("utf-8", "backslashreplace")
+
+
+def _ambiguous(key: str, candidates: Sequence[KeyObject]) -> UnsupportedOperation:
     listed = "; ".join(str(item) for item in candidates[:8])
     same = len({item.id for item in candidates}) < len(candidates)
-    return ConfigError(
+    return UnsupportedOperation(
         f"the key {key!r} is ambiguous in the token: {listed}",
-        hint="give each object an id of its own: pkcs11-tool --set-id"
+        hint="give each object an id of its own with the vendor's tool, or: pkcs11-tool --module "
+        "LIBRARY.so --token-label LABEL --login --type TYPE --id ID --set-id NEW"
         if same
         else f'say which one, in the table keys: {key} = {{ id = "{candidates[-1].version}" }}',
     )

@@ -9,6 +9,7 @@ Rules:
   there, and handles of the parent are not used.
 - It is never finalised at the end, since others may use it; only to find a lost token again, and
   only if we initialised it.
+- Nothing here is shared by two modules, so one that hangs does not hold another up.
 """
 
 from __future__ import annotations
@@ -17,22 +18,24 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-from pkcs11 import _pkcs11
-
-from keymgmt.backend import ConfigError
-from keymgmt_pkcs11._cryptoki import CkError, Cryptoki
-from keymgmt_pkcs11._errors import translate
+from keymgmt.backend import ConfigError, ForkSafe, ProviderUnavailable
+from keymgmt_pkcs11._cryptoki import Cryptoki, LibraryInfo
+from keymgmt_pkcs11._errors import CkError, Ckr, translate
+from keymgmt_pkcs11._quirks import Quirks, quirks_of
 
 if TYPE_CHECKING:
-    from pkcs11 import Slot
+    from collections.abc import Iterator
+    from typing import Self
 
-__all__ = ["Module", "open_module"]
+__all__ = ["CallInFlight", "Module", "open_module"]
 
-FORK_WAIT: Final = 2.0
+IDLE_WAIT: Final = 2.0
+"""Seconds that a fork or a C_Finalize waits for calls in flight."""
+RESTART_PAUSES: Final = (0.0, 0.0, 0.0, 1.0, 2.0, 4.0)
+"""Seconds until the next C_Finalize, by how many brought nothing; the last is for all more."""
 _USUAL: Final = (
     "/usr/lib/softhsm/libsofthsm2.so",
     "/usr/lib64/pkcs11/libsofthsm2.so",
@@ -46,218 +49,243 @@ _USUAL: Final = (
 )
 
 
-class _Library(_pkcs11.lib):
-    """python-pkcs11's library, which finds the module initialised by us."""
+class CallInFlight:
+    """One call that a module has not answered yet; counted out once, by whoever is first."""
 
-    def initialize(self) -> None:
-        """Do nothing: python-pkcs11 would call C_Initialize(NULL)."""
+    def __init__(self, module: Module) -> None:
+        self._module: Module | None = module
 
+    def __enter__(self) -> Self:
+        return self
 
-class _Gate:
-    """Counts calls in flight in all modules, so that fork and C_Finalize find none."""
+    def __exit__(self, *_: object) -> None:
+        self.end()
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._condition = threading.Condition(self._lock)
-        self._busy = 0
-        self._closers = 0
-
-    @contextlib.contextmanager
-    def call(self) -> Iterator[_Ticket]:
-        ticket = _Ticket(self)
-        with self._condition:
-            self._condition.wait_for(lambda: not self._closers)
-            self._busy += 1
-        try:
-            yield ticket
-        finally:
-            ticket.give_back()
-
-    def leave(self) -> None:
-        with self._condition:
-            self._busy -= 1
-            if not self._busy:
-                self._condition.notify_all()
-
-    def close(self, seconds: float) -> tuple[bool, bool]:
-        """Let no call begin, and wait for those in flight.
-
-        Returns:
-            Whether it is closed, in which case the caller opens it, and whether nothing is in
-            flight any more.
-        """
-        deadline = time.monotonic() + seconds
-        if not self._lock.acquire(timeout=seconds):
-            return False, False
-        self._closers += 1
-        left = max(0.0, deadline - time.monotonic())
-        return True, self._condition.wait_for(lambda: not self._busy, left)
-
-    def open(self) -> None:
-        """Undo ``close``, in the thread that closed it."""
-        self._closers -= 1
-        self._condition.notify_all()
-        self._lock.release()
+    def end(self) -> None:
+        """Count it out: it was answered, or it is given up."""
+        # dict.pop is atomic, so that a call given up as it ends is counted once.
+        module = self.__dict__.pop("_module", None)
+        if module is not None:
+            module._leave()
 
 
-class _Ticket:
-    """One call in flight; given back once, by whoever is first."""
-
-    def __init__(self, gate: _Gate) -> None:
-        self._gate: _Gate | None = gate
-
-    def give_back(self) -> None:
-        # dict.pop is atomic, so that a call abandoned as it ends is counted once.
-        gate = self.__dict__.pop("_gate", None)
-        if gate is not None:
-            gate.leave()
-
-
-class Module:
-    """One library, initialised; made by ``open_module``.
+class Module(ForkSafe):
+    """One library; made by ``open_module``.
 
     Attributes:
         path: the real path of the file.
-        cryptoki: the calls that we make ourselves.
-        library: python-pkcs11's view of it.
+        cryptoki: its functions; there once ``start`` came back.
+        info: what it says of itself.
+        quirks: what is known to be different about it.
         generation: grows with every C_Initialize; handles of an older one are void.
         ours: whether we initialised it.
         locking: whether several threads may call it at once.
+        in_vain: how often it was restarted since a call last succeeded.
     """
 
-    def __init__(self, path: str, init_args: str | None, *, forked: bool) -> None:
+    cryptoki: Cryptoki
+    info: LibraryInfo
+    quirks: Quirks
+
+    def __init__(self, path: str, init_args: str | None) -> None:
         self.path = path
         self.init_args = init_args
+        self.generation = 0
+        self.ours = self.locking = True
+        self.in_vain = 0
+        self._loaded = self._ready = False
+        super().__init__()
+
+    def _renew(self) -> None:
+        self._inherited = self._ready and self.ours
+        self._ready = False
+        self._starting = threading.Lock()
+        self._serial = threading.Lock()
+        self._lock = threading.Lock()
+        self._state = threading.Condition(self._lock)
+        self._in_flight = self._holders = 0
+        self._held = False
+
+    def start(self) -> None:
+        """Load and initialise it, unless that was done in this process.
+
+        Raises:
+            ProviderUnavailable: it cannot be loaded, is no PKCS#11 module, or does not initialise.
+        """
+        if self._ready:
+            return
+        with self._starting:
+            if not self._ready:
+                self._load()
+                self._initialize()
+                self._ready = True
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
         try:
-            self.cryptoki = Cryptoki(path)
+            self.cryptoki = Cryptoki(self.path)
         except OSError as error:
-            raise ConfigError(
-                f"cannot load the PKCS#11 module {path}: {error}",
+            raise ProviderUnavailable(
+                f"cannot load the PKCS#11 module {self.path}: {error}",
                 hint="name the library of your HSM for this kind of machine and its dependencies",
             ) from error
         except (AttributeError, CkError) as error:
-            raise ConfigError(
-                f"{path} is a library, but no PKCS#11 module: it gives no function list",
+            raise ProviderUnavailable(
+                f"{self.path} is a library, but no PKCS#11 module: it gives no function list",
                 hint=_usual(),
             ) from error
-        self.generation = 0
-        self.ours = True
-        self.locking = True
-        self._serial = threading.Lock()
-        self._initialize(forked=forked)
-        self.library: Any = _Library(path)
+        self._loaded = True
 
-    def _initialize(self, *, forked: bool) -> None:
+    def _initialize(self) -> None:
         try:
             try:
-                self._ask(forked)
+                self._initialize_once()
             except CkError as error:
-                if error.reason != "CantLock":
+                if error.code != Ckr.CANT_LOCK:
                     raise
                 self.locking = False
                 self.cryptoki.initialize(self.init_args, locking=False)
+            self.info = self.cryptoki.info()
+            self.quirks = quirks_of(self.info)
+            if self.quirks.one_at_a_time:
+                self.locking = False
         except CkError as error:
             raise translate(error, f"initialising {self.path}") from error
         self.generation += 1
         self._since = time.monotonic()
 
-    def _ask(self, forked: bool) -> None:
+    def _initialize_once(self) -> None:
         try:
             self.cryptoki.initialize(self.init_args, locking=True)
         except CkError as error:
-            if error.reason != "CryptokiAlreadyInitialized":
+            if error.code != Ckr.CRYPTOKI_ALREADY_INITIALIZED:
                 raise
-            if forked:
+            if self._inherited:
                 # What the child inherited is our parent's, and its handles are not used here.
                 self.cryptoki.finalize()
                 self.cryptoki.initialize(self.init_args, locking=True)
             else:
                 self.ours = self.locking = False
 
+    def call(self) -> contextlib.AbstractContextManager[CallInFlight]:
+        """Hold while calling the module."""
+        return self._enter() if self.locking else self._one_at_a_time()
+
     @contextlib.contextmanager
-    def call(self) -> Iterator[_Ticket]:
-        """Hold while calling the module; the ticket lets an abandoned call be counted out."""
-        with contextlib.nullcontext() if self.locking else self._serial, _gate.call() as ticket:
-            yield ticket
+    def _one_at_a_time(self) -> Iterator[CallInFlight]:
+        with self._serial, self._enter() as entered:
+            yield entered
 
-    def restart(self, seen: int, *, settled: float = 0.0) -> bool:
-        """Finalise and initialise again, unless somebody did since generation ``seen``.
+    def _enter(self) -> CallInFlight:
+        with self._lock:
+            while self._holders:
+                self._state.wait()
+            self._in_flight += 1
+        return CallInFlight(self)
 
-        For a module that looks for its tokens only then. Whether it was done by anybody; not
-        while a call is in flight, nor within ``settled`` seconds of the last time, nor for a
-        module that others initialised.
+    def _leave(self) -> None:
+        with self._lock:
+            self._in_flight -= 1
+            if self._holders and not self._in_flight:
+                self._state.notify_all()
+
+    def _hold(self, seconds: float) -> tuple[bool, bool]:
+        """Let no call begin, and wait for those in flight.
+
+        Returns:
+            Whether calls are held up, in which case ``_let_go`` follows, and whether none is in
+            flight any more.
         """
-        if not self.ours or time.monotonic() < self._since + settled:
+        end = time.monotonic() + seconds
+        if not self._state.acquire(timeout=seconds):
+            return False, False
+        self._holders += 1
+        left = max(0.0, end - time.monotonic())
+        return True, self._state.wait_for(lambda: not self._in_flight, left)
+
+    def _let_go(self) -> None:
+        self._holders -= 1
+        self._state.notify_all()
+        self._state.release()
+
+    def _before_fork(self) -> None:
+        # Should a call hang, the child may find a mutex of that module held; the parent goes on.
+        held, _ = self._hold(IDLE_WAIT)
+        self._held = held or self._held
+
+    def _after_fork(self) -> None:
+        if self._held:
+            self._held = False
+            self._let_go()
+
+    def restart(self, seen: int) -> bool:
+        """C_Finalize and C_Initialize, unless somebody did so since generation ``seen``.
+
+        For a module that looks for its tokens, or connects to its HSM, only then.
+
+        Returns:
+            Whether it was done, by anybody. Not for a module that others initialised, since their
+            sessions would end; nor while a call is in flight, nor again and again.
+        """
+        pause = RESTART_PAUSES[min(self.in_vain, len(RESTART_PAUSES) - 1)]
+        if not self.ours or time.monotonic() < self._since + pause:
             return False
-        closed, idle = _gate.close(FORK_WAIT)
+        held, idle = self._hold(IDLE_WAIT)
         try:
             if not idle:
                 return False
             if self.generation == seen:
                 with contextlib.suppress(CkError):
                     self.cryptoki.finalize()
-                self._initialize(forked=False)
+                self.in_vain += 1
+                self._initialize()
             return True
         finally:
-            if closed:
-                _gate.open()
-
-    def slots(self) -> list[Slot]:
-        """Slots with a token in them."""
-        found: list[Slot] = self.library.get_slots(token_present=True)
-        return found
+            if held:
+                self._let_go()
 
 
-_gate = _Gate()
-_forking = threading.local()
-_lock = threading.Lock()
-_modules: dict[str, Module] = {}
-_inherited: set[str] = set()
+class _Modules(ForkSafe):
+    """Those of this process, by real path."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Module] = {}
+        super().__init__()
+
+    def _renew(self) -> None:
+        self._lock = threading.Lock()
+
+    def find(self, path: str, init_args: str | None) -> Module:
+        with self._lock:
+            if path not in self._known:
+                self._known[path] = Module(path, init_args)
+            return self._known[path]
+
+
+_modules = _Modules()
 
 
 def open_module(path: Path, init_args: str | None) -> Module:
     """The module at ``path``, initialised once in this process.
 
     Raises:
-        ConfigError: no such file, no PKCS#11 module, or open with other ``init_args``.
-        ProviderUnavailable: it does not initialise.
+        ProviderUnavailable: no such file, no PKCS#11 module, or it does not initialise.
+        ConfigError: it is open with other ``init_args``.
     """
     real = os.path.realpath(path)
     if not Path(real).is_file():
-        raise ConfigError(f"no PKCS#11 module at {path}", hint=_usual())
-    with _lock:
-        module = _modules.get(real)
-        if module is None:
-            module = Module(real, init_args, forked=real in _inherited)
-            _modules[real] = module
-        elif module.init_args != init_args:
-            raise ConfigError(
-                f"the module {path} is open with other init_args in this process",
-                hint="give every provider of one module the same init_args",
-            )
-        return module
+        raise ProviderUnavailable(f"no PKCS#11 module at {path}", hint=_usual())
+    module = _modules.find(real, init_args)
+    if module.init_args != init_args:
+        raise ConfigError(
+            f"the module {path} is open with other init_args in this process",
+            hint="give every provider of one module the same init_args",
+        )
+    module.start()
+    return module
 
 
 def _usual() -> str:
     found = [path for path in _USUAL if Path(path).is_file()]
     return f"here are: {', '.join(found)}" if found else "install your HSM's PKCS#11 library"
-
-
-def _before_fork() -> None:
-    # Should a call hang, the child may find a mutex of that module held; the parent goes on.
-    _forking.closed, _ = _gate.close(FORK_WAIT)
-
-
-def _in_parent() -> None:
-    if _forking.closed:
-        _gate.open()
-
-
-def _in_child() -> None:
-    global _gate, _lock
-    _gate, _lock = _Gate(), threading.Lock()
-    _inherited.update(path for path, module in _modules.items() if module.ours)
-    _modules.clear()
-
-
-os.register_at_fork(before=_before_fork, after_in_parent=_in_parent, after_in_child=_in_child)

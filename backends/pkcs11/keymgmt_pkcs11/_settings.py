@@ -4,29 +4,37 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
+from pkcs11 import Attribute
 from pydantic import Field, field_validator, model_validator
 
 from keymgmt.backend import ConfigError, ConfigPath, SecretSource, Settings, is_key
-from keymgmt_pkcs11._uri import Pkcs11Uri
+from keymgmt_pkcs11._uri import TOKEN, Pkcs11Uri
 
-__all__ = ["KeyEntry", "Pkcs11Settings"]
+__all__ = ["CreateSettings", "KeyEntry", "Pkcs11Settings"]
 
-_SELECTORS: Final = frozenset(
+# What makes a key safe, or is said elsewhere.
+_OURS: Final = frozenset(
     {
-        "token",
-        "manufacturer",
-        "serial",
-        "model",
-        "library-manufacturer",
-        "library-description",
-        "library-version",
-        "slot-manufacturer",
-        "slot-description",
-        "slot-id",
+        *("CLASS", "KEY_TYPE", "TOKEN", "PRIVATE", "SENSITIVE", "EXTRACTABLE", "MODIFIABLE"),
+        *("ALWAYS_SENSITIVE", "NEVER_EXTRACTABLE", "LOCAL", "ALLOWED_MECHANISMS", "LABEL", "ID"),
+        *("ENCRYPT", "DECRYPT", "WRAP", "UNWRAP", "SIGN", "VERIFY", "DERIVE", "VALUE"),
+        *("VALUE_LEN", "MODULUS_BITS", "EC_PARAMS"),
     }
 )
+Promise = Literal[
+    "private",
+    "sensitive",
+    "always_sensitive",
+    "extractable",
+    "never_extractable",
+    "modifiable",
+    "usages",
+]
+"""An attribute of a key that ``allow`` may let be otherwise than it should be."""
+
+_Hex = Annotated[str, Field(pattern=r"^(?:[0-9a-fA-F]{2}){1,64}$")]
 
 
 class KeyEntry(Settings):
@@ -34,13 +42,60 @@ class KeyEntry(Settings):
 
     Attributes:
         label: CKA_LABEL of every version; the key name itself where it is left out.
-        id: CKA_ID in hex, which pins the key to that one version.
+        id: CKA_ID in hex, which pins the key to that one version; a new key gets it. Of several,
+            each is a version, from oldest to newest; rotation makes the next that is not there.
         mechanism: the only mechanism that this key may be used with.
+        allow: attributes that may be otherwise than they should be.
     """
 
     label: Annotated[str, Field(min_length=1, max_length=255)] | None = None
-    id: Annotated[str, Field(pattern=r"^(?:[0-9a-fA-F]{2}){1,64}$")] | None = None
+    id: _Hex | Annotated[tuple[_Hex, ...], Field(strict=False, min_length=1)] | None = None
     mechanism: str | None = None
+    allow: tuple[Promise, ...] = Field(default=(), strict=False)
+
+    @property
+    def ids(self) -> tuple[bytes, ...]:
+        """Each ``id``, from the oldest version to the newest."""
+        listed = (self.id,) if isinstance(self.id, str) else self.id or ()
+        return tuple(map(bytes.fromhex, listed))
+
+
+class CreateSettings(Settings):
+    """What is different about keys that are made here.
+
+    Attributes:
+        modifiable: CKA_MODIFIABLE; without it a version can be destroyed, but not retired.
+        allowed_mechanisms: set CKA_ALLOWED_MECHANISMS to what the kind needs.
+        attributes: more of the secret or private key's template, as the HSM's vendor wants it:
+            a name without ``CKA_``, or a number such as ``0x80000101``, with a truth value, a
+            number, or bytes in hex.
+    """
+
+    modifiable: bool = True
+    allowed_mechanisms: bool = False
+    attributes: dict[str, bool | int | str] = Field(default_factory=dict)
+
+    @field_validator("attributes")
+    @classmethod
+    def _are_additions(cls, attributes: dict[str, Any]) -> dict[str, Any]:
+        for name, value in attributes.items():
+            if name in _OURS:
+                raise ValueError(f"{name} is not changed by a template")
+            if name not in Attribute.__members__ and not re.fullmatch(r"0x[0-9a-f]{1,8}", name):
+                raise ValueError(f"{name!r} is no attribute, nor a number like 0x80000101")
+            if isinstance(value, str) and not re.fullmatch(r"(?:[0-9a-fA-F]{2})*", value):
+                raise ValueError(f"the value of {name} is not hex")
+        return attributes
+
+    @property
+    def template(self) -> dict[int, bool | int | bytes]:
+        """The additions as a template has them."""
+        return {
+            Attribute[name] if name in Attribute.__members__ else int(name, 16): (
+                bytes.fromhex(value) if isinstance(value, str) else value
+            )
+            for name, value in self.attributes.items()
+        }
 
 
 class Pkcs11Settings(Settings):
@@ -54,10 +109,12 @@ class Pkcs11Settings(Settings):
         slot: its slot's number. Some modules number slots anew; prefer the serial.
         pin: where the PIN comes from.
         login: ``user``; ``protected`` for a PIN pad or card reader; ``none`` for no login.
-        read_only: open sessions that cannot change the token.
+        user_type: CKU_ number of who logs in: 1 for the user, or one of the vendor's.
+        read_only: make, rotate and retire nothing.
         timeout: seconds that any call may take, 0.1 to 600.
         sessions: how many sessions are open at most, 1 to 256.
         allow_oaep_sha1: let RSA keys unwrap by OAEP with SHA-1 where the module has nothing else.
+        create: what is different about keys that are made here.
         keys: our key name -> label and id in the token.
         init_args: string for C_Initialize (pReserved), which only NSS softokn takes.
     """
@@ -69,10 +126,12 @@ class Pkcs11Settings(Settings):
     slot: Annotated[int, Field(ge=0, lt=1 << 64)] | None = None
     pin: SecretSource | None = None
     login: Literal["user", "protected", "none"] = "user"
+    user_type: Annotated[int, Field(ge=1, lt=1 << 32)] = 1
     read_only: bool = False
     timeout: Annotated[float, Field(ge=0.1, le=600)] = 10.0
     sessions: Annotated[int, Field(ge=1, le=256)] = 8
     allow_oaep_sha1: bool = False
+    create: CreateSettings = Field(default_factory=CreateSettings)
     keys: dict[str, KeyEntry] = Field(default_factory=dict)
     init_args: Annotated[str, Field(max_length=4096)] | None = None
 
@@ -89,7 +148,7 @@ class Pkcs11Settings(Settings):
             raise ValueError('a PIN is not written in the URI; set pin = { file = "PATH" }')
         if "module-name" in uri.query:
             raise ValueError("module-name says no path; use module-path, or the setting module")
-        if uri.id is not None or not set(uri.path) <= _SELECTORS:
+        if uri.id is not None or not set(uri.path) <= TOKEN:
             raise ValueError("this URI names the token; keys are named in the table keys")
         if uri.vendor:
             raise ValueError(f"the attribute {next(iter(uri.vendor))!r} is not known")
@@ -148,7 +207,7 @@ class Pkcs11Settings(Settings):
     def name_of(self, label: str, identifier: bytes) -> str | None:
         """Our name for an object of the token, or None where we have none for it."""
         for name, entry in self.keys.items():
-            if (entry.id is None or bytes.fromhex(entry.id) == identifier) and (
+            if (entry.id is None or identifier in entry.ids) and (
                 (entry.label or (name if entry.id is None else label)) == label
             ):
                 return name

@@ -20,8 +20,8 @@ from keymgmt.backend import ProviderUnavailable, UnsupportedOperation
 from keymgmt_pkcs11._cryptoki import Parameters
 
 if TYPE_CHECKING:
+    from keymgmt_pkcs11._connection import Session
     from keymgmt_pkcs11._keys import KeyObject
-    from keymgmt_pkcs11._sessions import Channel
 
 __all__ = ["can_sign", "sign"]
 
@@ -37,8 +37,8 @@ def can_sign(key: KeyObject) -> bool:
     return isinstance(key.public, ec.EllipticCurvePublicKey)
 
 
-def sign(channel: Channel, key: KeyObject, message: bytes) -> bytes:
-    """Sign ``message`` with a private key of the token.
+def sign(session: Session, key: KeyObject, message: bytes) -> bytes:
+    """Sign ``message`` with a private key of the token, by an open ``session``.
 
     Raises:
         UnsupportedOperation: the key is of no kind that signs here.
@@ -47,21 +47,23 @@ def sign(channel: Channel, key: KeyObject, message: bytes) -> bytes:
     public = key.public
     if not can_sign(key) or public is None:
         raise UnsupportedOperation(
-            f"{key} does not sign", hint="make one: keymgmt keys create --kind ecdsa-p256"
+            f"{key} does not sign",
+            hint="make one: keymgmt keys create PROVIDER:KEY --kind ecdsa-p256",
         )
     algorithm: hashes.HashAlgorithm = hashes.SHA384() if key.bits == 384 else hashes.SHA256()
     digest = hashes.Hash(algorithm)
     digest.update(message)
     hashed = digest.finalize()
+    approve = session.approve if key.wants_approval else None
     try:
         if isinstance(public, rsa.RSAPublicKey):
             how = Parameters.pss(Mechanism.RSA_PKCS_PSS, Mechanism.SHA256, MGF.SHA256, _SALT)
-            signature = channel.ck.sign(channel.handle, how, key.handle, hashed)
+            signature = session.ck.sign(session.handle, how, key.handle, hashed, approve)
             pss = padding.PSS(padding.MGF1(algorithm), _SALT)
             public.verify(signature, hashed, pss, Prehashed(algorithm))
         else:
             how = Parameters(Mechanism.ECDSA)
-            raw = channel.ck.sign(channel.handle, how, key.handle, hashed)
+            raw = session.ck.sign(session.handle, how, key.handle, hashed, approve)
             half = len(raw) // 2
             signature = encode_dss_signature(
                 int.from_bytes(raw[:half], "big"), int.from_bytes(raw[half:], "big")

@@ -7,39 +7,38 @@ of vendors are read and kept, so that the caller can refuse them by name.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import unquote_to_bytes
 
 from keymgmt.backend import ConfigError
 
-__all__ = ["Pkcs11Uri"]
+__all__ = ["TOKEN", "Pkcs11Uri"]
 
-_PATH_TEXT: Final = frozenset(
+TOKEN: Final = frozenset(
     {
-        "token",
-        "manufacturer",
-        "serial",
-        "model",
-        "library-manufacturer",
-        "library-description",
-        "library-version",
-        "object",
-        "type",
-        "id",
-        "slot-manufacturer",
-        "slot-description",
-        "slot-id",
+        *("token", "manufacturer", "serial", "model", "library-manufacturer"),
+        *("library-description", "library-version"),
+        *("slot-manufacturer", "slot-description", "slot-id"),
     }
 )
+"""Attributes that say which token is meant."""
+_PATH: Final = TOKEN | {"object", "type", "id"}
 _QUERY: Final = frozenset({"pin-source", "pin-value", "module-name", "module-path"})
-_TYPES: Final = frozenset({"public", "private", "cert", "secret-key", "data"})
+# What a value must be, and an example of it.
+_VALUES: Final = {
+    "type": ("public|private|cert|secret-key|data", "private"),
+    "slot-id": ("[0-9]{1,20}", "7"),
+    "library-version": (r"[0-9]{1,3}(\.[0-9]{1,3})?", "3.1"),
+}
 _NAME: Final = re.compile(r"[A-Za-z0-9_-]+")
-# pk11-pchar and pk11-qchar of RFC 7512, section 2.3.
+# pk11-pchar and pk11-qchar of RFC 7512, section 2.3, with what stands between two attributes.
 _ESCAPE: Final = r"%[0-9A-Fa-f]{2}"
-_PATH_VALUE: Final = re.compile(rf"(?:[A-Za-z0-9._~:\[\]@!$'()*+,=&-]|{_ESCAPE})*")
-_QUERY_VALUE: Final = re.compile(rf"(?:[A-Za-z0-9._~:\[\]@!$'()*+,=/?|-]|{_ESCAPE})*")
+_PARTS: Final = {
+    "path": (";", re.compile(rf"(?:[A-Za-z0-9._~:\[\]@!$'()*+,=&-]|{_ESCAPE})*")),
+    "query": ("&", re.compile(rf"(?:[A-Za-z0-9._~:\[\]@!$'()*+,=/?|-]|{_ESCAPE})*")),
+}
 MAX_LENGTH: Final = 4096
 
 
@@ -68,44 +67,37 @@ class Pkcs11Uri:
         scheme, colon, rest = text.partition(":")
         if not colon or scheme.lower() != "pkcs11":
             raise _wrong("it does not begin with 'pkcs11:'")
-        before, mark, after = rest.partition("?")
-        path: dict[str, str] = {}
-        query: dict[str, str] = {}
-        vendor: dict[str, tuple[str, ...]] = {}
+        before, _, after = rest.partition("?")
+        found: dict[str, dict[str, str]] = {"path": {}, "query": {}}
         identifier: bytes | None = None
-        for name, raw in _attributes(before, ";", _PATH_VALUE):
-            if name == "id":
-                if identifier is not None:
-                    raise _wrong("'id' occurs twice")
-                identifier = unquote_to_bytes(raw)
-            elif name in _PATH_TEXT:
-                if name in path:
-                    raise _wrong(f"{name!r} occurs twice")
-                path[name] = _text(name, raw)
-            elif name in _QUERY:
-                raise _wrong(f"{name!r} belongs after '?'")
-            elif name in vendor:
+        vendor: dict[str, tuple[str, ...]] = {}
+        for part, name, raw in (*_attributes("path", before), *_attributes("query", after)):
+            home = "path" if name in _PATH else "query" if name in _QUERY else None
+            if home not in (part, None):
+                raise _wrong(f"{name!r} belongs {'before' if home == 'path' else 'after'} '?'")
+            # What a vendor adds to the query may come several times.
+            if name in found[part] or (home is None and part == "path" and name in vendor):
                 raise _wrong(f"{name!r} occurs twice")
-            else:
-                vendor[name] = (_text(name, raw),)
-        for name, raw in _attributes(after, "&", _QUERY_VALUE) if mark else ():
-            if name in _QUERY:
-                if name in query:
-                    raise _wrong(f"{name!r} occurs twice")
-                query[name] = _text(name, raw)
-            elif name in _PATH_TEXT or name == "id":
-                raise _wrong(f"{name!r} belongs before '?'")
-            else:
+            if name == "id":
+                identifier = unquote_to_bytes(raw)
+                found[part][name] = ""
+            elif home is None:
                 vendor[name] = (*vendor.get(name, ()), _text(name, raw))
-        _check_values(path)
+            else:
+                found[part][name] = _text(name, raw)
+        path, query = found["path"], found["query"]
+        path.pop("id", None)
+        for name, (grammar, words) in _VALUES.items():
+            if not re.fullmatch(grammar, path.get(name, words)):
+                raise _wrong(f"{name!r} is not like {words}")
         if "pin-source" in query and "pin-value" in query:
             raise _wrong("it has both 'pin-source' and 'pin-value'")
         return cls(path, identifier, query, vendor)
 
 
-def _attributes(part: str, separator: str, grammar: re.Pattern[str]) -> list[tuple[str, str]]:
-    found = []
-    for attribute in part.split(separator) if part else ():
+def _attributes(part: str, text: str) -> Iterator[tuple[str, str, str]]:
+    separator, grammar = _PARTS[part]
+    for attribute in text.split(separator) if text else ():
         name, equals, raw = attribute.partition("=")
         if not _NAME.fullmatch(name):
             raise _wrong(f"an attribute has no valid name: {name[:40]!r}")
@@ -114,8 +106,7 @@ def _attributes(part: str, separator: str, grammar: re.Pattern[str]) -> list[tup
         # The value may be a PIN, so it is not shown.
         if not grammar.fullmatch(raw):
             raise _wrong(f"the value of {name!r} has a character that must be written as %XX")
-        found.append((name, raw))
-    return found
+        yield part, name, raw
 
 
 def _text(name: str, raw: str) -> str:
@@ -123,15 +114,6 @@ def _text(name: str, raw: str) -> str:
         return unquote_to_bytes(raw).decode()
     except UnicodeDecodeError:
         raise _wrong(f"the value of {name!r} is not UTF-8") from None
-
-
-def _check_values(path: Mapping[str, str]) -> None:
-    if path.get("type", "data") not in _TYPES:
-        raise _wrong(f"'type' is none of {', '.join(sorted(_TYPES))}")
-    if not re.fullmatch(r"[0-9]{1,20}", path.get("slot-id", "0")):
-        raise _wrong("'slot-id' is no number")
-    if not re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,3})?", path.get("library-version", "0")):
-        raise _wrong("'library-version' is not like 3 or 3.1")
 
 
 def _wrong(reason: str) -> ConfigError:

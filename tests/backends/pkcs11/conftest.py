@@ -102,7 +102,8 @@ class SoftHsm:
         (made,) = set(self.tokens.iterdir()) - before
         # SoftHSM sees new tokens of other processes only when it starts.
         library = open_module(self.module, None)
-        library.restart(library.generation)
+        library.in_vain = 0
+        assert library.restart(library.generation)
         pin_file = self.directory / f"pin-{number}"
         pin_file.touch(0o600)
         pin_file.write_text(PIN + "\n")
@@ -188,13 +189,25 @@ def _close_providers(request: pytest.FixtureRequest) -> Iterator[None]:
 
 CALLS = {
     "C_Initialize": 0,
+    "C_GetSessionInfo": 15,
+    "C_UnwrapKey": 61,
+    "C_SignInit": 42,
     "C_OpenSession": 12,
     "C_Login": 18,
     "C_FindObjectsInit": 26,
     "C_EncryptInit": 29,
     "C_DecryptInit": 33,
     "C_Decrypt": 34,
+    "C_CreateObject": 20,
+    "C_GetTokenInfo": 6,
+    "C_GetAttributeValue": 24,
+    "C_GenerateKey": 58,
+    "C_GenerateKeyPair": 59,
     "C_WrapKey": 60,
+    "C_Encrypt": 30,
+    "C_Sign": 43,
+    "C_Finalize": 1,
+    "C_GetSlotList": 4,
     "C_DeriveKey": 62,
 }
 FOREVER = -1
@@ -227,8 +240,16 @@ class Faults:
     def locks(self) -> None:
         self._library.fault_locks(ctypes.c_long(1))
 
-    def own_iv(self) -> None:
-        self._library.fault_own_iv(ctypes.c_long(1))
+    def low(self) -> None:
+        """Let the token's flags say that a wrong PIN was given."""
+        self._library.fault_low(ctypes.c_long(1))
+
+    def until_finalize(self) -> None:
+        """Let C_Finalize end every answer that was set."""
+        self._library.fault_until_finalize()
+
+    def personality(self, name: str) -> None:
+        assert self._library.fault_personality(name.encode()), name
 
     def clear(self) -> None:
         self._library.fault_clear()
@@ -279,3 +300,24 @@ def faulty(_faulty: tuple[Token, Faults]) -> Iterator[Token]:
 @pytest.fixture
 def faults(_faulty: tuple[Token, Faults], faulty: Token) -> Faults:
     return _faulty[1]
+
+
+@pytest.fixture
+def faulty_copy(
+    softhsm: SoftHsm, faulty: Token, require_tool: Any, tmp_path: Path
+) -> Callable[[], tuple[Token, Faults]]:
+    """Make another module for the token of ``faulty``, with switches of its own."""
+
+    def make() -> tuple[Token, Faults]:
+        target = tmp_path / "libsofthsm2-other.so"
+        shutil.copy(softhsm.module, target)
+        shim = build_fault_module(require_tool, target, tmp_path)
+        token = Token(shim, faulty.label, faulty.pin_file, faulty.directory)
+        return token, Faults(ctypes.CDLL(str(shim)))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def token_class() -> type[Token]:
+    return Token

@@ -150,8 +150,8 @@ def test_a_model_opens_with_plain_python_pkcs11_and_the_spec_alone(
 
     label, place = b"keymgmt-sealed/1", (1).to_bytes(2, "big") + (0).to_bytes(2, "big")
     nonce = bytes.fromhex(group["nonce"])
-    context = hashlib.sha256(
-        listed(label, b"wrap", hashlib.sha256(raw).digest(), nonce, place)
+    context = hashlib.sha384(
+        listed(label, b"wrap", hashlib.sha384(raw).digest(), nonce, place)
     ).hexdigest()
     blob = base64.b64decode(recipient["blob"]).hex()
     done = subprocess.run(
@@ -166,7 +166,7 @@ def test_a_model_opens_with_plain_python_pkcs11_and_the_spec_alone(
     )
     info = listed(label, b"commitment", bytes.fromhex(manifest["id"]))
     dek = bytes.fromhex(done.stdout.strip())
-    assert HKDFExpand(hashes.SHA256(), 32, info).derive(dek).hex() in raw.decode()
+    assert HKDFExpand(hashes.SHA384(), 48, info).derive(dek).hex() in raw.decode()
 
 
 def test_a_model_runs(site: Site) -> None:

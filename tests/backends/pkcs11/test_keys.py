@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pkcs11
 import pytest
 from keymgmt_pkcs11 import Pkcs11Settings
+from keymgmt_pkcs11._cryptoki import Parameters
+from keymgmt_pkcs11._errors import CkError, Ckr
 from keymgmt_pkcs11._settings import KeyEntry
-from pkcs11 import Attribute, KeyType, ObjectClass
+from pkcs11 import Attribute, Mechanism, ObjectClass
 
 from keymgmt.backend import (
     ConfigError,
@@ -39,18 +39,23 @@ def foreign_key(
     """An AES key as somebody else's tool would have made it."""
     template = {
         **NO_USE,
+        Attribute.TOKEN: True,
+        Attribute.LABEL: label.encode(),
+        Attribute.ID: identifier,
+        Attribute.VALUE_LEN: bits // 8,
+        Attribute.PRIVATE: True,
+        Attribute.SENSITIVE: True,
         Attribute.ENCRYPT: True,
         Attribute.DECRYPT: True,
         Attribute.EXTRACTABLE: False,
         **{Attribute[name.upper()]: value for name, value in attributes.items()},
     }
 
-    def make(channel: Any) -> None:
-        channel.session.generate_key(
-            KeyType.AES, bits, id=identifier, label=label, store=True, template=template
-        )
+    def make(session: Any) -> None:
+        how = Parameters(Mechanism.AES_KEY_GEN)
+        session.ck.generate(session.handle, how, template)
 
-    provider.run("making a foreign key", make, changes=True)
+    provider.connection.run("making a foreign key", make, changes=True)
 
 
 @pytest.mark.parametrize(
@@ -73,27 +78,32 @@ def test_a_new_key_has_one_use_and_never_leaves(
     name = f"attributes-{kind}"
     options = {"bits": "2048"} if kind.startswith("rsa") else {}
     info = provider.create_key(name, kind, options)
-    # Read with plain python-pkcs11 and not through the provider.
-    wanted = {
-        Attribute.LABEL: name,
-        Attribute.CLASS: ObjectClass.SECRET_KEY
-        if kind.startswith("aes")
-        else ObjectClass.PRIVATE_KEY,
-    }
+    # Read one by one and not through the provider's eyes.
+    kind_of_object = ObjectClass.SECRET_KEY if kind.startswith("aes") else ObjectClass.PRIVATE_KEY
+    wanted = {Attribute.LABEL: name.encode(), Attribute.CLASS: int(kind_of_object)}
 
-    def look(channel: Any) -> None:
-        (item,) = channel.session.get_objects(wanted)
-        have = item.get_attributes([*NO_USE, Attribute.SENSITIVE, Attribute.EXTRACTABLE])
-        used = {Attribute(name).name.lower() for name, value in have.items() if value}
-        assert used == flags | {"sensitive"}
-        assert item[Attribute.NEVER_EXTRACTABLE]
-        assert item[Attribute.ALWAYS_SENSITIVE]
+    def look(session: Any) -> None:
+        (handle,) = session.ck.find(session.handle, wanted)
+
+        def read(attribute: Attribute, size: int = 1) -> bytes:
+            try:
+                return bytes(session.ck.read(session.handle, handle, attribute, size))
+            except CkError as error:
+                if error.code != Ckr.ATTRIBUTE_TYPE_INVALID:
+                    raise
+                return b""
+
+        used = {each.name.lower() for each in NO_USE if any(read(each))}
+        assert used == flags
+        for good in ("PRIVATE", "SENSITIVE", "ALWAYS_SENSITIVE", "NEVER_EXTRACTABLE"):
+            assert any(read(Attribute[good])), good
+        assert not any(read(Attribute.EXTRACTABLE))
         secret = Attribute.PRIVATE_EXPONENT if kind.startswith("rsa") else Attribute.VALUE
-        with pytest.raises(pkcs11.PKCS11Error):
-            _ = item[secret]
-        assert item[Attribute.ID].hex() == info.newest
+        with pytest.raises(CkError, match="SENSITIVE"):
+            session.ck.read(session.handle, handle, secret, 1024)
+        assert read(Attribute.ID, 64).hex() == info.newest
 
-    provider.run("looking", look)
+    provider.connection.run("looking", look)
     assert not [f for f in provider.check(name).findings if f.status == "failed"]
 
 
@@ -126,7 +136,7 @@ def test_the_config_maps_names_to_labels_and_ids(softhsm_token: Any) -> None:
         assert (first.version, second.version) == ("0102", "0103")
         assert (first.key, second.key) == ("pinned", "by-id")
         # Two ids of somebody else: nothing says which is the newer, but both open by version.
-        with pytest.raises(ConfigError, match="ambiguous") as caught:
+        with pytest.raises(UnsupportedOperation, match="ambiguous") as caught:
             provider.wrap("both", dek, b"c")
         assert "0102" in str(caught.value)
         assert "0103" in str(caught.value)
@@ -156,7 +166,7 @@ def test_two_objects_of_one_label_and_id(softhsm_token: Any) -> None:
             lambda: fresh.unwrap(wrapped, b"c"),
             lambda: fresh.describe_key("double"),
         ):
-            with pytest.raises(ConfigError, match="ambiguous") as caught:
+            with pytest.raises(UnsupportedOperation, match="ambiguous") as caught:
                 call()
             assert str(caught.value).count("id 07") == 2
     warned = [f for f in fresh.check().findings if f.name == "key double"]
@@ -264,32 +274,56 @@ def test_options_of_new_keys(softhsm_token: Any) -> None:
 
 
 def test_doctor_says_what_is_wrong_with_a_key(softhsm_token: Any) -> None:
-    provider = softhsm_token.provider()
+    provider = softhsm_token.provider(keys={"known": KeyEntry(allow=("usages", "private"))})
     foreign_key(provider, "loose", b"\x01", extractable=True)
+    foreign_key(provider, "public", b"\x01", private=False)
+    foreign_key(provider, "known", b"\x01", private=False, wrap=True)
     foreign_key(provider, "greedy", b"\x01", wrap=True)
     foreign_key(provider, "nameless", b"")
     found = {f.name: f for f in provider.check().findings if f.name.startswith("key ")}
-    assert found["key loose"].status == "warning"
-    assert "extractable" in found["key loose"].detail
-    assert "taken out with it" in found["key greedy"].detail
+    assert found["key loose"].status == found["key public"].status == "failed"
+    assert "CKA_EXTRACTABLE is true" in found["key loose"].detail
+    assert "CKA_NEVER_EXTRACTABLE is false" in found["key loose"].detail
+    assert "CKA_PRIVATE is false" in found["key public"].detail
+    assert "it may also wrap" in found["key greedy"].detail
     assert "no id" in found["key nameless"].detail
+    assert found["key known"].status == "ok"
+    assert not provider.check().ok
     with Dek.generate() as dek:
+        for name, word in (("loose", "extractable"), ("public", "private"), ("greedy", "usages")):
+            with pytest.raises(UnsupportedOperation, match="is not used to wrap") as caught:
+                provider.wrap(name, dek, b"c")
+            assert f'"{word}"' in str(caught.value.hint)
+        assert provider.unwrap(provider.wrap("known", dek, b"c"), b"c") == dek
         wrapped = provider.wrap("nameless", dek, b"c")
         assert wrapped.version == "noid"
         assert provider.unwrap(wrapped, b"c") == dek
 
 
-def test_doctor_tries_mechanisms_and_leaves_nothing(new_token: Callable[..., Any]) -> None:
-    provider = new_token().provider()
+def test_doctor_is_light_and_mechanisms_leave_nothing(faulty: Any, faults: Any) -> None:
+    from keymgmt_pkcs11._checks import try_kind
+    from keymgmt_pkcs11._kinds import KINDS
+
+    provider = faulty.provider()
     found = {f.name: f for f in provider.check().findings}
     for name in ("module", "threads", "tokens", "token", "PIN", "login", "sessions"):
         assert found[name].status in ("ok", "warning"), found[name]
-    assert "AES-GCM" in found["kind aes256"].detail
-    assert "µs" in found["kind ecdh-p256"].detail
-    assert found["kind rsa-oaep"].status == "skipped"
-    assert found["keys"].status == "warning"
-    assert provider.run("counting", lambda c: len(list(c.session.get_objects({})))) == 0
-    provider.close()
+    for made in ("C_GenerateKey", "C_GenerateKeyPair", "C_WrapKey", "C_CreateObject"):
+        assert faults.calls(made) == 0
+
+    def objects(session: Any) -> int:
+        return len(session.ck.find(session.handle, {}))
+
+    before = provider.connection.run("counting", objects)
+    tried = {
+        kind.name: provider.connection.run("trying", lambda s, kind=kind: try_kind(s, kind))
+        for kind in KINDS.values()
+    }
+    assert tried["aes256"][0]
+    assert "AES-GCM" in tried["aes256"][1]
+    assert "µs" in tried["ecdh-p256"][1]
+    assert not tried["rsa-oaep"][0]
+    assert provider.connection.run("counting", objects) == before
 
 
 def test_settings_refuse_what_is_ambiguous_or_unsafe(tmp_path: Path) -> None:
@@ -344,7 +378,7 @@ def test_the_commands(
     def run(*arguments: str) -> Any:
         done = runner.invoke(app, ["-c", str(config), "pkcs11", *arguments])
         assert done.exit_code == 0, done.output
-        return json.loads(done.stdout) if "--json" in arguments else done.stdout
+        return json.loads(done.stdout)[arguments[0]] if "--json" in arguments else done.stdout
 
     assert softhsm_token.label in {
         row["token"] for row in run("slots", str(softhsm_token.module), "--json")

@@ -1,7 +1,7 @@
 """How a token wraps: one class for each mechanism, and which of them a key may be used with.
 
     name            key and usage         binds the context by   blob
-    AES-GCM         AES decrypt           additional data        IV (12), ciphertext (32), tag (16)
+    AES-GCM         AES decrypt           additional data        IV (12, 16), ciphertext, tag (16)
     AES-KWP         AES unwrap            InnerKey               RFC 5649 inside an InnerKey
     AES-KW          AES unwrap            InnerKey               RFC 3394 inside an InnerKey
     RSA-OAEP-256-L  RSA decrypt           OAEP label             RFC 8017, SHA-256, MGF1-SHA-256
@@ -17,9 +17,9 @@ from __future__ import annotations
 import contextlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
@@ -29,6 +29,7 @@ from keymgmt.backend import (
     DEK_LENGTH,
     RSA_OAEP_256,
     Dek,
+    UnsupportedOperation,
     UnwrapFailed,
     hpke_seal,
     hpke_split,
@@ -37,36 +38,45 @@ from keymgmt.backend import (
     open_with_ecdh,
     wipe,
 )
-from keymgmt_pkcs11._cryptoki import Cryptoki, Parameters
+from keymgmt_pkcs11._cryptoki import Approval, Cryptoki, Parameters
+from keymgmt_pkcs11._errors import REFUSED_TEMPLATE, CkError, Ckr
 
 if TYPE_CHECKING:
+    from keymgmt_pkcs11._connection import Session
     from keymgmt_pkcs11._keys import KeyObject
     from keymgmt_pkcs11._quirks import Quirks
-    from keymgmt_pkcs11._sessions import Channel
 
-__all__ = ["MECHANISMS", "Use", "Wrapping", "fitting"]
+__all__ = ["MECHANISMS", "KeyInUse", "Wrapping", "fitting"]
 
-_IV: Final = 12
+W = TypeVar("W")
+R = TypeVar("R")
 _TAG: Final = 16
+_IV_LENGTHS: Final = (12, 16)
+_IVS: Final[tuple[Callable[[], bytearray], ...]] = (
+    lambda: bytearray(os.urandom(12)),
+    lambda: bytearray(12),
+    bytearray,
+)
+_REFUSED_IV: Final = frozenset({Ckr.MECHANISM_PARAM_INVALID, Ckr.ARGUMENTS_BAD})
 
 
-@dataclass(frozen=True)
-class Use:
+@dataclass(slots=True)
+class KeyInUse:
     """A key in an open session, and the module's code for the mechanism that it is used with."""
 
-    channel: Channel
+    session: Session
     key: KeyObject
     code: int
 
     @property
     def ck(self) -> Cryptoki:
         """The calls."""
-        return self.channel.ck
+        return self.session.ck
 
     @property
-    def session(self) -> int:
-        """The session's number."""
-        return self.channel.handle
+    def approve(self) -> Approval | None:
+        """What the key wants between the beginning and the end of each use."""
+        return self.session.approve if self.key.wants_approval else None
 
 
 class Wrapping(ABC):
@@ -84,16 +94,21 @@ class Wrapping(ABC):
         return key.public is not None
 
     @abstractmethod
-    def wrap(self, use: Use, dek: Dek, context: bytes) -> bytes:
+    def wrap(self, use: KeyInUse, dek: Dek, context: bytes) -> bytes:
         """Encrypt ``dek``, bound to ``context``."""
 
     @abstractmethod
-    def unwrap(self, use: Use, blob: bytes, context: bytes) -> Dek:
+    def unwrap(self, use: KeyInUse, blob: bytes, context: bytes) -> Dek:
         """Reverse ``wrap``; UnwrapFailed where the blob cannot be of this kind at all."""
 
 
 class AesGcm(Wrapping):
-    """AES-256-GCM inside the token, the context as additional data."""
+    """AES-256-GCM inside the token, the context as additional data.
+
+    Who makes the IV differs: most tokens take ours, CloudHSM wants zeros and writes its own over
+    them, Luna in FIPS mode wants none and appends its own to the ciphertext. The first way that a
+    token does not refuse is remembered for the connection.
+    """
 
     name = "AES-GCM"
     code = Mechanism.AES_GCM
@@ -104,17 +119,33 @@ class AesGcm(Wrapping):
     def wraps(self, key: KeyObject) -> bool:
         return key.can("encrypt")
 
-    def wrap(self, use: Use, dek: Dek, context: bytes) -> bytes:
-        iv = bytearray(os.urandom(_IV))
-        how = Parameters.gcm(use.code, iv, context)
-        sealed = use.ck.encrypt(use.session, how, use.key.handle, dek.view())
-        # Read after the call: some tokens make the IV and write it here.
-        return bytes(iv) + sealed
+    def wrap(self, use: KeyInUse, dek: Dek, context: bytes) -> bytes:
+        def encrypt(iv: bytearray) -> bytes:
+            own = bytes(iv)
+            how = Parameters.gcm(use.code, iv, context)
+            sealed = use.ck.encrypt(use.session.handle, how, use.key.handle, dek.view())
+            body, appended = sealed[: DEK_LENGTH + _TAG], sealed[DEK_LENGTH + _TAG :]
+            # Read after the call: some tokens make the IV and write it here.
+            used = appended or bytes(iv)
+            if len(used) not in _IV_LENGTHS or (not any(own) and used == own):
+                raise UnsupportedOperation("the token took an IV of zeros as it was, or none")
+            return used + body
 
-    def unwrap(self, use: Use, blob: bytes, context: bytes) -> Dek:
-        _length(blob, _IV + DEK_LENGTH + _TAG)
-        how = Parameters.gcm(use.code, bytearray(blob[:_IV]), context)
-        return _taken(use.ck.decrypt(use.session, how, use.key.handle, blob[_IV:]))
+        return _by_first_way(use, "IV", _IVS, lambda make: encrypt(make()))
+
+    def unwrap(self, use: KeyInUse, blob: bytes, context: bytes) -> Dek:
+        iv, body = blob[: -DEK_LENGTH - _TAG], blob[-DEK_LENGTH - _TAG :]
+        if len(iv) not in _IV_LENGTHS:
+            raise UnwrapFailed(f"the wrapped key has {len(blob)} bytes, and no IV fits in them")
+
+        def decrypt(appended: bool) -> Dek:
+            how = Parameters.gcm(use.code, bytearray(b"" if appended else iv), context)
+            given = body + iv if appended else body
+            return _taken(
+                use.ck.decrypt(use.session.handle, how, use.key.handle, given, use.approve)
+            )
+
+        return _by_first_way(use, "IV appended", (False, True), decrypt)
 
 
 class AesKeyWrap(Wrapping):
@@ -129,15 +160,18 @@ class AesKeyWrap(Wrapping):
     def wraps(self, key: KeyObject) -> bool:
         return key.can("wrap")
 
-    def wrap(self, use: Use, dek: Dek, context: bytes) -> bytes:
+    def wrap(self, use: KeyInUse, dek: Dek, context: bytes) -> bytes:
         def inside(inner: Dek) -> bytes:
             template = _secret_template() | {Attribute.VALUE: inner.view()}
-            with _passing(use, lambda ck: ck.create(use.session, template)) as handle:
-                return use.ck.wrap_key(use.session, Parameters(use.code), use.key.handle, handle)
+            with _passing(
+                use, lambda given: use.ck.create(use.session.handle, given), (template,)
+            ) as handle:
+                how = Parameters(use.code)
+                return use.ck.wrap_key(use.session.handle, how, use.key.handle, handle)
 
         return inner_wrap(dek, context, inside)
 
-    def unwrap(self, use: Use, blob: bytes, context: bytes) -> Dek:
+    def unwrap(self, use: KeyInUse, blob: bytes, context: bytes) -> Dek:
         def inside(wrapped: bytes) -> Dek:
             _length(wrapped, DEK_LENGTH + 8)
             return _unwrapped(use, Parameters(use.code), wrapped)
@@ -164,10 +198,10 @@ class RsaOaepLabel(Wrapping):
     def fits(self, key: KeyObject) -> bool:
         return key.type == "RSA" and key.can("decrypt", "unwrap") and key.bits >= 2048
 
-    def wrap(self, use: Use, dek: Dek, context: bytes) -> bytes:
+    def wrap(self, use: KeyInUse, dek: Dek, context: bytes) -> bytes:
         return self._encrypt(use.key, dek, context or None)
 
-    def unwrap(self, use: Use, blob: bytes, context: bytes) -> Dek:
+    def unwrap(self, use: KeyInUse, blob: bytes, context: bytes) -> Dek:
         return self._decrypt(use, blob, context)
 
     def _encrypt(self, key: KeyObject, secret: Dek, label: bytes | None) -> bytes:
@@ -175,12 +209,12 @@ class RsaOaepLabel(Wrapping):
         oaep = padding.OAEP(padding.MGF1(self.hash), self.hash, label)
         return key.public.encrypt(bytes(secret.view()), oaep)
 
-    def _decrypt(self, use: Use, blob: bytes, label: bytes) -> Dek:
+    def _decrypt(self, use: KeyInUse, blob: bytes, label: bytes) -> Dek:
         _length(blob, (use.key.bits + 7) // 8)
         how = Parameters.oaep(use.code, self.hash_code, self.mgf_code, label)
         if not use.key.can("decrypt"):
             return _unwrapped(use, how, blob)
-        return _taken(use.ck.decrypt(use.session, how, use.key.handle, blob))
+        return _taken(use.ck.decrypt(use.session.handle, how, use.key.handle, blob, use.approve))
 
 
 class RsaOaep256(RsaOaepLabel):
@@ -188,10 +222,10 @@ class RsaOaep256(RsaOaepLabel):
 
     name = RSA_OAEP_256
 
-    def wrap(self, use: Use, dek: Dek, context: bytes) -> bytes:
+    def wrap(self, use: KeyInUse, dek: Dek, context: bytes) -> bytes:
         return inner_wrap(dek, context, lambda inner: self._encrypt(use.key, inner, None))
 
-    def unwrap(self, use: Use, blob: bytes, context: bytes) -> Dek:
+    def unwrap(self, use: KeyInUse, blob: bytes, context: bytes) -> Dek:
         return inner_unwrap(blob, context, lambda wrapped: self._decrypt(use, wrapped, b""))
 
 
@@ -214,18 +248,21 @@ class HpkeP256(Wrapping):
     def fits(self, key: KeyObject) -> bool:
         return key.type == "EC" and key.bits == self.bits and key.can("derive")
 
-    def wrap(self, use: Use, dek: Dek, context: bytes) -> bytes:
+    def wrap(self, use: KeyInUse, dek: Dek, context: bytes) -> bytes:
         return hpke_seal(self.name, use.key.point, dek, context)
 
-    def unwrap(self, use: Use, blob: bytes, context: bytes) -> Dek:
+    def unwrap(self, use: KeyInUse, blob: bytes, context: bytes) -> Dek:
         enc, ciphertext = hpke_split(self.name, blob)
         length = self.bits // 8
         how = Parameters.ecdh(use.code, enc)
-        template = _secret_template(KeyType.GENERIC_SECRET) | {Attribute.VALUE_LEN: length}
-        with _passing(
-            use, lambda ck: ck.derive(use.session, how, use.key.handle, template)
-        ) as handle:
-            z = use.ck.read(use.session, handle, Attribute.VALUE, length)
+        template = _secret_template(KeyType.GENERIC_SECRET)
+        sized = template | {Attribute.VALUE_LEN: length}
+
+        def derive(attributes: dict[int, Any]) -> int:
+            return use.ck.derive(use.session.handle, how, use.key.handle, attributes)
+
+        with _passing(use, derive, (sized, template)) as handle:
+            z = use.ck.read(use.session.handle, handle, Attribute.VALUE, length)
         # A token may leave zeros in front out.
         padded = bytearray(length - len(z)) + z
         try:
@@ -295,21 +332,58 @@ def _secret_template(kind: KeyType = KeyType.AES) -> dict[int, Any]:
 
 
 @contextlib.contextmanager
-def _passing(use: Use, make: Callable[[Cryptoki], int]) -> Iterator[int]:
-    """A session object that is destroyed at the end, whatever happens."""
-    handle = make(use.ck)
+def _passing(
+    use: KeyInUse, make: Callable[[dict[int, Any]], int], templates: Sequence[dict[int, Any]]
+) -> Iterator[int]:
+    """A session object, by the first template that is not refused; destroyed at the end."""
+    lengths = tuple(Attribute.VALUE_LEN in template for template in templates)
+    handle = _by_first_way(
+        use,
+        f"template {lengths}",
+        templates,
+        make,
+        refused=REFUSED_TEMPLATE | {Ckr.ARGUMENTS_BAD},
+    )
     try:
         yield handle
     finally:
-        use.ck.destroy(use.session, handle)
+        use.ck.destroy(use.session.handle, handle)
 
 
-def _unwrapped(use: Use, how: Parameters, blob: bytes) -> Dek:
+def _by_first_way(
+    use: KeyInUse,
+    name: str,
+    ways: Sequence[W],
+    call: Callable[[W], R],
+    refused: frozenset[int] = _REFUSED_IV,
+) -> R:
+    """Call with the first of the ways that the module does not refuse, from the last that worked.
+
+    A session that saw a failed call is not used for the next: some modules keep the operation.
+    """
+    start = use.session.cache.get(name, 0)
+    for number in range(start, len(ways)):
+        try:
+            answer = call(ways[number])
+        except CkError as error:
+            if error.code not in refused or number == len(ways) - 1:
+                raise
+            use.session.renew()
+        else:
+            use.session.cache[name] = number
+            return answer
+    raise AssertionError("unreachable")
+
+
+def _unwrapped(use: KeyInUse, how: Parameters, blob: bytes) -> Dek:
     template = _secret_template()
-    with _passing(
-        use, lambda ck: ck.unwrap_key(use.session, how, use.key.handle, blob, template)
-    ) as handle:
-        return _taken(use.ck.read(use.session, handle, Attribute.VALUE, 256))
+    sized = template | {Attribute.VALUE_LEN: DEK_LENGTH}
+
+    def unwrap(attributes: dict[int, Any]) -> int:
+        return use.ck.unwrap_key(use.session.handle, how, use.key.handle, blob, attributes)
+
+    with _passing(use, unwrap, (template, sized)) as handle:
+        return _taken(use.ck.read(use.session.handle, handle, Attribute.VALUE, 256))
 
 
 def _taken(plain: bytearray) -> Dek:

@@ -19,14 +19,14 @@ DEVICE_REMOVED = 0x32
 def log_everybody_out(provider: Any) -> None:
     """What a token does when its user logs out elsewhere in the process."""
 
-    def call(channel: Any) -> None:
-        logout = ctypes.CDLL(channel.module.path)
+    def call(session: Any) -> None:
+        logout = ctypes.CDLL(session.module.path)
         table = ctypes.c_void_p()
         assert logout.C_GetFunctionList(ctypes.byref(table)) == 0
         entry = (ctypes.c_void_p * 20).from_address(table.value + ctypes.sizeof(table))[19]
-        assert ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_ulong)(entry)(channel.handle) == 0
+        assert ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_ulong)(entry)(session.handle) == 0
 
-    provider.run("logging out", call)
+    provider.connection.run("logging out", call)
 
 
 def until(call: Callable[[], object], seconds: float = 20.0) -> None:

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_der_public_key,
 )
 
-from keymgmt.backend import Dek
+from keymgmt.backend import Dek, UnsupportedOperation
 
 CONTEXT = b"the context of a wrap"
 
@@ -32,19 +32,24 @@ def token(new_token: Callable[..., Any], require_tool: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "mechanism"),
+    ("arguments", "kind", "mechanism"),
     [
-        (("--keygen", "--key-type", "AES:32", "--usage-decrypt", "--sensitive"), "AES-GCM"),
-        # SoftHSM adds encrypt and decrypt by itself, which doctor tells.
-        (("--keygen", "--key-type", "AES:32", "--usage-wrap", "--sensitive"), "AES-GCM"),
-        (("--keypairgen", "--key-type", "EC:prime256v1", "--usage-derive"), "hpke-p256"),
-        (("--keypairgen", "--key-type", "EC:secp384r1", "--usage-derive"), "hpke-p384"),
-        (("--keypairgen", "--key-type", "rsa:2048", "--usage-decrypt"), "RSA-OAEP"),
+        ("--keygen --key-type AES:32 --usage-decrypt --sensitive", "aes256", "AES-GCM"),
+        ("--keygen --key-type AES:32 --usage-wrap --sensitive", "aes256-kw", "AES-KWP"),
+        ("--keypairgen --key-type EC:prime256v1 --usage-derive", "ecdh-p256", "hpke-p256"),
+        ("--keypairgen --key-type EC:secp384r1 --usage-derive", "ecdh-p384", "hpke-p384"),
+        ("--keypairgen --key-type rsa:2048 --usage-decrypt", "rsa-oaep", "RSA-OAEP"),
     ],
 )
-def test_a_key_of_pkcs11_tool_wraps(token: Any, arguments: tuple[str, ...], mechanism: str) -> None:
-    token.tool(*arguments, "--label", "theirs", "--id", "0a01")
+def test_a_key_of_pkcs11_tool_wraps(token: Any, arguments: str, kind: str, mechanism: str) -> None:
+    token.tool(*arguments.split(), "--private", "--label", "theirs", "--id", "0a01")
     provider = token.provider(allow_oaep_sha1=True)
+    # SoftHSM adds usages that nobody asked for.
+    with Dek.generate() as dek, pytest.raises(UnsupportedOperation, match="it may also"):
+        provider.wrap("theirs", dek, CONTEXT)
+    assert not provider.check("theirs").ok
+    assert provider.restrict_key("theirs", kind).kind == kind
+    assert provider.check("theirs").ok
     with Dek.generate() as dek:
         wrapped = provider.wrap("theirs", dek, CONTEXT)
         assert (wrapped.mechanism, wrapped.version) == (mechanism, "0a01")

@@ -83,15 +83,14 @@ def test_threads_and_forked_processes(token: Any) -> None:
         thread.join()
     assert statuses == [0] * PROCESSES
     assert answers == [""] * THREADS
-    opened, limit = provider.sessions
+    opened, limit = provider.connection.sessions
     assert opened <= limit == 8
     provider.close()
     # Only what this test opened: other providers of the process hold theirs.
     with token.provider() as last:
-        assert last.run("counting", counted) in (None, 1)
+        assert last.connection.run("counting", counted) in (None, 1)
 
 
-def counted(channel: Any) -> int | None:
-    counts = channel.ck.token_counts(channel.token.slot.slot_id)
-    sessions: int | None = counts.sessions
+def counted(session: Any) -> int | None:
+    sessions: int | None = session.ck.token_info(session.token.slot).sessions
     return sessions

@@ -1,0 +1,150 @@
+"""What is in a PKCS#11 module: slots and tokens, keys, mechanisms that work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pkcs11 import TokenFlag
+
+from keymgmt.backend import ConfigError, KeymgmtError, within
+from keymgmt.console import console, print_json, table
+from keymgmt_pkcs11._checks import try_kind
+from keymgmt_pkcs11._errors import CkError, translate
+from keymgmt_pkcs11._keys import all_keys
+from keymgmt_pkcs11._kinds import KINDS
+from keymgmt_pkcs11._module import Module, open_module
+from keymgmt_pkcs11._provider import GENERATION_LIMIT, Pkcs11Provider
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+_LIMIT = 30.0
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+Provider = Annotated[
+    str, typer.Argument(help="Provider of the config.", metavar="PROVIDER", show_default=False)
+]
+
+
+@app.callback()
+def _group() -> None:
+    """What is in a PKCS#11 module: slots and tokens, keys, mechanisms that work."""
+
+
+@app.command()
+def slots(
+    module: Annotated[Path, typer.Argument(help="The vendor's library (.so).", metavar="MODULE")],
+    init_args: Annotated[
+        str | None, typer.Option(help="String for C_Initialize, which NSS takes.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the slots of a module and the tokens in them. Needs no config and no PIN."""
+
+    def look() -> list[dict[str, Any]]:
+        library = open_module(module.absolute(), init_args)
+        with library.call():
+            try:
+                found = [_row(library, slot) for slot in library.cryptoki.slots()]
+            except CkError as error:
+                raise translate(error, "listing the slots") from error
+        if not found:
+            console(stderr=True).print(f"no slot has a token: {library.quirks.configuration}")
+        return found
+
+    _show("slots", within(_LIMIT, f"the module {module}", look), as_json)
+
+
+def _row(module: Module, slot: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"slot": slot}
+    try:
+        token = module.cryptoki.token_info(slot)
+    except CkError as error:
+        # One token in trouble does not hide the others.
+        empty = dict.fromkeys(("token", "serial", "model", "manufacturer"), "")
+        return {**row, **empty, "flags": f"no answer: {error.name}"}
+    return {
+        **row,
+        "token": token.label,
+        "serial": token.serial,
+        "model": token.model,
+        "manufacturer": token.manufacturer,
+        "flags": " ".join(str(flag.name).lower() for flag in TokenFlag if token.flags & flag),
+    }
+
+
+@app.command()
+def keys(context: typer.Context, provider: Provider, as_json: Json = False) -> None:
+    """List every key object of a token, also those that have no name here, with attributes."""
+    chosen = _provider(context, provider)
+    found, odd = chosen.connection.run("reading the keys", all_keys)
+    for each in odd:
+        console(stderr=True).print(f"skipped: {each}")
+    _show(
+        "keys",
+        [
+            {
+                "key": chosen.settings.name_of(item.label, item.id) or "-",
+                "label": item.label,
+                "id": item.id.hex(),
+                "type": f"{item.type} {item.bits or ''}".strip(),
+                "attributes": " ".join(sorted(item.flags)),
+            }
+            for item in found
+        ],
+        as_json,
+    )
+
+
+@app.command()
+def mechanisms(context: typer.Context, provider: Provider, as_json: Json = False) -> None:
+    """Try which kinds of key work on a token, with keys that live for this command only."""
+    chosen = _provider(context, provider)
+    # Each with a time limit of its own: a slow token makes an RSA key in seconds.
+    limit = max(chosen.settings.timeout, GENERATION_LIMIT)
+    rows = []
+    for kind in KINDS.values():
+        try:
+            works, tried = chosen.connection.run(
+                f"trying {kind.name}",
+                lambda session, kind=kind: try_kind(session, kind),  # type: ignore[misc]
+                limit=limit,
+            )
+        except KeymgmtError as error:
+            works, tried = False, str(error)
+        rows.append({"kind": kind.name, "works": "yes" if works else "no", "tried": tried})
+    _show("mechanisms", rows, as_json)
+
+
+@app.command()
+def restrict(
+    context: typer.Context,
+    key: Annotated[
+        str, typer.Argument(help="Key of a provider.", metavar="PROVIDER:KEY", show_default=False)
+    ],
+    kind: Annotated[
+        str | None, typer.Option(help="What it is for; by its attributes where left out.")
+    ] = None,
+) -> None:
+    """Switch every usage of a key off that it does not need, after another tool made it."""
+    name, _, which = key.partition(":")
+    info = _provider(context, name).restrict_key(which, kind)
+    console().print(f"{key} is {info.kind} now: {info.detail['attributes']}")
+
+
+def _provider(context: typer.Context, name: str) -> Pkcs11Provider:
+    chosen = context.obj.config().provider(name)
+    if not isinstance(chosen, Pkcs11Provider):
+        raise ConfigError(f"the provider {name!r} is {chosen.backend}, not pkcs11")
+    return chosen
+
+
+def _show(what: str, rows: Sequence[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        print_json({"format": f"keymgmt-pkcs11-{what}/1", what: list(rows)})
+    else:
+        columns = list(rows[0]) if rows else ["nothing found"]
+        console().print(table(columns, [list(row.values()) for row in rows]))

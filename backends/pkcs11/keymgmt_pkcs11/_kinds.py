@@ -1,0 +1,152 @@
+"""The kinds of keys, what each is for, and what its attributes must say.
+
+A key has one purpose. CKA_DECRYPT beside CKA_WRAP would let any extractable key be taken out with
+it, and a key that is not CKA_PRIVATE is used by whoever reaches the token, without a PIN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal
+
+from pkcs11 import Attribute, KeyType, Mechanism
+
+from keymgmt.backend import ConfigError
+from keymgmt_pkcs11._keys import USAGES, KeyObject
+
+if TYPE_CHECKING:
+    from keymgmt_pkcs11._settings import Pkcs11Settings
+
+__all__ = ["KINDS", "Kind", "bits_of", "kind_of", "purpose_of", "shortcomings"]
+
+_RSA_BITS: Final = ("2048", "3072", "4096")
+# Usages by which the secret part of a key of that type does anything; modules that fix the usages
+# themselves say more (tpm2-pkcs11: an EC key decrypts).
+_MEANINGFUL: Final = {
+    "AES": frozenset(USAGES.values()),
+    "RSA": frozenset({"decrypt", "unwrap", "sign"}),
+    "EC": frozenset({"derive", "sign"}),
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of key that we make.
+
+    Attributes:
+        name: the kind in an operator's words.
+        purpose: what it is for, and nothing else.
+        type: CKA_KEY_TYPE.
+        secret: usages of the secret or private key.
+        public: usages of the public key.
+        bits: size of the key or curve; for RSA the default of the option ``bits``.
+        mechanisms: what it is used with.
+    """
+
+    name: str
+    purpose: Literal["wrap", "sign"]
+    type: KeyType
+    secret: frozenset[Attribute]
+    public: frozenset[Attribute]
+    bits: int
+    mechanisms: tuple[Mechanism, ...]
+
+
+def _kind(
+    name: str,
+    purpose: Literal["wrap", "sign"],
+    kind: KeyType,
+    secret: set[Attribute],
+    public: set[Attribute],
+    bits: int,
+    *mechanisms: Mechanism,
+) -> Kind:
+    return Kind(name, purpose, kind, frozenset(secret), frozenset(public), bits, mechanisms)
+
+
+_A, _M, _T = Attribute, Mechanism, KeyType
+_WRAPS: Final = (_M.AES_KEY_WRAP, _M.AES_KEY_WRAP_PAD, _M.AES_KEY_WRAP_KWP)
+KINDS: Final = {
+    kind.name: kind
+    for kind in (
+        _kind("aes256", "wrap", _T.AES, {_A.ENCRYPT, _A.DECRYPT}, set(), 256, _M.AES_GCM),
+        _kind("aes256-kw", "wrap", _T.AES, {_A.WRAP, _A.UNWRAP}, set(), 256, *_WRAPS),
+        _kind("ecdh-p256", "wrap", _T.EC, {_A.DERIVE}, set(), 256, _M.ECDH1_DERIVE),
+        _kind("ecdh-p384", "wrap", _T.EC, {_A.DERIVE}, set(), 384, _M.ECDH1_DERIVE),
+        _kind("rsa-oaep", "wrap", _T.RSA, {_A.DECRYPT}, {_A.ENCRYPT}, 3072, _M.RSA_PKCS_OAEP),
+        _kind("ecdsa-p256", "sign", _T.EC, {_A.SIGN}, {_A.VERIFY}, 256, _M.ECDSA),
+        _kind("ecdsa-p384", "sign", _T.EC, {_A.SIGN}, {_A.VERIFY}, 384, _M.ECDSA),
+        _kind("rsa-pss", "sign", _T.RSA, {_A.SIGN}, {_A.VERIFY}, 3072, _M.RSA_PKCS_PSS),
+    )
+}
+
+
+def bits_of(kind: Kind, options: Mapping[str, str]) -> int:
+    """The size of a new key; ConfigError for an option that its kind has not."""
+    for name, value in options.items():
+        if name != "bits" or kind.type is not KeyType.RSA:
+            raise ConfigError(
+                f"a key of kind {kind.name} has no option {name!r}",
+                hint="rsa-oaep and rsa-pss take bits=2048, 3072 or 4096",
+            )
+        if value not in _RSA_BITS:
+            raise ConfigError(f"bits={value!r} is none of {', '.join(_RSA_BITS)}")
+    return int(options.get("bits", kind.bits))
+
+
+def kind_of(key: KeyObject) -> Kind | None:
+    """The kind whose key this could be, by type, size and what it is used for; else None.
+
+    A key of one type that both wraps and signs is taken for one that wraps.
+    """
+    for kind in KINDS.values():
+        if (
+            kind.type.name == key.type
+            and (kind.type is KeyType.RSA or kind.bits == key.bits)
+            and key.can(*(USAGES[usage] for usage in kind.secret))
+        ):
+            return kind
+    return None
+
+
+def purpose_of(key: KeyObject) -> Literal["wrap", "sign"]:
+    """What a key is for, by its kind; where it may do nothing any more, what its type is for."""
+    kind = kind_of(key)
+    if kind is not None:
+        return kind.purpose
+    return "sign" if key.type == "EC" else "wrap"
+
+
+def shortcomings(key: KeyObject, settings: Pkcs11Settings, name: str) -> dict[str, str]:
+    """What is not as it should be: word of ``allow`` -> what is wrong; none that is allowed.
+
+    What the token does not tell is not known to be as it should be.
+
+    Args:
+        key: the key as read.
+        settings: of the token that it is in.
+        name: the operator's name for it.
+    """
+    wanted = {
+        # Without a login nothing private is seen, so there it says nothing.
+        **({"private": True} if settings.login != "none" else {}),
+        "sensitive": True,
+        "always_sensitive": True,
+        "extractable": False,
+        "never_extractable": True,
+        # A key that cannot change is no worse, unless it is to be retired.
+        **({} if settings.create.modifiable else {"modifiable": False}),
+    }
+    wrong = {}
+    for state, good in wanted.items():
+        if state in key.unknown:
+            wrong[state] = f"the token does not tell CKA_{state.upper()}"
+        elif key.can(state) is not good:
+            wrong[state] = f"CKA_{state.upper()} is {'false' if good else 'true'}"
+    used = key.flags & _MEANINGFUL.get(key.type, frozenset(USAGES.values()))
+    kind = kind_of(key)
+    if kind is not None and (more := used - {USAGES[usage] for usage in kind.secret}):
+        wrong["usages"] = f"it may also {', '.join(sorted(more))}"
+    allowed = settings.keys[name].allow if name in settings.keys else ()
+    return {word: text for word, text in wrong.items() if word not in allowed}
