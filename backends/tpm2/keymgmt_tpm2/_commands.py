@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from keymgmt.backend import ConfigError
-from keymgmt_tpm2._counter import (
+from keymgmt.console import console, print_json
+from keymgmt_tpm2._arguments import Json, Provider, find_provider
+from keymgmt_tpm2._setup import LockoutChange, set_up
+from keymgmt_tpm2.enroll._commands import app as enroll_app
+from keymgmt_tpm2.policy._commands import app as policy_app
+from keymgmt_tpm2.policy._counter import (
     DEFAULT_INDEX,
     bump_counter,
     create_counter,
@@ -16,13 +20,11 @@ from keymgmt_tpm2._counter import (
     read_counter,
     set_counter,
 )
-from keymgmt_tpm2._enroll_commands import app as enroll_app
-from keymgmt_tpm2._policy import parse_pcrs
-from keymgmt_tpm2._policy_commands import app as policy_app
-from keymgmt_tpm2._provider import Tpm2Provider
-from keymgmt_tpm2._setup import set_up
+from keymgmt_tpm2.policy._policy import parse_pcrs
 
-__all__ = ["app", "find_provider"]
+__all__ = ["app"]
+
+MAX_SECONDS = 2**31 - 1
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 counter_app = typer.Typer(
@@ -32,25 +34,7 @@ app.add_typer(policy_app, name="policy")
 app.add_typer(counter_app, name="counter")
 app.add_typer(enroll_app, name="enroll")
 
-Provider = Annotated[str, typer.Argument(metavar="PROVIDER", help="Provider in the config.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Index = Annotated[str, typer.Option(metavar="INDEX", help="NV index of the counter.")]
-
-
-def find_provider(context: typer.Context, name: str) -> Tpm2Provider:
-    """The TPM provider called ``name``; ConfigError where it is of another backend."""
-    provider: Any = context.obj.config().provider(name)
-    if not isinstance(provider, Tpm2Provider):
-        raise ConfigError(
-            f"the provider {name!r} is of the backend {provider.backend}, not tpm2",
-            hint='name a provider whose table has backend = "tpm2"',
-        )
-    return provider
-
-
-def print_json(data: Any) -> None:
-    """One JSON document on stdout."""
-    typer.echo(json.dumps(data, indent=2))
 
 
 @app.command()
@@ -61,24 +45,54 @@ def setup(
         bool, typer.Option("--create", help="Make the storage root key where there is none.")
     ] = False,
     rsa: Annotated[bool, typer.Option("--rsa", help="Make it RSA, for chips without ECC.")] = False,
+    tries: Annotated[
+        int | None, typer.Option(min=2, max=1000, help="Lock the TPM after so many wrong PINs.")
+    ] = None,
+    recovery: Annotated[
+        int | None,
+        typer.Option(min=1, max=MAX_SECONDS, help="Seconds after which a try is given back."),
+    ] = None,
+    lockout_recovery: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=MAX_SECONDS, help="Seconds until a wrong lockout password is forgiven."
+        ),
+    ] = None,
+    clear_lockout: Annotated[
+        bool, typer.Option("--clear-lockout", help="Forget the wrong tries that were counted.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show the storage root key and the line that pins it in the config."""
+    """Show the storage root key, the line that pins it, and when wrong PINs lock the TPM.
+
+    The dictionary-attack protection is changed where that is asked for, and concerns every key of
+    this TPM that has a PIN, whoever made it.
+    """
     found = find_provider(context, provider)
-    key = set_up(found, create=create, kind="rsa" if rsa else "ecc")
+    change = LockoutChange(tries, recovery, lockout_recovery, clear_lockout)
+    key = set_up(found, create=create, kind="rsa" if rsa else "ecc", change=change)
     if as_json:
-        print_json({"srk": key.handle, "srk_name": key.name, "algorithm": key.algorithm})
+        lockout = key.lockout.to_json()
+        print_json(
+            {
+                "srk": key.handle,
+                "srk_name": key.name,
+                "algorithm": key.algorithm,
+                "lockout": lockout,
+            }
+        )
         return
     done = "made" if key.made else "found"
-    typer.echo(f"{done} the {key.algorithm} storage root key at {key.handle}")
-    pinned = found.settings.srk_name
+    out, pinned = console(), found.settings.srk_name
+    out.print(f"{done} the {key.algorithm} storage root key at {key.handle}")
+    out.print(f"wrong PINs: {key.lockout}; the TPM locks at {key.lockout.limit}")
     if pinned == key.name:
-        typer.echo("its name is the one that the config pins")
+        out.print("its name is the one that the config pins")
         return
     if pinned is not None:
-        typer.echo(f"the config pins another name: {pinned}", err=True)
-    typer.echo(f"pin it in [providers.{provider}]:")
-    typer.echo(f'srk_name = "{key.name}"')
+        console(stderr=True).print(f"the config pins another name: {pinned}")
+    out.print(f"pin it in [providers.{provider}]:")
+    out.print(f'srk_name = "{key.name}"')
 
 
 @app.command()
@@ -100,7 +114,7 @@ def pcrs(
         print_json(state.to_json())
         return
     for index in state.indices:
-        typer.echo(f"{bank}:{index:<2} {state.values[index].hex()}")
+        console().print(f"{bank}:{index:<2} {state.values[index].hex()}")
 
 
 @app.command()
@@ -116,7 +130,7 @@ def flush(
             "Programs that use this TPM now will fail. Free all objects and sessions?", abort=True
         )
     count = found.service.run("freeing slots", lambda tpm: tpm.free_all(), pinned=False)
-    typer.echo(f"freed {count}")
+    console().print(f"freed {count}")
 
 
 @counter_app.command("create")
@@ -133,7 +147,7 @@ def create(
 ) -> None:
     """Define a counter; its first value is printed."""
     number = parse_index(index)
-    typer.echo(create_counter(find_provider(context, provider), number, value=value))
+    console().print(create_counter(find_provider(context, provider), number, value=value))
 
 
 @counter_app.command("set")
@@ -145,7 +159,7 @@ def set_value(
 ) -> None:
     """Set an ordinary index: approvals for a lower value open nothing while it has this one."""
     number = parse_index(index)
-    typer.echo(set_counter(find_provider(context, provider), number, value))
+    console().print(set_counter(find_provider(context, provider), number, value))
 
 
 @counter_app.command("show")
@@ -154,7 +168,7 @@ def show(
 ) -> None:
     """Print a counter's value, to sign an approval for it."""
     number = parse_index(index)
-    typer.echo(read_counter(find_provider(context, provider), number))
+    console().print(read_counter(find_provider(context, provider), number))
 
 
 @counter_app.command("bump")
@@ -163,4 +177,4 @@ def bump(
 ) -> None:
     """Count up: approvals for a lower value open nothing any more."""
     number = parse_index(index)
-    typer.echo(bump_counter(find_provider(context, provider), number))
+    console().print(bump_counter(find_provider(context, provider), number))

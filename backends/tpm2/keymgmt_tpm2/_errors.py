@@ -1,7 +1,11 @@
 """What a TPM answers, in the words of keymgmt's errors.
 
-Response codes are those of Part 2, 6.6; the layer and, for format-one codes, the number of the
-handle, parameter or session are taken off before they are looked up.
+Response codes are those of Part 2, 6.6; the layer of a resource manager and, for format-one codes,
+the number of the handle, parameter or session are taken off before they are looked up. Codes of
+libtss2 itself keep their layer (tss2_common.h).
+
+A refused authorisation has one code whoever it is of. What was refused follows from the command and
+the number of the session in the code; only the PIN of a key is ever called the PIN.
 """
 
 from __future__ import annotations
@@ -10,120 +14,237 @@ from typing import Final
 
 from keymgmt.backend import (
     AccessDenied,
-    KeymgmtError,
+    Fault,
+    FaultTable,
     KeyNotFound,
     LockedOut,
     ProviderError,
     ProviderUnavailable,
     UnwrapFailed,
-    WrongKey,
 )
 
-__all__ = ["BUSY", "POLICY", "TpmError", "base_code", "translate"]
+__all__ = ["BUSY", "NO_SUCH_KEYS", "TpmError", "base_code", "translate"]
+
+HIERARCHY: Final = 0x085
 
 AUTH_FAIL: Final = 0x08E
 BAD_AUTH: Final = 0x0A2
 POLICY_FAIL: Final = 0x09D
 POLICY_NV: Final = 0x126
 PCR_CHANGED: Final = 0x128
-AUTH_UNAVAILABLE: Final = 0x12F
 LOCKOUT: Final = 0x921
-INTEGRITY: Final = 0x09F
-SIGNATURE: Final = 0x09B
 VALUE: Final = 0x084
+SIZE: Final = 0x095
 HANDLE: Final = 0x08B
-ECC_POINT: Final = 0x0A7
 FAILURE: Final = 0x101
-INITIALIZE: Final = 0x100
-NV_UNINITIALIZED: Final = 0x14A
-OBJECT_MEMORY: Final = 0x902
-SESSION_MEMORY: Final = 0x903
-TCTI_LAYER: Final = 0xA0000
-
+NV_DEFINED: Final = 0x14C
+NO_CONNECTION: Final = 0xA0008
 BUSY: Final = frozenset({0x902, 0x903, 0x904, 0x905, 0x906, 0x908, 0x90A, 0x920, 0x922, 0x923})
 """Codes after which the same command may work: memory, yielded, testing, NV rate, retry."""
+NO_SUCH_KEYS: Final = frozenset({0x083, 0x084, 0x087, 0x096, 0x0A6})
+"""What a TPM says that cannot make a template's keys: hash, value, key size, symmetric, curve."""
+REFUSED: Final = frozenset({AUTH_FAIL, BAD_AUTH})
+"""A wrong auth value: of something that counts wrong tries, and of something that does not."""
+_RESET: Final = range(0x910, 0x919)
+"""A handle or session of ours is gone, because the TPM was reset underneath."""
+_RESOURCE_MANAGER: Final = (0xB0000, 0xC0000)
 
-POLICY: Final = frozenset({POLICY_FAIL, POLICY_NV, PCR_CHANGED, AUTH_UNAVAILABLE, SIGNATURE, VALUE})
-"""Codes by which a TPM says that a policy does not hold."""
-
-_MEANING: Final[dict[int, tuple[type[KeymgmtError], str, str | None]]] = {
-    AUTH_FAIL: (AccessDenied, "the TPM refused the PIN", "look at the source of the PIN"),
-    BAD_AUTH: (AccessDenied, "the TPM refused the auth value", "look at the source of the PIN"),
-    LOCKOUT: (LockedOut, "the TPM is locked after too many wrong PINs", None),
-    POLICY_FAIL: (AccessDenied, "the policy of the key does not hold", None),
-    POLICY_NV: (
+_SLOTS: Final = (
+    "use a resource manager (device:/dev/tpmrm0); free what a crashed program left in a bare TPM "
+    "with: keymgmt tpm flush PROVIDER"
+)
+_ENABLE: Final = "enable it in the firmware's setup, where it is called the TPM or its storage"
+_UNREACHED: Final = "see more with: keymgmt doctor PROVIDER"
+_FAULTS: Final[dict[int, Fault]] = {
+    **dict.fromkeys(BUSY, Fault(ProviderUnavailable, "the TPM is busy", "try again", passing=True)),
+    0x902: Fault(
+        ProviderUnavailable, "the TPM is busy: all its object slots are taken", _SLOTS, passing=True
+    ),
+    0x903: Fault(
+        ProviderUnavailable,
+        "the TPM is busy: all its session slots are taken",
+        _SLOTS,
+        passing=True,
+    ),
+    0x905: Fault(
+        ProviderUnavailable,
+        "the TPM is busy: all its session handles are taken, by sessions that programs saved",
+        _SLOTS,
+        passing=True,
+    ),
+    **dict.fromkeys(
+        _RESET,
+        Fault(
+            ProviderUnavailable,
+            "the TPM was not reached: it was restarted underneath",
+            _UNREACHED,
+            passing=True,
+        ),
+    ),
+    AUTH_FAIL: Fault(AccessDenied, "the TPM refused an auth value"),
+    BAD_AUTH: Fault(AccessDenied, "the TPM refused an auth value"),
+    HIERARCHY: Fault(ProviderUnavailable, "a hierarchy of the TPM is disabled", _ENABLE),
+    0x120: Fault(ProviderUnavailable, "the TPM has that command disabled", _ENABLE),
+    LOCKOUT: Fault(LockedOut, "the TPM is locked after too many wrong PINs"),
+    POLICY_FAIL: Fault(AccessDenied, "the policy of the key does not hold"),
+    POLICY_NV: Fault(
         AccessDenied,
         "the approval is outdated: the NV counter went past it",
-        "sign a new approval with: keymgmt tpm policy sign",
+        "sign a new approval with: keymgmt tpm policy sign APPROVAL --key FILE --pcr LIST",
     ),
-    PCR_CHANGED: (AccessDenied, "a PCR changed while the key was being used", "try again"),
-    AUTH_UNAVAILABLE: (AccessDenied, "the key is used by its policy only", None),
-    SIGNATURE: (AccessDenied, "the TPM refused the signature of an approval", None),
-    INTEGRITY: (
-        WrongKey,
+    PCR_CHANGED: Fault(
+        AccessDenied, "a PCR changed while the key was being used", "try again", passing=True
+    ),
+    0x12F: Fault(AccessDenied, "the key is used by its policy only"),
+    0x09B: Fault(AccessDenied, "the TPM refused the signature of an approval"),
+    0x09F: Fault(
+        KeyNotFound,
         "the TPM refuses the key: its file was damaged or is of another or a cleared TPM",
-        "restore the key directory of this TPM, or make a new key and rewrap",
+        "restore the key directory of this TPM, or make a new version of the key (keys rotate) and "
+        "rewrap",
     ),
-    HANDLE: (KeyNotFound, "the TPM has nothing at that handle", None),
-    ECC_POINT: (UnwrapFailed, "the wrapped key carries no point of the curve", None),
-    INITIALIZE: (
+    HANDLE: Fault(KeyNotFound, "the TPM has nothing at that handle"),
+    0x0A7: Fault(UnwrapFailed, "the wrapped key carries no point of the curve"),
+    0x100: Fault(
         ProviderUnavailable,
         "the TPM was not started",
         "the firmware or the emulator sends TPM2_Startup; restart it",
     ),
-    FAILURE: (ProviderUnavailable, "the TPM reports a failure", "restart the machine"),
+    FAILURE: Fault(ProviderUnavailable, "the TPM reports a failure", "restart the machine"),
+    0xA0005: Fault(ProviderUnavailable, "the TPM was not reached: no permission", _UNREACHED),
+    NO_CONNECTION: Fault(
+        ProviderUnavailable,
+        "the TPM was not reached: nobody answers, or a broker (tpm2-abrmd) has all its clients",
+        _UNREACHED,
+        passing=True,
+    ),
+    0xA000A: Fault(
+        ProviderUnavailable,
+        "the TPM was not reached: the connection failed",
+        _UNREACHED,
+        passing=True,
+    ),
 }
-_TCTI: Final = {
-    0xA0005: "no permission",
-    0xA0008: "no answer",
-    0xA000A: "the connection failed",
+# Where libtss2 itself fails, the connection is of no use any more; which code says so depends on
+# the way to the TPM.
+_LIBRARY: Final = Fault(
+    ProviderUnavailable, "the TPM was not reached: libtss2 failed", _UNREACHED, passing=True
+)
+_UNKNOWN: Final = Fault(
+    ProviderUnavailable,
+    "the TPM gave an answer that is not known",
+    "look its code up with: tpm2_rc_decode CODE",
+)
+
+PIN: Final = "PIN"
+_AUTHORISED: Final[dict[str, tuple[str, ...]]] = {
+    **dict.fromkeys(("create", "load"), ("root key",)),
+    **dict.fromkeys(("ecdh_zgen", "rsa_decrypt", "sign"), (PIN,)),
+    "certify": (PIN, "attestation key"),
+    "activate_credential": ("attestation key",),
 }
+"""Whose authorisation each session of a command proves; a hierarchy is one of its arguments."""
+LOCKOUT_HIERARCHY: Final = "lockout"
+_HIERARCHIES: Final = {
+    0x101: "owner",
+    0x10A: LOCKOUT_HIERARCHY,
+    0x10B: "endorsement",
+    0x10C: "platform",
+}
+"""ESYS_TR of the hierarchies (tss2_esys.h)."""
+
+
+def _password(hierarchy: str) -> Fault:
+    hint = f"name the source of its password in the provider's table: {hierarchy}_auth"
+    return Fault(AccessDenied, f"the TPM refused the password of the {hierarchy} hierarchy", hint)
+
+
+def _refused(whose: str, fault: Fault) -> dict[tuple[str, int], Fault]:
+    return {(whose, code): fault for code in REFUSED}
+
+
+_BY_AUTHORITY: Final[dict[tuple[str, int], Fault]] = {
+    **_refused(
+        PIN, Fault(AccessDenied, "the TPM refused the PIN", "look at the source of the PIN")
+    ),
+    **_refused(
+        "root key",
+        Fault(
+            AccessDenied,
+            "the storage root key has a password, which whoever made it knows",
+            'name another handle in the config, such as srk = "0x81000010"; then: '
+            "keymgmt tpm setup PROVIDER",
+        ),
+    ),
+    **_refused("attestation key", Fault(AccessDenied, "the TPM refused the attestation key")),
+    **{
+        place: fault
+        for hierarchy in _HIERARCHIES.values()
+        for place, fault in {
+            **_refused(hierarchy, _password(hierarchy)),
+            (hierarchy, HIERARCHY): Fault(
+                ProviderUnavailable, f"the {hierarchy} hierarchy of the TPM is disabled", _ENABLE
+            ),
+        }.items()
+    },
+}
+_TPM: Final = FaultTable(_FAULTS, unknown=_UNKNOWN, operations=_BY_AUTHORITY)
+_TSS: Final = FaultTable(_FAULTS, unknown=_LIBRARY)
 
 
 class TpmError(Exception):
-    """A TPM's response code that nothing here expected, or a line to it that broke.
+    """A response code that is not success, or a connection that broke.
 
-    ``code`` is the base code; ``lost`` says that the connection is gone and a new one may work;
+    Args:
+        raw: the response code.
+        command: the function of ESAPI that it answered.
+        arguments: what that was given; of these, hierarchies say whose authorisation it took.
+
+    ``code`` is the base code; ``whose`` the authorisation that was refused, empty if unknown;
+    ``fault`` the meaning; ``lost`` says that the connection is gone and a new one may work;
     ``auth_sent`` that an auth value was in use, so that trying again may count as a second try.
     """
 
-    def __init__(self, raw: int) -> None:
+    def __init__(self, raw: int, command: str = "", arguments: tuple[object, ...] = ()) -> None:
         super().__init__(f"TPM response code {raw:#x}")
-        self.raw = raw
+        self.raw, self.code = raw, base_code(raw)
+        self.whose = _whose(raw, command, arguments)
         self.auth_sent = False
-        self.code = base_code(raw)
-        # 0x910 to 0x918: a handle of ours is gone, because the TPM was reset underneath.
-        broken = raw >= 0x10000 and raw & 0xFF0000 != 0xB0000
-        self.lost = broken or 0x910 <= self.code <= 0x918
+        self.table = _TSS if self.code >= 0x10000 else _TPM
+        self.fault = self.table.find(self.code, self.whose)
+        self.lost = self.code >= 0x10000 or self.code in _RESET
+
+    @property
+    def refused_pin(self) -> bool:
+        """Whether the TPM took the PIN for a wrong one."""
+        return self.code in REFUSED and self.whose == PIN
+
+    @property
+    def refused_lockout(self) -> bool:
+        """Whether the TPM took the lockout password for a wrong one, and takes none for a while."""
+        return self.code in REFUSED and self.whose == LOCKOUT_HIERARCHY
+
+
+def _whose(raw: int, command: str, arguments: tuple[object, ...]) -> str:
+    for given in arguments:
+        # Only handles of ESAPI count: the same number may stand for something else.
+        if isinstance(given, int) and type(given).__name__ == "ESYS_TR":
+            hierarchy = _HIERARCHIES.get(int(given))
+            if hierarchy:
+                return hierarchy
+    session = raw >> 8 & 0x7 if raw & 0x880 == 0x880 else 1
+    parties = _AUTHORISED.get(command, ())
+    return parties[session - 1] if 1 <= session <= len(parties) else ""
 
 
 def base_code(raw: int) -> int:
-    """Take the layer and the parameter, handle or session number off a response code."""
+    """Take a resource manager's layer and the parameter, handle or session number off a code."""
+    if raw >= 0x10000 and raw & 0xFF0000 not in _RESOURCE_MANAGER:
+        return raw
     code = raw & 0xFFFF
     return code & 0xBF if code & 0x80 else code
 
 
-def translate(error: TpmError, doing: str) -> KeymgmtError:
+def translate(error: TpmError, doing: str) -> ProviderError:
     """The error of keymgmt for a TPM's answer; its ``__cause__`` is set by the caller."""
-    if error.code in BUSY:
-        what = "object" if error.code == OBJECT_MEMORY else "session"
-        slots = error.code in (OBJECT_MEMORY, SESSION_MEMORY)
-        return ProviderUnavailable(
-            f"{doing}: the TPM is busy" + (f": all its {what} slots are taken" if slots else ""),
-            hint="use a resource manager (device:/dev/tpmrm0); "
-            "keymgmt tpm flush frees what a crashed program left in a bare TPM"
-            if slots
-            else "try again",
-        )
-    if error.lost or error.raw & 0xFF0000 == TCTI_LAYER:
-        why = _TCTI.get(error.raw, f"the connection failed ({error.raw:#x})")
-        if error.code in range(0x910, 0x919):
-            why = "it was restarted underneath"
-        return ProviderUnavailable(
-            f"{doing}: the TPM was not reached: {why}", hint="keymgmt doctor says more"
-        )
-    kind, message, hint = _MEANING.get(
-        error.code,
-        (ProviderError, f"the TPM answered {error.raw:#x}", "tpm2_rc_decode explains it"),
-    )
-    return kind(f"{doing}: {message}", hint=hint)
+    return error.table.error(error.code, doing, error.whose, shown=f"{error.raw:#x}")

@@ -2,7 +2,8 @@
 
     keys/NAME.json              public and private parts as the TPM gave them, and the policy
     keys/approvals/HEX.json     approved boot states, found by what they approve
-    keys/.attestation.json      the attestation key, made by `keymgmt tpm enroll request`
+    keys/.lock, keys/.next      held while keys change or a bare TPM is used, and by who is next
+    keys/.loaded-HEX            what an operation has loaded in a bare TPM
 
 The private parts are encrypted under the TPM's storage root key and useless elsewhere; the
 directory is still private, because whoever can change it can put a weaker key in place of one. What
@@ -13,36 +14,39 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import fcntl
 import json
 import os
 import re
-import stat
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from keymgmt.backend import (
-    ConfigError,
+    FormatError,
+    JsonReader,
     KeyInfo,
     KeyNotFound,
     KeyVersion,
     ProviderUnavailable,
+    check_trusted,
     is_key,
-    private_file_problem,
+    load_json,
+    lock_file,
+    read_file,
     replace_file,
 )
-from keymgmt_tpm2._policy import Policy
 from keymgmt_tpm2._structures import Public
 from keymgmt_tpm2._templates import KINDS, problem_with
+from keymgmt_tpm2.policy._policy import Policy, weakness
 
 __all__ = ["KeyDirectory", "TpmKey", "TpmKeyVersion", "read_json"]
 
 FORMAT: Final = "keymgmt.tpm2-key/1"
 MAX_FILE: Final = 1 << 20
+MAX_VERSIONS: Final = 1000
+MAX_PART: Final = 4096
 State = Literal["active", "old", "retired"]
 
 
@@ -111,6 +115,8 @@ class TpmKey:
         newest = self.newest
         detail = {"policy": str(newest.policy), "name": newest.public.name.hex()}
         detail["dictionary_attack_protection"] = "yes" if newest.policy.pin else "no (no PIN)"
+        if newest.policy.pcrs and (weak := weakness(newest.policy.pcrs)):
+            detail["warning"] = weak
         versions = tuple(KeyVersion(v.version, state(v), v.created) for v in self.versions)
         return KeyInfo(self.key, self.purpose, self.kind, versions, detail)
 
@@ -131,32 +137,40 @@ class TpmKey:
         return json.dumps(data, indent=2).encode() + b"\n"
 
     @classmethod
-    def from_json(cls, data: dict[str, Any], key: str) -> TpmKey:
-        """Read the file of ``key``; ValueError, KeyError or TypeError where it is wrong."""
-        kind = data["kind"]
-        if data["format"] != FORMAT or kind not in KINDS or not data["versions"]:
-            raise ValueError(f"its format is not {FORMAT}, or its kind not known")
+    def read(cls, file: JsonReader, key: str) -> TpmKey:
+        """Read the file of ``key``; FormatError or ValueError where it is wrong."""
+        file.version(FORMAT, "a newer keymgmt may have written it")
+        kind = file.text("kind", limit=32)
+        if kind not in KINDS:
+            raise ValueError(f"no kind {kind!r} is known")
+        if file.text("key", limit=64) != key:
+            raise ValueError("it is the file of another key")
         versions = []
-        for number, entry in enumerate(data["versions"], 1):
-            policy = Policy.from_json(entry["policy"])
-            public = Public.parse(base64.b64decode(entry["public"], validate=True))
-            if entry["version"] != str(number):
+        for number, entry in enumerate(file.array("versions", least=1, most=MAX_VERSIONS), 1):
+            version = JsonReader(entry, f"version {number}")
+            if version.text("version", limit=8) != str(number):
                 raise ValueError("its versions are not numbered from 1")
+            policy = Policy.read(JsonReader(version.members("policy"), "the policy"))
+            public = Public.parse(version.base64("public", limit=MAX_PART))
             if problem := problem_with(public, kind, policy):
                 raise ValueError(f"version {number} is refused: {problem}")
             public.key()  # a point off the curve is refused here
-            private = base64.b64decode(entry["private"], validate=True)
-            retired = entry["retired"] is True
-            versions.append(
-                TpmKeyVersion(str(number), str(entry["created"]), public, private, policy, retired)
+            created, private = (
+                version.text("created", limit=64),
+                version.base64("private", limit=MAX_PART),
             )
-        if data["key"] != key:
-            raise ValueError("it is the file of another key")
+            retired = version.flag("retired")
+            version.end()
+            versions.append(TpmKeyVersion(str(number), created, public, private, policy, retired))
+        file.end()
         return cls(key, kind, tuple(versions))
 
 
 class KeyDirectory:
-    """The directory of one provider; nothing is read before it is asked for."""
+    """The directory of one provider; nothing is read before it is asked for.
+
+    Whatever is wrong with it is ProviderUnavailable: another group may open the model.
+    """
 
     def __init__(self, path: Path, provider: str) -> None:
         self.path = path
@@ -164,35 +178,46 @@ class KeyDirectory:
 
     def names(self) -> list[str]:
         """Names of the keys in it, sorted; none where the directory is missing."""
-        if not self.path.is_dir():
+        try:
+            files = list(self.path.iterdir())
+        except FileNotFoundError:
             return []
+        except OSError as error:
+            raise ProviderUnavailable(f"cannot list {self.path}: {error.strerror}") from error
         self._refuse_shared()
-        stems = (p.name.removesuffix(".json") for p in self.path.iterdir() if p.suffix == ".json")
-        return sorted(name for name in stems if is_key(name))
+        return sorted(file.stem for file in files if file.suffix == ".json" and is_key(file.stem))
 
     def read(self, key: str) -> TpmKey:
         """Read a key; the caller has checked its name.
 
         Raises:
             KeyNotFound: no such key.
-            ConfigError: the file is not private, or not of its format, or not what it says.
+            ProviderUnavailable: the file is not private, or not of its format, or not what it says.
         """
-        path = self.path / f"{key}.json"
         self._refuse_shared()
-        data = read_json(path)
-        if data is None:
+        path = self.path / f"{key}.json"
+        file = read_json(path, "key file")
+        if file is None:
             raise KeyNotFound(
                 f"no key {key!r} in {self.path}",
                 hint=f"make it with: keymgmt keys create {self._provider}:{key}",
             )
         try:
-            found = TpmKey.from_json(data, key)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(
+            return TpmKey.read(file, key)
+        except (FormatError, ValueError) as error:
+            raise ProviderUnavailable(
                 f"the key file {path} is refused: {error}",
                 hint="restore it from a backup of this machine's key directory",
             ) from error
-        return found
+
+    def check_there(self) -> None:
+        """ProviderUnavailable where the directory is missing: nobody knows what was in it."""
+        if not os.path.lexists(self.path):
+            raise ProviderUnavailable(
+                f"the key directory {self.path} does not exist",
+                hint="mount it, correct `keys`, or make it with: "
+                f"keymgmt keys create {self._provider}:KEY",
+            )
 
     def write(self, key: TpmKey) -> None:
         """Write a key's file whole."""
@@ -204,76 +229,53 @@ class KeyDirectory:
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"cannot make {self.path}: {error.strerror}") from error
-        self._refuse_shared()
+            raise ProviderUnavailable(f"cannot make {self.path}: {error.strerror}") from error
         with self.locked(seconds):
             yield
 
     @contextlib.contextmanager
     def locked(self, seconds: float) -> Iterator[None]:
         """Hold the directory against other processes; ProviderUnavailable after ``seconds``."""
-        try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise ConfigError(f"cannot open {self.path}: {error.strerror}") from error
-        try:
-            end = time.monotonic() + seconds
-            while True:
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > end:
-                        raise ProviderUnavailable(
-                            f"another process has used the TPM of {self.path} for {seconds:g} s",
-                            hint="look what it is doing; the TPM may hang",
-                        ) from None
-                    # Short, because whoever works in a loop lets go for less than a millisecond.
-                    time.sleep(0.0005)
+        self._refuse_shared()
+        with contextlib.ExitStack() as stack:
+            try:
+                # Whoever waits is next, also while another process works in a loop.
+                with lock_file(self.path / ".next", seconds):
+                    stack.enter_context(lock_file(self.path / ".lock", seconds))
+            except TimeoutError as error:
+                raise ProviderUnavailable(
+                    f"another process has used the TPM of {self.path} for {seconds:g} s",
+                    hint="look what it is doing; the TPM may hang",
+                ) from error
+            except OSError as error:
+                raise ProviderUnavailable(f"cannot lock {self.path}: {error.strerror}") from error
             yield
-        finally:
-            os.close(descriptor)
 
     def _refuse_shared(self) -> None:
         try:
-            info = self.path.stat()
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise ConfigError(f"cannot use {self.path}: {error.strerror}") from error
-        if not stat.S_ISDIR(info.st_mode):
-            raise ConfigError(f"the key directory {self.path} is no directory")
-        if problem := private_file_problem(info):
-            raise ConfigError(
-                f"the key directory {self.path} is refused: {problem}",
-                hint=f"chmod 700 {self.path}",
-            )
+            check_trusted(self.path, what="key directory", private=True, error=ProviderUnavailable)
+        except ProviderUnavailable as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A private JSON file, or None where there is none.
+def read_json(path: Path, what: str) -> JsonReader | None:
+    """A trusted JSON file, or None where there is none.
 
     Raises:
-        ConfigError: others can write it, or it is no JSON object of at most 1 MiB.
+        ProviderUnavailable: others can write it, or it is no JSON object of at most 1 MiB.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:  # noqa: PTH123 - a descriptor
-            info = os.fstat(file.fileno())
-            if not stat.S_ISREG(info.st_mode) or info.st_mode & 0o022:
-                raise ConfigError(f"{path} is refused: others can write it, or it is no file")
-            content = file.read(MAX_FILE + 1)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    try:
-        data = json.loads(content) if len(content) <= MAX_FILE else None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} is no JSON object of at most {MAX_FILE} bytes")
-    return data
+        content = read_file(
+            path, what=what, limit=MAX_FILE, access="trusted", error=ProviderUnavailable
+        )
+        return load_json(content, f"the {what} {path}", MAX_FILE, canonical=False)
+    except ProviderUnavailable as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
+    except FormatError as error:
+        raise ProviderUnavailable(str(error), hint="restore it from a backup") from error
 
 
 _HEX: Final = re.compile(r"[0-9a-f]{64}\.json")
@@ -282,6 +284,9 @@ _HEX: Final = re.compile(r"[0-9a-f]{64}\.json")
 def approval_files(directory: Path) -> list[Path]:
     """The files of installed approvals; none where there is no such directory."""
     folder = directory / "approvals"
-    if not folder.is_dir():
+    try:
+        return sorted(path for path in folder.iterdir() if _HEX.fullmatch(path.name))
+    except FileNotFoundError:
         return []
-    return sorted(path for path in folder.iterdir() if _HEX.fullmatch(path.name))
+    except OSError as error:
+        raise ProviderUnavailable(f"cannot list {folder}: {error.strerror}") from error

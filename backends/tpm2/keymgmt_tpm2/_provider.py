@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final, Literal
@@ -10,14 +11,13 @@ from typing import TYPE_CHECKING, ClassVar, Final, Literal
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 
 from keymgmt.backend import (
-    RSA_OAEP_256,
     ConfigError,
     Dek,
     Health,
     KeyInfo,
     KeyNotFound,
     KeyProvider,
-    KeyRetired,
+    ProviderError,
     ProviderUnavailable,
     Recipient,
     Signature,
@@ -29,33 +29,28 @@ from keymgmt.backend import (
     WrappedKey,
     WrongKey,
     check_key,
-    hpke_split,
-    inner_unwrap,
-    open_with_ecdh,
-    public_key_id,
-    wipe,
+    check_retirable,
+    no_version,
+    not_held,
+    version_retired,
     wrap_for,
 )
-from keymgmt_tpm2 import _approval
-from keymgmt_tpm2._errors import FAILURE, VALUE, TpmError
-from keymgmt_tpm2._keys import KeyDirectory, TpmKey, TpmKeyVersion
-from keymgmt_tpm2._options import KeyOptions
-from keymgmt_tpm2._policy import PcrState, Policy
-from keymgmt_tpm2._service import CREATE_SECONDS, Service
+from keymgmt_tpm2._checks import examine
+from keymgmt_tpm2._connection.service import CREATE_SECONDS, Service
+from keymgmt_tpm2._keys import KeyDirectory, TpmKey
 from keymgmt_tpm2._settings import Tpm2Settings
-from keymgmt_tpm2._structures import describe_attributes, sha256
+from keymgmt_tpm2._structures import Public, sha256
 from keymgmt_tpm2._templates import KINDS, key_template, problem_with
+from keymgmt_tpm2._wrapping import check_wrapped, recipient_of, unwrap_with, use_key
+from keymgmt_tpm2.policy._options import KeyOptions
+from keymgmt_tpm2.policy._policy import PcrState, Policy, weakness
 
 if TYPE_CHECKING:
-    from typing import Any
-
-    from keymgmt_tpm2._tpm import Tpm
+    from keymgmt_tpm2._connection.tpm import Tpm
 
 __all__ = ["Tpm2Provider"]
 
-_MECHANISMS: Final = {"ecc-p256": "hpke-p256", "rsa-2048": RSA_OAEP_256}
-_RSA_BYTES: Final = 256
-_SIZE: Final = 0x095
+log: Final = logging.getLogger("keymgmt.tpm2")
 
 
 class Tpm2Provider(
@@ -90,7 +85,9 @@ class Tpm2Provider(
 
     ``pcr=[BANK:]0,2,7``  opens only while these PCRs are as they are now;
     ``approver=PEM``      opens in every boot state that this ECDSA P-256 key approved, see
-                          ``keymgmt tpm policy``; ``ref=TEXT`` narrows it to approvals of that ref;
+                          ``keymgmt tpm policy``, or whose kernel this RSA key signed, see
+                          ``pcr_signatures``; ``ref=TEXT`` narrows it to approvals of that ref;
+                          PCRs beside it hold whatever is approved;
     ``pin=yes``           also asks for the PIN of the config; wrong ones count towards a lockout.
 
     A key without a policy opens for whoever may use this TPM. Whoever can use the machine as the
@@ -103,99 +100,61 @@ class Tpm2Provider(
 
     def __init__(self, name: str, settings: Tpm2Settings) -> None:
         super().__init__(name, settings)
-        self._keys = KeyDirectory(settings.keys, name)
-        self.service = Service(name, settings, self._keys)
+        self.keys = KeyDirectory(settings.keys, name)
+        self.service = Service(name, settings, self.keys)
 
     def wrap(self, key: str, dek: Dek, context: bytes) -> WrappedKey:
         """See KeyProvider; it needs no TPM."""
-        return wrap_for(self._recipient(self._find(key, "wrap")), dek, context)
+        return wrap_for(self.export_recipient(key), dek, context)
 
     def unwrap(self, wrapped: WrappedKey, context: bytes) -> Dek:
         """See KeyProvider."""
-        key, version = self._holding(wrapped)
-        if key.kind == "rsa-2048":
-            return inner_unwrap(
-                wrapped.blob, context, lambda blob: self._unwrap_rsa(key, version, blob)
-            )
-        enc, ciphertext = hpke_split(wrapped.mechanism, wrapped.blob)
-        z: bytearray = self._use(key, version, lambda tpm, h, s: tpm.ecdh(h, enc, s))
+        if wrapped.backend != self.backend:
+            raise WrongKey(f"{wrapped} is of another backend")
         try:
-            return open_with_ecdh(
-                wrapped.mechanism, z, enc, version.public_key(), ciphertext, context
-            )
-        finally:
-            wipe(z)
+            key = self._find(wrapped.key, "wrap")
+        except KeyNotFound as error:
+            self.keys.check_there()
+            raise WrongKey(str(error), hint=error.hint) from error
+        version = key.find(wrapped.version)
+        if version is None:
+            raise not_held(wrapped, self.name)
+        if version.retired:
+            raise version_retired(wrapped.key, wrapped.version)
+        check_wrapped(wrapped, key, version)
+        return unwrap_with(self.service, key, version, wrapped, context)
 
-    def _unwrap_rsa(self, key: TpmKey, version: TpmKeyVersion, blob: bytes) -> Dek:
-        if len(blob) != _RSA_BYTES:
-            raise UnwrapFailed("the wrapped key has not the length of its kind")
-
-        def decrypt(tpm: Tpm, handle: Any, session: Any) -> bytearray | None:
-            try:
-                return tpm.rsa_decrypt(handle, blob, session)
-            except TpmError as error:
-                # Bad padding is a value on a chip and a failure on libtpms, which goes on working.
-                if error.code in (FAILURE, VALUE, _SIZE):
-                    return None
-                raise
-
-        plain: bytearray | None = self._use(key, version, decrypt)
-        try:
-            return Dek(plain or b"")
-        except ValueError as error:
-            raise UnwrapFailed("the wrapped key does not authenticate") from error
-        finally:
-            wipe(plain or bytearray())
-
-    def public_key(self, key: str) -> bytes:
+    def public_key(self, key: str, version: str | None = None) -> bytes:
         """See SupportsSigning; it needs no TPM."""
-        return self._find(key, "sign").newest.public.der()
+        found = self._find(key, "sign")
+        wanted = found.newest if version is None else found.find(version)
+        if wanted is None:
+            raise no_version(key, str(version), [each.version for each in found.versions])
+        return wanted.public.der()
 
     def sign(self, key: str, message: bytes) -> Signature:
         """See SupportsSigning; ECDSA P-256 with SHA-256."""
         found = self._find(key, "sign")
         version, digest = found.newest, sha256(message)
-        r, s = self._use(found, version, lambda tpm, h, session: tpm.sign(h, digest, session))
+        r, s = use_key(
+            self.service, key, version, lambda tpm, h, session: tpm.sign(h, digest, session)
+        )
         return Signature(encode_dss_signature(r, s), version.public.der())
-
-    def _use(self, key: TpmKey, version: TpmKeyVersion, use: Any) -> Any:
-        """Load a version, satisfy its policy and call ``use(tpm, handle, session)``."""
-        what = f"the key {key.key!r}"
-        approvals = _approval.installed(self._keys.path) if version.policy.approver else []
-
-        def operation(tpm: Tpm, pin: bytearray | None) -> Any:
-            from keymgmt_tpm2._authorize import authorize
-
-            session = authorize(tpm, version.policy, approvals, what)
-            handle = tpm.load(version.public, version.private)
-            if pin is not None:
-                tpm.set_auth(handle, pin)
-            return use(tpm, handle, session)
-
-        doing = f"{self.name}:{key.key}@{version.version}"
-        if not version.policy.pin:
-            return self.service.run(doing, lambda tpm: operation(tpm, None))
-        with self.service.pin(key.key) as pin:
-            return self.service.run(doing, lambda tpm: operation(tpm, pin))
 
     def export_recipient(self, key: str) -> Recipient:
         """See SupportsOfflineRecipients; it needs no TPM."""
-        return self._recipient(self._find(key, "wrap"))
+        return recipient_of(self.backend, self._find(key, "wrap"))
 
-    def _recipient(self, key: TpmKey) -> Recipient:
-        version = key.newest
-        return Recipient(
-            _MECHANISMS[key.kind],
-            self.backend,
-            key.key,
-            version.version,
-            version.public_key(),
-            {
-                "tpm_name": version.public.name.hex(),
-                "tpm_attributes": describe_attributes(version.public.attributes),
-                "policy": str(version.policy),
-            },
-        )
+    def holds(self, wrapped: WrappedKey) -> bool:
+        """See SupportsOfflineRecipients; it needs no TPM."""
+        try:
+            key = self._find(wrapped.key, "wrap")
+            version = key.find(wrapped.version)
+            if version is not None:
+                check_wrapped(wrapped, key, version)
+        except ProviderError:
+            return False
+        return version is not None
 
     def create_key(self, key: str, kind: str, options: Mapping[str, str]) -> KeyInfo:
         """See SupportsKeyManagement; the options are those of the class."""
@@ -209,38 +168,39 @@ class Tpm2Provider(
         wanted = KeyOptions.parse(options)
         self._refuse_existing(key)
         private, public, policy = self._make(key, kind, wanted)
-        with self._keys.changing(self.settings.timeout):
+        with self.keys.changing(self.settings.timeout):
             self._refuse_existing(key)
             made = TpmKey(key, kind, ()).with_version(private, public, policy)
-            self._keys.write(made)
+            self.keys.write(made)
         return made.info()
 
     def _refuse_existing(self, key: str) -> None:
-        if key in self._keys.names():
+        if key in self.keys.names():
             raise ConfigError(
-                f"there is a key {key!r} already in {self._keys.path}",
+                f"there is a key {key!r} already in {self.keys.path}",
                 hint=f"a new version of it: keymgmt keys rotate {self.name}:{key}",
             )
 
-    def _make(self, key: str, kind: str, wanted: KeyOptions) -> tuple[bytes, Any, Policy]:
-        def operation(tpm: Tpm, pin: bytearray) -> tuple[bytes, Any, Policy]:
+    def _make(self, key: str, kind: str, wanted: KeyOptions) -> tuple[bytes, Public, Policy]:
+        def operation(tpm: Tpm, pin: bytearray | None) -> tuple[bytes, Public, Policy]:
             policy = wanted.policy(tpm.pcrs)
-            private, public = tpm.create(key_template(kind, policy), pin)
+            if policy.pcrs and (weak := weakness(policy.pcrs)):
+                log.warning("%s:%s: %s", self.name, key, weak)
+            private, public = tpm.create(key_template(kind, policy), pin or bytearray())
             if problem := problem_with(public, kind, policy):
                 raise ProviderUnavailable(f"the TPM made another key than was asked for: {problem}")
             tpm.load(public, private)  # a key that cannot be loaded again is not kept
             return private, public, policy
 
-        doing = f"making {self.name}:{key}"
         seconds = max(self.settings.timeout, CREATE_SECONDS)
-        if not wanted.pin:
-            return self.service.run(doing, lambda tpm: operation(tpm, bytearray()), seconds=seconds)
-        with self.service.pin(key) as pin:
-            return self.service.run(doing, lambda tpm: operation(tpm, pin), seconds=seconds)
+        with self.service.pin(key, wanted=wanted.pin) as pin:
+            return self.service.run(
+                f"making {self.name}:{key}", lambda tpm: operation(tpm, pin), seconds=seconds
+            )
 
     def list_keys(self) -> list[KeyInfo]:
         """See SupportsKeyManagement."""
-        return [self._keys.read(key).info() for key in self._keys.names()]
+        return [self.keys.read(key).info() for key in self.keys.names()]
 
     def describe_key(self, key: str) -> KeyInfo:
         """See SupportsKeyManagement; the policy is in words."""
@@ -251,35 +211,32 @@ class Tpm2Provider(
         old = self._find(key)
         wanted = KeyOptions.of(old.newest.policy)
         private, public, policy = self._make(key, old.kind, wanted)
-        with self._keys.changing(self.settings.timeout):
+        with self.keys.changing(self.settings.timeout):
             rotated = self._find(key).with_version(private, public, policy)
-            self._keys.write(rotated)
+            self.keys.write(rotated)
         return rotated.info()
 
     def retire_version(self, key: str, version: str) -> KeyInfo:
         """See SupportsKeyManagement; retiring a retired version changes nothing."""
         self._find(key)
-        with self._keys.changing(self.settings.timeout):
+        with self.keys.changing(self.settings.timeout):
             found = self._find(key)
-            if found.find(version) is None:
-                raise KeyNotFound(
-                    f"the key {key!r} has no version {version!r}",
-                    hint=f"versions: {', '.join(v.version for v in found.versions)}",
-                )
-            if version == found.newest.version:
-                raise ConfigError(
-                    f"version {version} of the key {key!r} is its newest and in use",
-                    hint=f"first: keymgmt keys rotate {self.name}:{key}",
-                )
+            check_retirable(key, version, [v.version for v in found.versions], self.name)
             found = found.with_retired(version)
-            self._keys.write(found)
+            self.keys.write(found)
         return found.info()
 
     def check(self, key: str | None = None) -> Health:
         """See KeyProvider: the TPM, its root key, its lockout, its slots, and what opens now."""
-        from keymgmt_tpm2._doctor import examine
+        return examine(self.service, key, self._round_trip)
 
-        return examine(self, key)
+    def _round_trip(self, key: str) -> None:
+        if self._find(key).purpose == "sign":
+            self.sign(key, b"keymgmt check")
+            return
+        with Dek.generate() as dek, self.unwrap(self.wrap(key, dek, b""), b"") as again:
+            if dek != again:
+                raise UnwrapFailed(f"the key {key!r} does not give back what it wrapped")
 
     def close(self) -> None:
         """See KeyProvider; no connection is held."""
@@ -293,18 +250,13 @@ class Tpm2Provider(
     @property
     def key_directory(self) -> Path:
         """Where the key files and approvals are."""
-        return self._keys.path
-
-    @property
-    def keys(self) -> KeyDirectory:
-        """The key directory, for the commands."""
-        return self._keys
+        return self.keys.path
 
     def _find(self, key: str, purpose: str | None = None) -> TpmKey:
         try:
-            found = self._keys.read(check_key(key))
+            found = self.keys.read(check_key(key))
         except KeyNotFound as error:
-            near = difflib.get_close_matches(key, self._keys.names(), n=1)
+            near = difflib.get_close_matches(key, self.keys.names(), n=1)
             if near:
                 error.hint = f"did you mean {self.name}:{near[0]}?"
             raise
@@ -314,33 +266,3 @@ class Tpm2Provider(
                 hint="a key has one purpose; make another one for this",
             )
         return found
-
-    def _holding(self, wrapped: WrappedKey) -> tuple[TpmKey, TpmKeyVersion]:
-        if wrapped.backend != self.backend:
-            raise WrongKey(f"{wrapped} is of another backend")
-        try:
-            key = self._find(wrapped.key, "wrap")
-        except KeyNotFound as error:
-            raise WrongKey(str(error), hint=error.hint) from error
-        version = key.find(wrapped.version)
-        if version is None:
-            raise WrongKey(
-                f"the key {wrapped.key!r} of {self.name!r} has no version {wrapped.version}"
-            )
-        if version.retired:
-            raise KeyRetired(
-                f"version {wrapped.version} of the key {wrapped.key!r} was retired",
-                hint="rewrap the model where another group opens it",
-            )
-        if wrapped.mechanism != _MECHANISMS[key.kind]:
-            raise UnsupportedOperation(
-                f"the key {wrapped.key!r} is {key.kind} and unwraps no {wrapped.mechanism}"
-            )
-        if set(wrapped.params) != {"pk"}:
-            raise UnwrapFailed(f"what was wrapped by {wrapped} is malformed")
-        if wrapped.params["pk"] != public_key_id(version.public_key()):
-            raise WrongKey(
-                f"{wrapped} was sealed to another key of that name",
-                hint="each device has its own; seal to the recipient file of this one too",
-            )
-        return key, version

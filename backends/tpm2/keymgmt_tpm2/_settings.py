@@ -12,7 +12,17 @@ from keymgmt.backend import ConfigPath, SecretSource, Settings, is_key
 __all__ = ["Tpm2Settings"]
 
 _TCTI: Final = re.compile(r"device:/[!-~]{1,200}|(swtpm|tabrmd|mssim)(:[!-~]{1,200})?")
-_NAME: Final = re.compile(r"000b[0-9a-f]{64}")
+_NAME_HASHES: Final = {
+    "0004": 20,
+    "000b": 32,
+    "000c": 48,
+    "000d": 64,
+    "0012": 32,
+    "0027": 32,
+    "0028": 48,
+    "0029": 64,
+}
+"""TPM_ALG_ID of each hash (TCG Algorithm Registry, 4), in hex, and its length in bytes."""
 
 
 class Tpm2Settings(Settings):
@@ -27,8 +37,14 @@ class Tpm2Settings(Settings):
             nothing is opened.
         pin: where the PIN of every key with a PIN is.
         pins: the same for single keys.
+        use_last_try: whether a PIN is sent also where a wrong one would lock the TPM.
         owner_auth: where the owner hierarchy's password is, if it has one; for set-up only.
-        timeout: seconds within which every call ends.
+        endorsement_auth: where the endorsement hierarchy's password is, if it has one; for
+            enrolment only.
+        lockout_auth: the same for the lockout hierarchy.
+        pcr_signatures: the signed PCR policies of a unified kernel image, such as
+            ``/run/systemd/tpm2-pcr-signature.json``: approvals that come with each kernel.
+        timeout: seconds within which every call ends, not counting those before it in line.
     """
 
     keys: ConfigPath
@@ -37,7 +53,11 @@ class Tpm2Settings(Settings):
     srk_name: str | None = None
     pin: SecretSource | None = None
     pins: dict[str, SecretSource] = Field(default_factory=dict)
+    use_last_try: bool = False
     owner_auth: SecretSource | None = None
+    endorsement_auth: SecretSource | None = None
+    lockout_auth: SecretSource | None = None
+    pcr_signatures: ConfigPath | None = None
     timeout: Annotated[float, Field(ge=0.1, le=600, strict=False)] = 20.0
 
     @field_validator("tcti")
@@ -57,8 +77,14 @@ class Tpm2Settings(Settings):
     @field_validator("srk_name")
     @classmethod
     def _object_name(cls, value: str | None) -> str | None:
-        if value is not None and not _NAME.fullmatch(value):
-            raise ValueError("a name is 000b and 64 hex digits; keymgmt tpm setup shows it")
+        if value is None:
+            return None
+        length = _NAME_HASHES.get(value[:4], 0)
+        if not length or not re.fullmatch(rf"[0-9a-f]{{{4 + 2 * length}}}", value):
+            raise ValueError(
+                "a name is 000b and 64 hex digits, or another hash's number and as many digits as "
+                "it has; see it with: keymgmt tpm setup PROVIDER"
+            )
         return value
 
     @field_validator("pins")

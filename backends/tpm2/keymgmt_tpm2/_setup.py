@@ -1,4 +1,4 @@
-"""Getting a TPM ready: the storage root key at its persistent handle, and the line that pins it."""
+"""Getting a TPM ready: the storage root key at its handle, and when wrong PINs lock the TPM."""
 
 from __future__ import annotations
 
@@ -6,95 +6,180 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from keymgmt.backend import KeyNotFound, UnsupportedOperation, wipe
-from keymgmt_tpm2._errors import TpmError
-from keymgmt_tpm2._structures import sized
-from keymgmt_tpm2._templates import srk_template
+from keymgmt.backend import AccessDenied, ConfigError, KeyNotFound, UnsupportedOperation
+from keymgmt_tpm2._lockout import Lockout
+from keymgmt_tpm2._structures import root_key_kind, sized
+from keymgmt_tpm2._templates import srk_template, trial_template
 
 if TYPE_CHECKING:
-    from keymgmt_tpm2._provider import Tpm2Provider
-    from keymgmt_tpm2._tpm import Tpm
+    from typing import Any
 
-__all__ = ["RootKey", "give_owner_auth", "set_up"]
+    from keymgmt_tpm2._connection.tpm import Tpm
+    from keymgmt_tpm2._provider import Tpm2Provider
+
+__all__ = ["LockoutChange", "RootKey", "set_up"]
 
 SECONDS: Final = 120.0
 
 
 @dataclass(frozen=True)
 class RootKey:
-    """The storage root key: handle, name in hex, algorithm, and whether it was made just now."""
+    """The storage root key: handle, name in hex, algorithm, whether it was made just now.
+
+    ``lockout`` says when wrong PINs lock its TPM.
+    """
 
     handle: str
     name: str
     algorithm: str
     made: bool
+    lockout: Lockout
 
 
-def set_up(provider: Tpm2Provider, *, create: bool = False, kind: str = "ecc") -> RootKey:
+@dataclass(frozen=True)
+class LockoutChange:
+    """What the owner changes of the dictionary-attack protection; None leaves it.
+
+    ``tries`` that lock the TPM; ``recovery``: seconds after which one is given back;
+    ``lockout_recovery``: seconds until a wrong lockout password may be tried again; ``clear``
+    forgets the tries that were counted and unlocks.
+    """
+
+    tries: int | None = None
+    recovery: int | None = None
+    lockout_recovery: int | None = None
+    clear: bool = False
+
+    def __bool__(self) -> bool:
+        return self != LockoutChange()
+
+
+def set_up(
+    provider: Tpm2Provider,
+    *,
+    create: bool = False,
+    kind: str = "ecc",
+    change: LockoutChange | None = None,
+) -> RootKey:
     """Look at the storage root key; with ``create``, make it where there is none.
+
+    A root key that was there is tried, so that one with a password is found here.
 
     Args:
         provider: its settings say handle and, for ``create``, the owner's password.
         create: make it from the template of the TCG's provisioning guidance.
         kind: ``ecc``, or ``rsa`` for chips without ECC.
+        change: of the dictionary-attack protection, with the lockout password of the settings.
 
     Raises:
         KeyNotFound: there is none, and ``create`` was not given.
         UnsupportedOperation: what is there is no storage key.
-        AccessDenied: the owner hierarchy has a password, and it was not or wrongly given.
+        AccessDenied: a hierarchy or the root key has a password, and it was not or wrongly given.
+        ConfigError: a lockout password is given and there is none, or so few tries are wanted that
+            the TPM would lock at once.
+        LockedOut: the root key counts wrong passwords, and one more might lock the TPM; or a
+            lockout password was wrong, and none is taken for a while.
     """
+    settings, service = provider.settings, provider.service
 
-    def operation(tpm: Tpm) -> RootKey:
-        handle, made = tpm.persistent(provider.settings.srk_handle), False
+    def operation(tpm: Tpm, owner: bytearray | None, lockout: bytearray | None) -> RootKey:
+        if change:
+            _change_lockout(tpm, change, lockout)
+        handle, made = tpm.persistent(settings.srk_handle), False
         if handle is None:
+            tpm.check_owner_enabled()
             if not create:
                 raise KeyNotFound(
-                    f"the TPM has no storage root key at {provider.settings.srk}",
+                    f"the TPM has no storage root key at {settings.srk}",
                     hint=f"make it with: keymgmt tpm setup {provider.name} --create",
                 )
-            _make(tpm, provider, kind)
-            handle, made = tpm.persistent(provider.settings.srk_handle), True
-        public = tpm.public_of(handle)
-        # fixedTPM, fixedParent, sensitiveDataOrigin, restricted and decrypt, and not sign.
-        if public.attributes & 0x70032 != 0x30032:
+            _make(tpm, settings.srk_handle, kind, owner)
+            handle, made = tpm.persistent(settings.srk_handle), True
+        answer = tpm.call("read_public", handle)
+        public = answer[0]
+        kind_found = root_key_kind(bytes(public.publicArea.marshal()))
+        if kind_found is None:
             raise UnsupportedOperation(
-                f"what is at {provider.settings.srk} is no storage root key",
+                f"what is at {settings.srk} is no storage root key",
                 hint='name another handle in the config, such as srk = "0x81000010"',
             )
+        algorithm, counts_tries = kind_found
+        _try(tpm, counts_tries=counts_tries)
         name = tpm.name_of(handle).hex()
-        algorithm = "RSA" if public.curve is None else "ECC"
-        return RootKey(provider.settings.srk, name, algorithm, made)
+        return RootKey(settings.srk, name, algorithm, made, tpm.lockout())
 
-    return provider.service.run("setting up the TPM", operation, seconds=SECONDS, pinned=False)
-
-
-def give_owner_auth(tpm: Tpm, provider: Tpm2Provider) -> None:
-    """Give ESAPI the owner hierarchy's password, if the config names a source of it."""
-    from tpm2_pytss import constants as c
-
-    source = provider.settings.owner_auth
-    if source is None:
-        return
-    auth = source.read()
-    try:
-        tpm.set_auth(c.ESYS_TR.OWNER, auth)
-    finally:
-        wipe(auth)
+    with contextlib.ExitStack() as stack:
+        owner = stack.enter_context(service.secret(settings.owner_auth if create else None))
+        lockout = stack.enter_context(service.secret(settings.lockout_auth if change else None))
+        return service.run(
+            "setting up the TPM",
+            lambda tpm: operation(tpm, owner, lockout),
+            seconds=SECONDS,
+            pinned=False,
+            alone=True,
+        )
 
 
-def _make(tpm: Tpm, provider: Tpm2Provider, kind: str) -> None:
+def _make(tpm: Tpm, persistent: int, kind: str, auth: bytearray | None) -> None:
     from tpm2_pytss import constants as c
     from tpm2_pytss import types as t
 
-    give_owner_auth(tpm, provider)
+    tpm.set_owner_auth(auth)
     template = t.TPM2B_PUBLIC.unmarshal(sized(srk_template(kind)))[0]
     empty = t.TPM2B_SENSITIVE_CREATE()
     session = tpm.session(salted=False)
     answer = tpm.call("create_primary", empty, template, c.ESYS_TR.OWNER, session1=session)
-    primary, persistent = answer[0], provider.settings.srk_handle
-    try:
-        tpm.call("evict_control", c.ESYS_TR.OWNER, primary, persistent, session1=session)
-    finally:
-        # Where the connection is gone, its error is on its way already.
-        with contextlib.suppress(TpmError):
-            tpm.call("flush_context", primary)
+    primary = tpm.opened(answer[0])
+    tpm.call("evict_control", c.ESYS_TR.OWNER, primary, persistent, session1=session)
+
+
+def _try(tpm: Tpm, *, counts_tries: bool) -> None:
+    """Make something small under the root key, which takes its password: it must be empty."""
+    from tpm2_pytss import types as t
+
+    if counts_tries:
+        tpm.lockout().check(use_last=False)
+    template = t.TPM2B_PUBLIC.unmarshal(sized(trial_template()))[0]
+    content = t.TPM2B_SENSITIVE_CREATE(t.TPMS_SENSITIVE_CREATE(data=b"a trial"))
+    tpm.call("create", tpm.srk(), content, template)
+
+
+def _check_change(now: Lockout, change: LockoutChange, *, given: bool) -> None:
+    """Before anything is sent: one wrong password bars the hierarchy, an empty one as well."""
+    if now.password and not given:
+        raise AccessDenied(
+            "the lockout hierarchy has a password, so nothing was sent without it",
+            hint="name the source of its password in the provider's table: lockout_auth",
+        )
+    if given and not now.password:
+        raise ConfigError(
+            "the lockout hierarchy has no password, so the one of lockout_auth was not sent",
+            hint="take lockout_auth out of the provider's table, or give the hierarchy that "
+            "password first",
+        )
+    if change.tries is not None and change.tries <= now.counted and not change.clear:
+        raise ConfigError(
+            f"{now.counted} wrong tries are counted, so a limit of {change.tries} would lock the "
+            "TPM at once",
+            hint="more tries, or --clear-lockout as well, which forgets those that are counted",
+        )
+
+
+def _change_lockout(tpm: Tpm, change: LockoutChange, auth: bytearray | None) -> None:
+    from tpm2_pytss import constants as c
+
+    lockout: Any = c.ESYS_TR.LOCKOUT
+    _check_change(tpm.lockout(), change, given=auth is not None)
+    if auth is not None:
+        tpm.set_auth(lockout, auth)
+    session = tpm.session(salted=False)
+    if change.clear:
+        tpm.call("dictionary_attack_lock_reset", lockout, session1=session)
+    now = tpm.lockout()
+    wanted = (
+        now.limit if change.tries is None else change.tries,
+        now.interval if change.recovery is None else change.recovery,
+        now.recovery if change.lockout_recovery is None else change.lockout_recovery,
+    )
+    if wanted != (now.limit, now.interval, now.recovery):
+        tpm.call("dictionary_attack_parameters", *wanted, lock_handle=lockout, session1=session)

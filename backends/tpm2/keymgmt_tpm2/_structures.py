@@ -18,12 +18,15 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 __all__ = [
     "ALG_ECC",
     "ALG_ECDSA",
+    "ALG_KEYEDHASH",
     "ALG_NULL",
     "ALG_RSA",
     "ALG_SHA256",
+    "ALG_SHA384",
     "Public",
     "Reader",
     "describe_attributes",
+    "root_key_kind",
     "sha256",
     "sized",
     "u16",
@@ -32,7 +35,9 @@ __all__ = [
 ]
 
 ALG_RSA: Final = 0x0001
+ALG_KEYEDHASH: Final = 0x0008
 ALG_SHA256: Final = 0x000B
+ALG_SHA384: Final = 0x000C
 ALG_NULL: Final = 0x0010
 ALG_RSASSA: Final = 0x0014
 ALG_OAEP: Final = 0x0017
@@ -42,6 +47,9 @@ _CURVES: Final[dict[int, ec.EllipticCurve]] = {
     0x0003: ec.SECP256R1(),
     0x0004: ec.SECP384R1(),
 }
+
+_HASHES: Final = {ALG_SHA256: "sha256", ALG_SHA384: "sha384"}
+_RSA_BITS: Final = (2048, 3072, 4096)
 
 FIXED_TPM: Final = 0x2
 FIXED_PARENT: Final = 0x10
@@ -131,15 +139,18 @@ class Reader:
 class Public:
     """A TPMT_PUBLIC of an RSA or ECC key.
 
-    ``unique`` is (x, y) in the curve's length, or (modulus,). ``raw`` is the marshalled structure.
+    ``unique`` is (x, y) in the curve's length, or (modulus,). ``raw`` is the marshalled structure,
+    ``head`` what is in front of ``unique`` in it.
     """
 
     raw: bytes
+    head: bytes
     kind: int
     name_alg: int
     attributes: int
     policy: bytes
     symmetric: int
+    symmetric_bits: int
     scheme: int
     scheme_hash: int | None
     curve: int | None
@@ -155,15 +166,16 @@ class Public:
         attributes, policy = reader.number(4), reader.sized()
         if kind not in (ALG_RSA, ALG_ECC):
             raise ValueError(f"a key of an algorithm that is not used here: {kind:#06x}")
-        symmetric = reader.number(2)
+        symmetric, symmetric_bits = reader.number(2), 0
         if symmetric != ALG_NULL:
-            reader.take(4)  # key bits and mode
+            symmetric_bits = reader.number(2)
+            reader.take(2)  # mode
         scheme = reader.number(2)
         scheme_hash = None if scheme in (ALG_NULL, 0x0015) else reader.number(2)  # 0015: RSAES
         if kind == ALG_RSA:
             bits, exponent = reader.number(2), reader.number(4)
+            curve, left = None, reader.left
             unique: tuple[bytes, ...] = (reader.sized(),)
-            curve = None
         else:
             curve, bits, exponent = reader.number(2), None, 0
             if reader.number(2) != ALG_NULL:
@@ -171,16 +183,18 @@ class Public:
             if curve not in _CURVES:
                 raise ValueError(f"a curve that is not used here: {curve:#06x}")
             # A TPM may leave out leading zeros of a coordinate.
-            length = (_CURVES[curve].key_size + 7) // 8
+            length, left = (_CURVES[curve].key_size + 7) // 8, reader.left
             unique = tuple(reader.sized().rjust(length, b"\0") for _ in "xy")
         reader.end()
         return cls(
             raw=raw,
+            head=raw[: len(raw) - left],
             kind=kind,
             name_alg=name_alg,
             attributes=attributes,
             policy=policy,
             symmetric=symmetric,
+            symmetric_bits=symmetric_bits,
             scheme=scheme,
             scheme_hash=scheme_hash,
             curve=curve,
@@ -192,9 +206,14 @@ class Public:
     @property
     def name(self) -> bytes:
         """The object's name: its name algorithm and the hash of ``raw`` (Part 1, 16)."""
-        if self.name_alg != ALG_SHA256:
-            raise ValueError("a name algorithm other than SHA-256")
-        return u16(ALG_SHA256) + sha256(self.raw)
+        return u16(self.name_alg) + hashlib.new(self.name_hash, self.raw).digest()
+
+    @property
+    def name_hash(self) -> str:
+        """The name algorithm as ``hashlib`` calls it; ValueError for one that is not used here."""
+        if self.name_alg not in _HASHES:
+            raise ValueError(f"a name algorithm that is not used here: {self.name_alg:#06x}")
+        return _HASHES[self.name_alg]
 
     @property
     def point(self) -> bytes:
@@ -207,36 +226,51 @@ class Public:
         """The public key; ValueError where it is none (a point off its curve, say)."""
         if self.curve is not None:
             return ec.EllipticCurvePublicKey.from_encoded_point(_CURVES[self.curve], self.point)
-        return rsa.RSAPublicNumbers(
-            self.exponent, int.from_bytes(self.unique[0], "big")
-        ).public_key()
+        modulus = int.from_bytes(self.unique[0], "big")
+        if modulus.bit_length() != self.bits or self.bits not in _RSA_BITS:
+            raise ValueError(f"an RSA key whose modulus has not {self.bits} bits")
+        return rsa.RSAPublicNumbers(self.exponent, modulus).public_key()
 
     def der(self) -> bytes:
         """The public key as DER SubjectPublicKeyInfo."""
         return self.key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 
+def root_key_kind(raw: bytes) -> tuple[str, bool] | None:
+    """Algorithm of a storage root key, whatever its curve and hash, and whether it counts tries.
+
+    None where the TPMT_PUBLIC is not one of a storage root key.
+    """
+    reader = Reader(raw)
+    kind, _, attributes = reader.number(2), reader.number(2), reader.number(4)
+    wanted = FIXED_TPM | FIXED_PARENT | SENSITIVE_DATA_ORIGIN | RESTRICTED | DECRYPT
+    if attributes & (wanted | SIGN) != wanted or kind not in (ALG_RSA, ALG_ECC):
+        return None
+    return "RSA" if kind == ALG_RSA else "ECC", not attributes & NO_DA
+
+
 def verifier_public(key: object) -> Public:
-    """The TPMT_PUBLIC under which a TPM loads an ECDSA P-256 key to verify with it.
+    """The TPMT_PUBLIC under which a TPM loads an approver's key to verify with it.
 
     Its name is part of every policy that names the key, so these bytes never change: userWithAuth
     and sign, no policy, no symmetric algorithm, no scheme, no key derivation.
 
     Raises:
-        ValueError: not a public key on P-256.
+        ValueError: neither a public key on P-256 nor an RSA key of 2048, 3072 or 4096 bits with an
+            exponent of 32 bits at most.
     """
+    attributes = u32(USER_WITH_AUTH | SIGN)
+    null = u16(ALG_NULL)
+    if isinstance(key, rsa.RSAPublicKey) and key.key_size in _RSA_BITS:
+        numbers, bits = key.public_numbers(), key.key_size
+        if numbers.e >> 32:
+            raise ValueError("an RSA key whose exponent is larger than a TPM has room for")
+        exponent = 0 if numbers.e == 65537 else numbers.e
+        head = u16(ALG_RSA) + u16(ALG_SHA256) + attributes + sized(b"") + null + null
+        modulus = numbers.n.to_bytes(bits // 8, "big")
+        return Public.parse(head + u16(bits) + u32(exponent) + sized(modulus))
     if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp256r1":
-        raise ValueError("a TPM verifies approvals of an ECDSA P-256 key")
+        raise ValueError("a TPM verifies approvals of an ECDSA P-256 or an RSA key")
     point = key.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
-    return Public.parse(
-        u16(ALG_ECC)
-        + u16(ALG_SHA256)
-        + u32(USER_WITH_AUTH | SIGN)
-        + sized(b"")
-        + u16(ALG_NULL)
-        + u16(ALG_NULL)
-        + u16(0x0003)
-        + u16(ALG_NULL)
-        + sized(point[1:33])
-        + sized(point[33:])
-    )
+    head = u16(ALG_ECC) + u16(ALG_SHA256) + attributes + sized(b"") + null + null
+    return Public.parse(head + u16(0x0003) + null + sized(point[1:33]) + sized(point[33:]))

@@ -6,22 +6,24 @@ say, would let the empty auth value in (Part 1, 19.7).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final, Literal
 
 from keymgmt_tpm2 import _structures as s
-from keymgmt_tpm2._policy import Policy
+from keymgmt_tpm2.policy._policy import Policy
 
 __all__ = [
     "AK_ATTRIBUTES",
-    "EK_ATTRIBUTES",
-    "EK_POLICY",
+    "EK_PROFILES",
     "KINDS",
+    "EkProfile",
     "ak_template",
     "attributes_for",
-    "ek_template",
+    "follows_a_profile",
     "key_template",
     "problem_with",
     "srk_template",
+    "trial_template",
 ]
 
 KINDS: Final[dict[str, Literal["wrap", "sign"]]] = {
@@ -32,13 +34,12 @@ KINDS: Final[dict[str, Literal["wrap", "sign"]]] = {
 _BORN_HERE: Final = s.FIXED_TPM | s.FIXED_PARENT | s.SENSITIVE_DATA_ORIGIN
 AK_ATTRIBUTES: Final = _BORN_HERE | s.USER_WITH_AUTH | s.NO_DA | s.RESTRICTED | s.SIGN
 _SRK_ATTRIBUTES: Final = _BORN_HERE | s.USER_WITH_AUTH | s.NO_DA | s.RESTRICTED | s.DECRYPT
-EK_ATTRIBUTES: Final = _BORN_HERE | s.ADMIN_WITH_POLICY | s.RESTRICTED | s.DECRYPT
-EK_POLICY: Final = bytes.fromhex("837197674484b3f81a90cc8d46a5d724fd52d76e06520b64f2a1da1b331469aa")
-"""PolicyA, PolicySecret(endorsement): "TCG EK Credential Profile", B.6.2."""
 _ECDSA_SHA256: Final = s.u16(s.ALG_ECDSA) + s.u16(s.ALG_SHA256)
 _OAEP_SHA256: Final = s.u16(s.ALG_OAEP) + s.u16(s.ALG_SHA256)
 _NULL: Final = s.u16(s.ALG_NULL)
 _P256: Final = s.u16(0x0003)
+_P384: Final = s.u16(0x0004)
+_AES_256_CFB: Final = s.u16(0x0006) + s.u16(256) + s.u16(0x0043)
 _AES_128_CFB: Final = s.u16(0x0006) + s.u16(128) + s.u16(0x0043)
 
 
@@ -66,13 +67,90 @@ def ak_template() -> bytes:
     return _head(s.ALG_ECC, AK_ATTRIBUTES, b"") + rest
 
 
-def ek_template(kind: str) -> bytes:
-    """An endorsement key of "TCG EK Credential Profile", B.3.3 and B.3.4; ``rsa`` or ``ecc``."""
-    if kind == "rsa":
-        rest = _AES_128_CFB + _NULL + s.u16(2048) + s.u32(0) + s.sized(bytes(256))
-        return _head(s.ALG_RSA, EK_ATTRIBUTES, EK_POLICY) + rest
-    rest = _AES_128_CFB + _NULL + _P256 + _NULL + s.sized(bytes(32)) * 2
-    return _head(s.ALG_ECC, EK_ATTRIBUTES, EK_POLICY) + rest
+@dataclass(frozen=True)
+class EkProfile:
+    """A kind of endorsement key of "TCG EK Credential Profile", Annex B.
+
+    Attributes:
+        index: NV index of its certificate.
+        template: from which the TPM makes it, unless an index of the maker's holds another.
+        nonce_at, template_at: NV indices of what replaces the template's unique field, and of the
+            maker's template.
+    """
+
+    index: int
+    template: bytes
+    template_at: int
+    nonce_at: int | None = None
+
+    @property
+    def public(self) -> s.Public:
+        """The template as a public area; its unique field is of no key."""
+        return s.Public.parse(self.template)
+
+
+_EK_ATTRIBUTES: Final = _BORN_HERE | s.ADMIN_WITH_POLICY | s.RESTRICTED | s.DECRYPT
+_POLICY_A: Final = "837197674484b3f81a90cc8d46a5d724fd52d76e06520b64f2a1da1b331469aa"
+"""PolicySecret(endorsement): B.6.2."""
+_POLICY_B: Final = {
+    s.ALG_SHA256: "ca3d0a99a2b93906f7a3342414efcfb3a385d44cd1fd459089d19b5071c0b7a0",
+    s.ALG_SHA384: "b26e7d28d11a50bc53d882bcf5fd3a1a074148bb35d3b4e4cb1c0ad9bde419ca"
+    "cb47ba09699646150f9fc000f3f80e12",
+}
+"""PolicyA, or what an NV index of the maker authorizes (B.6.5); the empty auth value does too."""
+
+
+def _low(rest: bytes) -> bytes:
+    kind = s.ALG_RSA if len(rest) > 200 else s.ALG_ECC
+    policy = s.sized(bytes.fromhex(_POLICY_A))
+    head = s.u16(kind) + s.u16(s.ALG_SHA256) + s.u32(_EK_ATTRIBUTES) + policy
+    return head + _AES_128_CFB + _NULL + rest
+
+
+def _high(kind: int, name_alg: int, rest: bytes) -> bytes:
+    symmetric = _AES_128_CFB if name_alg == s.ALG_SHA256 else _AES_256_CFB
+    attributes = s.u32(_EK_ATTRIBUTES | s.USER_WITH_AUTH)
+    policy = s.sized(bytes.fromhex(_POLICY_B[name_alg]))
+    return s.u16(kind) + s.u16(name_alg) + attributes + policy + symmetric + _NULL + rest
+
+
+_NO_POINT: Final = _NULL + s.sized(b"") * 2
+EK_PROFILES: Final = {
+    "L-1": EkProfile(
+        0x01C00002, _low(s.u16(2048) + s.u32(0) + s.sized(bytes(256))), 0x01C00004, 0x01C00003
+    ),
+    "L-2": EkProfile(
+        0x01C0000A, _low(_P256 + _NULL + s.sized(bytes(32)) * 2), 0x01C0000C, 0x01C0000B
+    ),
+    "H-1": EkProfile(
+        0x01C00012,
+        _high(s.ALG_RSA, s.ALG_SHA256, s.u16(2048) + s.u32(0) + s.sized(b"")),
+        0x01C00013,
+    ),
+    "H-2": EkProfile(0x01C00014, _high(s.ALG_ECC, s.ALG_SHA256, _P256 + _NO_POINT), 0x01C00015),
+    "H-3": EkProfile(0x01C00016, _high(s.ALG_ECC, s.ALG_SHA384, _P384 + _NO_POINT), 0x01C00017),
+    "H-6": EkProfile(
+        0x01C0001C,
+        _high(s.ALG_RSA, s.ALG_SHA384, s.u16(3072) + s.u32(0) + s.sized(b"")),
+        0x01C0001D,
+    ),
+    "H-7": EkProfile(
+        0x01C0001E,
+        _high(s.ALG_RSA, s.ALG_SHA384, s.u16(4096) + s.u32(0) + s.sized(b"")),
+        0x01C0001F,
+    ),
+}
+"""By the name of the template, in the order in which their certificates are looked for."""
+
+
+def follows_a_profile(ek: s.Public) -> bool:
+    """Whether an endorsement key is used in a way that the profile knows, and no other."""
+
+    def use(public: s.Public) -> tuple[object, ...]:
+        how = public.symmetric, public.symmetric_bits, public.scheme
+        return public.name_alg, public.attributes, public.policy, *how
+
+    return use(ek) in [use(profile.public) for profile in EK_PROFILES.values()]
 
 
 def srk_template(kind: str) -> bytes:
@@ -82,6 +160,12 @@ def srk_template(kind: str) -> bytes:
         return _head(s.ALG_RSA, _SRK_ATTRIBUTES, b"") + rest
     rest = _AES_128_CFB + _NULL + _P256 + _NULL + s.sized(bytes(32)) * 2
     return _head(s.ALG_ECC, _SRK_ATTRIBUTES, b"") + rest
+
+
+def trial_template() -> bytes:
+    """Some sealed bytes, which take a TPM no time to make."""
+    attributes = s.FIXED_TPM | s.FIXED_PARENT | s.USER_WITH_AUTH | s.NO_DA
+    return _head(s.ALG_KEYEDHASH, attributes, b"") + _NULL + s.sized(b"")
 
 
 def problem_with(public: s.Public, kind: str, policy: Policy) -> str | None:

@@ -1,0 +1,197 @@
+"""What ``keymgmt doctor`` says of a TPM: who made it, what it holds, what opens now and why not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from keymgmt.backend import AccessDenied, Finding, Health, KeymgmtError
+from keymgmt_tpm2._errors import POLICY_FAIL, TpmError, translate
+from keymgmt_tpm2._lockout import CLEAR, Lockout
+from keymgmt_tpm2._wrapping import statements
+from keymgmt_tpm2.policy._policy import WEAK_HINT, weakness
+
+if TYPE_CHECKING:
+    from keymgmt_tpm2._connection.service import Service
+    from keymgmt_tpm2._connection.tpm import Tpm
+    from keymgmt_tpm2._keys import TpmKey
+
+__all__ = ["examine"]
+
+_REVISION: Final = 0x102
+_MANUFACTURER: Final = 0x105
+_VENDOR: Final = range(0x106, 0x10A)
+_FIRMWARE: Final = (0x10B, 0x10C)
+_SESSIONS_FREE: Final = 0x204
+_OBJECTS_FREE: Final = 0x207
+
+
+def examine(service: Service, key: str | None, round_trip: Callable[[str], None]) -> Health:
+    """Every finding of ``KeyProvider.check``; no PIN is sent unless ``key`` is given.
+
+    Args:
+        service: the TPM and its key directory.
+        key: the one to try, or None to look at all of them.
+        round_trip: wraps and unwraps, or signs, with a key.
+    """
+    findings: list[Finding] = []
+    try:
+        service.run(
+            "looking at the TPM", lambda tpm: findings.extend(_tpm(service, tpm)), pinned=False
+        )
+        names = service.keys.names() if key is None else [key]
+        if key is None and not names:
+            service.keys.check_there()
+            make = f"make one with: keymgmt keys create {service.name}:KEY"
+            where = f"{service.keys.path}: no keys yet"
+            findings.append(Finding("key directory", "warning", where, make))
+    except KeymgmtError as error:
+        return Health((*findings, _failed("TPM", error)))
+    for name in names:
+        try:
+            findings.append(_key(service, name, round_trip if key is not None else None))
+        except KeymgmtError as error:
+            findings.append(_failed(f"key {name}", error))
+    return Health(tuple(findings))
+
+
+def _failed(name: str, error: KeymgmtError) -> Finding:
+    return Finding(name, "failed", str(error), error.hint)
+
+
+def _tpm(service: Service, tpm: Tpm) -> list[Finding]:
+    values = tpm.properties()
+    vendor = b"".join(values.get(number, 0).to_bytes(4, "big") for number in _VENDOR)
+    words = [
+        _text(values.get(_MANUFACTURER, 0).to_bytes(4, "big")),
+        _text(vendor),
+        "firmware " + ".".join(f"{values.get(n, 0):x}" for n in _FIRMWARE),
+        f"specification revision {values.get(_REVISION, 0) / 100:.2f}",
+        f"through {service.settings.tcti}",
+    ]
+    return [
+        Finding("TPM", "ok", ", ".join(word for word in words if word)),
+        _pcr_banks(tpm),
+        _root_key(service, tpm),
+        _lockout(values),
+        _slots(service, values),
+        _endorsement(tpm),
+    ]
+
+
+def _text(raw: bytes) -> str:
+    return "".join(chr(byte) for byte in raw if 0x20 <= byte < 0x7F).strip()
+
+
+def _pcr_banks(tpm: Tpm) -> Finding:
+    names = tpm.banks()
+    listed = ", ".join(names) or "none"
+    if "sha256" in names:
+        return Finding("PCR banks", "ok", listed)
+    hint = "name one of them where PCRs are named, such as --option pcr=sha384:7"
+    return Finding("PCR banks", "warning", listed, hint if names else None)
+
+
+def _root_key(service: Service, tpm: Tpm) -> Finding:
+    settings, name = service.settings, "storage root key"
+    handle = tpm.persistent(settings.srk_handle)
+    if handle is None:
+        try:
+            tpm.check_owner_enabled()
+        except TpmError as error:
+            return _failed(name, translate(error, f"nothing at {settings.srk}"))
+        make = f"make it with: keymgmt tpm setup {service.name} --create"
+        return Finding(name, "failed", f"nothing at {settings.srk}", make)
+    found = tpm.name_of(handle).hex()
+    if settings.srk_name is None:
+        line = f'add to [providers.{service.name}]: srk_name = "{found}"'
+        return Finding(name, "failed", f"{settings.srk} is {found}, and no name is pinned", line)
+    if found != settings.srk_name:
+        return Finding(
+            name,
+            "failed",
+            f"{settings.srk} is {found}, and the config pins {settings.srk_name}",
+            "this is another TPM, it was cleared, or something stands between",
+        )
+    return Finding(name, "ok", f"{settings.srk} is {found}, as pinned")
+
+
+def _lockout(values: dict[int, int]) -> Finding:
+    state = Lockout.of(values)
+    detail = f"{state}, lockout authorisation recovers in {state.recovery} s"
+    if state.locked:
+        hint = f"{state.given_back}; {CLEAR}"
+        return Finding("lockout", "failed", f"locked: {detail}; {state.causes}", hint)
+    if not state.counted:
+        return Finding("lockout", "ok", detail)
+    return Finding("lockout", "warning", f"{detail}; {state.causes}", CLEAR)
+
+
+def _endorsement(tpm: Tpm) -> Finding:
+    """Whether the TPM holds what its maker states of it, which enrolment needs."""
+    from keymgmt_tpm2.enroll._certificates import load_certificate
+    from keymgmt_tpm2.enroll._nv import certificates, read_chain
+
+    name, said, problem = "endorsement key certificate", [], ""
+    for profile, content in certificates(tpm):
+        try:
+            found = load_certificate(content)
+            issuer = found.issuer.rfc4514_string()
+            said.append(f"{profile} by {issuer}, until {found.not_valid_after_utc:%Y-%m-%d}")
+        except ValueError as error:
+            said.append(f"{profile}: {error}")
+            problem = "give the one that its maker publishes with --ek-certificate"
+    if not said:
+        return Finding(name, "ok", "none here: enrolment takes --ek-certificate FILE of the maker")
+    if chain := read_chain(tpm):
+        said.append(f"with {len(chain)} bytes of the chain")
+    return Finding(name, "warning" if problem else "ok", "; ".join(said), problem or None)
+
+
+def _slots(service: Service, values: dict[int, int]) -> Finding:
+    from keymgmt_tpm2._connection.tcti import is_resource_managed
+
+    objects, sessions = values.get(_OBJECTS_FREE, 0), values.get(_SESSIONS_FREE, 0)
+    managed = is_resource_managed(service.settings.tcti)
+    detail = f"{objects} objects and {sessions} sessions free, " + (
+        "with a resource manager" if managed else "without a resource manager"
+    )
+    if objects < 2 or sessions < 1:
+        free = f"free what crashed programs left with: keymgmt tpm flush {service.name}"
+        return Finding("slots", "warning", detail, free)
+    return Finding("slots", "ok", detail)
+
+
+def _key(service: Service, name: str, round_trip: Callable[[str], None] | None) -> Finding:
+    key = service.keys.read(name)
+    policy = key.newest.policy
+    said = f"{key.kind}, version {key.newest.version}, policy {policy}"
+    start = time.perf_counter()
+    if round_trip is None:
+        if name in service.refused:
+            raise AccessDenied(f"the TPM refused the PIN of {name!r}", hint="correct its source")
+        service.run(f"{service.name}:{name}", lambda tpm: _holds(service, tpm, key))
+        asked = "its policy holds now" + (", the PIN was not tried" if policy.pin else "")
+        said = f"{said}: {asked}"
+    else:
+        round_trip(name)
+        took = (time.perf_counter() - start) * 1000
+        said = f"{said}: {key.purpose}s, in {took:.0f} ms"
+    if policy.pcrs and (weak := weakness(policy.pcrs)):
+        return Finding(f"key {name}", "warning", f"{said}; {weak}", WEAK_HINT)
+    return Finding(f"key {name}", "ok", said)
+
+
+def _holds(service: Service, tpm: Tpm, key: TpmKey) -> None:
+    from keymgmt_tpm2.policy._authorize import authorize
+
+    version, what = key.newest, f"the key {key.key!r}"
+    session = tpm.session(policy=bool(version.policy.digest))
+    tpm.load(version.public, version.private)
+    if not version.policy.digest:
+        return
+    authorize(tpm, session, version.policy, statements(service, version.policy), what)
+    answer = tpm.call("policy_get_digest", session)
+    if bytes(answer) != version.public.policy:
+        raise translate(TpmError(POLICY_FAIL), what)

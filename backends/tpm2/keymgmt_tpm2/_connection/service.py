@@ -1,0 +1,298 @@
+"""Running one operation on a TPM: in turn, in time, and again where that is right.
+
+Rules: one operation at a time in a process. Between processes that share the key directory too, on
+a bare TPM, because that has three slots for everybody, and where a PIN is used, so that no other
+process uses up tries between the look at their number and the PIN. Waiting in line is not the
+operation's own time, and ends for all who wait when the TPM gives no answer. A busy TPM, and one
+whose PCRs move, is asked again until half of the time is over; a lost connection once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from keymgmt.backend import (
+    AccessDenied,
+    ConfigError,
+    Deadline,
+    ForkSafe,
+    KeymgmtError,
+    LockedOut,
+    ProviderUnavailable,
+    SecretSource,
+    wipe,
+)
+from keymgmt_tpm2._connection.journal import Journal, left_loaded
+from keymgmt_tpm2._errors import (
+    BUSY,
+    LOCKOUT,
+    LOCKOUT_HIERARCHY,
+    NO_CONNECTION,
+    PCR_CHANGED,
+    TpmError,
+    translate,
+)
+from keymgmt_tpm2._keys import KeyDirectory
+
+if TYPE_CHECKING:
+    from keymgmt_tpm2._connection.tpm import Tpm
+    from keymgmt_tpm2._settings import Tpm2Settings
+
+__all__ = ["CREATE_SECONDS", "Service"]
+
+R = TypeVar("R")
+MAX_PIN: Final = 32
+CREATE_SECONDS: Final = 120.0
+"""Making an RSA key takes a slow chip a minute."""
+_IN_LINE: Final = 8
+"""How many times the limit of a call it may wait for others before it."""
+_FORK_SECONDS: Final = 5.0
+_EXPLAIN_SECONDS: Final = 5.0
+
+
+class Service(ForkSafe):
+    """The TPM of one provider."""
+
+    def __init__(self, name: str, settings: Tpm2Settings, keys: KeyDirectory) -> None:
+        self.name, self.settings, self.keys = name, settings, keys
+        self._typed: dict[str, bytearray] = {}
+        self.refused: set[str] = set()
+        self._unanswered = 0.0
+        super().__init__()
+
+    def _renew(self) -> None:
+        # Of the TPM and of who is next, and of the terminal.
+        self._lock, self._next, self._asking = (threading.Lock() for _ in range(3))
+        self._forking: list[threading.Lock] = []
+
+    def _before_fork(self) -> None:
+        # A child would inherit the connection of a call that is under way, and keep it open for
+        # ever.
+        if self._next.acquire(timeout=_FORK_SECONDS):
+            if self._lock.acquire(timeout=_FORK_SECONDS):
+                self._forking.append(self._lock)
+            self._next.release()
+
+    def _after_fork(self) -> None:
+        if self._forking:
+            self._forking.pop().release()
+
+    def run(
+        self,
+        doing: str,
+        operation: Callable[[Tpm], R],
+        *,
+        seconds: float | None = None,
+        pinned: bool = True,
+        alone: bool = False,
+    ) -> R:
+        """Run ``operation`` on a fresh connection, in a thread that is left behind when time is up.
+
+        Args:
+            doing: what is done, for messages.
+            operation: may be called again; TpmError means what the TPM answered.
+            seconds: time limit of all of it; the settings' if None.
+            pinned: whether the storage root key must be the pinned one.
+            alone: whether no other process that shares the key directory may use the TPM meanwhile.
+
+        Raises:
+            ProviderUnavailable: not reached, busy, or no answer in time.
+            KeymgmtError: as ``translate`` says, or as ``operation`` raised it.
+        """
+        settings = self.settings
+        if pinned and settings.srk_name is None:
+            raise ConfigError(
+                f"[providers.{self.name}] has no srk_name, so another TPM could take its place",
+                hint=f"see the line to add with: keymgmt tpm setup {self.name}",
+            )
+        seconds = seconds or settings.timeout
+        with self._turn(seconds * _IN_LINE, alone=alone or not self._managed()):
+            deadline = Deadline(seconds, f"the TPM of {self.name!r} ({settings.tcti})")
+            once, pause = True, 0.005
+            while True:
+                try:
+                    return self._once(operation, deadline, pinned)
+                except TpmError as error:
+                    if error.code in BUSY or error.code == PCR_CHANGED or self._is_full(error):
+                        again = deadline.remaining > deadline.seconds / 2
+                    else:
+                        # Without an answer, a second try of a PIN may be counted as one.
+                        again = (
+                            once and error.fault.passing and not (error.lost and error.auth_sent)
+                        )
+                        once = False
+                    if not again:
+                        raise self._explain(error, doing) from error
+                    if error.code != PCR_CHANGED:
+                        time.sleep(pause)
+                        pause = min(pause * 2, 0.25)
+                except ProviderUnavailable:
+                    if not deadline.remaining:
+                        self._unanswered = time.monotonic()
+                    raise
+
+    def _once(self, operation: Callable[[Tpm], R], deadline: Deadline, pinned: bool) -> R:
+        from keymgmt_tpm2._connection.tcti import look_for_device
+        from keymgmt_tpm2._connection.tpm import Tpm
+
+        settings, given_up = self.settings, threading.Event()
+        name = bytes.fromhex(settings.srk_name) if pinned and settings.srk_name else None
+        look_for_device(settings.tcti)
+        directory = None if self._managed() or not self.keys.path.is_dir() else self.keys.path
+        # Nobody else uses them now: processes that share the directory wait for their turn.
+        left = left_loaded(directory) if directory else []
+
+        def attempt() -> R:
+            with Tpm(
+                settings.tcti,
+                settings.srk_handle,
+                name,
+                given_up,
+                use_last_try=settings.use_last_try,
+                journal=Journal(directory),
+            ) as tpm:
+                tpm.free(left)
+                return operation(tpm)
+
+        try:
+            return deadline.run(attempt)
+        finally:
+            # Before the caller wipes its secrets: an operation that goes on without it, after an
+            # interrupt too, sends nothing more and frees what it loaded.
+            given_up.set()
+
+    @contextlib.contextmanager
+    def _turn(self, seconds: float, *, alone: bool) -> Iterator[None]:
+        line = Deadline(seconds, "the TPM")
+        began = time.monotonic()
+        with contextlib.ExitStack() as stack:
+            # Whoever waits is next, also while another thread works in a loop.
+            with _acquired(self._next, line.remaining, self.name):
+                stack.enter_context(_acquired(self._lock, line.remaining, self.name))
+            if self._unanswered > began:
+                raise ProviderUnavailable(
+                    f"the TPM of {self.name!r} gave no answer to whoever was before in line",
+                    hint="look whether it hangs; the next call asks it again",
+                )
+            if alone and os.path.isdir(self.keys.path):  # noqa: PTH112 - never raises
+                self._hold_directory(stack, line.remaining)
+            yield
+
+    def _hold_directory(self, stack: contextlib.ExitStack, seconds: float) -> None:
+        try:
+            stack.enter_context(self.keys.locked(seconds))
+        except ProviderUnavailable as error:
+            cause = error.__cause__
+            # Where nobody can write, nobody can take turns, and a model opens all the same.
+            if not isinstance(cause, OSError) or cause.errno != errno.EROFS:
+                raise
+
+    def _is_full(self, error: TpmError) -> bool:
+        """Whether a broker may serve as many clients as it can: it says no more than that."""
+        return error.code == NO_CONNECTION and self.settings.tcti.startswith("tabrmd")
+
+    def _managed(self) -> bool:
+        from keymgmt_tpm2._connection.tcti import is_resource_managed
+
+        return is_resource_managed(self.settings.tcti)
+
+    def _explain(self, error: TpmError, doing: str) -> KeymgmtError:
+        translated = translate(error, doing)
+        if error.code != LOCKOUT and not error.refused_pin and not error.refused_lockout:
+            return translated
+        deadline = Deadline(min(self.settings.timeout, _EXPLAIN_SECONDS), "the TPM")
+        try:
+            state = self._once(lambda tpm: tpm.lockout(), deadline, pinned=False)
+        except (TpmError, KeymgmtError):
+            return translated
+        if error.refused_lockout:
+            return AccessDenied(f"{translated}; {state.barred}", hint=translated.hint)
+        if error.code == LOCKOUT and error.whose == LOCKOUT_HIERARCHY:
+            return LockedOut(
+                f"{doing}: {state.barred}",
+                hint="correct lockout_auth and wait; nothing was changed",
+            )
+        if error.code == LOCKOUT:
+            return state.locked_out(doing)
+        return AccessDenied(f"{translated}; {state}", hint=translated.hint)
+
+    @contextlib.contextmanager
+    def secret(self, source: SecretSource | None) -> Iterator[bytearray | None]:
+        """What is in a source, wiped at the end; None where no source is configured."""
+        value = self._read(source) if source is not None else None
+        try:
+            yield value
+        finally:
+            wipe(value or bytearray())
+
+    @contextlib.contextmanager
+    def pin(self, key: str, *, wanted: bool) -> Iterator[bytearray | None]:
+        """The PIN of a key, wiped at the end.
+
+        Args:
+            key: name of the key.
+            wanted: whether the key has a PIN; where it has none, there is None.
+
+        Raises:
+            AccessDenied: no source is configured, or its PIN has more than 32 bytes.
+            ProviderUnavailable: the source has none.
+        """
+        if not wanted:
+            yield None
+            return
+        source = self.settings.pins.get(key, self.settings.pin)
+        if source is None:
+            raise AccessDenied(
+                f"the key {key!r} wants a PIN, and [providers.{self.name}] names no source of it",
+                hint=f'add to that table: pins = {{ {key} = {{ file = "PATH" }} }}',
+            )
+        with self.secret(source) as pin:
+            assert pin is not None  # noqa: S101 - there is a source
+            if len(pin) > MAX_PIN:
+                raise AccessDenied(
+                    f"the PIN from {source} has more than {MAX_PIN} bytes",
+                    hint="correct the PIN in its source",
+                )
+            try:
+                yield pin
+            except AccessDenied as error:
+                if isinstance(error.__cause__, TpmError) and error.__cause__.refused_pin:
+                    self.refused.add(key)
+                    wipe(self._typed.pop(str(source), bytearray()))
+                raise
+            self.refused.discard(key)
+
+    def _read(self, source: SecretSource) -> bytearray:
+        if source.prompt is None:
+            return source.read()
+        # A person is asked once, by whichever thread comes first. He may take his time.
+        with self._asking:
+            if str(source) not in self._typed:
+                self._typed[str(source)] = source.read()
+            return bytearray(self._typed[str(source)])
+
+    def forget(self) -> None:
+        """Wipe what was typed."""
+        with self._asking:
+            while self._typed:
+                wipe(self._typed.popitem()[1])
+
+
+@contextlib.contextmanager
+def _acquired(lock: threading.Lock, seconds: float, name: str) -> Iterator[None]:
+    # As an argument, so that a child forked meanwhile releases what it took, not its new lock.
+    if not lock.acquire(timeout=max(0.0, seconds)):
+        raise ProviderUnavailable(
+            f"the TPM of {name!r} was in use by other threads all the time",
+            hint="a TPM does one thing after the other; a larger timeout lets more wait",
+        )
+    try:
+        yield
+    finally:
+        lock.release()

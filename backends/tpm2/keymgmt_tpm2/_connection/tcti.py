@@ -1,0 +1,57 @@
+"""What a TCTI, the way to a TPM, says before it is used; and that libtss2 is there to use it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from keymgmt.backend import AccessDenied, ProviderUnavailable
+
+# libtss2 prints every refusal of the TPM on stderr, even those that are answers here.
+os.environ.setdefault("TSS2_LOG", "all+NONE")
+try:
+    from tpm2_pytss import ESAPI, TSS2_Exception
+    from tpm2_pytss.TCTILdr import TCTILdr
+except ImportError as error:
+    raise ProviderUnavailable(
+        f"the TPM libraries are not usable: {error}",
+        hint="Debian: apt-get install libtss2-esys-3.0.2-0 libtss2-tctildr0 libtss2-fapi1; "
+        'then pip install --force-reinstall tpm2-pytss, or "keymgmt[tpm2]" where it is missing',
+    ) from error
+
+__all__ = ["ESAPI", "TCTILdr", "TSS2_Exception", "is_resource_managed", "look_for_device"]
+
+
+def is_resource_managed(tcti: str) -> bool:
+    """Whether somebody behind this TCTI frees what a client leaves behind."""
+    return tcti.startswith(("device:/dev/tpmrm", "tabrmd"))
+
+
+def look_for_device(tcti: str) -> None:
+    """Say plainly why a device cannot be used, which libtss2 does not.
+
+    Raises:
+        ProviderUnavailable: it is not there, or is no device.
+        AccessDenied: this user may not use it.
+    """
+    kind, _, conf = tcti.partition(":")
+    if kind != "device":
+        return
+    path = Path(conf)
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError as error:
+        raise ProviderUnavailable(
+            f"no TPM: {path} does not exist",
+            hint="turn the TPM on in the firmware's setup, or name another tcti",
+        ) from error
+    except OSError as error:
+        raise AccessDenied(f"no permission to look at {path}") from error
+    if not stat.S_ISCHR(mode):
+        raise ProviderUnavailable(f"no TPM: {path} is no device", hint="name another tcti")
+    if not os.access(path, os.R_OK | os.W_OK, effective_ids=True):
+        raise AccessDenied(
+            f"no permission to use {path}",
+            hint="add this user to the device's group, tss on most systems",
+        )

@@ -1,0 +1,1 @@
+"""Enrolment: proving that a key is in a genuine TPM, and vouching for it."""

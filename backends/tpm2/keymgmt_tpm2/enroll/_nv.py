@@ -1,0 +1,71 @@
+"""What its maker left in a TPM of endorsement keys: certificates and their chain, in NV indices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+from keymgmt_tpm2._errors import TpmError
+from keymgmt_tpm2._templates import EK_PROFILES
+from keymgmt_tpm2.enroll._certificates import MAX_CHAIN, split_chain
+
+if TYPE_CHECKING:
+    from keymgmt_tpm2._connection.tpm import Tpm
+
+__all__ = ["certificates", "read_chain", "read_nv"]
+
+# "TCG EK Credential Profile", 2.2.1.5.2.
+_CHAIN: Final = range(0x01C00100, 0x01C00200)
+_CHUNK: Final = 512
+
+
+def certificates(tpm: Tpm) -> Iterator[tuple[str, bytes]]:
+    """The EK certificates that the TPM holds: the name of their profile, and the NV content."""
+    for name, profile in EK_PROFILES.items():
+        if (content := read_nv(tpm, profile.index)) is not None:
+            yield name, content
+
+
+def read_chain(tpm: Tpm) -> bytes:
+    """What the TPM holds of its issuers' certificates, DER one after the other (2.2.1.5.2).
+
+    An index that was never written, or that its owner alone reads, is passed over: the office says
+    which issuer is missing.
+    """
+    content = b""
+    for index in tpm.handles(_CHAIN.start):
+        if index in _CHAIN:
+            try:
+                content += read_nv(tpm, index) or b""
+            except TpmError as error:
+                if error.lost or error.fault.passing:
+                    raise
+    found: list[bytes] = []
+    at = 0
+    while at < len(content) and len(found) < MAX_CHAIN:
+        end = at + 4 + int.from_bytes(content[at + 2 : at + 4], "big")
+        try:
+            found += split_chain(content[at:end])
+            at = end
+        except ValueError:
+            at += 1  # padding, or what else a maker put there, is no reason to send nothing
+    return b"".join(found)
+
+
+def read_nv(tpm: Tpm, index: int) -> bytes | None:
+    """The content of an NV index, or None where there is no such index; TpmError."""
+    handle = tpm.persistent(index)
+    if handle is None:
+        return None
+    answer = tpm.call("nv_read_public", handle)
+    public = answer[0]
+    area = public.nvPublic
+    size, content = int(area.dataSize), b""
+    while len(content) < size:
+        part = tpm.call(
+            "nv_read", handle, min(_CHUNK, size - len(content)), len(content), auth_handle=handle
+        )
+        if not bytes(part):
+            break  # or a TPM that gives nothing would be asked for ever
+        content += bytes(part)
+    return content

@@ -1,0 +1,258 @@
+"""Approvals: boot states that an approver signed, so that an update locks no device out.
+
+A JSON file. It is made offline (``keymgmt tpm policy sign``), put on the device
+(``policy install``), and checked by the TPM itself (PolicyAuthorize) each time it is used: a forged
+one opens nothing wherever it lies. The signature is ECDSA P-256 with SHA-256 over the approved
+policy digest and the ref, so any signer of keymgmt with such a key can make one.
+
+A unified kernel image brings its own, in its section .pcrsig: ``systemd-measure sign`` makes it
+with an RSA key, and systemd leaves it in /run/systemd/tpm2-pcr-signature.json.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, TypeAlias
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_der_public_key,
+)
+
+from keymgmt.backend import (
+    ConfigError,
+    FormatError,
+    JsonReader,
+    ProviderError,
+    ProviderUnavailable,
+    read_file,
+    replace_file,
+)
+from keymgmt_tpm2._keys import approval_files, read_json
+from keymgmt_tpm2._structures import ALG_RSA, sha256
+from keymgmt_tpm2.policy._policy import (
+    BANKS,
+    Approver,
+    Counter,
+    PcrState,
+    approved_digest,
+    compare,
+    parse_pcrs,
+)
+
+__all__ = ["Approval", "BootSignature", "Statement", "boot_signatures", "install", "installed"]
+
+log: Final = logging.getLogger("keymgmt.tpm2")
+FORMAT: Final = "keymgmt.tpm2-approval/1"
+MAX_FILE: Final = 1 << 20
+
+
+@dataclass(frozen=True)
+class Approval:
+    """An approved boot state: PCR values, a counter if there is one, approver, DER signature."""
+
+    pcrs: PcrState
+    counter: Counter | None
+    approver: Approver
+    signature: bytes = field(repr=False)
+
+    @staticmethod
+    def message(pcrs: PcrState, counter: Counter | None, approver: Approver) -> bytes:
+        """What the approver signs."""
+        return approved_digest(pcrs, counter) + approver.ref.encode()
+
+    @property
+    def bank(self) -> str:
+        """The bank of its PCRs."""
+        return self.pcrs.bank
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """Its PCRs."""
+        return self.pcrs.indices
+
+    def difference(self, now: PcrState | None) -> str:
+        """Which PCRs have other values ``now``, in words; empty where none has."""
+        return compare(self.pcrs, now)
+
+    @property
+    def id(self) -> str:
+        """What names it everywhere: SHA-256 over approver, ref and what is approved, in hex."""
+        name = sha256(self.approver.structure().name, self.approver.ref.encode())
+        return sha256(name, self.digest).hex()
+
+    @property
+    def digest(self) -> bytes:
+        """The approved policy digest."""
+        return approved_digest(self.pcrs, self.counter)
+
+    def check(self) -> None:
+        """ConfigError unless the signature is the approver's; the TPM checks it again."""
+        key = self.approver.structure().key()
+        message = self.message(self.pcrs, self.counter, self.approver)
+        assert isinstance(key, ec.EllipticCurvePublicKey)  # noqa: S101 - as structure() made it
+        try:
+            key.verify(self.signature, message, ec.ECDSA(hashes.SHA256()))
+        except InvalidSignature as error:
+            raise ConfigError(
+                "the approval is not signed by the key that it names",
+                hint="sign it again with: keymgmt tpm policy sign APPROVAL --key FILE --pcr LIST",
+            ) from error
+
+    def rs(self) -> tuple[bytes, bytes]:
+        """The signature as a TPM takes it: r and s, 32 bytes each; ValueError."""
+        r, s = decode_dss_signature(self.signature)
+        if max(r, s) >> 256:
+            raise ValueError("the signature is not of a key on P-256")
+        return r.to_bytes(32, "big"), s.to_bytes(32, "big")
+
+    def __str__(self) -> str:
+        if self.counter is None:
+            return str(self.pcrs)
+        return f"{self.pcrs} while counter {self.counter.index:#010x} <= {self.counter.value}"
+
+    def to_bytes(self) -> bytes:
+        """The approval file."""
+        data = {
+            "format": FORMAT,
+            "state": self.pcrs.to_json(),
+            "counter": self.counter.to_json() if self.counter else None,
+            "approver": self.approver.to_json(),
+            "signature": base64.b64encode(self.signature).decode(),
+        }
+        return json.dumps(data, indent=2).encode() + b"\n"
+
+    @classmethod
+    def read(cls, data: JsonReader) -> Approval:
+        """Read an approval file; ValueError or FormatError where it is wrong."""
+        data.version(FORMAT, "a newer keymgmt may have written it")
+        state = JsonReader(data.members("state"), "the state")
+        approver = JsonReader(data.members("approver"), "the approver")
+        counter = data.object_or_none("counter")
+        approval = cls(
+            PcrState.read(state),
+            Counter.read(counter) if counter else None,
+            Approver.read(approver),
+            data.base64("signature", limit=128),
+        )
+        data.end()
+        if approval.approver.structure().kind == ALG_RSA:
+            raise ValueError("an approval is signed by an ECDSA P-256 key")
+        approval.rs()
+        return approval
+
+
+@dataclass(frozen=True)
+class BootSignature:
+    """One signed PCR policy of a unified kernel image: which PCRs, and the digest of their values.
+
+    The signature is RSASSA-PKCS1-v1_5 with SHA-256 over the digest (systemd-measure(1)).
+    """
+
+    bank: str
+    indices: tuple[int, ...]
+    digest: bytes
+    approver: Approver
+    signature: bytes = field(repr=False)
+    counter: Counter | None = None
+
+    def difference(self, now: PcrState | None) -> str:
+        """In words, whether the PCRs have other values ``now``; empty where not."""
+        if now is None:
+            return f"this TPM has no PCR bank {self.bank}"
+        state = PcrState(self.bank, {index: now.values[index] for index in self.indices})
+        return "" if approved_digest(state, None) == self.digest else f"{self} is of another kernel"
+
+    def __str__(self) -> str:
+        return f"{self.bank}:{','.join(map(str, self.indices))} of the kernel's .pcrsig"
+
+
+Statement: TypeAlias = Approval | BootSignature
+
+
+def boot_signatures(path: Path, approver: Approver) -> list[BootSignature]:
+    """What a ``.pcrsig`` holds of an approver; nothing where the booted kernel brought none.
+
+    An entry whose digest or signature has another size is passed over and said.
+
+    Raises:
+        ProviderUnavailable: it is there, and is unreadable or no such file.
+    """
+    if approver.ref:
+        return []  # systemd signs with none
+    try:
+        content = read_file(
+            path,
+            what="file of signed PCRs",
+            limit=MAX_FILE,
+            access="any",
+            error=ProviderUnavailable,
+        )
+    except ProviderUnavailable as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return []
+        raise
+    # systemd's fingerprint is of the key's own structure, without the algorithm before it.
+    key = load_der_public_key(approver.public_key)
+    if not isinstance(key, rsa.RSAPublicKey):
+        return []
+    fingerprint = sha256(key.public_bytes(Encoding.DER, PublicFormat.PKCS1)).hex()
+    try:
+        found = [
+            BootSignature(
+                bank,
+                parse_pcrs(",".join(map(str, entry["pcrs"])))[1],
+                bytes.fromhex(entry["pol"]),
+                approver,
+                base64.b64decode(entry["sig"], validate=True),
+            )
+            for bank, entries in json.loads(bytes(content)).items()
+            if bank in BANKS
+            for entry in entries
+            if entry["pkfp"] == fingerprint
+        ]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ProviderUnavailable(
+            f"{path} has no signed PCR policies: {error!r}",
+            hint="systemd-measure sign makes one; see pcr_signatures in the provider's table",
+        ) from error
+    # What has another size fits into no structure of a TPM, and must not hide what does.
+    fitting = [
+        each for each in found if (len(each.digest), len(each.signature)) == (32, key.key_size // 8)
+    ]
+    if len(fitting) < len(found):
+        log.warning(
+            "%s: %d entries of another size are passed over", path, len(found) - len(fitting)
+        )
+    return fitting
+
+
+def installed(directory: Path) -> list[Approval]:
+    """Every approval of a key directory that can be read; a damaged one is passed over and said."""
+    found = []
+    for path in approval_files(directory):
+        try:
+            if (data := read_json(path, "approval")) is not None:
+                found.append(Approval.read(data))
+        except (ProviderError, FormatError, ValueError) as error:
+            log.warning("the approval %s is passed over: %s", path, error)
+    return found
+
+
+def install(directory: Path, approval: Approval) -> Path:
+    """Put an approval where the provider finds it; the same one twice is one file."""
+    folder = directory / "approvals"
+    for made in (directory, folder):  # one by one: `parents` takes no mode
+        made.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = folder / f"{approval.id}.json"
+    replace_file(path, approval.to_bytes(), mode=0o600)
+    return path

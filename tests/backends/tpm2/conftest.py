@@ -1,0 +1,345 @@
+"""TPM emulators: swtpm processes with their own state, started, stopped, hung and restarted."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Self
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+from keymgmt_tpm2 import Tpm2Provider, Tpm2Settings
+
+import keymgmt.cli
+from keymgmt.backend import SecretSource
+
+
+def free_ports() -> int:
+    """The first of two free consecutive ports, which swtpm's TCTI wants."""
+    for _ in range(200):
+        port = random.randrange(20000, 30000)
+        with contextlib.ExitStack() as stack:
+            try:
+                for number in (port, port + 1):
+                    bound = stack.enter_context(socket.socket())
+                    bound.bind(("127.0.0.1", number))
+            except OSError:
+                continue
+            return port
+    raise RuntimeError("no two free consecutive ports")
+
+
+class Swtpm:
+    """One emulated TPM. A context manager; its state outlives ``stop`` and ``kill``."""
+
+    def __init__(self, program: Path, state: Path) -> None:
+        self.program, self.state = program, state
+        self.port = free_ports()
+        self.process: subprocess.Popen[bytes] | None = None
+        state.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def tcti(self) -> str:
+        return f"swtpm:host=127.0.0.1,port={self.port}"
+
+    def start(self) -> None:
+        command = [str(self.program), "socket", "--tpm2", "--tpmstate", f"dir={self.state}"]
+        command += ["--server", f"type=tcp,port={self.port},bindaddr=127.0.0.1"]
+        command += ["--ctrl", f"type=tcp,port={self.port + 1},bindaddr=127.0.0.1"]
+        command += ["--flags", "not-need-init,startup-clear"]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE)
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"swtpm ended: {self.process.stderr.read()!r}")
+            with (
+                contextlib.suppress(OSError, EOFError),
+                socket.create_connection(("127.0.0.1", self.port), 5) as data,
+            ):
+                # That it listens is not enough: it answers once both of its ports are served.
+                data.sendall(bytes.fromhex("80010000000a0000017c"))  # TPM2_GetTestResult
+                _message(data)
+                return
+            time.sleep(0.005)
+        raise RuntimeError("swtpm does not listen")
+
+    def kill(self) -> None:
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.process.pid, signal.SIGCONT)
+            self.process.kill()
+            self.process.wait()
+            self.process.stderr.close()
+            self.process = None
+
+    def restart(self) -> None:
+        self.kill()
+        self.start()
+
+    def hang(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Undo ``hang`` and ``kill``; may be called at any time."""
+        if self.process is None or self.process.poll() is not None:
+            self.kill()
+            self.start()
+        else:
+            self.process.send_signal(signal.SIGCONT)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+
+class Wire:
+    """What lies between a client and a TPM: records all, and may answer in the TPM's place.
+
+    A context manager. ``intercept(command)`` returns a response, or None to ask the TPM.
+    """
+
+    def __init__(self, target: int) -> None:
+        self.port = free_ports()
+        self.recorded = bytearray()
+        self.commands: list[int] = []
+        self.intercept: Callable[[bytes], bytes | None] = lambda command: None
+        self._target = target
+        self._servers: list[socket.socket] = []
+
+    @property
+    def tcti(self) -> str:
+        return f"swtpm:host=127.0.0.1,port={self.port}"
+
+    def __enter__(self) -> Self:
+        for offset, serve in ((0, self._data), (1, self._control)):
+            server = socket.create_server(("127.0.0.1", self.port + offset))
+            self._servers.append(server)
+            threading.Thread(target=self._accept, args=(server, serve), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for server in self._servers:
+            server.close()
+
+    def _accept(self, server: socket.socket, serve: Callable[[socket.socket], None]) -> None:
+        while True:
+            try:
+                client, _ = server.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._guarded, args=(serve, client), daemon=True).start()
+
+    def _guarded(self, serve: Callable[[socket.socket], None], client: socket.socket) -> None:
+        with client, contextlib.suppress(OSError, EOFError):
+            serve(client)
+
+    def _data(self, client: socket.socket) -> None:
+        tpm = None
+        try:
+            while True:
+                command = _message(client)
+                self.recorded += command
+                self.commands.append(int.from_bytes(command[6:10], "big"))
+                answer = self.intercept(command)
+                if answer is None:
+                    # Connected late, so that a hook may start, stop or kill the TPM first.
+                    tpm = tpm or socket.create_connection(("127.0.0.1", self._target))
+                    tpm.sendall(command)
+                    answer = _message(tpm)
+                self.recorded += answer
+                client.sendall(answer)
+        finally:
+            if tpm is not None:
+                tpm.close()
+
+    def _control(self, client: socket.socket) -> None:
+        with socket.create_connection(("127.0.0.1", self._target + 1)) as tpm:
+            while data := client.recv(4096):
+                tpm.sendall(data)
+                client.sendall(tpm.recv(4096))
+
+
+def _message(stream: socket.socket) -> bytes:
+    head = _exactly(stream, 10)
+    return head + _exactly(stream, int.from_bytes(head[2:6], "big") - 10)
+
+
+def _exactly(stream: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        part = stream.recv(count - len(data))
+        if not part:
+            raise EOFError
+        data += part
+    return data
+
+
+@pytest.fixture
+def make_wire() -> Iterator[Callable[[int], Wire]]:
+    """Put a wire before the emulator at a port; closed at the end."""
+    with contextlib.ExitStack() as stack:
+        yield lambda port: stack.enter_context(Wire(port))
+
+
+@pytest.fixture
+def wire(make_wire, swtpm) -> Wire:
+    return make_wire(swtpm.port)
+
+
+@pytest.fixture(scope="session")
+def swtpm_program(require_tool) -> Path:
+    return require_tool("swtpm", package="swtpm")
+
+
+@pytest.fixture
+def make_swtpm(swtpm_program, tmp_path) -> Iterator[Callable[[str], Swtpm]]:
+    """Start emulators by name; all are stopped at the end."""
+    with contextlib.ExitStack() as stack:
+        yield lambda name: stack.enter_context(Swtpm(swtpm_program, tmp_path / f"state-{name}"))
+
+
+@pytest.fixture
+def swtpm(make_swtpm) -> Swtpm:
+    return make_swtpm("one")
+
+
+@pytest.fixture
+def set_up(tmp_path) -> Callable[..., Tpm2Settings]:
+    """Make the storage root key of an emulator and return settings that pin it."""
+    from keymgmt_tpm2._setup import set_up as make
+
+    def settings(swtpm: Swtpm, **changes: object) -> Tpm2Settings:
+        values: dict[str, object] = {"keys": tmp_path / "keys", "tcti": swtpm.tcti}
+        with Tpm2Provider("tpm", Tpm2Settings(**values)) as provider:
+            name = make(provider, create=True).name
+        return Tpm2Settings(**(values | {"srk_name": name, "timeout": 5.0} | changes))
+
+    return settings
+
+
+@pytest.fixture
+def unencrypted(monkeypatch) -> None:
+    """Sessions without parameter encryption, to show that a search of the wire finds secrets."""
+    from keymgmt_tpm2._connection.tpm import Tpm
+    from tpm2_pytss import constants as c
+
+    session = Tpm.session
+
+    def plain(tpm, **options):
+        made = session(tpm, **options)
+        tpm.call("trsess_set_attributes", made, c.TPMA_SESSION.CONTINUESESSION)
+        return made
+
+    monkeypatch.setattr(Tpm, "session", plain)
+
+
+@pytest.fixture
+def settings(swtpm, set_up) -> Tpm2Settings:
+    return set_up(swtpm)
+
+
+@pytest.fixture
+def pin_file(tmp_path) -> Path:
+    path = tmp_path / "pin"
+    path.write_text("correct-pin-71\n")
+    path.chmod(0o600)
+    return path
+
+
+@pytest.fixture
+def provider(settings) -> Iterator[Tpm2Provider]:
+    with Tpm2Provider("tpm", settings) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def manufactured(tmp_path_factory, require_tool):
+    """State of a TPM whose endorsement key a maker certified, and the maker's certificates."""
+    setup = require_tool("swtpm_setup", package="swtpm-tools")
+    localca = require_tool("swtpm_localca", package="swtpm-tools")
+    folder = tmp_path_factory.mktemp("maker")
+    ca, state = folder / "ca", folder / "state"
+    ca.mkdir()
+    state.mkdir()
+    (folder / "options").write_text(
+        "--platform-manufacturer ACME\n--platform-version 2.1\n--platform-model Test\n"
+    )
+    (folder / "localca.conf").write_text(
+        f"statedir={ca}\nsigningkey={ca}/signkey.pem\nissuercert={ca}/issuercert.pem\n"
+        f"certserial={ca}/certserial\n"
+    )
+    (folder / "setup.conf").write_text(
+        f"create_certs_tool={localca}\ncreate_certs_tool_config={folder}/localca.conf\n"
+        f"create_certs_tool_options={folder}/options\nactive_pcr_banks=sha256\n"
+    )
+    command = [str(setup), "--tpm2", "--tpmstate", str(state), "--config", f"{folder}/setup.conf"]
+    command += ["--create-ek-cert", "--lock-nvram", "--pcr-banks", "sha256"]
+    result = subprocess.run(
+        [*command, "--logfile", f"{folder}/log"], capture_output=True, text=True, check=False
+    )
+    log = (folder / "log").read_text() if (folder / "log").exists() else ""
+    assert result.returncode == 0, f"{result.stderr}\n{log}"
+    return state, ca
+
+
+@pytest.fixture
+def genuine(manufactured, make_swtpm, tmp_path, set_up, pin_file):
+    """A provider of that TPM, with a fresh copy of its state."""
+    state, _ = manufactured
+    shutil.copytree(state, tmp_path / "state-genuine")
+    settings = set_up(make_swtpm("genuine"), pin=SecretSource(file=pin_file))
+    with Tpm2Provider("tpm", settings) as provider:
+        provider.create_key("dev", "ecc-p256", {"pcr": "7"})
+        yield provider
+
+
+@pytest.fixture(scope="session")
+def roots(manufactured):
+    _, ca = manufactured
+    pems = b"".join(path.read_bytes() for path in sorted(ca.glob("*cert.pem")))
+    certificates = x509.load_pem_x509_certificates(pems)
+    trusted = [c for c in certificates if c.issuer == c.subject]
+    between = [c for c in certificates if c.issuer != c.subject]
+    assert trusted
+    return tuple([c.public_bytes(Encoding.DER) for c in group] for group in (trusted, between))
+
+
+@pytest.fixture
+def commands(genuine, tmp_path, monkeypatch, capsys):
+    """``keymgmt ARGUMENTS`` on the device and where devices are vouched for, in one folder."""
+    home = tmp_path / "both"
+    home.mkdir()
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("KEYMGMT_CONFIG", str(home / "keymgmt.toml"))
+    settings = genuine.settings
+    (home / "keymgmt.toml").write_text(
+        f'[providers.tpm]\nbackend = "tpm2"\nkeys = "{settings.keys}"\ntcti = "{settings.tcti}"\n'
+        f'srk_name = "{settings.srk_name}"\n[providers.local]\nbackend = "file"\npath = "keys"\n'
+        '[policy]\nattestation_signers = ["enrolment.pem"]\nrequire_attested = true\n'
+        "require_signature = false\n"
+    )
+
+    def run(*arguments, code=0):
+        monkeypatch.setattr(sys, "argv", ["keymgmt", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            keymgmt.cli.main()
+        out, err = capsys.readouterr()
+        assert (end.value.code or 0) == code, f"{arguments}: {out} {err}"
+        return out + err
+
+    return home, run
