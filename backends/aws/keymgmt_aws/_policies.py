@@ -1,0 +1,104 @@
+"""The least that each kind of machine needs, as IAM and key policies have it, in JSON.
+
+A policy names a key by its ARN; one that the settings name by alias is told by the condition
+``kms:ResourceAliases``. What unwraps or wraps is bound to our pair of the encryption context, and
+to those of the settings.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, Final
+
+from keymgmt.backend import ConfigError
+from keymgmt_aws._settings import CONTEXT, SYMMETRIC, key_id
+from keymgmt_aws._transport import new_session
+
+if TYPE_CHECKING:
+    from keymgmt_aws._settings import AwsSettings
+
+__all__ = ["policy_of"]
+
+_USES: Final = {"open": "kms:Decrypt", "seal": "kms:Encrypt", "publish": "kms:Sign"}
+_LOOK: Final = ["kms:DescribeKey", "kms:GetPublicKey"]
+_OPERATE: Final = [*_LOOK, "kms:RotateKeyOnDemand"]
+
+
+def policy_of(role: str, settings: AwsSettings, key: str, principal: str | None) -> str:
+    """The policy of a role for one key, in JSON.
+
+    Args:
+        role: ``open``, ``seal``, ``publish`` or ``operate``.
+        settings: of the provider.
+        key: its name, which has matched its grammar.
+        principal: the ARN of a role or user, for a statement of the key's own policy; else the
+            policy is one of IAM, and ``operate`` may also make keys and list them.
+    """
+    native = settings.native(key)
+    place: dict[str, Any]
+    condition: dict[str, Any] = {}
+    if principal is not None:
+        place = {"Principal": {"AWS": principal}, "Resource": "*"}
+    elif key_id(native) is not None:
+        place = {"Resource": native}
+    else:
+        alias = "alias/" + native.partition("alias/")[2]
+        account = native.split(":")[4] if native.startswith("arn:") else "*"
+        place = {"Resource": _keys_of(settings, native, account)}
+        condition = {"ForAnyValue:StringEquals": {"kms:ResourceAliases": alias}}
+    symmetric = SYMMETRIC in settings.allowed(key)
+    bound = _bound(settings) if role in ("open", "seal") and symmetric else {}
+    statements = []
+    # With an RSA key one seals by its public part alone.
+    if role in _USES and (role != "seal" or symmetric):
+        statements.append(_statement("Use", [_USES[role]], place, condition | bound))
+    if role != "open":
+        look = _OPERATE if role == "operate" else _LOOK
+        statements.append(_statement("Look", look, place, condition))
+    if role == "operate" and principal is None:
+        statements += _makes_keys(settings, native)
+    return json.dumps({"Version": "2012-10-17", "Statement": statements}, indent=2) + "\n"
+
+
+def _statement(
+    name: str, actions: list[str], place: dict[str, Any], condition: dict[str, Any]
+) -> dict[str, Any]:
+    made = {"Sid": f"Keymgmt{name}", "Effect": "Allow", "Action": actions, **place}
+    return made | ({"Condition": condition} if condition else {})
+
+
+def _bound(settings: AwsSettings) -> dict[str, Any]:
+    pairs = {f"kms:EncryptionContext:{name}": value for name, value in settings.context.items()}
+    present = {"Null": {f"kms:EncryptionContext:{CONTEXT}": "false"}}
+    return present | ({"StringEquals": pairs} if pairs else {})
+
+
+def _makes_keys(settings: AwsSettings, native: str) -> list[dict[str, Any]]:
+    """Making a key, which has no ARN yet, naming it by our prefix, and all that has such a name."""
+    ours, anything = f"alias/{settings.alias_prefix}*", {"Resource": "*"}
+    keys = _keys_of(settings, native, "*")
+    named = {"Resource": [keys.removesuffix("key/*") + ours, keys]}
+    condition = {"ForAnyValue:StringLike": {"kms:ResourceAliases": ours}}
+    return [
+        _statement("Make", ["kms:CreateKey", "kms:ListAliases"], anything, {}),
+        _statement("Name", ["kms:CreateAlias"], named, {}),
+        _statement("Ours", _OPERATE, {"Resource": keys}, condition),
+    ]
+
+
+def _keys_of(settings: AwsSettings, native: str, account: str) -> str:
+    """All keys that an account has in the region, in the partition that ``native`` is of."""
+    partition = native.split(":")[1] if native.startswith("arn:") else _partition(settings.region)
+    return f"arn:{partition}:kms:{settings.region}:{account}:key/*"
+
+
+def _partition(region: str) -> str:
+    from botocore.exceptions import UnknownRegionError
+
+    try:
+        return str(new_session().get_partition_for_region(region))
+    except UnknownRegionError as error:
+        raise ConfigError(
+            f"in which partition of AWS {region} is, is not known here",
+            hint="write the key's ARN in the config, or install a newer botocore",
+        ) from error

@@ -1,0 +1,140 @@
+"""AwsProvider: wrap and unwrap inside AWS Key Management Service."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+from keymgmt.backend import (
+    Dek,
+    Health,
+    KeyInfo,
+    KeyProvider,
+    Recipient,
+    Signature,
+    SupportsKeyManagement,
+    SupportsOfflineRecipients,
+    SupportsSigning,
+    WrappedKey,
+    bare,
+    check_key,
+    no_version,
+)
+from keymgmt_aws import _checks
+from keymgmt_aws._connection import Connection, Service
+from keymgmt_aws._keys import KINDS, Keys
+from keymgmt_aws._settings import AwsSettings
+from keymgmt_aws._transport import SLOW
+from keymgmt_aws._wrapping import Wrapping
+
+__all__ = ["AwsProvider"]
+
+
+class AwsProvider(
+    KeyProvider[AwsSettings], SupportsKeyManagement, SupportsOfflineRecipients, SupportsSigning
+):
+    """Keys in AWS KMS; they never leave it.
+
+    Example::
+
+        [providers.cloud]
+        backend = "aws"
+        region = "eu-central-1"
+        auth = { method = "instance" }
+
+        [providers.cloud.keys]
+        resnet50 = { arn = "arn:aws:kms:eu-central-1:111122223333:key/mrk-..." }
+
+    What a machine must be allowed: ``kms:Decrypt`` to unwrap; ``kms:DescribeKey`` and
+    ``kms:Encrypt`` to wrap. The whole policies, by role: ``keymgmt aws policy``.
+
+    The data key passes through HTTP and JSON in strings, which Python cannot wipe; their memory is
+    reused, not kept. The login lives in this process until ``close``.
+    """
+
+    backend: ClassVar[str] = "aws"
+    Settings: ClassVar[type[AwsSettings]] = AwsSettings
+    key_kinds: ClassVar[Mapping[str, Literal["wrap", "sign"]]] = {
+        name: kind.purpose for name, kind in KINDS.items()
+    }
+    rotates_unseen: ClassVar[bool] = True
+
+    def __init__(self, name: str, settings: AwsSettings) -> None:
+        super().__init__(name, settings)
+        self._connection = Connection(settings)
+        self._keys = Keys(name, settings)
+        self._wrapping = Wrapping(name, self._connection, self._keys)
+
+    @bare
+    def wrap(self, key: str, dek: Dek, context: bytes) -> WrappedKey:
+        """See KeyProvider; two calls, since the key is looked at before."""
+        return self._wrapping.wrap(check_key(key), dek, context)
+
+    @bare
+    def unwrap(self, wrapped: WrappedKey, context: bytes) -> Dek:
+        """See KeyProvider; one call."""
+        return self._wrapping.unwrap(wrapped, context)
+
+    @bare
+    def create_key(self, key: str, kind: str, options: Mapping[str, str]) -> KeyInfo:
+        """See SupportsKeyManagement; the option ``multi-region=yes`` makes one for replicas."""
+        check_key(key)
+        return self._connection.run(lambda kms: self._keys.create(kms, key, kind, options), SLOW)
+
+    @bare
+    def list_keys(self) -> list[KeyInfo]:
+        """See SupportsKeyManagement; what we may not look at is named in the log."""
+        return self._connection.run(self._keys.list)
+
+    @bare
+    def describe_key(self, key: str) -> KeyInfo:
+        """See SupportsKeyManagement; the one version is the key's id."""
+        check_key(key)
+        return self._connection.run(lambda kms: self._keys.describe(kms, key).info())
+
+    @bare
+    def rotate_key(self, key: str) -> KeyInfo:
+        """See SupportsKeyManagement; AWS rotates inside of the key, and nothing of it is seen."""
+        check_key(key)
+        return self._connection.run(lambda kms: self._keys.rotate(kms, key), SLOW)
+
+    @bare
+    def retire_version(self, key: str, version: str) -> KeyInfo:
+        """See SupportsKeyManagement; always UnsupportedOperation, with the way out."""
+        check_key(key)
+        return self._connection.run(lambda kms: self._keys.refuse_to_retire(kms, key, version))
+
+    @bare
+    def export_recipient(self, key: str) -> Recipient:
+        """See SupportsOfflineRecipients; RSA keys have a public part."""
+        check_key(key)
+        return self._connection.run(
+            lambda kms: self._keys.recipient(kms, self._keys.describe(kms, key))
+        )
+
+    @bare
+    def public_key(self, key: str, version: str | None = None) -> bytes:
+        """See SupportsSigning."""
+        check_key(key)
+
+        def work(kms: Service) -> bytes:
+            described = self._keys.describe(kms, key).usable("sign")
+            if version not in (None, described.id):
+                raise no_version(key, str(version), [described.id])
+            return self._keys.public_key(kms, described)
+
+        return self._connection.run(work)
+
+    @bare
+    def sign(self, key: str, message: bytes) -> Signature:
+        """See SupportsSigning; the message is hashed here, and its digest is sent."""
+        check_key(key)
+        return self._connection.run(lambda kms: self._keys.sign(kms, key, message))
+
+    def check(self, key: str | None = None) -> Health:
+        """See KeyProvider; who we are, then the key, what we may with it, and the context."""
+        return _checks.check(self._connection, self._keys, self._wrapping, key)
+
+    def close(self) -> None:
+        """See KeyProvider; it may be used again, and then logs in again."""
+        self._connection.forget()

@@ -1,0 +1,294 @@
+"""The ``[providers.NAME]`` table of an AWS KMS provider: where it is, how to log in, which keys.
+
+Region, keys and endpoints come from here and from nowhere else: no environment, no ``~/.aws``.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from typing import Annotated, Final, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
+
+from keymgmt.backend import RSA_OAEP_256, ConfigPath, SecretSource, Settings, is_key
+
+__all__ = [
+    "CONTEXT",
+    "MECHANISMS",
+    "SYMMETRIC",
+    "Auth",
+    "AwsSettings",
+    "ContainerAuth",
+    "EnvironmentAuth",
+    "InstanceAuth",
+    "ProfileAuth",
+    "RoleAuth",
+    "StaticAuth",
+    "WebIdentityAuth",
+    "key_id",
+]
+
+SYMMETRIC: Final = "SYMMETRIC_DEFAULT"
+MECHANISMS: Final = (SYMMETRIC, RSA_OAEP_256)
+CONTEXT: Final = "keymgmt-context"
+"""The pair of the encryption context that holds the SHA-256 of ours, in hex."""
+
+_ALIAS: Final = r"alias/[A-Za-z0-9_-][A-Za-z0-9/_-]{0,249}"
+_KEY_ID: Final = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,126}[A-Za-z0-9])?"
+_ARN: Final = re.compile(
+    rf"arn:aws[a-z-]{{0,16}}:kms:([a-z0-9-]{{1,32}}):[0-9]{{12}}:(?:key/{_KEY_ID}|{_ALIAS})"
+)
+_METADATA: Final = ("169.254.169.254", "fd00:ec2::254")
+_MAX_PAIRS: Final = 8
+
+
+def key_id(arn: str) -> str | None:
+    """The id of the KMS key that an ARN names; None where it names an alias, or is none."""
+    match = _ARN.fullmatch(arn)
+    return arn.rpartition(":key/")[2] if match and ":key/" in arn else None
+
+
+def _endpoint(text: str, *, metadata: bool = False) -> str:
+    """An endpoint without a slash at its end, or ValueError, ready to be shown."""
+    try:
+        parts = urlsplit(text)
+        _ = parts.port
+    except ValueError as error:
+        raise ValueError(f"{text[:200]!r} is no address: {error}") from None
+    if parts.username is not None or parts.password is not None:
+        # Not repeated: what stands before the @ may be a password.
+        raise ValueError("an endpoint holds no user name or password; use auth")
+    if parts.scheme not in ("https", "http") or not parts.hostname:
+        raise ValueError(f"{text[:200]!r} is no endpoint: write https://host")
+    if parts.path.strip("/") or parts.query or parts.fragment:
+        raise ValueError(f"{text[:200]!r} has more than scheme, host and port")
+    if parts.scheme == "http" and not _on_this_machine(parts.hostname, metadata):
+        raise ValueError(f"{text[:200]!r} is not protected: http is for this machine only")
+    return text.rstrip("/")
+
+
+def _on_this_machine(host: str, metadata: bool) -> bool:
+    """Whether it is loopback, or where EC2 has its metadata; what a name means, others choose."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return address.is_loopback or (metadata and host in _METADATA)
+
+
+def _metadata_endpoint(text: str) -> str:
+    return _endpoint(text, metadata=True)
+
+
+def _not_asked_for(source: SecretSource) -> SecretSource:
+    if source.prompt is not None:
+        # A call that ran out of time would leave the question behind, and it the terminal.
+        raise ValueError(
+            "nobody is asked within a call's time limit: name a file, a credential, "
+            "an environment variable or a keyring's entry"
+        )
+    return source
+
+
+StoredSecret = Annotated[SecretSource, AfterValidator(_not_asked_for)]
+Endpoint = Annotated[str, AfterValidator(_endpoint)]
+RoleArn = Annotated[
+    str, StringConstraints(pattern=r"^arn:aws[a-z-]{0,16}:iam::[0-9]{12}:role/\S+$")
+]
+SessionName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_+=,.@-]{2,64}$")]
+
+
+class StaticAuth(Settings):
+    """``{ method = "static", access_key_id = SECRET, secret_access_key = SECRET }``.
+
+    ``session_token = SECRET`` for temporary ones. They are read anew when AWS says that they have
+    expired, so something else may replace them while a process runs.
+    """
+
+    method: Literal["static"]
+    access_key_id: StoredSecret
+    secret_access_key: StoredSecret
+    session_token: StoredSecret | None = None
+
+
+class ProfileAuth(Settings):
+    """``{ method = "profile", profile = "NAME" }``: a profile of the AWS command line.
+
+    ``config_file`` and ``credentials_file`` are those of ``~/.aws``, if not said. What the profile
+    names is done: another profile, a role, a login by SSO, or a program that is run. Where AWS STS
+    is, and how it is reached, is still said by the settings.
+    """
+
+    method: Literal["profile"]
+    profile: Annotated[str, StringConstraints(min_length=1, max_length=128)]
+    config_file: ConfigPath | None = None
+    credentials_file: ConfigPath | None = None
+
+
+class WebIdentityAuth(Settings):
+    """``{ method = "web-identity", role_arn = "ARN", token_file = "PATH" }``: an OIDC token.
+
+    As a Kubernetes pod has it. It is read anew for each login because it is replaced while the pod
+    runs; it is refused only where others can write it.
+    """
+
+    method: Literal["web-identity"]
+    role_arn: RoleArn
+    token_file: ConfigPath
+    session_name: SessionName = "keymgmt"
+
+
+class InstanceAuth(Settings):
+    """``{ method = "instance" }``: the role of this EC2 instance, by IMDSv2 only.
+
+    ``endpoint`` where its metadata service is not at 169.254.169.254.
+    """
+
+    method: Literal["instance"]
+    endpoint: Annotated[str, AfterValidator(_metadata_endpoint)] = "http://169.254.169.254"
+
+
+class ContainerAuth(Settings):
+    """``{ method = "container" }``: the role of this pod, by the EKS Pod Identity agent.
+
+    In ECS its address is a secret of the task, which only the environment has:
+    ``uri = { env = "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI" }``. ``token_file`` holds what the
+    agent asks for, if it asks.
+    """
+
+    method: Literal["container"]
+    uri: StoredSecret | None = None
+    token_file: ConfigPath | None = None
+
+
+class EnvironmentAuth(Settings):
+    """``{ method = "environment" }``: whatever the AWS tools would find, in their order.
+
+    Variables, ``~/.aws``, container, instance: it is the one method that lets the environment say
+    who this process is, and where a role that is found there is asked for. Where the keys are is
+    still said by the config.
+    """
+
+    method: Literal["environment"]
+
+
+_Source = (
+    StaticAuth | ProfileAuth | WebIdentityAuth | InstanceAuth | ContainerAuth | EnvironmentAuth
+)
+
+
+class RoleAuth(Settings):
+    """``{ method = "role", role_arn = "ARN", source = AUTH }``: a role that another login assumes.
+
+    ``external_id`` is what the role's owner told us (it is no secret); ``session_name`` stands in
+    CloudTrail.
+    """
+
+    method: Literal["role"]
+    role_arn: RoleArn
+    source: Annotated[_Source, Field(discriminator="method")]
+    external_id: Annotated[str, StringConstraints(min_length=2, max_length=1224)] | None = None
+    session_name: SessionName = "keymgmt"
+
+
+Auth = Annotated[_Source | RoleAuth, Field(discriminator="method")]
+
+
+class KeyEntry(Settings):
+    """What one key is in AWS KMS, and how it may have been wrapped.
+
+    Attributes:
+        arn: the ARN of a key or an alias, or ``alias/NAME`` of this account; a multi-Region key's
+            replica by its ARN in this region.
+        mechanisms: the only mechanisms that unwrap; all that this backend knows, if empty.
+    """
+
+    arn: str
+    mechanisms: list[str] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _known(self) -> KeyEntry:
+        if not _ARN.fullmatch(self.arn) and not re.fullmatch(_ALIAS, self.arn):
+            raise ValueError(f"arn {self.arn[:200]!r} is no ARN of AWS KMS and no alias/NAME")
+        for mechanism in self.mechanisms:
+            if mechanism not in MECHANISMS:
+                raise ValueError(f"no mechanism {mechanism!r}; known: {', '.join(MECHANISMS)}")
+        return self
+
+
+class AwsSettings(Settings):
+    """Settings of the backend ``aws``.
+
+    Attributes:
+        region: where the keys are, such as ``eu-central-1``.
+        auth: how to log in.
+        keys: key -> its ARN or alias, and mechanisms.
+        alias_prefix: a key that is not in ``keys`` has the alias ``alias/PREFIXKEY``, a dot of its
+            name written as a slash; ``keys create`` and ``keys list`` go by it.
+        context: pairs that each encryption context of a symmetric key has beside ours, for
+            conditions in policies; what was wrapped with others does not open.
+        endpoint: of AWS KMS, where it is not the region's public one (a private link).
+        sts_endpoint: of AWS STS, likewise.
+        ca_file: PEM of the authorities that may vouch for an endpoint; without it, the public ones
+            that botocore carries.
+        fips: use the region's FIPS endpoints.
+        timeout: seconds for a whole operation, with its retries and logins.
+        call_timeout: seconds for one connection, and for one answer.
+    """
+
+    region: Annotated[
+        str, StringConstraints(pattern=r"^[a-z]{2,8}(?:-[a-z]{1,16}){1,3}-[0-9]{1,2}$")
+    ]
+    auth: Auth
+    keys: dict[str, KeyEntry] = Field(default_factory=dict)
+    alias_prefix: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_/-]{1,120}$")] = "keymgmt/"
+    context: dict[str, str] = Field(default_factory=dict)
+    endpoint: Endpoint | None = None
+    sts_endpoint: Endpoint | None = None
+    ca_file: ConfigPath | None = None
+    fips: bool = False
+    timeout: Annotated[float, Field(gt=0, le=600)] = 10.0
+    call_timeout: Annotated[float, Field(gt=0, le=60)] = 3.0
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> AwsSettings:
+        for key, entry in self.keys.items():
+            if not is_key(key):
+                raise ValueError(f"keys: {key[:80]!r} is no key name")
+            match = _ARN.fullmatch(entry.arn)
+            if match and match[1] != self.region:
+                raise ValueError(
+                    f"keys: {key} is in {match[1]}, and region is {self.region!r}; for a "
+                    "multi-Region key write the ARN of its replica there"
+                )
+        if self.alias_prefix.startswith("aws/"):
+            raise ValueError("alias_prefix: aliases under aws/ are of keys that AWS manages")
+        if len(self.context) > _MAX_PAIRS:
+            raise ValueError(f"context has at most {_MAX_PAIRS} pairs")
+        for name, value in self.context.items():
+            if name == CONTEXT or name.startswith("aws:") or not 1 <= len(name) <= 128:
+                raise ValueError(f"context: {name[:80]!r} is no name for a pair")
+            if not 1 <= len(value) <= 512 or not (name + value).isprintable():
+                raise ValueError(f"context: {name} has 1 to 512 printable characters")
+        if self.fips and (self.endpoint or self.sts_endpoint):
+            raise ValueError("fips chooses the public endpoints: leave it out, or the endpoints")
+        return self
+
+    def native(self, key: str) -> str:
+        """The ARN or alias of ``key``, which has matched its grammar."""
+        entry = self.keys.get(key)
+        return entry.arn if entry else f"alias/{self.alias_prefix}{key.replace('.', '/')}"
+
+    def ours(self, alias: str) -> str | None:
+        """The key that has this alias by its prefix, or None where no key can have it."""
+        start = f"alias/{self.alias_prefix}"
+        key = alias.removeprefix(start).replace("/", ".")
+        # A key that the table calls otherwise is not reached by its own name.
+        return key if alias.startswith(start) and is_key(key) and key not in self.keys else None
+
+    def allowed(self, key: str) -> tuple[str, ...]:
+        """The mechanisms whose blobs may be unwrapped with ``key``."""
+        entry = self.keys.get(key)
+        return tuple(entry.mechanisms) if entry and entry.mechanisms else MECHANISMS

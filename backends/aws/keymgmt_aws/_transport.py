@@ -1,0 +1,203 @@
+"""botocore's clients, without what botocore takes from its surroundings.
+
+Nothing here reads the environment, ``~/.aws``, ``/etc/boto.cfg`` or a proxy's setting: a session is
+given constants where it would look, no handlers, plugins or data of others, and HTTP of its own.
+botocore is imported by the first call, and not before.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import socket
+import ssl
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from keymgmt.backend import ProviderUnavailable, check_trusted
+
+if TYPE_CHECKING:
+    from keymgmt_aws._settings import AwsSettings
+
+__all__ = ["SLOW", "Client", "bind", "http_session", "is_ours", "new_session", "prepare"]
+
+SLOW: Final = 30.0
+"""Seconds for what changes something and is asked once: making an RSA key takes some."""
+
+_CONNECTIONS: Final = 32
+_SLOWLY: Final = ("CreateKey", "CreateAlias", "RotateKeyOnDemand")
+is_ours: Final = threading.local()
+"""``active`` while a thread is inside a call of ours."""
+
+
+class _Hidden(logging.Filter):
+    """Drops what botocore logs of our calls below a warning: bodies with keys, and tokens.
+
+    A warning goes without its exception, which may repeat an answer that was not understood. What
+    other code of this process does with botocore is logged as before.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not getattr(is_ours, "active", False):
+            return True
+        record.exc_info = record.exc_text = None
+        return record.levelno >= logging.WARNING
+
+
+_hidden: Final = _Hidden()
+
+
+def _hide() -> None:
+    for name in list(logging.root.manager.loggerDict):
+        if name.partition(".")[0] in ("botocore", "urllib3"):
+            # Adding it again changes nothing.
+            logging.getLogger(name).addFilter(_hidden)
+
+
+@functools.cache
+def _loader() -> Any:
+    """The service models that botocore carries, and none of ``~/.aws/models``; read once."""
+    from botocore.loaders import Loader
+
+    return Loader(extra_search_paths=[Loader.BUILTIN_DATA_PATH], include_default_search_paths=False)
+
+
+@functools.cache
+def prepare() -> None:
+    """Import botocore and read what it says of AWS KMS: once, for no call's time."""
+    import botocore.client
+    import botocore.session  # noqa: F401
+
+    # The first login is logged by what was just imported.
+    _hide()
+    for part in ("service-2", "endpoint-rule-set-1"):
+        _loader().load_service_model("kms", part)
+
+
+def new_session(**given: str) -> Any:
+    """A botocore session that looks nowhere; ``given`` are session variables, such as profile."""
+    from botocore.configprovider import ConfigValueStore, ConstantProvider
+    from botocore.plugin import PluginContext, set_plugin_context
+    from botocore.session import Session
+    from botocore.tokens import TokenProviderChain
+
+    set_plugin_context(PluginContext(plugins="DISABLED"))
+    # The handlers that come with it add headers from the environment; AWS KMS needs none of them.
+    session = Session(include_builtin_handlers=False, profile=given.get("profile"))
+    values = {name: variable[2] for name, variable in session.SESSION_VARIABLES.items()}
+    values |= {"config_file": os.devnull, "credentials_file": os.devnull, "s3": {}}
+    values |= {"proxies_config": None, "ignore_configured_endpoint_urls": True, **given}
+    constants = {name: ConstantProvider(value) for name, value in values.items()}
+    session.register_component("config_store", ConfigValueStore(mapping=constants))
+    session.register_component("data_loader", _loader())
+    session.register_component("token_provider", TokenProviderChain(providers=[]))
+    return session
+
+
+def http_session(
+    seconds: float, ca_file: os.PathLike[str] | None = None, *, answer: float | None = None
+) -> Any:
+    """HTTP without proxies, redirects or retries; TLS 1.2 at least, and names are checked.
+
+    ``seconds`` are for a connection, and for an answer where ``answer`` does not say otherwise.
+    """
+    from botocore.httpsession import URLLib3Session
+
+    class Http(URLLib3Session):  # type: ignore[misc]
+        def _get_ssl_context(self) -> ssl.SSLContext:
+            # botocore's would write the session keys to where SSLKEYLOGFILE says.
+            return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+    return Http(
+        verify=str(ca_file) if ca_file else True,
+        timeout=(seconds, answer or seconds),
+        max_pool_connections=_CONNECTIONS,
+        socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
+    )
+
+
+def bind(session: Any, settings: AwsSettings) -> None:
+    """Let the clients that botocore makes itself, to log in, go where the settings say."""
+    http, make = http_session(settings.call_timeout, settings.ca_file), session.create_client
+
+    def create_client(service: str, **given: Any) -> Any:
+        return _create(make, service, settings, lambda request, **_: http.send(request), **given)
+
+    session.create_client = create_client
+
+
+def _create(
+    make: Callable[..., Any],
+    service: str,
+    settings: AwsSettings,
+    send: Callable[..., Any],
+    *,
+    config: Any = None,
+    **given: Any,
+) -> Any:
+    """A client as botocore makes it, which sends by ``send``."""
+    from botocore import UNSIGNED
+    from botocore.config import Config
+
+    if settings.ca_file is not None:
+        check_trusted(settings.ca_file, what="CA file", private=False, error=ProviderUnavailable)
+    ours = Config(
+        retries={"total_max_attempts": 1, "mode": "standard"},
+        user_agent="keymgmt-aws",
+        proxies={},
+        use_fips_endpoint=settings.fips,
+        ignore_configured_endpoint_urls=True,
+    )
+    given["config"] = config.merge(ours) if config else ours
+    given["endpoint_url"] = {"kms": settings.endpoint, "sts": settings.sts_endpoint}.get(service)
+    client = make(service, verify=True, **given)
+    client.meta.events.register("before-send", send)
+    if config and config.signature_version is UNSIGNED:
+        # For some operations botocore leaves that to a handler that is left out here.
+        client.meta.events.register("choose-signer", lambda **_: UNSIGNED)
+    return client
+
+
+class Client:
+    """A client of one service, ``kms`` or ``sts``; thread-safe, not to be used after a fork.
+
+    A call raises what botocore raises. ``credentials`` are botocore's; None to sign nothing.
+    """
+
+    def __init__(self, service: str, settings: AwsSettings, credentials: Any) -> None:
+        from botocore import UNSIGNED
+        from botocore.config import Config
+        from botocore.credentials import CredentialResolver
+
+        session = new_session()
+        resolver = CredentialResolver([])
+        resolver.load_credentials = lambda: credentials
+        session.register_component("credential_provider", resolver)
+        self._http = http_session(settings.call_timeout, settings.ca_file)
+        self._slow = http_session(settings.call_timeout, settings.ca_file, answer=SLOW)
+        self._client = _create(
+            session.create_client,
+            service,
+            settings,
+            self._send,
+            config=Config(signature_version=UNSIGNED) if credentials is None else None,
+            region_name=settings.region,
+        )
+        _hide()
+
+    def __call__(self, operation: str, **arguments: Any) -> dict[str, Any]:
+        """Call an operation by its name in botocore; its answer."""
+        answer: dict[str, Any] = getattr(self._client, operation)(**arguments)
+        return answer
+
+    def _send(self, request: Any, event_name: str, **_: Any) -> Any:
+        slow = event_name.rpartition(".")[2] in _SLOWLY
+        return (self._slow if slow else self._http).send(request)
+
+    def close(self) -> None:
+        """Close the connections that are idle; may be called again."""
+        self._http.close()
+        self._slow.close()
+        self._client.close()

@@ -1,0 +1,162 @@
+"""Two services on loopback: moto, which is another's program, and a simulation of our own.
+
+moto lets through what AWS refuses (disabled keys, keys pending deletion, policies, grants), has no
+RSA decryption and signs digests otherwise, so for all of that there is ``Simulated``: it answers as
+the API reference of AWS KMS says. What ran on it did not run on AWS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from keymgmt.backend import KeyProvider
+
+Make = Callable[..., KeyProvider[Any]]
+REGION = "eu-central-1"
+# pytest imports no module that stands beside a test.
+_spec = importlib.util.spec_from_file_location(
+    "keymgmt_tests_simulated_kms", Path(__file__).with_name("simulated_kms.py")
+)
+_module = sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_module)
+Simulated = _module.Simulated
+
+
+class Moto:
+    """One moto server process; ``client`` talks to it without our code."""
+
+    def __init__(self, program: Path, directory: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        environment = {"HOME": str(directory), "PATH": os.environ["PATH"]}
+        self.process = subprocess.Popen(
+            [program, "-H", "127.0.0.1", "-p", str(port)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+        )
+        end = time.monotonic() + 60
+        while True:
+            assert self.process.poll() is None, "moto_server ended"
+            assert time.monotonic() < end, "moto_server does not listen"
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(0.05)
+        self.port = port
+        self.address = f"http://127.0.0.1:{port}"
+
+    def client(self, region: str = REGION) -> Any:
+        from botocore.session import Session
+
+        return Session().create_client(
+            "kms",
+            region_name=region,
+            endpoint_url=self.address,
+            aws_access_key_id="tests",
+            aws_secret_access_key="tests",
+        )
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def moto(
+    require_tool: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Moto]:
+    made = Moto(require_tool("moto_server"), tmp_path_factory.mktemp("moto"))
+    yield made
+    made.end()
+
+
+@pytest.fixture
+def kms(rsa_keys: None) -> Iterator[Any]:
+    """A simulation of AWS KMS and STS of this test alone."""
+    made = Simulated(REGION)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def simulate(rsa_keys: None) -> Iterator[Callable[..., Any]]:
+    """Make further simulations: ``simulate(region, tls)``."""
+    made: list[Any] = []
+
+    def start(*arguments: Any) -> Any:
+        made.append(Simulated(*arguments))
+        return made[-1]
+
+    yield start
+    for one in made:
+        one.close()
+
+
+@pytest.fixture(scope="session")
+def rsa_keys() -> None:
+    """Make the RSA keys of all simulations: within a request it could take too long."""
+    for bits in (2048, 3072, 4096):
+        _module.rsa_key(bits)
+
+
+@pytest.fixture
+def secret_file(tmp_path: Path) -> Callable[[str], dict[str, str]]:
+    """Write a private file with a secret; the table that names it."""
+
+    def write(value: str, name: str = "") -> dict[str, str]:
+        path = tmp_path / (name or f"secret-{secrets.token_hex(4)}")
+        path.touch(mode=0o600)
+        path.write_text(value)
+        return {"file": str(path)}
+
+    return write
+
+
+@pytest.fixture
+def make(kms: Any, secret_file: Callable[[str], dict[str, str]]) -> Iterator[Make]:
+    """Make a provider of the simulation: ``make(auth=..., keys=...)``, any settings."""
+    from keymgmt_aws import AwsProvider, AwsSettings
+
+    made: list[KeyProvider[Any]] = []
+
+    def provider(**settings: Any) -> Any:
+        name, secret = kms.user
+        settings = {
+            "region": REGION,
+            "endpoint": kms.address,
+            "sts_endpoint": kms.address,
+            "timeout": 6.0,
+            "call_timeout": 3.0,
+            "auth": {
+                "method": "static",
+                "access_key_id": secret_file(name),
+                "secret_access_key": secret_file(secret),
+            },
+        } | settings
+        one = AwsProvider("cloud", AwsSettings.model_validate(settings))
+        made.append(one)
+        return one
+
+    yield provider
+    for one in made:
+        one.close()

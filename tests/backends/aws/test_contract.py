@@ -1,0 +1,157 @@
+"""AwsProvider keeps the contract of every provider: on moto, and on the simulation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from keymgmt.backend import UnwrapFailed
+from keymgmt.testing import Hook, ProviderContract, ProviderFactory
+
+REGION = "eu-central-1"
+SecretFile = Callable[[str], dict[str, str]]
+
+
+def factory(address: str, auth: dict[str, Any], limit: float, **more: Any) -> ProviderFactory:
+    from keymgmt_aws import AwsProvider, AwsSettings
+
+    settings = AwsSettings.model_validate(
+        {"region": REGION, "endpoint": address, "sts_endpoint": address, "auth": auth}
+        | {"timeout": limit, "call_timeout": limit / 2, "context": {"fleet": "press-17"}}
+        | more
+    )
+    return lambda: AwsProvider("cloud", settings)
+
+
+class Patient(ProviderContract):
+    """A short time limit where the service is gone or hangs, and a long one where it works."""
+
+    @pytest.fixture
+    def time_limit(self, request: pytest.FixtureRequest) -> float:
+        return 3.0 if {"hang_service", "break_service"} & set(request.fixturenames) else 20.0
+
+
+class TestOnMoto(Patient):
+    """Symmetric keys, by their ARN; moto has no RSA decryption, no digests and no ML-DSA."""
+
+    @pytest.fixture
+    def arns(self, moto: Any) -> list[str]:
+        # AWS would say that itself; moto repeats what it was told.
+        usual = {"KeyUsage": "ENCRYPT_DECRYPT", "KeySpec": "SYMMETRIC_DEFAULT"}
+        made = [moto.client().create_key(**usual) for _ in range(2)]
+        return [one["KeyMetadata"]["Arn"] for one in made]
+
+    @pytest.fixture
+    def provider_factory(
+        self,
+        moto: Any,
+        arns: list[str],
+        secret_file: SecretFile,
+        monkeypatch: pytest.MonkeyPatch,
+        time_limit: float,
+    ) -> ProviderFactory:
+        from keymgmt_aws import AwsProvider
+
+        monkeypatch.setattr(AwsProvider, "key_kinds", {"symmetric": "wrap"})
+        auth = {"method": "static", "access_key_id": secret_file("AKIATESTSTESTS")}
+        auth["secret_access_key"] = secret_file("the-secret-of-the-tests")
+        keys = dict(zip(("model", "other"), ({"arn": arn} for arn in arns), strict=True))
+        return factory(moto.address, auth, time_limit, keys=keys)
+
+    @pytest.fixture
+    def wrap_key(self) -> str:
+        return "model"
+
+    @pytest.fixture
+    def other_wrap_key(self) -> str:
+        return "other"
+
+    @pytest.fixture
+    def recipient_key(self) -> str:
+        pytest.skip("moto does not decrypt with RSA keys: see TestSimulated")
+
+    def test_blob_of_another_key(self) -> None:
+        pytest.skip("moto denies where AWS says IncorrectKey: see TestSimulated")
+
+    def test_damaged_blob(self, provider: Any, dek: Any) -> None:
+        """What moto does not take for another key's blob; the rest is for TestSimulated."""
+        wrapped = provider.wrap("model", dek, b"c")
+        for place in (40, 60, 95):  # the nonce, the tag, the ciphertext
+            blob = bytearray(wrapped.blob)
+            blob[place] ^= 1
+            with pytest.raises(UnwrapFailed):
+                provider.unwrap(replace(wrapped, blob=bytes(blob)), b"c")
+        provider.unwrap(wrapped, b"c").wipe()
+
+    @pytest.fixture
+    def hang_service(self, moto: Any) -> Hook:
+        return moto.stop
+
+    @pytest.fixture
+    def heal_service(self, moto: Any) -> Hook:
+        return moto.go_on
+
+    @pytest.fixture
+    def place_values(self, moto: Any) -> list[str]:
+        return [str(moto.port), "127.0.0.1", "123456789012", REGION]
+
+
+class TestSimulated(Patient):
+    """All kinds of keys, by alias, with an assumed role whose sessions end."""
+
+    @pytest.fixture
+    def auth(self, kms: Any, secret_file: SecretFile) -> dict[str, Any]:
+        name, secret = kms.user
+        source = {"method": "static", "access_key_id": secret_file(name)}
+        source["secret_access_key"] = secret_file(secret)
+        return {"method": "role", "role_arn": "arn:aws:iam::111122223333:role/opener"} | {
+            "source": source
+        }
+
+    @pytest.fixture
+    def provider_factory(
+        self, kms: Any, auth: dict[str, Any], time_limit: float
+    ) -> ProviderFactory:
+        kms.make("model")
+        return factory(kms.address, auth, time_limit)
+
+    @pytest.fixture
+    def wrap_key(self) -> str:
+        return "model"
+
+    @pytest.fixture
+    def recipient_key(self, kms: Any) -> str:
+        kms.make("rsa", "RSA_2048")
+        return "rsa"
+
+    @pytest.fixture
+    def denied_factory(self, kms: Any, auth: dict[str, Any], secret_file: SecretFile) -> Any:
+        wrong = {"secret_access_key": secret_file("not-the-secret-of-this-user")}
+        return factory(kms.address, auth["source"] | wrong, 20.0)
+
+    @pytest.fixture
+    def break_service(self, kms: Any) -> Hook:
+        return kms.close
+
+    @pytest.fixture
+    def hang_service(self, kms: Any) -> Hook:
+        return kms.hang
+
+    @pytest.fixture
+    def heal_service(self, kms: Any) -> Iterator[Hook]:
+        return kms.reopen
+
+    @pytest.fixture
+    def expire_login(self, kms: Any) -> Hook:
+        return kms.expire
+
+    @pytest.fixture
+    def secret_values(self, kms: Any, provider_factory: ProviderFactory) -> list[bytes]:
+        return [kms.user[1].encode()]
+
+    @pytest.fixture
+    def place_values(self, kms: Any) -> list[str]:
+        return [str(kms.port), "127.0.0.1", "111122223333", REGION]
