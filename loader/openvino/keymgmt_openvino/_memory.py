@@ -1,0 +1,283 @@
+"""Plaintext in memory that OpenVINO owns, and its end.
+
+Rules:
+* The bytes live in an ``ov.Tensor`` whose storage OpenVINO allocated: every graph, compiled model
+  and request made from it holds the storage alive, and reads it until its own end. So dropping our
+  reference is always safe, and wiping is safe only when ours is the last one.
+* Whether ours is the last one is asked of the storage itself: the use count of its shared pointer.
+  Python's own references cannot tell, since an ``AsyncInferQueue`` or a request of another thread
+  holds the storage from C++ alone.
+* Where the count cannot be read (another OpenVINO with another layout) nothing is ever wiped by
+  us: a wipe too early gives silently wrong answers, and that is the greater harm.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import errno
+import functools
+import logging
+import mmap
+import os
+import resource
+import sys
+import threading
+from typing import TYPE_CHECKING, Final
+
+import openvino as ov
+
+import keymgmt
+from keymgmt.errors import KeymgmtError
+from keymgmt.loading import check_free_memory, libc, wipe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["Memory", "filled", "private_bytes", "release"]
+
+log = logging.getLogger("keymgmt.openvino")
+
+_MADV_DONTDUMP: Final = 16  # <linux/mman.h>; the module mmap has it from 3.13 on
+_MADV_DODUMP: Final = 17
+_MLOCK_ONFAULT: Final = 1
+_WORD: Final = ctypes.sizeof(ctypes.c_void_p)
+
+
+class Memory:
+    """Room for ``size`` bytes of plaintext in storage that OpenVINO owns.
+
+    Out of core dumps (MADV_DONTDUMP) and, within the limit of the process, kept from swap.
+
+    Attributes:
+        tensor: u8 tensor of shape [size]; hand it to OpenVINO, and keep no reference to it.
+        size: bytes.
+        address: of the first one.
+        locked: whether it is kept from swap (mlock2).
+        gone: whether it was let go of.
+    """
+
+    gone = True  # until there is something
+
+    def __init__(self, size: int) -> None:
+        """Allocate; nothing is touched yet.
+
+        Raises:
+            KeymgmtError: the system refuses that much.
+        """
+        try:
+            self.tensor = ov.Tensor(ov.Type.u8, ov.Shape([size]))
+        except (RuntimeError, MemoryError):
+            raise KeymgmtError(
+                f"the system gives no {size:,} bytes of memory for the weights",
+                hint="nothing was started; look at ulimit -v and the limits of the container",
+            ) from None
+        self.size = size
+        # Whole pages around the storage: a neighbour's bytes in them are locked and left out too.
+        self.address: int = self.tensor.data.ctypes.data
+        end = self.address + size
+        self._start = self.address & -mmap.PAGESIZE
+        self._length = end - self._start + -end % mmap.PAGESIZE
+        self.locked = False
+        if size:
+            libc.madvise(self._start, self._length, _MADV_DONTDUMP)
+            # On fault: the pages are locked as they are filled, by as many threads as fill them.
+            self.locked = libc.mlock2(self._start, self._length, _MLOCK_ONFAULT) == 0
+            if not self.locked:
+                _say_unlocked(ctypes.get_errno())
+        self.gone = False
+
+    def view(self) -> memoryview:
+        """The storage, writable; drop the view before the memory is released."""
+        return memoryview(self.tensor.data)
+
+    def in_use(self) -> bool:
+        """Whether anything but this object holds the storage; True where that cannot be known."""
+        if self.gone:
+            return False
+        try:
+            return not _counting_works() or _use_count(self.tensor) != 1
+        except OSError:  # out of descriptors, say: asked again later
+            return True
+
+    def wipe(self) -> None:
+        """Overwrite with zeros and let go. Only while ``in_use`` is false; may be called again."""
+        if self.gone:
+            return
+        self.gone = True
+        if self.size:
+            wipe(self.view())
+            libc.madvise(self._start, self._length, _MADV_DODUMP)
+            if self.locked:
+                libc.munlock(self._start, self._length)
+        del self.tensor
+
+    def drop(self) -> None:
+        """Let go without overwriting; whoever still reads the storage keeps it."""
+        if not self.gone:
+            self.gone = True
+            del self.tensor
+
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        # Whoever let it go without a word, an owner's end or an interrupt between two lines: the
+        # rules hold all the same. At the interpreter's own end nobody is left to wait for.
+        if not self.gone and not ending():
+            release(self)
+
+
+def filled(size: int, name: str, fill: Callable[[memoryview], object]) -> Memory:
+    """New memory, with what ``fill`` writes into all of it; wiped where that fails.
+
+    Raises:
+        KeymgmtError: too little memory is free for ``name``.
+    """
+    check_free_memory(size, name)
+    memory = Memory(size)
+    try:
+        if size:
+            fill(memory.view())
+    except BaseException:
+        release(memory)
+        raise
+    return memory
+
+
+@contextlib.contextmanager
+def private_bytes(size: int) -> Iterator[tuple[bytes, memoryview]]:
+    """A new ``bytes`` object, a writable view of it to fill it through, and a wipe at the end.
+
+    For calls that take nothing but ``bytes``. The object is ours alone until it is handed on
+    (PyBytes_FromStringAndSize(NULL, size) permits filling it then), and the caller keeps no
+    reference beyond the block.
+    """
+    make = ctypes.pythonapi.PyBytes_FromStringAndSize
+    make.restype, make.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_ssize_t]
+    if not size:  # the one empty object is everybody's; nothing to fill, nothing to wipe
+        yield b"", memoryview(bytearray())
+        return
+    locate = ctypes.pythonapi.PyBytes_AsString
+    locate.restype, locate.argtypes = ctypes.c_void_p, [ctypes.py_object]
+    data: bytes = make(None, size)
+    room = (ctypes.c_char * size).from_address(locate(data))
+    try:
+        yield data, memoryview(room).cast("B")
+    finally:
+        ctypes.memset(room, 0, size)
+
+
+def _read_word(address: int) -> int:
+    # The kernel copies it: with another layout than expected this is an error, never a crash.
+    reader, writer = os.pipe()
+    try:
+        if libc.write(writer, address, _WORD) != _WORD:
+            raise OSError(ctypes.get_errno(), "not an address")
+        return int.from_bytes(os.read(reader, _WORD), sys.byteorder)
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def _use_count(tensor: ov.Tensor) -> int:
+    # PyObject of pybind11 -> ov::Tensor -> its std::shared_ptr<ITensor> (pointer, control block)
+    # -> use count of libstdc++'s control block, an int after the vtable.
+    block = _read_word(_read_word(id(tensor) + object.__basicsize__) + _WORD)
+    return _read_word(block + _WORD) & 0xFFFFFFFF
+
+
+@functools.cache
+def _counting_works() -> bool:
+    try:
+        tensor = ov.Tensor(ov.Type.u8, ov.Shape([64]))
+        alone = _use_count(tensor)
+        part = ov.Tensor(tensor, ov.Coordinate([0]), ov.Coordinate([1]))
+        shared = _use_count(tensor)
+        del part
+        works = (alone, shared, _use_count(tensor)) == (1, 2, 1)
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise  # which is not remembered
+        works = False
+    if not works:
+        log.warning(
+            "OpenVINO %s does not let us see who uses a model's memory: "
+            "it is given back at the end, but not overwritten",
+            ov.__version__,
+        )
+    return works
+
+
+@functools.cache
+def _say_unlocked(number: int) -> None:
+    if swap := keymgmt.unencrypted_swap():
+        log.warning(
+            "model memory may be swapped out to %s: it is not locked (%s, limit %d KiB); "
+            "raise it (ulimit -l, LimitMEMLOCK=) or have no swap, or an encrypted one",
+            ", ".join(swap),
+            os.strerror(number),
+            resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] >> 10,
+        )
+
+
+class _Wiper:
+    """Wipes what was released as soon as its last user is gone."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting: list[Memory] = []
+        self._thread: threading.Thread | None = None
+
+    def add(self, memory: Memory) -> None:
+        with self._changed:
+            self._waiting.append(memory)
+            if self.sweep():
+                return
+            self._changed.notify()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="keymgmt wipe", daemon=True)
+                self._thread.start()
+
+    def sweep(self) -> bool:
+        """Wipe what nobody uses; whether nothing is left."""
+        with self._changed:
+            # In place: the collector may end another memory, and so add it, anywhere in here.
+            for memory in tuple(self._waiting):
+                if not memory.in_use():
+                    memory.wipe()
+                if memory.gone and memory in self._waiting:
+                    self._waiting.remove(memory)
+            return not self._waiting
+
+    def _run(self) -> None:
+        # Nothing tells that a C++ owner ended, so it is asked: often at first, then once a second.
+        pause = 0.01
+        with self._changed:
+            while not self.sweep():
+                pause = 0.01 if self._changed.wait(pause) else min(pause * 1.5, 1.0)
+            self._thread = None
+
+
+_wiper = _Wiper()
+
+
+def _forget() -> None:
+    # A forked child has no such thread, and its copies of the pages are its own: wiping them would
+    # copy them first.
+    global _wiper
+    _wiper = _Wiper()
+
+
+atexit.register(lambda: _wiper.sweep())
+os.register_at_fork(after_in_child=_forget)
+
+
+def release(memory: Memory) -> None:
+    """Wipe ``memory`` now, or, while anything made from it lives, when the last of it dies."""
+    try:
+        works = _counting_works()
+    except OSError:  # out of descriptors: the wiper asks again
+        works = True
+    if works:
+        _wiper.add(memory)
+    else:
+        memory.drop()

@@ -1,0 +1,173 @@
+"""From an open sealed model to a graph: from memory where OpenVINO can, else by private files."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Final
+
+import keymgmt
+from keymgmt.errors import FormatError
+from keymgmt.loading import (
+    CONVERT,
+    GRAPHS,
+    External,
+    check_free_memory,
+    move_external,
+    outside_path,
+)
+from keymgmt_openvino._ask import ask
+from keymgmt_openvino._memory import Memory, filled, private_bytes, release
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import openvino as ov
+
+    from keymgmt import SealedModel
+
+__all__ = ["file_bytes", "no_such_file", "read_file", "read_sealed", "read_weights"]
+
+_ADDRESS: Final = "*/_ORT_MEM_ADDR_/*"  # a location whose offset is an address in this process
+_SAVED_MODEL: Final = "saved_model.pb"  # TensorFlow reads the folder that it is in
+
+
+def read_sealed(
+    sealed: SealedModel, core: ov.Core, file: str | None = None
+) -> tuple[ov.Model, list[Memory]]:
+    """Read a graph of an open sealed model: ``file``, else its main one.
+
+    Returns:
+        The graph, and the storage of its weights, which the caller hands to ``release``; none
+        where OpenVINO keeps copies of its own, or maps private files.
+    """
+    path = _graph(sealed, file)
+    suffix = PurePosixPath(path).suffix.lower()
+    what = f"{path} of {sealed.manifest.name}"
+    cannot = f"OpenVINO cannot read {what}"
+    if suffix == ".onnx":
+        return _read_onnx(sealed, core, path, what, cannot), []
+    if suffix != ".xml":
+        with keymgmt.mount(sealed, only=lambda each: _goes_with(each, path)) as folder:
+            place = folder / path
+            place = place.parent if place.name == _SAVED_MODEL else place
+            return ask(cannot, core.read_model, place), []
+    memory = read_weights(sealed, path)
+    try:
+        with file_bytes(sealed, path) as (data, _):
+            return ask(cannot, core.read_model, data, memory.tensor), [memory]
+    except BaseException:
+        release(memory)
+        raise
+
+
+def _read_onnx(sealed: SealedModel, core: ov.Core, path: str, what: str, cannot: str) -> ov.Model:
+    """From memory, also the tensors that are in other files; OpenVINO copies all of them."""
+    files: dict[str, Memory] = {}
+    copied = 0  # bytes that OpenVINO will copy, however often the model names the same
+
+    def in_memory(tensor: External) -> External:
+        file = outside_path(path, tensor.location, what)
+        if file not in sealed.manifest.by_path:
+            raise FormatError(f"{what} has tensors in {file}, which is no file of it", hint=CONVERT)
+        if file not in files:
+            files[file] = read_file(sealed, file)
+        memory = files[file]
+        length = tensor.length or memory.size - tensor.offset  # 0 is "all" to runtimes too
+        if length <= 0 or tensor.offset + length > memory.size:
+            raise FormatError(f"{what} has tensors beyond the end of {file}")
+        nonlocal copied
+        copied += length
+        return External(_ADDRESS, memory.address + tensor.offset, length)
+
+    try:
+        # The frontend parses a copy and copies each tensor; measured with 1 GiB: four times.
+        with file_bytes(sealed, path, copies=4) as (data, room):
+            parts = move_external(room, what, in_memory)
+            if parts is None:
+                return ask(cannot, core.read_model, data)
+            check_free_memory(copied, sealed.manifest.name)
+            with private_bytes(sum(map(len, parts))) as (moved, target):
+                position = 0
+                for part in parts:
+                    target[position : position + len(part)] = part
+                    position += len(part)
+                return ask(cannot, core.read_model, moved)
+    finally:
+        for memory in files.values():
+            release(memory)
+
+
+def _graph(sealed: SealedModel, file: str | None) -> str:
+    manifest = sealed.manifest
+    if file is not None:
+        if file not in manifest.by_path:
+            raise no_such_file(sealed, file)
+        return file
+    if manifest.main is not None:
+        return manifest.main
+    found = [p for p in manifest.by_path if PurePosixPath(p).suffix.lower() in GRAPHS]
+    if len(found) > 1:
+        raise FormatError(
+            f"{manifest.name} has {len(found)} graphs", hint=f"say which: file={_listed(found)}"
+        )
+    if not found:
+        raise FormatError(
+            f"{manifest.name} ({manifest.kind}) has no graph that OpenVINO reads by its name",
+            hint="name it with file=, or convert the model (openvino.convert_model, save_model "
+            "with compress_to_fp16=False) and seal the .xml; the folder of a pipeline is opened "
+            "with keymgmt_openvino.genai (docs/genai.md)",
+        )
+    return found[0]
+
+
+def _goes_with(path: str, graph: str) -> bool:
+    """Whether a file belongs to a graph that is read by path."""
+    each, main = PurePosixPath(path), PurePosixPath(graph)
+    if main.name == _SAVED_MODEL:
+        return each.is_relative_to(main.parent)
+    return each.with_suffix("") == main.with_suffix("")  # Paddle keeps its weights so
+
+
+def no_such_file(sealed: SealedModel, file: str) -> FormatError:
+    """The error for a ``file`` that the model does not have."""
+    return FormatError(
+        f"{sealed.manifest.name} has no file {file!r}",
+        hint=f"it has {_listed(list(sealed.manifest.by_path))}",
+    )
+
+
+def _listed(paths: list[str]) -> str:
+    more = f", and {len(paths) - 10} more" if len(paths) > 10 else ""
+    return ", ".join(paths[:10]) + more
+
+
+def read_weights(sealed: SealedModel, graph: str) -> Memory:
+    """Decrypt the .bin beside the .xml ``graph``; an empty storage where there is none."""
+    wanted = str(PurePosixPath(graph).with_suffix(".bin")).casefold()
+    found = [path for path in sealed.manifest.by_path if path.casefold() == wanted]
+    # Paths are unique under case folding.
+    return read_file(sealed, found[0]) if found else Memory(0)
+
+
+def read_file(sealed: SealedModel, path: str) -> Memory:
+    """Decrypt a file of an open sealed model into memory that OpenVINO owns.
+
+    Raises:
+        KeymgmtError: there is too little memory.
+        IntegrityError: damaged or forged; the memory was wiped.
+    """
+    size = sealed.manifest.file(path).size
+    return filled(size, sealed.manifest.name, lambda room: sealed.read_into(path, room))
+
+
+@contextlib.contextmanager
+def file_bytes(
+    sealed: SealedModel, path: str, *, copies: int = 1
+) -> Iterator[tuple[bytes, memoryview]]:
+    """Decrypt a file into ``bytes``, wiped at the end; there must be memory for some copies."""
+    size = sealed.manifest.file(path).size
+    check_free_memory(copies * size, sealed.manifest.name)
+    with private_bytes(size) as (data, room):
+        sealed.read_into(path, room)
+        yield data, room
