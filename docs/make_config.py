@@ -15,14 +15,14 @@ from typing import Annotated, Any, Literal, Union
 
 from pydantic_core import PydanticUndefined
 
-from keymgmt._config import CacheSettings, Policy, SealDefaults
-from keymgmt._registry import load_backend
-from keymgmt._secret import SecretSource
+from keymgmt._config.config import CacheSettings, Policy, SealDefaults
+from keymgmt._providers.registry import load_backend
+from keymgmt._providers.secret_source import SecretSource
 from keymgmt.backend import Settings
 
 PAGE = Path(__file__).with_name("config.md")
 TABLES = {"policy": Policy, "seal": SealDefaults, "cache": CacheSettings}
-BACKENDS = ("file", "vault", "pkcs11", "tpm2")
+BACKENDS = ("file", "vault", "pkcs11", "tpm2", "aws")
 
 INTRODUCTION = """\
 # keymgmt.toml
@@ -31,10 +31,14 @@ INTRODUCTION = """\
 
 The config names the providers, what is trusted, and how to seal. It is the path given, else
 `$KEYMGMT_CONFIG`, else `keymgmt/keymgmt.toml` in `$XDG_CONFIG_HOME` or `~/.config`, else
-`/etc/keymgmt/keymgmt.toml`. The library never looks in the working directory; the command line
-does, and says so. Nothing else is read from the environment.
+`/etc/keymgmt/keymgmt.toml`. Never the working directory: a config in a delivered folder would
+choose whom to trust and which module to load. Nothing else is read from the environment.
 
-- A config that others can write is refused, and so is a public key file that it names.
+- The config, each folder above it and each link on the way to it belong to root or to this user,
+  and others cannot write them; a group may, if it is this user's own and nobody else is in it. The
+  same holds for public key files, key directories and what remembers releases; what is private,
+  such as a key directory or the file of a secret, nobody else can even read. What is refused is
+  named with the one `chmod` or `chown` that mends it.
 - An unknown key is an error, and the nearest known one is suggested. Values are not converted.
 - A relative path is relative to the config file; `~` is the home directory.
 - A secret is never written here. It is a table that says where the secret is:
@@ -148,6 +152,8 @@ def core() -> str:
             f"{markdown(said[:1].upper() + said[1:])}\n",
             table_of(model),
         ]
+        if inner := nested_tables(model):
+            tables.append(inner)
     return "\n".join(tables)
 
 

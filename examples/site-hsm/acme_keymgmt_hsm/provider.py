@@ -19,7 +19,6 @@ from acme_keymgmt_hsm.client import BLOCK, Session
 from keymgmt.backend import (
     DEK_LENGTH,
     AccessDenied,
-    ConfigError,
     ConfigPath,
     Dek,
     Finding,
@@ -35,10 +34,10 @@ from keymgmt.backend import (
     WrappedKey,
     WrongKey,
     check_key,
+    check_trusted,
     inner_unwrap,
     inner_wrap,
     is_version,
-    private_file_problem,
     wipe,
 )
 
@@ -213,15 +212,8 @@ class AcmeHsmProvider(KeyProvider[AcmeHsmSettings]):
 
     def _connect(self, end: float) -> Session:
         told = self.settings
-        try:
-            problem = private_file_problem(told.private_key.stat())
-        except OSError as error:
-            raise ConfigError(f"cannot read {told.private_key}: {error.strerror}") from error
-        if problem:
-            raise ConfigError(
-                f"the private key {told.private_key} is refused: {problem}",
-                hint=f"chmod 600 {told.private_key}",
-            )
+        # What this machine lacks is the provider's failure: another group may open the model.
+        check_trusted(told.private_key, what="private key", private=True, error=ProviderUnavailable)
         arguments = (told.host, told.port, told.ca_file, told.certificate, told.private_key)
         return Session(*arguments, end)
 

@@ -12,7 +12,6 @@ from kmip.core import enums
 
 import keymgmt
 from keymgmt.backend import (
-    ConfigError,
     Dek,
     KeyNotFound,
     KeyRetired,
@@ -112,12 +111,18 @@ def test_a_server_with_another_name_or_authority_is_refused(hsm: Any, tmp_path: 
             provider.wrap("kit", dek, b"c")
 
 
-def test_a_private_key_that_others_can_read_is_refused(hsm: Any, tmp_path: Path) -> None:
+def test_a_private_key_that_others_can_read_or_that_is_gone_is_refused(
+    hsm: Any, tmp_path: Path
+) -> None:
     certificate, private = type(hsm.authority)(tmp_path, "ca").issue("open")
     private.chmod(0o644)
-    with hsm.provider(certificate=certificate, private_key=private) as provider:
+    settings = {"certificate": certificate, "private_key": private}
+    with hsm.provider(**settings) as provider, Dek.generate() as dek:
         assert not provider.check().ok
-        with Dek.generate() as dek, pytest.raises(ConfigError, match="others can use it"):
+        with pytest.raises(ProviderUnavailable, match="others can use it"):
+            provider.wrap("kit", dek, b"c")
+        private.unlink()
+        with pytest.raises(ProviderUnavailable, match="cannot look at the private key"):
             provider.wrap("kit", dek, b"c")
 
 

@@ -1,0 +1,168 @@
+"""The pages and the hints of the file backend, and those of the core that it is enough for."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+pytest.importorskip("keymgmt_file")
+# Many short processes, which a busy machine makes long.
+pytestmark = [pytest.mark.once, pytest.mark.timeout(1200)]
+
+MODEL = "echo net > model.xml && echo weights > model.bin && mkdir model && cp model.bin model"
+
+
+def told(desk: Any) -> str:
+    """The fingerprint that the last command printed: a person reads it out."""
+    found = re.search(r"fingerprint:? (\S+)", desk.last.said)
+    assert found, desk.last
+    return found[1]
+
+
+def asked(desk: Any) -> None:
+    """The passphrase is typed from here on."""
+    desk.configure(
+        '[providers.local]\nbackend = "file"\npath = "keys"\n'
+        'passphrase = { prompt = "Passphrase" }\n'
+    )
+    old, new = "correct horse", "battery staple"
+    desk.typed = {
+        "keymgmt file lock local": [old, old],
+        "keymgmt file passwd local": [old, new, new],
+        "keymgmt file unlock local": [new],
+    }
+
+
+def opened(desk: Any) -> None:
+    desk.run("keymgmt file unlock local")
+    asked(desk)
+
+
+def test_its_manual(desk: Any) -> None:
+    desk.stand_ins = {"--fingerprint ...": lambda: f"--fingerprint {told(desk)}"}
+    desk.run_page(
+        "docs/backends/file.md",
+        given={"Keys": MODEL, "A passphrase": lambda: asked(desk)},
+    )
+
+
+def test_its_readme(desk: Any) -> None:
+    desk.run("(umask 077; echo correct horse > passphrase)")
+    desk.stand_ins = {
+        '{ credential = "model-keys" }': f'{{ file = "{desk.work}/passphrase" }}',
+        "/etc/keymgmt": str(desk.config.parent),
+        "RECIPIENT": desk.run("age-keygen -o identity && age-keygen -y identity").out.strip(),
+    }
+    desk.run_page("backends/file/README.md", given={"Passphrase": lambda: opened(desk)})
+
+
+def test_the_rotation_page(desk: Any) -> None:
+    """With the file backend for both services; a service of another kind changes nothing of it."""
+    desk.run(MODEL)
+    desk.configure(
+        '[providers.site]\nbackend = "file"\npath = "site"\n'
+        '[providers.hsm]\nbackend = "file"\npath = "hsm"\n'
+        '[providers.device]\nbackend = "file"\npath = "device"\n'
+        "[policy]\nrequire_signature = false\n"
+    )
+    for key in ("site:resnet50", "hsm:old", "hsm:breakglass"):
+        desk.run(f"keymgmt keys create {key}")
+    desk.run("keymgmt keys create device:device7 --kind hpke-x25519")
+    desk.run("keymgmt keys export device:device7 --format recipient -o device7.recipient")
+    desk.stand_ins = {"/srv/models": "models", "1f2e3d4c-...": told(desk)}
+    desk.run("mkdir models && keymgmt seal model models/a.sealed --name a --to site:resnet50")
+    desk.run("keymgmt seal model.xml resnet50.sealed --to site:resnet50 --to hsm:old")
+    desk.run_page("docs/rotation.md", given={"A drill": "mkdir ../drill && cd ../drill"})
+    summary = json.loads(desk.told["keymgmt rewrap live --json"].out.splitlines()[-1])
+    assert (summary["models"], summary["changed"], summary["groups"]) == (2, 2, {"moved": 2})
+    assert "signed 2" in desk.told["keymgmt sign live --if-signed-by site/publisher.pem"].said
+    assert "verified 2" in desk.told["keymgmt verify live"].said
+    rotated = desk.told["keymgmt keys rotate local:publisher"].err
+    assert "does not trust the newest version of local:publisher" in rotated
+    assert "LICENSE" in desk.told["keymgmt reseal tree/a.sealed"].err
+
+
+def test_from_plain_files_to_sealed(desk: Any) -> None:
+    desk.run("mkdir -p plain/llama && echo '{}' > plain/llama/config.json")
+    desk.run("echo net > plain/resnet50.xml && echo weights > plain/resnet50.bin")
+    desk.run_page("docs/first-steps.md")
+
+
+def started(desk: Any) -> None:
+    desk.run(MODEL)
+    desk.fails("keymgmt doctor")
+    desk.follow("keymgmt", "keymgmt init")
+
+
+def test_hints_about_keys(desk: Any) -> None:
+    started(desk)
+    desk.run("keymgmt keys create --help")
+    desk.follow("keymgmt", "keymgmt backends")
+    desk.fails("keymgmt keys retire local:models@1")
+    desk.follow("keymgmt", "keymgmt keys rotate {}:{}")
+    desk.fails("keymgmt seal model a.sealed --to local:nothing")
+    desk.follow("backends/file", "keymgmt keys create {}:{}")
+    desk.fails("keymgmt keys create local:nothing")
+    desk.follow("backends/file", "keymgmt keys rotate {}:{}")
+    desk.fails("keymgmt keys export local:models --format recipient")
+    desk.follow("backends/file", "keymgmt keys create {}:NAME --kind hpke-x25519", NAME="device7")
+    # An older file of a key comes back.
+    keys = desk.config.parent / "keys"
+    desk.run(f"cp -p {keys}/models.jwks old && keymgmt keys rotate local:models")
+    desk.run(f"keymgmt seal model new.sealed && cp -p old {keys}/models.jwks")
+    desk.run("keymgmt verify new.sealed", code=None)
+    desk.follow("keymgmt", "keymgmt keys show {}:{}")
+    desk.fails("keymgmt seal model a.sealed")
+    desk.follow("backends/file", "keymgmt file accept {}:{}")
+    desk.run("keymgmt seal model a.sealed")
+    # Others may look into the key directory; it is locked, or not there at all.
+    desk.fails(f"chmod 755 {keys} && keymgmt verify a.sealed")
+    desk.follow("keymgmt", "chmod go= {}")
+    desk.run("keymgmt verify a.sealed")
+    desk.fails(f"chmod go+w {desk.config} && keymgmt verify a.sealed")
+    desk.follow("keymgmt", "chmod go-w {}")
+    desk.run("(umask 077; echo correct horse > ~/.config/keymgmt/passphrase)")
+    text = desk.config.read_text()
+    locked = text.replace('"keys"', '"keys"\npassphrase = { file = "passphrase" }')
+    desk.config.write_text(locked)
+    desk.run("keymgmt doctor local")
+    desk.follow("backends/file", "keymgmt file lock {}")
+    desk.run("keymgmt verify a.sealed")
+    desk.config.write_text(text.replace('"keys"', '"other"'))
+    desk.fails("keymgmt seal model b.sealed --to local:models")
+    desk.follow("backends/file", "keymgmt keys create PROVIDER:KEY", PROVIDER="local", KEY="models")
+    desk.run(f"rm {keys.with_name('other')}/models.jwks && keymgmt doctor local", code=None)
+    desk.follow("backends/file", "keymgmt keys create {}:KEY", KEY="again")
+    desk.fails("keymgmt verify a.sealed")
+    desk.follow("keymgmt", "keymgmt doctor", code=1)
+
+
+def test_hints_about_models(desk: Any) -> None:
+    started(desk)
+    desk.run("keymgmt seal model tree/a.sealed --name a", code=None)
+    desk.run("mkdir -p tree && keymgmt seal model tree/a.sealed --name a", code=None)
+    desk.run("keymgmt inspect tree/a.sealed")
+    desk.follow("keymgmt", "keymgmt verify {}")
+    desk.run(
+        "keymgmt keys rotate local:models && keymgmt keys retire local:models@1 --tree tree", code=3
+    )
+    desk.follow("keymgmt", "keymgmt rewrap {}")
+    desk.run("keymgmt keys retire local:models@1 --tree tree")
+    desk.run("keymgmt keys rotate local:publisher")
+    export = {"NEW.pem": "new.pem"}
+    desk.follow("keymgmt", "keymgmt keys export {} --format pem -o NEW.pem", **export)
+    desk.fails("keymgmt sign tree --if-signed-by new.pem")
+    desk.fails("keymgmt sign tree/a.sealed --if-signed-by new.pem")
+    desk.follow("keymgmt", "keymgmt sign MODEL", MODEL="tree/a.sealed")
+    text = desk.config.read_text()
+    desk.config.write_text(text.partition("[seal]")[0])
+    desk.fails("keymgmt sign tree/a.sealed")
+    words = {"MODEL": "tree/a.sealed", "PROVIDER": "local", "KEY": "publisher"}
+    desk.follow("keymgmt", "keymgmt sign MODEL PROVIDER:KEY", **words)
+    desk.config.write_text(text.replace("publisher.pem", "second.pem"))
+    desk.fails("keymgmt verify tree/a.sealed")
+    export = {"PROVIDER": "local", "KEY": "publisher"}
+    desk.follow("keymgmt", "keymgmt keys export PROVIDER:KEY --format pem", **export)
