@@ -1,5 +1,5 @@
-# Two commands do all the set-up: `make demo` shows it, `make test` tests it.
-.PHONY: demo test lint clean
+# Two commands do all the set-up: `make demo` shows it, `make test` tests it. CONTRIBUTING.md has the rest.
+.PHONY: demo test check lint nightly release clean
 
 demo:
 	@uv=$$(.ci/uv) && $$uv sync --quiet --frozen --no-dev --extra demo && $$uv run --no-sync keymgmt demo
@@ -8,8 +8,17 @@ demo:
 test:
 	@.ci/test $(TOX)
 
+check:
+	@.ci/test -e check
+
 lint:
 	@.ci/test -e lint,types
+
+nightly:
+	@KEYMGMT_TEST_NIGHTLY=1 .ci/test -e nightly,fuzz,other-programs
+
+release:
+	@.ci/release "$(VERSION)"
 
 clean:
 	rm -rf .tox .tools .venv dist build .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis

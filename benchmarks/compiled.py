@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 from first_inference import make, run
-from measure import interleave, machine, median, site, speedup, table, write
+from measure import add_json, finish, interleave, machine, median, site, speedup, table
 
 import keymgmt
 
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["minilm", "magika", "f16:512", "f32:512"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--directory", type=Path, help="where the models are made")
-    parser.add_argument("--json", type=Path, default=Path("compiled.json"))
+    add_json(parser)
     parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
@@ -82,7 +82,7 @@ def main() -> None:
     head = ["model", "weights", "kept file", *KINDS, "kept is x signed", "x plaintext", "peak /"]
     print(table(head, rows))
     about = machine("keymgmt", "openvino", "cryptography")
-    write(options.json, {"machine": about, "rounds": options.rounds, "runs": results})
+    finish(options.json, about, results)
 
 
 if __name__ == "__main__":

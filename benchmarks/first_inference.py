@@ -26,8 +26,10 @@ from typing import Any
 
 from measure import (
     Run,
+    add_json,
     add_touch,
     bars,
+    finish,
     interleave,
     machine,
     median,
@@ -35,10 +37,9 @@ from measure import (
     speedup,
     table,
     timed,
-    write,
 )
 
-MODELS = Path(__file__).parent.parent / "tests" / "openvino"
+MODELS = Path(__file__).parent.parent / "tests" / "loader" / "openvino"
 KINDS = ("plaintext", "unsigned", "signed")
 
 
@@ -76,7 +77,7 @@ def make(name: str, folder: Path) -> Path:
     """The plaintext IR called ``name``: ``magika``, ``minilm``, or a kind and its MiB."""
     target = folder / f"{name.replace(':', '-')}.xml"
     if name == "magika":
-        from keymgmt_openvino import _magika
+        from keymgmt_openvino_demo import _magika
 
         _magika.convert(target)
         return target
@@ -110,7 +111,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     add_touch(parser)
     parser.add_argument("--directory", type=Path, help="where the models are made")
-    parser.add_argument("--json", type=Path, default=Path("first_inference.json"))
+    add_json(parser)
     parser.add_argument("--plot", type=Path, help="write a bar chart (SVG)")
     parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -164,7 +165,7 @@ def main() -> None:
         figures = {title: {name: over[name][title] for name in over} for title in titles}
         bars(arguments.plot, figures, "times plaintext")
     about = machine("keymgmt", "openvino", "cryptography")
-    write(arguments.json, {"machine": about, "rounds": arguments.rounds, "runs": results})
+    finish(arguments.json, about, results)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from first_inference import make, ones
-from measure import Run, interleave, machine, median, site, speedup, table, timed, write
+from measure import Run, add_json, finish, interleave, machine, median, site, speedup, table, timed
 
 import keymgmt
 
@@ -134,13 +134,13 @@ def models(home: Path, configs: dict[str, Path]) -> Iterator[Part]:
 
 
 def opens(home: Path, configs: dict[str, Path]) -> Iterator[Part]:
-    from keymgmt_vault._dev import DevServer, find_server
+    from keymgmt_vault_dev import DevServer
 
     text = configs["signed"].read_text()
     plain = home / "small"
     plain.mkdir()
     (plain / "model.bin").write_bytes(os.urandom(64 << 10))
-    with DevServer.start(find_server(), home / "server") as server:
+    with DevServer.start(home / "server") as server:
         with server.provider() as provider:
             provider.create_key("models", "aes256-gcm96", {})
         cache = f"[cache]\nseconds = 300\nuses = {OPENS // 2}\n"
@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--directory", type=Path, help="where the files are made")
-    parser.add_argument("--json", type=Path, default=Path("many.json"))
+    add_json(parser)
     parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
@@ -205,7 +205,7 @@ def main() -> None:
                     )
     print(table(["what", "how", "ms for one", "over first", "by CPU", "peak MiB"], rows))
     about = machine("keymgmt", "openvino", "cryptography")
-    write(options.json, {"machine": about, "rounds": options.rounds, "runs": results})
+    finish(options.json, about, results)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 Run = dict[str, float]
 
@@ -108,9 +110,9 @@ def speedup(runs: list[Run], over: list[Run], what: str = "seconds") -> float:
 
 def site(home: Path) -> dict[str, Path]:
     """Make a site whose publisher may publish anything; its configs ``signed`` and ``unsigned``."""
-    from keymgmt_openvino._site import make_site
+    from keymgmt_openvino_demo._throwaway_keys import make_throwaway_keys
 
-    make_site(home, "*")
+    make_throwaway_keys(home)
     signed, unsigned = home / "keymgmt.toml", home / "unsigned.toml"
     before, _, after = signed.read_text().partition("publishers")
     unsigned.write_text(f"{before}require_signature = false\n{after.partition(chr(10))[2]}")
@@ -161,9 +163,113 @@ def machine(*packages: str) -> dict[str, object]:
     }
 
 
-def write(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n")
+def add_json(parser: argparse.ArgumentParser) -> None:
+    program = Path(sys.argv[0]).stem
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=Path(f"{program}.json"),
+        metavar="FILE",
+        help=f"where every run is written ({program}.json); what it holds is compared with first",
+    )
+
+
+def finish(path: Path, about: Mapping[str, object], runs: Mapping[str, Any]) -> None:
+    """Compare with what an earlier run left in ``path``, and replace it.
+
+    Args:
+        path: what ``--json`` names.
+        about: the machine, and what else a later run must share to be comparable.
+        runs: the name of a case -> its runs, or -> more cases.
+    """
+    found = {"about": dict(about), "runs": runs}
+    if path.exists():
+        print(
+            f"\nCompared with the last, {path}:\n\n{compare(json.loads(path.read_text()), found)}"
+        )
+    path.write_text(json.dumps(found, indent=1) + "\n")
     print(f"\nall runs: {path}")
+
+
+def compare(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """A table of medians, new over old; what ``finish`` wrote.
+
+    Medians of a busy machine differ without a reason. A star is where the middle halves of the
+    runs, between their quartiles, lie apart; three runs of each are the fewest that can say so.
+    """
+    lines = [
+        f"{name}: {old['about'].get(name)} -> {new['about'].get(name)}"
+        for name in sorted(old["about"] | new["about"])
+        if old["about"].get(name) != new["about"].get(name)
+    ]
+    before, after = _cases(old["runs"]), _cases(new["runs"])
+    rows = []
+    for case in before.keys() | after.keys():
+        if case not in before or case not in after:
+            lines.append(f"only in the {'old' if case in before else 'new'}: {case}")
+    for case in [case for case in before if case in after]:
+        for what in before[case][0]:
+            was, now = (_quartiles([run[what] for run in of[case]]) for of in (before, after))
+            enough = min(len(before[case]), len(after[case])) >= 3
+            apart = enough and (was[2] < now[0] or now[2] < was[0])
+            ratio = f"{now[1] / was[1]:.2f}" if was[1] else "-"
+            rows.append([case, what, f"{was[1]:.4g}", f"{now[1]:.4g}", ratio, "*" if apart else ""])
+    head = ["case", "what", "old", "new", "new / old", "apart"]
+    return "\n".join([*sorted(lines), *([""] if lines else []), table(head, rows)])
+
+
+def _cases(runs: Mapping[str, Any], within: str = "") -> dict[str, list[Run]]:
+    found: dict[str, list[Run]] = {}
+    for name, of in runs.items():
+        full = f"{within}{name}"
+        found |= {full: of} if isinstance(of, list) else _cases(of, f"{full}, ")
+    return found
+
+
+def _quartiles(numbers: list[float]) -> tuple[float, float, float]:
+    if len(numbers) == 1:
+        return (numbers[0],) * 3
+    low, middle, high = statistics.quantiles(numbers, n=4, method="inclusive")
+    return low, middle, high
+
+
+def rate(make: Callable[[], Callable[[], int]], seconds: float, threads: int = 1) -> Run:
+    """How many a second ``threads`` do in ``seconds``, and this process's CPU for each in µs.
+
+    ``make`` gives each thread its call, and the call says how many it did.
+    """
+    calls = [make() for _ in range(threads)]
+    spent, begin = time.process_time(), time.perf_counter()
+
+    def run(call: Callable[[], int]) -> int:
+        done = 0
+        while time.perf_counter() < begin + seconds:
+            done += call()
+        return done
+
+    with ThreadPoolExecutor(threads) as pool:
+        done = sum(pool.map(run, calls))
+    return {
+        "per_second": done / (time.perf_counter() - begin),
+        "cpu_us": (time.process_time() - spent) / done * 1e6,
+    }
+
+
+def in_turns(
+    cases: Mapping[str, Callable[[], Callable[[], int]]], turns: int, seconds: float, threads: int
+) -> dict[str, list[Run]]:
+    """``rate`` of each in short turns, so that a busy machine slows all alike."""
+    runs: dict[str, list[Run]] = {name: [] for name in cases}
+    for _ in range(turns):
+        for name, make in cases.items():
+            runs[name].append(rate(make, seconds / turns, threads))
+    return runs
+
+
+def spread(runs: list[Run], what: str = "per_second") -> str:
+    """Median, and the quartiles around it."""
+    low, middle, high = _quartiles([run[what] for run in runs])
+    return f"{middle:,.0f} ({low:,.0f}-{high:,.0f})"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

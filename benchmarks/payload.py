@@ -32,8 +32,10 @@ from blake3 import blake3
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from measure import (
     Run,
+    add_json,
     add_touch,
     bars,
+    finish,
     interleave,
     length,
     machine,
@@ -41,7 +43,6 @@ from measure import (
     speedup,
     table,
     timed,
-    write,
 )
 
 from keymgmt import floe
@@ -189,7 +190,7 @@ def main() -> None:
     parser.add_argument("--kinds", default="fresh,repeated", help="fresh, cold, repeated, huge")
     parser.add_argument("--seal", action="store_true", help="measure sealing, not decrypting")
     add_touch(parser)
-    parser.add_argument("--json", type=Path, default=Path("payload.json"))
+    add_json(parser)
     parser.add_argument("--plot", type=Path, help="write a bar chart (SVG)")
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -266,7 +267,8 @@ def main() -> None:
         bare = ["limit", *([] if options.seal else ["reading"])]
         limits = [f"{short(segment)}, {what}" for segment in segments for what in bare]
         bars(options.plot, figures, "GB/s", limits)
-    write(options.json, {"machine": machine("cryptography", "blake3"), "runs": runs})
+    about = machine("cryptography", "blake3") | {"size": options.size, "touch": options.touch}
+    finish(options.json, about, runs)
 
 
 if __name__ == "__main__":

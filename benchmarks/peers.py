@@ -32,8 +32,10 @@ from typing import Any
 
 from measure import (
     Run,
+    add_json,
     add_touch,
     bars,
+    finish,
     interleave,
     length,
     machine,
@@ -41,7 +43,6 @@ from measure import (
     speedup,
     table,
     timed,
-    write,
 )
 
 TENSORS = 16
@@ -86,7 +87,7 @@ class Keymgmt(Peer):
         keys = self.directory / "keys"
         if keys.exists():
             return
-        from keymgmt._verify import PublicKey
+        from keymgmt._crypto.signatures import PublicKey
 
         keys.mkdir(mode=0o700)
         provider: Any = self.config.provider("local")
@@ -268,7 +269,7 @@ def main() -> None:
     parser.add_argument("--size", type=length, default=1 << 30)
     parser.add_argument("--rounds", type=int, default=5)
     add_touch(parser)
-    parser.add_argument("--json", type=Path, default=Path("peers.json"))
+    add_json(parser)
     parser.add_argument("--plot", type=Path, help="write a bar chart (SVG)")
     parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -319,8 +320,8 @@ def main() -> None:
     print(table(head, rows))
     if options.plot:
         plot(options.plot, options.size, runs)
-    packages = machine("keymgmt", "cryptography", "cryptotensors", "tensorizer", "torch")
-    write(options.json, {"machine": packages, "size": options.size, "runs": runs})
+    about = machine("keymgmt", "cryptography", "cryptotensors", "tensorizer", "torch")
+    finish(options.json, about | {"size": options.size, "touch": options.touch}, runs)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Unwraps a second from SoftHSM: ours against raw python-pkcs11, in turns in one run.
+"""Unwraps a second from SoftHSM: ours against raw calls through ctypes, in turns in one run.
 
     python benchmarks/pkcs11_unwrap.py [--seconds 20]
 
-Makes a token in a temporary folder. Raw python-pkcs11 is what one would write by hand: a session
-for each thread, the key found once, ``decrypt`` with GCMParams; on a module that was initialised
-with locking, since as shipped several threads crash it. It has no time limit, no way back from a
+Makes a token in a temporary folder. The raw calls are what one would write by hand: a session for
+each thread, the key found once, C_DecryptInit and C_Decrypt with structures that are made once. It
+has no time limit, no way back from a
 lost session, and leaves the key in memory. Both are measured in short turns, one after the other,
 so that a busy machine slows both; the figure is the median of the turns, with the quartiles.
 """
@@ -12,20 +12,20 @@ so that a busy machine slows both; the figure is the median of the turns, with t
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
-import statistics
 import subprocess
 import tempfile
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import pkcs11
 from keymgmt_pkcs11 import Pkcs11Provider, Pkcs11Settings
-from keymgmt_pkcs11._module import open_module
+from keymgmt_pkcs11._cryptoki import Parameters
+from measure import Run, add_json, finish, in_turns, machine, median, spread, table
+from pkcs11 import Attribute, Mechanism
 
-from keymgmt.backend import Dek, SecretSource
+from keymgmt.backend import Dek, SecretSource, WrappedKey
 
 CONTEXT = bytes(32)
 PIN = "1234-benchmark"
@@ -33,32 +33,12 @@ MODULE = "/usr/lib/softhsm/libsofthsm2.so"
 KINDS = ("aes256", "aes256-kw", "ecdh-p256", "rsa-oaep")
 
 
-def rate(make: Callable[[], Callable[[], object]], seconds: float, threads: int) -> float:
-    """Calls a second while ``threads`` call for ``seconds`` what ``make`` gives to each."""
-    counts = [0] * threads
-    calls = [make() for _ in range(threads)]
-    begin = time.perf_counter()
-    end = begin + seconds
-
-    def run(index: int) -> None:
-        call = calls[index]
-        while time.perf_counter() < end:
-            call()
-            counts[index] += 1
-
-    workers = [threading.Thread(target=run, args=(index,)) for index in range(threads)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return sum(counts) / (time.perf_counter() - begin)
-
-
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=20.0, help="for each line of the table")
     parser.add_argument("--module", default=MODULE, help="SoftHSM's library")
+    add_json(parser)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -79,48 +59,63 @@ def main() -> None:
             allow_oaep_sha1=True,
         )
         with Pkcs11Provider("bench", settings) as provider:
-            measure(provider, given.seconds)
+            runs = measure(provider, given.seconds)
+    finish(given.json, machine("keymgmt", "python-pkcs11"), runs)
 
 
-def measure(provider: Pkcs11Provider, seconds: float) -> None:
-    print(f"load average {os.getloadavg()[0]:.1f}, {os.cpu_count()} CPUs")
+def measure(provider: Pkcs11Provider, seconds: float) -> dict[str, dict[str, list[Run]]]:
+    """Print one line for each way of asking; all turns of each."""
+    rows, found = [], {}
     for kind in KINDS:
         provider.create_key(kind, kind, {})
         with Dek.generate() as dek:
             wrapped = provider.wrap(kind, dek, CONTEXT)
 
-            def ours(wrapped: object = wrapped) -> Callable[[], object]:
-                return lambda: provider.unwrap(wrapped, CONTEXT).wipe()  # type: ignore[arg-type]
+            def ours(wrapped: WrappedKey = wrapped) -> Callable[[], int]:
+                return lambda: provider.unwrap(wrapped, CONTEXT).wipe() or 1
 
             cases = {"ours": ours}
             if kind == "aes256":
-                cases["raw python-pkcs11"] = lambda w=wrapped: raw(provider, w)  # type: ignore[misc]
+                cases["raw ctypes"] = lambda w=wrapped: raw(provider, w)
             for threads in (1, 8):
-                turns: dict[str, list[float]] = {name: [] for name in cases}
-                for _ in range(10):
-                    for name, make in cases.items():
-                        turns[name].append(rate(make, seconds / 10, threads))
-                for name, rates in turns.items():
-                    low, middle, high = statistics.quantiles(rates, n=4)
-                    print(
-                        f"{wrapped.mechanism:14} {threads} threads  {name:18} "
-                        f"{middle:8.0f}/s  ({low:.0f}..{high:.0f})"
-                    )
+                runs = in_turns(cases, 10, seconds, threads)
+                found[f"{wrapped.mechanism}, {threads} threads"] = runs
+                rows += [
+                    [
+                        *(wrapped.mechanism, str(threads), name, spread(each)),
+                        f"{median(each, 'cpu_us'):.0f}",
+                    ]
+                    for name, each in runs.items()
+                ]
+    print(table(["mechanism", "threads", "how", "/s", "CPU µs"], rows))
+    return found
 
 
-def raw(provider: Pkcs11Provider, wrapped: object) -> Callable[[], object]:
+def raw(provider: Pkcs11Provider, wrapped: WrappedKey) -> Callable[[], int]:
     """A session of its own and the key in it; the process is logged in already."""
-    library = open_module(provider.settings.library, None).library
-    session = library.get_token(token_label="bench").open()
-    key = session.get_key(
-        id=bytes.fromhex(wrapped.version),  # type: ignore[attr-defined]
-        object_class=pkcs11.ObjectClass.SECRET_KEY,
-    )
-    blob = wrapped.blob  # type: ignore[attr-defined]
 
-    def call() -> object:
-        params = pkcs11.GCMParams(blob[:12], CONTEXT, 128)
-        return key.decrypt(blob[12:], mechanism=pkcs11.Mechanism.AES_GCM, mechanism_param=params)
+    def prepare(session: Any) -> tuple[int, int]:
+        handle = session.ck.open_session(session.token.slot, writing=False)
+        (key,) = session.ck.find(handle, {Attribute.ID: bytes.fromhex(wrapped.version)})
+        return handle, key
+
+    handle, key = provider.connection.run("preparing", prepare)
+    table = ctypes.c_void_p()
+    library = ctypes.CDLL(str(provider.settings.library))
+    library.C_GetFunctionList(ctypes.byref(table))
+    entries = (ctypes.c_void_p * 68).from_address(table.value + ctypes.sizeof(table))  # type: ignore[operator]
+    number, pointer = ctypes.c_ulong, ctypes.c_void_p
+    begin = ctypes.CFUNCTYPE(number, number, pointer, number)(entries[33])
+    decrypt = ctypes.CFUNCTYPE(number, number, pointer, number, pointer, pointer)(entries[34])
+    how = Parameters.gcm(Mechanism.AES_GCM, bytearray(wrapped.blob[:12]), CONTEXT)
+    given = ctypes.create_string_buffer(wrapped.blob[12:], 48)
+    plain, length = ctypes.create_string_buffer(256), ctypes.c_ulong()
+
+    def call() -> int:
+        length.value = 256
+        assert not begin(handle, how.pointer, key)
+        assert not decrypt(handle, given, 48, plain, ctypes.byref(length))
+        return 1
 
     return call
 

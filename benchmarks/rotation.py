@@ -8,22 +8,17 @@ Needs the file backend. Prints seconds, peak RSS and sizes; the disk's fsync dec
 from __future__ import annotations
 
 import argparse
-import resource
 import shutil
 import tempfile
-import time
 from pathlib import Path
+
+from measure import Run, add_json, finish, machine, table, timed
 
 import keymgmt
 from keymgmt import Config
-from keymgmt._hpke import hpke_generate, hpke_public
-from keymgmt._recipient import Recipient
-from keymgmt._verify import PublicKey
-
-
-def peak() -> float:
-    """Peak RSS of this process, MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+from keymgmt._crypto.hpke import hpke_generate, hpke_public
+from keymgmt._crypto.signatures import PublicKey
+from keymgmt._providers.recipient_file import Recipient
 
 
 def site(root: Path) -> Config:
@@ -45,7 +40,7 @@ def site(root: Path) -> Config:
     return config
 
 
-def tree(root: Path, config: Config, count: int) -> None:
+def tree(root: Path, config: Config, count: int) -> dict[str, Run]:
     """Rotate the KEK of many models."""
     first = root / "tree" / "m0.sealed"
     first.parent.mkdir()
@@ -53,28 +48,22 @@ def tree(root: Path, config: Config, count: int) -> None:
     for number in range(1, count):
         shutil.copytree(first, root / "tree" / f"d{number % 100}" / f"m{number}.sealed")
     config.provider("local").rotate_key("kek")
-    before, start = peak(), time.perf_counter()
-    changed = sum(
-        isinstance(item, keymgmt.Rewrapped) and item.changed
-        for item in keymgmt.rewrap_tree(root / "tree", keys=config)
-    )
-    took = time.perf_counter() - start
-    print(
-        f"rewrap of {count} models: {took:.1f} s, {1000 * took / count:.2f} ms each, "
-        f"{changed} changed, peak RSS {before:.0f} -> {peak():.0f} MiB"
-    )
-    start = time.perf_counter()
-    changed = sum(
-        isinstance(item, keymgmt.Rewrapped) and item.changed
-        for item in keymgmt.rewrap_tree(root / "tree", keys=config)
-    )
-    print(f"again: {time.perf_counter() - start:.1f} s, {changed} changed")
-    start = time.perf_counter()
-    found = keymgmt.usage(root / "tree")
-    print(f"usage: {time.perf_counter() - start:.1f} s, {found.models} models")
+
+    def rewrap() -> None:
+        changed = sum(
+            isinstance(item, keymgmt.Rewrapped) and item.changed
+            for item in keymgmt.rewrap_tree(root / "tree", keys=config)
+        )
+        print(f"{changed} of {count} models changed")
+
+    return {
+        f"rewrap {count} models": timed(rewrap),
+        f"rewrap {count} models again": timed(rewrap),
+        f"usage of {count} models": timed(lambda: keymgmt.usage(root / "tree")),
+    }
 
 
-def recipients(root: Path, config: Config, count: int) -> None:
+def recipients(root: Path, config: Config, count: int) -> dict[str, Run]:
     """Seal for a fleet: every device has the same backend and key name."""
     fleet = root / f"fleet{count}"
     fleet.mkdir()
@@ -86,17 +75,16 @@ def recipients(root: Path, config: Config, count: int) -> None:
         prints.append(device.fingerprint)
     target = root / f"fleet{count}.sealed"
     to = ["local:kek", *(f"@{fleet}/{number}.recipient" for number in range(count))]
-    start = time.perf_counter()
-    keymgmt.seal(root / "model.onnx", target, to=to, keys=config, fingerprints=prints)
-    sealed = time.perf_counter() - start
-    start = time.perf_counter()
-    keymgmt.open(target, keys=config).close()
-    opened = time.perf_counter() - start
+    options = {"to": to, "keys": config, "fingerprints": prints}
+    runs = {
+        f"seal for {count} recipients": timed(
+            lambda: keymgmt.seal(root / "model.onnx", target, **options)
+        ),
+        f"open one of {count} recipients": timed(lambda: keymgmt.open(target, keys=config).close()),
+    }
     size = (target / "keys.json").stat().st_size
-    print(
-        f"seal for {count} recipient files: {sealed:.1f} s, keys.json {size / 1e6:.2f} MB "
-        f"({size / count:.0f} bytes each); open: {opened:.2f} s; peak RSS {peak():.0f} MiB"
-    )
+    print(f"{count} recipients: keys.json {size / 1e6:.2f} MB, {size / count:.0f} bytes each")
+    return runs
 
 
 def main() -> None:
@@ -104,13 +92,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", type=int, default=10_000)
     parser.add_argument("--recipients", type=int, nargs="*", default=[1_000, 10_000])
+    add_json(parser)
     options = parser.parse_args()
+    runs = {}
     with tempfile.TemporaryDirectory() as work:
         root = Path(work)
         config = site(root)
         for count in options.recipients:
-            recipients(root, config, count)
-        tree(root, config, options.models)
+            runs |= recipients(root, config, count)
+        runs |= tree(root, config, options.models)
+    rows = [[name, *(f"{run[what]:.2f}" for what in run)] for name, run in runs.items()]
+    print(table(["what", "s", "CPU s", "peak MiB"], rows))
+    finish(options.json, machine("keymgmt"), {name: [run] for name, run in runs.items()})
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ from collections.abc import Callable
 
 from blake3 import blake3
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from measure import table
+from measure import Run, add_json, finish, machine, table
 
-from keymgmt._memory import FreshMemory
+from keymgmt._system.pages import FreshMemory
 
 SIZE = 256 << 20
 MADV_POPULATE_WRITE = 23
@@ -85,6 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--segment", choices=["64K", "256K", "1M", "4M"], default="1M")
     parser.add_argument("--passes", type=int, default=9)
+    add_json(parser)
     options = parser.parse_args()
     segment = int(options.segment[:-1]) << {"K": 10, "M": 20}[options.segment[-1]]
     one = bytearray(struct.pack(">I12s", 0xFFFFFFFF, bytes(12)) + bytes(segment - 16))
@@ -95,17 +96,17 @@ def main() -> None:
             file.write(one)
         file.flush()
         work = stages(file.fileno(), segment)
-        best = dict.fromkeys(work, float("inf"))
+        runs: dict[str, list[Run]] = {name: [] for name in work}
         for _ in range(options.passes):
             for name, run in work.items():
                 started = time.process_time()
                 run()
-                best[name] = min(best[name], time.process_time() - started)
-    rows = [
-        [name, f"{spent * (1 << 30) / SIZE:.3f}", f"{SIZE / 1e9 / spent:.1f}"]
-        for name, spent in best.items()
-    ]
+                spent = time.process_time() - started
+                runs[name].append({"cpu_per_gib": spent * (1 << 30) / SIZE})
+    best = {name: min(run["cpu_per_gib"] for run in each) for name, each in runs.items()}
+    rows = [[name, f"{cpu:.3f}", f"{(1 << 30) / 1e9 / cpu:.1f}"] for name, cpu in best.items()]
     print(table(["step", "CPU s/GiB", "GB/s"], rows))
+    finish(options.json, machine("cryptography", "blake3") | {"segment": segment}, runs)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from keymgmt._config import _File
+from keymgmt._config.config import _File
 
 DOCS = Path(__file__).parents[2] / "docs"
 
