@@ -63,7 +63,6 @@ class Need:
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
         return {
-            "format": "keymgmt-retire/1",
             "key": self.key,
             "trees": list(self.trees),
             "verdict": self.verdict,

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from keymgmt._providers.data import KeyInfo
     from keymgmt._providers.names import KeyRef
     from keymgmt._providers.recipient_file import Recipient
+    from keymgmt._verbs.retire import Need
     from keymgmt._verbs.usage import KeyUse
 
 __all__ = ["app"]
@@ -342,21 +343,27 @@ def retire(
         keymgmt keys retire local:models@1 --tree /srv/models
     """
     reference, provider = _managed(context, key, version=True)
+    need = None
     if tree:
-        _refuse_needed(context.obj.config(), reference, tree, names_only, as_json)
+        need = _refuse_needed(context.obj.config(), reference, tree, names_only, as_json)
     elif names_only:
         raise ConfigError("--names-only says how to look at a tree", hint="name one with --tree")
-    _show(reference, provider.retire_version(reference.key, str(reference.version)), as_json)
+    info = provider.retire_version(reference.key, str(reference.version))
+    _show(reference, info, as_json, **({"looked_at": need.to_json()} if need else {}))
+    if need:
+        said = f"none of the {need.models} models that were looked at needs it"
+        console(stderr=True).print(said if need.proved else f"{said}, by name")
 
 
 def _refuse_needed(
     config: Config, reference: KeyRef, trees: list[Path], names_only: bool, as_json: bool
-) -> None:
+) -> Need | None:
+    """What was looked at, where nothing needs the version; None where it is retired already."""
     try:
         need = keymgmt.needs(str(reference), *trees, keys=config, names_only=names_only)
     except KeyRetired:
         # It cannot be tried any more, and retiring it again changes nothing.
-        return
+        return None
     for link in need.links:
         console(stderr=True).print(f"followed {clean(link.path)} to {clean(link.target)}")
     if need.verdict != "not_referenced":
@@ -367,8 +374,9 @@ def _refuse_needed(
         need.check()
     except KeymgmtError as error:
         if as_json:
-            fail(error, need.to_json())
+            fail(error, {"format": "keymgmt-retire/1", **need.to_json()})
         raise
+    return need
 
 
 @app.command()
@@ -497,10 +505,10 @@ def _plain(reference: str, info: KeyInfo) -> dict[str, Any]:
     return {"reference": reference, "newest": info.newest, **asdict(info)}
 
 
-def _show(reference: KeyRef, info: KeyInfo, as_json: bool) -> None:
+def _show(reference: KeyRef, info: KeyInfo, as_json: bool, **more: object) -> None:
     name = f"{reference.provider}:{info.key}"
     if as_json:
-        print_json({"format": "keymgmt-key/1", **_plain(name, info)})
+        print_json({"format": "keymgmt-key/1", **_plain(name, info), **more})
         return
     out = console()
     out.print(f"{clean(name)}: {clean(info.kind)}, {info.purpose}s")

@@ -132,7 +132,7 @@ def test_usage_says_what_each_version_opens_and_guards_retiring(cli: Cli, sealed
     assert "opens 1 models" in refused.error
     assert "keymgmt rewrap" in refused.hint
     assert cli("rewrap", ".").code == 0
-    assert cli("keys", "retire", "local:models@1", "--tree", ".").code == 0
+    assert "none of the 1 models" in cli("keys", "retire", "local:models@1", "--tree", ".").err
     rows = list(csv.DictReader(io.StringIO(cli("keys", "usage", ".", "--csv").out)))
     assert [(row["version"], row["opens"]) for row in rows] == [("2", "1")]
 
@@ -267,7 +267,12 @@ def test_a_refusal_to_retire_is_enough_for_a_job_to_decide(
     ran = cli("keys", "retire", "local:models@1", "--tree", "live", "--tree", "misspelt", "--json")
     assert ran.json()["verdict"] == "unknown"
     retiring = ("keys", "retire", "local:models@1", "--tree", "live", "--tree", ".")
-    assert cli(*retiring, "--names-only").code == 0
-    # Again: it is retired already, and that is no fault.
-    assert cli(*retiring).code == 0
+    retired = cli(*retiring, "--names-only", "--json").json()
+    assert [each["state"] for each in retired["versions"]] == ["retired", "active"]
+    looked_at = retired["looked_at"]
+    assert (looked_at["verdict"], looked_at["proved"]) == ("not_referenced", False)
+    assert (looked_at["trees"], looked_at["models"]) == (["live", "."], 1)
+    assert looked_at["failures"] == []
+    # Again: it is retired already, and that is no fault; nothing can be tried with it any more.
+    assert "looked_at" not in cli(*retiring, "--json").json()
     assert cli("keys", "retire", "local:models@1", "--names-only").code == 3

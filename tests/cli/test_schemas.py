@@ -72,6 +72,7 @@ def test_every_command_prints_what_its_schema_says(cli: Cli, site: Path) -> None
     run("sign", ".", "--if-signed-by", "publisher.pem")
     run("rewrap", "model.sealed")
     run("rewrap", ".")
+    run("keys", "retire", "local:models@1", "--tree", ".")
     run("reseal", "model.sealed")
     run("reseal", ".")
     run("unseal", "model.sealed", "plain")
