@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from keymgmt._mount.private import private_folder
     from keymgmt._system.harden import harden
     from keymgmt._system.swap import unencrypted_swap
+    from keymgmt._verbs.find_models import Failure
     from keymgmt._verbs.inspect import Inspection, inspect
     from keymgmt._verbs.open import SealedModel
     from keymgmt._verbs.open import open_model as open  # noqa: A004 - keymgmt.open, as in gzip and tarfile
@@ -22,8 +23,7 @@ if TYPE_CHECKING:
     from keymgmt._verbs.rewrap_tree import rewrap_tree
     from keymgmt._verbs.seal import seal
     from keymgmt._verbs.sign import sign
-    from keymgmt._verbs.tree import Failure
-    from keymgmt._verbs.trees import Done, reseal_tree, sign_tree, verify_tree
+    from keymgmt._verbs.tree_verbs import Done, reseal_tree, sign_tree, verify_tree
     from keymgmt._verbs.unseal import unseal
     from keymgmt._verbs.usage import Usage, usage
     from keymgmt._verbs.verify import Verification, verify
@@ -71,6 +71,7 @@ _HOMES: Final = {
     "_mount.private": ("private_folder",),
     "_system.harden": ("harden",),
     "_system.swap": ("unencrypted_swap",),
+    "_verbs.find_models": ("Failure",),
     "_verbs.inspect": ("Inspection", "inspect"),
     "_verbs.open": ("SealedModel", "open"),
     "_verbs.reseal": ("reseal",),
@@ -79,8 +80,7 @@ _HOMES: Final = {
     "_verbs.rewrap_tree": ("rewrap_tree",),
     "_verbs.seal": ("seal",),
     "_verbs.sign": ("sign",),
-    "_verbs.tree": ("Failure",),
-    "_verbs.trees": ("Done", "reseal_tree", "sign_tree", "verify_tree"),
+    "_verbs.tree_verbs": ("Done", "reseal_tree", "sign_tree", "verify_tree"),
     "_verbs.unseal": ("unseal",),
     "_verbs.usage": ("Usage", "usage"),
     "_verbs.verify": ("Verification", "verify"),

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from keymgmt._config.config import use_config
 from keymgmt._providers.names import KeyRef
+from keymgmt._verbs.find_models import CHUNK, Failure, Link, find_models, read_models
 from keymgmt._verbs.prove import Prover
-from keymgmt._verbs.tree import CHUNK, Failure, Link, find_models, read_models
 from keymgmt.errors import ConfigError, KeymgmtError
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from keymgmt._config.config import use_config
 from keymgmt._providers.contract import SupportsBatchUnwrap
 from keymgmt._providers.data import WrappedKey
 from keymgmt._trust.candidate import Candidate
+from keymgmt._verbs.find_models import Failure, find_models, over_models
 from keymgmt._verbs.rewrap import Rewrapped, Task, rewrap_one
-from keymgmt._verbs.tree import Failure, find_models, over_models
 from keymgmt.errors import ConfigError, KeymgmtError, ProviderError
 
 if TYPE_CHECKING:

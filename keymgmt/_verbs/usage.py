@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from keymgmt._config.config import use_config
+from keymgmt._verbs.find_models import Failure, Link, find_models, read_models
 from keymgmt._verbs.prove import Provers
-from keymgmt._verbs.tree import Failure, Link, find_models, read_models
 from keymgmt.errors import ProviderError
 
 if TYPE_CHECKING:

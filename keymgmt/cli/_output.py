@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from keymgmt._providers.data import Finding
-    from keymgmt._verbs.tree import Failure
-    from keymgmt._verbs.trees import Done
+    from keymgmt._verbs.find_models import Failure
+    from keymgmt._verbs.tree_verbs import Done
     from keymgmt.errors import KeymgmtError
 
 __all__ = [
@@ -180,14 +180,14 @@ def tell_failure(failure: Failure, form: str, *, as_json: bool) -> None:
 
 def is_tree(path: Path) -> bool:
     """Whether a command is to look for models below a folder, and not at one model."""
-    from keymgmt._verbs.tree import is_model
+    from keymgmt._verbs.find_models import is_model
 
     return path.is_dir() and not is_model(path)
 
 
 def tell_tree(items: Iterable[Done | Failure], doing: str, form: str, *, as_json: bool) -> None:
     """Print what was done with each model of a tree and a summary; exit by the worst of it."""
-    from keymgmt._verbs.tree import Failure
+    from keymgmt._verbs.find_models import Failure
 
     states: Counter[str] = Counter()
     failed: list[Failure] = []

@@ -10,7 +10,7 @@ import pytest
 
 import keymgmt
 from keymgmt import errors
-from keymgmt._verbs.tree import Failure, find_models
+from keymgmt._verbs.find_models import Failure, find_models
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from keymgmt._config.config import use_config
 from keymgmt._trust.candidate import refusal
+from keymgmt._verbs.find_models import Failure, find_models, over_models
 from keymgmt._verbs.reseal import reseal
 from keymgmt._verbs.sign import sign
-from keymgmt._verbs.tree import Failure, find_models, over_models
 from keymgmt._verbs.verify import verify
 from keymgmt.errors import ConfigError
 
