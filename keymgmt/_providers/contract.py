@@ -24,6 +24,7 @@ __all__ = [
     "KeyProvider",
     "Settings",
     "SupportsBatchUnwrap",
+    "SupportsKeyDeletion",
     "SupportsKeyManagement",
     "SupportsOfflineRecipients",
     "SupportsSigning",
@@ -143,6 +144,25 @@ class SupportsKeyManagement(ABC):
     @abstractmethod
     def retire_version(self, key: str, version: str) -> KeyInfo:
         """Stop a version from being used; ConfigError for the newest."""
+
+
+class SupportsKeyDeletion(ABC):
+    """A provider that also deletes keys: what only such a key opens never opens again."""
+
+    @abstractmethod
+    def delete_key(self, key: str) -> str | None:
+        """Delete a key with all its versions, and no other.
+
+        Whether something needs it is for the caller to find out.
+
+        Returns:
+            None where it is gone; else the time (ISO 8601, UTC) at which the service will delete
+            it, where the service waits: until then the key serves for nothing, and can be kept.
+
+        Raises:
+            KeyNotFound: there is no such key.
+            UnsupportedOperation: it is not deleted from here; the hint says how else.
+        """
 
 
 class SupportsSigning(ABC):

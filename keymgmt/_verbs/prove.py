@@ -17,7 +17,6 @@ from keymgmt._providers.contract import SupportsKeyManagement
 from keymgmt._providers.versions import no_version
 from keymgmt.errors import (
     AccessDenied,
-    ConfigError,
     KeyRetired,
     LockedOut,
     ProviderError,
@@ -72,35 +71,46 @@ def _unwrap(wrapped: WrappedKey, context: bytes, provider: KeyProvider[Any]) -> 
 class Prover:
     """One version of one key, and what it opens."""
 
-    def __init__(self, config: Config, reference: KeyRef) -> None:
-        """Look the version up.
-
-        Raises:
-            ConfigError: no version is named, or the backend does not manage keys.
-            KeyNotFound: there is no such version.
-            KeyRetired: it is retired already, so nothing can be tried.
-            ProviderError: the provider does not say.
-        """
-        if reference.version is None:
-            raise ConfigError(f"which version of {reference}?", hint=f"write {reference}@VERSION")
+    def __init__(self, config: Config, reference: KeyRef, *, names_only: bool) -> None:
+        """``names_only`` compares names, and tries nothing."""
         self._config, self._reference = config, reference
         self._backend = config.backend_of(reference.provider)
         self._has_public: bool | None = None
         self._broken: ProviderError | None = None
+        self._names_only = names_only
+
+    @classmethod
+    def of(cls, config: Config, reference: KeyRef, *, names_only: bool) -> list[Prover]:
+        """The version that is named, or each of the key: a retired one by its name alone.
+
+        Raises:
+            ConfigError: the backend does not manage keys.
+            KeyNotFound: there is no such key or version.
+            KeyRetired: the one that is named is retired already, so nothing can be tried.
+            ProviderError: the provider does not say.
+        """
         require(config, reference.provider, SupportsKeyManagement, "does not manage keys")
         info = call_provider(config, reference.provider, lambda p: p.describe_key(reference.key))
         states = {version.version: version.state for version in info.versions}
-        if reference.version not in states:
-            raise no_version(reference.key, reference.version, list(states))
-        if states[reference.version] == "retired":
-            raise KeyRetired(
-                f"{reference} is retired already, so nobody can try what it opens",
-                hint="there is nothing left to do",
+        if reference.version is not None:
+            if reference.version not in states:
+                raise no_version(reference.key, reference.version, list(states))
+            if states[reference.version] == "retired":
+                raise KeyRetired(
+                    f"{reference} is retired already, so nobody can try what it opens",
+                    hint="there is nothing left to do",
+                )
+            states = {reference.version: states[reference.version]}
+        return [
+            cls(
+                config,
+                reference._replace(version=version),
+                names_only=names_only or state == "retired",
             )
+            for version, state in states.items()
+        ]
 
-    def try_all(
-        self, policies: Sequence[UnlockPolicy], *, names_only: bool = False
-    ) -> list[list[list[Answer]]]:
+    def try_all(self, policies: Sequence[UnlockPolicy]) -> list[list[list[Answer]]]:
         """For each recipient of each group of each policy: whether this version opens it.
 
         An answer that is an error means that nobody knows.
@@ -116,7 +126,7 @@ class Prover:
                 for m, wrapped in enumerate(group.recipients):
                     if wrapped.backend != self._backend:
                         continue
-                    if names_only:
+                    if self._names_only:
                         answers[n][g][m] = (wrapped.key, wrapped.version) == (key, version)
                     # One key may have other names elsewhere, and other people other numbers.
                     elif wrapped.version == version or wrapped.key == key:

@@ -1,8 +1,8 @@
-"""Retiring a key version, the one step that can take away every copy of a model at once.
+"""Retiring a key version, or deleting a key: the steps that can take away every copy of a model.
 
 A name proves nothing: one key may have several, and several keys one. So whatever could have been
 wrapped by the version is tried with that very version, and whoever opens still needs it. What could
-not be looked at, or not be tried, stops it.
+not be looked at, or not be tried, stops it. A key stands for all its versions.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shlex
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from keymgmt._config.config import use_config
@@ -34,7 +35,7 @@ class Need:
     """Which models of some folders need a key version.
 
     Attributes:
-        key: the version, as ``provider:key@version``.
+        key: the version, as ``provider:key@version``; without one, all versions of the key.
         trees: the folders that were looked at.
         proved: whether the version itself was tried; False where names were compared.
         models: how many sealed models were read.
@@ -75,13 +76,16 @@ class Need:
         }
 
     def check(self) -> None:
-        """ConfigError where the version is needed, or nobody knows whether it is."""
+        """ConfigError where it is needed, or nobody knows whether it is."""
         if self.opens:
             raise ConfigError(
                 f"{self.key} opens {len(self.opens)} models, and is the only way into "
                 f"{len(self.only_way_into)}; the first: {', '.join(self.opens[:_SHOWN])}",
                 hint=f"first: keymgmt rewrap {shlex.join(self.trees)}; a group that does not open "
-                "here is moved where it does, or dropped",
+                "here is moved where it does, or dropped"
+                if "@" in self.key
+                else "first give them another way in, and drop this one: rewrap --add, rewrap "
+                "--drop",
             )
         if self.failures:
             first = self.failures[0]
@@ -99,17 +103,18 @@ def needs(
     keys: Config | str | os.PathLike[str] | None = None,
     names_only: bool = False,
 ) -> Need:
-    """Find out which sealed models at or below some folders a key version opens.
+    """Find out which sealed models at or below some folders a key, or one version of it, opens.
 
     Args:
-        key: the version, ``provider:key@version``.
+        key: the version, ``provider:key@version``; a key without one stands for all its versions,
+            of which those that are retired are compared by name.
         trees: the folders; links in them are followed.
         keys: a loaded config, or the path of one.
         names_only: compare names and try nothing, which a key with two names deceives.
 
     Raises:
         ConfigError: the config, or ``key``, is wrong.
-        KeyNotFound: the key has no such version.
+        KeyNotFound: there is no such key, or version of it.
         KeyRetired: it is retired already, so that nothing can be tried.
         ProviderError: the provider does not describe the key.
     """
@@ -120,14 +125,16 @@ def needs(
     only: list[str] = []
     models = 0
     with use_config(keys) as config:
-        prover = Prover(config, reference)
+        provers = Prover.of(config, reference, names_only=names_only)
         found = read_models(find_models(trees, links))
         chunk: list[tuple[Path, UnlockPolicy]] = []
 
         def tell() -> None:
-            answers = prover.try_all([policy for _, policy in chunk], names_only=names_only)
-            for (path, _), groups in zip(chunk, answers, strict=True):
-                flat = [answer for group in groups for answer in group]
+            policies = [policy for _, policy in chunk]
+            tried = zip(*(prover.try_all(policies) for prover in provers), strict=True)
+            for (path, _), versions in zip(chunk, tried, strict=True):
+                groups = [list(chain(*group)) for group in zip(*versions, strict=True)]
+                flat = list(chain(*groups))
                 failures.extend(
                     Failure(str(path), answer)
                     for answer in flat

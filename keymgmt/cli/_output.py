@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from keymgmt.errors import KeymgmtError
 
 __all__ = [
+    "ask_to_type",
     "check_release",
     "counter",
     "fail",
@@ -151,6 +152,19 @@ def check_release(release: int) -> None:
     if sys.stdin.isatty() and typer.confirm(f"{said}, and an older one never opens again. Go on?"):
         return
     raise ConfigError(said, hint="give the number that comes after the last: 1, 2, 3")
+
+
+def ask_to_type(name: str, said: str) -> None:
+    """Let a person type the name of what will be lost.
+
+    Raises:
+        ConfigError: something else was typed, or there is nobody to ask.
+    """
+    if not sys.stdin.isatty():
+        raise ConfigError(f"{said}, and nobody is there to ask", hint="say that it is meant: --yes")
+    console(stderr=True).print(clean(said), soft_wrap=True)
+    if typer.prompt(f"Type {name} to go on", default="", show_default=False, err=True) != name:
+        raise ConfigError(f"that is not {name}, so nothing was done")
 
 
 def print_warning(problem: KeymgmtError, what: str = "") -> None:

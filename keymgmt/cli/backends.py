@@ -94,6 +94,7 @@ def _probe(name: str, distribution: str) -> dict[str, Any]:
 def _describe(name: str, distribution: str) -> dict[str, Any]:
     from keymgmt._providers.contract import (
         SupportsBatchUnwrap,
+        SupportsKeyDeletion,
         SupportsKeyManagement,
         SupportsOfflineRecipients,
         SupportsSigning,
@@ -106,6 +107,7 @@ def _describe(name: str, distribution: str) -> dict[str, Any]:
         return {"problem": "; ".join(filter(None, [str(error), error.hint]))}
     abilities = {
         "keys": SupportsKeyManagement,
+        "delete": SupportsKeyDeletion,
         "sign": SupportsSigning,
         "recipients": SupportsOfflineRecipients,
         "batch-unwrap": SupportsBatchUnwrap,

@@ -13,7 +13,7 @@ import typer
 
 import keymgmt
 from keymgmt.cli._options import Force, Json, Key, Provider, complete_key, option_pairs
-from keymgmt.cli._output import fail, print_warning, write_result
+from keymgmt.cli._output import ask_to_type, fail, print_warning, write_result
 from keymgmt.cli._state import State
 from keymgmt.console import clean, console, print_json, table
 from keymgmt.errors import (
@@ -35,7 +35,14 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Make, list, rotate, retire and export keys.", no_args_is_help=True)
+NamesOnly = Annotated[
+    bool,
+    typer.Option(
+        "--names-only", help="Compare names, and try nothing: a key with two names deceives it."
+    ),
+]
+
+app = typer.Typer(help="Make, list, rotate, retire, delete and export keys.", no_args_is_help=True)
 
 
 @app.command()
@@ -329,12 +336,7 @@ def retire(
             help="Refuse while the version opens a sealed model at or below it; may come again.",
         ),
     ] = None,
-    names_only: Annotated[
-        bool,
-        typer.Option(
-            "--names-only", help="Compare names, and try nothing: a key with two names deceives it."
-        ),
-    ] = False,
+    names_only: NamesOnly = False,
     as_json: Json = False,
 ) -> None:
     """Stop a version from being used: what only it opens does not open any more.
@@ -353,6 +355,78 @@ def retire(
     if need:
         said = f"none of the {need.models} models that were looked at needs it"
         console(stderr=True).print(said if need.proved else f"{said}, by name")
+
+
+@app.command()
+def delete(
+    context: typer.Context,
+    key: Key,
+    tree: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="TREE",
+            help="Refuse while the key opens a sealed model at or below it; may come again.",
+        ),
+    ] = None,
+    names_only: NamesOnly = False,
+    force: Annotated[
+        bool, typer.Option("--force", "-f", help="Do not look whether anything needs it.")
+    ] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Do not ask for the name of the key.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Delete a key with all its versions: what only it opens never opens again.
+
+    A key that wraps is deleted only if no version of it opens a model in the trees. On a terminal
+    the name of the key is asked for. AWS KMS deletes after 30 days, in which it can be kept.
+
+    Examples:
+        keymgmt keys delete local:old --tree /srv/models
+        keymgmt keys delete local:old --force --yes
+    """
+    from keymgmt._providers.contract import SupportsKeyDeletion
+
+    reference, provider = _managed(context, key)
+    if not isinstance(provider, SupportsKeyDeletion):
+        raise UnsupportedOperation(
+            f"the provider {reference.provider} deletes no keys",
+            hint="delete it in the key service itself",
+        )
+    if force and tree:
+        raise ConfigError("--force looks at no tree", hint="say one of --tree and --force")
+    if names_only and not tree:
+        raise ConfigError("--names-only says how to look at a tree", hint="name one with --tree")
+    config = context.obj.config()
+    info = provider.describe_key(reference.key)
+    if not force:
+        _refuse_named(config, reference)
+        if tree:
+            _refuse_needed(config, reference, tree, names_only, as_json)
+        elif info.purpose == "wrap":
+            raise ConfigError(
+                f"nobody has looked whether {reference} opens a model",
+                hint="name the folders of sealed models: --tree TREE; or do not look: --force",
+            )
+    if not yes:
+        ask_to_type(str(reference), f"what only {reference} opens never opens again")
+    until = provider.delete_key(reference.key)
+    if as_json:
+        print_json({"format": "keymgmt-delete/1", "reference": str(reference), "until": until})
+    elif until is None:
+        console().print(f"deleted {clean(reference)}")
+    else:
+        console().print(f"{clean(reference)} serves for nothing, and is deleted at {clean(until)}")
+
+
+def _refuse_named(config: Config, reference: KeyRef) -> None:
+    """ConfigError where the config's own table names the key."""
+    named = [*filter(None, [config.seal.sign]), *config.seal.to]
+    if any(str(reference) == part.partition("@")[0] for each in named for part in each.split("+")):
+        raise ConfigError(
+            f"[seal] in the config names {reference}", hint="name another key there first"
+        )
 
 
 def _refuse_needed(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from keymgmt.backend import (
     Recipient,
     Signature,
     SupportsBatchUnwrap,
+    SupportsKeyDeletion,
     SupportsKeyManagement,
     SupportsOfflineRecipients,
     SupportsSigning,
@@ -237,6 +239,38 @@ class AbilityChecks(ContractFixtures):
             )
         got = self.demand.works(partial(manager.unwrap, wrapped, b"c"), "unwrap() afterwards")
         self.demand.same_key(got, dek, "unwrap() after retire_version() refused")
+
+    # Deletion.
+
+    def test_deletion(self, manager: Any, new_key: NewKey, dek: Dek) -> None:
+        """A deleted key opens, wraps and is nothing any more, and no other key is touched, because
+        what only it opened is lost for good; look at what delete_key() names to the service. Where
+        the service waits, delete_key() returns the time, and the key serves for nothing until then.
+        A key that is not there is KeyNotFound.
+        """
+        claimed: bool = isinstance(manager, SupportsKeyDeletion)
+        if not claimed:
+            self.skip("this provider does not claim SupportsKeyDeletion")
+        name, other = new_key("wrap"), new_key("wrap")
+        wrapped = self.demand.works(partial(manager.wrap, name, dek, b"c"), "wrap()")
+        kept = self.demand.works(partial(manager.wrap, other, dek, b"c"), "wrap()")
+        until = self.demand.works(partial(manager.delete_key, name), "delete_key()")
+        gone = (KeyNotFound, WrongKey) if until is None else (KeyRetired,)
+        for what, call in (
+            ("unwrap()", partial(manager.unwrap, wrapped, b"c")),
+            ("wrap()", partial(manager.wrap, name, dek, b"c")),
+        ):
+            self.demand.refused(call, f"{what} with a deleted key", *gone)
+        if until is None:
+            for what in ("describe_key", "delete_key"):
+                call = partial(getattr(manager, what), name)
+                self.demand.refused(call, f"{what}() of a deleted key", KeyNotFound)
+        else:
+            self.demand.works(partial(datetime.fromisoformat, until), "the time of the deletion")
+            states = {each.state for each in manager.describe_key(name).versions}
+            self.demand.that(states == {"retired"}, f"its versions are {sorted(states)}")
+        got = self.demand.works(partial(manager.unwrap, kept, b"c"), "unwrap() with another key")
+        self.demand.same_key(got, dek, "unwrap() with another key")
 
     # Signing.
 

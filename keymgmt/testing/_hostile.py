@@ -18,6 +18,7 @@ from keymgmt.backend import (
     KeyNotFound,
     KeyProvider,
     ProviderError,
+    SupportsKeyDeletion,
     SupportsKeyManagement,
     SupportsOfflineRecipients,
     SupportsSigning,
@@ -126,6 +127,8 @@ class HostileNameChecks(ContractFixtures):
                 "rotate_key": provider.rotate_key,
                 "retire_version": lambda name: provider.retire_version(name, "1"),
             }
+        if isinstance(provider, SupportsKeyDeletion):
+            calls["delete_key"] = provider.delete_key
         if isinstance(provider, SupportsSigning):
             calls |= {
                 "public_key": provider.public_key,

@@ -38,6 +38,7 @@ from keymgmt.backend import (
     Settings,
     Signature,
     SupportsBatchUnwrap,
+    SupportsKeyDeletion,
     SupportsKeyManagement,
     SupportsSigning,
     UnsupportedOperation,
@@ -115,7 +116,11 @@ class MemorySettings(Settings):
 
 
 class MemoryProvider(
-    KeyProvider[MemorySettings], SupportsKeyManagement, SupportsSigning, SupportsBatchUnwrap
+    KeyProvider[MemorySettings],
+    SupportsKeyManagement,
+    SupportsKeyDeletion,
+    SupportsSigning,
+    SupportsBatchUnwrap,
 ):
     """A provider of a MemoryService. For tests only: it protects nothing."""
 
@@ -258,6 +263,11 @@ class MemoryProvider(
             raise ConfigError(f"{key}@{version} is no version that can be retired")
         found.retired.add(number)
         return self._info(key, found)
+
+    def delete_key(self, key: str) -> None:
+        """See SupportsKeyDeletion."""
+        self._key(self.service, key)
+        del self.service.keys[key]
 
     def _signing_key(self, key: str, version: str | None = None) -> Ed25519PrivateKey:
         service = self.service

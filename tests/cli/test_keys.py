@@ -276,3 +276,49 @@ def test_a_refusal_to_retire_is_enough_for_a_job_to_decide(
     # Again: it is retired already, and that is no fault; nothing can be tried with it any more.
     assert "looked_at" not in cli(*retiring, "--json").json()
     assert cli("keys", "retire", "local:models@1", "--names-only").code == 3
+
+
+def test_a_key_is_deleted_when_nothing_needs_it(cli: Cli, sealed: Path) -> None:
+    delete = ("keys", "delete", "local:edge", "--yes")
+    assert cli("keys", "create", "local:edge").code == 0
+    assert cli("rewrap", ".", "--add", "local:edge").code == 0
+    assert cli("keys", "rotate", "local:edge").code == 0
+    unlooked = cli(*delete)
+    assert (unlooked.code, unlooked.error) == (
+        3,
+        "nobody has looked whether local:edge opens a model",
+    )
+    # An old version, and also one that is retired: that can be undone until the key is gone.
+    for _ in range(2):
+        needed = cli(*delete, "--tree", ".", "--json")
+        assert (needed.code, needed.json()["verdict"]) == (3, "needed")
+        assert "rewrap --add" in needed.hint
+        assert cli("keys", "retire", "local:edge@1").code == 0
+    assert cli("rewrap", ".", "--drop", "file:edge").code == 0
+    assert cli(*delete, "--tree", "misspelt").code == 3
+    assert cli("keys", "show", "local:edge").code == 0
+    assert cli(*delete, "--tree", ".").out == "deleted local:edge\n"
+    assert cli("keys", "show", "local:edge").code == 3
+    assert cli(*delete, "--force").code == 3
+    assert cli("verify", sealed).code == 0
+
+
+def test_a_key_is_not_deleted_by_the_way(cli: Cli, sealed: Path) -> None:
+    assert cli("keys", "create", "local:edge").code == 0
+    nobody = cli("keys", "delete", "local:edge", "--tree", ".")
+    assert (nobody.code, nobody.hint) == (3, "say that it is meant: --yes")
+    for key in ("local:models", "local:publisher"):
+        named = cli("keys", "delete", key, "--yes", "--tree", ".")
+        assert (named.code, named.error) == (3, f"[seal] in the config names {key}")
+    assert cli("keys", "delete", "local:edge@1", "--yes", "--force").code == 3
+    assert cli("keys", "delete", "local:edge", "--yes", "--force", "--tree", ".").code == 3
+    assert cli("keys", "delete", "local:edge", "--yes", "--names-only").code == 3
+    assert cli("keys", "show", "local:edge").code == 0
+    # What verifies is the public key; a key that signs opens nothing, and no tree is asked for.
+    assert cli("keys", "create", "local:former", "--sign").code == 0
+    deleted = cli("keys", "delete", "local:former", "--yes", "--json").json()
+    assert deleted == {
+        "format": "keymgmt-delete/1",
+        "reference": "local:former",
+        "until": None,
+    }

@@ -102,3 +102,13 @@ def test_a_question_is_seen_and_waits(locked: Path, arguments: tuple[str, ...]) 
     code = run.end()
     assert code == 0, run.seen
     assert run.seen.count(QUESTION) == 1
+
+
+def test_a_key_is_deleted_by_its_name(cli: Cli, site: Path) -> None:
+    for typed, code in (("y", 3), ("local:edg", 3), ("local:edge", 0)):
+        cli("keys", "create", "local:edge")
+        run = Terminal("keys", "delete", "local:edge", "--force", cwd=site)
+        run.until(b"Type local:edge to go on: ")
+        run.answer(typed)
+        assert run.end() == code, run.seen
+        assert cli("keys", "show", "local:edge").code == (0 if code else 3)

@@ -65,6 +65,7 @@ def test_every_command_prints_what_its_schema_says(cli: Cli, site: Path) -> None
     run("keys", "vouch", "device.recipient", *vouch, "--force")
     run("keys", "usage", ".", "local:models")
     run("keys", "retire", "local:models@1", "--tree", ".", code=3)
+    run("keys", "delete", "local:device", "--force", "--yes")
     run("inspect", "model.sealed")
     run("verify", "model.sealed")
     run("verify", ".")

@@ -545,6 +545,26 @@ class RetiresItsOnlyVersion(MemoryProvider):
         return self.describe_key(key)
 
 
+@caught_by("test_deletion")
+class DeletesInNameOnly(MemoryProvider):
+    def delete_key(self, key: str) -> None:
+        self.describe_key(key)
+
+
+@caught_by("test_deletion")
+class SaysThatItWaits(MemoryProvider):
+    def delete_key(self, key: str) -> None:
+        super().delete_key(key)
+        return "2030-01-01T00:00:00Z"  # type: ignore[return-value]
+
+
+@caught_by("test_deletion")
+class DeletesOthersToo(MemoryProvider):
+    def delete_key(self, key: str) -> None:
+        self.describe_key(key)
+        self.service.keys.clear()
+
+
 @caught_by("test_management_of_missing_keys")
 class RotatesWhatIsMissing(MemoryProvider):
     def rotate_key(self, key: str) -> KeyInfo:

@@ -26,9 +26,18 @@ from keymgmt.backend import (
 __all__ = ["CHANGES", "EXPIRED", "FAULTS", "UNSPEAKABLE", "Verb", "code_of", "error_of"]
 
 Verb = Literal[
-    "encrypt", "decrypt", "sign", "describe", "list", "create", "rotate", "login", "identify"
+    "encrypt",
+    "decrypt",
+    "sign",
+    "describe",
+    "list",
+    "create",
+    "rotate",
+    "delete",
+    "login",
+    "identify",
 ]
-CHANGES: Final = ("create", "rotate")
+CHANGES: Final = ("create", "rotate", "delete")
 """Never repeated where the service may have carried them out."""
 
 EXPIRED: Final = "ExpiredTokenException"
@@ -137,6 +146,9 @@ FAULTS: Final = FaultTable[str](
             UnsupportedOperation, "this region has no keys of that kind"
         ),
         ("create", "TagException"): _UNSUITED,
+        ("delete", "AccessDeniedException"): Fault(
+            AccessDenied, "denied", "grant kms:ScheduleKeyDeletion on it to who may delete keys"
+        ),
         ("login", "ValidationError"): Fault(
             AccessDenied, "the login is refused", "look at role_arn, external_id and session_name"
         ),

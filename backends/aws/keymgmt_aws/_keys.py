@@ -63,6 +63,8 @@ KINDS: Final[Mapping[str, _Kind]] = {
     "ml-dsa-65": _Kind("ML_DSA_65", "sign", "ML_DSA_SHAKE_256"),
     "ml-dsa-87": _Kind("ML_DSA_87", "sign", "ML_DSA_SHAKE_256"),
 }
+DELETION_DAYS: Final = 30
+"""The most that AWS KMS waits, and what it waits by itself."""
 _RETIRED: Final = ("Disabled", "PendingDeletion", "PendingReplicaDeletion")
 _MULTI_REGION: Final = {"yes": True, "no": False}
 log: Final = logging.getLogger("keymgmt.aws")
@@ -206,6 +208,25 @@ class Keys:
             hint="make a new key: keymgmt keys create PROVIDER:NEW; move to it: keymgmt rewrap "
             f"MODEL --add PROVIDER:NEW --drop aws:{key}@{version}; then disable the old one in AWS",
         )
+
+    def delete(self, kms: Service, key: str) -> str:
+        """Have the key deleted after ``DELETION_DAYS``; the time of it.
+
+        Its alias stays, so that a key whose deletion is cancelled is found again.
+        """
+        described = self.describe(kms, key)
+        if ends := described.detail.get("deletion"):
+            return ends
+        answer = kms(
+            "delete",
+            described.arn,
+            "schedule_key_deletion",
+            KeyId=described.id,
+            PendingWindowInDays=DELETION_DAYS,
+        )
+        if ends := _time(answer.get("DeletionDate")):
+            return ends
+        raise ProviderUnavailable("the answer of AWS does not say when the key is deleted")
 
     def public_key(self, kms: Service, described: Described) -> bytes:
         """DER SubjectPublicKeyInfo of a key that has one."""

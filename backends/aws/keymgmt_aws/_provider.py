@@ -12,6 +12,7 @@ from keymgmt.backend import (
     KeyProvider,
     Recipient,
     Signature,
+    SupportsKeyDeletion,
     SupportsKeyManagement,
     SupportsOfflineRecipients,
     SupportsSigning,
@@ -31,7 +32,11 @@ __all__ = ["AwsProvider"]
 
 
 class AwsProvider(
-    KeyProvider[AwsSettings], SupportsKeyManagement, SupportsOfflineRecipients, SupportsSigning
+    KeyProvider[AwsSettings],
+    SupportsKeyManagement,
+    SupportsKeyDeletion,
+    SupportsOfflineRecipients,
+    SupportsSigning,
 ):
     """Keys in AWS KMS; they never leave it.
 
@@ -103,6 +108,12 @@ class AwsProvider(
         """See SupportsKeyManagement; always UnsupportedOperation, with the way out."""
         check_key(key)
         return self._connection.run(lambda kms: self._keys.refuse_to_retire(kms, key, version))
+
+    @bare
+    def delete_key(self, key: str) -> str:
+        """See SupportsKeyDeletion; AWS waits 30 days, and the deletion can be cancelled there."""
+        check_key(key)
+        return self._connection.run(lambda kms: self._keys.delete(kms, key), SLOW)
 
     @bare
     def export_recipient(self, key: str) -> Recipient:

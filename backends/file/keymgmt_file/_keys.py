@@ -167,6 +167,12 @@ class KeyFiles:
         if now != known:
             self._replace(VERSIONS, _versions.dump(now))
 
+    def remove(self, key: str) -> None:
+        """Delete the file of one key; only inside ``changing``. Its numbers stay taken."""
+        with translated(f"{self.path / (key + SUFFIX)}"):
+            (self.path / (key + SUFFIX)).unlink()
+            sync_directory(self.path)
+
     def lock(self) -> int:
         """Lock the key files that are not locked yet; returns how many that were.
 

@@ -17,6 +17,7 @@ from keymgmt.backend import (
     KeyProvider,
     Recipient,
     Signature,
+    SupportsKeyDeletion,
     SupportsKeyManagement,
     SupportsOfflineRecipients,
     SupportsSigning,
@@ -40,6 +41,7 @@ __all__ = ["FileProvider"]
 class FileProvider(
     KeyProvider[FileSettings],
     SupportsKeyManagement,
+    SupportsKeyDeletion,
     SupportsSigning,
     SupportsOfflineRecipients,
 ):
@@ -65,7 +67,8 @@ class FileProvider(
 
     Rotation adds a version; old ones still unwrap. A retired version unwraps nothing more, but
     its material stays in the file: removing its member ``revoked`` undoes it, and deleting the
-    version from the file (and from the backups) makes it final.
+    version from the file (and from the backups) makes it final. A deleted key is back with the
+    backup of its file; its numbers are not used again.
 
     A passphrase may lie around the directory (``keymgmt file lock``): Argon2id and AES-256-GCM. The
     key that it opens is kept in memory until ``close``.
@@ -175,6 +178,12 @@ class FileProvider(
             keys.retire(version)
             self.key_files.write(keys)
         return keys.info()
+
+    def delete_key(self, key: str) -> None:
+        """See SupportsKeyDeletion; backups of the directory still have it."""
+        with self.key_files.changing():
+            self.key_files.find(key)
+            self.key_files.remove(key)
 
     def check(self, key: str | None = None) -> Health:
         """See KeyProvider; without ``key``, every key file is read."""

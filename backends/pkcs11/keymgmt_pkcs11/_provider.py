@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import weakref
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, ClassVar, Final, Literal
+from typing import TYPE_CHECKING, ClassVar, Final, Literal, TypeVar
 
 from keymgmt.backend import (
     HPKE_KINDS,
@@ -19,6 +19,7 @@ from keymgmt.backend import (
     KeyRetired,
     Recipient,
     Signature,
+    SupportsKeyDeletion,
     SupportsKeyManagement,
     SupportsOfflineRecipients,
     SupportsSigning,
@@ -56,6 +57,8 @@ from keymgmt_pkcs11._wrapping import KeyInUse
 if TYPE_CHECKING:
     from keymgmt_pkcs11._wrapping import Wrapping
 
+T = TypeVar("T")
+
 __all__ = ["GENERATION_LIMIT", "Pkcs11Provider"]
 
 GENERATION_LIMIT: Final = 120.0
@@ -63,7 +66,11 @@ GENERATION_LIMIT: Final = 120.0
 
 
 class Pkcs11Provider(
-    KeyProvider[Pkcs11Settings], SupportsKeyManagement, SupportsOfflineRecipients, SupportsSigning
+    KeyProvider[Pkcs11Settings],
+    SupportsKeyManagement,
+    SupportsKeyDeletion,
+    SupportsOfflineRecipients,
+    SupportsSigning,
 ):
     """Keys in an HSM or token that has a PKCS#11 module.
 
@@ -89,8 +96,8 @@ class Pkcs11Provider(
     wrap after it survived a round trip.
 
     Rotation adds a version. A retired version has its usages switched off in the token, where the
-    token lets them; whoever has the PIN can switch them on again. Destroying the object is final,
-    and is done with the vendor's tool.
+    token lets them; whoever has the PIN can switch them on again. Deleting a key destroys the
+    objects of all its versions, which is final.
 
     The PIN is read when it is needed and wiped; one that was not accepted is sent once.
     """
@@ -354,6 +361,18 @@ class Pkcs11Provider(
 
         return self._change(f"retiring {key!r}", call)
 
+    def delete_key(self, key: str) -> None:
+        """See SupportsKeyDeletion; the objects of every version are destroyed."""
+        check_key(key)
+
+        def call(session: Session) -> None:
+            for item in self._versions(session, key).objects:
+                for handle in find_halves(session, item):
+                    session.ck.destroy(session.handle, handle)
+            session.cache.clear()
+
+        self._change(f"deleting {key!r}", call)
+
     def restrict_key(self, key: str, kind: str | None = None) -> KeyInfo:
         """Switch every usage of the newest version off that its kind does not need.
 
@@ -405,7 +424,7 @@ class Pkcs11Provider(
         """The sessions of this process, for the commands of this package."""
         return self._connection
 
-    def _change(self, doing: str, call: Callable[[Session], KeyInfo]) -> KeyInfo:
+    def _change(self, doing: str, call: Callable[[Session], T]) -> T:
         if self.settings.read_only:
             raise UnsupportedOperation(
                 f"{doing}: this provider is read-only", hint="set read_only = false"

@@ -36,6 +36,7 @@ from keymgmt.backend import (
     lock_file,
     read_file,
     replace_file,
+    sync_directory,
 )
 from keymgmt_tpm2._structures import Public
 from keymgmt_tpm2._templates import KINDS, problem_with
@@ -222,6 +223,15 @@ class KeyDirectory:
     def write(self, key: TpmKey) -> None:
         """Write a key's file whole."""
         replace_file(self.path / f"{key.key}.json", key.to_bytes(), mode=0o600)
+
+    def remove(self, key: str) -> None:
+        """Delete a key's file, without which the TPM cannot load the key."""
+        path = self.path / f"{key}.json"
+        try:
+            path.unlink()
+            sync_directory(self.path)
+        except OSError as error:
+            raise ProviderUnavailable(f"cannot delete {path}: {error.strerror}") from error
 
     @contextlib.contextmanager
     def changing(self, seconds: float) -> Iterator[None]:

@@ -21,6 +21,7 @@ from keymgmt.backend import (
     ProviderUnavailable,
     Recipient,
     Signature,
+    SupportsKeyDeletion,
     SupportsKeyManagement,
     SupportsOfflineRecipients,
     SupportsSigning,
@@ -56,6 +57,7 @@ log: Final = logging.getLogger("keymgmt.tpm2")
 class Tpm2Provider(
     KeyProvider[Tpm2Settings],
     SupportsKeyManagement,
+    SupportsKeyDeletion,
     SupportsSigning,
     SupportsOfflineRecipients,
 ):
@@ -225,6 +227,13 @@ class Tpm2Provider(
             found = found.with_retired(version)
             self.keys.write(found)
         return found.info()
+
+    def delete_key(self, key: str) -> None:
+        """See SupportsKeyDeletion; a copy of the key directory still has it, for this TPM."""
+        self._find(key)
+        with self.keys.changing(self.settings.timeout):
+            self._find(key)
+            self.keys.remove(key)
 
     def check(self, key: str | None = None) -> Health:
         """See KeyProvider: the TPM, its root key, its lockout, its slots, and what opens now."""

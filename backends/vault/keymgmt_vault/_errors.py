@@ -33,7 +33,7 @@ Operation = Literal["ask", "change", "login", "single-use login"]
 """How a request may be sent: to ask again changes nothing; ``change`` and a login whose credential
 may serve once are never repeated where the node may have carried them out."""
 
-Verb = Literal["encrypt", "decrypt", "sign", "rotate", "read", "create", "retire", "list"]
+Verb = Literal["encrypt", "decrypt", "sign", "rotate", "read", "create", "retire", "list", "delete"]
 
 
 def _node(message: str, hint: str, *, passing: bool = True) -> Fault:
@@ -233,7 +233,7 @@ _REFUSALS: Final = FaultTable[str](
         ),
     },
 )
-_CAPABILITY: Final = {"read": "read", "create": "create", "list": "list"}
+_CAPABILITY: Final = {"read": "read", "create": "create", "list": "list", "delete": "delete"}
 
 
 def refused(

@@ -258,6 +258,19 @@ class Keys:
         self._write("retire", before.native, "/config", body)
         return self.read(key).info()
 
+    def delete(self, key: str) -> None:
+        """Allow the key's deletion, which Transit refuses by itself, and delete it."""
+        described = self.read(key, fresh=True)
+        path = f"/v1/{self._settings.mount}/keys/{described.native}"
+        connection = self._session.connection
+        if "deletion" not in described.detail:
+            self._write("retire", described.native, "/config", {"deletion_allowed": True})
+        self._session.call(
+            "delete",
+            described.native,
+            lambda: connection.request("delete", path, operation="change"),
+        )
+
     def signing(self, key: str) -> Described:
         """A key that signs; UnsupportedOperation for one that wraps."""
         described = self.read(key).alive()

@@ -13,6 +13,7 @@ from keymgmt.backend import (
     ProviderError,
     Signature,
     SupportsBatchUnwrap,
+    SupportsKeyDeletion,
     SupportsKeyManagement,
     SupportsSigning,
     WrappedKey,
@@ -29,7 +30,11 @@ __all__ = ["VaultProvider"]
 
 
 class VaultProvider(
-    KeyProvider[VaultSettings], SupportsKeyManagement, SupportsSigning, SupportsBatchUnwrap
+    KeyProvider[VaultSettings],
+    SupportsKeyManagement,
+    SupportsKeyDeletion,
+    SupportsSigning,
+    SupportsBatchUnwrap,
 ):
     """Keys in the Transit secrets engine; they never leave the server.
 
@@ -86,7 +91,8 @@ class VaultProvider(
     def create_key(self, key: str, kind: str, options: Mapping[str, str]) -> KeyInfo:
         """See SupportsKeyManagement; the option ``auto-rotate`` is a period such as ``2160h``.
 
-        The key cannot be exported or backed up in plaintext, and Transit refuses to delete it.
+        The key cannot be exported or backed up in plaintext, and Transit refuses to delete it
+        until ``delete_key`` allows it.
         """
         return self._keys.create(check_key(key), kind, options)
 
@@ -109,6 +115,11 @@ class VaultProvider(
     def retire_version(self, key: str, version: str) -> KeyInfo:
         """See SupportsKeyManagement; Transit has only a floor, so the oldest one first."""
         return self._keys.retire(check_key(key), version)
+
+    @bare
+    def delete_key(self, key: str) -> None:
+        """See SupportsKeyDeletion; the key's deletion is allowed first."""
+        self._keys.delete(check_key(key))
 
     @bare
     def public_key(self, key: str, version: str | None = None) -> bytes:

@@ -399,6 +399,16 @@ class Simulated:
         key.material.append(_MAKE[key.spec]())
         return {"KeyId": key.id}
 
+    def _ScheduleKeyDeletion(self, request: dict[str, Any], who: str) -> Any:  # noqa: N802
+        key = self._find(request)
+        if str(request["KeyId"]).startswith("alias/"):
+            raise Refusal("NotFoundException", "Invalid keyId")
+        if key.state == "PendingDeletion":
+            raise Refusal("KMSInvalidStateException", f"{key.arn} is pending deletion.")
+        key.state = "PendingDeletion"
+        key.deletion = time.time() + 86400 * int(request["PendingWindowInDays"])
+        return {"KeyId": key.arn, "DeletionDate": key.deletion, "KeyState": key.state}
+
     @staticmethod
     def _bound(key: Key, request: dict[str, Any]) -> bytes:
         return json.dumps(

@@ -86,6 +86,9 @@ class TestOnMoto(Patient):
                 provider.unwrap(replace(wrapped, blob=bytes(blob)), b"c")
         provider.unwrap(wrapped, b"c").wipe()
 
+    def test_deletion(self) -> None:
+        pytest.skip("moto decrypts with a key that is pending deletion: see TestSimulated")
+
     @pytest.fixture
     def hang_service(self, moto: Any) -> Hook:
         return moto.stop

@@ -99,6 +99,15 @@ def test_a_model_by_the_command_line(kms: Any, site: Run, tmp_path: Path) -> Non
     site("unseal", "resnet50.sealed", "third")
     assert "disabled" in site("doctor", "cloud:resnet50", code=1)
 
+    # AWS waits, and what is waited for is said, also the second time.
+    assert "nobody has looked" in site("keys", "delete", "cloud:resnet50-2027", "--yes", code=3)
+    delete = ("keys", "delete", "cloud:resnet50-2027", "--tree", ".", "--yes")
+    assert "opens 1 models" in site(*delete, code=3)
+    said = site(*delete[:3], "--force", "--yes")
+    assert re.search(r"serves for nothing, and is deleted at \d{4}-\d\d-\d\dT", said)
+    assert site(*delete[:3], "--force", "--yes") == said
+    assert "pending deletion" in site("verify", "resnet50.sealed", code=5)
+
 
 def test_a_model_that_others_seal_offline(kms: Any, site: Run, tmp_path: Path) -> None:
     kms.make("publisher", "ML_DSA_65")

@@ -14,7 +14,7 @@ from keymgmt.testing import Hook, ProviderContract, ProviderFactory
 # A token for everything that the contract asks for, and no more.
 POLICY = """
 path "transit/keys" { capabilities = ["list"] }
-path "transit/keys/*" { capabilities = ["create", "read", "update"] }
+path "transit/keys/*" { capabilities = ["create", "read", "update", "delete"] }
 path "transit/encrypt/*" { capabilities = ["create", "update"] }
 path "transit/decrypt/*" { capabilities = ["update"] }
 path "transit/sign/*" { capabilities = ["update"] }
