@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 from keymgmt.backend import (
@@ -16,7 +16,8 @@ from keymgmt.backend import (
     UnwrapFailed,
     check_key,
 )
-from keymgmt_aws._connection import Connection, Service
+from keymgmt_aws._connection import Connection
+from keymgmt_aws._keys import usable
 from keymgmt_aws._settings import CONTEXT
 
 if TYPE_CHECKING:
@@ -35,8 +36,18 @@ def check(connection: Connection, keys: Keys, wrapping: Wrapping, key: str | Non
     return Health(tuple(_findings(connection, keys, wrapping, key)))
 
 
-def _failed(name: str, error: KeymgmtError) -> Finding:
-    return Finding(name, "failed", str(error), error.hint)
+def _refused(name: str, error: KeymgmtError, *, may_lack: bool = False) -> Finding:
+    """A finding of a failure; a right that a machine ``may_lack`` is no fault of it."""
+    skipped = may_lack and isinstance(error, AccessDenied)
+    return Finding(name, "skipped" if skipped else "failed", str(error), error.hint)
+
+
+def _failure(call: Callable[[], object]) -> KeymgmtError | None:
+    try:
+        call()
+    except KeymgmtError as error:
+        return error
+    return None
 
 
 def _findings(
@@ -46,7 +57,7 @@ def _findings(
     try:
         who = connection.run(lambda kms: kms.identify())
     except AccessDenied as error:
-        yield _failed("login", error)
+        yield _refused("login", error)
         return
     except KeymgmtError as error:
         # A private network may have a way to AWS KMS, and none to AWS STS.
@@ -58,24 +69,22 @@ def _findings(
         yield _reached(connection, known)
         return
     try:
-        described = connection.run(lambda kms: keys.describe(kms, check_key(key)))
+        info = connection.run(lambda kms: keys.describe(kms, check_key(key)))
+        usable(info, info.purpose)
     except AccessDenied:
         yield Finding("key", "skipped", f"we may not look at {key}; wrapping needs it")
         yield from _decrypts(connection, key)
         return
     except KeymgmtError as error:
-        yield _failed("key", error)
+        yield _refused("key", error)
         return
-    try:
-        described.usable(described.purpose)
-    except KeymgmtError as error:
-        yield _failed("key", error)
+    yield Finding("key", "ok", f"{key}: {info.kind}, {info.detail['arn']}")
+    if info.purpose == "sign":
+        why = _failure(lambda: connection.run(lambda kms: keys.sign(kms, key, b"keymgmt doctor")))
+        signed = Finding("signature", "ok", "signed")
+        yield _refused("signature", why, may_lack=True) if why else signed
         return
-    yield Finding("key", "ok", f"{key}: {described.kind}, {described.arn}")
-    if described.purpose == "sign":
-        yield _signs(connection, keys, key)
-        return
-    if described.kind == "symmetric":
+    if info.kind == "symmetric":
         yield from _decrypts(connection, key)
     yield from _round_trip(wrapping, key)
 
@@ -83,57 +92,43 @@ def _findings(
 def _reached(connection: Connection, known: bool) -> Finding:
     """Whether AWS KMS answers; an alias that nobody has is asked for, which changes nothing."""
     settings = connection.settings
-    place = settings.endpoint or f"AWS KMS in {settings.region}"
-    try:
-        connection.run(lambda kms: kms("describe", _NO_ALIAS, "describe_key", KeyId=_NO_ALIAS))
-    except KeyNotFound:
-        pass
-    except AccessDenied as error:
-        # Those whom AWS STS knows may lack that right; of others it is not known.
-        if not known:
-            return _failed("service", error)
-    except KeymgmtError as error:
-        return _failed("service", error)
-    return Finding("service", "ok", f"{place} answers")
+    why = _failure(
+        lambda: connection.run(
+            lambda kms: kms("describe", _NO_ALIAS, "describe_key", KeyId=_NO_ALIAS)
+        )
+    )
+    # Those whom AWS STS knows may lack that right; of others it is not known.
+    if why is None or isinstance(why, KeyNotFound) or (known and isinstance(why, AccessDenied)):
+        place = settings.endpoint or f"AWS KMS in {settings.region}"
+        return Finding("service", "ok", f"{place} answers")
+    return _refused("service", why)
 
 
 def _decrypts(connection: Connection, key: str) -> Iterator[Finding]:
     """Whether we may unwrap, and whether a policy asks for what should stand in the context."""
     settings = connection.settings
-    native, hashed = settings.native(key), {CONTEXT: "0" * 64}
+    whole = {**settings.context, CONTEXT: "0" * 64}
+    native = settings.native(key)
 
     def asked(pairs: dict[str, str]) -> KeymgmtError | None:
-        """Why nothing can be decrypted with these pairs, or None where only the blob is wrong."""
+        """Why nothing can be decrypted with these pairs; UnwrapFailed: only the blob is wrong."""
+        request = {"KeyId": native, "CiphertextBlob": _SENSELESS, "EncryptionContext": pairs}
+        return _failure(
+            lambda: connection.run(lambda kms: kms("decrypt", native, "decrypt", **request))
+        )
 
-        def ask(kms: Service) -> None:
-            blob = {"KeyId": native, "CiphertextBlob": _SENSELESS}
-            kms("decrypt", native, "decrypt", EncryptionContext=pairs, **blob)
-
-        try:
-            connection.run(ask)
-        except UnwrapFailed:
-            return None
-        except KeymgmtError as error:
-            return error
-        return UnwrapFailed("the service opened what nobody wrapped")
-
-    refused = asked({**settings.context, **hashed})
-    if isinstance(refused, AccessDenied):
-        yield Finding("unwrap", "skipped", f"we may not unwrap: {refused}", refused.hint)
-        return
-    if refused is not None:
-        yield _failed("unwrap", refused)
+    why = asked(whole)
+    if not isinstance(why, UnwrapFailed):
+        odd = UnwrapFailed("the service opened what nobody wrapped")
+        yield _refused("unwrap", why or odd, may_lack=True)
         return
     yield Finding("unwrap", "ok", "kms:Decrypt is granted")
-    lacking = {CONTEXT: settings.context} | {
-        name: {**settings.context, **hashed} for name in settings.context
-    }
-    for name, pairs in lacking.items():
-        refused = asked({each: value for each, value in pairs.items() if each != name})
-        if isinstance(refused, AccessDenied):
+    for name in (CONTEXT, *settings.context):
+        why = asked({each: value for each, value in whole.items() if each != name})
+        if isinstance(why, AccessDenied):
             yield Finding("policy", "ok", f"it asks for {name} in the encryption context")
-        elif refused is not None:
-            yield _failed("policy", refused)
+        elif why is not None and not isinstance(why, UnwrapFailed):
+            yield _refused("policy", why)
         else:
             yield Finding(
                 "policy",
@@ -144,37 +139,21 @@ def _decrypts(connection: Connection, key: str) -> Iterator[Finding]:
             )
 
 
-def _signs(connection: Connection, keys: Keys, key: str) -> Finding:
-    try:
-        connection.run(lambda kms: keys.sign(kms, key, b"keymgmt doctor"))
-    except AccessDenied as error:
-        return Finding("signature", "skipped", f"we may not sign: {error}", error.hint)
-    except KeymgmtError as error:
-        return _failed("signature", error)
-    return Finding("signature", "ok", "signed")
-
-
 def _round_trip(wrapping: Wrapping, key: str) -> Iterator[Finding]:
-    context, doing = os.urandom(32), "wrap"
+    context = os.urandom(32)
     try:
         with Dek.generate() as dek:
             wrapped = wrapping.wrap(key, dek, context)
-            doing = "unwrap"
             with wrapping.unwrap(wrapped, context) as again:
                 same = again == dek
-    except AccessDenied as error:
-        yield Finding("round trip", "skipped", f"we may not {doing}: {error}", error.hint)
-        return
     except KeymgmtError as error:
-        yield _failed("round trip", error)
+        yield _refused("round trip", error, may_lack=True)
         return
     text = "wrapped and unwrapped" if same else "another data key came back"
     yield Finding("round trip", "ok" if same else "failed", text)
-    try:
-        wrapping.unwrap(wrapped, os.urandom(32)).wipe()
-    except UnwrapFailed:
+    why = _failure(lambda: wrapping.unwrap(wrapped, os.urandom(32)).wipe())
+    if isinstance(why, UnwrapFailed):
         yield Finding("context", "ok", "another one is refused")
-    except KeymgmtError as error:
-        yield _failed("context", error)
     else:
-        yield Finding("context", "failed", "the service opens with another one")
+        opened = Finding("context", "failed", "the service opens with another one")
+        yield _refused("context", why) if why else opened

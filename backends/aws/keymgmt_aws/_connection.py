@@ -16,7 +16,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from keymgmt.backend import Deadline, ForkSafe, KeymgmtError, ProviderUnavailable
-from keymgmt_aws._errors import CHANGES, EXPIRED, FAULTS, UNSPEAKABLE, Verb, code_of, error_of
+from keymgmt_aws._errors import (
+    CHANGES,
+    EXPIRED,
+    FAULTS,
+    NOT_CARRIED_OUT,
+    UNSPEAKABLE,
+    Verb,
+    code_of,
+    error_of,
+)
 from keymgmt_aws._login import log_in
 from keymgmt_aws._transport import Client, is_ours, prepare
 
@@ -28,7 +37,6 @@ __all__ = ["Connection", "Service", "member"]
 R = TypeVar("R")
 _PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 2.0
-_NOT_CARRIED_OUT: Final = ("ThrottlingException", "EndpointConnectionError", "ConnectTimeoutError")
 _LOGINS: Final = ("AssumeRole", "AssumeRoleWithWebIdentity")
 
 
@@ -124,13 +132,12 @@ class Service:
                 login = getattr(error, "operation_name", "") in _LOGINS
                 doing: Verb = "login" if login else verb
                 code, words = code_of(error)
-                if code == EXPIRED and client is not None and not replaced:
+                fault = FAULTS.find(code, doing)
+                if fault is EXPIRED and client is not None and not replaced:
                     replaced = True
                     self._connection.forget(client)
                     continue
-                passing = FAULTS.find(code, doing).passing and (
-                    doing not in CHANGES or code in _NOT_CARRIED_OUT
-                )
+                passing = fault.passing and (doing not in CHANGES or fault in NOT_CARRIED_OUT)
                 failure = error_of(code, words, f"cannot {doing} with {place}", doing)
                 if type(error).__name__ not in UNSPEAKABLE:
                     failure.__cause__ = error

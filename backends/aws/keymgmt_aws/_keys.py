@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
@@ -33,87 +32,61 @@ from keymgmt.backend import (
     no_version,
 )
 from keymgmt_aws._connection import Service, member
-from keymgmt_aws._settings import key_id
+from keymgmt_aws._settings import SYMMETRIC, key_id
 
 if TYPE_CHECKING:
     from keymgmt_aws._settings import AwsSettings
 
-__all__ = ["KINDS", "Described", "Keys"]
+__all__ = ["KINDS", "Keys", "usable"]
 
-
-class _Kind(NamedTuple):
-    """A kind of key: its KeySpec, its purpose, and for one that signs the SigningAlgorithm."""
-
-    spec: str
-    purpose: Literal["wrap", "sign"]
-    algorithm: str = ""
-
-    @property
-    def usage(self) -> str:
-        return "ENCRYPT_DECRYPT" if self.purpose == "wrap" else "SIGN_VERIFY"
-
-
-_RSA_BITS: Final = (2048, 3072, 4096)
-KINDS: Final[Mapping[str, _Kind]] = {
-    "symmetric": _Kind("SYMMETRIC_DEFAULT", "wrap"),
-    **{f"rsa-{bits}": _Kind(f"RSA_{bits}", "wrap") for bits in _RSA_BITS},
-    "ecdsa-p256": _Kind("ECC_NIST_P256", "sign", "ECDSA_SHA_256"),
-    "ecdsa-p384": _Kind("ECC_NIST_P384", "sign", "ECDSA_SHA_384"),
-    **{f"rsa-pss-{bits}": _Kind(f"RSA_{bits}", "sign", "RSASSA_PSS_SHA_256") for bits in _RSA_BITS},
-    "ml-dsa-65": _Kind("ML_DSA_65", "sign", "ML_DSA_SHAKE_256"),
-    "ml-dsa-87": _Kind("ML_DSA_87", "sign", "ML_DSA_SHAKE_256"),
+_Purpose: TypeAlias = Literal["wrap", "sign"]
+_RSA: Final = (2048, 3072, 4096)
+# kind -> its purpose, its KeySpec, and for one that signs its SigningAlgorithm.
+_SPECS: Final[Mapping[str, tuple[_Purpose, str, str]]] = {
+    "symmetric": ("wrap", SYMMETRIC, ""),
+    **{f"rsa-{bits}": ("wrap", f"RSA_{bits}", "") for bits in _RSA},
+    "ecdsa-p256": ("sign", "ECC_NIST_P256", "ECDSA_SHA_256"),
+    "ecdsa-p384": ("sign", "ECC_NIST_P384", "ECDSA_SHA_384"),
+    **{f"rsa-pss-{bits}": ("sign", f"RSA_{bits}", "RSASSA_PSS_SHA_256") for bits in _RSA},
+    "ml-dsa-65": ("sign", "ML_DSA_65", "ML_DSA_SHAKE_256"),
+    "ml-dsa-87": ("sign", "ML_DSA_87", "ML_DSA_SHAKE_256"),
 }
+KINDS: Final[Mapping[str, _Purpose]] = {kind: purpose for kind, (purpose, *_) in _SPECS.items()}
+_USAGES: Final = {"wrap": "ENCRYPT_DECRYPT", "sign": "SIGN_VERIFY"}
 DELETION_DAYS: Final = 30
 """The most that AWS KMS waits, and what it waits by itself."""
 _RETIRED: Final = ("Disabled", "PendingDeletion", "PendingReplicaDeletion")
-_MULTI_REGION: Final = {"yes": True, "no": False}
 log: Final = logging.getLogger("keymgmt.aws")
 
 
-@dataclass(frozen=True)
-class Described:
-    """A key as AWS KMS describes it."""
+def usable(info: KeyInfo, purpose: str) -> KeyInfo:
+    """The key itself, where it is for that and can be used now.
 
-    key: str
-    arn: str
-    id: str
-    kind: str
-    state: str
-    created: str | None
-    detail: Mapping[str, str]
-
-    @property
-    def purpose(self) -> Literal["wrap", "sign"]:
-        """What it is for."""
-        return KINDS[self.kind].purpose
-
-    def info(self) -> KeyInfo:
-        """The key in the core's words."""
-        state: Literal["active", "retired"] = "retired" if self.state in _RETIRED else "active"
-        version = KeyVersion(self.id, state, self.created)
-        return KeyInfo(self.key, self.purpose, self.kind, (version,), self.detail)
-
-    def usable(self, purpose: str) -> Described:
-        """The key itself, where it is for that and can be used."""
-        if self.purpose != purpose:
-            kinds = ", ".join(name for name, kind in KINDS.items() if kind.purpose == purpose)
-            raise UnsupportedOperation(
-                f"the key {self.key!r} is {self.kind} and does not {purpose}",
-                hint=f"kinds that do: {kinds}",
-            )
-        if self.state in _RETIRED:
-            ends = self.detail.get("deletion")
-            how = "disabled" if self.state == "Disabled" else "pending deletion"
-            raise KeyRetired(
-                f"the key {self.key!r} is {how}{f' on {ends}' if ends else ''} ({self.arn})",
-                hint="enable it, or cancel its deletion, in AWS KMS, if it should be used again",
-            )
-        if self.state not in ("Enabled", "Updating"):
-            raise ProviderUnavailable(
-                f"the key {self.key!r} is in the state {self.state} in AWS KMS",
-                hint="look at its key material, or at its key store",
-            )
-        return self
+    Raises:
+        UnsupportedOperation: it is for something else.
+        KeyRetired: it is disabled or pending deletion.
+        ProviderUnavailable: it is in another state in which it cannot be used.
+    """
+    if info.purpose != purpose:
+        kinds = ", ".join(name for name, does in KINDS.items() if does == purpose)
+        raise UnsupportedOperation(
+            f"the key {info.key!r} is {info.kind} and does not {purpose}",
+            hint=f"kinds that do: {kinds}",
+        )
+    state, ends = info.detail["state"], info.detail.get("deletion")
+    if state in _RETIRED:
+        how = "disabled" if state == "Disabled" else "pending deletion"
+        how += f" on {ends}" if ends else ""
+        raise KeyRetired(
+            f"the key {info.key!r} is {how} ({info.detail['arn']})",
+            hint="enable it, or cancel its deletion, in AWS KMS, if it should be used again",
+        )
+    if state not in ("Enabled", "Updating"):
+        raise ProviderUnavailable(
+            f"the key {info.key!r} is in the state {state} in AWS KMS",
+            hint="look at its key material, or at its key store",
+        )
+    return info
 
 
 class Keys:
@@ -122,7 +95,7 @@ class Keys:
     def __init__(self, name: str, settings: AwsSettings) -> None:
         self._name, self._settings = name, settings
 
-    def describe(self, kms: Service, key: str) -> Described:
+    def describe(self, kms: Service, key: str) -> KeyInfo:
         """One key; KeyNotFound if it is not there, UnsupportedOperation if it is no use to us."""
         native = self._settings.native(key)
         return _described(key, native, kms("describe", native, "describe_key", KeyId=native))
@@ -131,15 +104,10 @@ class Keys:
         """Make a key and its alias; ConfigError if there is one."""
         if kind not in KINDS:
             raise ConfigError(f"keys are not of kind {kind[:40]!r}", hint=", ".join(KINDS))
-        unknown = set(options) - {"multi-region"}
-        multi_region = options.get("multi-region", "no")
-        if unknown or multi_region not in _MULTI_REGION:
-            raise ConfigError(
-                f"no option {min(unknown)!r}"
-                if unknown
-                else f"multi-region is not {multi_region!r}",
-                hint="known: multi-region=yes",
-            )
+        multi_region = {"yes": True, "no": False}.get(options.get("multi-region", "no"))
+        if set(options) - {"multi-region"} or multi_region is None:
+            said = ", ".join(f"{name}={value}"[:80] for name, value in options.items())
+            raise ConfigError(f"no such option: {said}", hint="known: multi-region=yes")
         alias = self._settings.native(key)
         if not alias.startswith("alias/"):
             raise ConfigError(
@@ -156,23 +124,18 @@ class Keys:
                 f"there is a key {alias} already",
                 hint=f"choose another name; see: keymgmt keys show {self._name}:{key}",
             )
-        made = kms(
-            "create",
-            alias,
-            "create_key",
-            KeySpec=KINDS[kind].spec,
-            KeyUsage=KINDS[kind].usage,
-            MultiRegion=_MULTI_REGION[multi_region],
-            Description=f"keymgmt {key}",
-        )
-        arn = member(member(made, "KeyMetadata", dict), "Arn", str)
+        purpose, spec, _ = _SPECS[kind]
+        about = {"KeySpec": spec, "KeyUsage": _USAGES[purpose], "MultiRegion": multi_region}
+        made = kms("create", alias, "create_key", Description=f"keymgmt {key}", **about)
+        # Not asked by the alias, which AWS KMS may not know for a while.
+        info = _described(key, alias, made)
         try:
-            kms("create", alias, "create_alias", AliasName=alias, TargetKeyId=key_id(arn))
+            kms("create", alias, "create_alias", AliasName=alias, TargetKeyId=info.newest)
         except Exception:
+            arn = info.detail["arn"]
             log.warning("the key %s was made, and has no alias: give it one, or delete it", arn)
             raise
-        # Not asked by the alias, which AWS KMS may not know for a while.
-        return _described(key, alias, made).info()
+        return info
 
     def list(self, kms: Service) -> list[KeyInfo]:
         """Every key that we can use and may look at, by name; others are named in the log."""
@@ -180,7 +143,7 @@ class Keys:
         found: list[KeyInfo] = []
         for key in sorted(names):
             try:
-                found.append(self.describe(kms, key).info())
+                found.append(self.describe(kms, key))
             except AccessDenied:
                 log.warning("we may not look at %s", key)
             except (UnsupportedOperation, KeyNotFound) as error:
@@ -189,20 +152,20 @@ class Keys:
 
     def rotate(self, kms: Service, key: str) -> KeyInfo:
         """Ask AWS to rotate the key material now; what it rotated stays in the key."""
-        described = self.describe(kms, key)
-        if described.kind != "symmetric" or "origin" in described.detail:
+        info = self.describe(kms, key)
+        if info.kind != "symmetric" or "origin" in info.detail:
             raise UnsupportedOperation(
-                f"AWS KMS rotates symmetric keys that it made, and {key!r} is {described.kind}",
+                f"AWS KMS rotates symmetric keys that it made, and {key!r} is {info.kind}",
                 hint="make a new key: keymgmt keys create PROVIDER:KEY",
             )
-        kms("rotate", described.arn, "rotate_key_on_demand", KeyId=described.id)
-        return self.describe(kms, key).info()
+        kms("rotate", info.detail["arn"], "rotate_key_on_demand", KeyId=info.newest)
+        return self.describe(kms, key)
 
     def refuse_to_retire(self, kms: Service, key: str, version: str) -> KeyInfo:
         """Say why nothing is retired; KeyNotFound where there is no such version."""
-        described = self.describe(kms, key)
-        if version != described.id:
-            raise no_version(key, version, [described.id])
+        info = self.describe(kms, key)
+        if version != info.newest:
+            raise no_version(key, version, [info.newest])
         raise UnsupportedOperation(
             f"AWS KMS retires no version of a key: {key!r} opens all that it ever wrapped",
             hint="make a new key: keymgmt keys create PROVIDER:NEW; move to it: keymgmt rewrap "
@@ -214,73 +177,54 @@ class Keys:
 
         Its alias stays, so that a key whose deletion is cancelled is found again.
         """
-        described = self.describe(kms, key)
-        if ends := described.detail.get("deletion"):
+        info = self.describe(kms, key)
+        if ends := info.detail.get("deletion"):
             return ends
-        answer = kms(
-            "delete",
-            described.arn,
-            "schedule_key_deletion",
-            KeyId=described.id,
-            PendingWindowInDays=DELETION_DAYS,
-        )
+        request = {"KeyId": info.newest, "PendingWindowInDays": DELETION_DAYS}
+        answer = kms("delete", info.detail["arn"], "schedule_key_deletion", **request)
         if ends := _time(answer.get("DeletionDate")):
             return ends
         raise ProviderUnavailable("the answer of AWS does not say when the key is deleted")
 
-    def public_key(self, kms: Service, described: Described) -> bytes:
+    def public_key(self, kms: Service, info: KeyInfo) -> bytes:
         """DER SubjectPublicKeyInfo of a key that has one."""
-        answer = kms("describe", described.arn, "get_public_key", KeyId=described.arn)
-        return member(answer, "PublicKey", bytes)
+        arn = info.detail["arn"]
+        return member(kms("describe", arn, "get_public_key", KeyId=arn), "PublicKey", bytes)
 
-    def recipient(self, kms: Service, described: Described) -> Recipient:
+    def recipient(self, kms: Service, info: KeyInfo) -> Recipient:
         """The public part of a key that wraps."""
-        if described.usable("wrap").kind == "symmetric":
+        if usable(info, "wrap").kind == "symmetric":
             raise UnsupportedOperation(
-                f"the key {described.key!r} is symmetric and has no public part",
+                f"the key {info.key!r} is symmetric and has no public part",
                 hint="make one of kind rsa-3072: keymgmt keys create PROVIDER:KEY --kind rsa-3072",
             )
-        public = self.public_key(kms, described)
-        return Recipient(RSA_OAEP_256, "aws", described.key, described.id, public)
+        return Recipient(RSA_OAEP_256, "aws", info.key, info.newest, self.public_key(kms, info))
 
     def sign(self, kms: Service, key: str, message: bytes) -> Signature:
         """Sign a digest that is made here, whatever the message's size."""
-        described = self.describe(kms, key).usable("sign")
-        public = self.public_key(kms, described)
-        kind, digest = _digest(described.kind, public, message)
-        answer = kms(
-            "sign",
-            described.arn,
-            "sign",
-            KeyId=described.arn,
-            Message=digest,
-            MessageType=kind,
-            SigningAlgorithm=KINDS[described.kind].algorithm,
-        )
+        info = usable(self.describe(kms, key), "sign")
+        public, arn = self.public_key(kms, info), info.detail["arn"]
+        kind, digest = _digest(info.kind, public, message)
+        how = {"MessageType": kind, "SigningAlgorithm": _SPECS[info.kind][2]}
+        answer = kms("sign", arn, "sign", KeyId=arn, Message=digest, **how)
         return Signature(member(answer, "Signature", bytes), public)
 
 
-def _described(key: str, native: str, answer: dict[str, Any]) -> Described:
-    """The key of an answer that has KeyMetadata."""
+def _described(key: str, native: str, answer: dict[str, Any]) -> KeyInfo:
+    """The key of an answer that has KeyMetadata; its one version is its id."""
     data = member(answer, "KeyMetadata", dict)
-    kind = next(
-        (
-            name
-            for name, kind in KINDS.items()
-            if (kind.spec, kind.usage) == (data.get("KeySpec"), data.get("KeyUsage"))
-        ),
-        None,
-    )
+    told = data.get("KeySpec"), data.get("KeyUsage")
+    kinds = (kind for kind, (does, spec, _) in _SPECS.items() if (spec, _USAGES[does]) == told)
+    kind = next(kinds, None)
     if kind is None:
         raise UnsupportedOperation(
-            f"{native} is {data.get('KeySpec')} for {data.get('KeyUsage')}: of no use here",
+            f"{native} is {told[0]} for {told[1]}: of no use here",
             hint=f"kinds that are: {', '.join(KINDS)}",
         )
-    arn = member(data, "Arn", str)
-    found = key_id(arn)
+    detail = {"arn": member(data, "Arn", str), "state": member(data, "KeyState", str)}
+    found = key_id(detail["arn"])
     if found is None:
         raise ProviderUnavailable("the answer of AWS has no ARN of a key")
-    detail = {"arn": arn, "state": member(data, "KeyState", str)}
     if data.get("Origin", "AWS_KMS") != "AWS_KMS":
         detail["origin"] = str(data["Origin"])
     if data.get("MultiRegion"):
@@ -288,8 +232,9 @@ def _described(key: str, native: str, answer: dict[str, Any]) -> Described:
         detail["multi-Region"] = str(more.get("MultiRegionKeyType", "yes")).lower()
     if ends := _time(data.get("DeletionDate")):
         detail["deletion"] = ends
-    created = _time(data.get("CreationDate"))
-    return Described(key, arn, found, kind, detail["state"], created, detail)
+    state: Literal["active", "retired"] = "retired" if detail["state"] in _RETIRED else "active"
+    version = KeyVersion(found, state, _time(data.get("CreationDate")))
+    return KeyInfo(key, KINDS[kind], kind, (version,), detail)
 
 
 def _aliases(kms: Service) -> Iterator[str]:
@@ -321,6 +266,4 @@ def _digest(kind: str, public: bytes, message: bytes) -> tuple[str, bytes]:
 
 
 def _time(value: Any) -> str | None:
-    if not isinstance(value, datetime):
-        return None
-    return value.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    return f"{value.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}" if isinstance(value, datetime) else None

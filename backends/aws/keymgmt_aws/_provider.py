@@ -23,7 +23,7 @@ from keymgmt.backend import (
 )
 from keymgmt_aws import _checks
 from keymgmt_aws._connection import Connection, Service
-from keymgmt_aws._keys import KINDS, Keys
+from keymgmt_aws._keys import KINDS, Keys, usable
 from keymgmt_aws._settings import AwsSettings
 from keymgmt_aws._transport import SLOW
 from keymgmt_aws._wrapping import Wrapping
@@ -59,9 +59,7 @@ class AwsProvider(
 
     backend: ClassVar[str] = "aws"
     Settings: ClassVar[type[AwsSettings]] = AwsSettings
-    key_kinds: ClassVar[Mapping[str, Literal["wrap", "sign"]]] = {
-        name: kind.purpose for name, kind in KINDS.items()
-    }
+    key_kinds: ClassVar[Mapping[str, Literal["wrap", "sign"]]] = KINDS
     rotates_unseen: ClassVar[bool] = True
 
     def __init__(self, name: str, settings: AwsSettings) -> None:
@@ -95,7 +93,7 @@ class AwsProvider(
     def describe_key(self, key: str) -> KeyInfo:
         """See SupportsKeyManagement; the one version is the key's id."""
         check_key(key)
-        return self._connection.run(lambda kms: self._keys.describe(kms, key).info())
+        return self._connection.run(lambda kms: self._keys.describe(kms, key))
 
     @bare
     def rotate_key(self, key: str) -> KeyInfo:
@@ -129,10 +127,10 @@ class AwsProvider(
         check_key(key)
 
         def work(kms: Service) -> bytes:
-            described = self._keys.describe(kms, key).usable("sign")
-            if version not in (None, described.id):
-                raise no_version(key, str(version), [described.id])
-            return self._keys.public_key(kms, described)
+            info = usable(self._keys.describe(kms, key), "sign")
+            if version not in (None, info.newest):
+                raise no_version(key, str(version), [info.newest])
+            return self._keys.public_key(kms, info)
 
         return self._connection.run(work)
 

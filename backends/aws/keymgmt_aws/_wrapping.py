@@ -8,7 +8,7 @@ here with the public key, as anybody does who has the key's recipient file.
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from keymgmt.backend import (
     RSA_OAEP_256,
@@ -24,20 +24,13 @@ from keymgmt.backend import (
     wrap_for,
 )
 from keymgmt_aws._connection import Connection, Service, member
-from keymgmt_aws._settings import CONTEXT, MECHANISMS, SYMMETRIC, AwsSettings, key_id
+from keymgmt_aws._keys import Keys, usable
+from keymgmt_aws._settings import CONTEXT, MECHANISMS, SYMMETRIC, key_id
 
-if TYPE_CHECKING:
-    from keymgmt_aws._keys import Keys
-
-__all__ = ["Wrapping", "pairs"]
+__all__ = ["Wrapping"]
 
 _MAX_CIPHERTEXT: Final = 6144
 _PARAMS: Final = {SYMMETRIC: (), RSA_OAEP_256: ("pk",)}
-
-
-def pairs(settings: AwsSettings, context: bytes) -> dict[str, str]:
-    """The encryption context of a symmetric key."""
-    return {**settings.context, CONTEXT: hashlib.sha256(context).hexdigest()}
 
 
 class Wrapping:
@@ -51,19 +44,14 @@ class Wrapping:
         """See KeyProvider; two calls, since the key is looked at before."""
 
         def work(kms: Service) -> WrappedKey:
-            described = self._keys.describe(kms, key).usable("wrap")
-            if described.kind != "symmetric":
-                return wrap_for(self._keys.recipient(kms, described), dek, context)
-            answer = kms(
-                "encrypt",
-                described.arn,
-                "encrypt",
-                KeyId=described.arn,
-                Plaintext=bytes(dek.view()),
-                EncryptionContext=pairs(self._settings, context),
-            )
+            info = usable(self._keys.describe(kms, key), "wrap")
+            if info.kind != "symmetric":
+                return wrap_for(self._keys.recipient(kms, info), dek, context)
+            arn, bound = info.detail["arn"], self._bound(context)
+            plain = bytes(dek.view())
+            answer = kms("encrypt", arn, "encrypt", KeyId=arn, Plaintext=plain, **bound)
             blob = member(answer, "CiphertextBlob", bytes)
-            return WrappedKey("aws", key, described.id, SYMMETRIC, blob)
+            return WrappedKey("aws", key, info.newest, SYMMETRIC, blob)
 
         return self._connection.run(work)
 
@@ -98,15 +86,16 @@ class Wrapping:
         if not set(wrapped.params) <= set(_PARAMS[wrapped.mechanism]):
             raise UnwrapFailed(f"{wrapped} has parameters that its mechanism has not")
         if wrapped.mechanism == SYMMETRIC:
-            bound = pairs(self._settings, context)
-            return self._decrypt(kms, wrapped, wrapped.blob, EncryptionContext=bound)
+            return self._decrypt(kms, wrapped, wrapped.blob, **self._bound(context))
+        oaep = {"EncryptionAlgorithm": "RSAES_OAEP_SHA_256"}
         return inner_unwrap(
-            wrapped.blob,
-            context,
-            lambda blob: self._decrypt(
-                kms, wrapped, blob, EncryptionAlgorithm="RSAES_OAEP_SHA_256"
-            ),
+            wrapped.blob, context, lambda blob: self._decrypt(kms, wrapped, blob, **oaep)
         )
+
+    def _bound(self, context: bytes) -> dict[str, dict[str, str]]:
+        """The encryption context of a symmetric key."""
+        pairs = {**self._settings.context, CONTEXT: hashlib.sha256(context).hexdigest()}
+        return {"EncryptionContext": pairs}
 
     def _decrypt(
         self, kms: Service, wrapped: WrappedKey, blob: bytes, **how: str | dict[str, str]
@@ -130,8 +119,8 @@ class Wrapping:
         if key_id(self._settings.native(wrapped.key)) is not None:
             return
         try:
-            described = self._keys.describe(kms, wrapped.key)
+            info = self._keys.describe(kms, wrapped.key)
         except ProviderError:
             return
-        if described.id != wrapped.version:
+        if info.newest != wrapped.version:
             raise not_held(wrapped, self._name)
