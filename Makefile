@@ -1,8 +1,9 @@
 # Two commands do all the set-up: `make demo` shows it, `make test` tests it. CONTRIBUTING.md has the rest.
-.PHONY: demo test check lint nightly release clean
+.PHONY: demo test check lint nightly fresh release clean
 
 demo:
-	@uv=$$(.ci/uv) && $$uv sync --quiet --frozen --no-dev --extra demo && $$uv run --no-sync keymgmt demo
+	@uv=$$(.ci/uv) && echo "installing what the demo needs into .venv" && \
+	    $$uv sync --frozen --no-dev --extra demo && $$uv run --no-sync keymgmt demo
 
 # TOX="-e py311-core" runs less.
 test:
@@ -16,6 +17,10 @@ lint:
 
 nightly:
 	@KEYMGMT_TEST_NIGHTLY=1 .ci/test -e nightly,fuzz,other-programs
+
+# The two commands on fresh Debian 12 and 13 machines, as root. TOX="-e py311-core" tests less.
+fresh:
+	@TOX='$(TOX)' .ci/fresh
 
 release:
 	@.ci/release "$(VERSION)"
