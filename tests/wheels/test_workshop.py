@@ -170,6 +170,40 @@ def test_benchmarks_are_compared(tmp_path: Path) -> None:
     assert ["a, load", "cpu", "1", "1", "1.00", ""] in rows
 
 
+def test_who_may_not_install_is_told_what_to_ask_for(clone: Path, tmp_path: Path) -> None:
+    """In one line: a person who is neither root nor has sudo, on a machine without python3-venv."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("sh", "dirname", "apt-get", "dpkg-query"):
+        if (found := shutil.which(tool)) is None:
+            pytest.skip(f"no {tool}")
+        (tools / tool).symlink_to(found)
+    for name, script in (("id", "echo 1000"), ("python3", "exit 1"), ("dpkg-query", "exit 1")):
+        (tools / name).unlink(missing_ok=True)
+        (tools / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tools / name).chmod(0o755)
+    for program in ("uv", "test"):
+        done = subprocess.run(
+            [clone / ".ci" / program],
+            env={"PATH": str(tools)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 1
+        assert done.stdout == ""
+        assert done.stderr == (
+            "neither root nor sudo: ask somebody who may for: apt-get install python3-venv\n"
+        )
+
+
+def test_the_packages_that_are_installed_are_named() -> None:
+    (listed,) = re.findall(r"    set -- ((?:.*\\\n)*.*)\n", (ROOT / ".ci" / "packages").read_text())
+    packages = set(listed.replace("\\", "").split())
+    assert len(packages) > 20
+    assert packages <= set(re.findall(r"[a-z0-9+-]+", README))
+
+
 @pytest.mark.nightly
 @pytest.mark.timeout(2400)
 def test_the_two_commands_of_the_readme_work_on_a_fresh_machine(
