@@ -13,14 +13,13 @@ import difflib
 import os
 import re
 import threading
-import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from keymgmt._config.locate import find_config
+from keymgmt._config.locate import MAX_CONFIG, find_config, read_config
 from keymgmt._config.messages import parse_settings
 from keymgmt._crypto.dek_cache import DekCache
 from keymgmt._crypto.signatures import PublicKey
@@ -34,11 +33,6 @@ from keymgmt._system.trusted_file import read_file
 from keymgmt.errors import ConfigError
 
 __all__ = ["Config", "Policy", "SealDefaults", "load_config", "use_config"]
-
-MAX_CONFIG: Final = 1 << 20
-MAX_DOTS: Final = 100
-_QUOTED: Final = re.compile(rb"\"[^\"]*\"|'[^']*'")
-
 
 Fingerprints = Annotated[list[str], Field(min_length=1)]
 
@@ -367,41 +361,7 @@ def load_config(path: str | os.PathLike[str] | None = None) -> Config:
         ConfigError: missing, unreadable, writable by others, not TOML, or wrong in a member.
     """
     file = Path(path) if path is not None else find_config()
-    content = read_file(
-        file,
-        what="config",
-        limit=MAX_CONFIG,
-        access="trusted",
-        hint="make one with: keymgmt init"
-        if _is_missing(file)
-        else "let this user read it, or name another one: -c FILE",
-        irregular="name the file itself: -c FILE; a pipe could change before it is read",
-    )
-    _check_dots(file, content)
-    try:
-        data = tomllib.loads(content.decode())
-    except (ValueError, RecursionError) as error:  # of tomllib, of text, of too long a number
-        raise ConfigError(f"{file} is not TOML: {error}") from error
-    return Config(data, path=file)
-
-
-def _is_missing(file: Path) -> bool:
-    try:
-        file.stat()
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
-        return True
-    except OSError:
-        return False
-    return False
-
-
-def _check_dots(file: Path, content: bytearray) -> None:
-    """Refuse keys of very many parts: tomllib takes quadratic time for them."""
-    for number, line in enumerate(content.split(b"\n"), 1):
-        if line.count(b".") > MAX_DOTS and _QUOTED.sub(b"", line).count(b".") > MAX_DOTS:
-            raise ConfigError(
-                f"{file} has more than {MAX_DOTS} dots outside of quotes in line {number}"
-            )
+    return Config(read_config(file), path=file)
 
 
 @contextlib.contextmanager

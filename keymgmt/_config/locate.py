@@ -1,17 +1,26 @@
-"""Where the config file is: the path given, else ``$KEYMGMT_CONFIG``, the user's, the machine's."""
+"""Where the config file is, and its text; the shell completes provider names with no more.
+
+The path given, else ``$KEYMGMT_CONFIG``, the user's, the machine's.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import stat
+import tomllib
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from keymgmt._system.trusted_file import read_file
 from keymgmt.errors import ConfigError
 
-__all__ = ["FILE_NAME", "find_config", "user_directory"]
+__all__ = ["FILE_NAME", "MAX_CONFIG", "find_config", "read_config", "user_directory"]
 
 FILE_NAME: Final = "keymgmt.toml"
+MAX_CONFIG: Final = 1 << 20
+MAX_DOTS: Final = 100
+_QUOTED: Final = re.compile(rb"\"[^\"]*\"|'[^']*'")
 
 
 def find_config() -> Path:
@@ -50,3 +59,41 @@ def user_directory() -> Path | None:
         return Path.home() / ".config" / "keymgmt"
     except RuntimeError:
         return None
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """What is written in a config file; ConfigError where it cannot be read or trusted."""
+    content = read_file(
+        file,
+        what="config",
+        limit=MAX_CONFIG,
+        access="trusted",
+        hint="make one with: keymgmt init"
+        if _is_missing(file)
+        else "let this user read it, or name another one: -c FILE",
+        irregular="name the file itself: -c FILE; a pipe could change before it is read",
+    )
+    _check_dots(file, content)
+    try:
+        return tomllib.loads(content.decode())
+    except (ValueError, RecursionError) as error:  # of tomllib, of text, of too long a number
+        raise ConfigError(f"{file} is not TOML: {error}") from error
+
+
+def _is_missing(file: Path) -> bool:
+    try:
+        file.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _check_dots(file: Path, content: bytearray) -> None:
+    """Refuse keys of very many parts: tomllib takes quadratic time for them."""
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if line.count(b".") > MAX_DOTS and _QUOTED.sub(b"", line).count(b".") > MAX_DOTS:
+            raise ConfigError(
+                f"{file} has more than {MAX_DOTS} dots outside of quotes in line {number}"
+            )

@@ -7,7 +7,6 @@ import ctypes
 import errno
 import os
 import re
-import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -300,7 +299,7 @@ def target_of(name: str) -> str | None:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{_stem(path)}.{secrets.token_hex(8)}.tmp")
+    return path.with_name(f".{_stem(path)}.{os.urandom(8).hex()}.tmp")
 
 
 def _stem(path: Path) -> str:

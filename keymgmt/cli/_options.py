@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import Annotated, Final
 
 import typer
 
 from keymgmt.cli._everywhere import state_of
 from keymgmt.errors import ConfigError, KeymgmtError
-
-if TYPE_CHECKING:
-    from keymgmt._config.config import Config
 
 __all__ = [
     "Fingerprint",
@@ -33,45 +30,44 @@ _COMPLETION_SECONDS: Final = 2.0
 _ASKS: Final = {"prompt", "keyring"}
 
 
-def _quiet_config(context: typer.Context) -> Config | None:
+def _names(context: typer.Context) -> list[str]:
+    """What providers are called: read from the file, since checking it imports pydantic."""
+    from keymgmt._config.locate import find_config, read_config
+
     # While completing, no callback has run, and what is wrong is not said.
     try:
-        return state_of(context).config()
+        tables = read_config(state_of(context).path or find_config()).get("providers")
     except KeymgmtError:
-        return None
+        return []
+    return list(tables) if isinstance(tables, dict) else []
 
 
 def complete_provider(context: typer.Context, incomplete: str) -> list[str]:
     """Names of configured providers."""
-    config = _quiet_config(context)
-    names = config.provider_names if config else ()
-    return [name for name in names if name.startswith(incomplete)]
+    return [name for name in _names(context) if name.startswith(incomplete)]
 
 
 def complete_key(context: typer.Context, incomplete: str) -> list[str]:
     """``provider:key``: providers while there are several, then the keys that the one lists."""
     before, plus, last = incomplete.rpartition("+")
     name, colon, _ = last.partition(":")
-    config = _quiet_config(context)
-    if config is None:
-        return []
     if not colon:
-        names = [each for each in config.provider_names if each.startswith(last)]
+        names = complete_provider(context, last)
         if len(names) != 1:
             return [f"{before}{plus}{each}:" for each in names]
         # At once to its keys: a shell ends the word after a completion that is the only one.
         name = names[0]
     # Where they are not to be had, as far as the colon.
-    candidates = [f"{before}{plus}{name}:{key}" for key in _keys_of(config, name) or [""]]
+    candidates = [f"{before}{plus}{name}:{key}" for key in _keys_of(context, name) or [""]]
     return [each for each in candidates if each.startswith(incomplete)]
 
 
-def _keys_of(config: Config, name: str) -> list[str]:
+def _keys_of(context: typer.Context, name: str) -> list[str]:
     from keymgmt._providers.contract import SupportsKeyManagement
     from keymgmt._system.deadline import within
 
     try:
-        provider = config.provider(name)
+        provider = state_of(context).config().provider(name)
         # A key service is not logged in to, and nobody is asked for a secret, while he types.
         if (
             not provider.local

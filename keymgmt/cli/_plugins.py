@@ -32,6 +32,14 @@ def announced() -> dict[str, list[EntryPoint]]:
     return {name: list(found[name].values()) for name in sorted(found)}
 
 
+def _announced(context: Any) -> dict[str, list[EntryPoint]]:
+    """Looked for once in a run: every distribution is asked, which takes as long as our imports."""
+    found: dict[str, list[EntryPoint]] | None = context.meta.get(GROUP)
+    if found is None:
+        found = context.meta[GROUP] = announced()
+    return found
+
+
 class CommandGroup(TyperGroup):
     """Our commands, then those of other distributions, which load when they are run."""
 
@@ -42,14 +50,14 @@ class CommandGroup(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         """Name every command: ours in our order, then the others in theirs."""
         ours = super().list_commands(ctx)
-        return [*ours, *(name for name in announced() if name not in ours)]
+        return [*ours, *(name for name in _announced(ctx) if name not in ours)]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Ours, or a stand-in that has only a help line; None for an unknown name."""
         command: Any = super().get_command(ctx, cmd_name)
         if command is not None:
             adopt(command)
-        elif entries := announced().get(cmd_name):
+        elif entries := _announced(ctx).get(cmd_name):
             stand_in = typer.Typer(name=cmd_name, help=f"From {_source(entries[0])}.")
             stand_in.callback()(lambda: None)
             command = typer.main.get_command(stand_in)
@@ -80,7 +88,7 @@ class CommandGroup(TyperGroup):
             )
         name, command, rest = super().resolve_command(ctx, args)
         if name is not None and super().get_command(ctx, name) is None:
-            command = typer.main.get_command(_load(announced()[name]))
+            command = typer.main.get_command(_load(_announced(ctx)[name]))
             command.name = name
             adopt(command)
         return name, command, rest

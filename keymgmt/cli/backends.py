@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 from keymgmt.cli import _plugins
@@ -29,6 +28,8 @@ def backends(as_json: Json = False) -> None:
     Example:
         keymgmt backends
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     from rich.text import Text
 
     from keymgmt._providers.registry import backends as announced_backends

@@ -16,6 +16,7 @@ import pytest
 import typer
 
 import keymgmt.cli as keymgmt_cli
+from keymgmt.cli import _plugins
 
 Cli = Callable[..., Any]
 PROGRAM = [sys.executable, "-P", "-m", "keymgmt"]
@@ -116,27 +117,55 @@ def test_the_version_in_every_way(cli: Cli) -> None:
 )
 def test_help_imports_no_provider_and_no_cryptography(arguments: tuple[str, ...]) -> None:
     """What costs: half of the time was cryptography, pydantic and rich."""
+    assert imports_nothing_heavy(arguments, {})
+    assert imports_nothing_heavy((), completing(" ".join(["keymgmt", *arguments[:1], ""])))
+
+
+def completing(words: str) -> dict[str, str]:
+    """The environment in which zsh asks what comes next."""
+    return {"_KEYMGMT_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": words}
+
+
+def imports_nothing_heavy(arguments: tuple[str, ...], environment: dict[str, str]) -> str:
+    """What a command prints; at its end no module is loaded that costs."""
     program = (
         "import sys, atexit\n"
         "heavy = ('cryptography', 'pydantic', 'rich', 'openvino', 'keymgmt_', 'keymgmt._crypto')\n"
         "atexit.register(lambda: print([n for n in sys.modules if n.startswith(heavy)]))\n"
         "from keymgmt.cli import main\nmain()\n"
     )
-    for environment in (
-        {},
-        {
-            "_KEYMGMT_COMPLETE": "complete_zsh",
-            "_TYPER_COMPLETE_ARGS": " ".join(["keymgmt", *arguments[:1], ""]),
-        },
-    ):
-        done = subprocess.run(
-            [sys.executable, "-c", program, *arguments],
-            capture_output=True,
-            text=True,
-            env=os.environ | environment,
-            timeout=60,
-        )
-        assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        timeout=60,
+    )
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+    return done.stdout
+
+
+def test_completing_a_provider_reads_the_config_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "keymgmt.toml"
+    config.write_text("".join(f'[providers.l{n}]\nbackend = "file"\n' for n in "ab"))
+    for words in ("keymgmt doctor l", f"keymgmt -c {config} keys show l"):
+        monkeypatch.setenv("KEYMGMT_CONFIG", str(config) if "-c" not in words else "nothere")
+        said = imports_nothing_heavy((), completing(words))
+        assert "la" in said
+        assert "lb" in said
+
+
+def test_what_is_installed_is_looked_for_once(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every distribution of the environment is asked, however many commands there are."""
+    asked: list[str] = []
+    real = _plugins.installed_entry_points
+    monkeypatch.setattr(
+        _plugins, "installed_entry_points", lambda group: asked.append(group) or real(group)
+    )
+    assert cli("--help").code == 0
+    assert asked == ["keymgmt.commands"]
 
 
 def test_a_reader_that_went_away_is_no_error(site: Path) -> None:
