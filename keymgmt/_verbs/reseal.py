@@ -22,11 +22,13 @@ from keymgmt._trust.recipients import resolve_groups
 from keymgmt._verbs.inspect import Inspection, inspect
 from keymgmt._verbs.open import open_model
 from keymgmt._verbs.seal import Content, check_target, exists, replaceable, write_sealed
-from keymgmt._verbs.sign import Signer
+from keymgmt._verbs.sign import Signer, expiry_text
 from keymgmt.errors import ConfigError
 from keymgmt.sealed.times import utc_text
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from keymgmt._config.config import Config
     from keymgmt.sealed.profiles import Profile
 
@@ -43,6 +45,7 @@ def reseal(
     name: str | None = None,
     release: int | None = None,
     fingerprints: Sequence[str] = (),
+    expires: datetime | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Inspection:
     """Encrypt a sealed model anew, under a new data key, for these recipients and no others.
@@ -59,6 +62,7 @@ def reseal(
         name: the model name that is expected; the new one has the same.
         release: its number; by default the old one.
         fingerprints: of recipient files that no trusted signer vouches for.
+        expires: until when the signature counts; by default as long as that of the old model.
         progress: called with (bytes done, bytes in all).
 
     Raises:
@@ -68,6 +72,7 @@ def reseal(
         IntegrityError: another folder is at ``path`` by now; it is as it was.
         KeymgmtError: as ``keymgmt.open`` and ``keymgmt.seal``; the old model is as it was.
     """
+    until = expiry_text(expires)
     # Where a link leads to the model, the model is replaced and not the link.
     output = Path(target) if target is not None else Path(os.path.realpath(path))
     with use_config(keys) as config:
@@ -89,6 +94,8 @@ def reseal(
                 Dek.generate() as dek,
             ):
                 old, place = model.manifest, model._folder
+                if until is None and signer is not None and model.vouched is not None:
+                    until = model.vouched.expires
                 if target is None:
                     place.lock()
                 manifest = write_sealed(
@@ -106,6 +113,7 @@ def reseal(
                         release=old.release if release is None else release,
                         created=utc_text(),
                     ),
+                    expires=until,
                     progress=progress,
                 )
                 if target is None:

@@ -21,7 +21,7 @@ from keymgmt._system.files import make_folder, new_directory, replace_file, to_s
 from keymgmt._trust.candidate import Candidate, refusal, step
 from keymgmt._trust.recipients import ProviderKey, resolve_groups
 from keymgmt._verbs.inspect import Inspection, inspect
-from keymgmt._verbs.sign import Signer
+from keymgmt._verbs.sign import Signer, expiry_text
 from keymgmt._verbs.source import find_source
 from keymgmt.errors import ConfigError, FormatError, SealedModelError
 from keymgmt.sealed.derive import commitment, file_key, payload_aad
@@ -35,6 +35,8 @@ from keymgmt.sealed.signatures import Signatures
 from keymgmt.sealed.times import utc_text
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from keymgmt._config.config import Config
     from keymgmt.sealed.keys import Wrap
     from keymgmt.sealed.payload import PayloadReader
@@ -59,6 +61,7 @@ def seal(
     profile: str | None = None,
     metadata: Mapping[str, str] | None = None,
     fingerprints: Sequence[str] = (),
+    expires: datetime | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Inspection:
@@ -81,6 +84,7 @@ def seal(
         profile: ``default``, ``fips`` or ``cnsa2``; by default that of ``[seal] profile``.
         metadata: short plain strings for people and tools.
         fingerprints: of recipient files that no trusted signer vouches for.
+        expires: until when the signature counts, as for ``keymgmt.sign``.
         force: exchange an existing sealed model at ``target`` atomically; its owner, group and
             mode stay.
         progress: called with (bytes done, bytes in all).
@@ -92,6 +96,7 @@ def seal(
         ProviderError: a recipient cannot be wrapped to, or the signer cannot sign.
         OSError: writing failed; nothing is left behind.
     """
+    until = expiry_text(expires)
     model, output = find_source(source), Path(target)
     if output.name in ("", ".."):
         output = Path(os.path.realpath(output))
@@ -101,6 +106,11 @@ def seal(
         groups = resolve_groups(list(to) or config.seal.to, config, fingerprints, rules)
         key = sign if sign is not None else config.seal.sign
         signer = Signer(config, key, rules) if key is not None else None
+        if signer is None and until is not None:
+            raise ConfigError(
+                "until when it counts is said of a signature, and there is no key to sign with",
+                hint="name one with --sign PROVIDER:KEY, or in [seal] sign",
+            )
         try:
             with (
                 _locked(output),
@@ -126,6 +136,7 @@ def seal(
                         files=(),
                         metadata={**model.metadata, **(metadata or {})},
                     ),
+                    expires=until,
                     progress=progress,
                 )
         except FileExistsError as error:
@@ -196,11 +207,13 @@ def write_sealed(
     signer: Signer | None,
     *,
     template: Manifest,
+    expires: str | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
     """Fill an empty folder with a sealed model; raises as ``seal`` does.
 
     ``template`` is the manifest without its files and commitment; the finished one is returned.
+    ``expires`` is until when the signature counts.
     """
     total = sum(content.size for content in contents.values())
     entries, done = [], 0
@@ -239,6 +252,8 @@ def write_sealed(
     signatures = Signatures()
     if signer is not None:
         signatures = signatures.with_signature(*signer.sign(data))
+        if expires is not None:
+            signatures = signatures.with_expiry(*signer.sign_expiry(digest, expires), expires)
     for name, content_bytes in (
         (MANIFEST, data),
         (KEYS, policy.to_bytes()),

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from keymgmt._config.config import Config
     from keymgmt.sealed.profiles import Profile
 
-__all__ = ["Signer", "sign"]
+__all__ = ["Signer", "expiry_text", "sign"]
 
 
 class Signer:
@@ -163,7 +163,7 @@ def sign(
                 "no key to sign with", hint="name it: keymgmt sign MODEL PROVIDER:KEY"
             )
         signer = Signer(config, named, candidate.manifest.rules)
-        until = _until(expires)
+        until = expiry_text(expires)
         made = None
         if if_signed_by:
             if until is None and signer.has_signed(candidate):
@@ -198,7 +198,8 @@ def sign(
         return True
 
 
-def _until(expires: datetime | None) -> str | None:
+def expiry_text(expires: datetime | None) -> str | None:
+    """The time until which a signature is to count; ConfigError unless it is to come."""
     if expires is None:
         return None
     if expires.tzinfo is None or expires <= datetime.now(UTC):

@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keymgmt._config.config import use_config
-from keymgmt._trust.candidate import refusal
+from keymgmt._trust.candidate import Candidate, refusal
 from keymgmt._verbs.find_models import Failure, find_models, over_models
 from keymgmt._verbs.reseal import reseal
 from keymgmt._verbs.sign import sign
 from keymgmt._verbs.verify import verify
 from keymgmt.errors import ConfigError
+from keymgmt.sealed.times import utc_text
 
 if TYPE_CHECKING:
     from keymgmt._config.config import Config
+    from keymgmt.sealed.manifest import Manifest
 
 __all__ = ["Done", "reseal_tree", "sign_tree", "verify_tree"]
 
@@ -32,7 +34,7 @@ class Done:
 
     Attributes:
         path: its folder.
-        state: ``signed``, ``current`` (it was signed already), ``verified`` or ``resealed``.
+        state: ``signed``, ``verified``, ``resealed``, or ``current`` (it was done already).
         detail: more of it, for JSON; ``refusal`` is why this config would not let the result in.
     """
 
@@ -122,21 +124,50 @@ def reseal_tree(
     sign: str | None = None,
     keys: Config | str | os.PathLike[str] | None = None,
     fingerprints: Sequence[str] = (),
+    expires: datetime | None = None,
+    created_before: datetime | None = None,
 ) -> Iterator[Done | Failure]:
     """Reseal every model of a tree in its place, one after the other.
 
-    Arguments as for ``keymgmt.reseal``. Run again, it reseals all of them again.
+    Run again, it reseals all of them again; but not, where ``created_before`` is when the first run
+    began, those that it came as far as.
+
+    Args:
+        tree: the folder.
+        to: as for ``keymgmt.reseal``.
+        sign: likewise.
+        keys: likewise.
+        fingerprints: likewise.
+        expires: likewise.
+        created_before: only what was sealed or resealed before this time, with its time zone, as
+            its manifest says; no model is passed over that the config would not let in.
+
+    Raises:
+        ConfigError: a time without a time zone, or the config is wrong.
     """
+    if created_before is not None and created_before.tzinfo is None:
+        raise ConfigError(f"{created_before:%Y-%m-%d %H:%M:%S} has no time zone")
+    before = utc_text(created_before) if created_before is not None else None
     with use_config(keys) as config:
 
         def one(path: Path) -> Done:
-            made = reseal(path, to=to, sign=sign, keys=config, fingerprints=fingerprints)
+            if before is not None:
+                with Candidate.read(path) as candidate:
+                    if candidate.manifest.created >= before:
+                        candidate.trust(config)
+                        return done(path, "current", candidate.manifest, None)
+            made = reseal(
+                path, to=to, sign=sign, keys=config, fingerprints=fingerprints, expires=expires
+            )
+            return done(path, "resealed", made.manifest, made.refusal)
+
+        def done(path: Path, state: str, manifest: Manifest, refused: object) -> Done:
             detail = {
-                "name": made.manifest.name,
-                "release": made.manifest.release,
-                "id": made.manifest.id.hex(),
-                "refusal": str(made.refusal) if made.refusal else None,
+                "name": manifest.name,
+                "release": manifest.release,
+                "id": manifest.id.hex(),
+                "refusal": str(refused) if refused else None,
             }
-            return Done(str(path), "resealed", detail)
+            return Done(str(path), state, detail)
 
         yield from _each(tree, one, "reseal", threads=1)

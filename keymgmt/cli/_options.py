@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -11,6 +12,7 @@ from keymgmt.cli._everywhere import state_of
 from keymgmt.errors import ConfigError, KeymgmtError
 
 __all__ = [
+    "Expires",
     "Fingerprint",
     "Force",
     "Group",
@@ -23,7 +25,9 @@ __all__ = [
     "Sign",
     "complete_key",
     "complete_provider",
+    "moment",
     "option_pairs",
+    "utc_time",
 ]
 
 _COMPLETION_SECONDS: Final = 2.0
@@ -98,6 +102,26 @@ def option_pairs(texts: list[str]) -> dict[str, str]:
     return pairs
 
 
+def moment(text: str) -> datetime:
+    """``30d``, ``12h``, or a UTC time as manifest.json has it; ConfigError for anything else."""
+    unit = {"d": "days", "h": "hours"}.get(text[-1:])
+    if unit and text[:-1].isascii() and text[:-1].isdigit() and len(text) <= 6:
+        return datetime.now(UTC) + timedelta(**{unit: int(text[:-1])})
+    return utc_time(text, ways="30d, 12h, or ")
+
+
+def utc_time(text: str, *, ways: str = "") -> datetime:
+    """A UTC time as manifest.json has it; ConfigError for anything else but, it says, ``ways``."""
+    from keymgmt.sealed.times import is_time
+
+    try:
+        if is_time(text):
+            return datetime.fromisoformat(text)
+    except ValueError:
+        pass  # the 31st of February
+    raise ConfigError(f"no time: {text!r}", hint=f"write it as {ways}2027-01-31T00:00:00Z")
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace what exists.")]
 Key = Annotated[
@@ -135,6 +159,14 @@ Sign = Annotated[
         metavar="PROVIDER:KEY",
         help="The publisher's key; else that of the config.",
         autocompletion=complete_key,
+    ),
+]
+Expires = Annotated[
+    str | None,
+    typer.Option(
+        "--expires",
+        metavar="30d|12h|TIME",
+        help="Until when the signature counts; `sign` says so again, until when from now on.",
     ),
 ]
 Fingerprint = Annotated[

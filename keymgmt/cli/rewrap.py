@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -10,6 +11,7 @@ import typer
 
 import keymgmt
 from keymgmt.cli._options import (
+    Expires,
     Fingerprint,
     Group,
     Json,
@@ -17,6 +19,8 @@ from keymgmt.cli._options import (
     Name,
     Sign,
     complete_key,
+    moment,
+    utc_time,
 )
 from keymgmt.cli._output import (
     check_release,
@@ -30,6 +34,7 @@ from keymgmt.cli._output import (
 from keymgmt.cli.inspect import show
 from keymgmt.console import clean, console, print_json, print_line
 from keymgmt.errors import ConfigError
+from keymgmt.sealed.times import utc_text
 
 if TYPE_CHECKING:
     from keymgmt import Rewrapped
@@ -197,6 +202,15 @@ def reseal(
         int | None, typer.Option(metavar="N", min=0, help="Its number; else the old one.")
     ] = None,
     fingerprint: Fingerprint = None,
+    expires: Expires = None,
+    created_before: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="In a tree, only what was sealed or resealed before; to go on after an "
+            "interruption.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Encrypt a model anew, for these groups and no others: who held the old key loses access.
@@ -206,18 +220,27 @@ def reseal(
     Example:
         keymgmt reseal resnet50.sealed --to local:models
     """
+    until = moment(expires) if expires is not None else None
     if is_tree(model):
         if target is not None or name is not None or release is not None:
             raise ConfigError("OUT.sealed, --name and --release are for one model, and not a tree")
+        if created_before is None:
+            begin = utc_text(datetime.now(UTC) + timedelta(seconds=1))
+            said = f"where this is interrupted, run it again with --created-before {begin}"
+            console(stderr=True).print(said, soft_wrap=True)
         done = keymgmt.reseal_tree(
             model,
             to=to or (),
             sign=sign,
             keys=context.obj.config(),
             fingerprints=fingerprint or (),
+            expires=until,
+            created_before=utc_time(created_before) if created_before is not None else None,
         )
         tell_tree(done, "resealing", "keymgmt-reseal/1", as_json=as_json)
         return
+    if created_before is not None:
+        raise ConfigError("--created-before is for a tree, and this is one model")
     if release is not None:
         check_release(release)
     with progress("resealing") as bytes_done:
@@ -230,6 +253,7 @@ def reseal(
             name=name,
             release=release,
             fingerprints=fingerprint or (),
+            expires=until,
             progress=bytes_done,
         )
     show(inspection, as_json=as_json, verified=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -11,6 +10,7 @@ import typer
 
 import keymgmt
 from keymgmt.cli._options import (
+    Expires,
     Fingerprint,
     Force,
     Group,
@@ -20,6 +20,7 @@ from keymgmt.cli._options import (
     Name,
     Sign,
     complete_key,
+    moment,
     option_pairs,
 )
 from keymgmt.cli._output import (
@@ -32,8 +33,7 @@ from keymgmt.cli._output import (
 )
 from keymgmt.cli.inspect import show
 from keymgmt.console import clean, console, print_json
-from keymgmt.errors import ConfigError, KeymgmtError
-from keymgmt.sealed.times import is_time
+from keymgmt.errors import KeymgmtError
 
 if TYPE_CHECKING:
     from keymgmt import Config
@@ -69,6 +69,7 @@ def seal(
         ),
     ] = None,
     fingerprint: Fingerprint = None,
+    expires: Expires = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -79,6 +80,7 @@ def seal(
         keymgmt seal folder model.sealed --to local:models --to @device7.recipient
     """
     check_release(release)
+    until = moment(expires) if expires is not None else None
     _tell_source(source)
     with progress("sealing") as done:
         inspection = keymgmt.seal(
@@ -92,6 +94,7 @@ def seal(
             profile=profile,
             metadata=option_pairs(metadata or []),
             fingerprints=fingerprint or (),
+            expires=until,
             force=force,
             progress=done,
         )
@@ -182,13 +185,7 @@ def sign(
             autocompletion=complete_key,
         ),
     ] = None,
-    expires: Annotated[
-        str | None,
-        typer.Option(
-            metavar="30d|12h|TIME",
-            help="Until when the signature counts; again, to say until when from now on.",
-        ),
-    ] = None,
+    expires: Expires = None,
     unopened: Annotated[
         bool,
         typer.Option(
@@ -212,7 +209,7 @@ def sign(
     """
     from keymgmt._trust.candidate import refusal
 
-    until = _moment(expires) if expires is not None else None
+    until = moment(expires) if expires is not None else None
     config = context.obj.config()
     options = {
         "key": key,
@@ -251,16 +248,3 @@ def _signed_by(model: Path, config: Config) -> str:
     return "was signed by " + ", ".join(
         known.get(signer, f"a stranger (key {signer[:16]})") for signer in signers
     )
-
-
-def _moment(text: str) -> datetime:
-    """``30d``, ``12h``, or a UTC time as manifest.json has it; ConfigError for anything else."""
-    unit = {"d": "days", "h": "hours"}.get(text[-1:])
-    if unit and text[:-1].isascii() and text[:-1].isdigit() and len(text) <= 6:
-        return datetime.now(UTC) + timedelta(**{unit: int(text[:-1])})
-    try:
-        if is_time(text):
-            return datetime.fromisoformat(text)
-    except ValueError:
-        pass  # the 31st of February
-    raise ConfigError(f"no time: {text!r}", hint="write it as 30d, 12h, or 2027-01-31T00:00:00Z")

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import signal
@@ -124,6 +125,19 @@ def test_a_tree_is_signed_verified_and_resealed(cli: Cli, site: Path, sealed: Pa
     (sealed / "keys.json").write_bytes(b"{}")
     ran = cli("verify", ".", "--json")
     assert json.loads(ran.out.splitlines()[-1])["exit_code"] == ran.code == 4
+
+
+def test_an_interrupted_reseal_says_how_it_goes_on(cli: Cli, site: Path, sealed: Path) -> None:
+    ran = cli("reseal", ".")
+    assert "resealed 1" in ran.out
+    again = re.search(r"run it again with (--created-before) (\S+)", ran.err)
+    assert again, ran.err
+    # What was resealed in the second in which it began may be resealed once more.
+    later = again[2].replace("20", "29", 1)
+    assert "resealed 1" in cli("reseal", ".", again[1], later).out
+    assert "current 1" in cli("reseal", ".", again[1], "2020-01-01T00:00:00Z").out
+    assert cli("reseal", ".", again[1], "30d").code == 3
+    assert cli("reseal", sealed, *again.groups()).code == 3
 
 
 def test_exactly_these_groups_open_it(cli: Cli, site: Path, sealed: Path) -> None:
@@ -304,6 +318,32 @@ def test_a_publisher_says_until_when_his_signature_counts(cli: Cli, sealed: Path
     assert f", until {until}" in cli("verify", sealed).out
     for wrong in ("tomorrow", "0d", "2020-01-01T00:00:00Z", "2027-02-31T00:00:00Z", "99999999d"):
         assert cli("sign", sealed, "--expires", wrong).code == 3
+
+
+def test_a_time_limit_from_the_first_seal_on(cli: Cli, site: Path) -> None:
+    def until() -> str:
+        (found,) = cli("inspect", "model.sealed", "--json").json()["expiries"].values()
+        return str(found)
+
+    assert cli("seal", "model", "model.sealed", "--expires", "2999-12-31T00:00:00Z").code == 0
+    assert until() == "2999-12-31T00:00:00Z"
+    assert ", until 2999" in cli("verify", "model.sealed").out
+    # A new data key does not make of a model for a while one for ever.
+    assert cli("reseal", "model.sealed").code == 0
+    assert until() == "2999-12-31T00:00:00Z"
+    assert ", until 2999" in cli("verify", "model.sealed").out
+    assert cli("reseal", "model.sealed", "--expires", "2998-12-31T00:00:00Z").code == 0
+    assert until() == "2998-12-31T00:00:00Z"
+    assert cli("reseal", ".", "--expires", "30d").code == 0
+    assert until().startswith("20")
+    for wrong in ("tomorrow", "2020-01-01T00:00:00Z"):
+        assert cli("seal", "model", "other.sealed", "--expires", wrong).code == 3
+    config = site / "keymgmt.toml"
+    config.write_text(config.read_text().replace("\nsign =", "\n# sign ="))
+    refused = cli("seal", "model", "other.sealed", "--expires", "30d")
+    assert refused.code == 3
+    assert "--sign" in refused.hint
+    assert not (site / "other.sealed").exists()
 
 
 def test_what_was_hardly_meant_to_be_sealed_is_named(cli: Cli, site: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 import keymgmt
 from keymgmt import errors
 from keymgmt._crypto.signatures import PublicKey
+from keymgmt._verbs import seal as seal_module
 
 
 @pytest.fixture
@@ -117,3 +119,29 @@ def test_reseal_of_a_tree(site, rotated):
     after = {name: keymgmt.inspect(rotated / f"{name}.sealed").manifest.id for name in "abc"}
     assert [before[name] != after[name] for name in "abc"] == [True, False, True]
     assert (rotated / "b.sealed" / "LICENSE").read_text() == "mine"
+
+
+def test_an_interrupted_reseal_goes_on_where_it_was(site, monkeypatch):
+    def sealed_at(moment, *names, **options):
+        monkeypatch.setattr(seal_module, "utc_text", lambda: moment)
+        for name in names:
+            site.seal(target=f"tree/{name}.sealed", name=name, **options)
+
+    tree = site.root / "tree"
+    tree.mkdir()
+    sealed_at("2020-01-01T00:00:00Z", "a", "b")
+    # Planted: by what it says of itself it would be passed over.
+    sealed_at("2999-01-01T00:00:00Z", "planted", sign="local:stranger")
+    options = {"to": ["local:b"], "keys": site.config()}
+    keymgmt.reseal(tree / "a.sealed", **options)  # as far as a run came that was ended here
+    ids = [keymgmt.inspect(tree / f"{name}.sealed").manifest.id for name in "ab"]
+    options["created_before"] = datetime(2021, 1, 1, tzinfo=UTC)
+    done = list(keymgmt.reseal_tree(tree, **options))
+    assert [getattr(item, "state", "failed") for item in done] == ["current", "resealed", "failed"]
+    assert isinstance(done[2].error, errors.UntrustedPublisher)
+    now = [keymgmt.inspect(tree / f"{name}.sealed").manifest.id for name in "ab"]
+    assert [old == new for old, new in zip(ids, now, strict=True)] == [True, False]
+    assert done[0].to_json().keys() == done[1].to_json().keys()
+    options["created_before"] = datetime(2021, 1, 1)
+    with pytest.raises(errors.ConfigError, match="time zone"):
+        next(keymgmt.reseal_tree(tree, **options))
