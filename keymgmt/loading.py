@@ -1,14 +1,17 @@
 """What a loader needs besides ``keymgmt`` and ``keymgmt.errors``.
 
-Whether there is memory for a model, asked before work starts; the C library, to keep memory from
-swap and core dumps; wiping; the files that one device keeps for itself; which files are graphs, and
-what an ONNX file keeps outside of itself.
+Whether there is memory for a model, asked before work starts; memory for plaintext, out of core
+dumps, kept from swap and wiped; the C library; files of an open model in such memory; the files
+that one device keeps for itself; which files are graphs, and what an ONNX file keeps outside of
+itself.
 """
 
 from keymgmt._crypto.dek import wipe
+from keymgmt._crypto.memory import PrivateMemory, guard, private_bytes, unguard
 from keymgmt._system.free_memory import check_free_memory
 from keymgmt._system.libc import libc
 from keymgmt._verbs.device_file import DeviceFile
+from keymgmt._verbs.in_memory import choose_file, file_bytes, file_memory, outside_part
 from keymgmt._verbs.onnx import CONVERT, External, move_external, outside_path
 from keymgmt._verbs.source import GRAPHS
 
@@ -17,9 +20,17 @@ __all__ = [
     "GRAPHS",
     "DeviceFile",
     "External",
+    "PrivateMemory",
     "check_free_memory",
+    "choose_file",
+    "file_bytes",
+    "file_memory",
+    "guard",
     "libc",
     "move_external",
+    "outside_part",
     "outside_path",
+    "private_bytes",
+    "unguard",
     "wipe",
 ]

@@ -25,7 +25,10 @@ DISTRIBUTIONS = {
     "vault-dev": {"keymgmt-vault", "keymgmt-vault-dev"},
     "pkcs11": {"keymgmt-pkcs11"},
     "tpm2": {"keymgmt-tpm2"},
+    "onnxruntime": {"keymgmt-onnxruntime"},
     "openvino": {"keymgmt-openvino"},
+    "safetensors": {"keymgmt-safetensors"},
+    "tokenizers": {"keymgmt-tokenizers"},
     "demo": {"keymgmt-file", "keymgmt-openvino", "keymgmt-openvino-demo"},
     "all": {f"keymgmt-{name}" for name in ("aws", "file", "openvino", "pkcs11", "tpm2", "vault")},
 }

@@ -17,7 +17,7 @@ ORDER = [
     *("_config", "_trust", "_verbs", "loading", "_mount", "", "cli", "__main__"),
 ]
 BACKENDS = {"keymgmt_aws", "keymgmt_file", "keymgmt_vault", "keymgmt_pkcs11", "keymgmt_tpm2"}
-LOADERS = {"keymgmt_openvino"}
+LOADERS = {f"keymgmt_{name}" for name in ("onnxruntime", "openvino", "safetensors", "tokenizers")}
 # Nothing but commands, over a loader or a backend.
 COMMANDS = {"keymgmt_openvino_demo": "keymgmt_openvino", "keymgmt_vault_dev": "keymgmt_vault"}
 FOR_LOADERS = {"keymgmt", "keymgmt.errors", "keymgmt.loading"}

@@ -1,6 +1,7 @@
 """Real programs under ``keymgmt exec``: each answers as it does from the plain files.
 
-One row of the table in docs/exec.md each. They run in the environment ``runtimes``, which has them.
+One row of the table in docs/exec.md each, and by ``private_folder`` of docs/other-programs.md. They
+run in the environment ``runtimes``, which has them.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,3 +147,21 @@ def test_it_answers_as_from_plain_files(needs_root, runtimes, name):
     found = runtimes.run("--via", "memfd", "--", *answer(program, "{sealed}"))
     works = name != "onnxruntime"
     assert (found.returncode == 0 and found.stdout == plain.stdout) == works, found.stderr
+
+
+@pytest.mark.parametrize("name", ["llama.cpp", "onnxruntime"])
+def test_it_answers_as_from_plain_files_in_a_private_folder(needs_root, runtimes, name):
+    program = f"""
+import sys, keymgmt
+with keymgmt.private_folder(sys.argv[1], name="m") as folder:
+{textwrap.indent(PROGRAMS[name], "    ")}
+"""
+    found = [
+        subprocess.run(line, capture_output=True, text=True, timeout=120, env=runtimes.env())
+        for line in (
+            answer(PROGRAMS[name], str(runtimes.plain)),
+            [sys.executable, "-c", program, str(runtimes.sealed)],
+        )
+    ]
+    assert [each.returncode for each in found] == [0, 0], found[1].stderr
+    assert found[0].stdout == found[1].stdout

@@ -14,34 +14,27 @@ Rules:
 from __future__ import annotations
 
 import atexit
-import contextlib
 import ctypes
 import errno
 import functools
 import logging
-import mmap
 import os
-import resource
 import sys
 import threading
 from typing import TYPE_CHECKING, Final
 
 import openvino as ov
 
-import keymgmt
 from keymgmt.errors import KeymgmtError
-from keymgmt.loading import check_free_memory, libc, wipe
+from keymgmt.loading import check_free_memory, guard, libc, unguard, wipe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
-__all__ = ["Memory", "filled", "private_bytes", "release"]
+__all__ = ["Memory", "filled", "release"]
 
 log = logging.getLogger("keymgmt.openvino")
 
-_MADV_DONTDUMP: Final = 16  # <linux/mman.h>; the module mmap has it from 3.13 on
-_MADV_DODUMP: Final = 17
-_MLOCK_ONFAULT: Final = 1
 _WORD: Final = ctypes.sizeof(ctypes.c_void_p)
 
 
@@ -74,18 +67,8 @@ class Memory:
                 hint="nothing was started; look at ulimit -v and the limits of the container",
             ) from None
         self.size = size
-        # Whole pages around the storage: a neighbour's bytes in them are locked and left out too.
         self.address: int = self.tensor.data.ctypes.data
-        end = self.address + size
-        self._start = self.address & -mmap.PAGESIZE
-        self._length = end - self._start + -end % mmap.PAGESIZE
-        self.locked = False
-        if size:
-            libc.madvise(self._start, self._length, _MADV_DONTDUMP)
-            # On fault: the pages are locked as they are filled, by as many threads as fill them.
-            self.locked = libc.mlock2(self._start, self._length, _MLOCK_ONFAULT) == 0
-            if not self.locked:
-                _say_unlocked(ctypes.get_errno())
+        self.locked = guard(self.address, size)
         self.gone = False
 
     def view(self) -> memoryview:
@@ -108,9 +91,7 @@ class Memory:
         self.gone = True
         if self.size:
             wipe(self.view())
-            libc.madvise(self._start, self._length, _MADV_DODUMP)
-            if self.locked:
-                libc.munlock(self._start, self._length)
+            unguard(self.address, self.size)
         del self.tensor
 
     def drop(self) -> None:
@@ -141,29 +122,6 @@ def filled(size: int, name: str, fill: Callable[[memoryview], object]) -> Memory
         release(memory)
         raise
     return memory
-
-
-@contextlib.contextmanager
-def private_bytes(size: int) -> Iterator[tuple[bytes, memoryview]]:
-    """A new ``bytes`` object, a writable view of it to fill it through, and a wipe at the end.
-
-    For calls that take nothing but ``bytes``. The object is ours alone until it is handed on
-    (PyBytes_FromStringAndSize(NULL, size) permits filling it then), and the caller keeps no
-    reference beyond the block.
-    """
-    make = ctypes.pythonapi.PyBytes_FromStringAndSize
-    make.restype, make.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_ssize_t]
-    if not size:  # the one empty object is everybody's; nothing to fill, nothing to wipe
-        yield b"", memoryview(bytearray())
-        return
-    locate = ctypes.pythonapi.PyBytes_AsString
-    locate.restype, locate.argtypes = ctypes.c_void_p, [ctypes.py_object]
-    data: bytes = make(None, size)
-    room = (ctypes.c_char * size).from_address(locate(data))
-    try:
-        yield data, memoryview(room).cast("B")
-    finally:
-        ctypes.memset(room, 0, size)
 
 
 def _read_word(address: int) -> int:
@@ -205,18 +163,6 @@ def _counting_works() -> bool:
             ov.__version__,
         )
     return works
-
-
-@functools.cache
-def _say_unlocked(number: int) -> None:
-    if swap := keymgmt.unencrypted_swap():
-        log.warning(
-            "model memory may be swapped out to %s: it is not locked (%s, limit %d KiB); "
-            "raise it (ulimit -l, LimitMEMLOCK=) or have no swap, or an encrypted one",
-            ", ".join(swap),
-            os.strerror(number),
-            resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] >> 10,
-        )
 
 
 class _Wiper:

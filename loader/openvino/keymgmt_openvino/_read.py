@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Final
 
 import keymgmt
-from keymgmt.errors import FormatError
 from keymgmt.loading import (
-    CONVERT,
     GRAPHS,
     External,
     check_free_memory,
+    choose_file,
+    file_bytes,
     move_external,
-    outside_path,
+    outside_part,
+    private_bytes,
 )
 from keymgmt_openvino._ask import ask
-from keymgmt_openvino._memory import Memory, filled, private_bytes, release
+from keymgmt_openvino._memory import Memory, filled, release
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import openvino as ov
 
     from keymgmt import SealedModel
 
-__all__ = ["file_bytes", "no_such_file", "read_file", "read_sealed", "read_weights"]
+__all__ = ["read_file", "read_sealed", "read_weights"]
 
 _ADDRESS: Final = "*/_ORT_MEM_ADDR_/*"  # a location whose offset is an address in this process
+_NO_GRAPH: Final = (
+    "name it with file=, or convert the model (openvino.convert_model, save_model with "
+    "compress_to_fp16=False) and seal the .xml; the folder of a pipeline is opened with "
+    "keymgmt_openvino.genai (docs/genai.md)"
+)
 _SAVED_MODEL: Final = "saved_model.pb"  # TensorFlow reads the folder that it is in
 
 
@@ -41,7 +44,7 @@ def read_sealed(
         The graph, and the storage of its weights, which the caller hands to ``release``; none
         where OpenVINO keeps copies of its own, or maps private files.
     """
-    path = _graph(sealed, file)
+    path = choose_file(sealed, file, GRAPHS, what="graph", hint=_NO_GRAPH)
     suffix = PurePosixPath(path).suffix.lower()
     what = f"{path} of {sealed.manifest.name}"
     cannot = f"OpenVINO cannot read {what}"
@@ -67,18 +70,12 @@ def _read_onnx(sealed: SealedModel, core: ov.Core, path: str, what: str, cannot:
     copied = 0  # bytes that OpenVINO will copy, however often the model names the same
 
     def in_memory(tensor: External) -> External:
-        file = outside_path(path, tensor.location, what)
-        if file not in sealed.manifest.by_path:
-            raise FormatError(f"{what} has tensors in {file}, which is no file of it", hint=CONVERT)
+        file, length = outside_part(sealed, path, tensor, what)
         if file not in files:
             files[file] = read_file(sealed, file)
-        memory = files[file]
-        length = tensor.length or memory.size - tensor.offset  # 0 is "all" to runtimes too
-        if length <= 0 or tensor.offset + length > memory.size:
-            raise FormatError(f"{what} has tensors beyond the end of {file}")
         nonlocal copied
         copied += length
-        return External(_ADDRESS, memory.address + tensor.offset, length)
+        return External(_ADDRESS, files[file].address + tensor.offset, length)
 
     try:
         # The frontend parses a copy and copies each tensor; measured with 1 GiB: four times.
@@ -98,48 +95,12 @@ def _read_onnx(sealed: SealedModel, core: ov.Core, path: str, what: str, cannot:
             release(memory)
 
 
-def _graph(sealed: SealedModel, file: str | None) -> str:
-    manifest = sealed.manifest
-    if file is not None:
-        if file not in manifest.by_path:
-            raise no_such_file(sealed, file)
-        return file
-    if manifest.main is not None:
-        return manifest.main
-    found = [p for p in manifest.by_path if PurePosixPath(p).suffix.lower() in GRAPHS]
-    if len(found) > 1:
-        raise FormatError(
-            f"{manifest.name} has {len(found)} graphs", hint=f"say which: file={_listed(found)}"
-        )
-    if not found:
-        raise FormatError(
-            f"{manifest.name} ({manifest.kind}) has no graph that OpenVINO reads by its name",
-            hint="name it with file=, or convert the model (openvino.convert_model, save_model "
-            "with compress_to_fp16=False) and seal the .xml; the folder of a pipeline is opened "
-            "with keymgmt_openvino.genai (docs/genai.md)",
-        )
-    return found[0]
-
-
 def _goes_with(path: str, graph: str) -> bool:
     """Whether a file belongs to a graph that is read by path."""
     each, main = PurePosixPath(path), PurePosixPath(graph)
     if main.name == _SAVED_MODEL:
         return each.is_relative_to(main.parent)
     return each.with_suffix("") == main.with_suffix("")  # Paddle keeps its weights so
-
-
-def no_such_file(sealed: SealedModel, file: str) -> FormatError:
-    """The error for a ``file`` that the model does not have."""
-    return FormatError(
-        f"{sealed.manifest.name} has no file {file!r}",
-        hint=f"it has {_listed(list(sealed.manifest.by_path))}",
-    )
-
-
-def _listed(paths: list[str]) -> str:
-    more = f", and {len(paths) - 10} more" if len(paths) > 10 else ""
-    return ", ".join(paths[:10]) + more
 
 
 def read_weights(sealed: SealedModel, graph: str) -> Memory:
@@ -159,15 +120,3 @@ def read_file(sealed: SealedModel, path: str) -> Memory:
     """
     size = sealed.manifest.file(path).size
     return filled(size, sealed.manifest.name, lambda room: sealed.read_into(path, room))
-
-
-@contextlib.contextmanager
-def file_bytes(
-    sealed: SealedModel, path: str, *, copies: int = 1
-) -> Iterator[tuple[bytes, memoryview]]:
-    """Decrypt a file into ``bytes``, wiped at the end; there must be memory for some copies."""
-    size = sealed.manifest.file(path).size
-    check_free_memory(copies * size, sealed.manifest.name)
-    with private_bytes(size) as (data, room):
-        sealed.read_into(path, room)
-        yield data, room

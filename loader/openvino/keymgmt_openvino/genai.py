@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import keymgmt
 from keymgmt.errors import ConfigError, FormatError, KeymgmtError
+from keymgmt.loading import choose_file, file_bytes, private_bytes
 from keymgmt_openvino._ask import ask
-from keymgmt_openvino._memory import Memory, private_bytes, release
+from keymgmt_openvino._memory import Memory, release
 from keymgmt_openvino._model import Owner
 from keymgmt_openvino._no_disk import check_pipeline
-from keymgmt_openvino._read import file_bytes, no_such_file, read_file, read_weights
+from keymgmt_openvino._read import read_file, read_weights
 
 try:
     import openvino_genai as ov_genai
@@ -215,8 +216,7 @@ def load_adapter(
     Its memory is wiped when the adapter and the pipelines that use it are gone.
     """
     with keymgmt.open(path, name=name, keys=keys) as sealed:
-        if file not in sealed.manifest.by_path:
-            raise no_such_file(sealed, file)
+        choose_file(sealed, file, (), what="adapter", hint="name it with file=")
         memory = read_file(sealed, file)
         title = sealed.manifest.name
     try:

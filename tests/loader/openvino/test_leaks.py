@@ -24,6 +24,7 @@ PATTERN = np.random.default_rng(5).standard_normal(16).astype(np.float32)
 # Stops at each step until a line comes in; PR_SET_PTRACER lets any process of the user look.
 CHILD = """
 import ctypes, sys
+from keymgmt._crypto import memory
 from keymgmt_openvino import _memory, load
 import numpy as np
 ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)
@@ -33,7 +34,7 @@ if sys.argv[3] == "in dumps":
     class Libc:
         def __getattr__(self, name):
             return (lambda *a: 0) if name == "madvise" else getattr(libc, name)
-    libc, _memory.libc = _memory.libc, Libc()
+    libc, memory.libc = memory.libc, Libc()
 def step(name):
     print(name, flush=True)
     sys.stdin.readline()

@@ -12,9 +12,10 @@ import numpy as np
 import openvino as ov
 import pytest
 from keymgmt_openvino import _memory, load, read
-from keymgmt_openvino._memory import Memory, private_bytes, release
+from keymgmt_openvino._memory import Memory, release
 
 from keymgmt.errors import IntegrityError, KeymgmtError, ModelInUse
+from keymgmt.loading import private_bytes
 
 INPUTS = np.full((1, 2048), 65, np.int32)
 

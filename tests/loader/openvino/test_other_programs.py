@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 PAGE = HERE.parents[2] / "docs" / "other-programs.md"
 BLOCKS = dict(
     zip(
-        ["bytes", "onnxruntime", "model_api", "optimum", "ultralytics"],
+        ["onnxruntime", "model_api", "optimum", "ultralytics"],
         re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL),
         strict=True,
     )
@@ -40,7 +40,6 @@ answer = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, do_sample=F
 """
 PREDICT = "answer = model.predict(image, imgsz=64, verbose=False, conf=0.0)[0].boxes.data"
 AFTER = {
-    "bytes": SESSION,
     "onnxruntime": SESSION,
     "model_api": MODEL_API,
     "optimum": GENERATE,
@@ -56,7 +55,6 @@ PLAIN = {
     "ultralytics": "from ultralytics import YOLO\n"
     'model = YOLO("plain/yolo/yolo11n_openvino_model", task="detect")',
 }
-PLAIN["bytes"] = PLAIN["onnxruntime"]
 YOLO = """
 import os, sys
 os.chdir(sys.argv[1])
@@ -77,7 +75,7 @@ def detector() -> Path:
 
 def prepare(kind: str, plain: Path) -> tuple[Path, str]:
     """Make the plaintext model of a block in ``plain``; what is sealed, and its name."""
-    if kind in ("bytes", "onnxruntime"):
+    if kind == "onnxruntime":
         needs("onnxruntime", "rapidocr")
         shutil.copy(detector() / "PP-OCRv6_det_small.onnx", plain / "det.onnx")
         return plain / "det.onnx", "det"
@@ -116,7 +114,6 @@ def answer(program: str, here: Path, config: Path) -> np.ndarray:
 @pytest.mark.parametrize(
     "kind",
     [
-        "bytes",
         "onnxruntime",
         "model_api",
         # These bring PyTorch.

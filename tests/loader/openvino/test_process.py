@@ -126,8 +126,8 @@ def test_the_trace_would_have_shown_a_cache(require_tool, magika_ir, tmp_path):
 LOCKED = """
 import sys
 from pathlib import Path
-import keymgmt
-keymgmt.unencrypted_swap = lambda: (sys.argv[3],) if sys.argv[3] else ()
+from keymgmt._crypto import memory
+memory.unencrypted_swap = lambda: (sys.argv[3],) if sys.argv[3] else ()
 from keymgmt_openvino import load
 with load(sys.argv[1], keys=sys.argv[2]) as model:
     status = Path("/proc/self/status").read_text()

@@ -1,0 +1,130 @@
+"""Memory for plaintext: out of core dumps, kept from swap within the limit, wiped at its end."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import logging
+import mmap
+import os
+import resource
+from typing import TYPE_CHECKING, Final, Self
+
+from keymgmt._crypto.dek import wipe
+from keymgmt._system.libc import libc
+from keymgmt._system.swap import unencrypted_swap
+from keymgmt.errors import KeymgmtError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["PrivateMemory", "guard", "private_bytes", "unguard"]
+
+log = logging.getLogger("keymgmt")
+
+_MADV_DONTDUMP: Final = 16  # <linux/mman.h>; the module mmap has it from 3.13 on
+_MADV_DODUMP: Final = 17
+_MLOCK_ONFAULT: Final = 1
+
+
+def guard(address: int, size: int) -> bool:
+    """Keep memory out of core dumps and, within the limit of the process, from swap.
+
+    Whole pages around it: a neighbour's bytes in them are locked and left out too.
+
+    Returns:
+        Whether it is kept from swap (mlock2); if not, where there is swap, the log says so.
+    """
+    if not size:
+        return False
+    start, length = _pages(address, size)
+    libc.madvise(start, length, _MADV_DONTDUMP)
+    # On fault: the pages are locked as they are filled, by as many threads as fill them.
+    if libc.mlock2(start, length, _MLOCK_ONFAULT) == 0:
+        return True
+    _say_unlocked(ctypes.get_errno())
+    return False
+
+
+def unguard(address: int, size: int) -> None:
+    """The end of ``guard``, for memory that others use next."""
+    start, length = _pages(address, size)
+    libc.madvise(start, length, _MADV_DODUMP)
+    libc.munlock(start, length)
+
+
+def _pages(address: int, size: int) -> tuple[int, int]:
+    start, end = address & -mmap.PAGESIZE, address + size
+    return start, end - start + -end % mmap.PAGESIZE
+
+
+@functools.cache
+def _say_unlocked(number: int) -> None:
+    if swap := unencrypted_swap():
+        log.warning(
+            "model memory may be swapped out to %s: it is not locked (%s, limit %d KiB); "
+            "raise it (ulimit -l, LimitMEMLOCK=) or have no swap, or an encrypted one",
+            ", ".join(swap),
+            os.strerror(number),
+            resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] >> 10,
+        )
+
+
+class PrivateMemory(mmap.mmap):
+    """Fresh bytes that wipe themselves when the last view of them is gone.
+
+    A view is whatever was made over them: a memoryview, a numpy array, a tensor. Each holds this
+    object alive, so nothing is wiped that somebody can still read. It is never closed.
+
+    Attributes:
+        locked: whether it is kept from swap.
+    """
+
+    locked: bool
+
+    def __new__(cls, size: int) -> Self:
+        """Take memory; nothing is touched yet.
+
+        Args:
+            size: bytes, 1 at least.
+
+        Raises:
+            KeymgmtError: the system refuses that much.
+        """
+        try:
+            made = super().__new__(cls, -1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise KeymgmtError(
+                f"the system gives no {size:,} bytes of memory: {error.strerror}",
+                hint="look at ulimit -v and the limits of the container",
+            ) from None
+        made.locked = guard(ctypes.addressof(ctypes.c_char.from_buffer(made)), size)
+        return made
+
+    def __del__(self) -> None:
+        if not self.closed:  # nothing was taken
+            wipe(self)
+
+
+@contextlib.contextmanager
+def private_bytes(size: int) -> Iterator[tuple[bytes, memoryview]]:
+    """A new ``bytes`` object, a writable view of it to fill it through, and a wipe at the end.
+
+    For calls that take nothing but ``bytes``. The object is ours alone until it is handed on
+    (PyBytes_FromStringAndSize(NULL, size) permits filling it then), and the caller keeps no
+    reference beyond the block.
+    """
+    make = ctypes.pythonapi.PyBytes_FromStringAndSize
+    make.restype, make.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_ssize_t]
+    if not size:  # the one empty object is everybody's; nothing to fill, nothing to wipe
+        yield b"", memoryview(bytearray())
+        return
+    locate = ctypes.pythonapi.PyBytes_AsString
+    locate.restype, locate.argtypes = ctypes.c_void_p, [ctypes.py_object]
+    data: bytes = make(None, size)
+    room = (ctypes.c_char * size).from_address(locate(data))
+    try:
+        yield data, memoryview(room).cast("B")
+    finally:
+        ctypes.memset(room, 0, size)

@@ -1,0 +1,156 @@
+"""From a sealed ONNX model to a session, with nothing on a disk."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import onnxruntime
+
+import keymgmt
+from keymgmt.errors import ConfigError, KeymgmtError
+from keymgmt.loading import (
+    External,
+    check_free_memory,
+    choose_file,
+    file_bytes,
+    file_memory,
+    move_external,
+    outside_part,
+    private_bytes,
+)
+
+if TYPE_CHECKING:
+    from keymgmt import Config, SealedModel
+    from keymgmt.loading import PrivateMemory
+
+__all__ = ["load"]
+
+# Ours, and two of ONNX Runtime's: what it read, and what it packs; measured with 512 MiB.
+_COPIES: Final = 3
+_BY_PATH: Final = "open it by path: keymgmt.private_folder, keymgmt exec (docs/exec.md)"
+# What writes compiled or optimised graphs, with their weights, has such words in its name.
+_WRITES: Final = ("cache", "dump", "ep_context")
+
+Provider = str | tuple[str, Mapping[str, Any]]
+
+
+def load(
+    path: str | os.PathLike[str],
+    sess_options: onnxruntime.SessionOptions | None = None,
+    providers: Sequence[Provider] | None = None,
+    provider_options: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    name: str | None = None,
+    keys: str | os.PathLike[str] | Config | None = None,
+    file: str | None = None,
+) -> onnxruntime.InferenceSession:
+    """Open a sealed model, and make a session of an ONNX file of it.
+
+    ONNX Runtime copies all that it reads. What was decrypted is wiped before this returns; the
+    runtime's copies are given back with the session, and wiped by nobody.
+
+    Args:
+        path: the sealed model.
+        sess_options: as for ``InferenceSession``; what would write the model to a disk is refused.
+        providers: as for ``InferenceSession``, which cannot change them later.
+        provider_options: as for ``InferenceSession``; what would write to a disk is refused.
+        name: the model that is expected; another one is refused.
+        keys: a loaded config, or the path of one; else the one that ``keymgmt.load_config`` finds.
+        file: the .onnx, where the model has several.
+
+    Raises:
+        ConfigError: an option that writes plaintext to a disk.
+        FormatError: there is no such file, or it keeps tensors outside of the model.
+        SealedModelError, CannotUnlock, ConfigError: as ``keymgmt.open``.
+        KeymgmtError: too little memory, or ONNX Runtime refused the model.
+    """
+    options = onnxruntime.SessionOptions() if sess_options is None else sess_options
+    _check_options(options, providers or (), provider_options or ())
+    with keymgmt.open(path, name=name, keys=keys) as sealed, contextlib.ExitStack() as stack:
+        title = sealed.manifest.name
+        hint = "seal an .onnx, or a folder that has one; other formats have loaders of their own"
+        chosen = choose_file(sealed, file, (".onnx",), what=".onnx file", hint=hint)
+        data, room = stack.enter_context(file_bytes(sealed, chosen, copies=_COPIES))
+        outside = _Outside(sealed, chosen)
+        if parts := move_external(room, outside.what, outside.move):
+            size = sum(map(len, parts))
+            data, target = stack.enter_context(private_bytes(size))
+            position = 0
+            for part in parts:
+                target[position : position + len(part)] = part
+                position += len(part)
+            check_free_memory((_COPIES - 1) * outside.size, title)
+            names = list(outside.names)
+            memories = [outside.memories[outside.names[each]] for each in names]
+            sizes = [len(memory) for memory in memories]
+            options.add_external_initializers_from_files_in_memory(names, memories, sizes)
+        try:
+            session = onnxruntime.InferenceSession(data, options, providers, provider_options)
+        except Exception as error:  # noqa: BLE001 - its errors have no base of their own
+            whole = str(error)
+        else:
+            # It keeps the bytes, to make itself anew of them, and they are wiped.
+            session.disable_fallback()
+            session._model_bytes = None
+            return session
+    why = "it takes no tensors outside of a nested graph from memory; " if outside.names else ""
+    refusal = KeymgmtError(f"ONNX Runtime cannot read {outside.what}", hint=f"{why}{_BY_PATH}")
+    refusal.add_note(f"ONNX Runtime said:\n{whole}")
+    raise refusal
+
+
+class _Outside:
+    """The files of a sealed model that an ONNX file keeps tensors in, decrypted.
+
+    ONNX Runtime knows each by a name that nobody could guess: what it does not take from memory, it
+    looks for on the disk, from the working directory on.
+
+    Attributes:
+        what: how an error calls the ONNX file.
+        names: the name of each for ONNX Runtime -> its path in the model.
+        memories: path in the model -> its bytes.
+        size: of all tensors that were moved, however often the model names the same, in bytes.
+    """
+
+    def __init__(self, sealed: SealedModel, path: str) -> None:
+        self._sealed, self._path = sealed, path
+        self._token = secrets.token_hex(16)
+        self.what = f"{path} of {sealed.manifest.name}"
+        self.names: dict[str, str] = {}
+        self.memories: dict[str, PrivateMemory] = {}
+        self.size = 0
+
+    def move(self, tensor: External) -> External:
+        """Where ONNX Runtime is to find it; its file is decrypted by then."""
+        file, length = outside_part(self._sealed, self._path, tensor, self.what)
+        if file not in self.memories:
+            self.memories[file] = file_memory(self._sealed, file)
+        name = f"{self._token}-{list(self.memories).index(file)}"
+        self.names[name] = file
+        self.size += length
+        return External(name, tensor.offset, length)
+
+
+def _check_options(
+    options: onnxruntime.SessionOptions,
+    providers: Sequence[Provider],
+    provider_options: Sequence[Mapping[str, Any]],
+) -> None:
+    """ConfigError where an option would have the model written to a disk."""
+    wrong = ["optimized_model_filepath"] if options.optimized_model_filepath else []
+    with contextlib.suppress(Exception):  # not set
+        if options.get_session_config_entry("ep.context_enable") == "1":
+            wrong.append("ep.context_enable")
+    given = [each[1] for each in providers if not isinstance(each, str)]
+    for each in (*given, *provider_options):
+        wrong += [name for name in each if any(word in name.lower() for word in _WRITES)]
+    if wrong:
+        raise ConfigError(
+            f"the option {wrong[0]} has the model written to a disk, in plaintext",
+            hint="leave it out; it is said of every option with cache, dump or ep_context in its "
+            "name, whatever its value",
+        )

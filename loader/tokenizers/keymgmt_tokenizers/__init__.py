@@ -1,0 +1,58 @@
+"""Load the tokenizer of a sealed model into Hugging Face tokenizers, from memory.
+
+from keymgmt_tokenizers import load
+
+tokenizer = load("llm.sealed", name="llm")
+tokenizer.encode("hello").ids
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from tokenizers import Tokenizer
+
+import keymgmt
+from keymgmt.errors import FormatError
+from keymgmt.loading import choose_file, file_bytes
+
+if TYPE_CHECKING:
+    from keymgmt import Config
+
+__all__ = ["load"]
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    keys: str | os.PathLike[str] | Config | None = None,
+    file: str = "tokenizer.json",
+) -> Tokenizer:
+    """Open a sealed model, and make the tokenizer that one of its files describes.
+
+    The text of the file is wiped; the tables that ``tokenizers`` makes of it are its own, and given
+    back with the tokenizer.
+
+    Args:
+        path: the sealed model.
+        name: the model that is expected; another one is refused.
+        keys: a loaded config, or the path of one; else the one that ``keymgmt.load_config`` finds.
+        file: the tokenizer's, as ``Tokenizer.save`` writes it.
+
+    Raises:
+        FormatError: there is no such file, or it describes no tokenizer.
+        SealedModelError, CannotUnlock, ConfigError: as ``keymgmt.open``.
+        KeymgmtError: too little memory.
+    """
+    with keymgmt.open(path, name=name, keys=keys) as sealed:
+        title = sealed.manifest.name
+        choose_file(sealed, file, (), what="tokenizer", hint="")
+        with file_bytes(sealed, file) as (data, _):
+            try:
+                return Tokenizer.from_buffer(data)
+            except ValueError as error:
+                # It says a line and a column, and may quote what is there.
+                said = f"tokenizers cannot read {file} of {title} ({type(error).__name__})"
+    raise FormatError(said, hint="Tokenizer.save writes such a file; seal that")

@@ -1,0 +1,178 @@
+"""Tensors of a sealed .safetensors are views of one buffer, and those that the library reads."""
+
+from __future__ import annotations
+
+import gc
+import json
+
+import pytest
+
+np = pytest.importorskip("numpy")
+ours = pytest.importorskip("keymgmt_safetensors")
+
+from keymgmt.errors import ConfigError, FormatError, IntegrityError  # noqa: E402
+
+chance = np.random.default_rng(0)
+TENSORS = {
+    "w": chance.standard_normal((7, 5)).astype(np.float32),
+    "half": chance.standard_normal((3,)).astype(np.float16),
+    "long": np.arange(12, dtype=np.int64).reshape(2, 3, 2),
+    "bytes": np.arange(5, dtype=np.uint8),
+    "yes": np.array([True, False]),
+    "scalar": np.array(2.5),
+    "none": np.empty((0, 4), np.float32),
+}
+
+
+def save(tensors, path) -> None:
+    pytest.importorskip("safetensors.numpy").save_file(tensors, path, metadata={"format": "np"})
+
+
+def write(folder) -> None:
+    save(TENSORS, folder / "model.safetensors")
+
+
+def test_it_gives_what_the_library_gives(seal, site):
+    found = ours.load(seal(write), keys=site.config(), name="m")
+    plain = pytest.importorskip("safetensors.numpy").load_file(site.plain / "model.safetensors")
+    assert found.keys() == plain.keys() == TENSORS.keys()
+    for name, array in plain.items():
+        assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape)
+        assert found[name].tobytes() == array.tobytes()
+        found[name][...] = 0  # as the library's own, they may be written to
+
+
+def test_all_are_views_of_one_memory_that_is_wiped_with_the_last(seal, site, wiped):
+    found = ours.load(seal(write), keys=site.config())
+    assert len({id(array.base) for array in found.values()}) == 1
+    part = found["w"][3:, 1]
+    expected = TENSORS["w"][3:, 1].copy()
+    del found
+    gc.collect()
+    assert not wiped
+    assert (part == expected).all()
+    del part
+    assert wiped == [(site.plain / "model.safetensors").stat().st_size]
+
+
+def shards(folder) -> None:
+    save({"a": TENSORS["w"]}, folder / "model-1.safetensors")
+    save({"b": TENSORS["long"]}, folder / "model-2.safetensors")
+    save({"c": TENSORS["half"]}, folder / "another.safetensors")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_a_model_in_several_files(seal, site):
+    sealed = seal(shards)
+    assert ours.load(sealed, keys=site.config()).keys() == {"a", "b"}
+    assert ours.load(sealed, keys=site.config(), file="another.safetensors").keys() == {"c"}
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        ("[]", "not an index"),
+        ('{"weight_map": {"a": 1}}', "not an index|no file of the model"),
+        ('{"weight_map": {"a": "../x.safetensors"}}', "no file of the model"),
+        ("[" * 100_000, "not an index"),
+    ],
+)
+def test_an_index_that_is_none(seal, site, index, said):
+    def broken(folder):
+        write(folder)
+        (folder / "m.safetensors.index.json").write_text(index)
+
+    with pytest.raises(FormatError, match=said):
+        ours.load(seal(broken), keys=site.config())
+
+
+def file_of(header: object, data: bytes) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def entry(start=0, end=8, shape=(2,), kind="F32"):
+    return {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
+
+
+HOSTILE = {
+    "empty": b"",
+    "short": b"\x01",
+    "header beyond the end": (1 << 40).to_bytes(8, "little") + b"{}",
+    "no JSON": file_of(b"\xff{", b""),
+    "no object": file_of([], b""),
+    "deep": file_of(b"[" * 100_000, b""),
+    "beyond the end": file_of({"w": entry(0, 16, (4,))}, bytes(8)),
+    "before the beginning": file_of({"w": entry(-8, 0)}, bytes(8)),
+    "another length than the shape": file_of({"w": entry(0, 8, (3,))}, bytes(8)),
+    "huge": file_of({"w": entry(0, 8, (1 << 62, 4))}, bytes(8)),
+    "no type": file_of({"w": entry(kind="F99")}, bytes(8)),
+    "a type that is a list": file_of({"w": entry(kind=[])}, bytes(8)),
+    "a number that is true": file_of({"w": entry(0, 4, (True,))}, bytes(4)),
+    "overlapping": file_of({"v": entry(), "w": entry(4, 12)}, bytes(12)),
+    "with a gap": file_of({"v": entry(), "w": entry(16, 24)}, bytes(24)),
+    "with a rest": file_of({"w": entry()}, bytes(9)),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_file_that_is_not_valid_is_refused_as_by_the_library(seal, site, name):
+    def hostile(folder):
+        (folder / "m.safetensors").write_bytes(HOSTILE[name])
+
+    with pytest.raises(FormatError, match=r"m\.safetensors of m is not a \.safetensors file"):
+        ours.load(seal(hostile), keys=site.config())
+    library = pytest.importorskip("safetensors")
+    with pytest.raises(library.SafetensorError):
+        library.safe_open(site.plain / "m.safetensors", "numpy").keys()
+
+
+def test_what_the_framework_has_no_type_for(seal, site):
+    def brain(folder):
+        content = file_of({"w": entry(0, 4, kind="BF16")}, bytes(4))
+        (folder / "m.safetensors").write_bytes(content)
+
+    with pytest.raises(ConfigError, match="numpy has no type BF16") as caught:
+        ours.load(seal(brain), keys=site.config())
+    assert caught.value.hint == 'take framework="pt"'
+    with pytest.raises(ConfigError, match="no framework 'tf'"):
+        ours.load(site.root / "m.sealed", keys=site.config(), framework="tf")
+
+
+def test_a_damaged_one_hands_out_nothing(seal, site, wiped):
+    sealed = seal(write)
+    payload = sealed / "payload" / "model.safetensors.floe"
+    content = bytearray(payload.read_bytes())
+    content[-1] ^= 1
+    payload.write_bytes(content)
+    with pytest.raises(IntegrityError):
+        ours.load(sealed, keys=site.config())
+    assert wiped
+
+
+def test_torch_has_the_same_without_a_copy(seal, site, wiped):
+    torch = pytest.importorskip("torch", reason="tox -e other-programs has it")
+    library = pytest.importorskip("safetensors.torch")
+    names = dict(TENSORS)
+
+    def with_brain(folder):
+        tensors = {name: torch.from_numpy(array.copy()) for name, array in names.items()}
+        library.save_file(tensors | {"bf": torch.randn(3, 2).bfloat16()}, folder / "m.safetensors")
+
+    found = ours.load(seal(with_brain), keys=site.config(), framework="pt")
+    plain = library.load_file(site.plain / "m.safetensors")
+    assert found.keys() == plain.keys()
+    for name, tensor in plain.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+    places = [each.data_ptr() for each in found.values() if each.numel()]
+    assert max(places) - min(places) < (site.plain / "m.safetensors").stat().st_size
+    part = found["w"][3:, 1]
+    del found
+    gc.collect()
+    assert not wiped
+    assert torch.equal(part, plain["w"][3:, 1])
+    del part
+    gc.collect()
+    assert len(wiped) == 1
