@@ -23,7 +23,7 @@ from keymgmt.sealed.folder import KEYS, MANIFEST, PAYLOAD
 from keymgmt.sealed.manifest import MAX_FILES
 from keymgmt.sealed.paths import check_paths, path_problem
 
-__all__ = ["GRAPHS", "IGNORE", "Source", "Survey", "find_source", "survey", "why_not_loaded"]
+__all__ = ["GRAPHS", "IGNORE", "Source", "find_source", "why_not_loaded"]
 
 log = logging.getLogger("keymgmt")
 
@@ -89,19 +89,34 @@ class PlainFile:
 
 @dataclass(frozen=True)
 class Source:
-    """A plain model on disk.
+    """A plain model on disk, and what of it somebody who seals it may not expect.
 
     Attributes:
+        path: where it is.
         name: a model name made from the file's or folder's.
         kind: ``openvino-ir``, ``openvino-genai``, ``onnx`` or ``files``.
         main: the file that a loader reads first, or None.
         files: path in the model -> the plain file, sorted by path.
+        beside: paths that a model that is one file names, and are sealed with it; a link with its
+            target.
+        doubtful: files and folders that look like secrets or leftovers, and are sealed.
+        left_out: what the ignore file leaves out.
+        empty: folders without a file, which a sealed model does not have.
     """
 
+    path: Path
     name: str
     kind: str
     main: str | None
     files: dict[str, PlainFile]
+    beside: tuple[str, ...]
+    doubtful: tuple[str, ...]
+    left_out: tuple[str, ...]
+    empty: tuple[str, ...]
+
+    def __fspath__(self) -> str:
+        """Its path, so that what takes one takes this, and looks no second time."""
+        return os.fspath(self.path)
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -113,7 +128,8 @@ class Source:
 def find_source(path: str | os.PathLike[str]) -> Source:
     """Look at a folder, or a graph that OpenVINO reads (``GRAPHS``) with what belongs to it.
 
-    What would keep an .onnx from being loaded is said in the log.
+    A ``Source`` was looked at before, and is the answer. What would keep an .onnx from being loaded
+    is said in the log.
 
     Raises:
         ConfigError: missing, unreadable, a graph without its weights, a folder that is empty or
@@ -122,6 +138,8 @@ def find_source(path: str | os.PathLike[str]) -> Source:
     What matches a line of the file ``.keymgmtignore`` in the folder is left out, and that file too:
     shell patterns (fnmatch) of a name at any depth, or, with a slash, of a path from the folder on.
     """
+    if isinstance(path, Source):
+        return path
     source = Path(path)
     try:
         mode = source.stat().st_mode
@@ -132,20 +150,37 @@ def find_source(path: str | os.PathLike[str]) -> Source:
     if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
         # Opening a fifo would wait for its other end for ever.
         raise ConfigError(f"{source} is neither a regular file nor a folder")
+    left_out: list[str] = []
+    empty: list[str] = []
+    beside: list[str] = []
+    targets: list[str] = []
     if stat.S_ISDIR(mode):
-        files = _scan(source, [], [])
+        files = _scan(source, left_out, empty)
         kind, main = _kind(list(files))
     else:
         kind, main = _KINDS.get(source.suffix.lower(), "files"), from_system(source.name)
-        files = {
-            path: PlainFile.of(file, file.stat()) for path, file in _beside(source, main).items()
-        }
+        found = _beside(source, main)
+        files = {path: PlainFile.of(file, file.stat()) for path, file in found.items()}
+        for path in sorted(found.keys() - {main}):
+            target = found[path].resolve() if found[path].is_symlink() else None
+            beside.append(f"{path}, a link to {target}" if target else path)
+            targets += [from_system(target.as_posix())] if target else []
     files = dict(sorted(files.items(), key=lambda item: item[0].encode()))
     _check(source, files)
     for path, file in files.items():
         if path.lower().endswith(".onnx"):
             _look_through(path, file, files)
-    return Source(_model_name(source.absolute()), kind, main, files)
+    return Source(
+        source,
+        _model_name(source.absolute()),
+        kind,
+        main,
+        files,
+        tuple(beside),
+        _doubtful([*files, *targets]),
+        tuple(sorted(left_out)),
+        tuple(sorted(empty)),
+    )
 
 
 def _beside(source: Path, name: str) -> dict[str, Path]:
@@ -247,47 +282,16 @@ def _is_ignored(path: str, patterns: list[str]) -> bool:
     )
 
 
-@dataclass(frozen=True)
-class Survey:
-    """What somebody who seals a model may not expect; all are paths as in the sealed model.
-
-    Attributes:
-        beside: what a model that is one file names, and is sealed with it; a link with its target.
-        doubtful: files and folders that look like secrets or leftovers, and are sealed.
-        left_out: what the ignore file leaves out.
-        empty: folders without a file, which a sealed model does not have.
-    """
-
-    beside: tuple[str, ...]
-    doubtful: tuple[str, ...]
-    left_out: tuple[str, ...]
-    empty: tuple[str, ...]
-
-
-def survey(source: Path) -> Survey:
-    """Look through what is to be sealed; ConfigError as by ``find_source``."""
-    left_out: list[str] = []
-    empty: list[str] = []
-    beside: list[str] = []
-    doubtful: dict[str, None] = {}
-    if source.is_dir():
-        found = list(_scan(source, left_out, empty))
-    else:
-        main = from_system(source.name)
-        files = _beside(source, main)
-        found = list(files)
-        for path in sorted(files.keys() - {main}):
-            file = files[path]
-            beside.append(f"{path}, a link to {file.resolve()}" if file.is_symlink() else path)
-            if file.is_symlink():
-                found.append(from_system(file.resolve().as_posix()))
-    for path in sorted(found):
+def _doubtful(paths: Collection[str]) -> tuple[str, ...]:
+    """What of some paths looks like secrets or leftovers: the outermost part that does."""
+    found: dict[str, None] = {}
+    for path in sorted(paths):
         parts = path.split("/")
         for depth, name in enumerate(parts, 1):
             if any(fnmatch.fnmatchcase(name, each) for each in (*_SECRETS, *_LEFTOVERS)):
-                doubtful["/".join(parts[:depth])] = None
+                found["/".join(parts[:depth])] = None
                 break
-    return Survey(tuple(beside), tuple(doubtful), tuple(sorted(left_out)), tuple(sorted(empty)))
+    return tuple(found)
 
 
 def _scan(folder: Path, left_out: list[str], empty: list[str]) -> dict[str, PlainFile]:

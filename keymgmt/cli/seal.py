@@ -37,6 +37,7 @@ from keymgmt.errors import KeymgmtError
 
 if TYPE_CHECKING:
     from keymgmt import Config
+    from keymgmt._verbs.source import Source
 
 __all__ = ["seal", "sign", "unseal"]
 
@@ -81,10 +82,13 @@ def seal(
     """
     check_release(release)
     until = moment(expires) if expires is not None else None
-    _tell_source(source)
+    from keymgmt._verbs.source import find_source, why_not_loaded
+
+    found = find_source(source)
+    _tell_source(found)
     with progress("sealing") as done:
         inspection = keymgmt.seal(
-            source,
+            found,
             target,
             to=to or (),
             sign=sign,
@@ -99,20 +103,16 @@ def seal(
             progress=done,
         )
     show(inspection, as_json=as_json, verified=True)
-    from keymgmt._verbs.source import why_not_loaded
-
     manifest = inspection.manifest
     if said := why_not_loaded(manifest.kind, manifest.main, manifest.by_path):
         console(stderr=True).print(f"note: {clean(said)}", soft_wrap=True)
 
 
-def _tell_source(path: Path) -> None:
+def _tell_source(found: Source) -> None:
     """Say, before anything is sealed, what of it was hardly meant, and what is left out."""
-    from keymgmt._verbs.source import IGNORE, survey
+    from keymgmt._verbs.source import IGNORE
 
-    if not path.is_dir() and not path.is_file():
-        return
-    found = survey(path)
+    path = found.path
     if found.doubtful:
         said = f"this looks like secrets or leftovers, and is sealed too: {_some(found.doubtful)}"
         way = f"name what is to be left out in {path / IGNORE}"

@@ -133,3 +133,11 @@ def test_what_is_no_model_alone(name, tmp_path):
 def test_why_a_model_will_not_be_loaded(kind, main, paths, said):
     answer = source.why_not_loaded(kind, main, paths)
     assert answer is None if said is None else said in answer
+
+
+def test_what_was_looked_at_is_what_is_sealed_and_no_second_look(site, monkeypatch, tmp_path):
+    found = source.find_source(site.plain)
+    (site.plain / "later").write_bytes(b"came after somebody was told what is sealed")
+    monkeypatch.setattr(os, "fwalk", lambda *_, **__: pytest.fail("it was listed again"))
+    keymgmt.seal(found, tmp_path / "m.sealed", to=["local:a"], keys=site.config())
+    assert set(keymgmt.inspect(tmp_path / "m.sealed").manifest.by_path) == set(found.files)
