@@ -87,6 +87,7 @@ def exec_(
     from keymgmt._system.harden import empty_core_dumps, set_undumpable
     from keymgmt._system.namespace import tried
 
+    _prepare_to_tell()
     launch = Launch(
         command,
         tell=_tell,
@@ -169,6 +170,13 @@ def _find_user(text: str) -> User | None:
     if user.uid != os.geteuid():
         raise ConfigError("only root may run a program as another user", hint="leave --user out")
     return None
+
+
+def _prepare_to_tell() -> None:
+    """Import all that printing needs: an installation below /tmp is out of sight afterwards."""
+    from rich.text import Text
+
+    console(stderr=True).render_lines(Text("-"))
 
 
 def _tell(text: str) -> None:

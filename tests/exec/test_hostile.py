@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rich
 
+import keymgmt
 from keymgmt._mount.folders import MemfdFolder
 from keymgmt._system.namespace import User, enter_mount_namespace, mount_memory, tried
 
+keymgmt_file = pytest.importorskip("keymgmt_file")
 OTHER = 1234  # a user of no account
 
 
@@ -66,6 +69,11 @@ mv {out} {out}.done
 """
 
 
+def _signals(status: list[str], name: str) -> set[signal.Signals]:
+    mask = int(next(line for line in status if line.startswith(name)).split()[1], 16)
+    return {each for each in signal.Signals if mask >> each - 1 & 1}
+
+
 def test_what_asks_whether_it_is_ready_is_run_as_the_program_is(needs_root, site, tmp_path):
     config = site.root / "keymgmt.toml"
     config.write_text(
@@ -87,8 +95,10 @@ def test_what_asks_whether_it_is_ready_is_run_as_the_program_is(needs_root, site
     assert "KEYMGMT_MODEL=/tmp/keymgmt/m" in said
     assert "hello" in said
     assert not any(line.startswith("SITE_SECRET=") for line in said)
-    signals = [line.split()[1] for line in said if line.startswith("Sig")]
-    assert signals == ["0" * 16, "0" * 16]
+    # What whoever started us ignores stays ignored, as with nohup; what Python ignores does not.
+    ignored = {each for each in signal.Signals if signal.getsignal(each) == signal.SIG_IGN}
+    assert _signals(said, "SigBlk") == set()
+    assert _signals(said, "SigIgn") == ignored - {signal.SIGPIPE, signal.SIGXFSZ}
     assert "the program is ready" in done.stderr
 
 
@@ -125,6 +135,23 @@ def test_the_program_goes_on_where_nobody_reads_what_we_say(needs_root, site):
         os.close(writer)
         os.close(reader)
         assert process.wait(30) == 9
+
+
+def test_what_is_installed_below_tmp_is_told_too(needs_root, site, tmp_path):
+    """The private /tmp hides our own modules, of which some are imported when they are needed."""
+    links = []
+    for module in (rich, keymgmt, keymgmt_file):  # in a checkout, three folders
+        links.append(tmp_path / module.__name__)
+        links[-1].symlink_to(Path(module.__file__).parents[1])
+    script = "touch /tmp/ready; sleep 1; exit 9"
+    line = site.command(
+        "--user", "nobody", "--drop-when-ready", "file:/tmp/ready", "--", "sh", "-c", script
+    )
+    line.insert(1, "-S")  # nothing of ours is found elsewhere
+    env = site.env() | {"PYTHONPATH": ":".join(map(str, links))}
+    done = subprocess.run(line, env=env, cwd="/", stderr=subprocess.PIPE, text=True, timeout=60)
+    assert "the program is ready" in done.stderr
+    assert done.returncode == 9
 
 
 def test_a_caller_with_ambient_capabilities_keeps_them_to_itself(needs_root, site, require_tool):
