@@ -51,7 +51,6 @@ class Connection(ForkSafe):
         # The sockets of a parent are the parent's too, and so is who refreshes its credentials.
         self._lock = threading.Lock()
         self._client: Client | None = None
-        self._credentials: Any = None
 
     def run(self, work: Callable[[Service], R], seconds: float = 0.0) -> R:
         """Run ``work`` with the service, within the settings' time limit, or longer ``seconds``."""
@@ -77,15 +76,14 @@ class Connection(ForkSafe):
         if client is None:
             with self._lock:
                 if self._client is None:
-                    self._credentials = log_in(self.settings.auth, self.settings)
-                    self._client = Client("kms", self.settings, self._credentials)
+                    credentials = log_in(self.settings.auth, self.settings)
+                    self._client = Client("kms", self.settings, credentials)
                 client = self._client
         return client
 
     def sts(self) -> Client:
         """A client of AWS STS with the same login, for the caller to close."""
-        self.client()
-        return Client("sts", self.settings, self._credentials)
+        return Client("sts", self.settings, self.client().credentials)
 
     def forget(self, client: Client | None = None) -> None:
         """Log in anew at the next call; with ``client`` only if it is still the one in use."""
@@ -93,7 +91,7 @@ class Connection(ForkSafe):
             old = self._client
             if old is None or client not in (None, old):
                 return
-            self._client = self._credentials = None
+            self._client = None
         old.close()
 
 

@@ -117,6 +117,11 @@ _CODES: Final = {
     ): "UnrecognizedClientException InvalidClientTokenId InvalidIdentityToken IDPRejectedClaim "
     "InvalidSignatureException SignatureDoesNotMatch MissingAuthenticationTokenException "
     "MissingAuthenticationToken IncompleteSignatureException IncompleteSignature",
+    Fault(
+        AccessDenied,
+        "the session of SSO has expired, or there is none",
+        "log in to the profile again with the AWS command line",
+    ): "UnauthorizedSSOTokenError SSOTokenLoadError TokenRetrievalError",
     Fault(AccessDenied, "the account may not use this region or service"): "OptInRequired",
     _THROTTLED: "ThrottlingException KMSThrottlingException Throttling RequestLimitExceeded "
     "TooManyRequestsException",
@@ -171,7 +176,7 @@ _SIGNATURE: Final = "InvalidSignatureException|SignatureDoesNotMatch"
 _WORDS: Final = (
     (_SIGNATURE, "signature expired|signature not yet current", "clock-skew"),
     (_SIGNATURE, "scoped to a valid region", "wrong-region"),
-    ("KMSInvalidStateException", "pending deletion", "pending-deletion"),
+    ("KMSInvalidStateException", "pending (replica )?deletion", "pending-deletion"),
     ("NotFoundException", "invalid arn", "wrong-region"),
 )
 

@@ -12,11 +12,6 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import mldsa
-from cryptography.hazmat.primitives.serialization import load_der_public_key
-
 from keymgmt.backend import (
     RSA_OAEP_256,
     AccessDenied,
@@ -52,9 +47,9 @@ _SPECS: Final[Mapping[str, tuple[_Purpose, str, str]]] = {
     "ml-dsa-87": ("sign", "ML_DSA_87", "ML_DSA_SHAKE_256"),
 }
 KINDS: Final[Mapping[str, _Purpose]] = {kind: purpose for kind, (purpose, *_) in _SPECS.items()}
+_ML_DSA: Final = {"ml-dsa-65": 1952, "ml-dsa-87": 2592}
+"""The size of the key itself, which ends its SubjectPublicKeyInfo (RFC 9881)."""
 _USAGES: Final = {"wrap": "ENCRYPT_DECRYPT", "sign": "SIGN_VERIFY"}
-DELETION_DAYS: Final = 30
-"""The most that AWS KMS waits, and what it waits by itself."""
 _RETIRED: Final = ("Disabled", "PendingDeletion", "PendingReplicaDeletion")
 log: Final = logging.getLogger("keymgmt.aws")
 
@@ -173,14 +168,19 @@ class Keys:
         )
 
     def delete(self, kms: Service, key: str) -> str:
-        """Have the key deleted after ``DELETION_DAYS``; the time of it.
+        """Have the key deleted after 30 days, the most that AWS KMS waits; the time of it.
 
         Its alias stays, so that a key whose deletion is cancelled is found again.
         """
         info = self.describe(kms, key)
         if ends := info.detail.get("deletion"):
             return ends
-        request = {"KeyId": info.newest, "PendingWindowInDays": DELETION_DAYS}
+        if there := info.detail.get("replicas"):
+            raise UnsupportedOperation(
+                f"the key {key!r} has replicas, after which AWS KMS would delete it: {there}",
+                hint="have AWS KMS delete the replicas first",
+            )
+        request = {"KeyId": info.newest, "PendingWindowInDays": 30}
         answer = kms("delete", info.detail["arn"], "schedule_key_deletion", **request)
         if ends := _time(answer.get("DeletionDate")):
             return ends
@@ -230,6 +230,8 @@ def _described(key: str, native: str, answer: dict[str, Any]) -> KeyInfo:
     if data.get("MultiRegion"):
         more = data.get("MultiRegionConfiguration") or {}
         detail["multi-Region"] = str(more.get("MultiRegionKeyType", "yes")).lower()
+        if replicas := [str(each.get("Region")) for each in more.get("ReplicaKeys") or ()]:
+            detail["replicas"] = ", ".join(replicas)
     if ends := _time(data.get("DeletionDate")):
         detail["deletion"] = ends
     state: Literal["active", "retired"] = "retired" if detail["state"] in _RETIRED else "active"
@@ -238,30 +240,23 @@ def _described(key: str, native: str, answer: dict[str, Any]) -> KeyInfo:
 
 
 def _aliases(kms: Service) -> Iterator[str]:
-    page: dict[str, str] = {}
+    page: dict[str, Any] = {"Limit": 100}
     while True:
         answer = kms("list", "this login", "list_aliases", **page)
         for entry in answer.get("Aliases") or ():
             yield str(entry.get("AliasName"))
         if not answer.get("Truncated"):
             return
-        page = {"Marker": member(answer, "NextMarker", str)}
+        page["Marker"] = member(answer, "NextMarker", str)
 
 
 def _digest(kind: str, public: bytes, message: bytes) -> tuple[str, bytes]:
     """The MessageType and what is sent for ``message``, which may be longer than AWS KMS takes."""
-    if not kind.startswith("ml-dsa"):
-        digest = hashes.Hash(hashes.SHA384() if kind == "ecdsa-p384" else hashes.SHA256())
-        digest.update(message)
-        return "DIGEST", digest.finalize()
-    try:
-        key = load_der_public_key(public)
-    except (ValueError, UnsupportedAlgorithm) as error:
-        raise ProviderUnavailable("the answer of AWS is no public key") from error
-    if not isinstance(key, (mldsa.MLDSA65PublicKey, mldsa.MLDSA87PublicKey)):
-        raise ProviderUnavailable("the answer of AWS is no public key of its kind")
+    if kind not in _ML_DSA:
+        make = hashlib.sha384 if kind == "ecdsa-p384" else hashlib.sha256
+        return "DIGEST", make(message).digest()
     # FIPS 204, algorithm 7, line 6, with an empty context.
-    identity = hashlib.shake_256(key.public_bytes_raw()).digest(64)
+    identity = hashlib.shake_256(public[-_ML_DSA[kind] :]).digest(64)
     return "EXTERNAL_MU", hashlib.shake_256(identity + b"\0\0" + message).digest(64)
 
 

@@ -7,8 +7,9 @@ What is read from a file or another secret source is read at each login, and not
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
-from datetime import datetime
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,13 +17,14 @@ from keymgmt.backend import ProviderUnavailable, check_trusted, read_projected
 from keymgmt_aws._settings import (
     Auth,
     ContainerAuth,
+    EnvironmentAuth,
     InstanceAuth,
     ProfileAuth,
     RoleAuth,
     StaticAuth,
     WebIdentityAuth,
 )
-from keymgmt_aws._transport import Client, bind, http_session, new_session
+from keymgmt_aws._transport import Client, http_session, new_session
 
 if TYPE_CHECKING:
     from keymgmt_aws._settings import AwsSettings
@@ -48,127 +50,121 @@ def log_in(auth: Auth, settings: AwsSettings) -> Any:
 
     if isinstance(auth, StaticAuth):
         token = auth.session_token.read_text() if auth.session_token else None
-        return Credentials(
-            auth.access_key_id.read_text(), auth.secret_access_key.read_text(), token
-        )
-    if isinstance(auth, ProfileAuth):
-        return _of_profile(auth, settings)
-    makers = {
-        WebIdentityAuth: _by_web_identity,
-        RoleAuth: _by_role,
-        InstanceAuth: _of_instance,
-        ContainerAuth: _of_container,
-    }
-    make: Any = makers.get(type(auth))
-    if make is not None:
-        source = log_in(auth.source, settings) if isinstance(auth, RoleAuth) else None
-        return DeferredRefreshableCredentials(lambda: make(auth, settings, source), auth.method)
-    # The one method that asks for what is around.
+        secret = auth.secret_access_key.read_text()
+        return Credentials(auth.access_key_id.read_text(), secret, token)
+    if isinstance(auth, ProfileAuth | EnvironmentAuth):
+        return _found(auth, settings)
+    source = log_in(auth.source, settings) if isinstance(auth, RoleAuth) else None
+
+    def renew() -> dict[str, str]:
+        if isinstance(auth, InstanceAuth):
+            return _of_instance(auth, settings)
+        if isinstance(auth, ContainerAuth):
+            return _of_container(auth, settings)
+        return _assumed(auth, settings, source)
+
+    return DeferredRefreshableCredentials(renew, auth.method)
+
+
+def _found(auth: ProfileAuth | EnvironmentAuth, settings: AwsSettings) -> Any:
+    """What botocore itself finds: for a profile in its files, else in whatever is around."""
+    from botocore.credentials import create_credential_resolver
     from botocore.session import Session
 
-    found = Session().get_credentials()
+    if isinstance(auth, EnvironmentAuth):
+        found, what, hint = Session().get_credentials(), "the environment", "name a method in auth"
+    else:
+        files = {
+            "config_file": auth.config_file or Path("~/.aws/config").expanduser(),
+            "credentials_file": auth.credentials_file or Path("~/.aws/credentials").expanduser(),
+        }
+        for name, file in files.items():
+            if file.exists():
+                # It may name a program that is run.
+                private = name == "credentials_file"
+                check_trusted(file, what=name, private=private, error=ProviderUnavailable)
+        given = {name: str(file) for name, file in files.items()}
+        http = http_session(settings)
+        given |= {"profile": auth.profile, "region": settings.region}
+        session = new_session(settings, lambda request, **_: http.send(request), **given)
+        resolver = create_credential_resolver(session, region_name=settings.region)
+        for name in _BEYOND_THE_PROFILE:
+            resolver.remove(name)
+        found, what = resolver.load_credentials(), f"the profile {auth.profile!r}"
+        hint = "look at " + " and ".join(map(str, files.values()))
     if found is None:
-        raise ProviderUnavailable(
-            "the environment has no AWS credentials", hint="name a method in auth"
-        )
+        raise ProviderUnavailable(f"{what} has no AWS credentials", hint=hint)
     return found
 
 
-def _of_profile(auth: ProfileAuth, settings: AwsSettings) -> Any:
-    from botocore.credentials import create_credential_resolver
-
-    files = {
-        "config_file": auth.config_file or Path("~/.aws/config").expanduser(),
-        "credentials_file": auth.credentials_file or Path("~/.aws/credentials").expanduser(),
-    }
-    for name, file in files.items():
-        if file.exists():
-            # It may name a program that is run.
-            check_trusted(
-                file,
-                what=name,
-                private=name == "credentials_file",
-                error=ProviderUnavailable,
-            )
-    session = new_session(
-        profile=auth.profile,
-        region=settings.region,
-        **{name: str(file) for name, file in files.items()},
-    )
-    bind(session, settings)
-    resolver = create_credential_resolver(session, region_name=settings.region)
-    for name in _BEYOND_THE_PROFILE:
-        resolver.remove(name)
-    found = resolver.load_credentials()
-    if found is None:
-        raise ProviderUnavailable(
-            f"the profile {auth.profile!r} has no credentials",
-            hint="look at " + " and ".join(map(str, files.values())),
-        )
-    return found
-
-
-def _by_role(auth: RoleAuth, settings: AwsSettings, source: Any) -> dict[str, str]:
-    request = {"RoleArn": auth.role_arn, "RoleSessionName": auth.session_name}
-    if auth.external_id is not None:
-        request["ExternalId"] = auth.external_id
-    return _ask_sts(settings, source, "assume_role", request)
-
-
-def _by_web_identity(auth: WebIdentityAuth, settings: AwsSettings, _: None) -> dict[str, str]:
-    request = {"RoleArn": auth.role_arn, "RoleSessionName": auth.session_name}
-    request["WebIdentityToken"] = read_projected(auth.token_file, "token")
-    return _ask_sts(settings, None, "assume_role_with_web_identity", request)
-
-
-def _ask_sts(
-    settings: AwsSettings, source: Any, operation: str, request: Mapping[str, str]
+def _assumed(
+    auth: RoleAuth | WebIdentityAuth, settings: AwsSettings, source: Any
 ) -> dict[str, str]:
+    request = {"RoleArn": auth.role_arn, "RoleSessionName": auth.session_name}
+    operation = "assume_role"
+    if isinstance(auth, WebIdentityAuth):
+        operation = "assume_role_with_web_identity"
+        request["WebIdentityToken"] = read_projected(auth.token_file, "token")
+    elif auth.external_id is not None:
+        request["ExternalId"] = auth.external_id
     with contextlib.closing(Client("sts", settings, source)) as sts:
-        found = sts(operation, **request).get("Credentials")
-    return _temporary(found, "SessionToken")
+        return _temporary(sts(operation, **request).get("Credentials"), "SessionToken")
 
 
-def _of_instance(auth: InstanceAuth, settings: AwsSettings, _: None) -> dict[str, str]:
-    from botocore.utils import InstanceMetadataFetcher
+def _of_instance(auth: InstanceAuth, settings: AwsSettings) -> dict[str, str]:
+    from botocore.awsrequest import AWSRequest
 
-    fetcher = InstanceMetadataFetcher(
-        settings.call_timeout,
-        base_url=auth.endpoint,
-        env={},
-        config={"ec2_metadata_v1_disabled": True},
-    )
-    # botocore's own would go through the proxy that the environment names.
-    fetcher._session = http_session(settings.call_timeout)
-    found: dict[str, str] = fetcher.retrieve_iam_role_credentials()
-    if not found:
-        raise ProviderUnavailable(
-            f"no metadata service at {auth.endpoint} gives a role's credentials",
-            hint="is this an EC2 instance with a role, and IMDSv2 reached from here?",
-        )
-    return {name: value for name, value in found.items() if name != "role_name"}
+    http, words = http_session(settings), "x-aws-ec2-metadata-token"
+    place = "meta-data/iam/security-credentials/"
+
+    def ask(method: str, path: str, headers: dict[str, str]) -> str:
+        request = AWSRequest(method, f"{auth.endpoint}/latest/{path}", headers)
+        answer = http.send(request.prepare())
+        if answer.status_code != 200:
+            raise ConnectionError
+        return str(answer.text)
+
+    def fetch() -> Any:
+        token = {words: ask("PUT", "api/token", {f"{words}-ttl-seconds": "300"})}
+        role = ask("GET", place, token).split("\n")[0]
+        found = json.loads(ask("GET", place + role, token))
+        # In an outage EC2 tells old ones, and AWS takes them; they are asked for again in a while.
+        soon = datetime.now(UTC) + timedelta(minutes=20)
+        return found | {"Expiration": max(found["Expiration"], f"{soon:%Y-%m-%dT%H:%M:%SZ}")}
+
+    what = f"the IMDSv2 service at {auth.endpoint}"
+    return _told(fetch, what, "is this an EC2 instance with a role, and is that reached from here?")
 
 
-def _of_container(auth: ContainerAuth, settings: AwsSettings, _: None) -> dict[str, str]:
+def _of_container(auth: ContainerAuth, settings: AwsSettings) -> dict[str, str]:
     from botocore.utils import ContainerMetadataFetcher
 
-    fetcher = ContainerMetadataFetcher(http_session(settings.call_timeout))
+    fetcher = ContainerMetadataFetcher(http_session(settings))
     uri = auth.uri.read_text() if auth.uri else _POD_AGENT
     file = auth.token_file or (None if auth.uri else _POD_TOKEN)
     headers = {"Authorization": read_projected(file, "token")} if file else {}
-    # In ECS whoever knows the address has the credentials, and botocore's errors repeat it.
-    found, why = None, ""
-    try:
+
+    def fetch() -> Any:
         place = fetcher.full_url(uri) if uri.startswith("/") else uri
-        found = fetcher.retrieve_full_uri(place, headers)
-    except Exception as error:  # noqa: BLE001 - what it is, and nothing of what it says, is told
+        return fetcher.retrieve_full_uri(place, headers)
+
+    hint = "look at uri and token_file, and whether this container has a role"
+    return _told(fetch, "the container's service", hint)
+
+
+def _told(fetch: Callable[[], Any], what: str, hint: str) -> dict[str, str]:
+    """What a service beside this machine tells of its role.
+
+    Of a failure its kind alone is said: in ECS whoever knows the address has the credentials, and
+    botocore's errors repeat it.
+    """
+    try:
+        return _temporary(fetch(), "Token")
+    except ProviderUnavailable:
+        why = "an answer without them"
+    except Exception as error:  # noqa: BLE001 - see above
         why = type(error).__name__
-    if why:
-        raise ProviderUnavailable(
-            f"no credentials from the container's service ({why})",
-            hint="look at uri and token_file, and whether this container has a role",
-        )
-    return _temporary(found, "Token")
+    raise ProviderUnavailable(f"no credentials from {what} ({why})", hint=hint)
 
 
 def _temporary(found: Any, token: str) -> dict[str, str]:

@@ -88,17 +88,15 @@ def _makes_keys(settings: AwsSettings, native: str) -> list[dict[str, Any]]:
 
 def _keys_of(settings: AwsSettings, native: str, account: str) -> str:
     """All keys that an account has in the region, in the partition that ``native`` is of."""
-    partition = native.split(":")[1] if native.startswith("arn:") else _partition(settings.region)
-    return f"arn:{partition}:kms:{settings.region}:{account}:key/*"
-
-
-def _partition(region: str) -> str:
     from botocore.exceptions import UnknownRegionError
 
+    region, parts = settings.region, native.split(":")
     try:
-        return str(new_session().get_partition_for_region(region))
+        known = parts[1] if parts[0] == "arn" else None
+        partition = known or new_session(settings, print).get_partition_for_region(region)
     except UnknownRegionError as error:
         raise ConfigError(
             f"in which partition of AWS {region} is, is not known here",
             hint="write the key's ARN in the config, or install a newer botocore",
         ) from error
+    return f"arn:{partition}:kms:{region}:{account}:key/*"

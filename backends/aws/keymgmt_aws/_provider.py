@@ -87,7 +87,7 @@ class AwsProvider(
     @bare
     def list_keys(self) -> list[KeyInfo]:
         """See SupportsKeyManagement; what we may not look at is named in the log."""
-        return self._connection.run(self._keys.list)
+        return self._connection.run(self._keys.list, SLOW)
 
     @bare
     def describe_key(self, key: str) -> KeyInfo:

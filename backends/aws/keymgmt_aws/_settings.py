@@ -14,21 +14,7 @@ from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from keymgmt.backend import RSA_OAEP_256, ConfigPath, SecretSource, Settings, is_key
 
-__all__ = [
-    "CONTEXT",
-    "MECHANISMS",
-    "SYMMETRIC",
-    "Auth",
-    "AwsSettings",
-    "ContainerAuth",
-    "EnvironmentAuth",
-    "InstanceAuth",
-    "ProfileAuth",
-    "RoleAuth",
-    "StaticAuth",
-    "WebIdentityAuth",
-    "key_id",
-]
+__all__ = ["CONTEXT", "MECHANISMS", "SYMMETRIC", "Auth", "AwsSettings", "key_id"]
 
 SYMMETRIC: Final = "SYMMETRIC_DEFAULT"
 MECHANISMS: Final = (SYMMETRIC, RSA_OAEP_256)
@@ -40,7 +26,6 @@ _KEY_ID: Final = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,126}[A-Za-z0-9])?"
 _ARN: Final = re.compile(
     rf"arn:aws[a-z-]{{0,16}}:kms:([a-z0-9-]{{1,32}}):[0-9]{{12}}:(?:key/{_KEY_ID}|{_ALIAS})"
 )
-_METADATA: Final = ("169.254.169.254", "fd00:ec2::254")
 _MAX_PAIRS: Final = 8
 
 
@@ -50,36 +35,41 @@ def key_id(arn: str) -> str | None:
     return arn.rpartition(":key/")[2] if match and ":key/" in arn else None
 
 
-def _endpoint(text: str, *, metadata: bool = False) -> str:
-    """An endpoint without a slash at its end, or ValueError, ready to be shown."""
+def _place(text: str) -> str:
+    if not _ARN.fullmatch(text) and not re.fullmatch(_ALIAS, text):
+        raise ValueError(f"{text[:200]!r} is no ARN of AWS KMS and no alias/NAME")
+    return text
+
+
+def _endpoint(text: str, *others: str) -> str:
+    """An endpoint without a slash at its end; ``others`` are hosts to which http may go."""
     try:
         parts = urlsplit(text)
-        _ = parts.port
+        host, _ = parts.hostname or "", parts.port
     except ValueError as error:
         raise ValueError(f"{text[:200]!r} is no address: {error}") from None
     if parts.username is not None or parts.password is not None:
         # Not repeated: what stands before the @ may be a password.
         raise ValueError("an endpoint holds no user name or password; use auth")
-    if parts.scheme not in ("https", "http") or not parts.hostname:
+    if parts.scheme not in ("https", "http") or not host:
         raise ValueError(f"{text[:200]!r} is no endpoint: write https://host")
     if parts.path.strip("/") or parts.query or parts.fragment:
         raise ValueError(f"{text[:200]!r} has more than scheme, host and port")
-    if parts.scheme == "http" and not _on_this_machine(parts.hostname, metadata):
+    if parts.scheme == "http" and host not in others and not _is_loopback(host):
         raise ValueError(f"{text[:200]!r} is not protected: http is for this machine only")
     return text.rstrip("/")
 
 
-def _on_this_machine(host: str, metadata: bool) -> bool:
-    """Whether it is loopback, or where EC2 has its metadata; what a name means, others choose."""
+def _is_loopback(host: str) -> bool:
+    # An address alone: what a name means, others choose.
     try:
-        address = ipaddress.ip_address(host)
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-    return address.is_loopback or (metadata and host in _METADATA)
 
 
 def _metadata_endpoint(text: str) -> str:
-    return _endpoint(text, metadata=True)
+    return _endpoint(text, "169.254.169.254", "fd00:ec2::254")
 
 
 def _not_asked_for(source: SecretSource) -> SecretSource:
@@ -205,17 +195,8 @@ class KeyEntry(Settings):
         mechanisms: the only mechanisms that unwrap; all that this backend knows, if empty.
     """
 
-    arn: str
-    mechanisms: list[str] = Field(default_factory=list)
-
-    @model_validator(mode="after")
-    def _known(self) -> KeyEntry:
-        if not _ARN.fullmatch(self.arn) and not re.fullmatch(_ALIAS, self.arn):
-            raise ValueError(f"arn {self.arn[:200]!r} is no ARN of AWS KMS and no alias/NAME")
-        for mechanism in self.mechanisms:
-            if mechanism not in MECHANISMS:
-                raise ValueError(f"no mechanism {mechanism!r}; known: {', '.join(MECHANISMS)}")
-        return self
+    arn: Annotated[str, AfterValidator(_place)]
+    mechanisms: list[Literal["SYMMETRIC_DEFAULT", "RSA-OAEP-256"]] = Field(default_factory=list)
 
 
 class AwsSettings(Settings):
@@ -233,7 +214,6 @@ class AwsSettings(Settings):
         sts_endpoint: of AWS STS, likewise.
         ca_file: PEM of the authorities that may vouch for an endpoint; without it, the public ones
             that botocore carries.
-        fips: use the region's FIPS endpoints.
         timeout: seconds for a whole operation, with its retries and logins.
         call_timeout: seconds for one connection, and for one answer.
     """
@@ -248,7 +228,6 @@ class AwsSettings(Settings):
     endpoint: Endpoint | None = None
     sts_endpoint: Endpoint | None = None
     ca_file: ConfigPath | None = None
-    fips: bool = False
     timeout: Annotated[float, Field(gt=0, le=600)] = 10.0
     call_timeout: Annotated[float, Field(gt=0, le=60)] = 3.0
 
@@ -272,8 +251,6 @@ class AwsSettings(Settings):
                 raise ValueError(f"context: {name[:80]!r} is no name for a pair")
             if not 1 <= len(value) <= 512 or not (name + value).isprintable():
                 raise ValueError(f"context: {name} has 1 to 512 printable characters")
-        if self.fips and (self.endpoint or self.sts_endpoint):
-            raise ValueError("fips chooses the public endpoints: leave it out, or the endpoints")
         return self
 
     def native(self, key: str) -> str:

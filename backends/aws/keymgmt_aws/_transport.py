@@ -21,12 +21,11 @@ from keymgmt.backend import ProviderUnavailable, check_trusted
 if TYPE_CHECKING:
     from keymgmt_aws._settings import AwsSettings
 
-__all__ = ["SLOW", "Client", "bind", "http_session", "is_ours", "new_session", "prepare"]
+__all__ = ["SLOW", "Client", "http_session", "is_ours", "new_session", "prepare"]
 
 SLOW: Final = 30.0
 """Seconds for what changes something and is asked once: making an RSA key takes some."""
 
-_CONNECTIONS: Final = 32
 _SLOWLY: Final = ("CreateKey", "CreateAlias", "RotateKeyOnDemand")
 is_ours: Final = threading.local()
 """``active`` while a thread is inside a call of ours."""
@@ -76,8 +75,11 @@ def prepare() -> None:
         _loader().load_service_model("kms", part)
 
 
-def new_session(**given: str) -> Any:
-    """A botocore session that looks nowhere; ``given`` are session variables, such as profile."""
+def new_session(settings: AwsSettings, send: Callable[..., Any], **given: str) -> Any:
+    """A botocore session that looks nowhere, and whose clients go where the settings say.
+
+    They send by ``send``; ``given`` are session variables, such as ``profile``.
+    """
     from botocore.configprovider import ConfigValueStore, ConstantProvider
     from botocore.plugin import PluginContext, set_plugin_context
     from botocore.session import Session
@@ -93,51 +95,20 @@ def new_session(**given: str) -> Any:
     session.register_component("config_store", ConfigValueStore(mapping=constants))
     session.register_component("data_loader", _loader())
     session.register_component("token_provider", TokenProviderChain(providers=[]))
+    make = session.create_client
+    session.create_client = lambda *service, **more: _create(make, settings, send, *service, **more)
     return session
-
-
-def http_session(
-    seconds: float, ca_file: os.PathLike[str] | None = None, *, answer: float | None = None
-) -> Any:
-    """HTTP without proxies, redirects or retries; TLS 1.2 at least, and names are checked.
-
-    ``seconds`` are for a connection, and for an answer where ``answer`` does not say otherwise.
-    """
-    from botocore.httpsession import URLLib3Session
-
-    class Http(URLLib3Session):  # type: ignore[misc]
-        def _get_ssl_context(self) -> ssl.SSLContext:
-            # botocore's would write the session keys to where SSLKEYLOGFILE says.
-            return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-
-    return Http(
-        verify=str(ca_file) if ca_file else True,
-        timeout=(seconds, answer or seconds),
-        max_pool_connections=_CONNECTIONS,
-        socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
-    )
-
-
-def bind(session: Any, settings: AwsSettings) -> None:
-    """Let the clients that botocore makes itself, to log in, go where the settings say."""
-    http, make = http_session(settings.call_timeout, settings.ca_file), session.create_client
-
-    def create_client(service: str, **given: Any) -> Any:
-        return _create(make, service, settings, lambda request, **_: http.send(request), **given)
-
-    session.create_client = create_client
 
 
 def _create(
     make: Callable[..., Any],
-    service: str,
     settings: AwsSettings,
     send: Callable[..., Any],
+    service: str,
     *,
     config: Any = None,
     **given: Any,
 ) -> Any:
-    """A client as botocore makes it, which sends by ``send``."""
     from botocore import UNSIGNED
     from botocore.config import Config
 
@@ -147,7 +118,6 @@ def _create(
         retries={"total_max_attempts": 1, "mode": "standard"},
         user_agent="keymgmt-aws",
         proxies={},
-        use_fips_endpoint=settings.fips,
         ignore_configured_endpoint_urls=True,
     )
     given["config"] = config.merge(ours) if config else ours
@@ -158,6 +128,26 @@ def _create(
         # For some operations botocore leaves that to a handler that is left out here.
         client.meta.events.register("choose-signer", lambda **_: UNSIGNED)
     return client
+
+
+def http_session(settings: AwsSettings, *, answer: float | None = None) -> Any:
+    """HTTP without proxies, redirects or retries; TLS 1.2 at least, and names are checked.
+
+    ``call_timeout`` is for a connection, and for an answer where ``answer`` does not say otherwise.
+    """
+    from botocore.httpsession import URLLib3Session
+
+    class Http(URLLib3Session):  # type: ignore[misc]
+        def _get_ssl_context(self) -> ssl.SSLContext:
+            # botocore's would write the session keys to where SSLKEYLOGFILE says.
+            return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+    return Http(
+        verify=str(settings.ca_file) if settings.ca_file else True,
+        timeout=(settings.call_timeout, answer or settings.call_timeout),
+        max_pool_connections=32,
+        socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
+    )
 
 
 class Client:
@@ -171,20 +161,15 @@ class Client:
         from botocore.config import Config
         from botocore.credentials import CredentialResolver
 
-        session = new_session()
+        self.credentials = credentials
+        self._http, self._slow = http_session(settings), http_session(settings, answer=SLOW)
+        session = new_session(settings, self._send)
         resolver = CredentialResolver([])
         resolver.load_credentials = lambda: credentials
         session.register_component("credential_provider", resolver)
-        self._http = http_session(settings.call_timeout, settings.ca_file)
-        self._slow = http_session(settings.call_timeout, settings.ca_file, answer=SLOW)
-        self._client = _create(
-            session.create_client,
-            service,
-            settings,
-            self._send,
-            config=Config(signature_version=UNSIGNED) if credentials is None else None,
-            region_name=settings.region,
-        )
+        config = Config(signature_version=UNSIGNED) if credentials is None else None
+        region = settings.region
+        self._client = session.create_client(service, region_name=region, config=config)
         _hide()
 
     def __call__(self, operation: str, **arguments: Any) -> dict[str, Any]:

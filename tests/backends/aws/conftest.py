@@ -91,6 +91,12 @@ def moto(
 
 
 @pytest.fixture
+def instance(moto: Moto) -> dict[str, str]:
+    """The login of an EC2 instance, of whose metadata service moto has an imitation too."""
+    return {"method": "instance", "endpoint": moto.address}
+
+
+@pytest.fixture
 def kms(rsa_keys: None) -> Iterator[Any]:
     """A simulation of AWS KMS and STS of this test alone."""
     made = Simulated(REGION)

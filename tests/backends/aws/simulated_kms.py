@@ -73,6 +73,7 @@ class Key:
     multi_region: bool = False
     state: str = "Enabled"
     deletion: float | None = None
+    replicas: list[str] = field(default_factory=list)
     created: float = field(default_factory=time.time)
 
     @property
@@ -103,6 +104,7 @@ class Simulated:
         self.clock = 0.0
         self.session_seconds = 3600.0
         self.page = 50
+        self.connections = 0
         self._answering = threading.Event()
         self._answering.set()
         self.port = 0
@@ -116,6 +118,10 @@ class Simulated:
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
             disable_nagle_algorithm = True
+
+            def setup(self) -> None:
+                simulated.connections += 1
+                super().setup()
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -318,6 +324,7 @@ class Simulated:
         arn = key.arn.replace(self.region, other.region)
         made = Key(arn, key.spec, key.usage, key.material, multi_region=True)
         other.keys[made.id] = made
+        key.replicas.append(other.region)
         return made
 
     def _find(self, request: dict[str, Any]) -> Key:
@@ -362,7 +369,11 @@ class Simulated:
             "MultiRegion": key.multi_region,
         }
         if key.multi_region:
-            data["MultiRegionConfiguration"] = {"MultiRegionKeyType": "PRIMARY"}
+            there = [{"Region": region} for region in key.replicas]
+            data["MultiRegionConfiguration"] = {
+                "MultiRegionKeyType": "PRIMARY",
+                "ReplicaKeys": there,
+            }
         if key.deletion:
             data["DeletionDate"] = key.deletion
         return {"KeyMetadata": data}

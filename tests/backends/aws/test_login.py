@@ -53,6 +53,7 @@ def metadata() -> Iterator[Any]:
 
     class Service:
         answers: dict[str, str]
+        redirect = ""
         seen: list[tuple[str, str, dict[str, str]]]
 
     service = Service()
@@ -62,7 +63,8 @@ def metadata() -> Iterator[Any]:
         def answer(self) -> None:
             service.seen.append((self.command, self.path, dict(self.headers.items())))
             body = service.answers.get(f"{self.command} {self.path}")
-            self.send_response(404 if body is None else 200)
+            self.send_response(307 if service.redirect else 404 if body is None else 200)
+            self.send_header("Location", service.redirect)
             self.end_headers()
             self.wfile.write((body or "").encode())
 
@@ -85,6 +87,15 @@ def container_words(session: dict[str, Any]) -> str:
     return json.dumps(
         {("Token" if name == "SessionToken" else name): value for name, value in session.items()}
     )
+
+
+def instance_answers(session: str) -> dict[str, str]:
+    path = "/latest/meta-data/iam/security-credentials/"
+    return {
+        "PUT /latest/api/token": "imds-token",
+        f"GET {path}": "the-role",
+        f"GET {path}the-role": session,
+    }
 
 
 def test_static_keys(kms: Any, make: Any, static: dict[str, Any]) -> None:
@@ -145,18 +156,15 @@ def test_a_web_identity_that_is_replaced_on_disk(kms: Any, make: Any, tmp_path: 
 
 def test_the_role_of_an_instance(kms: Any, make: Any, metadata: Any) -> None:
     kms.make("model")
-    path = "/latest/meta-data/iam/security-credentials/"
-    session = kms.session("instance/i-1") | {"Token": "x", "Code": "Success", "Type": "AWS-HMAC"}
-    session["Token"] = session.pop("SessionToken")
-    metadata.answers = {
-        "PUT /latest/api/token": "imds-token",
-        f"GET {path}": "the-role",
-        f"GET {path}the-role": json.dumps(session),
-    }
+    metadata.answers = instance_answers(container_words(kms.session("instance/i-1")))
     auth = {"method": "instance", "endpoint": metadata.address}
     assert works(make(auth=auth)).endswith("assumed-role/instance/i-1")
     asked = [headers for method, _, headers in metadata.seen if method == "GET"]
     assert {one["x-aws-ec2-metadata-token"] for one in asked} == {"imds-token"}
+    # In an outage EC2 gives credentials whose end is past, and AWS takes them.
+    old = container_words(kms.session("instance/i-1") | {"Expiration": "2026-01-01T00:00:00Z"})
+    metadata.answers = instance_answers(old)
+    works(make(auth=auth))
     # IMDSv1, which answers without a token, is not used.
     del metadata.answers["PUT /latest/api/token"]
     with pytest.raises(ProviderUnavailable, match="IMDSv2"):
@@ -197,6 +205,28 @@ def test_the_role_of_a_container(
         works(ecs)
 
 
+@pytest.mark.parametrize("method", ["instance", "role", "web-identity"])
+def test_a_login_at_moto(
+    moto: Any, make: Any, instance: dict[str, str], secret_file: Any, method: str
+) -> None:
+    """With the answers of another's AWS STS and metadata service; nothing is refused there."""
+    # Its keys are of this account.
+    role = {"method": method, "role_arn": ROLE.replace("111122223333", "123456789012")}
+    auth: dict[str, Any] = {
+        "instance": instance,
+        "role": role | {"source": instance, "external_id": "the-owner-told-us"},
+        "web-identity": role | {"token_file": secret_file("a-jwt")["file"]},
+    }[method]
+    at_moto = {"endpoint": moto.address, "sts_endpoint": moto.address, "auth": auth}
+    provider = make(keys={"model": {"arn": f"alias/{method}"}}, **at_moto)
+    client = moto.client()
+    made = client.create_key(KeyUsage="ENCRYPT_DECRYPT", KeySpec="SYMMETRIC_DEFAULT")
+    client.create_alias(AliasName=f"alias/{method}", TargetKeyId=made["KeyMetadata"]["KeyId"])
+    who = works(provider)
+    assert who.startswith(f"by {method}: arn:aws:sts::")
+    assert method == "instance" or "assumed-role/opener/keymgmt" in who
+
+
 def profile(tmp_path: Path, config: str, credentials: str) -> dict[str, str]:
     files = {"config_file": config, "credentials_file": credentials}
     for name, text in files.items():
@@ -228,9 +258,44 @@ def test_a_profile_that_is_not_there_is_not_completed_from_elsewhere(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
     with pytest.raises(ProviderUnavailable, match="credentials"):
         works(make(auth=profile(tmp_path, "", "")))
-    with pytest.raises(ProviderUnavailable, match="no credentials"):
+    with pytest.raises(ProviderUnavailable, match="no AWS credentials"):
         works(make(auth=profile(tmp_path, "[profile press]\nregion = us-east-1\n", "")))
     assert not kms.seen
+
+
+def test_a_session_of_sso_that_is_over(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How it is logged in to is not run: its portal is at AWS alone."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    sso = "sso_start_url = https://press.example/start\nsso_region = eu-central-1\n"
+    sso += "sso_account_id = 111122223333\nsso_role_name = opener\n"
+    with pytest.raises(AccessDenied, match="session of SSO") as caught:
+        works(make(auth=profile(tmp_path, f"[profile press]\n{sso}", "")))
+    assert "log in to the profile again" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("method", ["role", "web-identity", "instance", "container"])
+def test_a_login_follows_no_redirect(
+    kms: Any, make: Any, simulate: Any, static: Any, metadata: Any, secret_file: Any, method: str
+) -> None:
+    elsewhere = simulate("eu-central-1")
+    place = f"{elsewhere.address}/"
+    kms.before = lambda operation, *_: (
+        (307, {"Location": place}, b"") if operation.startswith("AssumeRole") else None
+    )
+    metadata.redirect = place
+    auth = {
+        "role": {"method": "role", "role_arn": ROLE, "source": static},
+        "web-identity": {"method": "web-identity", "role_arn": ROLE}
+        | {"token_file": secret_file("a-jwt")["file"]},
+        "instance": {"method": "instance", "endpoint": metadata.address},
+        "container": {"method": "container", "uri": secret_file(f"{metadata.address}/creds")},
+    }[method]
+    with pytest.raises(ProviderUnavailable):
+        works(make(auth=auth, timeout=8.0))
+    assert metadata.seen or kms.called("AssumeRole") + kms.called("AssumeRoleWithWebIdentity")
+    assert elsewhere.connections == 0
 
 
 def test_a_secret_that_is_not_there(make: Any, static: dict[str, Any], tmp_path: Path) -> None:
@@ -385,6 +450,7 @@ def where(simulate: Any, authority: tuple[Path, ssl.SSLContext]) -> tuple[Any, d
         "static",
         "role",
         "web-identity",
+        "instance",
         "container",
         "profile",
         "profile with a role",
@@ -404,7 +470,8 @@ def test_nothing_of_the_environment_is_read(
     token = secret_file("a-jwt")["file"]
     static = {"method": "static", "access_key_id": secret_file(name)}
     static["secret_access_key"] = secret_file(secret)
-    metadata.answers = {"GET /creds": container_words(kms.session("task/t-1"))}
+    session = container_words(kms.session("task/t-1"))
+    metadata.answers = instance_answers(session) | {"GET /creds": session}
     keys = f"[press]\naws_access_key_id = {name}\naws_secret_access_key = {secret}\n"
     base = keys.replace("press", "base")
     about = f"role_arn = {ROLE}\n"
@@ -420,6 +487,7 @@ def test_nothing_of_the_environment_is_read(
             "static": static,
             "role": {"method": "role", "role_arn": ROLE, "source": static},
             "web-identity": {"method": "web-identity", "role_arn": ROLE, "token_file": token},
+            "instance": {"method": "instance", "endpoint": metadata.address},
             "container": {"method": "container", "uri": secret_file(f"{metadata.address}/creds")},
         }[method]
     answer = run_there(settings | {"auth": auth}, planted)
@@ -496,10 +564,14 @@ def test_a_renewal_that_failed_is_logged_without_the_answer(
 
 def test_a_server_that_nobody_vouches_for(where: Any, make: Any, static: dict[str, Any]) -> None:
     kms, settings = where
-    settings = {key: value for key, value in settings.items() if key != "ca_file"}
+    ca_file = settings.pop("ca_file")
     with pytest.raises(ProviderUnavailable, match="certificate") as caught:
         make(**settings, auth=static).wrap("model", Dek.generate(), b"c")
     assert "ca_file" in str(caught.value.hint)
+    # It is vouched for, and for 127.0.0.1 alone.
+    settings |= {"ca_file": ca_file, "endpoint": kms.address.replace("127.0.0.1", "localhost")}
+    with pytest.raises(ProviderUnavailable, match="certificate"):
+        make(**settings, auth=static).wrap("model", Dek.generate(), b"c")
     assert not kms.seen
 
 
