@@ -17,15 +17,16 @@ from typing import Any
 import pytest
 
 np = pytest.importorskip("numpy")
-gguf = pytest.importorskip("gguf")
 onnx = pytest.importorskip("onnx")
 openvino = pytest.importorskip("openvino")
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
 tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("gguf")
 pytest.importorskip("ik_llama_cpp")
 pytest.importorskip("onnxruntime")
 
-WIDTH, VOCABULARY = 64, 320
+WIDTH = 64
+LLAMA = Path(__file__).parent / "llama.py"
 # Without keymgmt: an import of it would fail.
 WITHOUT = "import sys; sys.modules['keymgmt'] = sys.modules['openvino_telemetry'] = None\n"
 
@@ -57,54 +58,8 @@ print(Tokenizer.from_file(f"{folder}/tokenizer.json").encode("ab ba").ids)
 }
 
 
-def write_llama(path: Path) -> None:
-    """A tiny random Llama with a byte-level tokenizer."""
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(128)
-    writer.add_embedding_length(WIDTH)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(2 * WIDTH)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(4)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(WIDTH // 4)
-    writer.add_vocab_size(VOCABULARY)
-    writer.add_file_type(0)
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = iter(range(256, 512))
-    words = [chr(byte if byte in shown else next(hidden)) for byte in range(256)] + ["ab"]
-    special = [f"<|{number}|>" for number in range(len(words), VOCABULARY)]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("llama-bpe")
-    writer.add_token_list(words + special)
-    writer.add_token_merges(["a b"])
-    writer.add_token_types([1] * len(words) + [3] * len(special))
-    writer.add_bos_token_id(VOCABULARY - 2)
-    writer.add_eos_token_id(VOCABULARY - 1)
-    chance = np.random.default_rng(0)
-
-    def tensor(name: str, *shape: int) -> None:
-        kind = np.float16 if len(shape) > 1 else np.float32
-        writer.add_tensor(f"{name}.weight", (chance.standard_normal(shape) * 0.1).astype(kind))
-
-    tensor("token_embd", VOCABULARY, WIDTH)
-    tensor("output_norm", WIDTH)
-    tensor("output", VOCABULARY, WIDTH)
-    for name in ("attn_norm", "ffn_norm"):
-        tensor(f"blk.0.{name}", WIDTH)
-    for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
-        tensor(f"blk.0.{name}", WIDTH, WIDTH)
-    for name in ("ffn_gate", "ffn_up"):
-        tensor(f"blk.0.{name}", 2 * WIDTH, WIDTH)
-    tensor("blk.0.ffn_down", WIDTH, 2 * WIDTH)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 def write_models(folder: Path) -> None:
-    write_llama(folder / "tiny.gguf")
+    subprocess.run([sys.executable, LLAMA, folder / "tiny.gguf"], check=True)
     weights = np.random.default_rng(1).standard_normal((WIDTH, WIDTH)).astype(np.float32)
     value = onnx.helper.make_tensor_value_info
     graph = onnx.helper.make_graph(
