@@ -30,7 +30,7 @@ from keymgmt._providers.registry import load_backend
 from keymgmt._providers.secret_source import CREDENTIALS, ConfigPath, expand_home
 from keymgmt._system.fork import ForkSafe
 from keymgmt._system.trusted_file import read_file
-from keymgmt.errors import ConfigError
+from keymgmt.errors import ConfigError, KeymgmtError
 
 __all__ = ["Config", "Policy", "SealDefaults", "load_config", "use_config"]
 
@@ -274,21 +274,31 @@ class Config(ForkSafe):
 
     @property
     def secret_variables(self) -> set[str]:
-        """Environment variables that lead to secrets: those of ``{ env = "NAME" }``.
+        """Environment variables that lead to secrets of any provider.
 
-        And of systemd, where there is a ``{ credential = "NAME" }``.
+        Those of ``{ env = "NAME" }``, that of systemd where there is a ``{ credential = "NAME" }``,
+        and what backends say of their settings (``Settings.secret_variables``).
         """
 
         def named(value: object) -> Iterator[str]:
+            if isinstance(value, Settings):
+                yield from value.secret_variables
+                value = vars(value)
             if isinstance(value, dict):
                 if isinstance(value.get("env"), str):
                     yield value["env"]
                 if isinstance(value.get("credential"), str):
                     yield CREDENTIALS
-                for inner in value.values():
+                value = tuple(value.values())
+            if isinstance(value, list | tuple):
+                for inner in value:
                     yield from named(inner)
 
-        return set(named(self._tables))
+        found = set(named(self._tables))
+        for name in self._tables:
+            with contextlib.suppress(KeymgmtError):  # what is not there reads nothing
+                found.update(named(self.provider(name).settings))
+        return found
 
     @property
     def cache(self) -> DekCache | None:

@@ -39,6 +39,10 @@ class Settings(BaseModel):
     Unknown members are errors, values are not coerced, and an instance does not change.
     """
 
+    secret_variables: ClassVar[frozenset[str]] = frozenset()
+    """Variables of the environment that a table of this kind takes secrets from, besides those that
+    it names itself (``SecretSource``). A program that is executed on a model does not get them."""
+
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, hide_input_in_errors=True, allow_inf_nan=False
     )

@@ -223,3 +223,34 @@ def test_an_unknown_provider_lists_those_that_are_there() -> None:
     with pytest.raises(ConfigError, match="no provider named 'vault'") as raised:
         config.provider("vault")
     assert raised.value.hint == "configured: hsm"
+
+
+BACKEND = """
+from keymgmt.backend import KeyProvider, Settings
+
+class Login(Settings):
+    secret_variables = frozenset({"ODD_TOKEN"})
+    kind: str
+
+class OddSettings(Settings):
+    login: Login | None = None
+    others: list[Login] = []
+
+class Odd(KeyProvider):
+    backend = "odd"
+    Settings = OddSettings
+    wrap = unwrap = check = None
+"""
+
+
+@pytest.mark.parametrize("table", ['login = { kind = "x" }', 'others = [{ kind = "x" }]', ""])
+def test_variables_with_secrets_are_those_of_the_tables_and_those_that_a_backend_names(
+    write: Callable[[str], Path], install: Callable[..., Path], table: str
+) -> None:
+    install("odd", "keymgmt.backends", {"odd": "odd_keys:Odd"}, odd_keys=BACKEND)
+    path = write(
+        f'[providers.a]\nbackend = "odd"\n{table}\n'
+        '[providers.b]\nbackend = "not-there"\npin = { env = "PIN" }\n'
+    )
+    with load_config(path) as config:
+        assert config.secret_variables == {"PIN"} | ({"ODD_TOKEN"} if table else set())

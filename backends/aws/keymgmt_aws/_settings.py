@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from typing import Annotated, Final, Literal
+from typing import Annotated, ClassVar, Final, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
@@ -27,6 +27,16 @@ _ARN: Final = re.compile(
     rf"arn:aws[a-z-]{{0,16}}:kms:([a-z0-9-]{{1,32}}):[0-9]{{12}}:(?:key/{_KEY_ID}|{_ALIAS})"
 )
 _MAX_PAIRS: Final = 8
+# What the AWS tools take credentials from, or find them by.
+_VARIABLES: Final = frozenset(
+    f"AWS_{name}"
+    for name in (
+        *("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN", "SECURITY_TOKEN"),
+        *("WEB_IDENTITY_TOKEN_FILE", "CONTAINER_AUTHORIZATION_TOKEN"),
+        *("CONTAINER_AUTHORIZATION_TOKEN_FILE", "CONTAINER_CREDENTIALS_FULL_URI"),
+        "CONTAINER_CREDENTIALS_RELATIVE_URI",
+    )
+)
 
 
 def key_id(arn: str) -> str | None:
@@ -111,6 +121,9 @@ class ProfileAuth(Settings):
     is, and how it is reached, is still said by the settings.
     """
 
+    # A profile may name the environment as its source.
+    secret_variables: ClassVar = _VARIABLES
+
     method: Literal["profile"]
     profile: Annotated[str, StringConstraints(min_length=1, max_length=128)]
     config_file: ConfigPath | None = None
@@ -160,6 +173,8 @@ class EnvironmentAuth(Settings):
     who this process is, and where a role that is found there is asked for. Where the keys are is
     still said by the config.
     """
+
+    secret_variables: ClassVar = _VARIABLES
 
     method: Literal["environment"]
 

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from keymgmt import Config
 from keymgmt.backend import AccessDenied, ConfigError, Dek, ProviderUnavailable
 
 ROLE = "arn:aws:iam::111122223333:role/opener"
@@ -604,3 +605,19 @@ def test_closing_and_opening_leaks_no_descriptor(kms: Any, make: Any) -> None:
         after = once()
     # The server's ends of them are closed a moment later, in this process too.
     assert after <= before + 4
+
+
+@pytest.mark.parametrize(
+    ("auth", "named"),
+    [
+        ({"method": "environment"}, True),
+        ({"method": "role", "role_arn": ROLE, "source": {"method": "environment"}}, True),
+        ({"method": "profile", "profile": "a"}, True),
+        ({"method": "instance"}, False),
+    ],
+)
+def test_variables_with_credentials_are_known_to_whoever_starts_a_program(auth, named):
+    settings = {"backend": "aws", "region": "eu-central-1", "keys": {}, "auth": auth}
+    with Config({"providers": {"cloud": settings}}) as config:
+        found = {"AWS_SECRET_ACCESS_KEY", "AWS_CONTAINER_AUTHORIZATION_TOKEN"}
+        assert (found & config.secret_variables) == (found if named else set())
