@@ -5,9 +5,13 @@ from __future__ import annotations
 import base64
 import contextlib
 import importlib
+import importlib.util
 import json
 import os
+import pkgutil
+import pty
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -211,6 +215,77 @@ def tree_of(site: Site) -> Any:
 
 
 VECTORS = Path(__file__).parent / "vectors" / "sealed"
+
+
+class Terminal:
+    """``keymgmt ARGUMENTS`` on a terminal of its own."""
+
+    def __init__(self, *arguments: object, cwd: Path) -> None:
+        command = [sys.executable, "-P", "-m", "keymgmt", *map(str, arguments)]
+        self.child, self.descriptor = pty.fork()
+        if not self.child:
+            os.chdir(cwd)
+            os.environ["TERM"] = "xterm"
+            os.execv(sys.executable, command)
+        self.seen = b""
+
+    def until(self, text: bytes, seconds: float = 60) -> None:
+        while text not in self.seen:
+            ready, _, _ = select.select([self.descriptor], [], [], seconds)
+            assert ready, self.seen
+            self.seen += os.read(self.descriptor, 4096)
+
+    def quiet(self, seconds: float) -> bytes:
+        """What is still written while nobody answers."""
+        more = b""
+        while select.select([self.descriptor], [], [], seconds)[0]:
+            more += os.read(self.descriptor, 4096)
+        return more
+
+    def answer(self, text: str) -> None:
+        os.write(self.descriptor, text.encode() + b"\n")
+
+    def end(self) -> int:
+        # Linux ends the reading of a terminal whose last writer is gone with EIO.
+        with contextlib.suppress(OSError):
+            while part := os.read(self.descriptor, 4096):
+                self.seen += part
+        _, status = os.waitpid(self.child, 0)
+        os.close(self.descriptor)
+        return os.waitstatus_to_exitcode(status)
+
+
+@pytest.fixture
+def terminal() -> Callable[..., Terminal]:
+    """Run ``keymgmt ARGUMENTS`` on a terminal: ``terminal("keys", "list", cwd=path)``."""
+    return Terminal
+
+
+@pytest.fixture(scope="session")
+def check_schema() -> Callable[[Any], str]:
+    """Check a JSON document against the schema that its ``format`` names; returns that name."""
+    jsonschema = pytest.importorskip("jsonschema")
+
+    def check(document: Any) -> str:
+        name = document["format"].replace("/", "-") + ".json"
+        (place,) = [each / name for each in _schema_folders() if (each / name).is_file()]
+        schema = json.loads(place.read_text("utf-8"))
+        jsonschema.Draft202012Validator.check_schema(schema)
+        jsonschema.validate(document, schema)
+        return str(document["format"])
+
+    return check
+
+
+def _schema_folders() -> list[Path]:
+    """The folder ``schemas`` of each installed package of ours."""
+    specs = [
+        importlib.util.find_spec(module.name)
+        for module in pkgutil.iter_modules()
+        if module.ispkg and module.name.startswith("keymgmt")
+    ]
+    found = [Path(spec.origin).with_name("schemas") for spec in specs if spec and spec.origin]
+    return [folder for folder in found if folder.is_dir()]
 
 
 @pytest.fixture(scope="session")

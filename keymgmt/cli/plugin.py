@@ -30,7 +30,7 @@ __all__ = ["app"]
 
 app = typer.Typer(help="Prove a backend on your own hardware, or start one.", no_args_is_help=True)
 
-REPORT: Final = "keymgmt.plugin-check/1"
+REPORT: Final = "keymgmt-plugin-check/1"
 STYLES: Final = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
 
 
@@ -49,7 +49,11 @@ def check(
     ] = None,
     create_keys: Annotated[
         bool,
-        typer.Option("--create-keys", help="Allow the checks that leave keys named kit-* behind."),
+        typer.Option(
+            "--create-keys",
+            help="Allow the checks that make keys, named kit-*; they are deleted where the "
+            "backend can.",
+        ),
     ] = False,
     other_key: Annotated[
         str | None, typer.Option(metavar="KEY", help="A second wrapping key.")
@@ -83,7 +87,8 @@ def check(
 ) -> None:
     """Run the conformance kit against a configured provider; exit 1 if a check fails.
 
-    Wraps, unwraps and looks. It makes no key and disturbs no service unless it is told to.
+    Wraps, unwraps and looks. It makes no key and disturbs no service unless it is told to. What
+    its operator has to mend, such as a login, ends it before the first check.
 
     Example:
         keymgmt plugin check site:resnet50 --report kit.json
@@ -92,7 +97,14 @@ def check(
 
     try:
         from keymgmt.testing._run import run_contract
-        from keymgmt.testing._site import Site, load_hooks, site_contract
+        from keymgmt.testing._site import (
+            Site,
+            check_site,
+            load_hooks,
+            remove_made,
+            site_contract,
+            unattended,
+        )
     except ImportError as error:
         raise ConfigError(
             f"the kit needs {error.name}, which is not installed",
@@ -102,29 +114,41 @@ def check(
     loaded = load_config(config) if config is not None else state.config()
     label, _, key = name.partition(":")
     provider = loaded.provider(_provider_name(loaded, label))
-    site = Site(
-        provider=provider,
-        wrap_key=key or _first_key(provider, create_keys=create_keys),
-        other_wrap_key=other_key,
-        recipient_key=recipient_key,
-        signing_key=signing_key,
-        may_create_keys=create_keys,
-        denied=loaded.provider(denied) if denied else None,
-        hooks=load_hooks(hooks) if hooks else {},
-        time_limit=time_limit,
-    )
+    for file in filter(None, (junit, report)):
+        if not file.parent.is_dir():
+            raise ConfigError(f"there is no folder {file.parent}", hint=f"mkdir -p {file.parent}")
+    with unattended():
+        site = Site(
+            provider=provider,
+            wrap_key=key or _first_key(provider, create_keys=create_keys),
+            other_wrap_key=other_key,
+            recipient_key=recipient_key,
+            signing_key=signing_key,
+            may_create_keys=create_keys,
+            denied=loaded.provider(denied) if denied else None,
+            hooks=load_hooks(hooks) if hooks else {},
+            time_limit=time_limit,
+        )
     versions = _versions(provider)
     out = console(stderr=as_json)
     shown = out.is_terminal
+    left: dict[str, str] = {}
     with out.status("checking") as status:
-        results = run_contract(
-            site_contract(site),
-            junit=junit,
-            suite=f"keymgmt plugin check {provider.name}",
-            properties=list(versions.items()),
-            told=lambda result: status.update(result.name) if shown else None,
-        )
-    made = _report(site, versions, results)
+        try:
+            with unattended():
+                check_site(site)
+            results = run_contract(
+                site_contract(site),
+                junit=junit,
+                suite=f"keymgmt plugin check {provider.name}",
+                properties=list(versions.items()),
+                told=lambda result: status.update(result.name) if shown else None,
+            )
+        finally:
+            left = remove_made(site)
+            for name, why in left.items():
+                out.print(f"left in the service: {clean(name)}: {clean(why)}", soft_wrap=True)
+    made = {**_report(site, versions, results), "left": left}
     if report is not None:
         write_report(report, made)
     if as_json:

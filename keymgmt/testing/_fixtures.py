@@ -73,6 +73,11 @@ class ContractFixtures:
         return True
 
     @pytest.fixture
+    def made_keys(self) -> list[str]:
+        """Return a list, to which the checks add each key that they make in the service."""
+        return []
+
+    @pytest.fixture
     def denied_factory(self) -> ProviderFactory | None:
         """Return a function that makes a provider whose login the service refuses."""
         return None
@@ -159,7 +164,9 @@ class ContractFixtures:
             yield dek
 
     @pytest.fixture
-    def new_key(self, provider: KeyProvider[Any], may_create_keys: bool) -> NewKey:
+    def new_key(
+        self, provider: KeyProvider[Any], may_create_keys: bool, made_keys: list[str]
+    ) -> NewKey:
         """Return a function that makes a key for a purpose, or skips the check."""
 
         def make(purpose: Literal["wrap", "sign"]) -> str:
@@ -171,6 +178,7 @@ class ContractFixtures:
             if kind is None:
                 self.skip(f"this provider creates no key to {purpose} with")
             name = f"kit-{purpose}-{secrets.token_hex(4)}"
+            made_keys.append(name)
             self.demand.works(lambda: provider.create_key(name, kind, {}), f"create_key({kind!r})")
             return name
 

@@ -45,12 +45,15 @@ class _Stub:
 stub = _Stub()
 
 
-class _Collect:
+class _Listener:
+    """Hears of each check from pytest, and makes one result of its set-up, call and teardown."""
+
     def __init__(self, told: Callable[[Result], None]) -> None:
-        self.results: dict[str, Result] = {}
-        self._demands: dict[str, str] = {}
-        self._told = told
+        self.results: list[Result] = []
         self.errors: list[str] = []
+        self._demands: dict[str, str] = {}
+        self._reports: list[pytest.TestReport] = []
+        self._told = told
 
     def pytest_itemcollected(self, item: Any) -> None:
         self._demands[item.nodeid] = Demand(item.function.__doc__).text
@@ -59,26 +62,25 @@ class _Collect:
         if report.failed:
             self.errors.append(report.longreprtext)
 
+    def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+        if isinstance(excinfo.value, pytest.exit.Exception):
+            self.errors.append(str(excinfo.value))
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        known = self.results.get(report.nodeid)
-        if report.when != "call" and report.outcome == "passed":
-            if known is not None and report.when == "teardown":
-                self._told(known)
-            return
-        seconds = report.duration + (known.seconds if known else 0)
-        outcome: Outcome = report.outcome
-        reason = report.longreprtext
-        if isinstance(report.longrepr, tuple):
-            reason = report.longrepr[2].removeprefix("Skipped: ")
-        elif report.when != "call" and outcome == "failed":
-            reason = f"in {report.when}: {reason}"
-        if known is not None and known.outcome == "failed":
-            outcome, reason = "failed", known.reason
-        name = report.nodeid.rpartition("::")[2]
-        result = Result(name, self._demands.get(report.nodeid, ""), outcome, reason, seconds)
-        self.results[report.nodeid] = result
+        self._reports.append(report)
         if report.when == "teardown":
-            self._told(result)
+            # The first that failed, else the first that skipped, else the last.
+            worst = min(self._reports[::-1], key=lambda r: (r.passed, r.skipped))
+            reason = worst.longreprtext
+            if isinstance(worst.longrepr, tuple):
+                reason = worst.longrepr[2].removeprefix("Skipped: ")
+            elif worst.failed and worst.when != "call":
+                reason = f"in {worst.when}: {reason}"
+            name, demands = report.nodeid.rpartition("::")[2], self._demands[report.nodeid]
+            seconds = sum(each.duration for each in self._reports)
+            self.results.append(Result(name, demands, worst.outcome, reason, seconds))
+            self._reports = []
+            self._told(self.results[-1])
 
 
 def run_contract(
@@ -99,7 +101,7 @@ def run_contract(
         told: called with each result as soon as it is there.
 
     Raises:
-        ConfigError: pytest could not run them.
+        ConfigError: pytest could not run them, or not to their end.
     """
 
     class Properties:
@@ -108,7 +110,7 @@ def run_contract(
             for name, value in properties:
                 record_testsuite_property(name, value)
 
-    collect = _Collect(told)
+    listener = _Listener(told)
     with tempfile.TemporaryDirectory(prefix="keymgmt-kit-") as directory:
         file = Path(directory) / f"{_MODULE}.py"
         file.write_text(_STUB)
@@ -124,7 +126,7 @@ def run_contract(
         arguments += ["--import-mode=importlib", "--disable-plugin-autoload"]
         arguments += [part for name in _QUIET for part in ("-p", f"no:{name}")]
         arguments += ["--basetemp", str(Path(directory) / "tmp"), "-o", f"junit_suite_name={suite}"]
-        plugins: list[object] = [collect]
+        plugins: list[object] = [listener]
         if junit is not None:
             arguments.append(f"--junitxml={junit}")
             plugins.append(Properties())
@@ -134,10 +136,10 @@ def run_contract(
         finally:
             stub.contract = None
             sys.modules.pop(_MODULE, None)  # or it would be the module of the next run
-    if code == pytest.ExitCode.INTERRUPTED and not collect.errors:
+    if code == pytest.ExitCode.INTERRUPTED and not listener.errors:
         raise KeyboardInterrupt
-    if collect.errors or code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+    if listener.errors or code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         raise ConfigError(
-            "the checks could not be run: " + ("; ".join(collect.errors) or f"pytest said {code}")
+            "the checks could not be run: " + ("; ".join(listener.errors) or f"pytest said {code}")
         )
-    return list(collect.results.values())
+    return listener.results

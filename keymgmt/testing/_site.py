@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Mapping
+import secrets
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -11,16 +14,34 @@ from typing import Any, Final
 import pytest
 
 from keymgmt.backend import (
+    AccessDenied,
+    Dek,
+    KeyNotFound,
     KeyProvider,
+    KeyRetired,
+    LockedOut,
     ProviderError,
+    ProviderUnavailable,
+    SupportsKeyDeletion,
+    SupportsKeyManagement,
     SupportsOfflineRecipients,
+    SupportsSigning,
     UnsupportedOperation,
+    within,
 )
 from keymgmt.errors import ConfigError
 from keymgmt.testing._contract import ProviderContract
 from keymgmt.testing._fixtures import Hook, NewKey, ProviderFactory
 
-__all__ = ["HOOKS", "Site", "load_hooks", "site_contract"]
+__all__ = [
+    "HOOKS",
+    "Site",
+    "check_site",
+    "load_hooks",
+    "remove_made",
+    "site_contract",
+    "unattended",
+]
 
 HOOKS: Final = ("break_service", "hang_service", "heal_service", "expire_login")
 
@@ -41,6 +62,89 @@ class Site:
     denied: KeyProvider[Any] | None = None
     hooks: Mapping[str, Hook] = field(default_factory=dict)
     time_limit: float = 15.0
+    made: list[str] = field(default_factory=list)
+    """The keys that the checks made."""
+
+
+# What a provider says where its operator has something to mend, and not its author.
+_OPERATORS: Final = (
+    AccessDenied,
+    ConfigError,
+    KeyNotFound,
+    KeyRetired,
+    LockedOut,
+    ProviderUnavailable,
+    UnsupportedOperation,
+)
+
+
+def check_site(site: Site) -> None:
+    """Use each key that the operator named once, and make one, before anything is judged.
+
+    What else is wrong is for the checks to say.
+
+    Raises:
+        KeymgmtError: what the operator has to mend.
+    """
+
+    def use() -> None:
+        with _again(site.provider)() as provider, Dek.generate() as dek:
+            for key in filter(None, (site.wrap_key, site.other_wrap_key, site.recipient_key)):
+                provider.unwrap(provider.wrap(key, dek, b"keymgmt check"), b"keymgmt check").wipe()
+            if site.signing_key is not None and isinstance(provider, SupportsSigning):
+                provider.sign(site.signing_key, b"keymgmt check")
+            if site.may_create_keys and isinstance(provider, SupportsKeyManagement):
+                site.made.append(name := f"kit-first-{secrets.token_hex(4)}")
+                # A kind that this service lacks is no fault.
+                with contextlib.suppress(UnsupportedOperation):
+                    provider.create_key(name, next(iter(provider.key_kinds)), {})
+
+    try:
+        within(3 * site.time_limit, f"the provider {site.provider.name!r}", use)
+    except _OPERATORS:
+        raise
+    except Exception:  # noqa: BLE001, S110 - the checks find it again, and say what it breaks
+        pass
+
+
+@contextlib.contextmanager
+def unattended() -> Iterator[None]:
+    """Let no provider ask a person: the checks make many, some in other processes.
+
+    Raises:
+        ConfigError: one would have asked.
+    """
+    stdin, sys.stdin = sys.stdin, None
+    try:
+        yield
+    except ProviderUnavailable as error:
+        asks, found, _ = str(error).partition(": this is not a terminal")
+        if not found:
+            raise
+        raise ConfigError(
+            f"{asks}: the checks make many providers",
+            hint="for the checks, name a file, a credential or an environment variable",
+        ) from error
+    finally:
+        sys.stdin = stdin
+
+
+def remove_made(site: Site) -> dict[str, str]:
+    """Delete the keys that the checks made; those that stay, each with the reason."""
+    left: dict[str, str] = {}
+    with _again(site.provider)() as provider:
+        for key in site.made:
+            try:
+                if isinstance(provider, SupportsKeyDeletion):
+                    provider.delete_key(key)
+                elif isinstance(provider, SupportsKeyManagement):
+                    provider.describe_key(key)
+                    left[key] = "this provider deletes no keys"
+            except KeyNotFound:
+                pass
+            except Exception as error:  # noqa: BLE001 - told, whatever it is
+                left[key] = f"{type(error).__name__}: {error}"
+    return left
 
 
 def load_hooks(path: Path) -> dict[str, Hook]:
@@ -71,6 +175,19 @@ def _again(provider: KeyProvider[Any]) -> ProviderFactory:
 
 def site_contract(site: Site) -> type[ProviderContract]:
     """The contract, with the fixtures of one site."""
+
+    def hook(name: str) -> Hook | None:
+        run = site.hooks.get(name)
+
+        def careful() -> None:
+            try:
+                assert run is not None  # noqa: S101 - it is only given out where it is
+                run()
+            except Exception as error:  # noqa: BLE001 - the operator's, whatever it is
+                # With a service that nobody heals, every other check would fail too.
+                pytest.exit(f"the hook {name} failed: {type(error).__name__}: {error}")
+
+        return careful if run is not None else None
 
     class SiteContract(ProviderContract):
         @pytest.fixture
@@ -105,24 +222,28 @@ def site_contract(site: Site) -> type[ProviderContract]:
             return site.may_create_keys
 
         @pytest.fixture
+        def made_keys(self) -> list[str]:
+            return site.made
+
+        @pytest.fixture
         def denied_factory(self) -> ProviderFactory | None:
             return _again(site.denied) if site.denied is not None else None
 
         @pytest.fixture
         def break_service(self) -> Hook | None:
-            return site.hooks.get("break_service")
+            return hook("break_service")
 
         @pytest.fixture
         def hang_service(self) -> Hook | None:
-            return site.hooks.get("hang_service")
+            return hook("hang_service")
 
         @pytest.fixture
         def heal_service(self) -> Hook | None:
-            return site.hooks.get("heal_service")
+            return hook("heal_service")
 
         @pytest.fixture
         def expire_login(self) -> Hook | None:
-            return site.hooks.get("expire_login")
+            return hook("expire_login")
 
         @pytest.fixture
         def time_limit(self) -> float:

@@ -9,6 +9,7 @@ import textwrap
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,7 +38,9 @@ def config(tmp_path: Path, run: Run) -> Path:
     return path
 
 
-def test_a_good_provider_passes_and_reports(config: Path, run: Run, tmp_path: Path) -> None:
+def test_a_good_provider_passes_and_reports(
+    config: Path, run: Run, tmp_path: Path, check_schema: Callable[[Any], str]
+) -> None:
     junit, report = tmp_path / "junit.xml", tmp_path / "report.json"
     arguments = ["local", "--config", config, "--junit", junit, "--report", report]
     done = run("plugin", "check", *arguments)
@@ -45,6 +48,7 @@ def test_a_good_provider_passes_and_reports(config: Path, run: Run, tmp_path: Pa
     assert "the hook break_service was not supplied" in done.stdout
     assert "not allowed to create keys in this service" in done.stdout
     made = json.loads(report.read_text())
+    assert check_schema(made) == "keymgmt-plugin-check/1"
     assert made["ok"] is True
     assert made["versions"]["distribution"] == "keymgmt-file"
     outcomes = {check["name"]: check["outcome"] for check in made["checks"]}
@@ -66,7 +70,35 @@ def test_no_key_is_made_unless_allowed(config: Path, run: Run) -> None:
     done = run("plugin", "check", "local:kek", "--config", config, "--create-keys", "--json")
     outcomes = {each["name"]: each["outcome"] for each in json.loads(done.stdout)["checks"]}
     assert outcomes["test_rotation"] == outcomes["test_signing"] == "passed"
-    assert len(list(keys.iterdir())) > len(before)
+    assert json.loads(done.stdout)["left"] == {}
+    assert sorted(path.name for path in keys.glob("*.jwks")) == ["kek.jwks"]
+
+
+def test_what_was_made_and_cannot_be_deleted_is_named(config: Path, tmp_path: Path) -> None:
+    program = tmp_path / "cannot_delete.py"
+    program.write_text(
+        "from keymgmt_file import FileProvider\n"
+        "from keymgmt.errors import AccessDenied\n"
+        "from keymgmt.cli import main\n"
+        "def refuse(self, key):\n"
+        "    self.describe_key(key)\n"
+        "    raise AccessDenied('the disk is sacred')\n"
+        "FileProvider.delete_key = refuse\n"
+        "if __name__ == '__main__': main()\n"
+    )
+    arguments = ("plugin", "check", "local:kek", "-c", str(config), "--create-keys", "--json")
+    done = subprocess.run(
+        [sys.executable, "-P", program, *arguments], capture_output=True, text=True, timeout=120
+    )
+    made = json.loads(done.stdout)
+    assert [each for each in made["checks"] if each["outcome"] == "failed"] == []
+    assert made["left"]
+    (deletion,) = [each for each in made["checks"] if each["name"] == "test_deletion"]
+    assert deletion["outcome"] == "skipped"
+    for name, why in made["left"].items():
+        assert why == "AccessDenied: the disk is sacred"
+        assert f"left in the service: {name}: " in done.stderr
+        assert (config.parent / "keys" / f"{name}.jwks").exists()
 
 
 def test_hooks_are_run_when_given(config: Path, run: Run, tmp_path: Path) -> None:
@@ -101,6 +133,10 @@ def test_hooks_are_run_when_given(config: Path, run: Run, tmp_path: Path) -> Non
         ("x = 1", "defines no hook"),
         ("def break_service(): ...", "define heal_service"),
         ("1/0", "ZeroDivisionError"),
+        (
+            "def break_service(): 1/0\ndef heal_service(): ...",
+            "the hook break_service failed: ZeroDivisionError",
+        ),
     ],
 )
 def test_bad_hooks_are_refused(
@@ -115,8 +151,26 @@ def test_bad_hooks_are_refused(
 def test_an_unknown_provider_and_a_missing_key(config: Path, run: Run) -> None:
     done = run("plugin", "check", "loca", "-c", config, code=3)
     assert "did you mean 'local'?" in done.stderr
-    done = run("plugin", "check", "local:nothing", "-c", config, code=1)
-    assert "raised KeyNotFound" in done.stdout
+    done = run("plugin", "check", "local:nothing", "-c", config, code=3)
+    assert "keys create local:nothing" in done.stderr
+    done = run("plugin", "check", "local", "-c", config, "--report", "none/kit.json", code=3)
+    assert "there is no folder none" in done.stderr
+
+
+@pytest.mark.parametrize("on_terminal", [False, True])
+def test_what_the_operator_has_to_mend_ends_it_before_the_first_check(
+    config: Path, run: Run, tmp_path: Path, terminal: Callable[..., Any], on_terminal: bool
+) -> None:
+    config.write_text(config.read_text() + 'passphrase = { prompt = "Passphrase" }\n')
+    command = ("plugin", "check", "local", "-c", str(config), "--create-keys")
+    said = "cannot ask for 'Passphrase': the checks make many providers"
+    if on_terminal:
+        ran = terminal(*command, cwd=tmp_path)
+        assert ran.end() == 3
+        assert said.encode() in ran.seen
+    else:
+        assert said in run(*command, code=3).stderr
+    assert sorted(path.name for path in (tmp_path / "keys").glob("*.jwks")) == ["kek.jwks"]
 
 
 def test_without_pytest_it_says_what_to_install(config: Path) -> None:

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import pty
 import re
-import select
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,47 +10,10 @@ from typing import Any
 import pytest
 
 Cli = Callable[..., Any]
+Terminal = Callable[..., Any]
 PASSPHRASE = "correct horse battery"
 QUESTION = b"Passphrase of the models: "
 MOVES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]|\r")
-
-
-class Terminal:
-    """``keymgmt ARGUMENTS`` on a terminal of its own."""
-
-    def __init__(self, *arguments: object, cwd: Path) -> None:
-        command = [sys.executable, "-P", "-m", "keymgmt", *map(str, arguments)]
-        self.child, self.descriptor = pty.fork()
-        if not self.child:
-            os.chdir(cwd)
-            os.environ["TERM"] = "xterm"
-            os.execv(sys.executable, command)
-        self.seen = b""
-
-    def until(self, text: bytes, seconds: float = 60) -> None:
-        while text not in self.seen:
-            ready, _, _ = select.select([self.descriptor], [], [], seconds)
-            assert ready, self.seen
-            self.seen += os.read(self.descriptor, 4096)
-
-    def quiet(self, seconds: float) -> bytes:
-        """What is still written while nobody answers."""
-        more = b""
-        while select.select([self.descriptor], [], [], seconds)[0]:
-            more += os.read(self.descriptor, 4096)
-        return more
-
-    def answer(self, text: str) -> None:
-        os.write(self.descriptor, text.encode() + b"\n")
-
-    def end(self) -> int:
-        # Linux ends the reading of a terminal whose last writer is gone with EIO.
-        with contextlib.suppress(OSError):
-            while part := os.read(self.descriptor, 4096):
-                self.seen += part
-        _, status = os.waitpid(self.child, 0)
-        os.close(self.descriptor)
-        return os.waitstatus_to_exitcode(status)
 
 
 @pytest.fixture
@@ -91,8 +49,10 @@ def locked(cli: Cli, site: Path, sealed: Path) -> Path:
     ],
     ids=" ".join,
 )
-def test_a_question_is_seen_and_waits(locked: Path, arguments: tuple[str, ...]) -> None:
-    run = Terminal(*arguments, cwd=locked)
+def test_a_question_is_seen_and_waits(
+    terminal: Terminal, locked: Path, arguments: tuple[str, ...]
+) -> None:
+    run = terminal(*arguments, cwd=locked)
     run.until(QUESTION)
     # A bar is painted ten times a second.
     assert MOVES.sub(b"", run.quiet(0.5)) == b""
@@ -104,10 +64,10 @@ def test_a_question_is_seen_and_waits(locked: Path, arguments: tuple[str, ...]) 
     assert run.seen.count(QUESTION) == 1
 
 
-def test_a_key_is_deleted_by_its_name(cli: Cli, site: Path) -> None:
+def test_a_key_is_deleted_by_its_name(terminal: Terminal, cli: Cli, site: Path) -> None:
     for typed, code in (("y", 3), ("local:edg", 3), ("local:edge", 0)):
         cli("keys", "create", "local:edge")
-        run = Terminal("keys", "delete", "local:edge", "--force", cwd=site)
+        run = terminal("keys", "delete", "local:edge", "--force", cwd=site)
         run.until(b"Type local:edge to go on: ")
         run.answer(typed)
         assert run.end() == code, run.seen
