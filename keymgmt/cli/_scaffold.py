@@ -22,14 +22,27 @@ _FILES: Final = {
     "client.py": "$package/client.py",
     "test_contract.py": "tests/test_contract.py",
 }
+# What is there in the place of a toy file, and beside it.
+_HTTP: Final = {
+    "client_http.py": "$package/client.py",
+    "test_contract_http.py": "tests/test_contract.py",
+    "service.py": "tests/service.py",
+}
+_FILE_WORDS: Final = {"toy": "a toy file", "settings": 'path = "keys.json"'}
+_HTTP_WORDS: Final = {
+    "toy": "a toy service",
+    "settings": 'address = "https://keys.example:8443"\n'
+    'ca_file = "service.pem"\ntoken = { file = "token" }',
+}
 
 
-def write_scaffold(name: str, directory: Path) -> list[Path]:
+def write_scaffold(name: str, directory: Path, *, http: bool = False) -> list[Path]:
     """Write the files of a new backend into a directory that is new or empty.
 
     Args:
         name: the backend's name, checked by the caller.
         directory: where to write.
+        http: for a service that is asked over HTTPS.
 
     Returns:
         The files, relative to the directory.
@@ -46,10 +59,14 @@ def write_scaffold(name: str, directory: Path) -> list[Path]:
         "package": f"keymgmt_{name.replace('-', '_')}",
         "kind": "".join(part.capitalize() for part in name.replace("-", "_").split("_")),
         "version": release,
+        **(_HTTP_WORDS if http else _FILE_WORDS),
     }
+    wanted = {target: template for template, target in _FILES.items()}
+    if http:
+        wanted |= {target: template for template, target in _HTTP.items()}
     templates = files("keymgmt.cli").joinpath("scaffold")
     written: list[Path] = []
-    for template, target in _FILES.items():
+    for target, template in wanted.items():
         path = Path(Template(target).substitute(words))
         content = templates.joinpath(f"{template}.txt").read_text("utf-8")
         (directory / path).parent.mkdir(parents=True, exist_ok=True)

@@ -270,14 +270,19 @@ def new(
         Path | None,
         typer.Argument(metavar="[DIRECTORY]", help="Where to write; else ./keymgmt-NAME."),
     ] = None,
+    http: Annotated[
+        bool, typer.Option("--http", help="For a key service that is asked over HTTPS.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write a complete distribution for a new backend; it keeps the contract as it is.
 
-    It begins with keys in a toy file. Its README says where the calls of your key service go.
+    It begins with keys in a toy file, or with --http in a toy service. Its README says where the
+    calls of your key service go.
 
-    Example:
+    Examples:
         keymgmt plugin new acme-hsm
+        keymgmt plugin new acme-kms --http
     """
     from keymgmt._providers.names import is_name
     from keymgmt._providers.registry import backends
@@ -293,7 +298,7 @@ def new(
             hint="a name must be free where your backend is installed: put your site's name in it",
         )
     target = directory if directory is not None else Path(f"keymgmt-{name}")
-    files = write_scaffold(name, target)
+    files = write_scaffold(name, target, http=http)
     if as_json:
         names = [str(path) for path in files]
         print_json({"format": "keymgmt-plugin-new/1", "directory": str(target), "files": names})

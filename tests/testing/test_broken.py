@@ -225,7 +225,7 @@ class TrustsAParameter(MemoryProvider):
         return super().unwrap(replace(wrapped, params={}), context)
 
 
-@caught_by("test_wrong_key_is_known_without_decrypting")
+@caught_by("test_wrong_key_is_known_without_decrypting", "test_deletion")
 class DecryptsToFindOut(MemoryProvider):
     def unwrap(self, wrapped: WrappedKey, context: bytes) -> Dek:
         try:
@@ -353,7 +353,7 @@ class SignsForAnyName(MemoryProvider):
             raise
 
 
-@caught_by("test_missing_key_is_not_made")
+@caught_by("test_missing_key_is_not_made", "test_deletion")
 class MakesMissingKeys(MemoryProvider):
     def wrap(self, key: str, dek: Dek, context: bytes) -> WrappedKey:
         if check_key(key) not in self.service.keys:

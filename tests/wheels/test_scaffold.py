@@ -28,56 +28,71 @@ def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return wheel
 
 
-def test_a_new_backend_builds_installs_and_keeps_the_contract(core: Path, tmp_path: Path) -> None:
-    def run(*command: object, env: dict[str, str] | None = None) -> str:
-        done = subprocess.run(
-            list(map(str, command)),
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            timeout=300,
-            env={**os.environ, **(env or {})},
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    fresh = tmp_path / "fresh"
-    run("uv", "venv", "--quiet", "--python", sys.executable, fresh)
+@pytest.fixture(scope="module")
+def fresh(core: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with the core alone."""
+    fresh = tmp_path_factory.mktemp("fresh")
+    _run(fresh, "uv", "venv", "--quiet", "--python", sys.executable, "--clear", fresh)
     python = fresh / "bin" / "python"
-    run("uv", "pip", "install", "--quiet", "--python", python, f"{core}[testing]")
-    run(fresh / "bin" / "keymgmt", "plugin", "new", "acme-site", "new")
-    run("uv", "build", "--quiet", "--out-dir", tmp_path / "built", "new")
+    _run(fresh, "uv", "pip", "install", "--quiet", "--python", python, f"{core}[testing]")
+    return fresh
+
+
+def _run(folder: Path, *command: object) -> str:
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, cwd=folder, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(("name", "options"), [("acme-site", ()), ("acme-kms", ("--http",))])
+def test_a_new_backend_builds_installs_and_keeps_the_contract(
+    fresh: Path, tmp_path: Path, name: str, options: tuple[str, ...]
+) -> None:
+    # In the checkout of another project, whose settings and fixtures are not for it.
+    (tmp_path / "conftest.py").write_text("raise SystemExit('the conftest of another project')")
+    (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\naddopts = '--no-such'")
+    python, package = fresh / "bin" / "python", f"keymgmt_{name.replace('-', '_')}"
+    _run(tmp_path, fresh / "bin" / "keymgmt", "plugin", "new", name, "new", *options)
+    _run(tmp_path, "uv", "build", "--quiet", "--out-dir", tmp_path / "built", "new")
     (wheel,) = (tmp_path / "built").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    assert "keymgmt_acme_site/py.typed" in names
-    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"keymgmt_acme_site"}
-    run("uv", "pip", "install", "--quiet", "--python", python, wheel)
+    assert f"{package}/py.typed" in names
+    assert {each.partition("/")[0].partition("-")[0] for each in names} == {package}
+    _run(tmp_path, "uv", "pip", "install", "--quiet", "--python", python, wheel)
     # Elsewhere, so that the wheel is tested and not the tree beside it.
-    (tmp_path / "new" / "keymgmt_acme_site").rename(tmp_path / "moved")
-    said = run(python, "-P", "-m", "pytest", "-q", "-rs", "--import-mode=importlib", "new/tests")
+    (tmp_path / "new" / package).rename(tmp_path / "moved")
+    said = _run(tmp_path / "new", python, "-P", "-m", "pytest", "-q", "-rs")
     passed, skipped = map(int, re.findall(r"(\d+) passed, (\d+) skipped", said)[0])
     assert passed >= 30
     # What it cannot show is what it does not claim, and nothing else.
     reasons = set(re.findall(r"SKIPPED .*?: ((?!\d+: ).*)", said))
     assert skipped == sum(map(int, re.findall(r"SKIPPED \[(\d+)\]", said)))
-    assert all("claim" in r or "expire_login" in r or "denied_factory" in r for r in reasons), said
-    shown = run(fresh / "bin" / "keymgmt", "backends")
-    assert "acme-site" in shown
-    assert "keymgmt-acme-site" in shown
+    may_lack = ("claim",) if options else ("claim", "expire_login", "denied_factory")
+    assert all(any(each in reason for each in may_lack) for reason in reasons), said
+    shown = _run(tmp_path, fresh / "bin" / "keymgmt", "backends")
+    assert name in shown
+    assert f"keymgmt-{name}" in shown
+
+
+def test_a_new_backend_is_checked_as_it_is_installed(fresh: Path, tmp_path: Path) -> None:
+    _run(tmp_path, fresh / "bin" / "keymgmt", "plugin", "new", "acme-toy", "new")
+    _run(tmp_path, "uv", "pip", "install", "-q", "--python", fresh / "bin" / "python", "./new")
     keys = {name: {"1": secrets.token_hex(32)} for name in ("kek", "other")}
     (tmp_path / "keys.json").write_text(json.dumps(keys))
     (tmp_path / "site.toml").write_text(
         """
         [providers.site]
-        backend = "acme-site"
-        distribution = "keymgmt-acme-site"
+        backend = "acme-toy"
+        distribution = "keymgmt-acme-toy"
         path = "keys.json"
         """
     )
     (tmp_path / "site.toml").chmod(0o600)
     arguments = ["site:kek", "--other-key", "other", "--config", "site.toml", "--json"]
-    report = json.loads(run(fresh / "bin" / "keymgmt", "plugin", "check", *arguments))
+    report = json.loads(_run(tmp_path, fresh / "bin" / "keymgmt", "plugin", "check", *arguments))
     assert report["ok"] is True
-    assert report["versions"]["distribution"] == "keymgmt-acme-site"
+    assert report["versions"]["distribution"] == "keymgmt-acme-toy"
     assert report["counts"]["passed"] >= 28
