@@ -46,6 +46,7 @@ from keymgmt._system.namespace import (
     mount_memory,
 )
 from keymgmt._system.swap import unencrypted_swap
+from keymgmt._system.trusted_file import check_trusted
 from keymgmt.errors import ConfigError, KeymgmtError
 
 if TYPE_CHECKING:
@@ -135,6 +136,14 @@ class Launch:
                 f"{self.at} is no folder to show the model in",
                 hint=f"make an empty one: mkdir -p {self.at}",
             )
+        try:
+            check_trusted(self.at, what="place for the model", private=False)
+        except ConfigError as error:
+            # Renamed by another, outside, it takes the model with it, and leaves its name free.
+            raise ConfigError(
+                f"{error}: who may rename it can have the program read another model",
+                hint="leave --at out, or name a folder that only root and this user can rename",
+            ) from error
         if self.at.is_mount() or any(self.at.iterdir()):
             raise ConfigError(
                 f"{self.at} is in use: something is mounted there or in it",

@@ -527,3 +527,29 @@ def test_killed_at_any_moment_nothing_is_left(needs_root, site):
     wait_for(lambda: not ours())
     assert mounts() == before
     assert not list(Path("/tmp").glob("keymgmt/m"))
+
+
+def test_a_place_that_another_user_can_rename_is_refused(needs_root, site):
+    """What another user puts there instead would be the model, for the program."""
+    home = site.root / "home"
+    (home / "place").mkdir(parents=True)
+    os.chown(home, OTHER, OTHER)
+    script = "echo ready; read line; cat {sealed}/a.txt"
+    for user in ((), ("--user", OTHER)):
+        with subprocess.Popen(
+            site.command("--at", home / "place", *user, "--", "sh", "-c", script),
+            env=site.env(),
+            cwd="/",
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            if process.stdout.readline():
+                (home / "place").rename(home / "gone")
+                (home / "place").mkdir()
+                (home / "place" / "a.txt").write_text("of another\n")
+            found, said = process.communicate("go\n", timeout=60)
+        assert (process.returncode, found) == (3, ""), said
+        assert f"{home}" in said
+        assert "leave --at out" in said
