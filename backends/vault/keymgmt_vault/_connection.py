@@ -218,7 +218,8 @@ class Connection(Adapter, ForkSafe):  # type: ignore[misc]
         nodes, failures = self.nodes, list[NodeFailure]()
         waiting, seen = nodes.candidates(), set[Node | Address]()
         fair = min(self._settings.call_timeout, self.deadline.seconds / len(waiting))
-        while waiting and (self.deadline.remaining or not failures):
+        # Once a node has failed, its reason says more than that the time is over.
+        while waiting and (self.deadline.remaining or not worst):
             each = waiting.pop(0)
             if each in seen:
                 continue

@@ -24,6 +24,7 @@ import pytest
 import keymgmt
 from keymgmt.backend import AccessDenied, Dek, ProviderUnavailable, WrappedKey, WrongKey
 
+ONE_TRY = 2.0  # seconds, in which a busy machine too gets an answer
 UNWRAP = 'path "transit/decrypt/*" { capabilities = ["update"] }'
 JSON = {"Content-Type": "application/json"}
 
@@ -72,7 +73,7 @@ def test_one_healthy_node_among_dead_ones_is_enough(
     make: Any, bao: Any, wrapped: WrappedKey, frozen: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     dead = [frozen() for _ in range(3)]
-    provider = make(bao, address=[*dead, bao.address], timeout=2.0, call_timeout=2.0)
+    provider = make(bao, address=[*dead, bao.address], timeout=8.0, call_timeout=8.0)
     for _ in range(5):
         assert opens(provider, wrapped)
     passed = [r.getMessage() for r in caplog.records if "passed over" in r.getMessage()]
@@ -91,6 +92,19 @@ def test_a_node_that_had_no_time_is_not_to_blame(
         provider.unwrap(wrapped, b"c")
     slow.before = lambda method, path, body: None
     assert opens(provider, wrapped)
+
+
+def test_a_pause_that_outlasts_the_call_does_not_hide_the_reason(
+    make: Any, wrapped: WrappedKey, gateway: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import keymgmt_vault._connection as connection
+
+    before = gateway()
+    before.before = lambda method, path, body: (503, JSON, b'{"errors": ["out of order"]}')
+    sleep = time.sleep
+    monkeypatch.setattr(connection.time, "sleep", lambda seconds: sleep(seconds + ONE_TRY))
+    with pytest.raises(ProviderUnavailable, match="out of order"):
+        make(address=before.address, token="hvs.token", timeout=ONE_TRY).unwrap(wrapped, b"c")
 
 
 def test_many_threads_leave_no_warning(
@@ -124,7 +138,7 @@ def test_a_connection_that_ended_while_idle_is_replaced(
 ) -> None:
     """Also where its end comes only after something was sent on it."""
     before = gateway()
-    provider = make(address=before.address, token=bao.root, timeout=1.0)
+    provider = make(address=before.address, token=bao.root, timeout=5.0)
     for _ in range(5):
         assert opens(provider, wrapped)
         asked = len(before.seen)
@@ -190,7 +204,9 @@ def test_a_name_service_that_is_not_up_yet_is_waited_for(
     assert opens(make(bao, address=f"https://vault.example:{bao.port}"), wrapped)
     resolve(monkeypatch, busy)
     with pytest.raises(ProviderUnavailable, match="name service gives no answer"):
-        make(bao, address=f"https://vault.example:{bao.port}", timeout=0.5).unwrap(wrapped, b"c")
+        make(bao, address=f"https://vault.example:{bao.port}", timeout=ONE_TRY).unwrap(
+            wrapped, b"c"
+        )
 
 
 class Balancer:
@@ -236,7 +252,7 @@ def test_a_balancer_before_a_server_that_restarts_is_waited_for(
     assert opens(make(bao, address=f"https://127.0.0.1:{balancer.port}", auth=auth), wrapped)
     assert balancer.accepted == 5
     balancer.refuse = 1000
-    provider = make(bao, address=f"https://127.0.0.1:{balancer.port}", timeout=0.5)
+    provider = make(bao, address=f"https://127.0.0.1:{balancer.port}", timeout=ONE_TRY)
     with pytest.raises(ProviderUnavailable, match="broke") as caught:
         provider.unwrap(wrapped, b"c")
     assert "balancer" in str(caught.value.hint)
