@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Final, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -17,6 +17,32 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 __all__ = ["parse_settings"]
+
+# What pydantic calls it -> the words of somebody who writes TOML. Its own are kept for what only a
+# stranger's settings can have.
+_WORDS: Final = {
+    "missing": "it is missing",
+    **dict.fromkeys(
+        ("dict_type", "model_type", "model_attributes_type"),
+        "not a table: write {{ NAME = VALUE }}",
+    ),
+    **dict.fromkeys(("list_type", "tuple_type"), "not a list: write [VALUE, VALUE]"),
+    "string_type": "not a text: write it in quotes",
+    "is_instance_of": "not a path: write it in quotes",
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "not a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing", "finite_number"), "not a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "neither true nor false"),
+    "literal_error": "not {expected}",
+    "greater_than": "not above {gt}",
+    "greater_than_equal": "below {ge}",
+    "less_than": "not below {lt}",
+    "less_than_equal": "above {le}",
+    "too_short": "fewer than {min_length} in it",
+    "too_long": "more than {max_length} in it",
+    "string_too_short": "shorter than {min_length} characters",
+    "string_too_long": "longer than {max_length} characters",
+    "string_pattern_mismatch": "not of the form {pattern}",
+}
 
 
 def parse_settings(
@@ -47,9 +73,12 @@ def _explain(error: ValidationError, model: type[BaseModel], file: str, table: s
         tag = f"unknown {member} {first['ctx']['tag']!r}" if tags else f"{member} is missing"
         return ConfigError(f"{place}{tag}", hint=tags and f"known: {tags}")
     message = first["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if words := _WORDS.get(first["type"]):
+        message = words.format(**first.get("ctx", {}))
     more = error.error_count() - 1
     return ConfigError(
-        f"{place}{message[:1].lower()}{message[1:]}",
+        f"{place}{message}",
         hint=f"{more} more in this table" if more else None,
     )
 

@@ -303,8 +303,8 @@ def _temporary(path: Path) -> Path:
 
 
 def _stem(path: Path) -> str:
-    # At most 255 bytes in all; a long name is cut at a whole character.
-    return path.name.encode()[:200].decode(errors="ignore")
+    # At most 255 bytes in all; bytes, since a name need not be UTF-8.
+    return os.fsdecode(os.fsencode(path.name)[:200])
 
 
 def _make_locked(target: Path, mode: int, stack: contextlib.ExitStack) -> tuple[Path, int]:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, get_args
 
 import typer
 from typer.core import TyperArgument, TyperGroup
 
 from keymgmt.cli._state import State
+from keymgmt.errors import ConfigError
 
 __all__ = ["adopt", "state_of"]
 
@@ -72,12 +73,26 @@ def _options() -> list[Any]:
     return list(command.params)
 
 
-def _lenient(param: Any) -> None:
-    """While a word is completed nothing is converted, which would import pydantic."""
-    process: Callable[[typer.Context, Any], Any] = param.process_value
-    param.process_value = lambda context, value: (
-        value if context.resilient_parsing else process(context, value)
-    )
+def _process(param: Any, process: Callable[..., Any], context: typer.Context, value: Any) -> Any:
+    """What a parameter is given, as its type; ConfigError for a path that is an empty text.
+
+    While a word is completed nothing is converted, which would import pydantic.
+    """
+    if context.resilient_parsing:
+        return value
+    annotation = param.type_descriptor.annotation
+    if Path in (annotation, *get_args(annotation)) and "" in (value, *_several(value)):
+        # To Python that is the working directory: `rewrap "$NOT_SET"` would go to work there.
+        raise ConfigError(f"{_shown(param)} is empty", hint="is a variable empty that holds it?")
+    return process(context, value)
+
+
+def _several(value: Any) -> Iterable[Any]:
+    return value if isinstance(value, (list, tuple)) else ()
+
+
+def _shown(param: Any) -> str:
+    return str(param.opts[0] if param.opts[0].startswith("-") else param.metavar or param.name)
 
 
 def _store(option: Any, context: typer.Context, value: Any) -> Any:
@@ -111,7 +126,7 @@ def adopt(command: Any) -> Any:
     taken: dict[str, Any] = {}
     for param in command.params:
         taken |= dict.fromkeys((*param.opts, *param.secondary_opts), param)
-        _lenient(param)
+        param.process_value = partial(_process, param, param.process_value)
         if isinstance(param, TyperArgument):
             _plain_argument(param)
     for option in _options():

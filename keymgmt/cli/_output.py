@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections import Counter
@@ -196,7 +197,8 @@ def is_tree(path: Path) -> bool:
     """Whether a command is to look for models below a folder, and not at one model."""
     from keymgmt._verbs.find_models import is_model
 
-    return path.is_dir() and not is_model(path)
+    # Not Path.is_dir(), which raises for some: whoever opens it says why it cannot.
+    return os.path.isdir(path) and not is_model(path)  # noqa: PTH112
 
 
 def tell_tree(items: Iterable[Done | Failure], doing: str, form: str, *, as_json: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -74,6 +75,86 @@ def test_a_misspelt_word_is_3_everywhere(
     assert hint in ran.hint
 
 
+LONG = "m" * 300
+HOSTILE = [
+    ("\x1b]0;title\x07\x9b31m", "\\x1b]0;title\\x07\\x9b31m", "No such file or directory"),
+    ("a\nhint: rm -r ~", "a\\nhint: rm -r ~", "No such file or directory"),
+    ("\u202egnp.exe", "\\u202egnp.exe", "No such file or directory"),
+    ("caf\udce9", "caf\\udce9", "No such file or directory"),
+    (LONG, LONG, "File name too long"),
+    ("-rf", "-rf", "No such file or directory"),
+    ("m/../../../etc", "m/../../../etc", "No such file or directory"),
+]
+
+
+@pytest.mark.parametrize(("name", "shown", "why"), HOSTILE, ids=[repr(h[0])[:12] for h in HOSTILE])
+@pytest.mark.parametrize("verb", ["verify", "unseal", "inspect"])
+def test_a_hostile_name_is_shown_and_does_nothing(
+    cli: Cli, site: Path, verb: str, name: str, shown: str, why: str
+) -> None:
+    ran = cli(verb, "--", name, *(["out"] if verb == "unseal" else []))
+    assert ran.code == 3
+    assert ran.err == f"error: cannot open {shown}: {why}\n"
+    assert ran.out == ""
+
+
+@pytest.mark.parametrize(("name", "shown", "why"), HOSTILE[:4] + HOSTILE[5:6])
+def test_what_is_given_a_hostile_name_is_written_there(
+    cli: Cli, site: Path, sealed: Path, name: str, shown: str, why: str
+) -> None:
+    """All that writes: what a killed process left beside it is looked for by its name."""
+    for verb in ("unseal", "reseal"):
+        ran = cli(verb, sealed, "--", name)
+        assert ran.code == 0, ran.err
+        assert (site / name).is_dir()
+        assert cli("inspect", sealed, "--", name).code == 2
+        ran = cli(verb, sealed, "--", name)
+        assert (ran.code, ran.error) == (3, f"{shown} exists")
+        shutil.rmtree(site / name)
+    assert cli("keys", "export", "local:publisher", f"-o{name}").code == 0
+    assert cli("seal", "model", "--", f"{name}.sealed").code == 0
+    assert cli("verify", "--json", ".").code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("verify", ""), "MODEL.sealed|TREE"),
+        (("rewrap", ""), "MODEL.sealed|TREE"),
+        (("seal", "", "x.sealed"), "MODEL"),
+        (("unseal", "model.sealed", ""), "DIRECTORY"),
+        (("keys", "usage", ""), "TREE"),
+        (("keys", "usage", "model", "--tree", ""), "--tree"),
+        (("keys", "export", "local:publisher", "-o", ""), "--output"),
+        (("init", ""), "[DIRECTORY]"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_an_empty_path_is_not_the_working_directory(
+    cli: Cli, sealed: Path, arguments: tuple[str, ...], named: str
+) -> None:
+    """``keymgmt rewrap "$NOT_SET"`` must not go to work on what lies there."""
+    ran = cli(*arguments)
+    assert ran.code == 3
+    assert ran.error == f"{named} is empty"
+    assert ran.hint == "is a variable empty that holds it?"
+
+
+def test_an_empty_argument_of_another_program_is_its_own(cli: Cli, sealed: Path) -> None:
+    ran = cli("exec", sealed, "--", "/nowhere/program", "")
+    assert "is empty" not in ran.error
+
+
+def test_without_a_config_it_says_where_it_looked(cli: Cli, tmp_path: Path) -> None:
+    ran = cli("doctor")
+    assert ran.code == 3
+    assert ran.error == (
+        f"no config file: looked at $KEYMGMT_CONFIG, {tmp_path}/xdg/keymgmt/keymgmt.toml, "
+        "/etc/keymgmt/keymgmt.toml"
+    )
+    assert ran.hint == "make one with: keymgmt init; or name one with -c FILE"
+
+
 def test_a_config_from_a_pipe(site: Path) -> None:
     """``-c <(...)``: a shell's pipe is no place for a config, and the sentence says so."""
     ran = subprocess.run(
@@ -94,6 +175,22 @@ def test_export_says_what_it_wrote_and_what_comes_next(cli: Cli, site: Path) -> 
         "wrote p.pem",
         'next, where models are opened: publishers = { "p.pem" = ["*"] } under [policy]',
     ]
+
+
+@pytest.mark.parametrize("on_a_terminal", [True, False])
+def test_what_is_exported_ends_its_line_on_a_terminal(
+    cli: Cli, site: Path, on_a_terminal: bool
+) -> None:
+    """In a file the bytes are what they are, since a fingerprint is over them."""
+    assert cli("keys", "create", "local:dev", "--kind", "hpke-x25519").code == 0
+    assert cli("keys", "export", "local:dev", "-o", "dev.recipient").code == 0
+    ours, theirs = os.openpty() if on_a_terminal else os.pipe()
+    command = [sys.executable, "-m", "keymgmt", "keys", "export", "local:dev"]
+    subprocess.run(command, stdout=theirs, stderr=subprocess.DEVNULL, timeout=60, check=True)
+    said = os.read(ours, 65536)
+    os.close(ours)
+    os.close(theirs)
+    assert said == (site / "dev.recipient").read_bytes() + b"\r\n" * on_a_terminal
 
 
 def test_init_says_how_its_config_is_used(cli: Cli) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 import pytest
 
 from keymgmt import Config, load_config
-from keymgmt._providers.registry import load_backend
-from keymgmt.errors import ConfigError
+from keymgmt._config.config import CacheSettings, Policy, SealDefaults
+from keymgmt._providers.registry import backends, load_backend
+from keymgmt.errors import ConfigError, KeymgmtError
 
 Install = Callable[..., Path]
 
@@ -113,6 +115,56 @@ def test_wrong_settings_of_a_backend_are_named_too_and_secrets_are_not_repeated(
     assert said in str(raised.value)
     assert hint is None or hint in str(raised.value.hint)
     assert "hunter2" not in f"{raised.value} {raised.value.hint} {raised.value.__context__!r}"
+
+
+WRONG = (3, -1, 1.5, "", "x", True, [], {}, [3], {"a": 3}, {"a": [3]}, {"a": -1}, {"a": {"b": 3}})
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=repr)
+def test_no_sentence_is_in_the_words_of_pydantic(wrong: object) -> None:
+    """For every setting of ours, and of every backend that is installed here."""
+    said = []
+    tables = {"policy": Policy, "seal": SealDefaults, "cache": CacheSettings}
+    for table, settings in tables.items():
+        for name in settings.model_fields:
+            said.append({table: {name: wrong}})
+    for backend in backends():
+        known = load_backend(backend).Settings.model_fields
+        said += [{"providers": {"p": {"backend": backend, name: wrong}}} for name in known]
+    said += [{name: wrong} for name in ("providers", *tables)] + [{"providers": {"p": wrong}}]
+    for data in said:
+        try:
+            Config(data).provider("p")
+        except KeymgmtError as error:
+            words = str(error).lower()
+            assert not re.search("input should|field required|valid |pydantic|instance of", words)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("providers = 3", "providers: not a table: write { NAME = VALUE }"),
+        ("seal = { to = 3 }", "[seal] to: not a list: write [VALUE, VALUE]"),
+        ("seal = { sign = 3 }", "[seal] sign: not a text: write it in quotes"),
+        ("policy = { remember_releases = 3 }", "remember_releases: not a path: write it in quotes"),
+        (
+            "policy = { require_signature = 1 }",
+            "[policy] require_signature: neither true nor false",
+        ),
+        ("policy = { fallback = 'x' }", "[policy] fallback: not 'use' or 'refuse'"),
+        ("policy = { minimum_release = { a = 1.5 } }", "release] a: not a whole number"),
+        ("policy = { minimum_release = { a = -1 } }", "release] a: below 0"),
+        ("policy = { signatures = { a = 17 } }", "[policy.signatures] a: above 16"),
+        ("cache = { uses = 1 }", "[cache] seconds: it is missing"),
+        ("cache = { seconds = 'x', uses = 1 }", "[cache] seconds: not a number"),
+    ],
+)
+def test_a_wrong_value_is_said_in_the_words_of_toml(
+    write: Callable[[str], Path], text: str, said: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(text))
+    assert str(caught.value).endswith(said)
 
 
 def test_a_misspelt_key_is_said_rather_than_that_the_right_one_is_missing(

@@ -28,7 +28,7 @@ def asked(desk: Any) -> None:
         '[providers.local]\nbackend = "file"\npath = "keys"\n'
         'passphrase = { prompt = "Passphrase" }\n'
     )
-    old, new = "correct horse", "battery staple"
+    old, new = "correct horse battery", "another battery staple"
     desk.typed = {
         "keymgmt file lock local": [old, old],
         "keymgmt file passwd local": [old, new, new],
@@ -50,7 +50,7 @@ def test_its_manual(desk: Any) -> None:
 
 
 def test_its_readme(desk: Any) -> None:
-    desk.run("(umask 077; echo correct horse > passphrase)")
+    desk.run("(umask 077; echo correct horse battery > passphrase)")
     desk.stand_ins = {
         '{ credential = "model-keys" }': f'{{ file = "{desk.work}/passphrase" }}',
         "/etc/keymgmt": str(desk.config.parent),
@@ -124,12 +124,16 @@ def test_hints_about_keys(desk: Any) -> None:
     desk.run("keymgmt verify a.sealed")
     desk.fails(f"chmod go+w {desk.config} && keymgmt verify a.sealed")
     desk.follow("keymgmt", "chmod go-w {}")
-    desk.run("(umask 077; echo correct horse > ~/.config/keymgmt/passphrase)")
+    desk.run("(umask 077; echo correct horse battery > ~/.config/keymgmt/passphrase)")
     text = desk.config.read_text()
     locked = text.replace('"keys"', '"keys"\npassphrase = { file = "passphrase" }')
     desk.config.write_text(locked)
     desk.run("keymgmt doctor local")
     desk.follow("backends/file", "keymgmt file lock {}")
+    desk.run("keymgmt verify a.sealed")
+    desk.run("keymgmt file unlock local && echo short > ~/.config/keymgmt/passphrase")
+    desk.fails("keymgmt file lock local")
+    desk.follow("backends/file", "keymgmt file {} {} --weak")
     desk.run("keymgmt verify a.sealed")
     desk.config.write_text(text.replace('"keys"', '"other"'))
     desk.fails("keymgmt seal model b.sealed --to local:models")

@@ -370,7 +370,7 @@ def test_the_secrets_of_the_config_are_not_the_programs(needs_root, site):
         config.read_text()
         + '[providers.other]\nbackend = "file"\npath = "o"\npassphrase = { env = "SITE_SECRET" }\n'
     )
-    env = site.env() | {"SITE_SECRET": "correct horse", "OTHER_ONE": "stays"}
+    env = site.env() | {"SITE_SECRET": "correct horse battery", "OTHER_ONE": "stays"}
     for via in ("mount", "memfd"):
         found = lines(site.run("--via", via, "--", "env", env=env))
         assert "OTHER_ONE=stays" in found
@@ -380,7 +380,7 @@ def test_the_secrets_of_the_config_are_not_the_programs(needs_root, site):
 def test_nor_are_the_credentials_of_systemd(needs_root, site):
     folder = site.root / "credentials"
     folder.mkdir(mode=0o700)
-    (folder / "model-keys").write_text("correct horse")
+    (folder / "model-keys").write_text("correct horse battery")
     config = site.root / "keymgmt.toml"
     config.write_text(
         config.read_text() + '[providers.other]\nbackend = "file"\npath = "o"\n'

@@ -83,7 +83,7 @@ def test_what_asks_whether_it_is_ready_is_run_as_the_program_is(needs_root, site
     asks = site.root / "asks"
     out = site.root / "said"
     asks.write_text(PROBE.format(out=out))
-    env = site.env() | {"SITE_SECRET": "correct horse", "OTHER_ONE": "stays"}
+    env = site.env() | {"SITE_SECRET": "correct horse battery", "OTHER_ONE": "stays"}
     done = site.run(
         "--drop-when-ready", f"command:sh {asks} {{sealed}}", "--",
         "sh", "-c", "while test -e {sealed}/a.txt; do sleep 0.1; done; exit 5",

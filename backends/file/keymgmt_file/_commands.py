@@ -22,11 +22,20 @@ Provider = Annotated[
     typer.Argument(help="Provider in the config; may be left out where only one is of `file`."),
 ]
 
+Weak = Annotated[
+    bool, typer.Option("--weak", help="Take a passphrase of fewer than 15 characters too.")
+]
+
 
 @app.command()
-def lock(context: typer.Context, provider: Provider = None) -> None:
-    """Lock all key files with the passphrase that the config names."""
+def lock(context: typer.Context, provider: Provider = None, weak: Weak = False) -> None:
+    """Lock all key files with the passphrase that the config names.
+
+    Example:
+        keymgmt file lock local
+    """
     files = _find(context, provider)
+    files.passphrase.weak = weak
     count = files.lock()
     _say(f"locked {count} key files in {files.path}")
     if count:
@@ -39,7 +48,11 @@ def lock(context: typer.Context, provider: Provider = None) -> None:
 
 @app.command()
 def unlock(context: typer.Context, provider: Provider = None) -> None:
-    """Take the passphrase off all key files."""
+    """Take the passphrase off all key files.
+
+    Example:
+        keymgmt file unlock local
+    """
     files = _find(context, provider)
     _say(f"unlocked {files.unlock()} key files in {files.path}")
     if files.passphrase.source is not None:
@@ -57,11 +70,18 @@ def passwd(
     new_file: Annotated[
         Path | None, typer.Option(help="Private file with the new passphrase; else it is asked.")
     ] = None,
+    weak: Weak = False,
 ) -> None:
-    """Change the passphrase of a locked key directory."""
+    """Change the passphrase of a locked key directory.
+
+    Example:
+        keymgmt file passwd local
+    """
     files = _find(context, provider)
-    new = SecretSource(file=new_file) if new_file else SecretSource(prompt="New passphrase")
-    files.change_passphrase(Passphrase(new, files.provider))
+    source = SecretSource(file=new_file) if new_file else SecretSource(prompt="New passphrase")
+    new = Passphrase(source, files.provider, "passwd")
+    new.weak = weak
+    files.change_passphrase(new)
     _say(f"changed the passphrase of {files.path}")
     source = files.passphrase.source
     if source is not None and not source.prompt:
@@ -76,6 +96,9 @@ def accept(
     """Go on from a key file that is not the newest of its key: make a new version of it.
 
     Its number is above all that were ever here. Models of the versions that it lacks stay closed.
+
+    Example:
+        keymgmt file accept local:models
     """
     provider, _, name = key.partition(":")
     files = _find(context, provider)

@@ -50,6 +50,9 @@ FORMAT: Final = "keymgmt-file-locked/1"
 # with 2 passes; the first choice of the RFC, 2 GiB, is more than a small machine has.
 NEW_KDF: Final = (64 << 10, 3, 4)
 MAX_KDF: Final = (1 << 20, 10, 4)
+# NIST SP 800-63B-4, 3.1.1.2: characters of a password that is the only factor, as one is here for
+# whoever holds a copy of the directory.
+LEAST: Final = 15
 # One open may try thousands of recipients: a wrong passphrase is neither asked for nor derived from
 # for each of them, and yet a person who mistyped it is asked again.
 ASK_AGAIN_SECONDS: Final = 3.0
@@ -63,11 +66,17 @@ class Passphrase(ForkSafe):
     Args:
         source: where the passphrase is fetched when it is needed; None where none is configured.
         provider: the operator's name for the provider, for messages.
+        command: of ``keymgmt file``: what takes a short passphrase with ``--weak``.
+
+    Attributes:
+        weak: whether keys may be locked with fewer than ``LEAST`` characters; opening takes any.
     """
 
-    def __init__(self, source: SecretSource | None, provider: str) -> None:
+    def __init__(self, source: SecretSource | None, provider: str, command: str = "lock") -> None:
         self.source = source
+        self.weak = False
         self._provider = provider
+        self._command = command
         # What passphrase.json held, and what that opened to, or when it did not.
         self._opened: tuple[bytes, bytearray] | None = None
         self._refused: tuple[bytes, float] | None = None
@@ -106,11 +115,11 @@ class Passphrase(ForkSafe):
 
         Raises:
             AccessDenied: no passphrase is configured.
-            ConfigError: it was typed differently the second time.
+            ConfigError: it is too short, or was typed differently the second time.
         """
         kdf: dict[str, Any] = dict(zip(("memory_kib", "passes", "lanes"), NEW_KDF, strict=True))
         kdf |= {"name": "argon2id", "salt": base64.b64encode(os.urandom(16)).decode()}
-        derived = _derive(_kdf(JsonReader({"kdf": kdf}, KEK_FILE)), self._ask(again=True))
+        derived = _derive(_kdf(JsonReader({"kdf": kdf}, KEK_FILE)), self._ask_new())
         content = encrypt_file(KEK_FILE, kek, derived, kdf=kdf)
         wipe(derived)
         with self._lock:
@@ -128,24 +137,37 @@ class Passphrase(ForkSafe):
             wipe(self._opened[1])
         self._opened = self._refused = None
 
-    def _ask(self, *, again: bool = False) -> bytearray:
+    def _ask(self) -> bytearray:
         if self.source is None:
             raise AccessDenied(
                 f"the keys of {self._provider!r} are locked with a passphrase",
                 hint=f"say where it is, in [providers.{self._provider}]: "
                 'passphrase = { prompt = "Passphrase" }',
             )
-        secret = self.source.read()
-        if again and self.source.prompt:
-            # Nothing can tell a mistyped passphrase yet.
-            second = SecretSource(prompt=f"{self.source.prompt}, again").read()
-            same = hmac.compare_digest(secret, second)
-            wipe(second)
-            if not same:
-                wipe(secret)
+        return self.source.read()
+
+    def _ask_new(self) -> bytearray:
+        secret = self._ask()
+        try:
+            # Bytes that go on with a character of UTF-8 do not count.
+            if not self.weak and sum(byte & 0xC0 != 0x80 for byte in secret) < LEAST:
                 raise ConfigError(
-                    "the two passphrases differ", hint="nothing was changed; try again"
+                    f"the passphrase is shorter than {LEAST} characters",
+                    hint="take several words; to lock with this one all the same: "
+                    f"keymgmt file {self._command} {self._provider} --weak",
                 )
+            if self.source is not None and self.source.prompt:
+                # Nothing can tell a mistyped passphrase yet.
+                second = SecretSource(prompt=f"{self.source.prompt}, again").read()
+                same = hmac.compare_digest(secret, second)
+                wipe(second)
+                if not same:
+                    raise ConfigError(
+                        "the two passphrases differ", hint="nothing was changed; try again"
+                    )
+        except BaseException:
+            wipe(secret)
+            raise
         return secret
 
 

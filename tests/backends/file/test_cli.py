@@ -85,7 +85,7 @@ def test_lock_change_unlock(site: Path) -> None:
     assert "passphrase = {" in result.stderr
     assert is_locked(site) == {False}
 
-    secret_file(site, "old", "correct horse")
+    secret_file(site, "old", "correct horse battery")
     add_passphrase(site, '{ file = "old" }')
     result = run(site, "lock")
     assert (result.returncode, is_locked(site)) == (0, {True})
@@ -93,7 +93,7 @@ def test_lock_change_unlock(site: Path) -> None:
     assert "backups" in result.stderr
     assert "locked 0 key files" in run(site, "lock", "local").stdout
 
-    secret_file(site, "new", "battery staple")
+    secret_file(site, "new", "another battery staple")
     result = run(site, "passwd", "--new-file", str(site / "new"))
     assert result.returncode == 0
     assert "Put the new one" in result.stderr
@@ -116,20 +116,51 @@ def test_lock_change_unlock(site: Path) -> None:
 
 def test_a_passphrase_is_typed_twice_before_it_locks(site: Path) -> None:
     add_passphrase(site, '{ prompt = "Passphrase" }')
-    code, output = type_in(site, ["lock"], ["correct horse", "corect horse"])
+    code, output = type_in(site, ["lock"], ["correct horse battery", "corect horse battery"])
     assert code == 3
     assert "differ" in output
     assert is_locked(site) == {False}
-    code, output = type_in(site, ["lock"], ["correct horse", "correct horse"])
+    code, output = type_in(site, ["lock"], ["correct horse battery", "correct horse battery"])
     assert (code, is_locked(site)) == (0, {True})
     assert "horse" not in output, "what is typed is not shown"
     code, _ = type_in(site, ["passwd"], ["wrong"])
     assert code == 5
-    code, _ = type_in(site, ["passwd"], ["correct horse", "battery staple", "battery staple"])
+    code, _ = type_in(
+        site,
+        ["passwd"],
+        ["correct horse battery", "another battery staple", "another battery staple"],
+    )
     assert code == 0
-    code, _ = type_in(site, ["unlock"], ["battery staple"])
+    code, _ = type_in(site, ["unlock"], ["another battery staple"])
     assert (code, is_locked(site)) == (0, {False})
     assert "not a terminal" not in run(site, "unlock").stderr, "nothing is locked: nothing asked"
+
+
+def test_a_short_passphrase_locks_nothing_unless_it_is_to(site: Path) -> None:
+    """At least 15 characters (NIST SP 800-63B-4), and not bytes; opening takes any."""
+    add_passphrase(site, '{ file = "old" }')
+    secret_file(site, "old", "ä" * 14)
+    result = run(site, "lock")
+    assert (result.returncode, is_locked(site)) == (3, {False})
+    assert "error: the passphrase is shorter than 15 characters\n" in result.stderr
+    assert result.stderr.endswith("all the same: keymgmt file lock local --weak\n")
+    assert "ä" not in result.stderr
+    result = run(site, "lock", "local", "--weak")
+    assert (result.returncode, is_locked(site)) == (0, {True})
+    secret_file(site, "new", "12345678901234")
+    result = run(site, "passwd", "--new-file", str(site / "new"))
+    assert result.returncode == 3
+    assert result.stderr.endswith("all the same: keymgmt file passwd local --weak\n")
+    assert run(site, "passwd", "--new-file", str(site / "new"), "--weak").returncode == 0
+    secret_file(site, "old", "12345678901234")
+    assert run(site, "unlock").returncode == 0
+
+
+def test_a_short_passphrase_is_not_asked_twice(site: Path) -> None:
+    add_passphrase(site, '{ prompt = "Passphrase" }')
+    code, output = type_in(site, ["lock"], ["short"])
+    assert (code, is_locked(site)) == (3, {False})
+    assert "again" not in output
 
 
 def test_accept_a_key_file_that_was_restored(site: Path) -> None:

@@ -174,7 +174,7 @@ for n in range(25):
 
 @pytest.mark.usefixtures("cheap")
 def test_locking_under_readers(open_store: Open, path: Path) -> None:
-    files = open_store("correct horse")
+    files = open_store("correct horse battery")
     for number in range(6):
         files.create_key(f"key-{number}", "aes256", {})
     with Dek.generate() as dek:
@@ -244,7 +244,7 @@ def test_a_process_killed_among_others_harms_none(open_store: Open, path: Path) 
 @pytest.mark.usefixtures("cheap")
 @pytest.mark.parametrize("locked", [False, True], ids=["plain", "locked"])
 def test_killed_at_every_step_of_a_change(open_store: Open, path: Path, locked: bool) -> None:
-    files = open_store("correct horse" if locked else None)
+    files = open_store("correct horse battery" if locked else None)
     files.create_key("release", "aes256", {})
     files.rotate_key("release")
     with Dek.generate() as dek:
@@ -289,7 +289,11 @@ def test_killed_at_every_step_of_making_a_key(open_store: Open, path: Path) -> N
 @pytest.mark.parametrize("action", ["lock", "unlock", "passwd"])
 def test_killed_at_every_step_of_locking(open_store: Open, path: Path, action: str) -> None:
     names = ["a", "b", "c"]
-    old, new, plain = open_store("correct horse"), open_store("battery staple"), open_store()
+    old, new, plain = (
+        open_store("correct horse battery"),
+        open_store("another battery staple"),
+        open_store(),
+    )
     maker = plain if action == "lock" else old
     for name in names:
         maker.create_key(name, "aes256", {})

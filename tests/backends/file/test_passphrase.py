@@ -43,7 +43,7 @@ def test_lock_and_unlock(open_store: Open, path: Path) -> None:
     before = {name: (path / f"{name}.jwks").read_bytes() for name in names}
     with Dek.generate() as dek:
         wrapped = plain.wrap("key-aes256", dek, b"")
-        locked = open_store("correct horse")
+        locked = open_store("correct horse battery")
         assert locked.unwrap(wrapped, b"") == dek
         assert locked.key_files.lock() == 3
         assert states(locked) == {True}
@@ -55,7 +55,7 @@ def test_lock_and_unlock(open_store: Open, path: Path) -> None:
         assert all(each.stat().st_mode & 0o777 == 0o600 for each in path.iterdir())
 
         assert locked.unwrap(wrapped, b"") == dek
-        assert open_store("correct horse").unwrap(wrapped, b"") == dek
+        assert open_store("correct horse battery").unwrap(wrapped, b"") == dek
         for other in (open_store("wrong horse"), open_store()):
             for call in (
                 lambda p=other: p.unwrap(wrapped, b""),
@@ -69,7 +69,7 @@ def test_lock_and_unlock(open_store: Open, path: Path) -> None:
                 with pytest.raises(AccessDenied):
                     call()
             assert not other.check().ok
-        assert locked.list_keys() == open_store("correct horse").list_keys()
+        assert locked.list_keys() == open_store("correct horse battery").list_keys()
         assert len(locked.list_keys()) == 3
 
         assert locked.key_files.unlock() == 3
@@ -79,7 +79,7 @@ def test_lock_and_unlock(open_store: Open, path: Path) -> None:
 
 
 def test_a_locked_directory_is_what_the_manual_says(open_store: Open, path: Path) -> None:
-    files = open_store("correct horse")
+    files = open_store("correct horse battery")
     files.create_key("release", "aes256", {})
     data = json.loads((path / "passphrase.json").read_text())
     kdf = data["kdf"]
@@ -89,7 +89,7 @@ def test_a_locked_directory_is_what_the_manual_says(open_store: Open, path: Path
     )
     derived = Argon2id(
         salt=base64.b64decode(kdf["salt"]), length=32, iterations=3, lanes=4, memory_cost=65536
-    ).derive(b"correct horse")
+    ).derive(b"correct horse battery")
     sealed = base64.b64decode(data["sealed"])
     kek = AESGCM(derived).decrypt(
         sealed[:12], sealed[12:], b"keymgmt-file-locked/1 passphrase.json"
@@ -104,7 +104,7 @@ def test_a_locked_directory_is_what_the_manual_says(open_store: Open, path: Path
 
 @pytest.mark.usefixtures("cheap")
 def test_what_is_made_in_a_locked_directory_is_locked(open_store: Open, path: Path) -> None:
-    files = open_store("correct horse")
+    files = open_store("correct horse battery")
     fill(files)
     once = (path / "passphrase.json").read_bytes()
     files.create_key("new", "aes256", {})
@@ -121,7 +121,7 @@ def test_a_passphrase_that_is_new_in_the_config_locks_nothing_by_reading(
     open_store: Open, path: Path
 ) -> None:
     fill(open_store())
-    files = open_store("correct horse")
+    files = open_store("correct horse battery")
     files.list_keys()
     assert states(files) == {False}
     assert not (path / "passphrase.json").exists()
@@ -132,7 +132,7 @@ def test_a_passphrase_that_is_new_in_the_config_locks_nothing_by_reading(
 
 @pytest.mark.usefixtures("cheap")
 def test_a_directory_that_is_partly_locked_reads_and_heals(open_store: Open, path: Path) -> None:
-    files = open_store("correct horse")
+    files = open_store("correct horse battery")
     names = fill(files)
     held = (path / "passphrase.json").read_bytes()
     locked = (path / "key-aes256.jwks").read_bytes()
@@ -153,7 +153,7 @@ def test_a_directory_that_is_partly_locked_reads_and_heals(open_store: Open, pat
 
 @pytest.mark.usefixtures("cheap")
 def test_change_the_passphrase(open_store: Open, path: Path) -> None:
-    old, new = open_store("correct horse"), open_store("battery staple")
+    old, new = open_store("correct horse battery"), open_store("another battery staple")
     names = fill(old)
     with Dek.generate() as dek:
         wrapped = old.wrap("key-aes256", dek, b"")
@@ -167,7 +167,7 @@ def test_change_the_passphrase(open_store: Open, path: Path) -> None:
         with pytest.raises(AccessDenied):
             old.unwrap(wrapped, b"")
         with pytest.raises(AccessDenied):
-            open_store("correct horse").unwrap(wrapped, b"")
+            open_store("correct horse battery").unwrap(wrapped, b"")
         new.key_files.unlock()
         with pytest.raises(ConfigError, match="not locked") as caught:
             change(new, to=old)
@@ -209,14 +209,14 @@ def test_locking_takes_a_passphrase_from_the_config(open_store: Open, path: Path
 def test_parameters_are_bounded_before_they_are_used(
     open_store: Open, path: Path, kdf: dict | None, cheap: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = open_store("correct horse")
+    files = open_store("correct horse battery")
     files.create_key("release", "aes256", {})
     data = json.loads((path / "passphrase.json").read_text())
     data["kdf"] = {**data["kdf"], "memory_kib": 64, "lanes": 4, **kdf} if kdf else []
     (path / "passphrase.json").write_text(json.dumps(data))
     monkeypatch.setattr("keymgmt_file._passphrase.Argon2id", None)
     with pytest.raises(ProviderError, match=r"passphrase\.json .*is damaged"):
-        open_store("correct horse").describe_key("release")
+        open_store("correct horse battery").describe_key("release")
 
 
 @pytest.mark.usefixtures("cheap")
@@ -226,7 +226,7 @@ def test_parameters_are_bounded_before_they_are_used(
     [{"sealed": "AAAA"}, {"sealed": ""}, {"sealed": 1}, {"sealed": "!"}, {"format": "x"}, {"x": 1}],
 )
 def test_a_damaged_file(open_store: Open, path: Path, file: str, damage: dict) -> None:
-    files = open_store("correct horse")
+    files = open_store("correct horse battery")
     files.create_key("release", "aes256", {})
     data = json.loads((path / file).read_text())
     damaged = json.dumps({**data, **damage})
@@ -246,10 +246,10 @@ def test_a_damaged_file(open_store: Open, path: Path, file: str, damage: dict) -
 def test_what_belongs_to_another_name_or_directory_does_not_open(
     open_store: Open, path: Path, tmp_path: Path
 ) -> None:
-    files = open_store("correct horse")
+    files = open_store("correct horse battery")
     files.create_key("release", "aes256", {})
     files.create_key("another", "aes256", {})
-    other = open_store("correct horse", at=tmp_path / "other")
+    other = open_store("correct horse battery", at=tmp_path / "other")
     other.create_key("release", "aes256", {})
     (path / "another.jwks").write_bytes((path / "release.jwks").read_bytes())
     with pytest.raises(ProviderError, match="'another', renamed, or locked with another"):
@@ -263,7 +263,7 @@ def test_what_belongs_to_another_name_or_directory_does_not_open(
 def test_no_second_passphrase_file_while_locked_files_need_the_first(
     open_store: Open, path: Path
 ) -> None:
-    files = open_store("correct horse")
+    files = open_store("correct horse battery")
     files.create_key("release", "aes256", {})
     (path / "passphrase.json").rename(path / "away")
     for call in (
@@ -300,7 +300,7 @@ def prompting(path: Path) -> FileProvider:
 def test_asked_once_for_all_keys_threads_and_forks(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counter = Counter(monkeypatch, b"correct horse")
+    counter = Counter(monkeypatch, b"correct horse battery")
     with prompting(path) as files:
         fill(files)
         assert counter.asked == 2, "a passphrase that nothing can check yet is asked for twice"
@@ -341,7 +341,7 @@ def test_asked_once_for_all_keys_threads_and_forks(
 
 @pytest.mark.usefixtures("cheap")
 def test_a_fork_while_another_thread_is_asked(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    counter = Counter(monkeypatch, b"correct horse")
+    counter = Counter(monkeypatch, b"correct horse battery")
     with prompting(path) as files:
         fill(files)
     asked, answer = threading.Event(), threading.Event()
@@ -350,7 +350,7 @@ def test_a_fork_while_another_thread_is_asked(path: Path, monkeypatch: pytest.Mo
         if threading.current_thread() is not threading.main_thread():
             asked.set()
             answer.wait()
-        return bytearray(b"correct horse")
+        return bytearray(b"correct horse battery")
 
     monkeypatch.setattr(counter, "read", slow)
     with prompting(path) as files:
@@ -373,10 +373,10 @@ def test_a_fork_while_another_thread_is_asked(path: Path, monkeypatch: pytest.Mo
 def test_a_mistyped_passphrase_is_asked_again_and_not_at_once(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counter = Counter(monkeypatch, b"correct horse")
+    counter = Counter(monkeypatch, b"correct horse battery")
     with prompting(path) as files:
         fill(files)
-    counter.asked, counter.answers = 0, (b"corect horse", b"correct horse")
+    counter.asked, counter.answers = 0, (b"corect horse battery", b"correct horse battery")
     now = time.monotonic()
     monkeypatch.setattr("keymgmt_file._passphrase.time.monotonic", lambda: now)
     with prompting(path) as files:
@@ -393,7 +393,7 @@ def test_a_mistyped_passphrase_is_asked_again_and_not_at_once(
 def test_a_passphrase_that_is_mistyped_the_first_time_locks_nothing(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Counter(monkeypatch, b"correct horse", b"corect horse")
+    Counter(monkeypatch, b"correct horse battery", b"corect horse battery")
     with prompting(path) as files, pytest.raises(ConfigError, match="differ"):
         files.create_key("release", "aes256", {})
     assert not [each for each in path.iterdir() if each.name != ".lock"]
@@ -403,7 +403,7 @@ def test_a_passphrase_that_is_mistyped_the_first_time_locks_nothing(
 def test_a_damaged_file_does_not_make_the_others_ask_again(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counter = Counter(monkeypatch, b"correct horse")
+    counter = Counter(monkeypatch, b"correct horse battery")
     with prompting(path) as files:
         fill(files)
     (path / "damaged.jwks").touch(mode=0o600)
@@ -422,7 +422,7 @@ def test_a_damaged_file_does_not_make_the_others_ask_again(
 def test_a_locked_directory_is_refused_open_to_others(
     open_store: Open, path: Path, file: str
 ) -> None:
-    files = open_store("correct horse")
+    files = open_store("correct horse battery")
     files.create_key("release", "aes256", {})
     (path / file).chmod(0o644)
     with pytest.raises(AccessDenied, match="refused"):
@@ -434,4 +434,4 @@ def test_the_passphrase_stands_in_no_file(open_store: Open, path: Path) -> None:
     files = open_store("correct horse battery staple")
     fill(files)
     content = b"".join(each.read_bytes() for each in path.iterdir())
-    assert b"correct horse" not in content
+    assert b"correct horse battery" not in content

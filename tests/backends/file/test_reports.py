@@ -56,7 +56,7 @@ def test_a_damaged_key_file(open_store: Open, path: Path) -> None:
 
 
 def test_a_full_disk(open_store: Open, path: Path, within: Within) -> None:
-    plain, locked = open_store(), open_store("correct horse")
+    plain, locked = open_store(), open_store("correct horse battery")
     plain.create_key("models", "aes256", {})
     secret = secret_of(path)
 
@@ -70,7 +70,7 @@ def test_a_full_disk(open_store: Open, path: Path, within: Within) -> None:
 
 
 def test_a_full_disk_while_unlocking(open_store: Open, path: Path, within: Within) -> None:
-    provider = open_store("correct horse")
+    provider = open_store("correct horse battery")
     open_store().create_key("models", "aes256", {})
     secret = secret_of(path)
     provider.key_files.lock()
@@ -85,7 +85,7 @@ def test_a_full_disk_while_unlocking(open_store: Open, path: Path, within: Withi
 
 
 @pytest.mark.usefixtures("cheap")
-@pytest.mark.parametrize("passphrase", [None, "correct horse"], ids=["plain", "locked"])
+@pytest.mark.parametrize("passphrase", [None, "correct horse battery"], ids=["plain", "locked"])
 @pytest.mark.parametrize("kind", ["aes256", "hpke-x25519", "hpke-mlkem768-x25519", "ed25519"])
 def test_what_is_refused(open_store: Open, path: Path, kind: str, passphrase: str | None) -> None:
     provider = open_store(passphrase)

@@ -169,8 +169,8 @@ def test_missing_authority_file(make: Any, bao: Any, tmp_path: Path, wrapped: Wr
         ({"keys": {"model": {"name": "../../sys/seal"}}}, "none that Transit has"),
         ({"keys": {"model": {"mechanisms": ["rot13"]}}}, "no mechanism"),
         ({"keys": {"../x": {}}}, "no key name"),
-        ({"timeout": 0}, "greater than 0"),
-        ({"address": ["https://a.example", 3]}, "[providers.site] address: input should be"),
+        ({"timeout": 0}, "timeout: not above 0"),
+        ({"address": ["https://a.example", 3]}, "[providers.site] address: not a text"),
         (
             {"auth": {"method": "token", "tokn": {"env": "X"}}},
             "[providers.site.auth] tokn: unknown",
