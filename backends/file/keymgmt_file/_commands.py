@@ -78,8 +78,8 @@ def passwd(
         keymgmt file passwd local
     """
     files = _find(context, provider)
-    source = SecretSource(file=new_file) if new_file else SecretSource(prompt="New passphrase")
-    new = Passphrase(source, files.provider, "passwd")
+    asked = SecretSource(file=new_file) if new_file else SecretSource(prompt="New passphrase")
+    new = Passphrase(asked, files.provider, "passwd")
     new.weak = weak
     files.change_passphrase(new)
     _say(f"changed the passphrase of {files.path}")

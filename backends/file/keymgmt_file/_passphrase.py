@@ -149,26 +149,29 @@ class Passphrase(ForkSafe):
     def _ask_new(self) -> bytearray:
         secret = self._ask()
         try:
-            # Bytes that go on with a character of UTF-8 do not count.
-            if not self.weak and sum(byte & 0xC0 != 0x80 for byte in secret) < LEAST:
-                raise ConfigError(
-                    f"the passphrase is shorter than {LEAST} characters",
-                    hint="take several words; to lock with this one all the same: "
-                    f"keymgmt file {self._command} {self._provider} --weak",
-                )
-            if self.source is not None and self.source.prompt:
-                # Nothing can tell a mistyped passphrase yet.
-                second = SecretSource(prompt=f"{self.source.prompt}, again").read()
-                same = hmac.compare_digest(secret, second)
-                wipe(second)
-                if not same:
-                    raise ConfigError(
-                        "the two passphrases differ", hint="nothing was changed; try again"
-                    )
+            self._check_new(secret)
         except BaseException:
             wipe(secret)
             raise
         return secret
+
+    def _check_new(self, secret: bytearray) -> None:
+        # Bytes that go on with a character of UTF-8 do not count.
+        if not self.weak and sum(byte & 0xC0 != 0x80 for byte in secret) < LEAST:
+            raise ConfigError(
+                f"the passphrase is shorter than {LEAST} characters",
+                hint="take several words; to lock with this one all the same: "
+                f"keymgmt file {self._command} {self._provider} --weak",
+            )
+        if self.source is not None and self.source.prompt:
+            # Nothing can tell a mistyped passphrase yet.
+            second = SecretSource(prompt=f"{self.source.prompt}, again").read()
+            same = hmac.compare_digest(secret, second)
+            wipe(second)
+            if not same:
+                raise ConfigError(
+                    "the two passphrases differ", hint="nothing was changed; try again"
+                )
 
 
 def encrypt_file(name: str, content: bytearray, key: bytearray, **members: Any) -> bytes:
