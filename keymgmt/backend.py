@@ -14,6 +14,7 @@ from keymgmt._crypto.hpke import (
 from keymgmt._crypto.signatures import PublicKey
 from keymgmt._providers.contract import (
     API_VERSION,
+    KeyName,
     KeyProvider,
     Settings,
     SupportsBatchUnwrap,
@@ -43,7 +44,14 @@ from keymgmt._providers.recipient_file import (
     wrap_for,
 )
 from keymgmt._providers.secret_source import ConfigPath, SecretSource, read_projected
-from keymgmt._providers.versions import check_retirable, no_version, not_held, version_retired
+from keymgmt._providers.versions import (
+    check_kind,
+    check_retirable,
+    key_exists,
+    no_version,
+    not_held,
+    version_retired,
+)
 from keymgmt._system.deadline import Deadline, within
 from keymgmt._system.files import make_folder, replace_file, save_file, sync_directory, target_of
 from keymgmt._system.fork import ForkSafe
@@ -87,6 +95,7 @@ __all__ = [
     "IntegrityError",
     "JsonReader",
     "KeyInfo",
+    "KeyName",
     "KeyNotFound",
     "KeyProvider",
     "KeyRetired",
@@ -111,6 +120,7 @@ __all__ = [
     "WrongKey",
     "bare",
     "check_key",
+    "check_kind",
     "check_retirable",
     "check_trusted",
     "fill_random",
@@ -125,6 +135,7 @@ __all__ = [
     "is_key",
     "is_name",
     "is_version",
+    "key_exists",
     "load_json",
     "lock_file",
     "make_folder",

@@ -87,12 +87,14 @@ def _walk(model: type[BaseModel], location: Iterable[object]) -> tuple[list[str]
     """The path of an error as the file has it, and the members known in its table.
 
     pydantic puts names of its own into the path: the tag of a tagged union, the kind that a member
-    of a plain union was tried as.
+    of a plain union was tried as, ``[key]`` where a name itself is wrong.
     """
     path: list[str] = []
     tables: list[type[BaseModel]] = [model]
     plain_union = False
     for part in map(str, location):
+        if part == "[key]":  # pydantic's word for the name of what the path has already
+            continue
         tagged = [each for each in tables if _has_tag(each, part)] if len(tables) > 1 else []
         found = next((each for each in tables if part in each.model_fields), None)
         if tagged:

@@ -8,10 +8,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Literal, NoReturn, Self, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Final,
+    Generic,
+    Literal,
+    NoReturn,
+    Self,
+    TypeVar,
+)
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
+from keymgmt._providers.names import is_key
 from keymgmt.errors import ProviderError
 
 if TYPE_CHECKING:
@@ -21,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "API_VERSION",
+    "KeyName",
     "KeyProvider",
     "Settings",
     "SupportsBatchUnwrap",
@@ -47,6 +60,15 @@ class Settings(BaseModel):
         extra="forbid", strict=True, frozen=True, hide_input_in_errors=True, allow_inf_nan=False
     )
 
+
+def _key_name(text: str) -> str:
+    if not is_key(text):
+        raise ValueError(f"{text[:80]!r} is no key name")
+    return text
+
+
+KeyName = Annotated[str, AfterValidator(_key_name)]
+"""The name of a key in settings, such as those of the table ``keys``."""
 
 S = TypeVar("S", bound=Settings)
 

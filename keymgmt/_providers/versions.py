@@ -1,8 +1,9 @@
-"""What every backend says of the versions of a key, in the same words."""
+"""What every backend says of the kinds and versions of a key, in the same words."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from keymgmt.errors import ConfigError, KeyNotFound, KeyRetired, WrongKey
@@ -10,7 +11,33 @@ from keymgmt.errors import ConfigError, KeyNotFound, KeyRetired, WrongKey
 if TYPE_CHECKING:
     from keymgmt._providers.data import WrappedKey
 
-__all__ = ["check_retirable", "no_version", "not_held", "version_retired"]
+__all__ = [
+    "check_kind",
+    "check_retirable",
+    "key_exists",
+    "no_version",
+    "not_held",
+    "version_retired",
+]
+
+
+def check_kind(kind: str, kinds: Iterable[str], backend: str) -> None:
+    """Raise ConfigError for a kind of key that ``backend`` does not make; ``kinds`` are its own."""
+    known = list(kinds)
+    if kind not in known:
+        near = difflib.get_close_matches(kind, known, n=1)
+        raise ConfigError(
+            f"the backend {backend} makes no key of kind {kind[:40]!r}",
+            hint=f"did you mean {near[0]!r}?" if near else f"kinds: {', '.join(known)}",
+        )
+
+
+def key_exists(key: str, place: object, provider: str) -> ConfigError:
+    """A key is to be made, and there is one of that name in ``place``."""
+    return ConfigError(
+        f"there is a key {key!r} already in {place}",
+        hint=f"a new version of it: keymgmt keys rotate {provider}:{key}",
+    )
 
 
 def not_held(wrapped: WrappedKey, provider: str) -> WrongKey:

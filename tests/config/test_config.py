@@ -19,7 +19,7 @@ from keymgmt.errors import ConfigError, KeymgmtError
 Install = Callable[..., Path]
 
 ACME = """
-from keymgmt.backend import ConfigPath, Health, KeyProvider, SecretSource, Settings
+from keymgmt.backend import ConfigPath, KeyName, Health, KeyProvider, SecretSource, Settings
 
 class Auth(Settings):
     method: str = "pin"
@@ -29,6 +29,7 @@ class AcmeSettings(Settings):
     address: str
     ca_file: ConfigPath | None = None
     auth: Auth = Auth()
+    pins: dict[KeyName, SecretSource] = {}
 
 class Acme(KeyProvider[AcmeSettings]):
     backend = "acme"
@@ -104,6 +105,7 @@ def test_a_wrong_config_names_file_table_and_key(
         ("auth = { pin = 'hunter2' }", "a secret is not written here", None),
         ("auth = { pin = { env = 'A', file = 'B' } }", "exactly one of", None),
         ("auth = { pin = {} }", "exactly one of", None),
+        ("pins = { '../x' = { env = 'A' } }", "[providers.hsm.pins] ../x: '../x' is no key", None),
         ("auth = { pin = { credential = '../x' } }", "without slashes", None),
     ],
 )

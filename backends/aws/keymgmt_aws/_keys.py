@@ -24,6 +24,7 @@ from keymgmt.backend import (
     Recipient,
     Signature,
     UnsupportedOperation,
+    check_kind,
     no_version,
 )
 from keymgmt_aws._connection import Service, member
@@ -97,8 +98,7 @@ class Keys:
 
     def create(self, kms: Service, key: str, kind: str, options: Mapping[str, str]) -> KeyInfo:
         """Make a key and its alias; ConfigError if there is one."""
-        if kind not in KINDS:
-            raise ConfigError(f"keys are not of kind {kind[:40]!r}", hint=", ".join(KINDS))
+        check_kind(kind, KINDS, "aws")
         multi_region = {"yes": True, "no": False}.get(options.get("multi-region", "no"))
         if set(options) - {"multi-region"} or multi_region is None:
             said = ", ".join(f"{name}={value}"[:80] for name, value in options.items())

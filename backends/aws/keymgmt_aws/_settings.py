@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
-from keymgmt.backend import RSA_OAEP_256, ConfigPath, SecretSource, Settings, is_key
+from keymgmt.backend import RSA_OAEP_256, ConfigPath, KeyName, SecretSource, Settings, is_key
 
 __all__ = ["CONTEXT", "MECHANISMS", "SYMMETRIC", "Auth", "AwsSettings", "key_id"]
 
@@ -237,7 +237,7 @@ class AwsSettings(Settings):
         str, StringConstraints(pattern=r"^[a-z]{2,8}(?:-[a-z]{1,16}){1,3}-[0-9]{1,2}$")
     ]
     auth: Auth
-    keys: dict[str, KeyEntry] = Field(default_factory=dict)
+    keys: dict[KeyName, KeyEntry] = Field(default_factory=dict)
     alias_prefix: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_/-]{1,120}$")] = "keymgmt/"
     context: dict[str, str] = Field(default_factory=dict)
     endpoint: Endpoint | None = None
@@ -249,8 +249,6 @@ class AwsSettings(Settings):
     @model_validator(mode="after")
     def _fits_together(self) -> AwsSettings:
         for key, entry in self.keys.items():
-            if not is_key(key):
-                raise ValueError(f"keys: {key[:80]!r} is no key name")
             match = _ARN.fullmatch(entry.arn)
             if match and match[1] != self.region:
                 raise ValueError(

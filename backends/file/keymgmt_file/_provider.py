@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
@@ -25,7 +24,9 @@ from keymgmt.backend import (
     WrappedKey,
     WrongKey,
     check_key,
+    check_kind,
     check_retirable,
+    key_exists,
     no_version,
     not_held,
     version_retired,
@@ -137,21 +138,13 @@ class FileProvider(
     def create_key(self, key: str, kind: str, options: Mapping[str, str]) -> KeyInfo:
         """See SupportsKeyManagement; it takes no options, and makes the directory if need be."""
         check_key(key)
-        if kind not in KINDS:
-            near = difflib.get_close_matches(kind, KINDS, n=1)
-            raise ConfigError(
-                f"the backend file makes no key of kind {kind!r}",
-                hint=f"did you mean {near[0]!r}?" if near else f"kinds: {', '.join(KINDS)}",
-            )
+        check_kind(kind, KINDS, "file")
         if options:
             raise ConfigError(f"the backend file knows no option {next(iter(options))!r}")
         keys = KeySet(key, KINDS[kind])
         with self.key_files.changing(create=True):
             if key in self.key_files.names():
-                raise ConfigError(
-                    f"there is a key {key!r} already in {self.key_files.path}",
-                    hint=f"a new version of it: keymgmt keys rotate {self.name}:{key}",
-                )
+                raise key_exists(key, self.key_files.path, self.name)
             self.key_files.add_version(keys)
         return keys.info()
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from pkcs11 import TokenFlag
 
-from keymgmt.backend import ConfigError, KeymgmtError, within
+from keymgmt.backend import KeymgmtError, within
 from keymgmt.console import console, print_json, table
 from keymgmt_pkcs11._checks import try_kind
 from keymgmt_pkcs11._errors import CkError, translate
@@ -79,7 +79,7 @@ def _row(module: Module, slot: int) -> dict[str, Any]:
 @app.command()
 def keys(context: typer.Context, provider: Provider, as_json: Json = False) -> None:
     """List every key object of a token, also those that have no name here, with attributes."""
-    chosen = _provider(context, provider)
+    chosen: Pkcs11Provider = context.obj.provider(provider, Pkcs11Provider)
     found, odd = chosen.connection.run("reading the keys", all_keys)
     for each in odd:
         console(stderr=True).print(f"skipped: {each}")
@@ -102,7 +102,7 @@ def keys(context: typer.Context, provider: Provider, as_json: Json = False) -> N
 @app.command()
 def mechanisms(context: typer.Context, provider: Provider, as_json: Json = False) -> None:
     """Try which kinds of key work on a token, with keys that live for this command only."""
-    chosen = _provider(context, provider)
+    chosen: Pkcs11Provider = context.obj.provider(provider, Pkcs11Provider)
     # Each with a time limit of its own: a slow token makes an RSA key in seconds.
     limit = max(chosen.settings.timeout, GENERATION_LIMIT)
     rows = []
@@ -131,15 +131,8 @@ def restrict(
 ) -> None:
     """Switch every usage of a key off that it does not need, after another tool made it."""
     name, _, which = key.partition(":")
-    info = _provider(context, name).restrict_key(which, kind)
+    info = context.obj.provider(name, Pkcs11Provider).restrict_key(which, kind)
     console().print(f"{key} is {info.kind} now: {info.detail['attributes']}")
-
-
-def _provider(context: typer.Context, name: str) -> Pkcs11Provider:
-    chosen = context.obj.config().provider(name)
-    if not isinstance(chosen, Pkcs11Provider):
-        raise ConfigError(f"the provider {name!r} is {chosen.backend}, not pkcs11")
-    return chosen
 
 
 def _show(what: str, rows: Sequence[dict[str, Any]], as_json: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar, Final, Literal, TypeVar
@@ -28,7 +27,9 @@ from keymgmt.backend import (
     WrappedKey,
     WrongKey,
     check_key,
+    check_kind,
     check_retirable,
+    key_exists,
     no_version,
     not_held,
     public_key_id,
@@ -268,12 +269,7 @@ class Pkcs11Provider(
     def create_key(self, key: str, kind: str, options: Mapping[str, str]) -> KeyInfo:
         """See SupportsKeyManagement; RSA kinds take ``bits``."""
         check_key(key)
-        if kind not in KINDS:
-            near = difflib.get_close_matches(kind, KINDS, n=1)
-            raise ConfigError(
-                f"the backend pkcs11 makes no key of kind {kind!r}",
-                hint=f"did you mean {near[0]!r}?" if near else f"kinds: {', '.join(KINDS)}",
-            )
+        check_kind(kind, KINDS, "pkcs11")
         bits = bits_of(KINDS[kind], options)
         entry = self.settings.entry(key)
 
@@ -283,10 +279,7 @@ class Pkcs11Provider(
             except KeyNotFound:
                 pass
             else:
-                raise ConfigError(
-                    f"there is a key {key!r} already in the token {session.token.label!r}",
-                    hint=f"a new version of it: keymgmt keys rotate {self.name}:{key}",
-                )
+                raise key_exists(key, f"the token {session.token.label!r}", self.name)
             identifier = entry.ids[0] if entry.ids else new_id(1)
             return self._generate(session, key, KINDS[kind], bits, identifier)
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal
 from pkcs11 import Attribute
 from pydantic import Field, field_validator, model_validator
 
-from keymgmt.backend import ConfigError, ConfigPath, SecretSource, Settings, is_key
+from keymgmt.backend import ConfigError, ConfigPath, KeyName, SecretSource, Settings, is_key
 from keymgmt_pkcs11._uri import TOKEN, Pkcs11Uri
 
 __all__ = ["CreateSettings", "KeyEntry", "Pkcs11Settings"]
@@ -132,7 +132,7 @@ class Pkcs11Settings(Settings):
     sessions: Annotated[int, Field(ge=1, le=256)] = 8
     allow_oaep_sha1: bool = False
     create: CreateSettings = Field(default_factory=CreateSettings)
-    keys: dict[str, KeyEntry] = Field(default_factory=dict)
+    keys: dict[KeyName, KeyEntry] = Field(default_factory=dict)
     init_args: Annotated[str, Field(max_length=4096)] | None = None
 
     @field_validator("uri")
@@ -153,14 +153,6 @@ class Pkcs11Settings(Settings):
         if uri.vendor:
             raise ValueError(f"the attribute {next(iter(uri.vendor))!r} is not known")
         return text
-
-    @field_validator("keys")
-    @classmethod
-    def _key_names(cls, keys: dict[str, KeyEntry]) -> dict[str, KeyEntry]:
-        for name in keys:
-            if not is_key(name):
-                raise ValueError(f"{name[:80]!r} is no key name")
-        return keys
 
     @model_validator(mode="after")
     def _one_of_each(self) -> Pkcs11Settings:

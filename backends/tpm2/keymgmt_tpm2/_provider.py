@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, ClassVar, Final, Literal
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 
 from keymgmt.backend import (
-    ConfigError,
     Dek,
     Health,
     KeyInfo,
@@ -30,7 +29,9 @@ from keymgmt.backend import (
     WrappedKey,
     WrongKey,
     check_key,
+    check_kind,
     check_retirable,
+    key_exists,
     no_version,
     not_held,
     version_retired,
@@ -161,12 +162,7 @@ class Tpm2Provider(
     def create_key(self, key: str, kind: str, options: Mapping[str, str]) -> KeyInfo:
         """See SupportsKeyManagement; the options are those of the class."""
         check_key(key)
-        if kind not in KINDS:
-            near = difflib.get_close_matches(kind, KINDS, n=1)
-            raise ConfigError(
-                f"the backend tpm2 makes no key of kind {kind!r}",
-                hint=f"did you mean {near[0]!r}?" if near else f"kinds: {', '.join(KINDS)}",
-            )
+        check_kind(kind, KINDS, "tpm2")
         wanted = KeyOptions.parse(options)
         self._refuse_existing(key)
         private, public, policy = self._make(key, kind, wanted)
@@ -178,10 +174,7 @@ class Tpm2Provider(
 
     def _refuse_existing(self, key: str) -> None:
         if key in self.keys.names():
-            raise ConfigError(
-                f"there is a key {key!r} already in {self.keys.path}",
-                hint=f"a new version of it: keymgmt keys rotate {self.name}:{key}",
-            )
+            raise key_exists(key, self.keys.path, self.name)
 
     def _make(self, key: str, kind: str, wanted: KeyOptions) -> tuple[bytes, Public, Policy]:
         def operation(tpm: Tpm, pin: bytearray | None) -> tuple[bytes, Public, Policy]:

@@ -7,7 +7,7 @@ from typing import Annotated, Final
 
 from pydantic import Field, field_validator
 
-from keymgmt.backend import ConfigPath, SecretSource, Settings, is_key
+from keymgmt.backend import ConfigPath, KeyName, SecretSource, Settings
 
 __all__ = ["Tpm2Settings"]
 
@@ -52,7 +52,7 @@ class Tpm2Settings(Settings):
     srk: str = "0x81000001"
     srk_name: str | None = None
     pin: SecretSource | None = None
-    pins: dict[str, SecretSource] = Field(default_factory=dict)
+    pins: dict[KeyName, SecretSource] = Field(default_factory=dict)
     use_last_try: bool = False
     owner_auth: SecretSource | None = None
     endorsement_auth: SecretSource | None = None
@@ -85,14 +85,6 @@ class Tpm2Settings(Settings):
                 "a name is 000b and 64 hex digits, or another hash's number and as many digits as "
                 "it has; see it with: keymgmt tpm setup PROVIDER"
             )
-        return value
-
-    @field_validator("pins")
-    @classmethod
-    def _key_names(cls, value: dict[str, SecretSource]) -> dict[str, SecretSource]:
-        for name in value:
-            if not is_key(name):
-                raise ValueError(f"{name[:64]!r} is no key name")
         return value
 
     @property

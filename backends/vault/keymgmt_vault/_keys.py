@@ -28,6 +28,7 @@ from keymgmt.backend import (
     PublicKey,
     Signature,
     UnsupportedOperation,
+    check_kind,
     check_retirable,
     no_version,
 )
@@ -167,8 +168,7 @@ class Keys:
 
     def create(self, key: str, kind: str, options: Mapping[str, str]) -> KeyInfo:
         """Make a key that cannot be exported; ConfigError if there is one."""
-        if kind not in KINDS:
-            raise ConfigError(f"Transit keys are not of kind {kind[:40]!r}", hint=", ".join(KINDS))
+        check_kind(kind, KINDS, "vault")
         unknown = set(options) - {"auto-rotate"}
         period = options.get("auto-rotate")
         if unknown or (period is not None and not _PERIOD.fullmatch(period)):

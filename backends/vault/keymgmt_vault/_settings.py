@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
-from keymgmt.backend import ConfigPath, SecretSource, Settings, is_key
+from keymgmt.backend import ConfigPath, KeyName, SecretSource, Settings, is_key
 
 __all__ = [
     "AEAD",
@@ -275,7 +275,7 @@ class VaultSettings(Settings):
     mount: Mount = "transit"
     timeout: Annotated[float, Field(gt=0, le=600)] = 10.0
     call_timeout: Annotated[float, Field(gt=0, le=60)] = 3.0
-    keys: dict[str, KeyEntry] = Field(default_factory=dict)
+    keys: dict[KeyName, KeyEntry] = Field(default_factory=dict)
     keys_prefix: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
 
     @model_validator(mode="after")
@@ -300,9 +300,6 @@ class VaultSettings(Settings):
             for address in addresses:
                 if address.scheme == "https" and not _is_loopback(address.host):
                     raise ValueError(f"{address} is no agent of this machine; name its sink")
-        for key in self.keys:
-            if not is_key(key):
-                raise ValueError(f"keys: {key[:80]!r} is no key name")
         if self.keys_prefix is not None and not is_key(f"{self.keys_prefix}0"):
             raise ValueError(f"keys_prefix {self.keys_prefix!r} begins no key name")
         return self
