@@ -20,18 +20,13 @@ from keymgmt_pkcs11._provider import GENERATION_LIMIT, Pkcs11Provider
 
 __all__ = ["app"]
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 _LIMIT = 30.0
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 Provider = Annotated[
     str, typer.Argument(help="Provider of the config.", metavar="PROVIDER", show_default=False)
 ]
-
-
-@app.callback()
-def _group() -> None:
-    """What is in a PKCS#11 module: slots and tokens, keys, mechanisms that work."""
 
 
 @app.command()

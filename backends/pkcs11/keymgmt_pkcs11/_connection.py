@@ -360,23 +360,18 @@ class Connection(ForkSafe):
         answered = error if isinstance(error, CkError) else None
         if answered and not answered.passing:
             raise error
-        if changes and began:
-            # Only what changes nothing is done twice.
-            self._lose(epoch)
-            self._cache["again"] = True
-            raise error
         login = answered is not None and answered.call == "C_Login"
-        if answered and login and answered.code not in NOT_COMPARED:
-            # One PIN for a call, whatever was made anew since.
+        # Only what changes nothing is done twice; and a call has one PIN, whatever was made anew.
+        final = (changes and began) or (
+            login and answered is not None and answered.code not in NOT_COMPARED
+        )
+        if final or not answered or step:
             self._lose(epoch)
-            raise error
-        if answered and step == 0:
-            self._cache["again"] = True
-            return 1
-        self._lose(epoch)
         self._cache["again"] = True
-        if answered and step == 1:
-            return 2
+        if final:
+            raise error
+        if answered and step < 2:
+            return step + 1
         step = max(step, 2)
         pause = _PAUSES[min(step - 2, len(_PAUSES) - 1)]
         # SoftHSM has no PIN, or no answer, for a moment while others log in to the same token.

@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from keymgmt.backend import wipe
 from keymgmt_pkcs11._errors import CkError, Ckr
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
     Template = Mapping[Any, bool | int | Buffer]
 
-__all__ = ["MAX_OUTPUT", "ULONG_SIZE", "Cryptoki", "LibraryInfo", "Parameters", "TokenInfo"]
+__all__ = ["MAX_OUTPUT", "ULONG_SIZE", "Cryptoki", "LibraryInfo", "Parameters", "TokenInfo", "Verb"]
 
+Verb = Literal["Encrypt", "Decrypt", "Sign"]
 _ULONG = ctypes.c_ulong
 _PTR = ctypes.c_void_p
 _char = ctypes.c_char
@@ -237,7 +238,8 @@ class Cryptoki:
         get_list = ctypes.CDLL(path).C_GetFunctionList
         get_list.restype = _ULONG
         table = _PTR()
-        _check("C_GetFunctionList", get_list(ctypes.byref(table)))
+        if code := get_list(ctypes.byref(table)):
+            raise CkError("C_GetFunctionList", code)
         if not table.value:
             raise AttributeError("C_GetFunctionList")
         # The version is followed by padding to the size of a pointer.
@@ -338,40 +340,26 @@ class Cryptoki:
         place = (_char * len(pin)).from_buffer(pin) if pin else None
         self._call("C_Login", session, user, _at(place), len(pin or b""))
 
-    def encrypt(self, session: int, how: Parameters, key: int, data: Buffer) -> bytes:
-        """C_Encrypt in one part."""
-        return bytes(self._transform("Encrypt", session, how, key, data))
-
-    def decrypt(
-        self, session: int, how: Parameters, key: int, data: bytes, approve: Approval | None = None
-    ) -> bytearray:
-        """C_Decrypt in one part; the caller wipes what it gets.
-
-        Args:
-            session: its handle.
-            how: the mechanism.
-            key: handle of the key.
-            data: the ciphertext.
-            approve: called between C_DecryptInit and C_Decrypt, for a key that wants a login then.
-        """
-        return self._transform("Decrypt", session, how, key, data, approve)
-
-    def sign(
-        self, session: int, how: Parameters, key: int, data: bytes, approve: Approval | None = None
-    ) -> bytes:
-        """C_Sign in one part; ``approve`` as for ``decrypt``."""
-        return bytes(self._transform("Sign", session, how, key, data, approve))
-
-    def _transform(
+    def apply(
         self,
-        verb: str,
+        verb: Verb,
         session: int,
         how: Parameters,
         key: int,
         data: Buffer,
-        approve: Approval | None = None,
+        approve: Callable[[], None] | None = None,
     ) -> bytearray:
-        # What is not bytes is a secret, so its copy is wiped.
+        """C_Encrypt, C_Decrypt or C_Sign in one part; the caller wipes what it gets.
+
+        Args:
+            verb: which of them.
+            session: its handle.
+            how: the mechanism.
+            key: handle of the key.
+            data: what goes in; it is a secret if it is not bytes.
+            approve: called between the call that begins and the one that does it, for a key that
+                wants a login then.
+        """
         given = data if isinstance(data, bytes) else bytearray(data)
         output, length = _Output(), _ULONG(MAX_OUTPUT)
         try:
@@ -499,7 +487,6 @@ class Cryptoki:
         return output.raw[: length.value]
 
 
-Approval = Callable[[], None]
 _UNTOUCHED: Final = b"\xa5"
 # C_GetAttributeValue (section 5.7.5): with these, what could be read was read.
 _PARTIAL: Final = frozenset(
@@ -509,8 +496,3 @@ _PARTIAL: Final = frozenset(
         Ckr.BUFFER_TOO_SMALL,
     }
 )
-
-
-def _check(call: str, code: int) -> None:
-    if code:
-        raise CkError(call, code)

@@ -12,6 +12,7 @@ import itertools
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -293,7 +294,7 @@ def find_halves(session: Session, item: KeyObject) -> list[int]:
     ]
 
 
-def switch_off(session: Session, item: KeyObject, keep: frozenset[Attribute]) -> None:
+def switch_off(session: Session, item: KeyObject, keep: AbstractSet[Attribute]) -> None:
     """Set every usage of a key and its public half to false, but for those to keep.
 
     Raises:

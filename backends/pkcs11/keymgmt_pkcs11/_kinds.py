@@ -7,6 +7,7 @@ it, and a key that is not CKA_PRIVATE is used by whoever reaches the token, with
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -30,7 +31,7 @@ _MEANINGFUL: Final = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kind:
     """A kind of key that we make.
 
@@ -47,22 +48,10 @@ class Kind:
     name: str
     purpose: Literal["wrap", "sign"]
     type: KeyType
-    secret: frozenset[Attribute]
-    public: frozenset[Attribute]
+    secret: AbstractSet[Attribute]
+    public: AbstractSet[Attribute]
     bits: int
     mechanisms: tuple[Mechanism, ...]
-
-
-def _kind(
-    name: str,
-    purpose: Literal["wrap", "sign"],
-    kind: KeyType,
-    secret: set[Attribute],
-    public: set[Attribute],
-    bits: int,
-    *mechanisms: Mechanism,
-) -> Kind:
-    return Kind(name, purpose, kind, frozenset(secret), frozenset(public), bits, mechanisms)
 
 
 _A, _M, _T = Attribute, Mechanism, KeyType
@@ -70,14 +59,14 @@ _WRAPS: Final = (_M.AES_KEY_WRAP, _M.AES_KEY_WRAP_PAD, _M.AES_KEY_WRAP_KWP)
 KINDS: Final = {
     kind.name: kind
     for kind in (
-        _kind("aes256", "wrap", _T.AES, {_A.ENCRYPT, _A.DECRYPT}, set(), 256, _M.AES_GCM),
-        _kind("aes256-kw", "wrap", _T.AES, {_A.WRAP, _A.UNWRAP}, set(), 256, *_WRAPS),
-        _kind("ecdh-p256", "wrap", _T.EC, {_A.DERIVE}, set(), 256, _M.ECDH1_DERIVE),
-        _kind("ecdh-p384", "wrap", _T.EC, {_A.DERIVE}, set(), 384, _M.ECDH1_DERIVE),
-        _kind("rsa-oaep", "wrap", _T.RSA, {_A.DECRYPT}, {_A.ENCRYPT}, 3072, _M.RSA_PKCS_OAEP),
-        _kind("ecdsa-p256", "sign", _T.EC, {_A.SIGN}, {_A.VERIFY}, 256, _M.ECDSA),
-        _kind("ecdsa-p384", "sign", _T.EC, {_A.SIGN}, {_A.VERIFY}, 384, _M.ECDSA),
-        _kind("rsa-pss", "sign", _T.RSA, {_A.SIGN}, {_A.VERIFY}, 3072, _M.RSA_PKCS_PSS),
+        Kind("aes256", "wrap", _T.AES, {_A.ENCRYPT, _A.DECRYPT}, set(), 256, (_M.AES_GCM,)),
+        Kind("aes256-kw", "wrap", _T.AES, {_A.WRAP, _A.UNWRAP}, set(), 256, _WRAPS),
+        Kind("ecdh-p256", "wrap", _T.EC, {_A.DERIVE}, set(), 256, (_M.ECDH1_DERIVE,)),
+        Kind("ecdh-p384", "wrap", _T.EC, {_A.DERIVE}, set(), 384, (_M.ECDH1_DERIVE,)),
+        Kind("rsa-oaep", "wrap", _T.RSA, {_A.DECRYPT}, {_A.ENCRYPT}, 3072, (_M.RSA_PKCS_OAEP,)),
+        Kind("ecdsa-p256", "sign", _T.EC, {_A.SIGN}, {_A.VERIFY}, 256, (_M.ECDSA,)),
+        Kind("ecdsa-p384", "sign", _T.EC, {_A.SIGN}, {_A.VERIFY}, 384, (_M.ECDSA,)),
+        Kind("rsa-pss", "sign", _T.RSA, {_A.SIGN}, {_A.VERIFY}, 3072, (_M.RSA_PKCS_PSS,)),
     )
 }
 

@@ -64,20 +64,17 @@ class _Pins(ForkSafe):
         super().__init__()
 
     def _renew(self) -> None:
-        self._lock = threading.Lock()
         self._tokens: dict[tuple[str, str, str], threading.Lock] = {}
 
     def lock(self, module: Module, token: TokenInfo) -> threading.Lock:
         """One for each token, so that one that hangs does not hold another up."""
-        with self._lock:
-            place = (module.path, token.serial, token.label)
-            return self._tokens.setdefault(place, threading.Lock())
+        return self._tokens.setdefault(_place(module, token), threading.Lock())
 
     def mark(self, module: Module, token: TokenInfo, user: int, pin: bytearray) -> bytes:
-        place = (module.path, token.serial, token.label, str(user))
-        return hashlib.blake2b(
-            b"\0".join([*(part.encode() for part in place), pin]), key=self._salt
-        ).digest()
+        place = "\0".join((*_place(module, token), str(user), ""))
+        digest = hashlib.blake2b(place.encode(), key=self._salt)
+        digest.update(pin)
+        return digest.digest()
 
     def check(self, mark: bytes, token: TokenInfo, source: object, *, again: bool) -> None:
         """Refuse to send a PIN that must not be sent now."""
@@ -113,6 +110,10 @@ class _Pins(ForkSafe):
         elif error.passing:
             times, _ = self.doubtful.get(mark, (0, 0.0))
             self.doubtful[mark] = times + 1, time.monotonic()
+
+
+def _place(module: Module, token: TokenInfo) -> tuple[str, str, str]:
+    return module.path, token.serial, token.label
 
 
 _pins = _Pins()

@@ -246,24 +246,8 @@ class Module(ForkSafe):
                 self._let_go()
 
 
-class _Modules(ForkSafe):
-    """Those of this process, by real path."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, Module] = {}
-        super().__init__()
-
-    def _renew(self) -> None:
-        self._lock = threading.Lock()
-
-    def find(self, path: str, init_args: str | None) -> Module:
-        with self._lock:
-            if path not in self._known:
-                self._known[path] = Module(path, init_args)
-            return self._known[path]
-
-
-_modules = _Modules()
+_modules: Final[dict[str, Module]] = {}
+"""Those of this process, by real path."""
 
 
 def open_module(path: Path, init_args: str | None) -> Module:
@@ -276,7 +260,8 @@ def open_module(path: Path, init_args: str | None) -> Module:
     real = os.path.realpath(path)
     if not Path(real).is_file():
         raise ProviderUnavailable(f"no PKCS#11 module at {path}", hint=_usual())
-    module = _modules.find(real, init_args)
+    # dict.setdefault is atomic, so that there is one for all threads.
+    module = _modules.get(real) or _modules.setdefault(real, Module(real, init_args))
     if module.init_args != init_args:
         raise ConfigError(
             f"the module {path} is open with other init_args in this process",

@@ -52,7 +52,7 @@ from keymgmt_pkcs11._keys import (
 )
 from keymgmt_pkcs11._kinds import KINDS, Kind, bits_of, kind_of, purpose_of
 from keymgmt_pkcs11._settings import Pkcs11Settings
-from keymgmt_pkcs11._signing import can_sign, sign
+from keymgmt_pkcs11._signing import require_signing, sign
 from keymgmt_pkcs11._wrapping import KeyInUse
 
 if TYPE_CHECKING:
@@ -101,6 +101,9 @@ class Pkcs11Provider(
     objects of all its versions, which is final.
 
     The PIN is read when it is needed and wiped; one that was not accepted is sent once.
+
+    Attributes:
+        connection: the sessions of this process, for the commands of this package.
     """
 
     backend: ClassVar[str] = "pkcs11"
@@ -111,8 +114,8 @@ class Pkcs11Provider(
 
     def __init__(self, name: str, settings: Pkcs11Settings) -> None:
         super().__init__(name, settings)
-        self._connection = Connection(settings)
-        self._finalizer = weakref.finalize(self, self._connection.close)
+        self.connection = Connection(settings)
+        self._finalizer = weakref.finalize(self, self.connection.close)
 
     def wrap(self, key: str, dek: Dek, context: bytes) -> WrappedKey:
         """See KeyProvider; the newest version, by the first mechanism that works with it."""
@@ -125,7 +128,7 @@ class Pkcs11Provider(
             params = {"pk": public_key_id(_public_bytes(item))} if item.public else {}
             return WrappedKey(self.backend, key, item.version, mechanism.name, blob, params)
 
-        return self._connection.run(f"wrapping with {key!r}", call)
+        return self.connection.run(f"wrapping with {key!r}", call)
 
     def unwrap(self, wrapped: WrappedKey, context: bytes) -> Dek:
         """See KeyProvider."""
@@ -148,7 +151,7 @@ class Pkcs11Provider(
             except CkError as error:
                 return self._try_again(use, mechanism, wrapped, context, error)
 
-        return self._connection.run(f"unwrapping with {wrapped.key!r}", call)
+        return self.connection.run(f"unwrapping with {wrapped.key!r}", call)
 
     def _holding(
         self, session: Session, wrapped: WrappedKey
@@ -234,12 +237,12 @@ class Pkcs11Provider(
             }
             return Recipient(kind, self.backend, key, item.version, _public_bytes(item), attributes)
 
-        return self._connection.run(f"exporting {key!r}", call)
+        return self.connection.run(f"exporting {key!r}", call)
 
     def public_key(self, key: str, version: str | None = None) -> bytes:
         """See SupportsSigning."""
         check_key(key)
-        return self._connection.run(
+        return self.connection.run(
             f"reading {key!r}", lambda session: self._signing(session, key, version).der
         )
 
@@ -251,7 +254,7 @@ class Pkcs11Provider(
             item = self._signing(session, key)
             return Signature(sign(session, item, message), item.der)
 
-        return self._connection.run(f"signing with {key!r}", call)
+        return self.connection.run(f"signing with {key!r}", call)
 
     def _signing(self, session: Session, key: str, version: str | None = None) -> KeyObject:
         versions = self._versions(session, key)
@@ -259,12 +262,7 @@ class Pkcs11Provider(
         if item is None:
             known = [each.version for each in versions.objects]
             raise no_version(key, str(version), known)
-        if not can_sign(item):
-            raise UnsupportedOperation(
-                f"the key {key!r} ({item}) does not sign",
-                hint="make one: keymgmt keys create PROVIDER:KEY --kind ecdsa-p256",
-            )
-        return item
+        return require_signing(item)
 
     def create_key(self, key: str, kind: str, options: Mapping[str, str]) -> KeyInfo:
         """See SupportsKeyManagement; RSA kinds take ``bits``."""
@@ -306,12 +304,12 @@ class Pkcs11Provider(
             found, _ = by_name(all_keys(session)[0], self.settings)
             return [self._info(session, found[name]) for name in sorted(found)]
 
-        return self._connection.run("listing the keys", call)
+        return self.connection.run("listing the keys", call)
 
     def describe_key(self, key: str) -> KeyInfo:
         """See SupportsKeyManagement."""
         check_key(key)
-        return self._connection.run(
+        return self.connection.run(
             f"reading {key!r}",
             lambda session: self._info(session, self._versions(session, key)),
         )
@@ -406,16 +404,11 @@ class Pkcs11Provider(
 
     def check(self, key: str | None = None) -> Health:
         """See KeyProvider; without ``key``, every key of the token is looked at."""
-        return examine(self.name, self.settings, self._connection, key)
+        return examine(self.name, self.settings, self.connection, key)
 
     def close(self) -> None:
         """Close every session of this process; the next call opens new ones."""
-        self._connection.close()
-
-    @property
-    def connection(self) -> Connection:
-        """The sessions of this process, for the commands of this package."""
-        return self._connection
+        self.connection.close()
 
     def _change(self, doing: str, call: Callable[[Session], T]) -> T:
         if self.settings.read_only:
@@ -423,7 +416,7 @@ class Pkcs11Provider(
                 f"{doing}: this provider is read-only", hint="set read_only = false"
             )
         limit = max(self.settings.timeout, GENERATION_LIMIT)
-        return self._connection.run(doing, call, changes=True, limit=limit)
+        return self.connection.run(doing, call, changes=True, limit=limit)
 
     def _versions(self, session: Session, key: str) -> Versions:
         return find_versions(session, key, self.settings.entry(key))

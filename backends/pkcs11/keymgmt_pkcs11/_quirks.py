@@ -24,7 +24,6 @@ class Quirks:
     Attributes:
         name: what people call it.
         manufacturer: how its CK_INFO.manufacturerID begins.
-        description: how its CK_INFO.libraryDescription begins.
         codes: our mechanism name -> the CKM_ under which this module has it.
         broken: our mechanism name -> why it is never used, although the module may list it.
         before: the library version from which on none of this holds.
@@ -37,7 +36,6 @@ class Quirks:
 
     name: str
     manufacturer: str
-    description: str = ""
     codes: Mapping[str, Mechanism] = field(default_factory=dict)
     broken: Mapping[str, str] = field(default_factory=dict)
     before: tuple[int, int] | None = None
@@ -101,10 +99,8 @@ _PLAIN: Final = Quirks("", "")
 def quirks_of(info: LibraryInfo) -> Quirks:
     """The quirks of a module; none for one that is not known."""
     for quirks in _KNOWN:
-        if (
-            info.manufacturer.startswith(quirks.manufacturer)
-            and info.description.startswith(quirks.description)
-            and (quirks.before is None or info.version < quirks.before)
+        if info.manufacturer.startswith(quirks.manufacturer) and (
+            quirks.before is None or info.version < quirks.before
         ):
             return quirks
     return _PLAIN

@@ -18,12 +18,13 @@ from pkcs11 import MGF, Mechanism
 
 from keymgmt.backend import ProviderUnavailable, UnsupportedOperation
 from keymgmt_pkcs11._cryptoki import Parameters
+from keymgmt_pkcs11._wrapping import KeyInUse
 
 if TYPE_CHECKING:
     from keymgmt_pkcs11._connection import Session
     from keymgmt_pkcs11._keys import KeyObject
 
-__all__ = ["can_sign", "sign"]
+__all__ = ["can_sign", "require_signing", "sign"]
 
 _SALT: Final = 32
 
@@ -37,6 +38,16 @@ def can_sign(key: KeyObject) -> bool:
     return isinstance(key.public, ec.EllipticCurvePublicKey)
 
 
+def require_signing(key: KeyObject) -> KeyObject:
+    """The key itself; UnsupportedOperation where it does not sign."""
+    if not can_sign(key):
+        raise UnsupportedOperation(
+            f"{key} does not sign",
+            hint="make one: keymgmt keys create PROVIDER:KEY --kind ecdsa-p256",
+        )
+    return key
+
+
 def sign(session: Session, key: KeyObject, message: bytes) -> bytes:
     """Sign ``message`` with a private key of the token, by an open ``session``.
 
@@ -44,26 +55,19 @@ def sign(session: Session, key: KeyObject, message: bytes) -> bytes:
         UnsupportedOperation: the key is of no kind that signs here.
         ProviderUnavailable: the token gave a signature that its public key does not verify.
     """
-    public = key.public
-    if not can_sign(key) or public is None:
-        raise UnsupportedOperation(
-            f"{key} does not sign",
-            hint="make one: keymgmt keys create PROVIDER:KEY --kind ecdsa-p256",
-        )
+    public = require_signing(key).public
     algorithm: hashes.HashAlgorithm = hashes.SHA384() if key.bits == 384 else hashes.SHA256()
     digest = hashes.Hash(algorithm)
     digest.update(message)
     hashed = digest.finalize()
-    approve = session.approve if key.wants_approval else None
     try:
         if isinstance(public, rsa.RSAPublicKey):
             how = Parameters.pss(Mechanism.RSA_PKCS_PSS, Mechanism.SHA256, MGF.SHA256, _SALT)
-            signature = session.ck.sign(session.handle, how, key.handle, hashed, approve)
+            signature = bytes(KeyInUse(session, key).apply("Sign", how, hashed))
             pss = padding.PSS(padding.MGF1(algorithm), _SALT)
             public.verify(signature, hashed, pss, Prehashed(algorithm))
-        else:
-            how = Parameters(Mechanism.ECDSA)
-            raw = session.ck.sign(session.handle, how, key.handle, hashed, approve)
+        elif isinstance(public, ec.EllipticCurvePublicKey):
+            raw = KeyInUse(session, key).apply("Sign", Parameters(Mechanism.ECDSA), hashed)
             half = len(raw) // 2
             signature = encode_dss_signature(
                 int.from_bytes(raw[:half], "big"), int.from_bytes(raw[half:], "big")

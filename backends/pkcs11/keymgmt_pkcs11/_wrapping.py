@@ -38,10 +38,12 @@ from keymgmt.backend import (
     open_with_ecdh,
     wipe,
 )
-from keymgmt_pkcs11._cryptoki import Approval, Cryptoki, Parameters
+from keymgmt_pkcs11._cryptoki import Cryptoki, Parameters, Verb
 from keymgmt_pkcs11._errors import REFUSED_TEMPLATE, CkError, Ckr
 
 if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
     from keymgmt_pkcs11._connection import Session
     from keymgmt_pkcs11._keys import KeyObject
     from keymgmt_pkcs11._quirks import Quirks
@@ -62,21 +64,21 @@ _REFUSED_IV: Final = frozenset({Ckr.MECHANISM_PARAM_INVALID, Ckr.ARGUMENTS_BAD})
 
 @dataclass(slots=True)
 class KeyInUse:
-    """A key in an open session, and the module's code for the mechanism that it is used with."""
+    """A key in an open session, and the module's code for the mechanism that wraps with it."""
 
     session: Session
     key: KeyObject
-    code: int
+    code: int = 0
 
     @property
     def ck(self) -> Cryptoki:
         """The calls."""
         return self.session.ck
 
-    @property
-    def approve(self) -> Approval | None:
-        """What the key wants between the beginning and the end of each use."""
-        return self.session.approve if self.key.wants_approval else None
+    def apply(self, verb: Verb, how: Parameters, data: Buffer) -> bytearray:
+        """Encrypt, decrypt or sign; with a login for this use, where the key wants one."""
+        approve = self.session.approve if self.key.wants_approval else None
+        return self.ck.apply(verb, self.session.handle, how, self.key.handle, data, approve)
 
 
 class Wrapping(ABC):
@@ -123,7 +125,7 @@ class AesGcm(Wrapping):
         def encrypt(iv: bytearray) -> bytes:
             own = bytes(iv)
             how = Parameters.gcm(use.code, iv, context)
-            sealed = use.ck.encrypt(use.session.handle, how, use.key.handle, dek.view())
+            sealed = bytes(use.apply("Encrypt", how, dek.view()))
             body, appended = sealed[: DEK_LENGTH + _TAG], sealed[DEK_LENGTH + _TAG :]
             # Read after the call: some tokens make the IV and write it here.
             used = appended or bytes(iv)
@@ -141,9 +143,7 @@ class AesGcm(Wrapping):
         def decrypt(appended: bool) -> Dek:
             how = Parameters.gcm(use.code, bytearray(b"" if appended else iv), context)
             given = body + iv if appended else body
-            return _taken(
-                use.ck.decrypt(use.session.handle, how, use.key.handle, given, use.approve)
-            )
+            return _taken(use.apply("Decrypt", how, given))
 
         return _by_first_way(use, "IV appended", (False, True), decrypt)
 
@@ -214,7 +214,7 @@ class RsaOaepLabel(Wrapping):
         how = Parameters.oaep(use.code, self.hash_code, self.mgf_code, label)
         if not use.key.can("decrypt"):
             return _unwrapped(use, how, blob)
-        return _taken(use.ck.decrypt(use.session.handle, how, use.key.handle, blob, use.approve))
+        return _taken(use.apply("Decrypt", how, blob))
 
 
 class RsaOaep256(RsaOaepLabel):

@@ -137,11 +137,12 @@ class Keys:
         oldest = max(1, _number({"min_available_version": 0, **data}, "min_available_version"))
         if not oldest <= newest < oldest + _MAX_VERSIONS:
             raise ProviderUnavailable("the server's answer has no sensible versions")
-        entry = self._settings.keys.get(key)
+        settings = self._settings
+        entry = settings.keys.get(key)
         purpose: Literal["wrap", "sign"] = KINDS[kind]
         if kind in RSA and entry and entry.purpose:
             purpose = entry.purpose
-        detail = {"transit": f"{self._settings.mount}/{native}"}
+        detail = {"transit": f"{settings.mount}/{native}"}
         if data.get("exportable"):
             detail["exportable"] = "yes: whoever may read transit/export has this key"
         if data.get("allow_plaintext_backup"):
@@ -152,18 +153,9 @@ class Keys:
             detail["auto-rotate"] = f"{period} s"
         if deleted := data.get("soft_deleted") is True:
             detail["soft-deleted"] = "yes: restore it before it is used"
+        known = data["keys"]
         return Described(
-            self._settings,
-            key,
-            native,
-            kind,
-            purpose,
-            newest,
-            oldest,
-            floor,
-            deleted,
-            data["keys"],
-            detail,
+            settings, key, native, kind, purpose, newest, oldest, floor, deleted, known, detail
         )
 
     def create(self, key: str, kind: str, options: Mapping[str, str]) -> KeyInfo:
@@ -185,12 +177,8 @@ class Keys:
                 f"there is a Transit key {native!r} already",
                 hint=f"choose another name; see: keymgmt keys show {self._session.name}:{key}",
             )
-        body: dict[str, Any] = {
-            "type": kind,
-            "exportable": False,
-            "allow_plaintext_backup": False,
-            "derived": False,
-        }
+        never = ("exportable", "allow_plaintext_backup", "derived")
+        body: dict[str, Any] = {"type": kind, **dict.fromkeys(never, False)}
         if period is not None:
             body["auto_rotate_period"] = period
         self._write("create", native, "", body)

@@ -326,8 +326,8 @@ class Login:
 
 
 def text_of(data: Mapping[str, Any], name: str) -> str:
-    """A string member of an answer; ProviderUnavailable if it is not there."""
+    """A member of an answer that is ASCII text; ProviderUnavailable if it is not there."""
     value = data.get(name)
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not value.isascii():
         raise ProviderUnavailable(f"the server's answer has no {name}")
     return value

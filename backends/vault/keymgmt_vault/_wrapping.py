@@ -75,23 +75,15 @@ class Wrapping:
                     hint=f"a key that wraps is of kind {kinds}",
                 )
             if mechanism in AEAD:
-                text = self._encrypt(described.native, dek, context)
-                blob = text.encode()
+                blob = self._encrypt(described.native, dek, context)
             else:
-                made: list[str] = []
+                blob = inner_wrap(
+                    dek, context, lambda inner: self._encrypt(described.native, inner, b"")
+                )
+        version = _version_of(_ciphertext(blob, mechanism))
+        return WrappedKey("vault", key, str(version), mechanism, blob)
 
-                def wrap_inner(inner: Dek) -> bytes:
-                    made.append(self._encrypt(described.native, inner, b""))
-                    return made[0].encode()
-
-                blob = inner_wrap(dek, context, wrap_inner)
-                text = made[0]
-        version = _version_of(text)
-        if version is None:
-            raise ProviderUnavailable("the server's answer is no Transit ciphertext")
-        return WrappedKey("vault", key, version, mechanism, blob)
-
-    def _encrypt(self, native: str, dek: Dek, context: bytes) -> str:
+    def _encrypt(self, native: str, dek: Dek, context: bytes) -> bytes:
         items = [{"plaintext": base64.b64encode(dek.view()).decode()}]
         if context:
             items[0]["associated_data"] = base64.b64encode(context).decode()
@@ -103,7 +95,10 @@ class Wrapping:
             raise unbound()
         if words := _failure_of(first):
             raise self._refused("encrypt", native, words)
-        return text_of(first, "ciphertext")
+        text = text_of(first, "ciphertext")
+        if _version_of(text) is None:
+            raise ProviderUnavailable("the server's answer is no Transit ciphertext")
+        return text.encode()
 
     def _refused(self, verb: Verb, native: str, words: str) -> ProviderError:
         return refused(Refusal(400, [words]).code, verb, native, self._settings, words)
@@ -184,11 +179,9 @@ class Wrapping:
                 f"the config does not allow {wrapped.mechanism} for the key {wrapped.key!r}",
                 hint=f"add it to mechanisms of [providers.{self._session.name}.keys.{wrapped.key}]",
             )
-        blob, associated = wrapped.blob, base64.b64encode(context).decode() or None
-        if wrapped.mechanism == INNER:
-            blob, associated = blob[2 : 2 + int.from_bytes(blob[:2], "big")], None
-        # Anything outside the alphabet becomes a character that no ciphertext has.
-        ciphertext = blob.decode("ascii", "replace")
+        bound = wrapped.mechanism != INNER
+        associated = (base64.b64encode(context).decode() or None) if bound else None
+        ciphertext = _ciphertext(wrapped.blob, wrapped.mechanism)
         version = _version_of(ciphertext)
         if version is None or wrapped.params:
             # It cannot decrypt; the server says whether key and version are there at all.
@@ -204,6 +197,13 @@ def _failure_of(result: Any) -> str:
     if not isinstance(result, dict):
         return "no result"
     return str(result.get("error") or "")[:300]
+
+
+def _ciphertext(blob: bytes, mechanism: str) -> str:
+    """What Transit made of a blob; anything outside its alphabet is what no ciphertext has."""
+    if mechanism == INNER:
+        blob = blob[2 : 2 + int.from_bytes(blob[:2], "big")]
+    return blob.decode("ascii", "replace")
 
 
 def _version_of(text: str) -> str | None:

@@ -358,6 +358,18 @@ def test_an_answer_that_is_none(
     assert not provider.check("model").ok
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("text", ["vault:v1:" + "A" * 70_000, "\ud800", "vault:v1:\u00e9AAA", "x"])
+def test_a_ciphertext_that_is_none(make: Any, bao: Any, gateway: Any, text: str) -> None:
+    """Of an RSA key it goes into an inner key's blob, which has room for 65535 bytes of it."""
+    bao.do("POST", "transit/keys/large-answers", {"type": "rsa-2048"})
+    before = gateway()
+    answer = json.dumps({"data": {"batch_results": [{"ciphertext": text}]}}).encode()
+    before.before = lambda method, path, _: (200, {}, answer) if "/encrypt/" in path else None
+    with Dek.generate() as dek, pytest.raises(ProviderUnavailable, match="the server's answer"):
+        make(address=before.address, token=bao.root).wrap("large-answers", dek, b"c")
+
+
 def test_words_of_the_server_are_shown_short_and_plain(
     make: Any, rogue: Any, wrapped: WrappedKey
 ) -> None:
