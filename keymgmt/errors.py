@@ -270,12 +270,12 @@ class CannotUnlock(KeymgmtError):
     def exit_code(self) -> int:  # type: ignore[override]
         """6 if any recipient was unavailable, else 5 if any was denied, else 4.
 
-        A backend that is not installed and a key that was lost are unavailable here: the model is
-        not to blame.
+        Whatever a provider lacks is unavailable here, such as a backend, a key that was lost or a
+        mechanism of its module: the model is not to blame.
         """
-        lacks = (BackendNotInstalled, KeyNotFound)
-        codes = {6 if isinstance(a.error, lacks) else a.error.exit_code for a in self.attempts}
-        return next((code for code in (6, 5) if code in codes), 4)
+        errors = [attempt.error for attempt in self.attempts]
+        codes = {e.exit_code for e in errors if not isinstance(e, WrongKey)}
+        return 6 if codes - {4, 5} else 5 if 5 in codes else 4
 
 
 class ModelInUse(KeymgmtError):

@@ -106,7 +106,7 @@ def test_hints_about_keys(desk: Any) -> None:
     desk.fails("keymgmt seal model a.sealed --to local:nothing")
     desk.follow("backends/file", "keymgmt keys create {}:{}")
     desk.fails("keymgmt keys create local:nothing")
-    desk.follow("backends/file", "keymgmt keys rotate {}:{}")
+    desk.follow("keymgmt", "keymgmt keys rotate {}:{}")
     desk.fails("keymgmt keys export local:models --format recipient")
     desk.follow("backends/file", "keymgmt keys create {}:NAME --kind hpke-x25519", NAME="device7")
     # An older file of a key comes back.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,77 @@ def test_its_manual(desk: Any, module: str) -> None:
     )
 
 
+def test_running_an_hsm(desk: Any, docs: Any, module: str) -> None:
+    """Ceremony, second token, drill, PIN changes and rotation, with two tokens."""
+    tool = f"pkcs11-tool --module {module}"
+    beside = desk.config.parent
+
+    def pin(name: str) -> str:
+        return (desk.work / name).read_text().strip()
+
+    def slot() -> str:
+        shown = desk.run(f"{tool} --list-token-slots").out
+        return shown.partition("(0x")[2].partition(")")[0]
+
+    def empty() -> None:
+        desk.run("mkdir -m 700 tokens && echo directories.tokendir = $PWD/tokens > tokens.conf")
+        desk.run("export SOFTHSM2_CONF=$PWD/tokens.conf && mkdir models && echo 31415926 > so.pin")
+
+    def second() -> None:
+        desk.run(
+            "(umask 077; echo 16180339 > spare.pin) && cp publisher.pem spare.pin " + str(beside)
+        )
+        pins = "--pin 16180339 --so-pin 31415926"
+        desk.run(f"softhsm2-util --init-token --free --label 'Spare Keys' {pins}")
+        desk.run("echo net > model.xml && echo weights > model.bin")
+
+    def drill() -> None:
+        (text,) = (
+            b.text
+            for b in docs.blocks("docs/backends/pkcs11-operations.md")
+            if "[providers.spare]" in b.text and "[policy]" in b.text
+        )
+        (beside / "drill.toml").write_text(desk.stand_in(text))
+
+    def oldest() -> str:
+        shown = json.loads(desk.run("keymgmt keys show hsm:resnet50 --json").out)
+        return str(shown["versions"][0]["version"])
+
+    def fingerprint() -> str:
+        printed = desk.told[
+            "keymgmt keys export spare:resnet50 --format recipient -o spare.recipient"
+        ]
+        found = re.search(r"fingerprint:? ([0-9a-f-]{20,})", printed.said)
+        assert found, printed.said
+        return found[1]
+
+    desk.stand_ins = {
+        "LIBRARY.so": module,
+        "--slot N": lambda: f"--slot 0x{slot()}",
+        "drill.toml": str(beside / "drill.toml"),
+        "FINGERPRINT": fingerprint,
+        "VERSION": oldest,
+    }
+    if module != PAGES_MODULE:
+        desk.stand_ins[PAGES_MODULE] = module
+    login = f'{tool} --token-label "Model Keys" --login'
+    desk.typed = {
+        f"{tool} --init-token": lambda: [pin("so.pin")] * 2,
+        f"{login} --login-type so": lambda: (
+            [pin("so.pin")]
+            + [pin("new.pin" if (desk.work / "new.pin").exists() else "hsm.pin")] * 2
+        ),
+        f'{tool} --token-label "Model Keys" --change-pin': lambda: (
+            [pin("hsm.pin")] + [pin("new.pin")] * 2
+        ),
+        f"{login} --delete-object": lambda: [pin("new.pin")],
+    }
+    desk.run_page(
+        "docs/backends/pkcs11-operations.md",
+        given={"The ceremony": empty, "Seal to both": second, "Prove it": drill},
+    )
+
+
 def test_its_readme(desk: Any, module: str) -> None:
     desk.make_token("tokens")
     if module != PAGES_MODULE:
@@ -92,7 +165,7 @@ def test_its_hints(desk: Any, module: str) -> None:
     desk.run("keymgmt doctor hsm")
     desk.follow("backends/pkcs11", "keymgmt keys create {}:KEY", KEY="fleet")
     desk.fails("keymgmt keys create hsm:fleet")
-    desk.follow("backends/pkcs11", "keymgmt keys rotate {}:{}")
+    desk.follow("keymgmt", "keymgmt keys rotate {}:{}")
     desk.fails("keymgmt seal model.xml m.sealed --to hsm:nowhere")
     desk.follow("backends/pkcs11", "keymgmt keys list PROVIDER", PROVIDER="hsm")
     desk.fails("keymgmt keys export hsm:fleet --format recipient -o fleet.recipient")

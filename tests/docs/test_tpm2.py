@@ -188,7 +188,7 @@ def test_its_hints(desk: Any, tcti: str) -> None:
     desk.run("mkdir -m 700 ~/.config/keymgmt/tpm-keys && keymgmt doctor tpm")
     desk.follow("backends/tpm2", "keymgmt keys create {}:KEY", KEY="dev")
     desk.fails("keymgmt keys create tpm:dev")
-    desk.follow("backends/tpm2", "keymgmt keys rotate {}:{}")
+    desk.follow("keymgmt", "keymgmt keys rotate {}:{}")
     desk.fails("keymgmt seal resnet50.xml m.sealed --to tpm:other")
     desk.follow("backends/tpm2", "keymgmt keys create {}:{}")
     # Boot states, approved. PCR 23 is one that a program can change without a boot.

@@ -185,6 +185,32 @@ def test_a_plugin_that_raises_anything_is_one_failed_candidate(site, monkeypatch
         assert model.group == 1
 
 
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [
+        (errors.UnsupportedOperation("not with this module"), 6),
+        (errors.ProviderError("the service refused"), 6),
+        (RuntimeError("a plugin broke"), 6),
+        (errors.KeyNotFound("gone"), 6),
+        (errors.KeyRetired("retired"), 5),
+        (errors.LockedOut("locked"), 5),
+        (errors.WrongKey("another machine's"), 4),
+        (errors.UnwrapFailed("does not authenticate"), 4),
+    ],
+)
+def test_the_model_is_to_blame_for_nothing_that_a_provider_lacks(site, monkeypatch, raised, code):
+    path = site.seal("local:a")
+    config = site.config()
+
+    def unwrap(wrapped, context):
+        raise raised
+
+    monkeypatch.setattr(config.provider("local"), "unwrap", unwrap)
+    with pytest.raises(errors.CannotUnlock) as caught:
+        keymgmt.open(path, keys=config)
+    assert caught.value.exit_code == code
+
+
 def test_an_unavailable_provider_is_asked_once(site, monkeypatch):
     path = site.seal("local:a", "local:b", "local:c")
     config = site.config()

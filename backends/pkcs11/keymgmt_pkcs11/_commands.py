@@ -46,8 +46,9 @@ def slots(
                 found = [_row(library, slot) for slot in library.cryptoki.slots()]
             except CkError as error:
                 raise translate(error, "listing the slots") from error
-        if not found:
-            console(stderr=True).print(f"no slot has a token: {library.quirks.configuration}")
+        if not any("token_initialized" in row["flags"] for row in found):
+            why = f"no slot has a token that is ready: {library.quirks.configuration}"
+            console(stderr=True).print(why)
         return found
 
     _show("slots", within(_LIMIT, f"the module {module}", look), as_json)

@@ -67,8 +67,8 @@ def find_token(module: Module, settings: Pkcs11Settings) -> TokenInfo:
     raise NoToken(
         f"no token is {words} in {module.path}",
         hint=f"tokens there: {listed}"
-        if listed
-        else f"the module shows no token at all: {module.quirks.configuration}",
+        if present
+        else f"{listed or 'the module shows no token at all'}: {module.quirks.configuration}",
     )
 
 

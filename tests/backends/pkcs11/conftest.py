@@ -244,6 +244,10 @@ class Faults:
         """Let the token's flags say that a wrong PIN was given."""
         self._library.fault_low(ctypes.c_long(1))
 
+    def pad(self, pin: str) -> None:
+        """Let somebody type the PIN at a pad of the token."""
+        self._library.fault_pad(pin.encode())
+
     def until_finalize(self) -> None:
         """Let C_Finalize end every answer that was set."""
         self._library.fault_until_finalize()

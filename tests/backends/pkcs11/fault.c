@@ -2,7 +2,8 @@
  *
  * Each function has a counter of calls, a return code to answer a number of times or until
  * C_Finalize, and a switch that makes it hang. Sessions are counted and may be limited; the user PIN
- * may lock after three wrong tries, with the token's flags saying so. A personality is what one
+ * may lock after three wrong tries, with the token's flags saying so; a person may type it at a pad of
+ * the token, which takes half a second. A personality is what one
  * vendor's module does otherwise, from manuals and public reports; see the table. It crashes as it is
  * unloaded where FAULT_CRASHES is in the environment (SoftHSM #729).
  * Arguments are all of register size, so eight are passed on whatever the function takes.
@@ -63,6 +64,7 @@ static struct { unsigned char major, minor; fn call[COUNT]; } list, *real;
 static atomic_long calls[COUNT], times[COUNT], hang[COUNT], sessions, limit = -1, wrong;
 static ul code[COUNT];
 static long locks, until_finalize, low;
+static char pad[64];
 static const struct personality *self = personalities;
 static __thread struct { unsigned char iv[12]; struct mechanism how; struct gcm gcm; ul key; int late; } now;
 static __thread ul active;
@@ -75,6 +77,7 @@ long fault_sessions(void) { return sessions; }
 void fault_limit(long most) { limit = most; }
 void fault_locks(long on) { locks = on; wrong = 0; }
 void fault_low(long on) { low = on; }
+void fault_pad(const char *pin) { strncpy(pad, pin, sizeof pad - 1); }
 int fault_personality(const char *name) {
     for (ul n = 0; n < sizeof personalities / sizeof *personalities; n++)
         if (!strcmp(personalities[n].name, name)) { self = personalities + n; return 1; }
@@ -82,7 +85,7 @@ int fault_personality(const char *name) {
 }
 void fault_clear(void) {
     for (int i = 0; i < COUNT; i++) { times[i] = 0; hang[i] = 0; calls[i] = 0; }
-    limit = -1; locks = 0; wrong = 0; until_finalize = 0; low = 0; self = personalities;
+    limit = -1; locks = 0; wrong = 0; until_finalize = 0; low = 0; *pad = 0; self = personalities;
 }
 
 static int has(struct attribute *template, ul count, ul type) {
@@ -166,6 +169,7 @@ static ul pass(int i, ul a, ul b, ul c, ul d, ul e, ul f, ul g, ul h) {
         c -= 12;
     }
     if (i == LOGIN && self->user && b == self->user) b = 1;
+    if (i == LOGIN && *pad && !c) { usleep(500000); c = (ul)pad; d = strlen(pad); }
     if (i == MECHANISMS && self->does_nothing) { *(ul *)c = 0; return 0; }
     struct attribute kept[16];
     if (i == UNWRAP && self->value_len == WANTED && g <= 16) { /* the module behind wants none */
@@ -191,6 +195,7 @@ static ul pass(int i, ul a, ul b, ul c, ul d, ul e, ul f, ul g, ul h) {
     if (i == CLOSE && rv == 0) sessions--;
     if (i == LOGIN && locks) wrong = rv == 0xA0 ? wrong + 1 : rv == 0 ? 0 : wrong;
     if (i == LOGIN && rv == 0xA0 && self->wrong_pin) rv = self->wrong_pin;
+    if (i == TOKEN_INFO && rv == 0 && *pad) *(ul *)((char *)b + 96) |= 0x100;
     if (i == TOKEN_INFO && rv == 0 && (locks || low)) {
         ul *flags = (ul *)((char *)b + 96);
         *flags &= ~0x70000UL;

@@ -155,16 +155,25 @@ def test_no_token_and_why(faulty: Any, tmp_path: Path) -> None:
         f'[providers.hsm]\nbackend = "pkcs11"\nmodule = "{faulty.module}"\ntoken = "Model Keys"\n'
         f'pin = {{ file = "{faulty.pin_file}" }}\n'
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "keymgmt.cli", "-c", "keymgmt.toml", "doctor"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=60,
-        env={**os.environ, "SOFTHSM2_CONF": str(config)},
-    )
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "is not initialised" in done.stdout + done.stderr
+
+    def run(*arguments: str) -> tuple[int, str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "keymgmt.cli", "-c", "keymgmt.toml", *arguments],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            timeout=60,
+            env={**os.environ, "SOFTHSM2_CONF": str(config)},
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    code, said = run("doctor")
+    assert code == 1, said
+    assert "is not initialised" in said
+    assert "SOFTHSM2_CONF" in said
+    code, said = run("pkcs11", "slots", str(faulty.module))
+    assert code == 0, said
+    assert "SOFTHSM2_CONF" in said
 
 
 def test_a_module_that_crashes_as_it_is_unloaded(faulty: Any, key: str, tmp_path: Path) -> None:

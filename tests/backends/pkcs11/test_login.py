@@ -58,7 +58,7 @@ def test_a_pin_that_was_never_accepted_is_sent_once(
     assert faults.sessions == 0
 
 
-@pytest.mark.parametrize("code", [0x190, 0xB3, 0xB1, 0x03, 0x102])
+@pytest.mark.parametrize("code", [0x190, 0xB0, 0xB3, 0xB1, 0x03, 0x102])
 def test_a_pin_that_was_not_compared_is_sent_again(
     faulty: Any, faults: Any, tmp_path: Path, code: int
 ) -> None:
@@ -175,7 +175,7 @@ def test_a_key_that_wants_the_pin_for_every_use(faulty: Any, faults: Any) -> Non
     assert faults.calls("C_Login") == before + 2
 
 
-def test_a_person_has_time(faulty: Any, faults: Any) -> None:
+def test_a_person_has_time(faulty: Any, faults: Any, key: str) -> None:
     for settings in (
         {"login": "protected", "pin": None},
         {"pin": SecretSource(prompt="PIN")},
@@ -184,6 +184,10 @@ def test_a_person_has_time(faulty: Any, faults: Any) -> None:
         assert provider.connection._asks_a_person()
     with pytest.raises(UnsupportedOperation, match="no PIN pad"):
         faulty.provider(login="protected", pin=None).list_keys()
+    # Of a pad: the time limit is for the calls, and not for the person.
+    faults.pad(faulty.pin)
+    provider = faulty.provider(login="protected", pin=None, timeout=0.3)
+    assert key in {info.key for info in provider.list_keys()}
 
 
 def test_what_is_absent_here_is_the_providers_failure(faulty: Any, tmp_path: Path) -> None:

@@ -641,6 +641,20 @@ def test_a_replaced_secret_id_is_taken(
     assert opens(provider, wrapped)
 
 
+@pytest.mark.parametrize("method", ["token", "agent"])
+def test_a_replaced_token_is_taken(
+    make: Any, bao: Any, wrapped: WrappedKey, secret_file: Any, method: str
+) -> None:
+    """One that somebody else writes to a file, an agent's sink say."""
+    first = bao.token(UNWRAP)
+    place = secret_file(first)
+    provider = make(bao, auth={"method": method, "token" if method == "token" else "sink": place})
+    assert opens(provider, wrapped)
+    Path(place["file"]).write_text(bao.token(UNWRAP))
+    bao.do("POST", "auth/token/revoke", {"token": first})
+    assert opens(provider, wrapped)
+
+
 # Many recipients.
 
 
