@@ -96,9 +96,7 @@ def test_running_an_hsm(desk: Any, docs: Any, module: str) -> None:
         desk.run("export SOFTHSM2_CONF=$PWD/tokens.conf && mkdir models && echo 31415926 > so.pin")
 
     def second() -> None:
-        desk.run(
-            "(umask 077; echo 16180339 > spare.pin) && cp publisher.pem spare.pin " + str(beside)
-        )
+        desk.run(f"(umask 077; echo 16180339 > spare.pin) && cp spare.pin {beside}")
         pins = "--pin 16180339 --so-pin 31415926"
         desk.run(f"softhsm2-util --init-token --free --label 'Spare Keys' {pins}")
         desk.run("echo net > model.xml && echo weights > model.bin")
