@@ -10,6 +10,8 @@ import pytest
 np = pytest.importorskip("numpy")
 ours = pytest.importorskip("keymgmt_safetensors")
 
+from keymgmt_safetensors import _load  # noqa: E402
+
 from keymgmt.errors import ConfigError, FormatError, IntegrityError  # noqa: E402
 
 chance = np.random.default_rng(0)
@@ -126,6 +128,25 @@ def test_a_file_that_is_not_valid_is_refused_as_by_the_library(seal, site, name)
     library = pytest.importorskip("safetensors")
     with pytest.raises(library.SafetensorError):
         library.safe_open(site.plain / "m.safetensors", "numpy").keys()
+
+
+@pytest.mark.parametrize("shape", [[1] * 200, [0, 1 << 70]])
+def test_a_shape_that_no_array_has(seal, site, shape):
+    def odd(folder):
+        content = file_of({"w": entry(0, 4 * (0 not in shape), shape)}, bytes(4 * (0 not in shape)))
+        (folder / "m.safetensors").write_bytes(content)
+
+    with pytest.raises(FormatError, match="no possible shape for 'w'"):
+        ours.load(seal(odd), keys=site.config())
+
+
+def test_memory_for_all_files_is_asked_for_first(seal, site, monkeypatch):
+    asked = []
+    monkeypatch.setattr(_load, "check_free_memory", lambda size, name: asked.append(size) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ours.load(seal(shards), keys=site.config())
+    sizes = [(site.plain / f"model-{each}.safetensors").stat().st_size for each in (1, 2)]
+    assert asked == [sum(sizes)]
 
 
 def test_what_the_framework_has_no_type_for(seal, site):

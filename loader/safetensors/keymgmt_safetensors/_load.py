@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import keymgmt
 from keymgmt.errors import ConfigError, FormatError
-from keymgmt.loading import choose_file, file_memory
+from keymgmt.loading import check_free_memory, choose_file, file_memory
 from keymgmt_safetensors._header import Entry, read_header
 
 if TYPE_CHECKING:
@@ -75,13 +75,19 @@ def load(
     view = _views(framework)
     tensors: dict[str, Any] = {}
     with keymgmt.open(path, name=name, keys=keys) as sealed:
-        for each in _files(sealed, file):
+        files = _files(sealed, file)
+        total = sum(sealed.manifest.file(each).size for each in files)
+        check_free_memory(total, sealed.manifest.name)
+        for each in files:
             what = f"{each} of {sealed.manifest.name}"
             memory = file_memory(sealed, each)
             for tensor, entry in read_header(memory, sealed.manifest.file(each).size, what).items():
                 if tensor in tensors:
                     raise FormatError(f"{what} has the tensor {tensor!r}, which another file has")
-                tensors[tensor] = view(memory, entry, f"{tensor!r} in {what}")
+                try:
+                    tensors[tensor] = view(memory, entry, f"{tensor!r} in {what}")
+                except (ValueError, TypeError, OverflowError, RuntimeError):  # too many dimensions
+                    raise FormatError(f"{what} has no possible shape for {tensor!r}") from None
     return tensors
 
 
