@@ -35,7 +35,7 @@ from measure import Run, add_json, finish, interleave, machine, median, site, sp
 
 import keymgmt
 
-LLAMA = Path(__file__).parent.parent / "tests" / "exec" / "llama.py"
+LLAMA = Path(__file__).parent.parent / "tests" / "shared" / "llama.py"
 WIDTH = 1024
 READY = "print('ready', flush=True); sys.stdin.read()"
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from swtpm import Swtpm
 
 RequireTool = Callable[..., Path]
 PIN = "user-pin-271828"
@@ -61,28 +58,8 @@ class Site:
 def tpm(require_tool: RequireTool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The TCTI of an emulated TPM."""
     program = require_tool("swtpm", package="swtpm")
-    state = tmp_path_factory.mktemp("tpm")
-    for _ in range(20):
-        port = random.randrange(20000, 30000)
-        command = [program, "socket", "--tpm2", "--tpmstate", f"dir={state}"]
-        command += ["--server", f"type=tcp,port={port},bindaddr=127.0.0.1"]
-        command += ["--ctrl", f"type=tcp,port={port + 1},bindaddr=127.0.0.1"]
-        command += ["--flags", "not-need-init,startup-clear"]
-        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-            # It ends at once where a port is taken.
-            while process.poll() is None:
-                with (
-                    contextlib.suppress(OSError),
-                    socket.create_connection(("127.0.0.1", port + 1), 1),
-                ):
-                    break
-                time.sleep(0.01)
-            else:
-                continue
-            yield f"swtpm:host=127.0.0.1,port={port}"
-            process.kill()
-            return
-    pytest.fail("swtpm does not start")
+    with Swtpm(program, tmp_path_factory.mktemp("tpm")) as tpm:
+        yield tpm.tcti
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,10 @@ import ast
 import contextlib
 import fcntl
 import os
-import random
 import re
 import select
 import shlex
-import socket
+import shutil
 import subprocess
 import sys
 import termios
@@ -30,6 +29,7 @@ from typing import Any
 
 import pytest
 from markdown_it import MarkdownIt
+from swtpm import Swtpm
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -400,21 +400,13 @@ class Desk:
 
     def emulate_tpm(self, name: str) -> str:
         """Start swtpm with its state in a folder of the working directory; its TCTI."""
-        self.run(f"mkdir -p {name}")
-        for _ in range(20):
-            port = random.randrange(20000, 30000)
-            self.serve(
-                f"swtpm socket --tpm2 --tpmstate dir={name} --flags not-need-init,startup-clear "
-                f"--server type=tcp,port={port},bindaddr=127.0.0.1 "
-                f"--ctrl type=tcp,port={port + 1},bindaddr=127.0.0.1 2>/dev/null",
-                lambda lines: None,
-            )
-            # It ends at once where a port is taken.
-            while self.running[-1].poll() is None:
-                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 5):
-                    return f"swtpm:host=127.0.0.1,port={port}"
-                time.sleep(0.02)
-        pytest.fail("swtpm does not start")
+        program = shutil.which("swtpm")
+        assert program, "swtpm was not asked for: require_tool"
+        tpm = Swtpm(Path(program), self.work / name)
+        tpm.start()
+        assert tpm.process
+        self.running.append(tpm.process)
+        return tpm.tcti
 
     def make_token(self, name: str) -> None:
         """Make a token of SoftHSM, called Model Keys; its PIN is in ``hsm.pin``."""

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import random
 import re
-import socket
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from swtpm import free_ports
 
 pytest.importorskip("keymgmt_tpm2")
 pytest.importorskip("keymgmt_file")
@@ -92,16 +90,6 @@ def play(desk: Any) -> None:
     """The line that was printed is put into the table."""
     (line,) = re.findall(r"srk_name = .*", desk.last.out)
     desk.config.write_text(desk.config.read_text().replace('"play-keys"', f'"play-keys"\n{line}'))
-
-
-def free_ports() -> int:
-    """The first of two free consecutive ports."""
-    while True:
-        port = random.randrange(20000, 30000)
-        with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as other:
-            one.bind(("127.0.0.1", port))
-            other.bind(("127.0.0.1", port + 1))
-            return port
 
 
 def fleet(desk: Any, tcti: str) -> None:

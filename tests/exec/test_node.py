@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("gguf")
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(900)]
 
-LLAMA = Path(__file__).parent / "llama.py"
+LLAMA = Path(__file__).parents[1] / "shared" / "llama.py"
 VERSION = "3.22.1"
 PROGRAM = """
 import {getLlama} from "node-llama-cpp";

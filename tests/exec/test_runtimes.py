@@ -26,7 +26,7 @@ pytest.importorskip("ik_llama_cpp")
 pytest.importorskip("onnxruntime")
 
 WIDTH = 64
-LLAMA = Path(__file__).parent / "llama.py"
+LLAMA = Path(__file__).parents[1] / "shared" / "llama.py"
 # Without keymgmt: an import of it would fail.
 WITHOUT = "import sys; sys.modules['keymgmt'] = sys.modules['openvino_telemetry'] = None\n"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import resource
 from collections.abc import Callable
@@ -11,29 +10,12 @@ from pathlib import Path
 
 import pytest
 from keymgmt_file import FileProvider
-from rich.console import Console
-from rich.traceback import Traceback
+from reports import report
 
 from keymgmt.backend import Dek, KeymgmtError, ProviderError
 
 Open = Callable[..., FileProvider]
 Within = Callable[[int, int, Callable[[], object]], None]
-
-
-def report(error: BaseException) -> str:
-    out, traceback = io.StringIO(), error.__traceback__
-    while traceback is not None and traceback.tb_frame.f_code.co_filename == __file__:
-        traceback = traceback.tb_next  # the test itself knows the secret
-    shown = Traceback.from_exception(
-        type(error),
-        error,
-        traceback,
-        show_locals=True,
-        locals_max_length=None,
-        locals_max_string=None,
-    )
-    Console(file=out, width=1000).print(shown)
-    return out.getvalue()
 
 
 def secret_of(path: Path) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import socket
 import subprocess
 import threading
 import time
@@ -20,6 +19,7 @@ from typing import Any
 import pytest
 from keymgmt_pkcs11 import Pkcs11Provider
 from keymgmt_pkcs11._kinds import KINDS
+from swtpm import Swtpm
 
 from keymgmt.backend import Dek, UnsupportedOperation, UnwrapFailed
 from keymgmt.testing import ProviderFactory
@@ -95,30 +95,22 @@ def tpm2_pkcs11(require_tool: Any, tmp_path: Path, token_class: Any) -> Iterator
     """tpm2-pkcs11 over tpm2-abrmd over swtpm."""
     module = require_tool(LIBRARIES / "libtpm2_pkcs11.so.1", package="libtpm2-pkcs11-1")
     tool = require_tool("tpm2_ptool", package="libtpm2-pkcs11-tools")
-    for name in ("swtpm", "tpm2-abrmd", "dbus-daemon"):
+    program = require_tool("swtpm", package="swtpm")
+    for name in ("tpm2-abrmd", "dbus-daemon"):
         require_tool(name, package=name)
-    (tmp_path / "tpm").mkdir()
     (tmp_path / "store").mkdir()
-    port = free_ports()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(
-            running(
-                *("swtpm", "socket", "--tpm2", "--tpmstate", f"dir={tmp_path}/tpm"),
-                *("--server", f"type=tcp,port={port},bindaddr=127.0.0.1"),
-                *("--ctrl", f"type=tcp,port={port + 1},bindaddr=127.0.0.1"),
-                *("--flags", "not-need-init,startup-clear"),
-            )
-        )
+        tpm = stack.enter_context(Swtpm(program, tmp_path / "tpm"))
         bus = stack.enter_context(
             running("dbus-daemon", "--session", "--nofork", "--print-address=1")
         )
         assert bus.stdout is not None
-        until(lambda: listens(port))
         os.environ["DBUS_SESSION_BUS_ADDRESS"] = next(
             line.strip() for line in bus.stdout if line.startswith("unix:")
         )
-        tcti = f"--tcti=swtpm:host=127.0.0.1,port={port}"
-        stack.enter_context(running("tpm2-abrmd", "--session", "--allow-root", tcti))
+        stack.enter_context(
+            running("tpm2-abrmd", "--session", "--allow-root", f"--tcti={tpm.tcti}")
+        )
         os.environ.update(
             TPM2_PKCS11_STORE=f"{tmp_path}/store",
             TPM2_PKCS11_TCTI="tabrmd:bus_type=session",
@@ -170,22 +162,6 @@ def opencryptoki(require_tool: Any, tmp_path: Path, token_class: Any) -> Iterato
         yield token
         while token.made:
             token.made.pop().close()
-
-
-def free_ports() -> int:
-    """The first of two ports that are free, side by side."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port: int = first.getsockname()[1]
-            with contextlib.suppress(OSError, OverflowError):
-                second.bind(("127.0.0.1", port + 1))
-                return port
-
-
-def listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port + 1)) == 0
 
 
 # What each does: p11-kit 0.24 passes few mechanisms on, the TPM fixes usages itself.

@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
-from rich.traceback import Traceback
+from reports import report
 
 from keymgmt.backend import Dek, KeymgmtError, KeyNotFound, LockedOut, SecretSource
 
 GENERAL_ERROR = 0x05
-
-
-def report(error: BaseException) -> str:
-    out, traceback = io.StringIO(), error.__traceback__
-    while traceback is not None and traceback.tb_frame.f_code.co_filename == __file__:
-        traceback = traceback.tb_next  # the test itself knows the secret
-    shown = Traceback.from_exception(
-        type(error),
-        error,
-        traceback,
-        show_locals=True,
-        locals_max_length=None,
-        locals_max_string=None,
-    )
-    Console(file=out, width=1000).print(shown)
-    return out.getvalue()
 
 
 @pytest.mark.parametrize("code", [0xA0, GENERAL_ERROR, 0x190])

@@ -1,17 +1,13 @@
-"""TPM emulators: swtpm processes with their own state, started, stopped, hung and restarted."""
+"""TPM emulators, and what lies between them and a client."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import random
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self
@@ -20,90 +16,10 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from keymgmt_tpm2 import Tpm2Provider, Tpm2Settings
+from swtpm import Swtpm, free_ports, message
 
 import keymgmt.cli
 from keymgmt.backend import SecretSource
-
-
-def free_ports() -> int:
-    """The first of two free consecutive ports, which swtpm's TCTI wants."""
-    for _ in range(200):
-        port = random.randrange(20000, 30000)
-        with contextlib.ExitStack() as stack:
-            try:
-                for number in (port, port + 1):
-                    bound = stack.enter_context(socket.socket())
-                    bound.bind(("127.0.0.1", number))
-            except OSError:
-                continue
-            return port
-    raise RuntimeError("no two free consecutive ports")
-
-
-class Swtpm:
-    """One emulated TPM. A context manager; its state outlives ``stop`` and ``kill``."""
-
-    def __init__(self, program: Path, state: Path) -> None:
-        self.program, self.state = program, state
-        self.port = free_ports()
-        self.process: subprocess.Popen[bytes] | None = None
-        state.mkdir(parents=True, exist_ok=True)
-
-    @property
-    def tcti(self) -> str:
-        return f"swtpm:host=127.0.0.1,port={self.port}"
-
-    def start(self) -> None:
-        command = [str(self.program), "socket", "--tpm2", "--tpmstate", f"dir={self.state}"]
-        command += ["--server", f"type=tcp,port={self.port},bindaddr=127.0.0.1"]
-        command += ["--ctrl", f"type=tcp,port={self.port + 1},bindaddr=127.0.0.1"]
-        command += ["--flags", "not-need-init,startup-clear"]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE)
-        end = time.monotonic() + 20
-        while time.monotonic() < end:
-            if self.process.poll() is not None:
-                raise RuntimeError(f"swtpm ended: {self.process.stderr.read()!r}")
-            with (
-                contextlib.suppress(OSError, EOFError),
-                socket.create_connection(("127.0.0.1", self.port), 5) as data,
-            ):
-                # That it listens is not enough: it answers once both of its ports are served.
-                data.sendall(bytes.fromhex("80010000000a0000017c"))  # TPM2_GetTestResult
-                _message(data)
-                return
-            time.sleep(0.005)
-        raise RuntimeError("swtpm does not listen")
-
-    def kill(self) -> None:
-        if self.process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.process.pid, signal.SIGCONT)
-            self.process.kill()
-            self.process.wait()
-            self.process.stderr.close()
-            self.process = None
-
-    def restart(self) -> None:
-        self.kill()
-        self.start()
-
-    def hang(self) -> None:
-        self.process.send_signal(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        """Undo ``hang`` and ``kill``; may be called at any time."""
-        if self.process is None or self.process.poll() is not None:
-            self.kill()
-            self.start()
-        else:
-            self.process.send_signal(signal.SIGCONT)
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.kill()
 
 
 class Wire:
@@ -151,7 +67,7 @@ class Wire:
         tpm = None
         try:
             while True:
-                command = _message(client)
+                command = message(client)
                 self.recorded += command
                 self.commands.append(int.from_bytes(command[6:10], "big"))
                 answer = self.intercept(command)
@@ -159,7 +75,7 @@ class Wire:
                     # Connected late, so that a hook may start, stop or kill the TPM first.
                     tpm = tpm or socket.create_connection(("127.0.0.1", self._target))
                     tpm.sendall(command)
-                    answer = _message(tpm)
+                    answer = message(tpm)
                 self.recorded += answer
                 client.sendall(answer)
         finally:
@@ -171,21 +87,6 @@ class Wire:
             while data := client.recv(4096):
                 tpm.sendall(data)
                 client.sendall(tpm.recv(4096))
-
-
-def _message(stream: socket.socket) -> bytes:
-    head = _exactly(stream, 10)
-    return head + _exactly(stream, int.from_bytes(head[2:6], "big") - 10)
-
-
-def _exactly(stream: socket.socket, count: int) -> bytes:
-    data = b""
-    while len(data) < count:
-        part = stream.recv(count - len(data))
-        if not part:
-            raise EOFError
-        data += part
-    return data
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ def main(path: str, width: int = 64, blocks: int = 1) -> None:
     writer.add_head_count_kv(4)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(width // 4)
+    writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(VOCABULARY)
     writer.add_file_type(0)
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -33,6 +34,8 @@ def main(path: str, width: int = 64, blocks: int = 1) -> None:
     writer.add_token_types([1] * len(words) + [3] * len(special))
     writer.add_bos_token_id(VOCABULARY - 2)
     writer.add_eos_token_id(VOCABULARY - 1)
+    writer.add_pad_token_id(VOCABULARY - 3)
+    writer.add_chat_template("{{ messages[0]['content'] }}")
     chance = np.random.default_rng(0)
     made = {
         (kind, *shape): (chance.standard_normal(shape, np.float32) * 0.1).astype(kind)
