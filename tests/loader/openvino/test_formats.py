@@ -111,6 +111,23 @@ def test_a_frozen_tensorflow_graph(tmp_path, seal, site, core):
         assert model(inputs)[0].tolist() == expected.tolist() == [[0, 2]]
 
 
+def test_a_tensorflow_graph_as_text_is_named(tmp_path, seal, site):
+    """It is not guessed to be one: a .pbtxt beside other graphs is what a server reads."""
+    folder = tmp_path / "tf"
+    folder.mkdir()
+    (folder / "relu.pbtxt").write_text(
+        'node { name: "x" op: "Placeholder" attr { key: "dtype" value { type: DT_FLOAT } } '
+        'attr { key: "shape" value { shape { dim { size: 1 } dim { size: 2 } } } } }\n'
+        'node { name: "y" op: "Relu" input: "x" attr { key: "T" value { type: DT_FLOAT } } }\n'
+    )
+    sealed = seal(folder, "tf")
+    with pytest.raises(FormatError, match=r"tf \(files\) has no graph") as caught:
+        load(sealed, keys=site)
+    assert "file=" in caught.value.hint
+    with load(sealed, keys=site, file="relu.pbtxt") as model:
+        assert model(np.array([[-1, 2]], np.float32))[0].tolist() == [[0, 2]]
+
+
 def package(name: str) -> Path:
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:

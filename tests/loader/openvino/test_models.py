@@ -89,7 +89,7 @@ def test_a_graph_that_was_read_compiles_and_outlives_the_call(
     assert same_bits(compiled(inputs)[0], core.compile_model(plain, "CPU")(inputs)[0])
 
 
-@pytest.mark.parametrize("device", ["AUTO", "HETERO:CPU", "MULTI:CPU"])
+@pytest.mark.parametrize("device", ["AUTO", "AUTO:-GPU", "BATCH:CPU", "HETERO:CPU", "MULTI:CPU"])
 def test_virtual_devices(device, magika_sealed, magika_ir, site, core, file_types):
     inputs = _magika.features(file_types["elf"])
     with load(magika_sealed, device, name="magika", keys=site) as model:

@@ -21,7 +21,7 @@ from openvino import opset13 as op
 from keymgmt.errors import ConfigError
 
 HERE = Path(__file__).parent
-DEVICES = ["CPU", "AUTO", "MULTI:CPU", "HETERO:CPU"]
+DEVICES = ["CPU", "AUTO", "MULTI:CPU", "HETERO:CPU", "BATCH:CPU"]
 SPELLINGS = {
     "top": lambda d: {"CACHE_DIR": d},
     "lower case": lambda d: {"cache_dir": d},
