@@ -95,7 +95,7 @@ def sign_tree(
                 if_signed_by=if_signed_by,
             )
             refused = refusal(path, config)
-            detail = {"refusal": str(refused) if refused else None}
+            detail = {"unopened": unopened, "refusal": str(refused) if refused else None}
             return Done(str(path), "signed" if made else "current", detail)
 
         yield from _each(tree, one, "sign", threads=4)

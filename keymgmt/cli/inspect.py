@@ -120,7 +120,8 @@ def show(
     out.print()
     for signer in inspection.signers:
         until = inspection.expiries.get(signer)
-        out.print(f"signed by  {signer}" + (f", until {until}" if until else ""), soft_wrap=True)
+        line = f"signed by  {signer}" + (f", until {until}" if until else "")
+        out.print(line if verified else f"{line}, says signatures.json, unchecked", soft_wrap=True)
     if not inspection.signers:
         out.print("not signed")
 

@@ -229,9 +229,8 @@ def sign(
     tell_refusal(refused)
     if as_json:
         said = str(refused) if refused else None
-        print_json(
-            {"format": "keymgmt-sign/1", "path": str(model), "signed": signed, "refusal": said}
-        )
+        shown = {"path": str(model), "signed": signed, "unopened": unopened, "refusal": said}
+        print_json({"format": "keymgmt-sign/1", **shown})
         return
     said = f"signed {clean(model)}" + (f", until {until:%Y-%m-%d %H:%M}" if until else "")
     console().print(said + (", unopened: who made it was not checked" if unopened else ""))

@@ -304,6 +304,21 @@ def test_sign_names_who_signed_before(cli: Cli, site: Path, sealed: Path) -> Non
     assert ran.code == 0
     assert "has no signature yet" in ran.err
     assert "unopened: who made it was not checked" in ran.out
+    for unopened in (True, False):
+        ran = cli("sign", sealed, *["--unopened"] * unopened, "--json")
+        assert ran.json()["unopened"] is unopened
+        tree = ("sign", ".", "--if-signed-by", "publisher.pem", *["--unopened"] * unopened)
+        line = json.loads(cli(*tree, "--json").out.splitlines()[0])
+        assert line["unopened"] is unopened
+
+
+def test_inspect_says_of_a_signature_that_it_was_not_checked(cli: Cli, sealed: Path) -> None:
+    """Anybody can write there who signed, and until when."""
+    (line,) = [line for line in cli("inspect", sealed).out.splitlines() if "signed by" in line]
+    assert line.endswith("says signatures.json, unchecked")
+    made = cli("seal", "model", "n.sealed").out
+    assert "signed by" in made
+    assert "unchecked" not in made
 
 
 def test_a_publisher_says_until_when_his_signature_counts(cli: Cli, sealed: Path) -> None:
