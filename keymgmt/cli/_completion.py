@@ -13,8 +13,8 @@ from keymgmt.console import clean, console, print_json
 
 __all__ = ["completion"]
 
-# In bash a colon ends a word, so typer's own script takes `local:models` for three. This one takes
-# what the person typed, and cuts off the part before the colon that bash holds for another word.
+# In bash a colon and a = end a word and an @ begins one, so typer's own script takes `local:models`
+# for three. This one takes what the person typed, and cuts off what bash holds for other words.
 _BASH: Final = """
 %(complete_func)s() {
     local IFS=$' \\t\\n' line="${COMP_LINE:0:COMP_POINT}" word="" prefix=""
@@ -22,11 +22,15 @@ _BASH: Final = """
     read -ra words <<< "$line"
     local count=${#words[@]}
     [[ $line == *[[:space:]] ]] || { word="${words[count-1]}"; count=$((count - 1)); }
-    [[ $word == *:* && $COMP_WORDBREAKS == *:* ]] && prefix="${word%%"${word##*:}"}"
+    local value="${word#--*=}" rest="${word#--*=}"
+    [[ $COMP_WORDBREAKS == *:* ]] && rest="${rest##*:}"
+    [[ $COMP_WORDBREAKS == *@* && $rest == *@* ]] && rest="@${rest##*@}"
+    prefix="${value%%"$rest"}"
     IFS=$'\\n'
     COMPREPLY=( $( env COMP_WORDS="$line" COMP_CWORD="$count" \\
                    %(autocomplete_var)s=complete_bash "$1" ) )
     COMPREPLY=( "${COMPREPLY[@]#"$prefix"}" )
+    [[ ${COMPREPLY[0]} == *[:/] ]] && compopt -o nospace
     return 0
 }
 

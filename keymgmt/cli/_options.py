@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Final
@@ -23,7 +25,10 @@ __all__ = [
     "Name",
     "Provider",
     "Sign",
+    "complete_group",
     "complete_key",
+    "complete_kind",
+    "complete_member",
     "complete_provider",
     "moment",
     "option_pairs",
@@ -64,6 +69,54 @@ def complete_key(context: typer.Context, incomplete: str) -> list[str]:
     # Where they are not to be had, as far as the colon.
     candidates = [f"{before}{plus}{name}:{key}" for key in _keys_of(context, name) or [""]]
     return [each for each in candidates if each.startswith(incomplete)]
+
+
+def complete_group(context: typer.Context, incomplete: str) -> list[str]:
+    """What ``--to`` takes: keys, and recipient files after an ``@``; joined by ``+``."""
+    before, plus, last = incomplete.rpartition("+")
+    if not last.startswith("@"):
+        return complete_key(context, incomplete)
+    folder, slash, name = last[1:].rpartition("/")
+    found = []
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder + slash or "."):
+            hidden = entry.name.startswith(".") and not name
+            if entry.name.startswith(name) and not hidden:
+                end = "/" if entry.is_dir() else ""
+                found.append(f"{before}{plus}@{folder}{slash}{entry.name}{end}")
+    return sorted(found)
+
+
+def complete_member(context: typer.Context, incomplete: str) -> list[str]:
+    """What ``--drop`` takes: the groups of the model that is named, as ``inspect`` shows them."""
+    import keymgmt
+
+    try:
+        groups = keymgmt.inspect(_first_word(context)).groups
+    except KeymgmtError:
+        return complete_key(context, incomplete)
+    return sorted(
+        each for each in {"+".join(group) for group in groups} if each.startswith(incomplete)
+    )
+
+
+def _first_word(context: typer.Context) -> str:
+    # Not among the parameters: the option that is completed lacks its value, and ends the parsing.
+    return context.args[0] if context.args else ""
+
+
+def complete_kind(context: typer.Context, incomplete: str) -> list[str]:
+    """Kinds of key that the provider of ``PROVIDER:KEY`` makes; those that sign with ``--sign``."""
+    from keymgmt._providers.contract import SupportsKeyManagement
+
+    try:
+        name = _first_word(context).partition(":")[0]
+        provider = state_of(context).config().provider(name)
+    except KeymgmtError:
+        return []
+    kinds = provider.key_kinds if isinstance(provider, SupportsKeyManagement) else {}
+    wanted = {"sign"} if context.params.get("sign") else {"wrap", "sign"}
+    return [kind for kind, use in kinds.items() if use in wanted and kind.startswith(incomplete)]
 
 
 def _keys_of(context: typer.Context, name: str) -> list[str]:
@@ -148,7 +201,7 @@ Group = Annotated[
         metavar="GROUP",
         help="Who opens it: PROVIDER:KEY or @FILE (a recipient file); joined by '+', all of them "
         "together. Again for another group that opens it alone.",
-        autocompletion=complete_key,
+        autocompletion=complete_group,
     ),
 ]
 

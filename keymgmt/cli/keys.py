@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import keymgmt
-from keymgmt.cli._options import Force, Json, Key, Provider, complete_key, option_pairs
+from keymgmt.cli._options import (
+    Force,
+    Json,
+    Key,
+    Provider,
+    complete_key,
+    complete_kind,
+    option_pairs,
+)
 from keymgmt.cli._output import ask_to_type, fail, print_warning, write_result
 from keymgmt.cli._state import State
 from keymgmt.console import clean, console, print_json, table
@@ -55,6 +63,7 @@ def create(
             metavar="KIND",
             help="What to make, as `keymgmt backends` lists it; else the provider's first choice "
             "that wraps.",
+            autocompletion=complete_kind,
         ),
     ] = None,
     sign: Annotated[bool, typer.Option("--sign", help="A key that signs, not one that wraps.")] = (

@@ -18,7 +18,8 @@ from keymgmt.cli._options import (
     ModelOrTree,
     Name,
     Sign,
-    complete_key,
+    complete_group,
+    complete_member,
     moment,
     utc_time,
 )
@@ -53,7 +54,7 @@ def rewrap(
             "--add",
             metavar="GROUP",
             help="A group that shall open it too, as for `seal --to`.",
-            autocompletion=complete_key,
+            autocompletion=complete_group,
         ),
     ] = None,
     drop: Annotated[
@@ -62,6 +63,7 @@ def rewrap(
             "--drop",
             metavar="GROUP",
             help="A group to take out, as `inspect` shows it, with all versions of its keys.",
+            autocompletion=complete_member,
         ),
     ] = None,
     to: Annotated[
@@ -70,7 +72,7 @@ def rewrap(
             "--set",
             metavar="GROUP",
             help="Exactly these groups open it from now on; may come again.",
-            autocompletion=complete_key,
+            autocompletion=complete_group,
         ),
     ] = None,
     exact: Annotated[

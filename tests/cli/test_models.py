@@ -197,7 +197,9 @@ def test_the_shell_completes_providers_and_keys(cli: Cli, site: Path) -> None:
 
 
 @pytest.mark.once
-def test_bash_completes_a_key_whose_colon_ends_a_word(cli: Cli, site: Path, tmp_path: Path) -> None:
+def test_bash_completes_what_stands_after_a_colon_or_at_sign(
+    cli: Cli, site: Path, sealed: Path, tmp_path: Path
+) -> None:
     """In a real bash on a terminal, with the script as it is installed."""
     bash, program = shutil.which("bash"), Path(sys.executable).with_name("keymgmt")
     if bash is None or not program.exists():
@@ -215,6 +217,8 @@ def test_bash_completes_a_key_whose_colon_ends_a_word(cli: Cli, site: Path, tmp_
         timeout=60,
         env=environment,
     ).stdout
+    (site / "devices").mkdir()
+    (site / "devices" / "line1.recipient").touch()
     (tmp_path / ".bashrc").write_text(f"{script}\nPS1='> '\n")
     child, terminal = pty.fork()
     if not child:
@@ -237,6 +241,17 @@ def test_bash_completes_a_key_whose_colon_ends_a_word(cli: Cli, site: Path, tmp_
         assert b"local::" not in seen
         os.write(terminal, b"\x15keymgmt seal model out.sealed --to local:mod\t--release 1")
         until(b"--to local:models --release 1")
+        os.write(terminal, b"\x15keymgmt seal model out.sealed --to=local:models+local:mod\tx")
+        until(b"--to=local:models+local:models x")
+        # A recipient file; a folder on the way to it is not the end of the word.
+        os.write(terminal, b"\x15keymgmt rewrap model.sealed --add @dev\tl\ty")
+        until(b"--add @devices/line1.recipient y")
+        os.write(terminal, b"\x15keymgmt rewrap model.sealed --add local:models+@devices/l\tx")
+        until(b"--add local:models+@devices/line1.recipient x")
+        os.write(terminal, b"\x15keymgmt rewrap model.sealed --drop file:m\tz")
+        until(b"--drop file:models@1 z")
+        os.write(terminal, b"\x15keymgmt keys create local:x --sign --kind ed\tz")
+        until(b"--kind ed25519 z")
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
