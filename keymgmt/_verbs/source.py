@@ -3,88 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import logging
 import os
 import re
 import stat
 import unicodedata
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from keymgmt._providers.names import is_key
 from keymgmt._system.files import from_system, to_system
-from keymgmt._system.trusted_file import read_file
 from keymgmt._verbs.onnx import CONVERT, external_files
+from keymgmt._verbs.plain_files import PlainFile, doubtful, list_files
 from keymgmt.errors import ConfigError, FormatError
-from keymgmt.sealed.folder import KEYS, MANIFEST, PAYLOAD
-from keymgmt.sealed.manifest import MAX_FILES
 from keymgmt.sealed.paths import check_paths, path_problem
 
-__all__ = ["GRAPHS", "IGNORE", "Source", "find_source", "why_not_loaded"]
+__all__ = ["GRAPHS", "Source", "find_source", "why_not_loaded"]
 
 log = logging.getLogger("keymgmt")
 
 # What OpenVINO's Core.read_model knows by its name.
 GRAPHS: Final = (".xml", ".onnx", ".tflite", ".pdmodel", ".pb", ".gguf")
 
-IGNORE: Final = ".keymgmtignore"
-# Names of what was hardly meant to be shipped: secrets, and what tools leave behind.
-_SECRETS: Final = (
-    *(".env", ".env.*", ".ssh", ".gnupg", ".aws", ".netrc", ".npmrc", ".pypirc"),
-    *(".git-credentials", "id_rsa*", "id_ecdsa*", "id_ed25519*", "*.key", "*.p12", "*.pfx"),
-    *("*.jwks", "*.kdbx", "keymgmt.toml", "passphrase.json"),
-)
-_LEFTOVERS: Final = (
-    *(".git", ".hg", ".svn", ".venv", "__pycache__", ".ipynb_checkpoints", ".DS_Store"),
-    *("*.sealed", "*.tmp", "*.swp", "*~", "core.[0-9]*", ".keymgmt.lock"),
-)
-_MAX_IGNORE: Final = 1 << 20
 _GENAI: Final = ("openvino_model.xml", "openvino_language_model.xml")
 _TOKENIZER: Final = "openvino_tokenizer.xml"
 _PIPELINE: Final = {_TOKENIZER, "model_index.json"}  # of GenAI folders, which it opens by path
 _SAVED_MODEL: Final = "saved_model.pb"  # is of a folder
 _KINDS: Final = {".xml": "openvino-ir", ".onnx": "onnx"}
-
-
-@dataclass(frozen=True)
-class PlainFile:
-    """A file to seal, as it was when it was listed."""
-
-    path: Path
-    size: int
-    identity: tuple[int, int]
-
-    @classmethod
-    def of(cls, path: Path, info: os.stat_result) -> PlainFile:
-        """The file that ``info`` says something of."""
-        return cls(path, info.st_size, (info.st_dev, info.st_ino))
-
-    @contextlib.contextmanager
-    def open(self) -> Iterator[int]:
-        """A descriptor of the very file that was listed.
-
-        Raises:
-            ConfigError: it cannot be read, or something else is there by now: whoever may write in
-                its folder could have put a link to any file there, to have that sealed instead.
-        """
-        try:
-            # O_NONBLOCK: a fifo that took its place does not block.
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError as error:
-            raise ConfigError(f"cannot read {self.path}: {error.strerror}") from error
-        try:
-            info = os.fstat(descriptor)
-            if not stat.S_ISREG(info.st_mode) or (info.st_dev, info.st_ino) != self.identity:
-                raise ConfigError(
-                    f"{self.path} was exchanged while the model was being sealed",
-                    hint="seal it when nobody writes there any more",
-                )
-            yield descriptor
-        finally:
-            os.close(descriptor)
 
 
 @dataclass(frozen=True)
@@ -150,12 +97,12 @@ def find_source(path: str | os.PathLike[str]) -> Source:
     if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
         # Opening a fifo would wait for its other end for ever.
         raise ConfigError(f"{source} is neither a regular file nor a folder")
-    left_out: list[str] = []
-    empty: list[str] = []
     beside: list[str] = []
     targets: list[str] = []
+    left_out: list[str] = []
+    empty: list[str] = []
     if stat.S_ISDIR(mode):
-        files = _scan(source, left_out, empty)
+        files, left_out, empty = list_files(source)
         kind, main = _kind(list(files))
     else:
         kind, main = _KINDS.get(source.suffix.lower(), "files"), from_system(source.name)
@@ -177,7 +124,7 @@ def find_source(path: str | os.PathLike[str]) -> Source:
         main,
         files,
         tuple(beside),
-        _doubtful([*files, *targets]),
+        doubtful([*files, *targets]),
         tuple(sorted(left_out)),
         tuple(sorted(empty)),
     )
@@ -259,104 +206,6 @@ def why_not_loaded(kind: str, main: str | None, paths: Collection[str]) -> str |
         "OpenVINO reads none of its files by its name, so keymgmt_openvino.load will refuse it: "
         f"{CONVERT}. Programs that open it by path get it with keymgmt.mount"
     )
-
-
-def _ignored(folder: Path) -> list[str]:
-    """The patterns of the folder's ignore file."""
-    file = folder / IGNORE
-    if not os.path.lexists(file):
-        return []
-    text = read_file(file, what="ignore file", limit=_MAX_IGNORE, access="any")
-    try:
-        lines = [line.strip() for line in text.decode("utf-8-sig").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"the ignore file {file} is not UTF-8") from error
-    return [IGNORE, *(line.rstrip("/") for line in lines if line and not line.startswith("#"))]
-
-
-def _is_ignored(path: str, patterns: list[str]) -> bool:
-    name = path.rpartition("/")[2]
-    return any(
-        fnmatch.fnmatchcase(path if "/" in each else name, each.removeprefix("/"))
-        for each in patterns
-    )
-
-
-def _doubtful(paths: Collection[str]) -> tuple[str, ...]:
-    """What of some paths looks like secrets or leftovers: the outermost part that does."""
-    found: dict[str, None] = {}
-    for path in sorted(paths):
-        parts = path.split("/")
-        for depth, name in enumerate(parts, 1):
-            if any(fnmatch.fnmatchcase(name, each) for each in (*_SECRETS, *_LEFTOVERS)):
-                found["/".join(parts[:depth])] = None
-                break
-    return tuple(found)
-
-
-def _scan(folder: Path, left_out: list[str], empty: list[str]) -> dict[str, PlainFile]:
-    """The files to seal; what is ignored, and what is empty, is added to the lists."""
-    ignored = _ignored(folder)
-    found = {}
-    # By descriptors: a folder that is exchanged for a link meanwhile is not walked into.
-    listed, visited = {folder}, set()
-    for parent, folders, names, descriptor in os.fwalk(folder, onerror=_refuse):
-        visited.add(Path(parent))
-        below = Path(parent).relative_to(folder)
-        if below == Path() and {MANIFEST, KEYS} <= set(names) and PAYLOAD in folders:
-            raise ConfigError(
-                f"{folder} is sealed already",
-                hint="rewrap changes who opens it, reseal its key; or name the plain files",
-            )
-        if not folders and not names and below != Path():
-            empty.append(from_system(below.as_posix()))
-        for group in (folders, names):
-            for name in list(group):
-                if _is_ignored(from_system((below / name).as_posix()), ignored):
-                    group.remove(name)
-                    left_out.append(from_system((below / name).as_posix()))
-        listed.update(Path(parent) / name for name in folders)
-        for name in [*folders, *names]:
-            path = Path(parent) / name
-            try:
-                info = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
-            except OSError as error:
-                raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-            mode = info.st_mode
-            if stat.S_ISLNK(mode):
-                raise ConfigError(
-                    f"{path} is a symbolic link, which a sealed model does not have",
-                    hint="copy the folder with its links followed: cp -rL",
-                )
-            if not _is_text(from_system(name)):
-                raise ConfigError(f"the file name {name!r} is not UTF-8", hint="rename it")
-            if stat.S_ISREG(mode):
-                found[from_system(path.relative_to(folder).as_posix())] = PlainFile.of(path, info)
-            elif not stat.S_ISDIR(mode):
-                raise ConfigError(f"{path} is neither a regular file nor a folder")
-    if exchanged := listed - visited:
-        raise ConfigError(
-            f"{min(exchanged)} was exchanged while the folder was being listed",
-            hint="seal it when nobody writes there any more",
-        )
-    if not found:
-        raise ConfigError(f"the folder {folder} has no files to seal")
-    if len(found) > MAX_FILES:
-        raise ConfigError(
-            f"the folder {folder} has {len(found)} files, and a sealed model has at most "
-            f"{MAX_FILES}",
-            hint="pack what belongs together into one file, or seal several models",
-        )
-    return found
-
-
-def _is_text(name: str) -> bool:
-    # Python shows bytes that are no UTF-8 as lone surrogates (PEP 383).
-    return not any("\udc80" <= char <= "\udcff" for char in name)
-
-
-def _refuse(error: OSError) -> None:
-    raise ConfigError(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
 
 def _kind(paths: list[str]) -> tuple[str, str | None]:

@@ -110,7 +110,7 @@ def seal(
 
 def _tell_source(found: Source) -> None:
     """Say, before anything is sealed, what of it was hardly meant, and what is left out."""
-    from keymgmt._verbs.source import IGNORE
+    from keymgmt._verbs.plain_files import IGNORE
 
     path = found.path
     if found.doubtful:
