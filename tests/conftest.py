@@ -10,6 +10,7 @@ import json
 import os
 import pkgutil
 import pty
+import re
 import resource
 import select
 import shutil
@@ -217,6 +218,9 @@ def tree_of(site: Site) -> Any:
 VECTORS = Path(__file__).parent / "vectors" / "sealed"
 
 
+_MOVES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]|\r")
+
+
 class Terminal:
     """``keymgmt ARGUMENTS`` on a terminal of its own."""
 
@@ -233,7 +237,10 @@ class Terminal:
         while text not in self.seen:
             ready, _, _ = select.select([self.descriptor], [], [], seconds)
             assert ready, self.seen
-            self.seen += os.read(self.descriptor, 4096)
+            try:
+                self.seen += os.read(self.descriptor, 4096)
+            except OSError:
+                raise AssertionError(f"it ended without {text!r}: {self.seen!r}") from None
 
     def quiet(self, seconds: float) -> bytes:
         """What is still written while nobody answers."""
@@ -259,6 +266,46 @@ class Terminal:
 def terminal() -> Callable[..., Terminal]:
     """Run ``keymgmt ARGUMENTS`` on a terminal: ``terminal("keys", "list", cwd=path)``."""
     return Terminal
+
+
+@pytest.fixture
+def asks() -> Callable[..., None]:
+    """Run commands that ask on a terminal: the question is seen, waits, and comes once.
+
+    ``asks(question, answer, "verify", "model.sealed", cwd=path)``.
+    """
+
+    def run(question: str, answer: str, *arguments: object, cwd: Path) -> None:
+        ran = Terminal(*arguments, cwd=cwd)
+        ran.until(question.encode())
+        # A bar is painted ten times a second.
+        assert _MOVES.sub(b"", ran.quiet(0.3)) == b"", arguments
+        shown = _MOVES.sub(b"", ran.seen).splitlines()
+        assert shown[-1].decode().strip() == question.strip(), arguments
+        ran.answer(answer)
+        assert ran.end() == 0, ran.seen
+        assert ran.seen.count(question.encode()) == 1, ran.seen
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def verbs_that_ask() -> Callable[[str], list[tuple[str, ...]]]:
+    """Commands, in an order in which they work, that need the provider of a key."""
+
+    def verbs(key: str) -> list[tuple[str, ...]]:
+        return [
+            ("seal", "model", "model.sealed"),
+            ("verify", "model.sealed"),
+            ("unseal", "model.sealed", "plain"),
+            ("sign", "model.sealed"),
+            ("rewrap", "."),
+            ("reseal", "model.sealed"),
+            ("doctor", key),
+            ("keys", "list"),
+        ]
+
+    return verbs
 
 
 @pytest.fixture(scope="session")

@@ -210,3 +210,16 @@ def test_two_tokens_as_one_lock(
     site.run("verify", "both.sealed")
     site.run("keys", "rotate", "nss:lock")
     site.run("verify", "both.sealed")
+
+
+@pytest.mark.once
+def test_the_question_for_a_pin_is_seen_whatever_asks(
+    softhsm_token: Any, tmp_path: Path, asks: Callable[..., None], verbs_that_ask: Any
+) -> None:
+    site = Site(softhsm_token, tmp_path, "aes256", "ecdsa-p256")
+    config = tmp_path / "keymgmt.toml"
+    pin = f'pin = {{ file = "{softhsm_token.pin_file}" }}'
+    config.write_text(config.read_text().replace(pin, 'pin = { prompt = "PIN of the HSM" }'))
+    assert pin not in config.read_text()
+    for verb in verbs_that_ask(f"hsm:{site.wraps}"):
+        asks("PIN of the HSM: ", softhsm_token.pin, "-c", config, *verb, cwd=tmp_path)

@@ -352,3 +352,23 @@ def test_approvers_and_verifiers_need_no_tpm_libraries(tmp_path):
         )
         assert ran.returncode == code, ran.stderr
         assert said in ran.stdout + ran.stderr
+
+
+@pytest.mark.once
+def test_the_question_for_a_pin_is_seen_whatever_asks(site, asks, verbs_that_ask, pin_file):
+    site.set_up()
+    site.configure(pins=f'{{ dev = {{ file = "{pin_file}" }} }}')
+    site.run("keys", "create", "tpm:dev", "--option", "pin=yes")
+    site.run("keys", "create", "local:publisher", "--sign")
+    site.run("keys", "export", "local:publisher", "-o", "publisher.pem")
+    site.model()
+    asked = 'pins = { dev = { prompt = "PIN of the TPM" } }'
+    trust = '[policy]\npublishers = { "publisher.pem" = ["*"] }\n'
+    seal = '[seal]\nsign = "local:publisher"\nto = ["tpm:dev"]\n'
+    site.configure(trust + seal, pins=asked.partition(" = ")[2])
+    for verb in verbs_that_ask("tpm:dev"):
+        # Wrapping takes the public part alone, and listing no key.
+        if verb[0] in ("seal", "keys"):
+            site.run(*verb)
+        else:
+            asks("PIN of the TPM: ", pin_file.read_text().strip(), *verb, cwd=site.home)

@@ -8,6 +8,7 @@ import hashlib
 import http.client
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -249,3 +250,16 @@ def test_a_port_in_use(dev: Dev, tmp_path: Path) -> None:
     assert ran.returncode == 6
     assert "does not start" in ran.stderr
     assert "port" in ran.stderr
+
+
+@pytest.mark.once
+def test_the_question_for_a_token_is_seen_whatever_asks(
+    dev: Dev, site: Path, asks: Callable[..., None], verbs_that_ask: Any
+) -> None:
+    config = site / "keymgmt.toml"
+    text, count = re.subn(r"token = \{.*?\}", 'token = { prompt = "Token" }', config.read_text())
+    assert count == 1, text
+    config.write_text(text)
+    token = (dev.directory / "token").read_text()
+    for verb in verbs_that_ask("site:model"):
+        asks("Token: ", token, "-c", config, *verb, cwd=site)
