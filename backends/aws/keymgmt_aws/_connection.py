@@ -8,7 +8,6 @@ something is not, unless it was certainly not carried out.
 
 from __future__ import annotations
 
-import contextlib
 import random
 import threading
 import time
@@ -16,16 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from keymgmt.backend import Deadline, ForkSafe, KeymgmtError, ProviderUnavailable
-from keymgmt_aws._errors import (
-    CHANGES,
-    EXPIRED,
-    FAULTS,
-    NOT_CARRIED_OUT,
-    UNSPEAKABLE,
-    Verb,
-    code_of,
-    error_of,
-)
+from keymgmt_aws._errors import EXPIRED, Verb, failure_of
 from keymgmt_aws._login import log_in
 from keymgmt_aws._transport import Client, is_ours, prepare
 
@@ -37,7 +27,6 @@ __all__ = ["Connection", "Service", "member"]
 R = TypeVar("R")
 _PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 2.0
-_LOGINS: Final = ("AssumeRole", "AssumeRoleWithWebIdentity")
 
 
 class Connection(ForkSafe):
@@ -50,7 +39,7 @@ class Connection(ForkSafe):
     def _renew(self) -> None:
         # The sockets of a parent are the parent's too, and so is who refreshes its credentials.
         self._lock = threading.Lock()
-        self._client: Client | None = None
+        self._clients: dict[str, Client] = {}
 
     def run(self, work: Callable[[Service], R], seconds: float = 0.0) -> R:
         """Run ``work`` with the service, within the settings' time limit, or longer ``seconds``."""
@@ -70,29 +59,26 @@ class Connection(ForkSafe):
         finally:
             is_ours.active = False
 
-    def client(self) -> Client:
-        """The client of AWS KMS, logged in on first use."""
-        client = self._client
-        if client is None:
+    def client(self, service: str) -> Client:
+        """The client of ``kms`` or ``sts``, logged in on first use."""
+        if (client := self._clients.get(service)) is None:
             with self._lock:
-                if self._client is None:
-                    credentials = log_in(self.settings.auth, self.settings)
-                    self._client = Client("kms", self.settings, credentials)
-                client = self._client
+                clients = self._clients
+                if (client := clients.get(service)) is None:
+                    other = next(iter(clients.values()), None)
+                    known = other and other.credentials
+                    login = known or log_in(self.settings.auth, self.settings)
+                    client = clients[service] = Client(service, self.settings, login)
         return client
 
-    def sts(self) -> Client:
-        """A client of AWS STS with the same login, for the caller to close."""
-        return Client("sts", self.settings, self.client().credentials)
-
     def forget(self, client: Client | None = None) -> None:
-        """Log in anew at the next call; with ``client`` only if it is still the one in use."""
+        """Log in anew at the next call; with ``client`` only if it is still one in use."""
         with self._lock:
-            old = self._client
-            if old is None or client not in (None, old):
-                return
-            self._client = None
-        old.close()
+            old = list(self._clients.values())
+            if client in (None, *old):
+                self._clients = {}
+                for each in old:
+                    each.close()
 
 
 class Service:
@@ -105,7 +91,7 @@ class Service:
         """Call an operation of AWS KMS.
 
         Args:
-            verb: what it does, as ``_errors.FAULTS`` tells answers apart.
+            verb: what it does, by which ``_errors`` tells answers apart.
             place: the key or alias, or what else it is done with, for messages.
             operation: its name in botocore.
             arguments: as the API reference of AWS KMS has them.
@@ -118,28 +104,18 @@ class Service:
         while True:
             client = None
             try:
-                client = self._connection.client()
-                if verb == "identify":
-                    with contextlib.closing(self._connection.sts()) as sts:
-                        return sts(operation)
+                client = self._connection.client("sts" if verb == "identify" else "kms")
                 return client(operation, **arguments)
             except KeymgmtError:
                 # Of a login, which botocore hands through.
                 raise
             except Exception as error:  # noqa: BLE001 - translated, and raised below
-                login = getattr(error, "operation_name", "") in _LOGINS
-                doing: Verb = "login" if login else verb
-                code, words = code_of(error)
-                fault = FAULTS.find(code, doing)
-                if fault is EXPIRED and client is not None and not replaced:
-                    replaced = True
-                    self._connection.forget(client)
-                    continue
-                passing = fault.passing and (doing not in CHANGES or fault in NOT_CARRIED_OUT)
-                failure = error_of(code, words, f"cannot {doing} with {place}", doing)
-                if type(error).__name__ not in UNSPEAKABLE:
-                    failure.__cause__ = error
-            if not passing or self._deadline.remaining <= pause:
+                failure, fault, again = failure_of(error, verb, place)
+            if fault is EXPIRED and client is not None and not replaced:
+                replaced = True
+                self._connection.forget(client)
+                continue
+            if not again or self._deadline.remaining <= pause:
                 raise failure
             # Jitter, so that a fleet that was throttled does not come back as one.
             time.sleep(pause * random.uniform(0.5, 1))  # noqa: S311

@@ -8,7 +8,7 @@ none of the service's is never taken for a refusal, whatever its status is.
 from __future__ import annotations
 
 import re
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 from keymgmt.backend import (
     AccessDenied,
@@ -24,33 +24,13 @@ from keymgmt.backend import (
     WrongKey,
 )
 
-__all__ = [
-    "CHANGES",
-    "EXPIRED",
-    "FAULTS",
-    "NOT_CARRIED_OUT",
-    "UNSPEAKABLE",
-    "Verb",
-    "code_of",
-    "error_of",
-]
+__all__ = ["EXPIRED", "Verb", "failure_of"]
 
-Verb = Literal[
-    "encrypt",
-    "decrypt",
-    "sign",
-    "describe",
-    "list",
-    "create",
-    "rotate",
-    "delete",
-    "login",
-    "identify",
-]
-CHANGES: Final = ("create", "rotate", "delete")
-"""Never repeated where the service may have carried them out."""
+_Change = Literal["create", "rotate", "delete"]
+Verb = Literal["encrypt", "decrypt", "sign", "describe", "list", "login", "identify", _Change]
 
-UNSPEAKABLE: Final = ("ResponseParserError", "CredentialRetrievalError", "ParamValidationError")
+_LOGINS: Final = ("AssumeRole", "AssumeRoleWithWebIdentity")
+_UNSPEAKABLE: Final = ("ResponseParserError", "CredentialRetrievalError", "ParamValidationError")
 """Exceptions of botocore that repeat an answer, a request, or what a program said: secrets."""
 
 
@@ -63,7 +43,6 @@ _THROTTLED: Final = _unreached(
     "AWS limits how often this account may call", "call less often, or ask AWS for a higher quota"
 )
 _UNCONNECTED: Final = _unreached("no connection")
-NOT_CARRIED_OUT: Final = (_THROTTLED, _UNCONNECTED)
 EXPIRED: Final = Fault(
     AccessDenied, "the session has expired", "replace the credentials at their source"
 )
@@ -145,7 +124,7 @@ _CODES: Final = {
     _unreached("there are no credentials", "look at auth", passing=False): "NoCredentialsError "
     "PartialCredentialsError ProfileNotFound CredentialRetrievalError MetadataRetrievalError",
 }
-FAULTS: Final = FaultTable[str](
+_FAULTS: Final = FaultTable[str](
     {code: fault for fault, codes in _CODES.items() for code in codes.split()},
     unknown=Fault(ProviderError, "AWS refused, or gave an answer that is not known here"),
     operations={
@@ -181,12 +160,36 @@ _WORDS: Final = (
 )
 
 
-def code_of(error: Exception) -> tuple[str, str]:
+def failure_of(
+    error: Exception, verb: Verb, place: str
+) -> tuple[ProviderError | ConfigError, Fault, bool]:
+    """Our error for one of botocore's, what it means, and whether the same may be asked again.
+
+    The service's own words stand in it.
+    """
+    login = getattr(error, "operation_name", "") in _LOGINS
+    doing: Verb = "login" if login else verb
+    code, words = _code_of(error)
+    fault = _FAULTS.find(code, doing)
+    shown = f"{code}: {words[:400]}" if words else code
+    failure: ProviderError | ConfigError
+    if code == "AlreadyExistsException":
+        failure = ConfigError(f"there is {place} already", hint="choose another name")
+    else:
+        failure = _FAULTS.error(code, f"cannot {doing} with {place}", doing, shown=shown)
+    if type(error).__name__ not in _UNSPEAKABLE:
+        failure.__cause__ = error
+    # What changes something is not repeated where the service may have carried it out.
+    certain = doing not in get_args(_Change) or fault in (_THROTTLED, _UNCONNECTED)
+    return failure, fault, fault.passing and certain
+
+
+def _code_of(error: Exception) -> tuple[str, str]:
     """The code of an answer, or of why there was none, and the service's words."""
     answer: Any = getattr(error, "response", None)
     if not isinstance(answer, dict):
         name = type(error).__name__
-        return name, str(error) if name in FAULTS and name not in UNSPEAKABLE else ""
+        return name, str(error) if name in _FAULTS and name not in _UNSPEAKABLE else ""
     said = answer.get("Error", {})
     code, words = str(said.get("Code", "")), str(said.get("Message") or said.get("message") or "")
     if code.isdigit() or not code:
@@ -196,10 +199,3 @@ def code_of(error: Exception) -> tuple[str, str]:
         if re.fullmatch(codes, code) and re.search(text, words, re.IGNORECASE):
             return meaning, words
     return code, words
-
-
-def error_of(code: str, words: str, doing: str, verb: Verb) -> ProviderError | ConfigError:
-    """Our error for an answer; the service's own words stand in it."""
-    if code == "AlreadyExistsException":
-        return ConfigError(f"{doing}: there is one already", hint="choose another name")
-    return FAULTS.error(code, doing, verb, shown=f"{code}: {words[:400]}" if words else code)

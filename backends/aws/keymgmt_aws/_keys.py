@@ -56,13 +56,7 @@ log: Final = logging.getLogger("keymgmt.aws")
 
 
 def usable(info: KeyInfo, purpose: str) -> KeyInfo:
-    """The key itself, where it is for that and can be used now.
-
-    Raises:
-        UnsupportedOperation: it is for something else.
-        KeyRetired: it is disabled or pending deletion.
-        ProviderUnavailable: it is in another state in which it cannot be used.
-    """
+    """The key itself, where it is for that and can be used now; else what it is or its state."""
     if info.purpose != purpose:
         kinds = ", ".join(name for name, does in KINDS.items() if does == purpose)
         raise UnsupportedOperation(
@@ -200,10 +194,17 @@ class Keys:
             )
         return Recipient(RSA_OAEP_256, "aws", info.key, info.newest, self.public_key(kms, info))
 
+    def signer(self, kms: Service, key: str, version: str | None) -> tuple[KeyInfo, bytes]:
+        """A key that signs, and its public key; KeyNotFound where it has no such version."""
+        info = usable(self.describe(kms, key), "sign")
+        if version not in (None, info.newest):
+            raise no_version(key, str(version), [info.newest])
+        return info, self.public_key(kms, info)
+
     def sign(self, kms: Service, key: str, message: bytes) -> Signature:
         """Sign a digest that is made here, whatever the message's size."""
-        info = usable(self.describe(kms, key), "sign")
-        public, arn = self.public_key(kms, info), info.detail["arn"]
+        info, public = self.signer(kms, key, None)
+        arn = info.detail["arn"]
         kind, digest = _digest(info.kind, public, message)
         how = {"MessageType": kind, "SigningAlgorithm": _SPECS[info.kind][2]}
         answer = kms("sign", arn, "sign", KeyId=arn, Message=digest, **how)

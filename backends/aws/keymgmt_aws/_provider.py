@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar, Literal
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Literal, TypeVar
 
 from keymgmt.backend import (
     Dek,
@@ -19,16 +19,17 @@ from keymgmt.backend import (
     WrappedKey,
     bare,
     check_key,
-    no_version,
 )
 from keymgmt_aws import _checks
 from keymgmt_aws._connection import Connection, Service
-from keymgmt_aws._keys import KINDS, Keys, usable
+from keymgmt_aws._keys import KINDS, Keys
 from keymgmt_aws._settings import AwsSettings
 from keymgmt_aws._transport import SLOW
 from keymgmt_aws._wrapping import Wrapping
 
 __all__ = ["AwsProvider"]
+
+R = TypeVar("R")
 
 
 class AwsProvider(
@@ -81,8 +82,7 @@ class AwsProvider(
     @bare
     def create_key(self, key: str, kind: str, options: Mapping[str, str]) -> KeyInfo:
         """See SupportsKeyManagement; the option ``multi-region=yes`` makes one for replicas."""
-        check_key(key)
-        return self._connection.run(lambda kms: self._keys.create(kms, key, kind, options), SLOW)
+        return self._of(key, lambda kms: self._keys.create(kms, key, kind, options), SLOW)
 
     @bare
     def list_keys(self) -> list[KeyInfo]:
@@ -92,53 +92,41 @@ class AwsProvider(
     @bare
     def describe_key(self, key: str) -> KeyInfo:
         """See SupportsKeyManagement; the one version is the key's id."""
-        check_key(key)
-        return self._connection.run(lambda kms: self._keys.describe(kms, key))
+        return self._of(key, lambda kms: self._keys.describe(kms, key))
 
     @bare
     def rotate_key(self, key: str) -> KeyInfo:
         """See SupportsKeyManagement; AWS rotates inside of the key, and nothing of it is seen."""
-        check_key(key)
-        return self._connection.run(lambda kms: self._keys.rotate(kms, key), SLOW)
+        return self._of(key, lambda kms: self._keys.rotate(kms, key), SLOW)
 
     @bare
     def retire_version(self, key: str, version: str) -> KeyInfo:
         """See SupportsKeyManagement; always UnsupportedOperation, with the way out."""
-        check_key(key)
-        return self._connection.run(lambda kms: self._keys.refuse_to_retire(kms, key, version))
+        return self._of(key, lambda kms: self._keys.refuse_to_retire(kms, key, version))
 
     @bare
     def delete_key(self, key: str) -> str:
         """See SupportsKeyDeletion; AWS waits 30 days, and the deletion can be cancelled there."""
-        check_key(key)
-        return self._connection.run(lambda kms: self._keys.delete(kms, key), SLOW)
+        return self._of(key, lambda kms: self._keys.delete(kms, key), SLOW)
 
     @bare
     def export_recipient(self, key: str) -> Recipient:
         """See SupportsOfflineRecipients; RSA keys have a public part."""
-        check_key(key)
-        return self._connection.run(
-            lambda kms: self._keys.recipient(kms, self._keys.describe(kms, key))
-        )
+        return self._of(key, lambda kms: self._keys.recipient(kms, self._keys.describe(kms, key)))
 
     @bare
     def public_key(self, key: str, version: str | None = None) -> bytes:
         """See SupportsSigning."""
-        check_key(key)
-
-        def work(kms: Service) -> bytes:
-            info = usable(self._keys.describe(kms, key), "sign")
-            if version not in (None, info.newest):
-                raise no_version(key, str(version), [info.newest])
-            return self._keys.public_key(kms, info)
-
-        return self._connection.run(work)
+        return self._of(key, lambda kms: self._keys.signer(kms, key, version)[1])
 
     @bare
     def sign(self, key: str, message: bytes) -> Signature:
         """See SupportsSigning; the message is hashed here, and its digest is sent."""
+        return self._of(key, lambda kms: self._keys.sign(kms, key, message))
+
+    def _of(self, key: str, work: Callable[[Service], R], seconds: float = 0.0) -> R:
         check_key(key)
-        return self._connection.run(lambda kms: self._keys.sign(kms, key, message))
+        return self._connection.run(work, seconds)
 
     def check(self, key: str | None = None) -> Health:
         """See KeyProvider; who we are, then the key, what we may with it, and the context."""

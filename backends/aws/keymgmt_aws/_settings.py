@@ -26,7 +26,6 @@ _KEY_ID: Final = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,126}[A-Za-z0-9])?"
 _ARN: Final = re.compile(
     rf"arn:aws[a-z-]{{0,16}}:kms:([a-z0-9-]{{1,32}}):[0-9]{{12}}:(?:key/{_KEY_ID}|{_ALIAS})"
 )
-_MAX_PAIRS: Final = 8
 # What the AWS tools take credentials from, or find them by.
 _VARIABLES: Final = frozenset(
     f"AWS_{name}"
@@ -239,7 +238,7 @@ class AwsSettings(Settings):
     auth: Auth
     keys: dict[KeyName, KeyEntry] = Field(default_factory=dict)
     alias_prefix: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_/-]{1,120}$")] = "keymgmt/"
-    context: dict[str, str] = Field(default_factory=dict)
+    context: Annotated[dict[str, str], Field(max_length=8)] = Field(default_factory=dict)
     endpoint: Endpoint | None = None
     sts_endpoint: Endpoint | None = None
     ca_file: ConfigPath | None = None
@@ -257,8 +256,6 @@ class AwsSettings(Settings):
                 )
         if self.alias_prefix.startswith("aws/"):
             raise ValueError("alias_prefix: aliases under aws/ are of keys that AWS manages")
-        if len(self.context) > _MAX_PAIRS:
-            raise ValueError(f"context has at most {_MAX_PAIRS} pairs")
         for name, value in self.context.items():
             if name == CONTEXT or name.startswith("aws:") or not 1 <= len(name) <= 128:
                 raise ValueError(f"context: {name[:80]!r} is no name for a pair")

@@ -414,7 +414,7 @@ def test_only_what_is_allowed_for_a_key_unwraps(kms: Any, make: Any, dek: Dek) -
         ({"endpoint": "https://host:port"}, "no address"),
         ({"context": {"keymgmt-context": "x"}}, "no name for a pair"),
         ({"context": {"fleet": ""}}, "printable"),
-        ({"context": {str(n): "x" for n in range(9)}}, "at most 8"),
+        ({"context": {str(n): "x" for n in range(9)}}, "at most 8|context"),
         ({"alias_prefix": "aws/"}, "manages"),
         ({"auth": {"method": "static", "access_key_id": "AKIA"}}, "secret is not written here"),
         (
