@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from keymgmt.backend import (
     AccessDenied,
     Dek,
     Finding,
-    Health,
     KeymgmtError,
     KeyNotFound,
+    KeyProvider,
     UnwrapFailed,
     check_key,
 )
@@ -22,18 +22,12 @@ from keymgmt_aws._settings import CONTEXT
 
 if TYPE_CHECKING:
     from keymgmt_aws._keys import Keys
-    from keymgmt_aws._wrapping import Wrapping
 
-__all__ = ["check"]
+__all__ = ["findings"]
 
 # It decrypts with nobody's key: AWS looks whether we may before it looks at this.
 _SENSELESS: Final = bytes(64)
 _NO_ALIAS: Final = "alias/keymgmt-doctor-asks"
-
-
-def check(connection: Connection, keys: Keys, wrapping: Wrapping, key: str | None) -> Health:
-    """Look at everything once; what fails becomes a finding, and what hangs on it is left out."""
-    return Health(tuple(_findings(connection, keys, wrapping, key)))
 
 
 def _refused(name: str, error: KeymgmtError, *, may_lack: bool = False) -> Finding:
@@ -50,9 +44,10 @@ def _failure(call: Callable[[], object]) -> KeymgmtError | None:
     return None
 
 
-def _findings(
-    connection: Connection, keys: Keys, wrapping: Wrapping, key: str | None
+def findings(
+    provider: KeyProvider[Any], connection: Connection, keys: Keys, key: str | None
 ) -> Iterator[Finding]:
+    """Look at everything once; what fails becomes a finding, and what hangs on it is left out."""
     method, known = connection.settings.auth.method, True
     try:
         who = connection.run(lambda kms: kms.identify())
@@ -86,7 +81,7 @@ def _findings(
         return
     if info.kind == "symmetric":
         yield from _decrypts(connection, key)
-    yield from _round_trip(wrapping, key)
+    yield from _round_trip(provider, key)
 
 
 def _reached(connection: Connection, known: bool) -> Finding:
@@ -139,19 +134,19 @@ def _decrypts(connection: Connection, key: str) -> Iterator[Finding]:
             )
 
 
-def _round_trip(wrapping: Wrapping, key: str) -> Iterator[Finding]:
+def _round_trip(provider: KeyProvider[Any], key: str) -> Iterator[Finding]:
     context = os.urandom(32)
     try:
         with Dek.generate() as dek:
-            wrapped = wrapping.wrap(key, dek, context)
-            with wrapping.unwrap(wrapped, context) as again:
+            wrapped = provider.wrap(key, dek, context)
+            with provider.unwrap(wrapped, context) as again:
                 same = again == dek
     except KeymgmtError as error:
         yield _refused("round trip", error, may_lack=True)
         return
     text = "wrapped and unwrapped" if same else "another data key came back"
     yield Finding("round trip", "ok" if same else "failed", text)
-    why = _failure(lambda: wrapping.unwrap(wrapped, os.urandom(32)).wipe())
+    why = _failure(lambda: provider.unwrap(wrapped, os.urandom(32)).wipe())
     if isinstance(why, UnwrapFailed):
         yield Finding("context", "ok", "another one is refused")
     else:

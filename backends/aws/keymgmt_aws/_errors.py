@@ -30,8 +30,8 @@ _Change = Literal["create", "rotate", "delete"]
 Verb = Literal["encrypt", "decrypt", "sign", "describe", "list", "login", "identify", _Change]
 
 _LOGINS: Final = ("AssumeRole", "AssumeRoleWithWebIdentity")
-_UNSPEAKABLE: Final = ("ResponseParserError", "CredentialRetrievalError", "ParamValidationError")
-"""Exceptions of botocore that repeat an answer, a request, or what a program said: secrets."""
+_UNSPEAKABLE: Final = ("ResponseParserError", "CredentialRetrievalError", "JSONDecodeError")
+"""Exceptions that repeat an answer, or what a program said: it may hold a secret."""
 
 
 def _unreached(message: str, hint: str | None = None, *, passing: bool = True) -> Fault:
@@ -122,7 +122,8 @@ _CODES: Final = {
         passing=False,
     ): "SSLError",
     _unreached("there are no credentials", "look at auth", passing=False): "NoCredentialsError "
-    "PartialCredentialsError ProfileNotFound CredentialRetrievalError MetadataRetrievalError",
+    "PartialCredentialsError ProfileNotFound CredentialRetrievalError JSONDecodeError "
+    "FileNotFoundError PermissionError",
 }
 _FAULTS: Final = FaultTable[str](
     {code: fault for fault, codes in _CODES.items() for code in codes.split()},
@@ -165,7 +166,7 @@ def failure_of(
 ) -> tuple[ProviderError | ConfigError, Fault, bool]:
     """Our error for one of botocore's, what it means, and whether the same may be asked again.
 
-    The service's own words stand in it.
+    The service's own words stand in it; of what is not known here, its name alone.
     """
     login = getattr(error, "operation_name", "") in _LOGINS
     doing: Verb = "login" if login else verb
@@ -177,7 +178,7 @@ def failure_of(
         failure = ConfigError(f"there is {place} already", hint="choose another name")
     else:
         failure = _FAULTS.error(code, f"cannot {doing} with {place}", doing, shown=shown)
-    if type(error).__name__ not in _UNSPEAKABLE:
+    if words or hasattr(error, "response"):
         failure.__cause__ = error
     # What changes something is not repeated where the service may have carried it out.
     certain = doing not in get_args(_Change) or fault in (_THROTTLED, _UNCONNECTED)

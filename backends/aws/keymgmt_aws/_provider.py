@@ -67,17 +67,17 @@ class AwsProvider(
         super().__init__(name, settings)
         self._connection = Connection(settings)
         self._keys = Keys(name, settings)
-        self._wrapping = Wrapping(name, self._connection, self._keys)
+        self._wrapping = Wrapping(name, settings, self._keys)
 
     @bare
     def wrap(self, key: str, dek: Dek, context: bytes) -> WrappedKey:
         """See KeyProvider; two calls, since the key is looked at before."""
-        return self._wrapping.wrap(check_key(key), dek, context)
+        return self._of(key, lambda kms: self._wrapping.wrap(kms, key, dek, context))
 
     @bare
     def unwrap(self, wrapped: WrappedKey, context: bytes) -> Dek:
         """See KeyProvider; one call."""
-        return self._wrapping.unwrap(wrapped, context)
+        return self._connection.run(lambda kms: self._wrapping.unwrap(kms, wrapped, context))
 
     @bare
     def create_key(self, key: str, kind: str, options: Mapping[str, str]) -> KeyInfo:
@@ -130,7 +130,7 @@ class AwsProvider(
 
     def check(self, key: str | None = None) -> Health:
         """See KeyProvider; who we are, then the key, what we may with it, and the context."""
-        return _checks.check(self._connection, self._keys, self._wrapping, key)
+        return Health(tuple(_checks.findings(self, self._connection, self._keys, key)))
 
     def close(self) -> None:
         """See KeyProvider; it may be used again, and then logs in again."""

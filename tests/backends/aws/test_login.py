@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from keymgmt import Config
-from keymgmt.backend import AccessDenied, ConfigError, Dek, ProviderUnavailable
+from keymgmt.backend import AccessDenied, ConfigError, Dek, ProviderError, ProviderUnavailable
 
 ROLE = "arn:aws:iam::111122223333:role/opener"
 
@@ -262,6 +262,22 @@ def test_a_profile_that_is_not_there_is_not_completed_from_elsewhere(
     with pytest.raises(ProviderUnavailable, match="no AWS credentials"):
         works(make(auth=profile(tmp_path, "[profile press]\nregion = us-east-1\n", "")))
     assert not kms.seen
+
+
+@pytest.mark.parametrize("ends", ["", "; false"])
+def test_what_a_program_of_a_profile_says_stands_in_no_error(
+    make: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, ends: str
+) -> None:
+    caplog.set_level("DEBUG")
+    program = f"sh -c 'echo secret-of-the-program; echo secret-of-the-program >&2{ends}'"
+    auth = profile(tmp_path, f"[profile press]\ncredential_process = {program}\n", "")
+    with pytest.raises(ProviderError) as caught:
+        works(make(auth=auth))
+    cause = caught.value.__cause__
+    said = "".join(traceback.format_exception(caught.value)) + caplog.text
+    assert "secret-of-the-program" not in said.replace(program, "") + str(
+        vars(cause) if cause else ""
+    )
 
 
 def test_a_session_of_sso_that_is_over(
