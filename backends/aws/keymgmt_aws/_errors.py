@@ -30,7 +30,12 @@ _Change = Literal["create", "rotate", "delete"]
 Verb = Literal["encrypt", "decrypt", "sign", "describe", "list", "login", "identify", _Change]
 
 _LOGINS: Final = ("AssumeRole", "AssumeRoleWithWebIdentity")
-_UNSPEAKABLE: Final = ("ResponseParserError", "CredentialRetrievalError", "JSONDecodeError")
+_UNSPEAKABLE: Final = (
+    "ResponseParserError",
+    "UnicodeDecodeError",
+    "CredentialRetrievalError",
+    "JSONDecodeError",
+)
 """Exceptions that repeat an answer, or what a program said: it may hold a secret."""
 
 
@@ -112,10 +117,10 @@ _CODES: Final = {
         "what answered is no service of AWS",
         "a proxy, gateway or redirect is there, and none is followed: look at the endpoint",
         passing=False,
-    ): "no-answer-of-AWS ResponseParserError",
+    ): "no-answer-of-AWS ResponseParserError UnicodeDecodeError",
     _UNCONNECTED: "EndpointConnectionError ConnectTimeoutError ProxyConnectionError",
     _unreached("no answer in time"): "ReadTimeoutError",
-    _unreached("the connection broke"): "ConnectionClosedError HTTPClientError",
+    _unreached("the connection broke"): "ConnectionClosedError HTTPClientError ProtocolError",
     _unreached(
         "no TLS, or a certificate that is not vouched for",
         "name in ca_file who issued the endpoint's certificate; look at this machine's clock",

@@ -26,6 +26,7 @@ __all__ = ["SLOW", "Client", "http_session", "is_ours", "new_session", "prepare"
 SLOW: Final = 30.0
 """Seconds for what changes something and is asked once: making an RSA key takes some."""
 
+_MAX_ANSWER: Final = 1 << 20
 _SLOWLY: Final = ("CreateKey", "CreateAlias", "RotateKeyOnDemand")
 is_ours: Final = threading.local()
 """``active`` while a thread is inside a call of ours."""
@@ -131,7 +132,7 @@ def _create(
 
 
 def http_session(settings: AwsSettings, *, answer: float | None = None) -> Any:
-    """HTTP without proxies, redirects or retries; TLS 1.2 at least, and names are checked.
+    """HTTP without proxies, redirects, retries or endless answers; TLS 1.2, and names are checked.
 
     ``call_timeout`` is for a connection, and for an answer where ``answer`` does not say otherwise.
     """
@@ -141,6 +142,15 @@ def http_session(settings: AwsSettings, *, answer: float | None = None) -> Any:
         def _get_ssl_context(self) -> ssl.SSLContext:
             # botocore's would write the session keys to where SSLKEYLOGFILE says.
             return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+        def send(self, request: Any) -> Any:
+            request.stream_output = True
+            answer = super().send(request)
+            answer._content = answer.raw.read(_MAX_ANSWER + 1)
+            if len(answer._content) > _MAX_ANSWER:
+                answer.raw.close()
+                raise ProviderUnavailable(f"an answer has more than {_MAX_ANSWER} bytes")
+            return answer
 
     return Http(
         verify=str(settings.ca_file) if settings.ca_file else True,

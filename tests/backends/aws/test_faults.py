@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import traceback
@@ -247,6 +248,7 @@ def test_throttled_for_a_while_and_for_ever(kms: Any, make: Any, dek: Dek) -> No
 
 
 PAGE = b"<html>a portal</html>"
+BOMB = gzip.compress(bytes(1 << 22))
 
 
 @pytest.mark.parametrize(
@@ -259,6 +261,8 @@ PAGE = b"<html>a portal</html>"
         ((200, JSON, b"{}"), ProviderUnavailable, "no Key"),
         ((200, JSON, b"[]"), ProviderError, "cannot|no Key"),
         (False, ProviderUnavailable, "connection broke"),
+        ((200, JSON, b'"' + bytes(1 << 20)), ProviderUnavailable, "more than 1048576 bytes"),
+        ((200, JSON | {"Content-Encoding": "gzip"}, BOMB), ProviderUnavailable, "no service"),
         (says("DependencyTimeoutException", status=503), ProviderUnavailable, "trouble"),
         (says("KeyUnavailableException", status=500), ProviderUnavailable, "not available"),
         (says("NobodyHeardOfThisException"), ProviderError, "NobodyHeardOfThis"),
