@@ -10,8 +10,9 @@ from keymgmt.errors import KeymgmtError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["ask", "news"]
+__all__ = ["ask", "news", "quoting"]
 
+E = TypeVar("E", bound=KeymgmtError)
 T = TypeVar("T")
 
 # The line that says what is wrong, where it is not the last one, and the way out.
@@ -60,8 +61,12 @@ def ask(what: str, call: Callable[..., T], *arguments: object, **options: object
 
 def _refusal(what: str, whole: str) -> KeymgmtError:
     said, hint = news(whole)
-    error = KeymgmtError(f"{what}: {said}", hint=hint)
-    error.add_note(f"OpenVINO said:\n{whole}")
+    return quoting(KeymgmtError(f"{what}: {said}", hint=hint), whole)
+
+
+def quoting(error: E, whole: str) -> E:
+    """The same error, and as a note of it the whole of what OpenVINO said."""
+    error.add_note(f"OpenVINO said:\n{whole.strip()}")
     return error
 
 

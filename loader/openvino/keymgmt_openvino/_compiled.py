@@ -23,7 +23,7 @@ import openvino as ov
 
 from keymgmt.errors import ConfigError, KeymgmtError
 from keymgmt.loading import check_free_memory, wipe
-from keymgmt_openvino._ask import news
+from keymgmt_openvino._ask import news, quoting
 from keymgmt_openvino._memory import filled
 from keymgmt_openvino._no_disk import one_node, text
 
@@ -54,10 +54,11 @@ def check_exports(core: ov.Core, device: str) -> None:
         core.import_model(core.compile_model(one_node(), device).export_model(), device)
     except RuntimeError as error:
         said, _ = news(str(error))
-        raise ConfigError(
+        refused = ConfigError(
             f"a compiled model is not kept for {device}, which does not export it: {said}",
             hint="name the device itself, such as CPU, or leave cache= out",
-        ) from None
+        )
+        raise quoting(refused, str(error)) from None
 
 
 def compiled_file(
@@ -126,6 +127,7 @@ def keep_compiled(file: DeviceFile, compiled: ov.CompiledModel, size: int) -> No
         # failed as if it had not (SystemError).
         # Not the error itself: a log that keeps its record would keep this frame, so the model.
         log.warning("the compiled model is not kept in %s: %s", file.path, news(str(error))[0])
+        log.debug("the whole reason: %s", str(error))
 
 
 def _properties(core: ov.Core, device: str) -> dict[str, str]:

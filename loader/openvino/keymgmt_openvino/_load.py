@@ -94,6 +94,7 @@ def load(
                         return LoadedModel(title, compiled, [memory])
                     except KeymgmtError as error:
                         log.warning("%s; better leave cache= out", str(error))
+                        log.debug("%s", "".join(error.__notes__))
                         release(memory)
                         kept = None  # another one would be the same
             size = sealed.manifest.size

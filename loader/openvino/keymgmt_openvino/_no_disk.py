@@ -18,7 +18,7 @@ import openvino as ov
 from openvino import opset13 as op
 
 from keymgmt.errors import ConfigError
-from keymgmt_openvino._ask import news
+from keymgmt_openvino._ask import news, quoting
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -106,16 +106,17 @@ def check_device(core: ov.Core, device: str, options: Mapping[str, Any]) -> None
         cached = _keeps_cache(core, device, options)
     except RuntimeError as error:
         said, _ = news(str(error))
+        refused = ConfigError(
+            f"OpenVINO refuses these options for {device}: {said}", hint="correct ov_config"
+        )
         try:
             core.compile_model(one_node(), device)
         except RuntimeError:
             devices = ", ".join(core.available_devices) or "none"
-            raise ConfigError(
+            refused = ConfigError(
                 f"no device {device!r} here: {said}", hint=f"OpenVINO sees {devices}"
-            ) from None
-        raise ConfigError(
-            f"OpenVINO refuses these options for {device}: {said}", hint="correct ov_config"
-        ) from None
+            )
+        raise quoting(refused, str(error)) from None
     if cached:
         raise ConfigError(
             f"the Core or the options for {device} switch a model cache on", hint=_NO_CACHE

@@ -205,13 +205,14 @@ def test_every_device_that_exports(device, sealed, cache, answer):
     assert np.array_equal(answer(sealed, device, cache=cache), expected)
 
 
-@pytest.mark.parametrize("device", ["AUTO", "MULTI:CPU"])
+@pytest.mark.parametrize("device", ["AUTO", "MULTI:CPU", "BATCH:CPU"])
 def test_a_device_that_does_not_export_is_refused_before_work_starts(
     device, tmp_path, cache, answer
 ):
     with pytest.raises(ConfigError, match=f"not kept for {device}") as caught:
         answer(tmp_path / "not opened.sealed", device, cache=cache)
     assert "name the device itself" in caught.value.hint
+    assert caught.value.__notes__[0].startswith("OpenVINO said:\n")
 
 
 def test_a_cold_folder_that_cannot_be_written_harms_no_load(sealed, answer, caplog):

@@ -72,11 +72,13 @@ def test_a_device_that_is_not_there(device, nothing_opened, magika_sealed, site)
     with pytest.raises(ConfigError, match="no device") as caught:
         load(magika_sealed, device, keys=site)
     assert "CPU" in str(caught.value.hint)
+    assert caught.value.__notes__[0].startswith("OpenVINO said:\n")
 
 
 def test_an_option_that_the_device_does_not_know(magika_sealed, site):
-    with pytest.raises(KeymgmtError, match="NO_SUCH_OPTION"):
+    with pytest.raises(KeymgmtError, match="NO_SUCH_OPTION") as caught:
         load(magika_sealed, ov_config={"NO_SUCH_OPTION": 1}, keys=site)
+    assert "Exception from src" in caught.value.__notes__[0]
 
 
 def test_more_weights_than_memory(magika_sealed, site, monkeypatch):
