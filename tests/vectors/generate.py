@@ -31,9 +31,9 @@ from keymgmt._crypto.dek import Dek
 from keymgmt._crypto.signatures import PublicKey
 from keymgmt._system.strict_json import dump
 from keymgmt._trust.recipients import resolve_group
+from keymgmt._verbs.plain_files import PlainFile
 from keymgmt._verbs.seal import Content, write_sealed
 from keymgmt._verbs.sign import Signer
-from keymgmt._verbs.source import PlainFile
 from keymgmt.floe import FloeParameters
 from keymgmt.sealed import derive
 from keymgmt.sealed.digests import leaf_hash, tree_root

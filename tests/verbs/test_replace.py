@@ -175,7 +175,7 @@ def test_an_access_list_stays(site):
 
 def test_more_files_than_a_model_may_have(site, monkeypatch):
     """The bound is named; 50 000 small files would be the same with more patience."""
-    monkeypatch.setattr("keymgmt._verbs.source.MAX_FILES", 2)
+    monkeypatch.setattr("keymgmt._verbs.plain_files.MAX_FILES", 2)
     with pytest.raises(errors.ConfigError, match=r"has 3 files.* at most 2") as caught:
         site.seal()
     assert caught.value.hint
