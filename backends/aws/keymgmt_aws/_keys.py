@@ -169,7 +169,8 @@ class Keys:
         info = self.describe(kms, key)
         if ends := info.detail.get("deletion"):
             return ends
-        if there := info.detail.get("replicas"):
+        there = info.detail.get("replicas")
+        if there and info.detail["multi-Region"] == "primary":
             raise UnsupportedOperation(
                 f"the key {key!r} has replicas, after which AWS KMS would delete it: {there}",
                 hint="have AWS KMS delete the replicas first",

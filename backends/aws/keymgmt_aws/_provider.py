@@ -130,7 +130,7 @@ class AwsProvider(
 
     def check(self, key: str | None = None) -> Health:
         """See KeyProvider; who we are, then the key, what we may with it, and the context."""
-        return Health(tuple(_checks.findings(self, self._connection, self._keys, key)))
+        return Health(tuple(_checks.findings(self, self._connection, key)))
 
     def close(self) -> None:
         """See KeyProvider; it may be used again, and then logs in again."""

@@ -74,6 +74,7 @@ class Key:
     state: str = "Enabled"
     deletion: float | None = None
     replicas: list[str] = field(default_factory=list)
+    is_replica: bool = False
     created: float = field(default_factory=time.time)
 
     @property
@@ -322,8 +323,10 @@ class Simulated:
     def replicate(self, key: Key, other: Simulated) -> Key:
         """A replica in another region: the same id and material."""
         arn = key.arn.replace(self.region, other.region)
-        made = Key(arn, key.spec, key.usage, key.material, multi_region=True)
+        made = Key(arn, key.spec, key.usage, key.material, multi_region=True, is_replica=True)
         other.keys[made.id] = made
+        # Each of them knows all.
+        made.replicas = key.replicas
         key.replicas.append(other.region)
         return made
 
@@ -371,7 +374,7 @@ class Simulated:
         if key.multi_region:
             there = [{"Region": region} for region in key.replicas]
             data["MultiRegionConfiguration"] = {
-                "MultiRegionKeyType": "PRIMARY",
+                "MultiRegionKeyType": "REPLICA" if key.is_replica else "PRIMARY",
                 "ReplicaKeys": there,
             }
         if key.deletion:

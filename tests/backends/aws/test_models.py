@@ -161,6 +161,7 @@ def test_sealed_in_one_region_opened_in_another(kms: Any, make: Any, simulate: A
     with pytest.raises(UnsupportedOperation, match=r"replicas.*us-east-1"):
         here.delete_key("model")
     assert here.describe_key("model").detail["state"] == "Enabled"
+    assert other.describe_key("model").detail["multi-Region"] == "replica"
     other.delete_key("model")
 
 
