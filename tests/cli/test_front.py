@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -208,8 +209,14 @@ def test_ctrl_c_at_any_moment_leaves_no_traceback(site: Path) -> None:
         assert b"Traceback" not in said
 
 
+def everything() -> Any:
+    """Every command with the words that lead to it: of the core, and of what is installed here."""
+    yield from leaves(typer.main.get_command(keymgmt_cli.app))
+    for name, entries in _plugins.announced().items():
+        yield from leaves(typer.main.get_command(_plugins._load(entries)), (name,))
+
+
 def leaves(command: Any, words: tuple[str, ...] = ()) -> Any:
-    """Every command of the core with the words that lead to it."""
     if not hasattr(command, "commands"):
         yield words, command
         return
@@ -217,15 +224,16 @@ def leaves(command: Any, words: tuple[str, ...] = ()) -> Any:
         yield from leaves(below, (*words, name))
 
 
+@pytest.mark.once
 def test_every_help_page_has_an_example_that_can_be_typed(
     cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At 40 columns too: nothing of an option's name is cut off."""
     monkeypatch.setenv("COLUMNS", "40")
-    root: Any = typer.main.get_command(keymgmt_cli.app)
-    for words, command in leaves(root):
+    for words, command in everything():
         page = cli(*words, "--help").out
-        examples = [line.split() for line in page.splitlines() if line.startswith("      keymgmt ")]
+        lines = [line for line in page.splitlines() if line.startswith("      keymgmt ")]
+        examples = [shlex.split(line) for line in lines]
         assert examples, words
         for example in examples:
             assert tuple(example[1 : len(words) + 1]) == words

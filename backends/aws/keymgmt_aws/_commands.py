@@ -33,7 +33,11 @@ def policy(
         typer.Option(metavar="ARN", help="Print a key policy's statements for this role or user."),
     ] = None,
 ) -> None:
-    """Print the least policy for a machine: of IAM, or of the key where a principal is named."""
+    """Print the least policy for a machine: of IAM, or of the key where a principal is named.
+
+    Example:
+        keymgmt aws policy open cloud:resnet50
+    """
     name, _, key = reference.partition(":")
     provider = context.obj.provider(name, AwsProvider)
     typer.echo(policy_of(role, provider.settings, check_key(key), principal), nl=False)

@@ -37,7 +37,11 @@ def slots(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the slots of a module and the tokens in them. Needs no config and no PIN."""
+    """List the slots of a module and the tokens in them. Needs no config and no PIN.
+
+    Example:
+        keymgmt pkcs11 slots /usr/lib/softhsm/libsofthsm2.so
+    """
 
     def look() -> list[dict[str, Any]]:
         library = open_module(module.absolute(), init_args)
@@ -74,7 +78,11 @@ def _row(module: Module, slot: int) -> dict[str, Any]:
 
 @app.command()
 def keys(context: typer.Context, provider: Provider, as_json: Json = False) -> None:
-    """List every key object of a token, also those that have no name here, with attributes."""
+    """List every key object of a token, also those that have no name here, with attributes.
+
+    Example:
+        keymgmt pkcs11 keys hsm
+    """
     chosen: Pkcs11Provider = context.obj.provider(provider, Pkcs11Provider)
     found, odd = chosen.connection.run("reading the keys", all_keys)
     for each in odd:
@@ -97,7 +105,11 @@ def keys(context: typer.Context, provider: Provider, as_json: Json = False) -> N
 
 @app.command()
 def mechanisms(context: typer.Context, provider: Provider, as_json: Json = False) -> None:
-    """Try which kinds of key work on a token, with keys that live for this command only."""
+    """Try which kinds of key work on a token, with keys that live for this command only.
+
+    Example:
+        keymgmt pkcs11 mechanisms hsm
+    """
     chosen: Pkcs11Provider = context.obj.provider(provider, Pkcs11Provider)
     # Each with a time limit of its own: a slow token makes an RSA key in seconds.
     limit = max(chosen.settings.timeout, GENERATION_LIMIT)
@@ -125,7 +137,11 @@ def restrict(
         str | None, typer.Option(help="What it is for; by its attributes where left out.")
     ] = None,
 ) -> None:
-    """Switch every usage of a key off that it does not need, after another tool made it."""
+    """Switch every usage of a key off that it does not need, after another tool made it.
+
+    Example:
+        keymgmt pkcs11 restrict hsm:resnet50
+    """
     name, _, which = key.partition(":")
     info = context.obj.provider(name, Pkcs11Provider).restrict_key(which, kind)
     console().print(f"{key} is {info.kind} now: {info.detail['attributes']}")

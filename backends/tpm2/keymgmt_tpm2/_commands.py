@@ -67,6 +67,9 @@ def setup(
 
     The dictionary-attack protection is changed where that is asked for, and concerns every key of
     this TPM that has a PIN, whoever made it.
+
+    Example:
+        keymgmt tpm setup tpm --create
     """
     found = find_provider(context, provider)
     change = LockoutChange(tries, recovery, lockout_recovery, clear_lockout)
@@ -104,7 +107,11 @@ def pcrs(
     ),
     as_json: Json = False,
 ) -> None:
-    """Print PCR values; with --json as `policy sign --values` reads them."""
+    """Print PCR values; with --json as `policy sign --values` reads them.
+
+    Example:
+        keymgmt tpm pcrs tpm --pcr 0,2,7,11 --json
+    """
     try:
         bank, indices = parse_pcrs(pcr)
     except ValueError as error:
@@ -123,7 +130,11 @@ def flush(
     provider: Provider,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Free every loaded object and session of a bare TPM, whoever left or uses them."""
+    """Free every loaded object and session of a bare TPM, whoever left or uses them.
+
+    Example:
+        keymgmt tpm flush tpm
+    """
     found = find_provider(context, provider)
     if not yes:
         typer.confirm(
@@ -145,7 +156,11 @@ def create(
         ),
     ] = None,
 ) -> None:
-    """Define a counter; its first value is printed."""
+    """Define a counter; its first value is printed.
+
+    Example:
+        keymgmt tpm counter create tpm
+    """
     number = parse_index(index)
     console().print(create_counter(find_provider(context, provider), number, value=value))
 
@@ -157,7 +172,11 @@ def set_value(
     value: Annotated[int, typer.Argument(min=0, max=2**63 - 1, help="The new value.")],
     index: Index = f"{DEFAULT_INDEX:#010x}",
 ) -> None:
-    """Set an ordinary index: approvals for a lower value open nothing while it has this one."""
+    """Set an ordinary index: approvals for a lower value open nothing while it has this one.
+
+    Example:
+        keymgmt tpm counter set tpm 8 --index 0x01800101
+    """
     number = parse_index(index)
     console().print(set_counter(find_provider(context, provider), number, value))
 
@@ -166,7 +185,11 @@ def set_value(
 def show(
     context: typer.Context, provider: Provider, index: Index = f"{DEFAULT_INDEX:#010x}"
 ) -> None:
-    """Print a counter's value, to sign an approval for it."""
+    """Print a counter's value, to sign an approval for it.
+
+    Example:
+        keymgmt tpm counter show tpm
+    """
     number = parse_index(index)
     console().print(read_counter(find_provider(context, provider), number))
 
@@ -175,6 +198,10 @@ def show(
 def bump(
     context: typer.Context, provider: Provider, index: Index = f"{DEFAULT_INDEX:#010x}"
 ) -> None:
-    """Count up: approvals for a lower value open nothing any more."""
+    """Count up: approvals for a lower value open nothing any more.
+
+    Example:
+        keymgmt tpm counter bump tpm
+    """
     number = parse_index(index)
     console().print(bump_counter(find_provider(context, provider), number))

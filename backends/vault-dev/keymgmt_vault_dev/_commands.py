@@ -28,6 +28,9 @@ def dev(
     """Run an OpenBao in memory until Ctrl-C; print the config table to paste.
 
     Nothing of it outlives it: what is sealed with its keys is lost with it.
+
+    Example:
+        keymgmt vault dev --name site --key resnet50
     """
     with contextlib.ExitStack() as stack:
         if directory is None:

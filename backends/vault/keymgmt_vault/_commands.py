@@ -35,7 +35,11 @@ def policy(
         str, typer.Argument(metavar="PROVIDER:KEY", help="With which key.", show_default=False)
     ],
 ) -> None:
-    """Print the least policy for a machine, to pipe into `bao policy write NAME -`."""
+    """Print the least policy for a machine, to pipe into `bao policy write NAME -`.
+
+    Example:
+        keymgmt vault policy open site:resnet50
+    """
     name, _, key = reference.partition(":")
     provider = context.obj.provider(name, VaultProvider)
     native = provider.settings.native(check_key(key))

@@ -49,6 +49,9 @@ def demo() -> None:
 
     Everything happens in a new folder below the temporary directory, which is removed at the end.
     No server, no network and no config of yours is used.
+
+    Example:
+        keymgmt demo
     """
     started = time.perf_counter()
     # What is refused below is on the screen; its audit events would only repeat it.

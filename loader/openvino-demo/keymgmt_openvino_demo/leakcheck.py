@@ -78,6 +78,10 @@ def leakcheck(
     Searched are the files that the program wrote or holds open and those that changed in its
     temporary and cache folders; looked at are core dumps and swap. Exits with 1 if something of
     the model was found, or something could not be looked at.
+
+    Examples:
+        keymgmt leakcheck
+        keymgmt leakcheck -- python serve.py {sealed}
     """
     out = console()
     with tempfile.TemporaryDirectory(prefix="keymgmt-leakcheck-") as folder:

@@ -70,6 +70,10 @@ def run(
 
     An OpenVINO GenAI folder gets a prompt and streams its answer; any other model infers with
     .npy, .npz or random inputs.
+
+    Examples:
+        keymgmt run resnet50.sealed --input image.npy
+        keymgmt run llama.sealed --prompt "Once upon a time"
     """
     # What is said here is not verified yet; it only chooses between two loaders, which verify.
     if file is None and keymgmt.inspect(path).manifest.kind == "openvino-genai":

@@ -78,7 +78,11 @@ def request(
     ek_certificate: EkCertificate = None,
     as_json: Json = False,
 ) -> None:
-    """On the device: state who its TPM is and what the key is."""
+    """On the device: state who its TPM is and what the key is.
+
+    Example:
+        keymgmt tpm enroll request tpm:dev -o request
+    """
     from keymgmt_tpm2.enroll._device import make_request
 
     provider, name = find_key(context, key)
@@ -110,6 +114,9 @@ def challenge(
     """Where devices are vouched for: check the request and make a challenge for that TPM alone.
 
     In a folder, NAME.challenge and NAME.state are written beside each NAME.request.
+
+    Example:
+        keymgmt tpm enroll challenge devices --ca maker.pem
     """
     makers = _makers(ca, intermediate, allow_sha1=allow_sha1)
     if file.is_dir():
@@ -138,7 +145,11 @@ def respond(
     ek_certificate: EkCertificate = None,
     as_json: Json = False,
 ) -> None:
-    """On the device: let the TPM answer the challenge."""
+    """On the device: let the TPM answer the challenge.
+
+    Example:
+        keymgmt tpm enroll respond tpm:dev challenge -o response
+    """
     from keymgmt_tpm2.enroll._device import respond as answer
 
     provider, name = find_key(context, key)
@@ -208,6 +219,9 @@ def accept(
 
     In a folder, NAME.recipient is written for each NAME.response, by the NAME.state beside it. One
     that is refused is named and does not stop the others, and a run that was interrupted goes on.
+
+    Example:
+        keymgmt tpm enroll accept devices --ca maker.pem --key dev --sign local:enrolment
     """
     wanted = _policy(pcr, pcr_values, event_log, approver, ref, any_policy=any_policy)
     devices = _devices(ek, inventory, any_device=any_device)

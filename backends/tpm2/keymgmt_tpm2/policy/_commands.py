@@ -52,7 +52,11 @@ def approver(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Make an approver's key in a file. A key of an HSM or TPM does as well, and is better."""
+    """Make an approver's key in a file. A key of an HSM or TPM does as well, and is better.
+
+    Example:
+        keymgmt tpm policy approver approver.key
+    """
     key = ec.generate_private_key(ec.SECP256R1())
     encryption: BestAvailableEncryption | NoEncryption = NoEncryption()
     if passphrase:
@@ -103,7 +107,11 @@ def sign(
     ref: Annotated[str, typer.Option(help="The ref that the keys were made with.")] = "",
     as_json: Json = False,
 ) -> None:
-    """Approve a boot state, offline: the next one, before the update."""
+    """Approve a boot state, offline: the next one, before the update.
+
+    Example:
+        keymgmt tpm policy sign --key approver.key --pcr 0,2,7 --values now.json now.approval
+    """
     state = stated_values(pcr, values, event_log)
     limit = _counter(counter, ordinary=fleet) if counter else None
     public, sign_message = _signer(context, key)
@@ -133,7 +141,11 @@ def install(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Approval files.")],
     as_json: Json = False,
 ) -> None:
-    """Put approvals on this device; the TPM checks them when a key is used."""
+    """Put approvals on this device; the TPM checks them when a key is used.
+
+    Example:
+        keymgmt tpm policy install tpm now.approval
+    """
     found = find_provider(context, provider)
     approvals = [read_json_file(file, "approval", Approval.read) for file in files]
     for approval in approvals:
@@ -159,6 +171,9 @@ def remove(
     """Take approvals off this device. One that is installed again, from anywhere, holds again.
 
     What outdates an approval for good is a counter.
+
+    Example:
+        keymgmt tpm policy remove tpm now.approval
     """
     directory = find_provider(context, provider).key_directory
     here = {path.stem: path for path in approval_files(directory)}
@@ -185,7 +200,11 @@ def remove(
 
 @app.command("list")
 def list_approvals(context: typer.Context, provider: Provider, as_json: Json = False) -> None:
-    """Show the installed approvals and which of them fit the present PCRs."""
+    """Show the installed approvals and which of them fit the present PCRs.
+
+    Example:
+        keymgmt tpm policy list tpm
+    """
     found = find_provider(context, provider)
     rows = []
     for approval in _approval.installed(found.key_directory):
