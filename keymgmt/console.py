@@ -10,12 +10,12 @@ import functools
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from keymgmt.errors import printable
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table
 
 __all__ = ["clean", "console", "print_json", "print_line", "table"]
@@ -63,13 +63,44 @@ def print_line(value: object) -> None:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    """A plain table whose cells are cleaned."""
-    from rich.table import Table
+    """A plain table whose cells are cleaned; where it is too wide, each row as lines of its own."""
+    from rich.cells import cell_len
     from rich.text import Text
 
-    made = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        made.add_column(column, overflow="fold")
-    for row in rows:
-        made.add_row(*(Text(clean(cell)) for cell in row))
-    return made
+    texts = [[clean(cell) for cell in row] for row in rows]
+    widths = [max(map(cell_len, cells)) for cells in zip(columns, *texts, strict=True)]
+    # This one alone is wrapped, and no word of it is broken.
+    widest = widths.index(max(widths))
+    words = [word for row in (columns, *texts) for word in row[widest].split()]
+    widths[widest] = max(map(cell_len, words), default=0)
+    made: Any = _table_kind()(box=None, pad_edge=False, header_style="bold")
+    made.needs = sum(widths) + 2 * (len(widths) - 1)
+    for number, column in enumerate(columns):
+        made.add_column(column, overflow="fold", no_wrap=number != widest)
+    for row in texts:
+        made.add_row(*map(Text, row))
+    return cast("Table", made)
+
+
+@functools.cache
+def _table_kind() -> Any:
+    from rich.table import Table
+
+    class _Table(Table):
+        needs = 0
+
+        def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+            if self.needs <= options.max_width:
+                yield from super().__rich_console__(console, options)
+                return
+            for number, cells in enumerate(zip(*(c.cells for c in self.columns), strict=True)):
+                record = Table.grid(padding=(0, 2, 0, 0))
+                record.add_column(style="bold", no_wrap=True)
+                record.add_column(overflow="fold")
+                for column, cell in zip(self.columns, cells, strict=True):
+                    record.add_row(column.header, cell)
+                if number:
+                    yield ""
+                yield record
+
+    return _Table

@@ -68,7 +68,7 @@ def print_error(error: KeymgmtError, *, as_json: bool = False) -> None:
                 attempt.recipient,
                 attempt.provider or "-",
                 type(attempt.error).__name__,
-                "\n".join(filter(None, [str(attempt.error), attempt.error.hint])),
+                "; ".join(filter(None, [str(attempt.error), attempt.error.hint])),
             )
             for attempt in attempts[:_MANY]
         ]
