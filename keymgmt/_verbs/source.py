@@ -31,6 +31,7 @@ _GENAI: Final = ("openvino_model.xml", "openvino_language_model.xml")
 _TOKENIZER: Final = "openvino_tokenizer.xml"
 _PIPELINE: Final = {_TOKENIZER, "model_index.json"}  # of GenAI folders, which it opens by path
 _SAVED_MODEL: Final = "saved_model.pb"  # is of a folder
+_OF_OTHERS: Final = (".safetensors", "tokenizer.json")  # of keymgmt_safetensors, keymgmt_tokenizers
 _KINDS: Final = {".xml": "openvino-ir", ".onnx": "onnx"}
 
 
@@ -196,9 +197,14 @@ def _look_through(path: str, file: PlainFile, files: dict[str, PlainFile]) -> No
 
 
 def why_not_loaded(kind: str, main: str | None, paths: Collection[str]) -> str | None:
-    """Why ``keymgmt_openvino.load`` refuses a model whatever is in its files, and the way out."""
+    """Why ``keymgmt_openvino.load`` refuses a model whatever is in its files, and the way out.
+
+    None also where it has what another loader of ours reads.
+    """
     graphs = [path for path in paths if path.lower().endswith(GRAPHS)]
     if main is not None or kind != "files" or len(graphs) == 1 or _PIPELINE & set(paths):
+        return None
+    if not graphs and any(path.lower().endswith(_OF_OTHERS) for path in paths):
         return None
     if graphs:
         return f"it has {len(graphs)} graphs: load(..., file={graphs[0]!r}) says which"

@@ -408,13 +408,13 @@ def test_a_sealed_folder_is_not_sealed_again(cli: Cli, sealed: Path) -> None:
 
 
 def test_what_the_loader_will_refuse_is_said_when_it_is_sealed(site: Any, cli: Any) -> None:
-    for name in ("model.safetensors", "a.xml", "b.tflite"):
+    for name in ("pytorch_model.bin", "a.xml", "b.tflite"):
         Path("other").mkdir(exist_ok=True)
         (Path("other") / name).write_bytes(b"x")
         ran = cli("seal", "other", f"{name}.sealed", "--json")
         assert ran.code == 0
         said = {
-            "model.safetensors": "OpenVINO reads none of its files by its name",
+            "pytorch_model.bin": "OpenVINO reads none of its files by its name",
             "a.xml": "",
             "b.tflite": "it has 2 graphs: load(..., file='a.xml') says which",
         }[name]

@@ -127,7 +127,9 @@ def test_what_is_no_model_alone(name, tmp_path):
         ("files", None, ["model/M.TFLITE", "readme.md"], None),
         ("files", None, ["openvino_tokenizer.xml", "openvino_encoder_model.xml"], None),
         ("files", None, ["a.xml", "b.onnx"], "it has 2 graphs: load(..., file='a.xml')"),
-        ("files", None, ["model.safetensors", "config.json"], "OpenVINO reads none of its files"),
+        ("files", None, ["pytorch_model.bin", "config.json"], "OpenVINO reads none of its files"),
+        ("files", None, ["model.safetensors", "config.json"], None),
+        ("files", None, ["tokenizer.json"], None),
     ],
 )
 def test_why_a_model_will_not_be_loaded(kind, main, paths, said):
