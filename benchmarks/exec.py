@@ -9,10 +9,10 @@ memory*: ``keymgmt_onnxruntime.load``. *JWE*: what a first format of KServe's st
 before the program: ``jwcrypto`` decrypts each file, one JWE (A256GCM) of all of it, to a folder on
 the disk. All is counted: the start of Python, imports, config, signature and digests.
 
-The peak is the largest RSS of any one process of the way, which counts what it has mapped; *in
-files* is what the system's memory files (tmpfs, memfd) grew by until it was ready, mapped or not.
-The ONNX model has its tensors in another file, which ``mount`` does not serve. The page cache is
-warm.
+*cpu* is that of all its processes, until they have ended. The peak is the largest RSS of any one
+process of the way, which counts what it has mapped; *in files* is what the system's memory files
+(tmpfs, memfd) grew by until it was ready, mapped or not. The ONNX model has its tensors in another
+file, which ``mount`` does not serve. The page cache is warm.
 
 It needs the loader for ONNX Runtime, the demo, ik-llama-cpp-python, gguf, onnx and jwcrypto, and to
 be root.
@@ -84,10 +84,11 @@ def run(kind: str, way: str, home: Path) -> Run:
     plain, sealed, jwe = (home / f"{kind}{end}" for end in ("", ".sealed", ".jwe"))
     python = [sys.executable, "-c"]
     with tempfile.TemporaryDirectory(dir=home) as volume:
-        before, begin, peak = shmem(), time.perf_counter(), 0
+        before, begin = shmem(), time.perf_counter()
+        peak = spent = 0.0
         if way == "JWE":
             source, plain = jwe, Path(volume) / "plain"
-            peak, _ = wait(subprocess.Popen([*python, DECRYPT, source, plain]))
+            peak, spent, _ = wait(subprocess.Popen([*python, DECRYPT, source, plain]))
         if way in ("plaintext", "JWE"):
             line = [*python, program(kind), plain]
         elif way == "exec":
@@ -101,17 +102,22 @@ def run(kind: str, way: str, home: Path) -> Run:
         said = process.stdout.readline()
         seconds, files = time.perf_counter() - begin, shmem() - before
         process.stdin.close()
-        largest, code = wait(process)
+        largest, cpu, code = wait(process)
         if said != b"ready\n" or code:
             raise SystemExit(f"{kind} {way}: exit code {code}")
-    return {"seconds": seconds, "peak_mib": max(peak, largest), "files_mib": max(0, files)}
+    return {
+        "seconds": seconds,
+        "cpu": spent + cpu,
+        "peak_mib": max(peak, largest),
+        "files_mib": max(0, files),
+    }
 
 
-def wait(process: subprocess.Popen[bytes]) -> tuple[float, int]:
-    """The largest RSS of a process and of those that it waited for, in MiB, and its exit code."""
+def wait(process: subprocess.Popen[bytes]) -> tuple[float, float, int]:
+    """Of a process and those that it waited for: largest RSS in MiB, CPU seconds; its exit code."""
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    return used.ru_maxrss / 1024, process.returncode
+    return used.ru_maxrss / 1024, used.ru_utime + used.ru_stime, process.returncode
 
 
 def shmem() -> float:
@@ -207,13 +213,19 @@ def main() -> None:
                         kind,
                         way,
                         f"{median(of):.2f} s",
+                        f"{median(of, 'cpu'):.2f} s",
                         f"{more:+.2f} s" if of is not plain else "",
-                        f"{1 / speedup(of, plain):.2f}" if of is not plain else "",
+                        f"{1 / speedup(of, plain):.2f}, {1 / speedup(of, plain, 'cpu'):.2f}",
                         f"{median(of, 'peak_mib'):.0f} MiB",
                         f"{median(of, 'files_mib'):.0f} MiB",
                     ]
                 )
-    print(table(["model", "way", "ready", "over plaintext", "ratio", "peak", "in files"], rows))
+    print(
+        table(
+            ["model", "way", "ready", "cpu", "over plaintext", "ratio, by cpu", "peak", "in files"],
+            rows,
+        )
+    )
     finish(options.json, machine("keymgmt", "cryptography") | {"mib": options.mib}, results)
 
 
