@@ -147,7 +147,7 @@ def test_tensors_that_are_not_of_the_model(seal, site, location):
         ours.load(sealed, keys=site.config())
 
 
-def test_what_would_write_the_model_to_a_disk(seal, site):
+def test_what_would_write_the_model_to_a_disk(seal, site, monkeypatch):
     sealed = seal(inside)
     graph, context = onnxruntime.SessionOptions(), onnxruntime.SessionOptions()
     graph.optimized_model_filepath = str(site.root / "o.onnx")
@@ -162,6 +162,9 @@ def test_what_would_write_the_model_to_a_disk(seal, site):
         with pytest.raises(ConfigError, match=said):
             ours.load(sealed, *arguments, keys=site.config())
     assert not (site.root / "o.onnx").exists()
+    monkeypatch.setenv("ORT_TENSORRT_ENGINE_CACHE_ENABLE", "1")
+    with pytest.raises(ConfigError, match="ORT_TENSORRT_ENGINE_CACHE_ENABLE"):
+        ours.load(sealed, keys=site.config())
 
 
 def test_what_is_no_model(seal, site):

@@ -33,7 +33,7 @@ __all__ = ["load"]
 _COPIES: Final = 3
 _BY_PATH: Final = "open it by path: keymgmt.private_folder, keymgmt exec (docs/exec.md)"
 # What writes compiled or optimised graphs, with their weights, has such words in its name.
-_WRITES: Final = ("cache", "dump", "ep_context")
+_WRITES: Final = ("cache", "dump", "ep_context", "save")
 
 Provider = str | tuple[str, Mapping[str, Any]]
 
@@ -63,7 +63,7 @@ def load(
         file: the .onnx, where the model has several.
 
     Raises:
-        ConfigError: an option that writes plaintext to a disk.
+        ConfigError: an option or a variable that has plaintext written to a disk.
         FormatError: there is no such file, or it keeps tensors outside of the model.
         SealedModelError, CannotUnlock, ConfigError: as ``keymgmt.open``.
         KeymgmtError: too little memory, or ONNX Runtime refused the model.
@@ -145,12 +145,18 @@ def _check_options(
     with contextlib.suppress(Exception):  # not set
         if options.get_session_config_entry("ep.context_enable") == "1":
             wrong.append("ep.context_enable")
+    # Providers have variables for their options, ORT_TENSORRT_ENGINE_CACHE_ENABLE say.
+    wrong += [name for name in os.environ if name.startswith("ORT_") and _writes(name)]
     given = [each[1] for each in providers if not isinstance(each, str)]
     for each in (*given, *provider_options):
-        wrong += [name for name in each if any(word in name.lower() for word in _WRITES)]
+        wrong += filter(_writes, each)
     if wrong:
         raise ConfigError(
-            f"the option {wrong[0]} has the model written to a disk, in plaintext",
-            hint="leave it out; it is said of every option with cache, dump or ep_context in its "
-            "name, whatever its value",
+            f"{wrong[0]} has the model written to a disk, in plaintext",
+            hint="leave it out; it is said of every option and variable (ORT_...) with "
+            f"{', '.join(_WRITES)} in its name, whatever its value",
         )
+
+
+def _writes(name: str) -> bool:
+    return any(word in name.lower() for word in _WRITES)
