@@ -203,7 +203,8 @@ def main() -> None:
             cases = {
                 way: [sys.executable, __file__, "--case", kind, way, folder] for way in ways(kind)
             }
-            runs = interleave(cases, options.rounds, {"KEYMGMT_CONFIG": str(config)})
+            env = {"KEYMGMT_CONFIG": str(config), "ORT_DISABLE_TELEMETRY": "1"}
+            runs = interleave(cases, options.rounds, env)
             results[kind] = runs
             plain = runs["plaintext"]
             for way, of in runs.items():

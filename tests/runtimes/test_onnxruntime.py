@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -199,3 +202,29 @@ def test_a_damaged_one_hands_out_nothing(seal, site):
     payload.write_bytes(content)
     with pytest.raises(IntegrityError):
         ours.load(sealed, keys=site.config())
+
+
+@pytest.mark.parametrize("first", ["keymgmt_onnxruntime", "onnxruntime"])
+def test_it_sends_no_telemetry(seal, site, tmp_path, first):
+    sealed = seal(inside)
+    (site.root / "keymgmt.toml").write_text(
+        f'[providers.local]\nbackend = "file"\npath = "{site.root}/keys"\n'
+        '[policy]\npublishers = { "pub.pem" = ["*"] }\n'
+    )
+    (site.root / "keymgmt.toml").chmod(0o600)
+    program = f"""
+import sys, {first}
+if "keymgmt" in {first!r}:
+    session = keymgmt_onnxruntime.load(sys.argv[1], keys=sys.argv[2])
+"""
+    home = tmp_path / "home"
+    home.mkdir()
+    off = {"CI", "ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME"}
+    environment = {name: value for name, value in os.environ.items() if name not in off}
+    line = [sys.executable, "-B", "-c", program, sealed, site.root / "keymgmt.toml"]
+    subprocess.run(line, check=True, env=environment | {"HOME": str(home)}, timeout=120)
+    written = [path for path in home.rglob("*") if path.is_file()]
+    if first == "keymgmt_onnxruntime":
+        assert not written
+    elif tuple(map(int, onnxruntime.__version__.split(".")[:2])) >= (1, 32):
+        assert written  # the control: it would have been seen

@@ -68,6 +68,7 @@ def load(
         SealedModelError, CannotUnlock, ConfigError: as ``keymgmt.open``.
         KeymgmtError: too little memory, or ONNX Runtime refused the model.
     """
+    onnxruntime.disable_telemetry_events()
     options = onnxruntime.SessionOptions() if sess_options is None else sess_options
     _check_options(options, providers or (), provider_options or ())
     with keymgmt.open(path, name=name, keys=keys) as sealed, contextlib.ExitStack() as stack:
