@@ -145,6 +145,17 @@ def test_the_last_reason_is_told(faulty: Any, faults: Any) -> None:
         faulty.provider(timeout=1.0).list_keys()
 
 
+def test_doctor_does_not_send_people_to_doctor(faulty: Any, faults: Any, key: str) -> None:
+    faults.answer("C_OpenSession", GENERAL_ERROR)
+    provider = faulty.provider(timeout=0.5)
+    with pytest.raises(ProviderUnavailable) as caught:
+        provider.list_keys()
+    assert "keymgmt doctor" in str(caught.value.hint)
+    health = provider.check()
+    assert not health.ok
+    assert not [each for each in health.findings if "keymgmt doctor" in str(each.hint)]
+
+
 def test_no_token_and_why(faulty: Any, tmp_path: Path) -> None:
     """A module whose own configuration shows none, and a slot that is not initialised."""
     empty = tmp_path / "empty"

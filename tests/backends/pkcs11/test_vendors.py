@@ -139,6 +139,17 @@ def test_doctor_fails_for_a_token_that_does_nothing(faulty: Any, faults: Any) ->
     assert found["mechanisms"].status == "failed"
 
 
+def test_a_module_that_never_ends_its_answers(faulty: Any, faults: Any) -> None:
+    def look(session: Any) -> list[int]:
+        ck, slot = session.ck, session.token.slot
+        return [len(ck.find(session.handle, {})), len(ck.slots()), len(ck.mechanisms(slot))]
+
+    provider = faulty.provider()
+    assert max(provider.connection.run("looking", look)) < 200
+    faults.personality("endless")
+    assert provider.connection.run("looking", look) == [65536, 4096, 4096]
+
+
 def test_attributes_are_read_in_one_call(faulty: Any, faults: Any) -> None:
     provider = faulty.provider()
     provider.create_key("batch", "aes256", {})
