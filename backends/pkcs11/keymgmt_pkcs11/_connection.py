@@ -186,7 +186,8 @@ class Connection(ForkSafe):
             KeymgmtError: whatever went wrong, translated.
         """
         limit = limit or self.settings.timeout
-        if "token" not in self._cache and self._asks_a_person():
+        if self._asks_a_person():
+            # In any call: after a loss, and for each use of a key that wants it.
             limit = max(limit, PERSON_LIMIT)
         deadline = Deadline(limit, f"{doing}: the module")
         while True:

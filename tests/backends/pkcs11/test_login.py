@@ -173,6 +173,13 @@ def test_a_key_that_wants_the_pin_for_every_use(faulty: Any, faults: Any) -> Non
     assert provider.sign("each-time", b"one").signature
     assert provider.sign("each-time", b"two").signature
     assert faults.calls("C_Login") == before + 2
+    # At a pad: each time somebody has the time that a person needs.
+    provider.close()
+    faults.pad(faulty.pin)
+    slow = faulty.provider(login="protected", pin=None, timeout=0.3)
+    assert slow.list_keys()
+    assert slow.sign("each-time", b"three").signature
+    assert slow.sign("each-time", b"four").signature
 
 
 def test_a_person_has_time(faulty: Any, faults: Any, key: str) -> None:
