@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final, TypeAlias, TypeVar, cast
 
 from keymgmt._system.fork import ForkSafe
@@ -51,6 +52,15 @@ class Deadline:
         """ProviderUnavailable if the time is over."""
         if not self.remaining:
             raise _over(self.what, self.seconds)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time that is spent inside does not count: a person may be asked for a secret."""
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self._end += time.monotonic() - begin
 
     def run(self, call: Callable[[], R]) -> R:
         """``within`` the seconds that are left."""

@@ -34,6 +34,7 @@ from keymgmt_vault._settings import (
 )
 
 if TYPE_CHECKING:
+    from keymgmt.backend import SecretSource
     from keymgmt_vault._connection import Connection
     from keymgmt_vault._settings import VaultSettings
 
@@ -187,7 +188,7 @@ class Login:
         """
         auth = self._settings.auth
         if isinstance(auth, TokenAuth):
-            lease = Lease(auth.token.read_text())
+            lease = Lease(self._read(auth.token))
             if auth.renew:
                 lease.renew_at = time.monotonic() + _FIRST_LOOK
             return lease
@@ -212,6 +213,11 @@ class Login:
         if self._unwrapped:
             wipe(self._unwrapped[1])
             self._unwrapped = None
+
+    def _read(self, source: SecretSource) -> str:
+        """A secret; how long a person takes to type it is not the server's fault."""
+        with self._connection.deadline.paused():
+            return source.read_text()
 
     def _wait_for_sink(self, auth: AgentAuth) -> str:
         assert auth.sink is not None  # noqa: S101 - needs_token says so
@@ -257,7 +263,7 @@ class Login:
                 refused.again(reason)
             raise AccessDenied(
                 f"the login by {auth.method} was refused: {reason}",
-                hint=self._login_hint(auth, refusal),
+                hint=self._login_hint(auth, refusal, credentials[-1] or ""),
             ) from refusal
         if refused.times:
             refused.forget()
@@ -269,10 +275,9 @@ class Login:
             )
         return answer
 
-    def _login_hint(self, auth: _MachineAuth, no: Refusal) -> str:
+    def _login_hint(self, auth: _MachineAuth, no: Refusal, sent: str) -> str:
         hint = LOGIN_HINTS[auth.method]
-        source = auth.secret_id if isinstance(auth, AppRoleAuth) else None
-        if source and not source.wrapped and source.read_text().startswith(("hvs.", "s.", "hvb.")):
+        if isinstance(auth, AppRoleAuth) and sent.startswith(("hvs.", "s.", "hvb.")):
             hint = "secret_id is a token: if it wraps one, write { wrapped = { file = ... } }"
         if no.status == 403:
             hint += (
@@ -283,19 +288,21 @@ class Login:
 
     def _credentials(self, auth: _MachineAuth) -> tuple[str | None, ...]:
         if isinstance(auth, AppRoleAuth):
-            return auth.role_id.read_text(), self._secret_id(auth)
+            return self._read(auth.role_id), self._secret_id(auth)
         if isinstance(auth, JwtAuth):
             file = auth.jwt.file
-            return auth.role, read_projected(file, "JWT") if file else auth.jwt.read_text()
+            return auth.role, read_projected(file, "JWT") if file else self._read(auth.jwt)
         if isinstance(auth, KubernetesAuth):
             return auth.role, read_projected(auth.token_file, "service account token")
         return (auth.role,)
 
     def _secret_id(self, auth: AppRoleAuth) -> str | None:
         source = auth.secret_id
-        if source is None or source.wrapped is None:
-            return source.read_text() if source else None
-        token = source.wrapped.read_text()
+        if source is None:
+            return None
+        token = self._read(source.wrapped or source)
+        if source.wrapped is None:
+            return token
         if self._unwrapped is None or self._unwrapped[0] != token:
             # The token serves once, so what it held is kept for the next login.
             try:

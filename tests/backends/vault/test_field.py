@@ -655,6 +655,31 @@ def test_a_replaced_token_is_taken(
     assert opens(provider, wrapped)
 
 
+@pytest.mark.parametrize("method", ["token", "approle"])
+def test_a_person_who_types_a_secret_has_time(
+    make: Any,
+    bao: Any,
+    wrapped: WrappedKey,
+    secret_file: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+) -> None:
+    """The time limit is for the server, and not for who looks the secret up and types it."""
+    role_id, secret_id = bao.approle(UNWRAP, "typed")
+    prompt = {"prompt": "Vault"}
+    auth: dict[str, Any] = {"method": "token", "token": prompt}
+    if method == "approle":
+        auth = {"method": "approle", "role_id": secret_file(role_id), "secret_id": prompt}
+
+    def type_it(_: str) -> str:
+        time.sleep(1.5)
+        return str(secret_id if method == "approle" else bao.root)
+
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("getpass.getpass", type_it)
+    assert opens(make(bao, auth=auth, timeout=1.0), wrapped)
+
+
 # Many recipients.
 
 
