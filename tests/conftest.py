@@ -310,7 +310,7 @@ def verbs_that_ask() -> Callable[[str], list[tuple[str, ...]]]:
 
 @pytest.fixture(scope="session")
 def check_schema() -> Callable[[Any], str]:
-    """Check a JSON document against the schema that its ``format`` names; returns that name."""
+    """Check a JSON document, by a schema of an installed package; returns its ``format``."""
     jsonschema = pytest.importorskip("jsonschema")
 
     def check(document: Any) -> str:
@@ -320,6 +320,39 @@ def check_schema() -> Callable[[Any], str]:
         jsonschema.Draft202012Validator.check_schema(schema)
         jsonschema.validate(document, schema)
         return str(document["format"])
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def check_output(check_schema: Callable[[Any], str]) -> Callable[[str], set[str]]:
+    """Check all that a command printed with ``--json``: one document, or one on each line."""
+
+    def check(out: str) -> set[str]:
+        documents = [out] if out.startswith("{\n") else out.splitlines()
+        return {check_schema(json.loads(document)) for document in documents}
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def check_formats() -> Callable[[str], None]:
+    """See that a package has a schema for each format that its commands print, and no other."""
+
+    def check(package: str) -> None:
+        spec = importlib.util.find_spec(package)
+        assert spec is not None
+        assert spec.origin is not None
+        root = Path(spec.origin).parent
+        sources = [file.read_text("utf-8") for file in root.rglob("*.py")]
+        printed = {
+            name.replace("/", "-") + ".json"
+            for text in sources
+            if re.search("import .*print_(json|line)", text)
+            for name in re.findall(r'"(keymgmt-[a-z0-9-]+/\d+)"', text)
+        }
+        assert printed
+        assert printed == {path.name for path in (root / "schemas").iterdir()}
 
     return check
 

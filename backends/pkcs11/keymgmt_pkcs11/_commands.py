@@ -55,7 +55,7 @@ def slots(
             console(stderr=True).print(why)
         return found
 
-    _show("slots", within(_LIMIT, f"the module {module}", look), as_json)
+    _show("keymgmt-pkcs11-slots/1", within(_LIMIT, f"the module {module}", look), as_json)
 
 
 def _row(module: Module, slot: int) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def keys(context: typer.Context, provider: Provider, as_json: Json = False) -> N
     for each in odd:
         console(stderr=True).print(f"skipped: {each}")
     _show(
-        "keys",
+        "keymgmt-pkcs11-keys/1",
         [
             {
                 "key": chosen.settings.name_of(item.label, item.id) or "-",
@@ -124,7 +124,7 @@ def mechanisms(context: typer.Context, provider: Provider, as_json: Json = False
         except KeymgmtError as error:
             works, tried = False, str(error)
         rows.append({"kind": kind.name, "works": "yes" if works else "no", "tried": tried})
-    _show("mechanisms", rows, as_json)
+    _show("keymgmt-pkcs11-mechanisms/1", rows, as_json)
 
 
 @app.command()
@@ -147,9 +147,10 @@ def restrict(
     console().print(f"{key} is {info.kind} now: {info.detail['attributes']}")
 
 
-def _show(what: str, rows: Sequence[dict[str, Any]], as_json: bool) -> None:
+def _show(form: str, rows: Sequence[dict[str, Any]], as_json: bool) -> None:
     if as_json:
-        print_json({"format": f"keymgmt-pkcs11-{what}/1", what: list(rows)})
+        what = form.removeprefix("keymgmt-pkcs11-").removesuffix("/1")
+        print_json({"format": form, what: list(rows)})
     else:
         columns = list(rows[0]) if rows else ["nothing found"]
         console().print(table(columns, [list(row.values()) for row in rows]))

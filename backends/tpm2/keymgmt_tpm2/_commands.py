@@ -78,6 +78,7 @@ def setup(
         lockout = key.lockout.to_json()
         print_json(
             {
+                "format": "keymgmt-tpm-setup/1",
                 "srk": key.handle,
                 "srk_name": key.name,
                 "algorithm": key.algorithm,
@@ -118,7 +119,7 @@ def pcrs(
         raise ConfigError(f"--pcr: {error}") from error
     state = find_provider(context, provider).pcrs(bank, indices)
     if as_json:
-        print_json(state.to_json())
+        print_json({"format": "keymgmt-tpm-pcrs/1", **state.to_json()})
         return
     for index in state.indices:
         console().print(f"{bank}:{index:<2} {state.values[index].hex()}")

@@ -360,8 +360,13 @@ def test_settings_refuse_what_is_ambiguous_or_unsafe(tmp_path: Path) -> None:
 
 
 def test_the_commands(
-    softhsm_token: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    softhsm_token: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    check_schema: Any,
+    check_formats: Any,
 ) -> None:
+    check_formats("keymgmt_pkcs11")
     from typer.testing import CliRunner
 
     from keymgmt.cli import app
@@ -378,7 +383,11 @@ def test_the_commands(
     def run(*arguments: str) -> Any:
         done = runner.invoke(app, ["-c", str(config), "pkcs11", *arguments])
         assert done.exit_code == 0, done.output
-        return json.loads(done.stdout)[arguments[0]] if "--json" in arguments else done.stdout
+        if "--json" not in arguments:
+            return done.stdout
+        document = json.loads(done.stdout)
+        assert check_schema(document) == f"keymgmt-pkcs11-{arguments[0]}/1"
+        return document[arguments[0]]
 
     assert softhsm_token.label in {
         row["token"] for row in run("slots", str(softhsm_token.module), "--json")

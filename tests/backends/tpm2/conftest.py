@@ -220,7 +220,7 @@ def roots(manufactured):
 
 
 @pytest.fixture
-def commands(genuine, tmp_path, monkeypatch, capsys):
+def commands(genuine, tmp_path, monkeypatch, capsys, check_output):
     """``keymgmt ARGUMENTS`` on the device and where devices are vouched for, in one folder."""
     home = tmp_path / "both"
     home.mkdir()
@@ -241,6 +241,8 @@ def commands(genuine, tmp_path, monkeypatch, capsys):
             keymgmt.cli.main()
         out, err = capsys.readouterr()
         assert (end.value.code or 0) == code, f"{arguments}: {out} {err}"
+        if "--json" in arguments:
+            check_output(out)
         return out + err
 
     return home, run

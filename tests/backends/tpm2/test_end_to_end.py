@@ -24,7 +24,7 @@ class Ran:
 
 
 @pytest.fixture
-def site(tmp_path, swtpm, monkeypatch, capsys):
+def site(tmp_path, swtpm, monkeypatch, capsys, check_output):
     """A machine: a TPM, a config with it and with keys in files, and the command line."""
     home = tmp_path / "site"
     home.mkdir()
@@ -32,12 +32,12 @@ def site(tmp_path, swtpm, monkeypatch, capsys):
         monkeypatch.setenv(name, str(home))
     monkeypatch.setenv("KEYMGMT_CONFIG", str(home / "keymgmt.toml"))
     monkeypatch.chdir(home)
-    return Site(home, swtpm, monkeypatch, capsys)
+    return Site(home, swtpm, monkeypatch, capsys, check_output)
 
 
 class Site:
-    def __init__(self, home: Path, swtpm, monkeypatch, capsys) -> None:
-        self.home, self.swtpm = home, swtpm
+    def __init__(self, home: Path, swtpm, monkeypatch, capsys, check_output) -> None:
+        self.home, self.swtpm, self.check_output = home, swtpm, check_output
         self.monkeypatch, self.capsys = monkeypatch, capsys
         self.lines = {"tcti": f'"{swtpm.tcti}"', "keys": '"tpm-keys"', "timeout": "20"}
         self.extra = ""
@@ -59,6 +59,8 @@ class Site:
             keymgmt.cli.main()
         ran = Ran(end.value.code or 0, *self.capsys.readouterr())
         assert ran.code == code, f"{arguments}: {ran}"
+        if "--json" in arguments:
+            self.check_output(ran.out)
         return ran
 
     def set_up(self) -> None:
@@ -258,7 +260,8 @@ def test_a_damaged_approval_is_not_installed(site):
     assert "fits the present PCRs" in site.run("tpm", "policy", "list", "tpm").out
 
 
-def test_policies_as_json_and_an_approval_that_is_removed(site):
+def test_policies_as_json_and_an_approval_that_is_removed(site, check_formats):
+    check_formats("keymgmt_tpm2")
     site.set_up()
     made = json.loads(site.run("tpm", "policy", "approver", "approver.key", "--json").out)
     assert made["public_key"] == "approver.key.pub"

@@ -337,7 +337,7 @@ def test_a_tpm_that_failed_does_not_blame_the_blob(bare, wire):
         assert failed
 
 
-def test_the_command_shows_and_sets_it(bare, tmp_path, monkeypatch, capsys):
+def test_the_command_shows_and_sets_it(bare, tmp_path, monkeypatch, capsys, check_schema):
     import keymgmt.cli
 
     config = tmp_path / "keymgmt.toml"
@@ -358,6 +358,7 @@ def test_the_command_shows_and_sets_it(bare, tmp_path, monkeypatch, capsys):
     assert "0 of 3 wrong tries are counted" in run("--create")
     assert "the TPM locks at 32" in run("--tries", "32", "--recovery", "600", "--clear-lockout")
     shown = json.loads(run("--json"))
+    assert check_schema(shown) == "keymgmt-tpm-setup/1"
     assert shown["lockout"] == {
         "counted": 0,
         "tries": 32,

@@ -58,11 +58,13 @@ def check(tmp_path, monkeypatch):
     return run
 
 
-def test_the_loader_passes_with_throw_away_keys(check, require_tool):
+def test_the_loader_passes_with_throw_away_keys(check, require_tool, check_schema, check_formats):
+    check_formats("keymgmt_openvino_demo")
     require_tool("strace", package="strace")
     done = check("leakcheck", "--json")
     assert done.returncode == 0, done.stderr + done.stdout
     report = json.loads(done.stdout)
+    assert check_schema(report) == "keymgmt-leakcheck/1"
     assert report["leak"] is False
     states = {finding["check"]: finding["state"] for finding in report["findings"]}
     assert states["files that it wrote or held open"] == "ok"
@@ -78,7 +80,7 @@ def test_the_loader_passes_with_the_operators_keys(check, site):
 
 
 @pytest.mark.parametrize("traced", [True, False], ids=["strace", "no strace"])
-def test_plain_openvino_with_a_cache_is_caught(traced, check, tmp_path, require_tool):
+def test_plain_openvino_with_a_cache_is_caught(traced, check, tmp_path, require_tool, check_schema):
     require_tool("strace", package="strace")
     command = [sys.executable, "-c", PLAIN, "{plain}"]
     path = None if traced else str(Path(sys.executable).parent)
@@ -87,6 +89,7 @@ def test_plain_openvino_with_a_cache_is_caught(traced, check, tmp_path, require_
     done = check("leakcheck", "--json", "--", *command, "model-cache", path=path)
     assert done.returncode == 1, done.stderr
     report = json.loads(done.stdout)
+    check_schema(report)
     (leak,) = [finding for finding in report["findings"] if finding["state"] == "leak"]
     assert "the weights in" in leak["seen"]
     assert "model-cache" in leak["seen"]

@@ -24,10 +24,12 @@ def keymgmt(*arguments: object, config: Path | None = None, **env: str):
     )
 
 
-def test_run_with_random_inputs(magika_sealed, site):
+def test_run_with_random_inputs(magika_sealed, site, check_schema, check_formats):
+    check_formats("keymgmt_openvino")
     one, other = (keymgmt("run", magika_sealed, "--json", config=site.path) for _ in range(2))
     assert one.returncode == 0, one.stderr
     report = json.loads(one.stdout)
+    assert check_schema(report) == "keymgmt-run/1"
     assert report["model"] == "magika"
     assert report["inputs"] == {"bytes": {"type": "int32", "shape": [1, 2048], "from": "random"}}
     assert report["outputs"]["target_label"]["shape"] == [1, 214]
@@ -102,7 +104,7 @@ def tiny_llm(seal) -> Path:
     return seal(Path(__file__).parent / "tiny-llm", "tiny-llm")
 
 
-def test_run_streams_a_language_models_answer(tiny_llm, site):
+def test_run_streams_a_language_models_answer(tiny_llm, site, check_schema):
     import openvino_genai
 
     options = {"max_new_tokens": 12, "do_sample": False}
@@ -110,6 +112,7 @@ def test_run_streams_a_language_models_answer(tiny_llm, site):
     expected = plain.generate("Hello there", **options)
     arguments = ["run", tiny_llm, "--prompt", "Hello there", "--max-new-tokens", 12]
     report = json.loads(keymgmt(*arguments, "--json", config=site.path).stdout)
+    assert check_schema(report) == "keymgmt-run-llm/1"
     assert report["text"] == expected
     assert report["model"] == "tiny-llm"
     assert report["tokens"] > 0

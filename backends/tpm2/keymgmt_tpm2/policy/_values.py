@@ -36,11 +36,18 @@ def stated_values(pcr: str, values: Path | None, event_log: Path | None) -> PcrS
     if event_log is not None:
         return read_event_log(event_log, bank, indices)
     assert values is not None  # noqa: S101 - one of the two is there
-    given = read_json_file(values, "table of PCR values", PcrState.read)
+    given = read_json_file(values, "table of PCR values", _printed)
     if given.bank != bank or not set(indices) <= set(given.values):
         wanted = pcr.rpartition(":")[2]
         raise ConfigError(f"{values}: it does not have all of {bank}:{wanted}")
     return PcrState(bank, {index: given.values[index] for index in indices})
+
+
+def _printed(data: JsonReader) -> PcrState:
+    # A table that somebody made otherwise has no format.
+    if "format" in data.names():
+        data.version("keymgmt-tpm-pcrs/1", "a newer keymgmt may have written it")
+    return PcrState.read(data)
 
 
 def read_json_file(path: Path, what: str, read: Callable[[JsonReader], R]) -> R:
