@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from keymgmt._verbs.verify import Verification, verify
     from keymgmt.sealed.manifest import FileEntry, Manifest
 
+    __version__: str
+
 __all__ = [
     "Config",
     "Done",
@@ -42,6 +44,7 @@ __all__ = [
     "SealedModel",
     "Usage",
     "Verification",
+    "__version__",
     "harden",
     "inspect",
     "load_config",
@@ -91,6 +94,11 @@ _HOMES: Final = {
 if not TYPE_CHECKING:  # a checker would take every name for one of ours
 
     def __getattr__(name: str) -> Any:
+        if name == "__version__":  # of the distribution; reading its metadata takes time, too
+            from importlib.metadata import version
+
+            globals()[name] = version(__name__)
+            return globals()[name]
         for module, names in _HOMES.items():
             if name in names:
                 home = import_module(f"keymgmt.{module}")

@@ -14,6 +14,7 @@ from typing import Annotated, Final
 
 import typer
 
+import keymgmt
 from keymgmt.cli import backends, doctor, exec, init, inspect, keys, plugin, rewrap, seal  # noqa: A004
 from keymgmt.cli._completion import completion
 from keymgmt.cli._everywhere import state_of
@@ -27,9 +28,7 @@ app = typer.Typer(cls=CommandGroup, no_args_is_help=True, add_completion=False)
 
 def _version(value: bool) -> None:
     if value:
-        from importlib.metadata import version
-
-        typer.echo(f"keymgmt {version('keymgmt')}")
+        typer.echo(f"keymgmt {keymgmt.__version__}")
         raise typer.Exit
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Final
 
+import keymgmt
 from keymgmt.errors import ConfigError
 
 __all__ = ["write_scaffold"]
@@ -52,13 +52,12 @@ def write_scaffold(name: str, directory: Path, *, http: bool = False) -> list[Pa
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ConfigError(f"{directory} exists and is not empty", hint="name another directory")
-    release = version("keymgmt")
     words = {
         "backend": name,
         "distribution": f"keymgmt-{name}",
         "package": f"keymgmt_{name.replace('-', '_')}",
         "kind": "".join(part.capitalize() for part in name.replace("-", "_").split("_")),
-        "version": release,
+        "version": keymgmt.__version__,
         **(_HTTP_WORDS if http else _FILE_WORDS),
     }
     wanted = {target: template for template, target in _FILES.items()}

@@ -7,6 +7,7 @@ import graphlib
 import subprocess
 import sys
 from importlib.machinery import PathFinder
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -124,3 +125,10 @@ def test_every_module_of_the_core_imports_without_any_backend() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "[]\n"
+
+
+def test_the_version_is_read_when_it_is_asked_for() -> None:
+    program = "import keymgmt, sys\nprint('importlib.metadata' in sys.modules)\n"
+    program += "print(keymgmt.__version__)\n"
+    said = subprocess.check_output([sys.executable, "-c", program], text=True, timeout=60)
+    assert said.split() == ["False", version("keymgmt")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import tarfile
 import tomllib
 import zipfile
 from email import message_from_bytes
+from email.message import Message
 from pathlib import Path
 
 import pytest
@@ -74,20 +76,42 @@ def test_a_source_distribution_holds_its_package_only(dist: Path, project: str) 
     assert names == {package, "pyproject.toml", "README.md", "LICENSE", "PKG-INFO", ".gitignore"}
 
 
+def metadata_of(dist: Path, project: str) -> Message:
+    with zipfile.ZipFile(wheel_of(dist, project)) as wheel:
+        (name,) = (each for each in wheel.namelist() if each.endswith(".dist-info/METADATA"))
+        return message_from_bytes(wheel.read(name))
+
+
 def test_one_version_for_all(dist: Path) -> None:
-    versions = set()
-    for project in PROJECTS:
-        with zipfile.ZipFile(wheel_of(dist, project)) as wheel:
-            (name,) = (each for each in wheel.namelist() if each.endswith(".dist-info/METADATA"))
-            metadata = message_from_bytes(wheel.read(name))
-        versions.add(metadata["Version"])
+    every = [metadata_of(dist, project) for project in PROJECTS]
+    (version,) = {metadata["Version"] for metadata in every}
+    # Ours go together: a backend of another version was tested with another core.
+    for metadata in every:
         for requirement in metadata.get_all("Requires-Dist", []):
-            # Ours go together: a backend of another version was tested with another core.
             if requirement.startswith("keymgmt"):
-                assert f"=={metadata['Version']}" in requirement.replace(" ", ""), requirement
-        assert metadata["Requires-Python"] == ">=3.11"
-        assert metadata["License-Expression"] == "Apache-2.0"
-    assert len(versions) == 1
+                assert f"=={version}" in requirement.replace(" ", ""), requirement
+
+
+@pytest.mark.parametrize("project", PROJECTS)
+def test_what_an_index_shows_of_it(dist: Path, project: str) -> None:
+    metadata = metadata_of(dist, project)
+    assert metadata["Name"] == project
+    assert metadata["Summary"]
+    assert metadata["Author"] == "The keymgmt authors"
+    assert metadata["Requires-Python"] == ">=3.11"
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata.get_all("License-File") == ["LICENSE"]
+    links = dict(each.split(", ") for each in metadata.get_all("Project-URL", []))
+    assert set(links) == {"Homepage", "Documentation", "Changelog", "Issues", "Security"}
+    assert all(link.startswith("https://github.com/keymgmt/keymgmt") for link in links.values())
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    text = str(metadata.get_payload())
+    assert f'pip install "{project}' in text or 'pip install "keymgmt[' in text
+    # Beside it on an index there is no other file that a link could lead to.
+    targets = re.findall(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)$", text, re.MULTILINE)
+    assert [each for each in targets if not "".join(each).startswith("https://")] == []
+    bare = re.findall(r"`(?:docs|backends|examples)/[\w./-]+\.md`", text)
+    assert bare == [], "a page that is not in the wheel is a link"
 
 
 def test_pip_installs_the_wheels_without_uv(dist: Path, tmp_path: Path) -> None:
