@@ -206,6 +206,7 @@ def test_the_role_of_a_container(
         works(ecs)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("method", ["instance", "role", "web-identity"])
 def test_a_login_at_moto(
     moto: Any, make: Any, instance: dict[str, str], secret_file: Any, method: str
@@ -292,6 +293,7 @@ def test_a_session_of_sso_that_is_over(
     assert "log in to the profile again" in str(caught.value.hint)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("method", ["role", "web-identity", "instance", "container"])
 def test_a_login_follows_no_redirect(
     kms: Any, make: Any, simulate: Any, static: Any, metadata: Any, secret_file: Any, method: str
@@ -590,6 +592,34 @@ def test_a_server_that_nobody_vouches_for(where: Any, make: Any, static: dict[st
     with pytest.raises(ProviderUnavailable, match="certificate"):
         make(**settings, auth=static).wrap("model", Dek.generate(), b"c")
     assert not kms.seen
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("region", "domain"),
+    [
+        ("eu-central-1", "amazonaws.com"),
+        ("us-east-1", "amazonaws.com"),
+        ("us-gov-west-1", "amazonaws.com"),
+        ("cn-north-1", "amazonaws.com.cn"),
+        ("eusc-de-east-1", "amazonaws.eu"),
+    ],
+)
+def test_where_it_goes_without_an_endpoint(
+    make: Any, monkeypatch: pytest.MonkeyPatch, region: str, domain: str
+) -> None:
+    """Nothing is sent: it is the region's own AWS KMS and AWS STS, and none of another region."""
+    from keymgmt_aws._transport import Client
+
+    sent = []
+
+    def send(_: Any, request: Any, **__: Any) -> Any:
+        sent.append(request.url)
+        raise PermissionError
+
+    monkeypatch.setattr(Client, "_send", send)
+    assert [f.name for f in make(region=region, endpoint=None, sts_endpoint=None).check().findings]
+    assert sent == [f"https://{one}.{region}.{domain}/" for one in ("sts", "kms")]
 
 
 def test_botocore_is_imported_by_the_first_call() -> None:
