@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import http.server
 import json
 import os
@@ -281,16 +282,61 @@ def test_what_a_program_of_a_profile_says_stands_in_no_error(
     )
 
 
-def test_a_session_of_sso_that_is_over(
-    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("session", ["", "sso_session = press\n"])
+def test_a_session_of_sso(
+    kms: Any,
+    make: Any,
+    metadata: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    session: str,
 ) -> None:
-    """How it is logged in to is not run: its portal is at AWS alone."""
+    """Its portal is at AWS alone, and what is sent there comes to a service of this test."""
+    from keymgmt_aws import _login
+
+    kms.make("model")
+    portal, make_http = "https://portal.sso.eu-central-1.amazonaws.com", _login.http_session
+
+    def http_session(settings: Any) -> Any:
+        http = make_http(settings)
+        send = http.send
+
+        def send_there(request: Any) -> Any:
+            assert request.url.startswith(portal)
+            request.url = request.url.replace(portal, metadata.address)
+            return send(request)
+
+        http.send = send_there
+        return http
+
+    monkeypatch.setattr(_login, "http_session", http_session)
     monkeypatch.setenv("HOME", str(tmp_path))
-    sso = "sso_start_url = https://press.example/start\nsso_region = eu-central-1\n"
-    sso += "sso_account_id = 111122223333\nsso_role_name = opener\n"
+    # Read from HOME when botocore is imported.
+    cache = tmp_path / ".aws" / "sso" / "cache"
+    for place in ("tokens.SSOTokenProvider", "credentials.SSOProvider"):
+        monkeypatch.setattr(f"botocore.{place}._SSO_TOKEN_CACHE_DIR", str(cache))
+    about = "sso_start_url = https://press.example/start\nsso_region = eu-central-1\n"
+    role = "sso_account_id = 111122223333\nsso_role_name = opener\n"
+    config = f"[profile press]\n{session or about}{role}"
+    config += f"[sso-session press]\n{about}" if session else ""
+    auth = profile(tmp_path, config, "")
     with pytest.raises(AccessDenied, match="session of SSO") as caught:
-        works(make(auth=profile(tmp_path, f"[profile press]\n{sso}", "")))
+        works(make(auth=auth))
     assert "log in to the profile again" in str(caught.value.hint)
+
+    # What the AWS command line leaves behind.
+    name = hashlib.sha1(("press" if session else "https://press.example/start").encode())
+    cached = cache / f"{name.hexdigest()}.json"
+    cached.parent.mkdir(parents=True)
+    cached.write_text('{"accessToken": "sso-token", "expiresAt": "2099-01-01T00:00:00Z"}')
+    made = kms.session("opener/press")
+    names = ("AccessKeyId", "SecretAccessKey", "SessionToken")
+    told = {one[0].lower() + one[1:]: made[one] for one in names} | {"expiration": 4e12}
+    asked = "/federation/credentials?role_name=opener&account_id=111122223333"
+    metadata.answers = {f"GET {asked}": json.dumps({"roleCredentials": told})}
+    assert works(make(auth=auth)).endswith("assumed-role/opener/press")
+    (_, _, headers) = metadata.seen[-1]
+    assert headers["x-amz-sso_bearer_token"] == "sso-token"
 
 
 @pytest.mark.once
