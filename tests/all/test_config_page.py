@@ -1,8 +1,10 @@
-"""docs/config.md says what the Settings models say, of every setting."""
+"""docs/config.md says what the Settings models say, and the man pages what the help says."""
 
 from __future__ import annotations
 
 import importlib.util
+import shutil
+import subprocess
 from pathlib import Path
 from types import ModuleType
 
@@ -13,14 +15,18 @@ from keymgmt._config.config import _File
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-@pytest.fixture(scope="module")
-def make_config() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_config", DOCS / "make_config.py")
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def make_config() -> ModuleType:
+    return script("make_config")
 
 
 def test_the_page_is_current(make_config: ModuleType) -> None:
@@ -37,3 +43,19 @@ def test_every_setting_of_a_table_has_a_sentence(make_config: ModuleType) -> Non
     rows = [line for line in make_config.page().splitlines() if line.startswith("| `")]
     assert len(rows) > 40
     assert not [row for row in rows if row.endswith("|  |")]
+
+
+@pytest.mark.once
+def test_the_man_pages_are_those_of_the_commands() -> None:
+    pages = script("make_man").pages()
+    written = {file: file.read_text("utf-8") for file in pages if file.exists()}
+    assert written == pages, "run: python docs/make_man.py"
+    root = DOCS.parent
+    files = {*root.glob("keymgmt/man/*"), *root.glob("backends/*/*/man/*")}
+    files |= {*root.glob("loader/*/*/man/*")}
+    assert files == pages.keys(), "remove the pages of what is no command any more"
+    assert {"keymgmt.1", "keymgmt-seal.1", "keymgmt-tpm.1"} <= {file.name for file in files}
+    if shutil.which("groff") is None:
+        pytest.skip("no groff to look for mistakes in the pages")
+    command = ["groff", "-man", "-Tutf8", "-ww", "-z", *map(str, sorted(files))]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stderr == ""

@@ -124,6 +124,10 @@ def test_pip_installs_the_wheels_without_uv(dist: Path, tmp_path: Path) -> None:
     install = [python, "-m", "pip", "install", "--quiet", "--find-links", dist, "keymgmt[file]"]
     subprocess.run(install, check=True, env=environment, cwd=tmp_path, timeout=280)
     program = python.parent / "keymgmt"
+    # Where man looks for what is in a bin beside it.
+    manuals = {file.name for file in (tmp_path / "venv" / "share" / "man" / "man1").iterdir()}
+    assert {"keymgmt.1", "keymgmt-seal.1", "keymgmt-file.1"} <= manuals
+    assert not list(tmp_path.glob("venv/lib/*/site-packages/keymgmt*/man"))
     done = subprocess.run(
         [program, "--version"], capture_output=True, text=True, check=True, env=environment
     )
