@@ -1,7 +1,7 @@
 """Write the man pages from the help of the commands: ``python docs/make_man.py``.
 
-A page for each command, in the distribution that has it: ``PACKAGE/man/keymgmt-COMMAND.1``, which its
-wheel installs as ``share/man/man1``. A test holds the pages to the commands.
+A page for each command, in the distribution that has it: ``PACKAGE/man/keymgmt-COMMAND.1``, which
+its wheel installs into ``share/man/man1``. A test holds the pages to the commands.
 """
 
 from __future__ import annotations
@@ -84,14 +84,14 @@ def records(context: Any) -> Iterator[str]:
 
 def body(context: Any, heading: str) -> Iterator[str]:
     """Usage, text, options and examples of one command; ``heading`` is the macro of a section."""
-    _, paragraphs, examples = split(context.command.help or "")
+    first, paragraphs, examples = split(context.command.help or "")
     usage = " ".join(context.command.collect_usage_pieces(context))
     yield f"{heading} SYNOPSIS" if heading == ".SH" else ".PP"
     yield f".B {roff(context.command_path)}\n{roff(usage)}"
     if heading == ".SH":
-        yield ".SH DESCRIPTION\n" + roff(split(context.command.help or "")[0])
+        yield f".SH DESCRIPTION\n{roff(first)}"
     else:
-        yield ".PP\n" + roff(split(context.command.help or "")[0])
+        yield f".PP\n{roff(first)}"
     yield from (".PP\n" + roff(paragraph) for paragraph in paragraphs)
     if options := list(records(context)):
         yield ".SH OPTIONS" if heading == ".SH" else ".PP\nOptions:"
