@@ -35,6 +35,7 @@ _UNSPEAKABLE: Final = (
     "UnicodeDecodeError",
     "CredentialRetrievalError",
     "JSONDecodeError",
+    "TimeoutExpired",
 )
 """Exceptions that repeat an answer, or what a program said: it may hold a secret."""
 
@@ -128,7 +129,7 @@ _CODES: Final = {
     ): "SSLError",
     _unreached("there are no credentials", "look at auth", passing=False): "NoCredentialsError "
     "PartialCredentialsError ProfileNotFound CredentialRetrievalError JSONDecodeError "
-    "FileNotFoundError PermissionError",
+    "FileNotFoundError PermissionError TimeoutExpired",
 }
 _FAULTS: Final = FaultTable[str](
     {code: fault for fault, codes in _CODES.items() for code in codes.split()},

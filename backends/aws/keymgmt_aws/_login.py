@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import subprocess
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -90,11 +91,31 @@ def _found(auth: ProfileAuth | EnvironmentAuth, settings: AwsSettings) -> Any:
         resolver = create_credential_resolver(session, region_name=settings.region)
         for name in _BEYOND_THE_PROFILE:
             resolver.remove(name)
+        _bound_programs(resolver, session, settings.timeout)
         found, what = resolver.load_credentials(), f"the profile {auth.profile!r}"
         hint = "look at " + " and ".join(map(str, files.values()))
     if found is None:
         raise ProviderUnavailable(f"{what} has no AWS credentials", hint=hint)
     return found
+
+
+def _bound_programs(resolver: Any, session: Any, seconds: float) -> None:
+    """End every program of a profile, or of one that it builds on, that goes on for ``seconds``."""
+    from botocore.credentials import ProcessProvider
+
+    class Program(subprocess.Popen[bytes]):
+        def communicate(self, *_: object, **__: object) -> tuple[bytes, bytes]:
+            try:
+                return super().communicate(timeout=seconds)
+            finally:
+                self.kill()
+                self.wait()
+
+    resolver.get_provider("custom-process")._popen = Program
+    builder = resolver.get_provider("assume-role")._profile_provider_builder
+    builder._create_process_provider = lambda profile_name: ProcessProvider(
+        profile_name, lambda: session.full_config, popen=Program
+    )
 
 
 def _assumed(

@@ -11,6 +11,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -280,6 +281,24 @@ def test_what_a_program_of_a_profile_says_stands_in_no_error(
     assert "secret-of-the-program" not in said.replace(program, "") + str(
         vars(cause) if cause else ""
     )
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("by", ["itself", "a role"])
+def test_a_program_of_a_profile_that_hangs_is_ended(make: Any, tmp_path: Path, by: str) -> None:
+    left = tmp_path / "pid"
+    program = f"credential_process = sh -c 'echo $$ > {left}; exec sleep 600'\n"
+    config = f"[profile press]\n{program}"
+    if by == "a role":
+        config = f"[profile press]\nrole_arn = {ROLE}\nsource_profile = base\n"
+        config += f"[profile base]\n{program}"
+    with pytest.raises(ProviderUnavailable):
+        works(make(auth=profile(tmp_path, config, ""), timeout=1.0))
+    # That of an operation which was given up is ended by the thread that it left behind.
+    process, end = Path("/proc") / left.read_text().strip() / "exe", time.monotonic() + 30
+    while process.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not process.exists()
 
 
 @pytest.mark.parametrize("session", ["", "sso_session = press\n"])
