@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO, Final
 
 from keymgmt._system.libc import libc
 from keymgmt._system.locks import acquire_lock, release_lock
+from keymgmt._system.refused import translate
 from keymgmt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -129,14 +130,15 @@ def save_file(path: Path, content: Buffer, *, mode: int = 0o644, force: bool = F
         force: replace an existing one, whose readers stay.
 
     Raises:
-        ConfigError: it exists and not ``force``, or it cannot be written.
+        ConfigError: it exists and not ``force``, or this user cannot write there.
+        KeymgmtError: the disk is full, or broken.
     """
     try:
         replace_file(path, content, mode=mode, exclusive=not force, keep=force)
     except FileExistsError as error:
         raise ConfigError(f"{path} exists", hint="name another file, or give --force") from error
     except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+        raise translate(error, path) from error
 
 
 @contextlib.contextmanager

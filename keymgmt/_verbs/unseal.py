@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from keymgmt._system.files import new_directory, to_system
 from keymgmt._system.free_memory import check_free_memory
 from keymgmt._system.namespace import file_system
+from keymgmt._system.refused import translate
 from keymgmt._system.swap import unencrypted_swap
 from keymgmt._trust.candidate import step
 from keymgmt._verbs.open import open_model
@@ -52,7 +53,7 @@ def unseal(
 
     Raises:
         ConfigError: ``directory`` exists, or cannot be written, or is not in memory.
-        KeymgmtError: as ``keymgmt.open``.
+        KeymgmtError: as ``keymgmt.open``; or the disk is full.
     """
     target = Path(directory)
     with open_model(path, name=name, keys=keys) as model:
@@ -72,7 +73,7 @@ def unseal(
         except FileNotFoundError as error:
             raise ConfigError(f"the folder {target.parent} does not exist") from error
         except OSError as error:
-            raise ConfigError(f"cannot write {target}: {error.strerror}") from error
+            raise translate(error, target) from error
         return model.manifest
 
 

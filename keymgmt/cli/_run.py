@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import signal
@@ -13,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 import typer
 
 from keymgmt._system.files import naming
-from keymgmt.errors import ConfigError, KeymgmtError
+from keymgmt._system.refused import translate
+from keymgmt.errors import KeymgmtError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["run", "translate"]
+__all__ = ["run"]
 
 
 class _Stream(str):
@@ -28,23 +28,6 @@ class _Stream(str):
 
 
 STDOUT: Final = _Stream("stdout")
-# What the person at the keyboard named wrongly, or may not do; all else is the machine's trouble.
-_OPERATORS: Final = {
-    errno.ENOENT: None,
-    errno.ENOTDIR: None,
-    errno.EISDIR: None,
-    errno.EEXIST: "name another one",
-    errno.ENAMETOOLONG: None,
-    errno.ELOOP: None,
-    errno.EACCES: "run it as a user who may, or change who may",
-    errno.EPERM: "run it as a user who may, or change who may",
-    errno.EROFS: "name a place on a file system that can be written",
-}
-_MACHINES: Final = {
-    errno.ENOSPC: "make room there, and run it again: nothing half done was left",
-    errno.EDQUOT: "make room in this user's quota, and run it again: nothing half done was left",
-    errno.EMFILE: "raise the limit of open files (ulimit -n)",
-}
 
 
 def run(arguments: Sequence[str]) -> NoReturn:
@@ -130,23 +113,6 @@ def _usage(error: typer.TyperException) -> KeymgmtError:
         sys.exit(2)
     hint = f"{context.command_path} --help" if context is not None else None
     return UsageError(error.format_message().rstrip("."), hint=hint)
-
-
-def translate(error: OSError) -> KeymgmtError:
-    """What the system refused, in the words of the person who asked for it.
-
-    Returns:
-        A ConfigError (exit 3) where a path or a permission is the operator's to mend, else a
-        KeymgmtError (exit 1): a full disk, a broken device.
-    """
-    said = error.strerror or str(error) or type(error).__name__
-    where = error.filename
-    if isinstance(where, bytes):
-        where = os.fsdecode(where)
-    message = f"{where}: {said}" if where else f"the system refused: {said}"
-    if error.errno in _OPERATORS and where:
-        return ConfigError(message, hint=_OPERATORS[error.errno])
-    return KeymgmtError(message, hint=_MACHINES.get(error.errno or 0))
 
 
 def _tell(error: KeymgmtError, *, as_json: bool) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -31,15 +32,27 @@ def small(site: Path) -> Iterator[Path]:
 @ROOT
 def test_a_full_disk_names_the_path_that_was_given(cli: Cli, site: Path, small: Path) -> None:
     (site / "model" / "large.bin").write_bytes(bytes(1 << 20))
+    assert cli("seal", "model", "large.sealed").code == 0
+    out = small / "out"
     for arguments in (
-        ("seal", "model", small / "out.sealed"),
-        ("seal", "model", small / "out.sealed", "--json"),
+        ("seal", "model", out),
+        ("seal", "model", out, "--json"),
+        ("unseal", "large.sealed", out),
+        ("reseal", "large.sealed", out),
     ):
         ran = cli(*arguments)
         assert ran.code == 1
-        assert ran.error == f"{small}/out.sealed: No space left on device"
+        assert ran.error == f"{out}: No space left on device"
         assert ran.hint.startswith("make room there")
         assert not list(small.iterdir())
+    with contextlib.suppress(OSError), (small / "fill").open("wb", buffering=0) as fill:
+        while fill.write(bytes(4096)):
+            pass
+    ran = cli("keys", "export", "local:publisher", "-o", out)
+    assert (ran.code, ran.error) == (1, f"{out}: No space left on device")
+    ran = cli("init", small / "site")
+    assert "no room" in ran.error or "No space" in ran.error
+    assert not out.exists()
 
 
 @ROOT
@@ -50,7 +63,13 @@ def test_a_file_system_that_is_read_only(cli: Cli, sealed: Path, small: Path) ->
     assert ran.error == f"{small}/out.sealed: Read-only file system"
     ran = cli("keys", "export", "local:publisher", "-o", small / "p.pem")
     assert ran.code == 3
-    assert ran.error == f"cannot write {small}/p.pem: Read-only file system"
+    assert ran.error == f"{small}/p.pem: Read-only file system"
+    for arguments in (("unseal", sealed, small / "x"), ("reseal", sealed, small / "x")):
+        ran = cli(*arguments)
+        assert (ran.code, ran.error) == (3, f"{small}/x: Read-only file system")
+        assert ran.hint == "name a place on a file system that can be written"
+    ran = cli("init", small / "site")
+    assert "read-only" in ran.error.lower()
 
 
 @pytest.mark.parametrize(

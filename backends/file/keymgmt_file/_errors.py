@@ -27,7 +27,11 @@ FAULTS: Final[FaultTable[int]] = FaultTable(
     {
         errno.EACCES: _DENIED,
         errno.EPERM: _DENIED,
-        errno.EROFS: _DENIED,
+        errno.EROFS: Fault(
+            AccessDenied,
+            "its file system is read-only",
+            "mount it so that it can be written, or correct `path`",
+        ),
         errno.ENOSPC: _FULL,
         errno.EDQUOT: _FULL,
         errno.EFBIG: _FULL,
