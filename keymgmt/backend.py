@@ -12,6 +12,7 @@ from keymgmt._crypto.hpke import (
     open_with_ecdh,
 )
 from keymgmt._crypto.signatures import PublicKey
+from keymgmt._providers.anchor import ANCHOR_FIRST, ANCHOR_START, SupportsAnchor, anchor_after
 from keymgmt._providers.contract import (
     API_VERSION,
     KeyName,
@@ -76,6 +77,8 @@ from keymgmt.errors import (
 )
 
 __all__ = [
+    "ANCHOR_FIRST",
+    "ANCHOR_START",
     "API_VERSION",
     "DEK_LENGTH",
     "HPKE_KINDS",
@@ -109,6 +112,7 @@ __all__ = [
     "SecretSource",
     "Settings",
     "Signature",
+    "SupportsAnchor",
     "SupportsBatchUnwrap",
     "SupportsKeyDeletion",
     "SupportsKeyManagement",
@@ -118,6 +122,7 @@ __all__ = [
     "UnwrapFailed",
     "WrappedKey",
     "WrongKey",
+    "anchor_after",
     "bare",
     "check_key",
     "check_kind",

@@ -63,6 +63,18 @@ class AttestedKeys(Settings):
         return plain or None
 
 
+class RememberedReleases(Settings):
+    """What remembers releases, with an anchor that a restored disk does not bring back.
+
+    Attributes:
+        file: the file.
+        anchor: the provider that keeps the anchor, such as one of the backend ``tpm2``.
+    """
+
+    file: ConfigPath
+    anchor: str | None = None
+
+
 class Policy(Settings):
     """``[policy]``: what a sealed model must prove before it opens.
 
@@ -73,7 +85,8 @@ class Policy(Settings):
         names: the only model names that open; empty for any.
         minimum_release: model name -> lowest release that opens; with it, other names are refused.
         remember_releases: file that remembers the highest verified release of each name, and the
-            highest time seen, by which a clock that was put back is noticed.
+            highest time seen, by which a clock that was put back is noticed. A table names an
+            anchor as well, by which a file that was put back is noticed.
         signatures: model name -> how many of its publishers must have signed it, each with another
             key; 1 where a name is not here.
         expired: what to do with a model whose publishers' time has passed: ``refuse``, or ``warn``.
@@ -96,7 +109,7 @@ class Policy(Settings):
     minimum_release: dict[str, Annotated[int, Field(ge=0, lt=1 << 53)]] = Field(
         default_factory=dict
     )
-    remember_releases: ConfigPath | None = None
+    remember_releases: RememberedReleases | None = None
     signatures: dict[str, Annotated[int, Field(ge=1, le=16)]] = Field(default_factory=dict)
     expired: Literal["refuse", "warn"] = "refuse"
     require_expiry: list[str] = Field(default_factory=list)
@@ -114,6 +127,11 @@ class Policy(Settings):
         if isinstance(value, dict):
             return value
         raise ValueError("write true, false, or a table of policies, approvers and makers")
+
+    @field_validator("remember_releases", mode="before")
+    @classmethod
+    def _file_or_a_table(cls, value: object) -> object:
+        return value if isinstance(value, dict) else {"file": value}
 
     @model_validator(mode="after")
     def _attesting_needs_signers(self) -> Policy:
@@ -215,6 +233,9 @@ class Config(ForkSafe):
         for name in self.policy.prefer:
             if name not in self._tables:
                 raise self._unknown(name, "[policy] prefer")
+        memory = self.policy.remember_releases
+        if memory and memory.anchor is not None and memory.anchor not in self._tables:
+            raise self._unknown(memory.anchor, "[policy] remember_releases")
 
     def _renew(self) -> None:
         self._lock = threading.RLock()

@@ -17,8 +17,14 @@ from keymgmt._trust.policy import (
     check_signature,
     load_publishers,
 )
-from keymgmt._trust.release_memory import remember, remembered_release, remembered_time
-from keymgmt.errors import ConfigError, IntegrityError, KeymgmtError, SealedModelError
+from keymgmt._trust.release_memory import release_memory
+from keymgmt.errors import (
+    ConfigError,
+    IntegrityError,
+    KeymgmtError,
+    ProviderError,
+    SealedModelError,
+)
 from keymgmt.sealed.folder import KEYS, MANIFEST, SIGNATURES, SealedFolder, payload_name
 from keymgmt.sealed.keys import MAX_KEYS, UnlockPolicy
 from keymgmt.sealed.manifest import MAX_MANIFEST, Manifest, manifest_hash
@@ -28,10 +34,10 @@ from keymgmt.sealed.times import utc_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from keymgmt._config.config import Config
     from keymgmt._trust.policy import Vouched
+    from keymgmt._trust.release_memory import Known, ReleaseMemory
 
 __all__ = ["Candidate", "admit", "refusal", "step"]
 
@@ -42,29 +48,28 @@ class Trust:
 
     Attributes:
         vouched: by whom, until when; None where no signature is required.
-        memory: the file that remembers releases; None where the config names none.
-        known: the highest release of this name that was remembered.
+        memory: what remembers releases; None where the config names nothing.
+        known: what it remembered.
     """
 
     vouched: Vouched | None
-    memory: Path | None
-    known: int | None
+    memory: ReleaseMemory | None
+    known: Known | None
 
     def remember(self, candidate: Candidate) -> None:
         """Raise the floors, but only for a release that is whole: its digests are checked first.
 
         Raises:
             IntegrityError: a digest is not the manifest's.
-            ConfigError: it cannot be remembered.
+            ConfigError, RollbackError, ProviderError: it cannot be remembered.
         """
-        if self.memory is None:
+        if self.memory is None or self.known is None:
             return
         manifest = candidate.manifest
-        if manifest.release != self.known:
+        if manifest.release != self.known.releases.get(manifest.name):
             candidate.check_digests()
-            remember(self.memory, manifest.name, manifest.release)
-        if self.vouched is not None and self.vouched.expires is not None:
-            remember(self.memory, manifest.name, manifest.release, time=True)
+        expires = self.vouched is not None and self.vouched.expires is not None
+        self.memory.remember(manifest.name, manifest.release, time=expires, known=self.known)
 
 
 @dataclass
@@ -118,9 +123,9 @@ class Candidate:
 
         Raises:
             UntrustedPublisher, ModelExpired, RollbackError, ConfigError: as the config demands.
+            ProviderError: the anchor of what remembers releases cannot be read.
         """
-        vouched, policy = None, config.policy
-        memory = policy.remember_releases
+        vouched, memory, known, policy = None, None, None, config.policy
         if policy.require_signature:
             manifest, signatures, publishers = (
                 self.manifest,
@@ -129,11 +134,13 @@ class Candidate:
             )
             count = policy.signatures.get(manifest.name, 1)
             signed = check_signature(manifest, self.data, signatures, publishers, count)
-            clock = utc_text(), remembered_time(memory) if memory else None
+            memory = release_memory(config)
+            known = memory.recall() if memory else None
+            clock = utc_text(), known.time if known else None
             vouched = check_expiry(manifest, self.hash, signatures, signed, policy, clock)
         check_name(self.manifest, name, config)
-        known = remembered_release(memory, self.manifest.name) if memory else None
-        check_release(self.manifest, config, known)
+        remembered = known.releases.get(self.manifest.name) if known else None
+        check_release(self.manifest, config, remembered)
         return Trust(vouched, memory, known)
 
     def check_digests(self, progress: Callable[[int, int], object] | None = None) -> None:
@@ -191,6 +198,6 @@ def refusal(path: str | os.PathLike[str], config: Config) -> KeymgmtError | None
     """Why this config would not let in what was just written; None where it would."""
     try:
         admit(path, config, None)[0].folder.close()
-    except (SealedModelError, ConfigError) as error:
+    except (SealedModelError, ConfigError, ProviderError) as error:
         return error
     return None

@@ -93,6 +93,7 @@ def _probe(name: str, distribution: str) -> dict[str, Any]:
 
 
 def _describe(name: str, distribution: str) -> dict[str, Any]:
+    from keymgmt._providers.anchor import SupportsAnchor
     from keymgmt._providers.contract import (
         SupportsBatchUnwrap,
         SupportsKeyDeletion,
@@ -112,6 +113,7 @@ def _describe(name: str, distribution: str) -> dict[str, Any]:
         "sign": SupportsSigning,
         "recipients": SupportsOfflineRecipients,
         "batch-unwrap": SupportsBatchUnwrap,
+        "anchor": SupportsAnchor,
     }
     return {
         "api": kind.api_version,

@@ -22,6 +22,7 @@ from keymgmt.backend import (
     KeyRetired,
     Recipient,
     Signature,
+    SupportsAnchor,
     SupportsBatchUnwrap,
     SupportsKeyDeletion,
     SupportsKeyManagement,
@@ -31,6 +32,7 @@ from keymgmt.backend import (
     UnwrapFailed,
     WrappedKey,
     WrongKey,
+    anchor_after,
     wrap_for,
 )
 from keymgmt.errors import ProviderError
@@ -41,7 +43,7 @@ __all__ = ["AbilityChecks"]
 
 
 class AbilityChecks(ContractFixtures):
-    """Key management, signing, offline recipients, batches."""
+    """Key management, signing, offline recipients, batches, anchors."""
 
     @pytest.fixture
     def manager(self, provider: KeyProvider[Any], may_create_keys: bool) -> Iterator[Any]:
@@ -398,6 +400,34 @@ class AbilityChecks(ContractFixtures):
                 type(answer) is type(alone),
                 f"{what} is {type(answer).__name__}, alone it is {type(alone).__name__}",
             )
+
+    # Anchors.
+
+    def test_anchor(self, provider: KeyProvider[Any]) -> None:
+        """move_anchor() makes the one value that follows, once, and only from the present one,
+        because a memory that was put back is noticed by a value that no longer comes; look at what
+        happens when a call is repeated whose answer was lost.
+        """
+        if not isinstance(provider, SupportsAnchor):
+            self.skip("this provider does not claim SupportsAnchor")
+        try:
+            before = provider.anchor()
+        except ConfigError:
+            self.skip("the provider of these tests names no anchor")
+        step = secrets.token_bytes(32)
+        for _ in "12":
+            self.demand.works(partial(provider.move_anchor, before, step), "move_anchor()")
+            self.demand.that(
+                provider.anchor() == anchor_after(before, step), "the anchor has another value"
+            )
+        self.demand.refused(
+            partial(provider.move_anchor, before, secrets.token_bytes(32)),
+            "move_anchor() from a value that it no longer has",
+            AccessDenied,
+        )
+        self.demand.that(
+            provider.anchor() == anchor_after(before, step), "the anchor moved all the same"
+        )
 
 
 def _outcome(call: Callable[[], object]) -> object:

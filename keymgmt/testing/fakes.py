@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pydantic import Field
 
 from keymgmt.backend import (
+    ANCHOR_START,
     DEK_LENGTH,
     AccessDenied,
     ConfigError,
@@ -37,6 +38,7 @@ from keymgmt.backend import (
     ProviderUnavailable,
     Settings,
     Signature,
+    SupportsAnchor,
     SupportsBatchUnwrap,
     SupportsKeyDeletion,
     SupportsKeyManagement,
@@ -45,6 +47,7 @@ from keymgmt.backend import (
     UnwrapFailed,
     WrappedKey,
     WrongKey,
+    anchor_after,
     check_key,
     no_version,
     wipe,
@@ -78,6 +81,7 @@ class MemoryService:
         self.keys: dict[str, _Key] = {}
         self.denied: set[str] = set()
         self.epoch = 0
+        self.anchor = ANCHOR_START
         self.up = True
         self.answering = True
 
@@ -121,6 +125,7 @@ class MemoryProvider(
     SupportsKeyDeletion,
     SupportsSigning,
     SupportsBatchUnwrap,
+    SupportsAnchor,
 ):
     """A provider of a MemoryService. For tests only: it protects nothing."""
 
@@ -207,6 +212,17 @@ class MemoryProvider(
             except ProviderError as error:
                 answers.append(error)
         return answers
+
+    def anchor(self) -> bytes:
+        """See SupportsAnchor."""
+        return self.service.anchor
+
+    def move_anchor(self, value: bytes, step: bytes) -> None:
+        """See SupportsAnchor."""
+        after = anchor_after(value, step)
+        if self.service.anchor not in (value, after):
+            raise AccessDenied("the anchor has another value")
+        self.service.anchor = after
 
     def check(self, key: str | None = None) -> Health:
         """See KeyProvider."""

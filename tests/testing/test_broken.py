@@ -611,6 +611,12 @@ class FailsTheWholeBatch(MemoryProvider):
         return failed[:1] * len(items) if failed else answers
 
 
+@caught_by("test_anchor")
+class MovesItsAnchorTwice(MemoryProvider):
+    def move_anchor(self, value: bytes, step: bytes) -> None:
+        super().move_anchor(self.anchor(), step)
+
+
 # Bad days.
 
 

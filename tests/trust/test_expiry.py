@@ -13,7 +13,7 @@ from keymgmt import errors
 from keymgmt._crypto.signatures import PublicKey
 from keymgmt._system.strict_json import dump
 from keymgmt._trust import candidate
-from keymgmt._trust.release_memory import remember, remembered_time
+from keymgmt._trust.release_memory import ReleaseMemory
 from keymgmt.sealed.times import is_time, utc_text
 
 
@@ -172,12 +172,12 @@ def test_a_clock_that_was_put_back(site, clock, caplog):
     config = site.config(remember_releases=str(memory))
     strict = site.config(remember_releases=str(memory), require_expiry=["model"])
     opens(path, strict)
-    seen = remembered_time(memory)
+    seen = ReleaseMemory(memory).recall().time
     assert seen is not None
     assert is_time(seen)
     assert seen <= utc_text()
     opens(path, strict)
-    assert remembered_time(memory) == seen  # once an hour is enough
+    assert ReleaseMemory(memory).recall().time == seen  # once an hour is enough
     clock(minutes=-8)
     opens(path, strict)
     clock(hours=-2)
@@ -190,12 +190,12 @@ def test_a_clock_that_was_put_back(site, clock, caplog):
 
 def test_a_time_is_remembered_with_the_releases_and_never_goes_back(tmp_path):
     memory = tmp_path / "releases.json"
-    remember(memory, "a", 3)
-    assert remembered_time(memory) is None
-    remember(memory, "b", 1, time=True)
+    ReleaseMemory(memory).remember("a", 3)
+    assert ReleaseMemory(memory).recall().time is None
+    ReleaseMemory(memory).remember("b", 1, time=True)
     ahead = utc_text(later(hours=5))
     memory.write_bytes(dump(json.loads(memory.read_bytes()) | {"time": ahead}))
-    remember(memory, "b", 2, time=True)
+    ReleaseMemory(memory).remember("b", 2, time=True)
     assert json.loads(memory.read_bytes()) == {
         "format": "keymgmt-releases/1",
         "releases": {"a": 3, "b": 2},
@@ -203,4 +203,4 @@ def test_a_time_is_remembered_with_the_releases_and_never_goes_back(tmp_path):
     }
     memory.write_bytes(dump(json.loads(memory.read_bytes()) | {"time": "tomorrow"}))
     with pytest.raises(errors.ConfigError, match="damaged"):
-        remembered_time(memory)
+        ReleaseMemory(memory).recall()

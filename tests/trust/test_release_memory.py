@@ -1,0 +1,203 @@
+"""What remembers releases, bound to an anchor: files that were put back, and power cuts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from keymgmt import Config, errors
+from keymgmt._system.strict_json import dump
+from keymgmt._trust import release_memory
+from keymgmt._trust.release_memory import ReleaseMemory
+from keymgmt.testing.fakes import MemoryProvider, MemoryService, MemorySettings
+
+NUMBERS = itertools.count()
+
+
+@pytest.fixture
+def provider() -> Iterator[MemoryProvider]:
+    with MemoryProvider("safe", MemorySettings(service=f"anchor-{next(NUMBERS)}")) as made:
+        yield made
+
+
+@pytest.fixture
+def memory(provider: MemoryProvider, tmp_path: Path) -> ReleaseMemory:
+    return ReleaseMemory(tmp_path / "releases.json", lambda call: call(provider), "safe")
+
+
+def cut(memory: ReleaseMemory, *, moved: bool) -> ReleaseMemory:
+    """The same memory on a machine whose power fails before or after its anchor moves."""
+
+    def ask(call: Callable[[Any], Any]) -> Any:
+        assert memory.anchor is not None
+
+        class Dies:
+            def anchor(self) -> Any:
+                return memory.anchor(lambda provider: provider.anchor())  # type: ignore[misc]
+
+            def move_anchor(self, value: bytes, step: bytes) -> None:
+                if moved:
+                    memory.anchor(lambda p: p.move_anchor(value, step))  # type: ignore[misc]
+                raise KeyboardInterrupt
+
+        return call(Dies())
+
+    return ReleaseMemory(memory.path, ask, memory.provider)
+
+
+def test_an_older_file_and_none_are_noticed(memory: ReleaseMemory) -> None:
+    memory.remember("a", 1)
+    old = memory.path.read_bytes()
+    memory.remember("a", 2)
+    memory.remember("b", 1)
+    assert memory.recall().releases == {"a": 2, "b": 1}
+    newest = memory.path.read_bytes()
+    memory.path.write_bytes(old)
+    with pytest.raises(errors.RollbackError, match="not the newest") as caught:
+        memory.recall()
+    assert "restore the newest" in str(caught.value.hint)
+    with pytest.raises(errors.RollbackError, match="not the newest"):
+        memory.remember("a", 3)
+    memory.path.unlink()
+    with pytest.raises(errors.RollbackError, match="gone"):
+        memory.recall()
+    memory.path.write_bytes(newest)
+    assert memory.recall().releases == {"a": 2, "b": 1}
+
+
+def test_a_file_that_somebody_wrote_is_noticed(memory: ReleaseMemory) -> None:
+    """Without moving the anchor nobody makes a file that counts, whatever he knows."""
+    memory.remember("a", 1)
+    memory.remember("a", 2)
+    data = json.loads(memory.path.read_bytes())
+    for number in range(2):
+        changed = json.loads(json.dumps(data))
+        changed["states"][number]["releases"]["a"] = 0
+        memory.path.write_bytes(dump({**changed, "states": [changed["states"][number]]}))
+        with pytest.raises(errors.RollbackError):
+            memory.recall()
+    # As the next state, and as a plain file.
+    after = memory.anchor(lambda provider: provider.anchor().hex())  # type: ignore[misc]
+    forged = {"before": after, "releases": {}, "time": None}
+    memory.path.write_bytes(dump({**data, "states": [forged]}))
+    with pytest.raises(errors.RollbackError):
+        memory.recall()
+    memory.path.write_bytes(dump({"format": "keymgmt-releases/1", "releases": {}, "time": None}))
+    with pytest.raises(errors.RollbackError):
+        memory.recall()
+
+
+@pytest.mark.parametrize("before", [0, 1, 2])
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_power_cut_leaves_one_that_counts(
+    memory: ReleaseMemory, before: int, *, moved: bool
+) -> None:
+    for release in range(before):
+        memory.remember("a", release)
+    held = memory.recall().releases
+    with pytest.raises(KeyboardInterrupt):
+        cut(memory, moved=moved).remember("a", 9)
+    # Before the first move nothing is bound, and the file counts as a plain one does.
+    assert memory.recall().releases == ({"a": 9} if moved or not before else held)
+    memory.remember("b", 1)
+    memory.remember("a", 10)
+    assert memory.recall().releases == {"a": 10, "b": 1}
+
+
+def test_what_a_power_cut_left_cannot_be_put_back_later(memory: ReleaseMemory) -> None:
+    """A file that was written and not yet bound is no second newest file."""
+    memory.remember("a", 1)
+    good = memory.path.read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        cut(memory, moved=False).remember("b", 5)
+    prepared = memory.path.read_bytes()
+    memory.path.write_bytes(good)
+    memory.remember("a", 7)
+    memory.path.write_bytes(prepared)
+    with pytest.raises(errors.RollbackError):
+        memory.recall()
+
+
+def test_a_plain_file_is_taken_over(memory: ReleaseMemory) -> None:
+    ReleaseMemory(memory.path).remember("a", 3)
+    assert memory.recall().releases == {"a": 3}
+    memory.remember("b", 1)
+    assert memory.recall().releases == {"a": 3, "b": 1}
+    with pytest.raises(errors.ConfigError, match="bound to an anchor") as caught:
+        ReleaseMemory(memory.path).recall()
+    assert "anchor =" in str(caught.value.hint)
+
+
+def test_an_anchor_that_is_set_up_again_takes_the_file_that_is_there(
+    memory: ReleaseMemory, provider: MemoryProvider
+) -> None:
+    memory.remember("a", 3)
+    memory.remember("a", 4)
+    provider.service.anchor = MemoryService("another").anchor
+    assert memory.recall().releases == {"a": 4}
+    memory.remember("a", 5)
+    assert memory.recall().releases == {"a": 5}
+
+
+def test_an_anchor_that_is_not_reached_is_no_empty_memory(
+    memory: ReleaseMemory, provider: MemoryProvider
+) -> None:
+    memory.remember("a", 3)
+    provider.service.up = False
+    with pytest.raises(errors.ProviderUnavailable):
+        memory.recall()
+    with pytest.raises(errors.ProviderUnavailable):
+        memory.remember("a", 4)
+
+
+def test_many_at_once(memory: ReleaseMemory) -> None:
+    """Nobody takes another one's step for a file that was put back."""
+
+    def work(number: int) -> None:
+        for release in range(8):
+            memory.remember(f"model-{number}", release)
+            assert memory.recall().releases[f"model-{number}"] == release
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert memory.recall().releases == {f"model-{number}": 7 for number in range(4)}
+
+
+def test_a_time_moves_the_anchor_once_a_day(
+    memory: ReleaseMemory, provider: MemoryProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def at(text: str) -> bytes:
+        monkeypatch.setattr(release_memory, "utc_text", lambda _: text)
+        memory.remember("a", 1, time=True)
+        return provider.anchor()
+
+    first = at("2026-05-01T08:00:00Z")
+    assert at("2026-05-01T23:00:00Z") == first != at("2026-05-02T00:00:00Z")
+    assert memory.recall().time == "2026-05-02T00:00:00Z"
+
+
+@pytest.mark.parametrize(
+    ("anchor", "says"), [("nobody", "no provider named"), ("local", "keeps no anchor")]
+)
+def test_an_anchor_that_cannot_be(site: Any, anchor: str, says: str) -> None:
+    import keymgmt
+
+    table = {"file": str(site.root / "releases.json"), "anchor": anchor}
+    with pytest.raises(errors.ConfigError, match=says):
+        keymgmt.open(site.seal(), keys=site.config(remember_releases=table))
+
+
+def test_a_table_and_a_path_mean_the_same(tmp_path: Path) -> None:
+    for value in ("r.json", {"file": "r.json"}):
+        config = Config({"policy": {"remember_releases": value}}, path=tmp_path / "k.toml")
+        found = config.policy.remember_releases
+        assert found is not None
+        assert (found.file, found.anchor) == (tmp_path / "r.json", None)
+    with pytest.raises(errors.ConfigError):
+        Config({"policy": {"remember_releases": {"anchor": "tpm"}}})
