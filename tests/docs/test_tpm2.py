@@ -79,6 +79,15 @@ def pinned(desk: Any) -> str:
     return found[0]
 
 
+def anchored(desk: Any, tcti: str) -> str:
+    """The name of the anchor that was made, as tpm2-tools print it."""
+    found = re.search(
+        r"name: (000b[0-9a-f]{64})", desk.run(f"tpm2_nvreadpublic -T {tcti} 0x01800102").out
+    )
+    assert found, desk.last
+    return found[1]
+
+
 def told(desk: Any) -> str:
     """The fingerprint that the last command printed: a person reads it out."""
     found = re.search(r"fingerprint:? (\S+)", desk.last.said)
@@ -92,10 +101,15 @@ def play(desk: Any) -> None:
     desk.config.write_text(desk.config.read_text().replace('"play-keys"', f'"play-keys"\n{line}'))
 
 
-def fleet(desk: Any, tcti: str) -> None:
-    desk.run("rm -r resnet50.sealed")
+def anew(desk: Any, tcti: str) -> None:
+    """A config with the TPM alone."""
     configured(desk, tcti)
     configured(desk, tcti, f'srk_name = "{pinned(desk)}"\n')
+
+
+def fleet(desk: Any, tcti: str) -> None:
+    desk.run("rm -r resnet50.sealed")
+    anew(desk, tcti)
 
 
 def office(desk: Any) -> None:
@@ -125,6 +139,9 @@ def test_its_manual(desk: Any, require_tool: Callable[..., Path]) -> None:
     desk.run(MODEL)
     (desk.work / "log").write_bytes(event_log())
     desk.stand_ins = {
+        "000b9876543210fedcba9876543210fedcba9876543210fedcba9876543210fedcba": lambda: anchored(
+            desk, tcti
+        ),
         "000b0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef": lambda: pinned(
             desk
         ),
@@ -136,13 +153,14 @@ def test_its_manual(desk: Any, require_tool: Callable[..., Path]) -> None:
         "--fingerprint 3f2a...": lambda: f"--fingerprint {told(desk)}",
         "2321": str(port),
         "2322": str(port + 1),
-        "0x01800100=4": lambda: f"0x01800100={desk.last.out.split()[-1]}",
+        "/var/lib/keymgmt/releases.json": str(desk.config.parent / "releases.json"),
     }
     desk.run_page(
         "docs/backends/tpm2.md",
         given={
             "keymgmt keys create play:dev --option pcr=sha256:16": lambda: play(desk),
             "Unified kernel images": "openssl genrsa 2048 | openssl rsa -pubout -out kernel.pem",
+            "A release memory that a restored disk does not bring back": lambda: anew(desk, tcti),
             "A fleet": lambda: fleet(desk, tcti),
             "Attested devices": lambda: office(desk),
             "Many devices at once": "mkdir devices && cp request devices/device7.request",
@@ -208,8 +226,25 @@ def test_its_hints(desk: Any, tcti: str) -> None:
         LIST="23 --values next.json",
     )
     desk.run("keymgmt tpm policy install tpm next && keymgmt verify b.sealed")
-    desk.fails("keymgmt tpm counter bump tpm")
-    desk.follow("backends/tpm2", "keymgmt tpm counter create PROVIDER", PROVIDER="tpm")
+    desk.run("keymgmt tpm counter sign --key approver.key --to 3 a.raise")
+    desk.fails("keymgmt tpm counter show tpm")
+    made = {"PROVIDER": "tpm", "FILE": "a.raise"}
+    desk.follow("backends/tpm2", "keymgmt tpm counter create PROVIDER FILE", **made)
+    # An anchor, that somebody takes away.
+    desk.fails("keymgmt tpm anchor show tpm")
+    desk.follow("backends/tpm2", "keymgmt tpm anchor create {}")
+    srk = f'srk_name = "{pinned(desk)}"\n'
+    desk.fails("keymgmt tpm anchor create tpm")
+    desk.follow("backends/tpm2", "keymgmt tpm anchor create {} --again")
+    configured(desk, tcti, f'{srk}anchor = "{anchored(desk, tcti)}"\n')
+    desk.run("keymgmt tpm anchor show tpm && tpm2_nvundefine -C o 0x01800102")
+    desk.fails("keymgmt tpm anchor show tpm")
+    desk.follow("backends/tpm2", "keymgmt tpm anchor create PROVIDER --again", PROVIDER="tpm")
+    # Names in the config that cannot be those of an anchor or of its index.
+    configured(desk, tcti, f'{srk}anchor = "000b"\n')
+    desk.fails("keymgmt tpm anchor show tpm")
+    configured(desk, tcti, srk)
+    desk.follow("backends/tpm2", "keymgmt tpm anchor create PROVIDER", PROVIDER="tpm --again")
 
 
 def test_a_tpm_that_is_locked_full_or_gone(desk: Any, tcti: str) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from keymgmt.backend import AccessDenied, Finding, Health, KeymgmtError
+from keymgmt.backend import ANCHOR_START, AccessDenied, Finding, Health, KeymgmtError
 from keymgmt_tpm2._errors import POLICY_FAIL, TpmError, translate
 from keymgmt_tpm2._lockout import CLEAR, Lockout
 from keymgmt_tpm2._wrapping import statements
@@ -27,13 +27,19 @@ _SESSIONS_FREE: Final = 0x204
 _OBJECTS_FREE: Final = 0x207
 
 
-def examine(service: Service, key: str | None, round_trip: Callable[[str], None]) -> Health:
+def examine(
+    service: Service,
+    key: str | None,
+    round_trip: Callable[[str], None],
+    anchor: Callable[[], bytes] | None,
+) -> Health:
     """Every finding of ``KeyProvider.check``; no PIN is sent unless ``key`` is given.
 
     Args:
         service: the TPM and its key directory.
         key: the one to try, or None to look at all of them.
         round_trip: wraps and unwraps, or signs, with a key.
+        anchor: reads the anchor, where there is one.
     """
     findings: list[Finding] = []
     try:
@@ -48,6 +54,14 @@ def examine(service: Service, key: str | None, round_trip: Callable[[str], None]
             findings.append(Finding("key directory", "warning", where, make))
     except KeymgmtError as error:
         return Health((*findings, _failed("TPM", error)))
+    if anchor is not None:
+        where = service.settings.anchor_index
+        try:
+            start = anchor() == ANCHOR_START
+            said = "nothing is bound to it yet" if start else "as pinned"
+            findings.append(Finding("anchor", "ok", f"{where}, {said}"))
+        except KeymgmtError as error:
+            findings.append(_failed("anchor", error))
     for name in names:
         try:
             findings.append(_key(service, name, round_trip if key is not None else None))

@@ -12,14 +12,7 @@ from keymgmt_tpm2._arguments import Json, Provider, find_provider
 from keymgmt_tpm2._setup import LockoutChange, set_up
 from keymgmt_tpm2.enroll._commands import app as enroll_app
 from keymgmt_tpm2.policy._commands import app as policy_app
-from keymgmt_tpm2.policy._counter import (
-    DEFAULT_INDEX,
-    bump_counter,
-    create_counter,
-    parse_index,
-    read_counter,
-    set_counter,
-)
+from keymgmt_tpm2.policy._nv_commands import anchor_app, counter_app
 from keymgmt_tpm2.policy._policy import parse_pcrs
 
 __all__ = ["app"]
@@ -27,14 +20,10 @@ __all__ = ["app"]
 MAX_SECONDS = 2**31 - 1
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
-counter_app = typer.Typer(
-    no_args_is_help=True, help="NV counters, by which older approvals are outdated."
-)
 app.add_typer(policy_app, name="policy")
 app.add_typer(counter_app, name="counter")
+app.add_typer(anchor_app, name="anchor")
 app.add_typer(enroll_app, name="enroll")
-
-Index = Annotated[str, typer.Option(metavar="INDEX", help="NV index of the counter.")]
 
 
 @app.command()
@@ -130,6 +119,7 @@ def flush(
     context: typer.Context,
     provider: Provider,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Free every loaded object and session of a bare TPM, whoever left or uses them.
 
@@ -139,70 +129,12 @@ def flush(
     found = find_provider(context, provider)
     if not yes:
         typer.confirm(
-            "Programs that use this TPM now will fail. Free all objects and sessions?", abort=True
+            "Programs that use this TPM now will fail. Free all objects and sessions?",
+            abort=True,
+            err=as_json,
         )
     count = found.service.run("freeing slots", lambda tpm: tpm.free_all(), pinned=False)
+    if as_json:
+        print_json({"format": "keymgmt-tpm-flush/1", "freed": count})
+        return
     console().print(f"freed {count}")
-
-
-@counter_app.command("create")
-def create(
-    context: typer.Context,
-    provider: Provider,
-    index: Index = f"{DEFAULT_INDEX:#010x}",
-    value: Annotated[
-        int | None,
-        typer.Option(
-            min=0, max=2**63 - 1, help="Make an ordinary index of this value, for a fleet."
-        ),
-    ] = None,
-) -> None:
-    """Define a counter; its first value is printed.
-
-    Example:
-        keymgmt tpm counter create tpm
-    """
-    number = parse_index(index)
-    console().print(create_counter(find_provider(context, provider), number, value=value))
-
-
-@counter_app.command("set")
-def set_value(
-    context: typer.Context,
-    provider: Provider,
-    value: Annotated[int, typer.Argument(min=0, max=2**63 - 1, help="The new value.")],
-    index: Index = f"{DEFAULT_INDEX:#010x}",
-) -> None:
-    """Set an ordinary index: approvals for a lower value open nothing while it has this one.
-
-    Example:
-        keymgmt tpm counter set tpm 8 --index 0x01800101
-    """
-    number = parse_index(index)
-    console().print(set_counter(find_provider(context, provider), number, value))
-
-
-@counter_app.command("show")
-def show(
-    context: typer.Context, provider: Provider, index: Index = f"{DEFAULT_INDEX:#010x}"
-) -> None:
-    """Print a counter's value, to sign an approval for it.
-
-    Example:
-        keymgmt tpm counter show tpm
-    """
-    number = parse_index(index)
-    console().print(read_counter(find_provider(context, provider), number))
-
-
-@counter_app.command("bump")
-def bump(
-    context: typer.Context, provider: Provider, index: Index = f"{DEFAULT_INDEX:#010x}"
-) -> None:
-    """Count up: approvals for a lower value open nothing any more.
-
-    Example:
-        keymgmt tpm counter bump tpm
-    """
-    number = parse_index(index)
-    console().print(bump_counter(find_provider(context, provider), number))

@@ -37,6 +37,7 @@ VALUE: Final = 0x084
 SIZE: Final = 0x095
 HANDLE: Final = 0x08B
 FAILURE: Final = 0x101
+NV_AUTHORIZATION: Final = 0x149
 NV_DEFINED: Final = 0x14C
 NO_CONNECTION: Final = 0xA0008
 BUSY: Final = frozenset({0x902, 0x903, 0x904, 0x905, 0x906, 0x908, 0x90A, 0x920, 0x922, 0x923})
@@ -96,6 +97,14 @@ _FAULTS: Final[dict[int, Fault]] = {
         AccessDenied, "a PCR changed while the key was being used", "try again", passing=True
     ),
     0x12F: Fault(AccessDenied, "the key is used by its policy only"),
+    NV_AUTHORIZATION: Fault(
+        AccessDenied, "the TPM lets only somebody else do that with the NV index"
+    ),
+    0x14B: Fault(
+        ProviderUnavailable,
+        "the TPM has no room for another NV index",
+        "its owner takes away an index that nobody uses any more (tpm2_nvundefine)",
+    ),
     0x09B: Fault(AccessDenied, "the TPM refused the signature of an approval"),
     0x09F: Fault(
         KeyNotFound,

@@ -20,6 +20,7 @@ from keymgmt.backend import (
     ProviderUnavailable,
     Recipient,
     Signature,
+    SupportsAnchor,
     SupportsKeyDeletion,
     SupportsKeyManagement,
     SupportsOfflineRecipients,
@@ -44,6 +45,7 @@ from keymgmt_tpm2._settings import Tpm2Settings
 from keymgmt_tpm2._structures import Public, sha256
 from keymgmt_tpm2._templates import KINDS, key_template, problem_with
 from keymgmt_tpm2._wrapping import check_wrapped, recipient_of, unwrap_with, use_key
+from keymgmt_tpm2.policy._anchor import move_anchor, read_anchor
 from keymgmt_tpm2.policy._options import KeyOptions
 from keymgmt_tpm2.policy._policy import PcrState, Policy, weakness
 
@@ -61,6 +63,7 @@ class Tpm2Provider(
     SupportsKeyDeletion,
     SupportsSigning,
     SupportsOfflineRecipients,
+    SupportsAnchor,
 ):
     """Keys that live in this machine's TPM 2.0 and open only here, in the boot state they ask for.
 
@@ -228,9 +231,18 @@ class Tpm2Provider(
             self._find(key)
             self.keys.remove(key)
 
+    def anchor(self) -> bytes:
+        """See SupportsAnchor."""
+        return read_anchor(self.service)
+
+    def move_anchor(self, value: bytes, step: bytes) -> None:
+        """See SupportsAnchor; in the machine state that the anchor was made for."""
+        move_anchor(self.service, value, step)
+
     def check(self, key: str | None = None) -> Health:
         """See KeyProvider: the TPM, its root key, its lockout, its slots, and what opens now."""
-        return examine(self.service, key, self._round_trip)
+        anchor = self.anchor if self.settings.anchor else None
+        return examine(self.service, key, self._round_trip, anchor)
 
     def _round_trip(self, key: str) -> None:
         if self._find(key).purpose == "sign":

@@ -7,7 +7,8 @@ from typing import Annotated, Final
 
 from pydantic import Field, field_validator
 
-from keymgmt.backend import ConfigPath, KeyName, SecretSource, Settings
+from keymgmt.backend import ConfigError, ConfigPath, KeyName, SecretSource, Settings
+from keymgmt_tpm2.policy._index import parse_index
 
 __all__ = ["Tpm2Settings"]
 
@@ -42,6 +43,9 @@ class Tpm2Settings(Settings):
         endorsement_auth: where the endorsement hierarchy's password is, if it has one; for
             enrolment only.
         lockout_auth: the same for the lockout hierarchy.
+        anchor: the name in hex of the NV index that is the anchor of ``remember_releases``;
+            ``keymgmt tpm anchor create`` shows it.
+        anchor_index: the number of that index.
         pcr_signatures: the signed PCR policies of a unified kernel image, such as
             ``/run/systemd/tpm2-pcr-signature.json``: approvals that come with each kernel.
         timeout: seconds within which every call ends, not counting those before it in line.
@@ -57,6 +61,8 @@ class Tpm2Settings(Settings):
     owner_auth: SecretSource | None = None
     endorsement_auth: SecretSource | None = None
     lockout_auth: SecretSource | None = None
+    anchor: str | None = None
+    anchor_index: str = "0x01800102"
     pcr_signatures: ConfigPath | None = None
     timeout: Annotated[float, Field(ge=0.1, le=600, strict=False)] = 20.0
 
@@ -86,6 +92,29 @@ class Tpm2Settings(Settings):
                 "it has; see it with: keymgmt tpm setup PROVIDER"
             )
         return value
+
+    @field_validator("anchor")
+    @classmethod
+    def _index_name(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"000b[0-9a-f]{64}", value):
+            raise ValueError(
+                "the name of an anchor is 000b and 64 hex digits; see it with: "
+                "keymgmt tpm anchor create PROVIDER"
+            )
+        return value
+
+    @field_validator("anchor_index")
+    @classmethod
+    def _index(cls, value: str) -> str:
+        try:
+            return f"{parse_index(value):#010x}"
+        except ConfigError as error:
+            raise ValueError(f"{error}: {error.hint}") from error
+
+    @property
+    def anchor_number(self) -> int:
+        """``anchor_index`` as a number."""
+        return int(self.anchor_index, 16)
 
     @property
     def srk_handle(self) -> int:

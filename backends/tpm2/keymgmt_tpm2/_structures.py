@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Public",
     "Reader",
     "describe_attributes",
+    "ecdsa_pair",
     "root_key_kind",
     "sha256",
     "sized",
@@ -93,6 +95,14 @@ def u32(value: int) -> bytes:
 def sized(content: bytes) -> bytes:
     """A TPM2B of ``content``."""
     return u16(len(content)) + content
+
+
+def ecdsa_pair(signature: bytes) -> tuple[bytes, bytes]:
+    """A DER signature on P-256 as a TPM takes it: r and s, 32 bytes each; ValueError."""
+    r, s = decode_dss_signature(signature)
+    if max(r, s) >> 256:
+        raise ValueError("the signature is not of a key on P-256")
+    return r.to_bytes(32, "big"), s.to_bytes(32, "big")
 
 
 def describe_attributes(attributes: int) -> str:

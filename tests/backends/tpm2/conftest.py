@@ -14,7 +14,9 @@ from typing import Self
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from keymgmt_tpm2 import Tpm2Provider, Tpm2Settings
 from swtpm import Swtpm, free_ports, message
 
@@ -50,6 +52,25 @@ class Wire:
     def __exit__(self, *_: object) -> None:
         for server in self._servers:
             server.close()
+
+    def ask(self, command: bytes) -> bytes:
+        """Ask the TPM over a connection of our own."""
+        with socket.create_connection(("127.0.0.1", self._target)) as tpm:
+            tpm.sendall(command)
+            return message(tpm)
+
+    def lose(self, code: int) -> list[bytes]:
+        """From now on the TPM's first answer to that command is lost; returns where it is kept."""
+        lost: list[bytes] = []
+
+        def intercept(command: bytes) -> bytes | None:
+            if int.from_bytes(command[6:10], "big") != code or lost:
+                return None
+            lost.append(self.ask(command))
+            raise EOFError
+
+        self.intercept = intercept
+        return lost
 
     def _accept(self, server: socket.socket, serve: Callable[[socket.socket], None]) -> None:
         while True:
@@ -151,6 +172,20 @@ def unencrypted(monkeypatch) -> None:
 @pytest.fixture
 def settings(swtpm, set_up) -> Tpm2Settings:
     return set_up(swtpm)
+
+
+@pytest.fixture
+def sign_raise() -> Callable[..., object]:
+    """Have an approver's key sign that counters are raised: ``sign_raise(key, 4) -> Raise``."""
+    from keymgmt_tpm2.policy._counter import DEFAULT_INDEX, Raise
+    from keymgmt_tpm2.policy._policy import Approver, Counter
+
+    def make(key, to, *, index=DEFAULT_INDEX, ref=""):
+        der = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        sign = lambda message: key.sign(message, ec.ECDSA(hashes.SHA256()))  # noqa: E731
+        return Raise.sign(Counter(index, to), Approver(der, ref), sign)
+
+    return make
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
 from keymgmt_tpm2 import Tpm2Provider
 from keymgmt_tpm2.policy import _authorize
 from keymgmt_tpm2.policy._approval import Approval
-from keymgmt_tpm2.policy._policy import Approver, Counter, PcrState, approved_digest
+from keymgmt_tpm2.policy._policy import Approver, Counter, PcrState
 
 from keymgmt.backend import AccessDenied, Dek, KeyNotFound, ProviderUnavailable
 
@@ -183,7 +183,7 @@ KERNEL = (b".linux\0", b"a kernel")
 
 
 def signed_by_hand(key, tmp_path, tcti) -> str:
-    digest = approved_digest(PcrState("sha256", {11: extended(*KERNEL, b"enter-initrd")}), None)
+    digest = PcrState("sha256", {11: extended(*KERNEL, b"enter-initrd")}).extend(bytes(32))
     signature = key.sign(digest, padding.PKCS1v15(), hashes.SHA256())
     entry = {
         "pcrs": [11],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from keymgmt_tpm2 import Tpm2Provider
+from keymgmt_tpm2.policy._anchor import create_anchor
 
 from keymgmt.backend import SecretSource
 from keymgmt.testing import ProviderContract
@@ -12,7 +13,10 @@ from keymgmt.testing import ProviderContract
 class TestTpm2(ProviderContract):
     @pytest.fixture
     def settings(self, swtpm, set_up):
-        return set_up(swtpm, timeout=6.0)
+        settings = set_up(swtpm, timeout=6.0)
+        with Tpm2Provider("tpm", settings) as provider:
+            name = create_anchor(provider.service, None).name
+        return settings.model_copy(update={"anchor": name.hex()})
 
     @pytest.fixture
     def provider_factory(self, settings):

@@ -114,7 +114,9 @@ def test_a_model_for_this_tpm_and_a_file_key_or_the_break_glass_key(site):
     values = site.run("tpm", "pcrs", "tpm", "--pcr", "7,8", "--json").out
     (site.home / "now.json").write_text(values)
     sign = ["tpm", "policy", "sign", "--key", "approver.key", "--pcr", "7,8"]
-    counter = site.run("tpm", "counter", "create", "tpm").out.strip()
+    raised = ["tpm", "counter", "sign", "--key", "approver.key", "--to"]
+    site.run(*raised, "1", "start.raise")
+    counter = site.run("tpm", "counter", "create", "tpm", "start.raise").out.strip()
     limit = ["--counter", f"0x01800100={counter}"]
     site.run(*sign, "--values", "now.json", *limit, "now.approval")
     site.run("tpm", "policy", "install", "tpm", "now.approval")
@@ -141,8 +143,9 @@ def test_a_model_for_this_tpm_and_a_file_key_or_the_break_glass_key(site):
     assert "fits the present PCRs" in listed
     assert "PCR 8 of sha256 is" in listed
 
-    # Bumping the counter outdates both.
-    assert int(site.run("tpm", "counter", "bump", "tpm").out) == int(counter) + 1
+    # Raising the counter outdates both.
+    site.run(*raised, str(int(counter) + 1), "next.raise")
+    assert int(site.run("tpm", "counter", "raise", "tpm", "next.raise").out) == int(counter) + 1
     assert "outdated" in site.run("unseal", "m.sealed", "out3", code=6).err
 
     # Another TPM in its place, and the break-glass key out of the safe.
@@ -211,6 +214,34 @@ def test_the_provider_must_be_a_tpm(site):
 def test_slots_are_freed_on_request(site):
     site.set_up()
     assert site.run("tpm", "flush", "tpm", "--yes").out == "freed 0\n"
+    flushed = json.loads(site.run("tpm", "flush", "tpm", "--yes", "--json").out)
+    assert flushed == {"format": "keymgmt-tpm-flush/1", "freed": 0}
+
+
+def test_counters_and_the_anchor_as_json(site):
+    site.set_up()
+    site.run("tpm", "policy", "approver", "approver.key")
+
+    def run(*arguments):
+        return json.loads(site.run("tpm", "counter", *arguments, "--json").out)
+
+    sign = ["sign", "--key", "approver.key", "--index", "0x01800103", "--ref", "edge"]
+    signed = run(*sign, "--to", 4, "a.raise")
+    assert (signed["path"], signed["value"], signed["ref"]) == ("a.raise", 4, "edge")
+    made = {"format": "keymgmt-tpm-counter/1", "index": "0x01800103", "value": 4}
+    assert run("create", "tpm", "a.raise") == made
+    run(*sign, "--to", 6, "b.raise")
+    assert run("raise", "tpm", "b.raise") == made | {"value": 6}
+    assert run("raise", "tpm", "a.raise") == made | {"value": 6}
+    assert run("show", "tpm", "--index", "0x01800103") == made | {"value": 6}
+    assert site.run("tpm", "counter", "show", "tpm", "--index", "0x01800103").out == "6\n"
+    site.run("tpm", "counter", "show", "tpm", "--json", code=3)
+    anchor = json.loads(site.run("tpm", "anchor", "create", "tpm", "--json").out)
+    assert not anchor["moved"]
+    site.configure(anchor=f'"{anchor["name"]}"')
+    assert json.loads(site.run("tpm", "anchor", "show", "tpm", "--json").out) == anchor
+    again = site.run("tpm", "anchor", "create", "tpm", "--again").out
+    assert "the one that the config pins" in again
 
 
 def test_a_tpm_key_approves_and_publishes(site):

@@ -11,8 +11,16 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from keymgmt_tpm2 import Tpm2Provider
 from keymgmt_tpm2.policy import _approval
 from keymgmt_tpm2.policy._approval import Approval
-from keymgmt_tpm2.policy._counter import bump_counter, create_counter, read_counter, set_counter
-from keymgmt_tpm2.policy._policy import Approver, Counter, PcrState, Policy, approved_digest
+from keymgmt_tpm2.policy._counter import create_counter, raise_counter, read_counter
+from keymgmt_tpm2.policy._policy import (
+    Approver,
+    Counter,
+    PcrState,
+    Policy,
+    approved_digest,
+    first_digest,
+    raise_digest,
+)
 
 from keymgmt.backend import (
     AccessDenied,
@@ -87,13 +95,13 @@ def with_pin(settings, pin_file):
         yield p
 
 
-def test_offline_digests_are_those_of_the_tpm(provider, approve):
+def test_offline_digests_are_those_of_the_tpm(provider, approve, approver_key, sign_raise):
     """Every step of every policy, computed here and by the TPM."""
     from tpm2_pytss import constants as c
 
-    value = create_counter(provider)
+    value = create_counter(provider, sign_raise(approver_key, 1))
     state = provider.pcrs("sha256", [0, 7, 16])
-    counter = Counter(0x01800100, value)
+    counter, approver = Counter(0x01800100, value), approve(state).approver
 
     def on_tpm(tpm):
         session = tpm.session(policy=True)
@@ -102,11 +110,21 @@ def test_offline_digests_are_those_of_the_tpm(provider, approve):
         index = tpm.persistent(counter.index)
         operand, operation = counter.operand, c.TPM2_EO.UNSIGNED_LE
         tpm.call("policy_nv", index, index, session, operand, operation, 0)
-        return first, bytes(tpm.call("policy_get_digest", session))
+        second = bytes(tpm.call("policy_get_digest", session))
+        tpm.call("policy_restart", session)
+        tpm.call("policy_nv", index, index, session, operand, operation, 0)
+        tpm.call("policy_command_code", session, c.TPM2_CC.NV_Increment)
+        raised = bytes(tpm.call("policy_get_digest", session))
+        tpm.call("policy_restart", session)
+        tpm.call("policy_nv_written", session, written_set=False)
+        tpm.call("policy_command_code", session, c.TPM2_CC.NV_Increment)
+        return first, second, raised, bytes(tpm.call("policy_get_digest", session))
 
-    first, second = provider.service.run("test", on_tpm)
+    first, second, raised, started = provider.service.run("test", on_tpm)
     assert Policy(pcrs=state).digest == first
-    assert approved_digest(state, counter) == second
+    assert approved_digest(state, counter, approver) == second
+    assert raise_digest(Counter(0x01800100, value + 1), approver) == raised
+    assert first_digest() == started
 
 
 def test_pcrs_of_every_bank(provider):
@@ -286,13 +304,17 @@ def test_an_approval_needs_its_pin_all_the_same(with_pin, settings, dek, approve
         without.unwrap(wrapped, CONTEXT)
 
 
-def test_bumping_the_counter_outdates_an_approval(provider, dek, approver_pem, approve):
+def test_raising_the_counter_outdates_an_approval(
+    provider, dek, approver_pem, approver_key, approve, sign_raise
+):
     provider.create_key("dev", "ecc-p256", {"approver": str(approver_pem)})
     wrapped = provider.wrap("dev", dek, CONTEXT)
-    value, state = create_counter(provider), provider.pcrs("sha256", [7])
+    value = create_counter(provider, sign_raise(approver_key, 1))
+    state = provider.pcrs("sha256", [7])
     _approval.install(provider.key_directory, approve(state, Counter(0x01800100, value)))
     assert opens(provider, wrapped)
-    assert bump_counter(provider) == value + 1 == read_counter(provider)
+    assert raise_counter(provider, sign_raise(approver_key, value + 1)) == value + 1
+    assert read_counter(provider) == value + 1
     with pytest.raises(AccessDenied, match="approval is outdated"):
         provider.unwrap(wrapped, CONTEXT)
     newer = approve(state, Counter(0x01800100, value + 1))
@@ -300,30 +322,28 @@ def test_bumping_the_counter_outdates_an_approval(provider, dek, approver_pem, a
     assert opens(provider, wrapped)
 
 
-def test_a_fleet_shares_an_ordinary_index(
-    provider, dek, approver_pem, approve, make_swtpm, set_up, tmp_path
+def test_a_fleet_shares_a_value(
+    provider, dek, approver_pem, approver_key, approve, make_swtpm, set_up, tmp_path, sign_raise
 ):
-    """One approval for two TPMs, outdated by one value for both."""
+    """One approval and one raise for two TPMs, whose counters began at different values."""
     second = set_up(make_swtpm("two"), keys=tmp_path / "keys-two")
     with Tpm2Provider("tpm", second) as other:
+        before = create_counter(other, sign_raise(approver_key, 5, index=0x01800101))
+        assert before == 5
         state = provider.pcrs("sha256", [7])
-        approval = approve(state, Counter(0x01800100, 7, ordinary=True))
+        approval = approve(state, Counter(0x01800100, 12))
+        start, raised = sign_raise(approver_key, 12), sign_raise(approver_key, 13)
         for device in (provider, other):
             device.create_key("dev", "ecc-p256", {"approver": str(approver_pem)})
-            assert create_counter(device, value=7) == 7
+            assert create_counter(device, start) == 12
             _approval.install(device.key_directory, approval)
             wrapped = device.wrap("dev", dek, CONTEXT)
             assert opens(device, wrapped)
-            with pytest.raises(ConfigError, match="an ordinary one"):
-                bump_counter(device)
-            assert set_counter(device, 0x01800100, 8) == 8
+            assert raise_counter(device, raised) == 13
+            assert raise_counter(device, raised) == 13
+            assert raise_counter(device, start) == 13
             with pytest.raises(AccessDenied, match="outdated"):
                 device.unwrap(wrapped, CONTEXT)
-    # An index of the other kind is another policy, whatever its value.
-    mistaken = approve(state, Counter(0x01800100, 9))
-    _approval.install(provider.key_directory, mistaken)
-    with pytest.raises(AccessDenied, match="no approval"):
-        provider.unwrap(provider.wrap("dev", dek, CONTEXT), CONTEXT)
 
 
 def test_a_counter_that_is_not_there(provider, dek, approver_pem, approve):
@@ -335,18 +355,21 @@ def test_a_counter_that_is_not_there(provider, dek, approver_pem, approve):
         provider.unwrap(wrapped, CONTEXT)
 
 
-def test_a_counter_is_made_once(provider):
-    create_counter(provider)
+def test_a_counter_is_made_once(provider, approver_key, sign_raise):
+    create_counter(provider, sign_raise(approver_key, 1))
     with pytest.raises(ConfigError, match="in use"):
-        create_counter(provider)
+        create_counter(provider, sign_raise(approver_key, 1))
 
 
 @pytest.mark.parametrize("how", ["other key", "other value", "other counter", "other ref"])
-def test_forged_approvals_open_nothing(provider, dek, approver_pem, approve, how, monkeypatch):
+def test_forged_approvals_open_nothing(
+    provider, dek, approver_pem, approver_key, approve, sign_raise, how
+):
     provider.create_key("dev", "ecc-p256", {"approver": str(approver_pem)})
     wrapped = provider.wrap("dev", dek, CONTEXT)
-    value, state = create_counter(provider), provider.pcrs("sha256", [16])
-    bump_counter(provider)
+    value = create_counter(provider, sign_raise(approver_key, 1))
+    state = provider.pcrs("sha256", [16])
+    raise_counter(provider, sign_raise(approver_key, value + 1))
     good = approve(state, Counter(0x01800100, value))
     if how == "other key":
         bad = approve(state, key=ec.generate_private_key(ec.SECP256R1()))

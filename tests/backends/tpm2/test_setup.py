@@ -6,10 +6,12 @@ import json
 import sys
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 from keymgmt_tpm2 import Tpm2Provider, Tpm2Settings
 from keymgmt_tpm2._errors import TpmError, base_code, translate
 from keymgmt_tpm2._setup import LockoutChange, set_up
-from keymgmt_tpm2.policy._counter import bump_counter, create_counter
+from keymgmt_tpm2.policy._anchor import create_anchor
+from keymgmt_tpm2.policy._counter import create_counter, raise_counter
 
 from keymgmt.backend import (
     AccessDenied,
@@ -63,31 +65,33 @@ def test_an_rsa_root_key(bare, kind):
         round_trip(provider, kind)
 
 
-def test_an_owner_with_a_password(bare, owned):
+def test_an_owner_with_a_password(bare, owned, sign_raise):
+    approver = ec.generate_private_key(ec.SECP256R1())
     with pytest.raises(AccessDenied, match="refused the password of the owner hierarchy"):
         set_up(bare, create=True)
     with Tpm2Provider("tpm", owned) as provider:
         name = set_up(provider, create=True).name
     with Tpm2Provider("tpm", owned.model_copy(update={"srk_name": name})) as provider:
         round_trip(provider, "ecc-p256")
-        value = create_counter(provider)
-        assert bump_counter(provider) == value + 1
-    # Opening models takes no owner.
+        value = create_counter(provider, sign_raise(approver, 1))
+    # Opening models and raising a counter take no owner; making one does.
     with Tpm2Provider("tpm", bare.settings.model_copy(update={"srk_name": name})) as user:
         with Dek.generate() as dek:
             user.unwrap(user.wrap("dev", dek, CONTEXT), CONTEXT).wipe()
         with pytest.raises(AccessDenied, match="refused the password of the owner hierarchy"):
-            bump_counter(user)
+            create_counter(user, sign_raise(approver, 1, index=0x01800101))
+        assert raise_counter(user, sign_raise(approver, value + 1)) == value + 1
 
 
-def test_the_owners_password_is_not_on_the_wire(bare, owned, wire):
+def test_the_owners_password_is_not_on_the_wire(bare, owned, wire, sign_raise):
     tapped = {"tcti": wire.tcti}
     with Tpm2Provider("tpm", owned.model_copy(update=tapped)) as provider:
         name = set_up(provider, create=True).name
     changes = {"srk_name": name, **tapped}
     with Tpm2Provider("tpm", owned.model_copy(update=changes)) as provider:
-        create_counter(provider)
-        bump_counter(provider)
+        create_counter(provider, sign_raise(ec.generate_private_key(ec.SECP256R1()), 2))
+        create_anchor(provider.service, None)
+        create_anchor(provider.service, None, again=True)
     assert len(wire.recorded) > 1000
     assert PASSWORD.encode() not in wire.recorded
 

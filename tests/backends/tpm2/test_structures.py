@@ -145,7 +145,7 @@ def test_lists_of_pcrs(text, parsed):
 )
 def test_what_is_no_counter_of_an_approval(text):
     with pytest.raises(ConfigError, match=r"--counter|no NV index"):
-        _counter(text, ordinary=False)
+        _counter(text)
 
 
 JSON = st.recursive(

@@ -241,9 +241,9 @@ class Tpm:
         self.call("trsess_set_attributes", session, attributes)
         return session
 
-    def use_once(self, session: Any, name: str, *args: Any) -> Any:
+    def use_once(self, session: Any, name: str, *args: Any, **options: Any) -> Any:
         """``call`` with a session that ends with it, which saves the command to flush it."""
-        answer = self.call(name, *args, session1=session)
+        answer = self.call(name, *args, session1=session, **options)
         self._open.remove(session)
         return answer
 

@@ -18,10 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
+from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     PublicFormat,
@@ -29,7 +26,6 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from keymgmt.backend import (
-    ConfigError,
     FormatError,
     JsonReader,
     ProviderError,
@@ -38,7 +34,7 @@ from keymgmt.backend import (
     replace_file,
 )
 from keymgmt_tpm2._keys import approval_files, read_json
-from keymgmt_tpm2._structures import ALG_RSA, sha256
+from keymgmt_tpm2._structures import ecdsa_pair, sha256
 from keymgmt_tpm2.policy._policy import (
     BANKS,
     Approver,
@@ -68,7 +64,7 @@ class Approval:
     @staticmethod
     def message(pcrs: PcrState, counter: Counter | None, approver: Approver) -> bytes:
         """What the approver signs."""
-        return approved_digest(pcrs, counter) + approver.ref.encode()
+        return approved_digest(pcrs, counter, approver) + approver.ref.encode()
 
     @property
     def bank(self) -> str:
@@ -93,27 +89,12 @@ class Approval:
     @property
     def digest(self) -> bytes:
         """The approved policy digest."""
-        return approved_digest(self.pcrs, self.counter)
+        return approved_digest(self.pcrs, self.counter, self.approver)
 
     def check(self) -> None:
         """ConfigError unless the signature is the approver's; the TPM checks it again."""
-        key = self.approver.structure().key()
         message = self.message(self.pcrs, self.counter, self.approver)
-        assert isinstance(key, ec.EllipticCurvePublicKey)  # noqa: S101 - as structure() made it
-        try:
-            key.verify(self.signature, message, ec.ECDSA(hashes.SHA256()))
-        except InvalidSignature as error:
-            raise ConfigError(
-                "the approval is not signed by the key that it names",
-                hint="sign it again with: keymgmt tpm policy sign APPROVAL --key FILE --pcr LIST",
-            ) from error
-
-    def rs(self) -> tuple[bytes, bytes]:
-        """The signature as a TPM takes it: r and s, 32 bytes each; ValueError."""
-        r, s = decode_dss_signature(self.signature)
-        if max(r, s) >> 256:
-            raise ValueError("the signature is not of a key on P-256")
-        return r.to_bytes(32, "big"), s.to_bytes(32, "big")
+        self.approver.check(message, self.signature, "approval")
 
     def __str__(self) -> str:
         if self.counter is None:
@@ -145,9 +126,8 @@ class Approval:
             data.base64("signature", limit=128),
         )
         data.end()
-        if approval.approver.structure().kind == ALG_RSA:
-            raise ValueError("an approval is signed by an ECDSA P-256 key")
-        approval.rs()
+        approval.approver.check_ecdsa()
+        ecdsa_pair(approval.signature)
         return approval
 
 
@@ -170,7 +150,11 @@ class BootSignature:
         if now is None:
             return f"this TPM has no PCR bank {self.bank}"
         state = PcrState(self.bank, {index: now.values[index] for index in self.indices})
-        return "" if approved_digest(state, None) == self.digest else f"{self} is of another kernel"
+        return (
+            ""
+            if approved_digest(state, None, self.approver) == self.digest
+            else f"{self} is of another kernel"
+        )
 
     def __str__(self) -> str:
         return f"{self.bank}:{','.join(map(str, self.indices))} of the kernel's .pcrsig"

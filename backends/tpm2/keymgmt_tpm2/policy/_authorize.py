@@ -18,11 +18,11 @@ from tpm2_pytss import types as t
 from keymgmt.backend import AccessDenied, KeyNotFound
 from keymgmt_tpm2._connection.tpm import Tpm
 from keymgmt_tpm2._errors import POLICY_NV, TpmError
-from keymgmt_tpm2._structures import sha256
+from keymgmt_tpm2._structures import ecdsa_pair, sha256
 from keymgmt_tpm2.policy._approval import BootSignature, Statement
-from keymgmt_tpm2.policy._policy import Counter, PcrState, Policy, compare
+from keymgmt_tpm2.policy._policy import Approver, Counter, PcrState, Policy, compare
 
-__all__ = ["authorize"]
+__all__ = ["authorize", "ecdsa", "verified"]
 
 _SIGN_HINT = (
     "approve this boot state on the approver's machine: keymgmt tpm policy sign APPROVAL "
@@ -100,12 +100,13 @@ def _try(tpm: Tpm, session: Any, statement: Statement) -> str | None:
     """Why the TPM does not take it, or None where the session now has it."""
     ref = statement.approver.ref.encode()
     try:
-        ticket = _verified(tpm, statement, sha256(statement.digest, ref))
+        approver = statement.approver
+        ticket = verified(tpm, approver, statement.digest + ref, _signature(statement))
         tpm.call("policy_pcr", session, b"", f"{statement.bank}:{_listed(statement)}")
         if statement.counter and (reason := _policy_nv(tpm, session, statement.counter)):
             tpm.call("policy_restart", session)
             return reason
-        name = statement.approver.structure().name
+        name = approver.structure().name
         tpm.call("policy_authorize", session, statement.digest, name, ticket, ref)
     except TpmError as error:
         if error.lost or error.fault.passing:
@@ -119,21 +120,30 @@ def _listed(statement: Statement) -> str:
     return ",".join(map(str, statement.indices))
 
 
-def _verified(tpm: Tpm, statement: Statement, digest: bytes) -> Any:
-    """The TPM's ticket that the approver signed this."""
+def _signature(statement: Statement) -> Any:
     if isinstance(statement, BootSignature):
         signature = t.TPMT_SIGNATURE(sigAlg=c.TPM2_ALG.RSASSA)
         signature.signature.rsassa.hash = c.TPM2_ALG.SHA256
         signature.signature.rsassa.sig = statement.signature
-    else:
-        r, s = statement.rs()
-        signature = t.TPMT_SIGNATURE(sigAlg=c.TPM2_ALG.ECDSA)
-        signature.signature.ecdsa.hash = c.TPM2_ALG.SHA256
-        signature.signature.ecdsa.signatureR = r
-        signature.signature.ecdsa.signatureS = s
-    key = tpm.load_verifier(statement.approver.structure())
+        return signature
+    return ecdsa(statement.signature)
+
+
+def ecdsa(der: bytes) -> Any:
+    """A TPMT_SIGNATURE of an ECDSA P-256 signature in DER."""
+    signature = t.TPMT_SIGNATURE(sigAlg=c.TPM2_ALG.ECDSA)
+    signature.signature.ecdsa.hash = c.TPM2_ALG.SHA256
+    r, s = ecdsa_pair(der)
+    signature.signature.ecdsa.signatureR = r
+    signature.signature.ecdsa.signatureS = s
+    return signature
+
+
+def verified(tpm: Tpm, approver: Approver, message: bytes, signature: Any) -> Any:
+    """The TPM's ticket that an approver signed a message."""
+    key = tpm.load_verifier(approver.structure())
     try:
-        return tpm.call("verify_signature", key, digest, signature)
+        return tpm.call("verify_signature", key, sha256(message), signature)
     finally:
         tpm.flush(key)
 

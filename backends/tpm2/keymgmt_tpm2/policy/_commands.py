@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Final
 
 import typer
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
@@ -16,22 +13,21 @@ from cryptography.hazmat.primitives.serialization import (
     NoEncryption,
     PrivateFormat,
     PublicFormat,
-    load_pem_private_key,
 )
 
 from keymgmt.backend import (
     ConfigError,
     KeyNotFound,
-    read_file,
     save_file,
 )
 from keymgmt.console import console, print_json
-from keymgmt_tpm2._arguments import Json, Provider, find_provider, find_signer
+from keymgmt_tpm2._arguments import Json, Provider, find_provider
 from keymgmt_tpm2._keys import approval_files
 from keymgmt_tpm2.policy import _approval
 from keymgmt_tpm2.policy._approval import Approval
-from keymgmt_tpm2.policy._counter import parse_index
+from keymgmt_tpm2.policy._index import parse_index
 from keymgmt_tpm2.policy._policy import Approver, Counter, weakness
+from keymgmt_tpm2.policy._signing import ApproverKey, Ref, find_approver
 from keymgmt_tpm2.policy._values import read_json_file, stated_values
 
 __all__ = ["app"]
@@ -40,7 +36,6 @@ app = typer.Typer(
     no_args_is_help=True, help="Approve the boot states in which keys with an approver open."
 )
 FORMAT: Final = "keymgmt-tpm-policy/1"
-MAX_FILE: Final = 1 << 20
 _SHOWN: Final = 16
 
 
@@ -85,9 +80,7 @@ def approver(
 def sign(
     context: typer.Context,
     output: Annotated[Path, typer.Argument(help="Approval file to write.")],
-    key: Annotated[
-        str, typer.Option(metavar="FILE|PROVIDER:KEY", help="The approver's ECDSA P-256 key.")
-    ],
+    key: ApproverKey,
     pcr: Annotated[str, typer.Option(help="[BANK:]LIST, such as 0,2,7.")],
     values: Annotated[
         Path | None,
@@ -100,11 +93,7 @@ def sign(
         str | None,
         typer.Option(metavar="INDEX=VALUE", help="Holds while this NV counter is at most VALUE."),
     ] = None,
-    fleet: Annotated[
-        bool,
-        typer.Option("--fleet", help="The index is an ordinary one, of equal value everywhere."),
-    ] = False,
-    ref: Annotated[str, typer.Option(help="The ref that the keys were made with.")] = "",
+    ref: Ref = "",
     as_json: Json = False,
 ) -> None:
     """Approve a boot state, offline: the next one, before the update.
@@ -113,13 +102,8 @@ def sign(
         keymgmt tpm policy sign --key approver.key --pcr 0,2,7 --values now.json now.approval
     """
     state = stated_values(pcr, values, event_log)
-    limit = _counter(counter, ordinary=fleet) if counter else None
-    public, sign_message = _signer(context, key)
-    _refuse_publisher(context, key, public)
-    try:
-        who = Approver(public, ref)
-    except ValueError as error:
-        raise ConfigError(f"{key} cannot approve: {error}") from error
+    limit = _counter(counter) if counter else None
+    who, sign_message = find_approver(context, key, ref)
     message = Approval.message(state, limit, who)
     approval = Approval(state, limit, who, sign_message(message))
     approval.check()
@@ -237,51 +221,11 @@ def _stated(approval: Approval) -> dict[str, object]:
     }
 
 
-def _counter(text: str, *, ordinary: bool) -> Counter:
+def _counter(text: str) -> Counter:
     index, equals, value = text.partition("=")
     if not equals or not value.isdecimal():
         raise ConfigError(f"--counter {text[:40]!r}: write INDEX=VALUE, such as 0x01800100=7")
     try:
-        return Counter(parse_index(index), int(value), ordinary)
+        return Counter(parse_index(index), int(value))
     except ValueError as error:
         raise ConfigError(f"--counter {text[:40]!r}: {error}") from error
-
-
-def _signer(context: typer.Context, key: str) -> tuple[bytes, Callable[[bytes], bytes]]:
-    """DER public key and a function that signs, of a PEM file or a provider's key."""
-    path = Path(key)
-    if ":" in key and not path.exists():
-        provider, name = find_signer(context, key)
-        return provider.public_key(name), lambda message: provider.sign(name, message).signature
-    private = _load_private(path)
-    public = private.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    return public, lambda message: private.sign(message, ec.ECDSA(hashes.SHA256()))
-
-
-def _refuse_publisher(context: typer.Context, key: str, public: bytes) -> None:
-    """Who publishes models does not also decide which boot states open them."""
-    try:
-        config = context.obj.config()
-    except ConfigError:
-        return  # an approver's machine need not have one
-    for name in config.policy.publishers:
-        if config.public_key(name) == public:
-            raise ConfigError(
-                f"{key} is a publisher's key ({name})",
-                hint="approve with a key of its own: keymgmt tpm policy approver FILE",
-            )
-
-
-def _load_private(path: Path) -> ec.EllipticCurvePrivateKey:
-    content = bytes(read_file(path, what="key", limit=MAX_FILE, access="private"))
-    try:
-        try:
-            key = load_pem_private_key(content, None)
-        except TypeError:
-            asked = typer.prompt("Passphrase", hide_input=True, err=True)
-            key = load_pem_private_key(content, asked.encode())
-    except (ValueError, UnsupportedAlgorithm) as error:
-        raise ConfigError(f"{path} is no private key, or the passphrase is wrong") from error
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise ConfigError(f"{path} is no ECDSA P-256 key", hint="keymgmt tpm policy approver FILE")
-    return key

@@ -1,163 +1,233 @@
-"""NV indices that an approval compares with, so that raising one outdates older approvals.
+"""Counters by which an approver outdates older approvals, and that nobody else moves.
 
-A counter starts where the highest counter that this TPM ever had left off (Part 3, 31.8), so its
-value is of this TPM alone, and undefining it brings no old value back. Only the owner counts it up;
-whoever uses the key reads it.
+A counter is an NV index that takes no authorisation but its policy, PolicyAuthorize(approver): not
+the owner's, which is often empty. A *raise* is what the approver signs, once for all devices: it
+starts the counter where it was never written, and counts it up while it is lower than a value. It
+does nothing more after that, so it may lie and be sent anywhere.
 
-Counters differ from TPM to TPM, so a fleet shares an *ordinary* index instead, which enrolment sets
-to the same value everywhere. Its owner can also set it back.
+A counter starts where the highest counter that this TPM ever had left off (Part 3, 31.8), so the
+owner, who can undefine it, brings no old value back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+import base64
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
 
-from keymgmt.backend import ConfigError, KeyNotFound
-from keymgmt_tpm2._errors import NV_DEFINED, TpmError
-from keymgmt_tpm2.policy._policy import NV_COUNTER, NV_ORDINARY, NV_WRITTEN
+from keymgmt.backend import ConfigError, JsonReader, KeyNotFound
+from keymgmt_tpm2._structures import ecdsa_pair
+from keymgmt_tpm2.policy._index import NV_COUNTER, NV_WRITTEN, NvIndex
+from keymgmt_tpm2.policy._nv import attributes_of, define
+from keymgmt_tpm2.policy._policy import Approver, Counter, first_digest, raise_digest
 
 if TYPE_CHECKING:
-    from typing import Any
+    from collections.abc import Callable
 
     from keymgmt_tpm2._connection.tpm import Tpm
     from keymgmt_tpm2._provider import Tpm2Provider
 
-__all__ = [
-    "DEFAULT_INDEX",
-    "bump_counter",
-    "create_counter",
-    "parse_index",
-    "read_counter",
-    "set_counter",
-]
+__all__ = ["DEFAULT_INDEX", "Raise", "create_counter", "raise_counter", "read_counter"]
 
 DEFAULT_INDEX: Final = 0x01800100
+FORMAT: Final = "keymgmt.tpm2-counter/1"
+SECONDS: Final = 300.0
+"""A chip takes some ten milliseconds for each step."""
+_CREATE: Final = "make it with: keymgmt tpm counter create PROVIDER FILE"
 
 
-def parse_index(text: str) -> int:
-    """Read ``0x018001xx``; ConfigError where it is no index for the owner's use."""
-    try:
-        index = int(text, 16)
-    except ValueError:
-        index = 0
-    # Registry of Reserved TPM 2.0 Handles, 2.2: the owner's indices.
-    if not 0x01800000 <= index <= 0x01BFFFFF:
-        raise ConfigError(
-            f"{text[:20]!r} is no NV index of the owner", hint="0x01800000-0x01bfffff"
+@dataclass(frozen=True)
+class Raise:
+    """What an approver signed to start a counter and to raise it to a value; DER signatures."""
+
+    counter: Counter
+    approver: Approver
+    first: bytes = field(repr=False)
+    signature: bytes = field(repr=False)
+
+    @classmethod
+    def sign(cls, counter: Counter, approver: Approver, sign: Callable[[bytes], bytes]) -> Raise:
+        """Have it signed; ConfigError where ``sign`` is not the approver's."""
+        made = cls(counter, approver, *map(sign, cls.messages(counter, approver)))
+        made.check()
+        return made
+
+    @staticmethod
+    def messages(counter: Counter, approver: Approver) -> tuple[bytes, bytes]:
+        """What is signed: to start it, and to raise it."""
+        if not counter.value > 0:
+            raise ValueError("a counter is raised to 1 or more")
+        ref = approver.counter_ref
+        return first_digest() + ref, raise_digest(counter, approver) + ref
+
+    def check(self) -> None:
+        """ConfigError unless both signatures are the approver's; the TPM checks them again."""
+        for message, signature in zip(
+            self.messages(self.counter, self.approver), (self.first, self.signature), strict=True
+        ):
+            self.approver.check(message, signature, "raise of a counter")
+
+    def __str__(self) -> str:
+        return f"counter {self.counter.index:#010x} to {self.counter.value}"
+
+    def to_bytes(self) -> bytes:
+        """The file."""
+        data = {
+            "format": FORMAT,
+            "counter": self.counter.to_json(),
+            "approver": self.approver.to_json(),
+            "first": base64.b64encode(self.first).decode(),
+            "signature": base64.b64encode(self.signature).decode(),
+        }
+        return json.dumps(data, indent=2).encode() + b"\n"
+
+    @classmethod
+    def read(cls, data: JsonReader) -> Raise:
+        """Reverse ``to_bytes``; ValueError or FormatError."""
+        data.version(FORMAT, "a newer keymgmt may have written it")
+        found = cls(
+            Counter.read(JsonReader(data.members("counter"), "the counter")),
+            Approver.read(JsonReader(data.members("approver"), "the approver")),
+            data.base64("first", limit=128),
+            data.base64("signature", limit=128),
         )
-    return index
+        data.end()
+        found.approver.check_ecdsa()
+        cls.messages(found.counter, found.approver)
+        for signature in (found.first, found.signature):
+            ecdsa_pair(signature)
+        return found
 
 
-def create_counter(
-    provider: Tpm2Provider, index: int = DEFAULT_INDEX, *, value: int | None = None
-) -> int:
-    """Define a counter and count it once, so that it can be read; returns its value.
+def create_counter(provider: Tpm2Provider, wanted: Raise) -> int:
+    """Define a counter as its owner, start it, and raise it; returns its value.
 
-    With ``value``, define an ordinary index and set it to that.
+    That may be higher already: a TPM starts a counter above all that it ever had.
 
     Raises:
-        ConfigError: the index is in use.
+        ConfigError: the index is in use, or ``wanted`` is not signed by its approver.
         AccessDenied: the owner hierarchy has a password, and it was not or wrongly given.
     """
-    from tpm2_pytss import constants as c
-    from tpm2_pytss import types as t
+    wanted.check()
+    place = wanted.counter.place(wanted.approver)
 
-    public = t.TPM2B_NV_PUBLIC(
-        nvPublic=t.TPMS_NV_PUBLIC(
-            nvIndex=index,
-            nameAlg=c.TPM2_ALG.SHA256,
-            attributes=c.TPMA_NV(NV_COUNTER if value is None else NV_ORDINARY),
-            dataSize=8,
-        )
-    )
+    defined = False
 
     def operation(tpm: Tpm, auth: bytearray | None) -> int:
-        tpm.set_owner_auth(auth)
-        session = tpm.session()
-        try:
-            tpm.call("nv_define_space", b"", public, c.ESYS_TR.OWNER, session1=session)
-        except TpmError as error:
-            if error.code == NV_DEFINED:
-                raise ConfigError(
-                    f"the NV index {index:#010x} is in use", hint="name another: --index 0x018001.."
-                ) from error
-            raise
-        return _change(tpm, index, session, value)
+        nonlocal defined
+        if not defined:
+            tpm.set_owner_auth(auth)
+            define(tpm, place, tpm.session(), "name another when it is signed: --index 0x018001..")
+            defined = True  # and is raised by what is tried again
+        return _raise(tpm, place, wanted)
 
-    return _as_owner(provider, f"defining the NV index {index:#010x}", operation)
-
-
-def bump_counter(provider: Tpm2Provider, index: int = DEFAULT_INDEX) -> int:
-    """Count up once; every approval for a lower value is outdated. Returns the new value."""
-    return _set(provider, index, None)
-
-
-def set_counter(provider: Tpm2Provider, index: int, value: int) -> int:
-    """Set an ordinary index; every approval for a lower value is outdated."""
-    return _set(provider, index, value)
-
-
-def _set(provider: Tpm2Provider, index: int, value: int | None) -> int:
-    def operation(tpm: Tpm, auth: bytearray | None) -> int:
-        tpm.set_owner_auth(auth)
-        return _change(tpm, index, tpm.session(), value)
-
-    return _as_owner(provider, f"changing the NV index {index:#010x}", operation)
-
-
-def _as_owner(
-    provider: Tpm2Provider, doing: str, operation: Callable[[Tpm, bytearray | None], int]
-) -> int:
     with provider.service.secret(provider.settings.owner_auth) as auth:
-        return provider.service.run(doing, lambda tpm: operation(tpm, auth))
+        return provider.service.run(
+            f"making the counter {place}", lambda tpm: operation(tpm, auth), seconds=SECONDS
+        )
+
+
+def raise_counter(provider: Tpm2Provider, wanted: Raise) -> int:
+    """Count up to what the approver signed, which takes no password; returns the new value.
+
+    Every approval for a lower value is outdated. One that is as high or higher is left alone.
+
+    Raises:
+        KeyNotFound: there is no such counter of that approver.
+        ConfigError: ``wanted`` is not signed by its approver.
+    """
+    wanted.check()
+    place = wanted.counter.place(wanted.approver)
+
+    def operation(tpm: Tpm) -> int:
+        handle = _find(tpm, place.index)
+        if tpm.name_of(handle) != place.name:
+            raise KeyNotFound(
+                f"the counter {place} is not of the approver who signed this",
+                hint="an approver raises the counters that were made with his raise alone",
+            )
+        return _raise(tpm, place, wanted)
+
+    return provider.service.run(f"raising the counter {place}", operation, seconds=SECONDS)
 
 
 def read_counter(provider: Tpm2Provider, index: int = DEFAULT_INDEX) -> int:
     """The present value; KeyNotFound where there is no counter."""
-    return provider.service.run(
-        f"reading the counter {index:#010x}", lambda tpm: _read(tpm, _find(tpm, index)[0])
-    )
+
+    def operation(tpm: Tpm) -> int:
+        value = _value(tpm, _find(tpm, index))
+        assert value is not None  # noqa: S101 - _find
+        return value
+
+    return provider.service.run(f"reading the counter {index:#010x}", operation)
 
 
-def _find(tpm: Tpm, index: int) -> tuple[Any, bool]:
-    """The index, and whether it is an ordinary one."""
+def _find(tpm: Tpm, index: int) -> Any:
     handle = tpm.persistent(index)
     if handle is None:
-        raise KeyNotFound(
-            f"the TPM has no counter {index:#010x}",
-            hint="make it with: keymgmt tpm counter create PROVIDER",
-        )
-    answer = tpm.call("nv_read_public", handle)
-    public = answer[0]
-    area = public.nvPublic
-    attributes = int(area.attributes)
-    plain = attributes & ~NV_WRITTEN
-    if plain not in (NV_COUNTER, NV_ORDINARY) or int(area.dataSize) != 8:
+        raise KeyNotFound(f"the TPM has no counter {index:#010x}", hint=_CREATE)
+    attributes, size = attributes_of(tpm, handle)
+    if attributes & ~NV_WRITTEN != NV_COUNTER or size != 8:
         raise ConfigError(
-            f"the NV index {index:#010x} is none of ours: attributes {attributes:#010x}"
+            f"the NV index {index:#010x} is none of ours: attributes {attributes:#010x}",
+            hint="name another: --index 0x018001..",
         )
-    return handle, plain == NV_ORDINARY
+    if not attributes & NV_WRITTEN:
+        raise KeyNotFound(f"the counter {index:#010x} was never started", hint=_CREATE)
+    return handle
 
 
-def _change(tpm: Tpm, index: int, session: Any, value: int | None) -> int:
-    from tpm2_pytss import constants as c
-
-    handle, ordinary = _find(tpm, index)
-    if ordinary != (value is not None):
-        raise ConfigError(
-            f"the NV index {index:#010x} is {'an ordinary one' if ordinary else 'a counter'}",
-            hint="a counter is raised by `counter bump`, an ordinary index by `counter set`",
-        )
-    owner = c.ESYS_TR.OWNER
-    if value is None:
-        tpm.call("nv_increment", handle, auth_handle=owner, session1=session)
-    else:
-        content = value.to_bytes(8, "big")
-        tpm.call("nv_write", handle, content, 0, auth_handle=owner, session1=session)
-    return _read(tpm, handle)
-
-
-def _read(tpm: Tpm, handle: Any) -> int:
+def _value(tpm: Tpm, handle: Any) -> int | None:
+    """Its value, or None where it was never written."""
+    attributes, _ = attributes_of(tpm, handle)
+    if not attributes & NV_WRITTEN:
+        return None
     answer = tpm.call("nv_read", handle, 8, 0, auth_handle=handle)
     return int.from_bytes(bytes(answer), "big")
+
+
+def _raise(tpm: Tpm, place: NvIndex, wanted: Raise) -> int:
+    from tpm2_pytss import constants as c
+
+    def unwritten(session: Any) -> None:
+        tpm.call("policy_nv_written", session, written_set=False)
+
+    def lower(session: Any) -> None:
+        operand = Counter(place.index, wanted.counter.value - 1).operand
+        tpm.call("policy_nv", handle, handle, session, operand, c.TPM2_EO.UNSIGNED_LE, 0)
+
+    handle = tpm.persistent(place.index)
+    if _value(tpm, handle) is None:
+        _Steps(tpm, wanted.approver, first_digest(), wanted.first).take(handle, unwritten)
+        handle = tpm.persistent(place.index)  # its name has changed, which ESAPI does not know
+    value = _value(tpm, handle) or 0
+    if value < wanted.counter.value:
+        digest = raise_digest(wanted.counter, wanted.approver)
+        steps = _Steps(tpm, wanted.approver, digest, wanted.signature)
+        while value < wanted.counter.value:
+            steps.take(handle, lower)
+            value = _value(tpm, handle) or 0
+    return value
+
+
+class _Steps:
+    """Increments that an approver signed; a slow chip checks his signature once for all of them."""
+
+    def __init__(self, tpm: Tpm, approver: Approver, digest: bytes, signature: bytes) -> None:
+        from keymgmt_tpm2.policy._authorize import ecdsa, verified
+
+        message = digest + approver.counter_ref
+        ticket = verified(tpm, approver, message, ecdsa(signature))
+        self._tpm = tpm
+        self._approved = (digest, approver.structure().name, ticket, approver.counter_ref)
+
+    def take(self, handle: Any, condition: Callable[[Any], None]) -> None:
+        """One, while ``condition`` puts into a policy session what was signed."""
+        from tpm2_pytss import constants as c
+
+        session = self._tpm.session(policy=True, once=True)
+        condition(session)
+        self._tpm.call("policy_command_code", session, c.TPM2_CC.NV_Increment)
+        self._tpm.call("policy_authorize", session, *self._approved)
+        self._tpm.use_once(session, "nv_increment", handle, auth_handle=handle)

@@ -10,6 +10,9 @@ the TPM enforces is in the key, so ``Policy.check`` compares them before anythin
     signed           PolicyAuthorize(approver, ref), then PolicyPCR where PCRs are named as well,
                      then PolicyAuthValue where there is a PIN;
                      an approval signs PolicyPCR, then PolicyNV(counter <= v) where there is one
+    counter          PolicyAuthorize(approver, ref of counters); what raises it to n signs
+                     PolicyNV(counter <= n - 1), then PolicyCommandCode(NV_Increment), and what
+                     starts it PolicyNvWritten(NO), then the same
 
 What comes behind PolicyAuthorize is outside of what is approved, so it stays required.
 PolicyPassword gives the same digest and would send the PIN in clear: it is never used.
@@ -22,11 +25,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
-from keymgmt.backend import JsonReader
-from keymgmt_tpm2._structures import Public, sha256, sized, u16, u32, verifier_public
+from keymgmt.backend import ConfigError, JsonReader
+from keymgmt_tpm2._structures import ALG_RSA, Public, sha256, u16, u32, verifier_public
+from keymgmt_tpm2.policy._index import NV_COUNTER, NvIndex
 
 __all__ = [
     "BANKS",
@@ -37,7 +43,9 @@ __all__ = [
     "Policy",
     "approved_digest",
     "compare",
+    "first_digest",
     "parse_pcrs",
+    "raise_digest",
     "weakness",
 ]
 
@@ -45,14 +53,15 @@ BANKS: Final = {"sha1": (0x0004, 20), "sha256": (0x000B, 32), "sha384": (0x000C,
 _START: Final = bytes(32)
 _CC_AUTHORIZE: Final = 0x16A
 _CC_AUTH_VALUE: Final = 0x16B
+_CC_COMMAND_CODE: Final = 0x16C
 _CC_NV: Final = 0x149
+_CC_NV_INCREMENT: Final = 0x134
+_CC_NV_WRITTEN: Final = 0x18F
 _CC_PCR: Final = 0x17F
 _UNSIGNED_LE: Final = 9
-NV_WRITTEN: Final = 0x20000000
-NV_COUNTER: Final = 0x02060012
-"""TPMA_NV of our counters: ownerWrite, ownerRead, authRead, noDA, type counter."""
-NV_ORDINARY: Final = 0x02060002
-"""The same of type ordinary: the owner sets it to what he likes, also back."""
+_COUNTER_REF: Final = b"\xff"
+"""What begins the ref of a counter and, being no UTF-8, of no key: an approval of a boot state
+raises no counter, and the other way about."""
 
 
 def parse_pcrs(text: str) -> tuple[str, tuple[int, ...]]:
@@ -124,14 +133,10 @@ class PcrState:
 
 @dataclass(frozen=True)
 class Counter:
-    """An NV index, and the highest value in it at which an approval still counts.
-
-    A counter is of one TPM; an ordinary index has the value that a fleet's enrolment gave it.
-    """
+    """A counter of the approver's, and the highest value of it at which an approval counts."""
 
     index: int
     value: int
-    ordinary: bool = False
 
     def __post_init__(self) -> None:
         if not 0x01000000 <= self.index <= 0x01FFFFFF or not 0 <= self.value < 1 << 64:
@@ -142,33 +147,25 @@ class Counter:
         """The value as PolicyNV compares it: 8 bytes, big-endian."""
         return self.value.to_bytes(8, "big")
 
-    def extend(self, digest: bytes) -> bytes:
+    def place(self, approver: Approver) -> NvIndex:
+        """The NV index, which only that approver moves."""
+        return NvIndex(self.index, NV_COUNTER, 8, approver.counter_policy)
+
+    def extend(self, digest: bytes, approver: Approver) -> bytes:
         """The policy digest after PolicyNV(counter <= value)."""
-        # The name of an index that was written once, as a counter is before its first read.
-        attributes = (NV_ORDINARY if self.ordinary else NV_COUNTER) | NV_WRITTEN
-        public = u32(self.index) + u16(0x000B) + u32(attributes)
-        name = u16(0x000B) + sha256(public, sized(b""), u16(8))
         arguments = sha256(self.operand, u16(0), u16(_UNSIGNED_LE))
-        return sha256(digest, u32(_CC_NV), arguments, name)
+        return sha256(digest, u32(_CC_NV), arguments, self.place(approver).name)
 
     def to_json(self) -> dict[str, Any]:
-        """``{index, value, ordinary}``."""
-        index = f"{self.index:#010x}"
-        return {"index": index, "value": str(self.value), "ordinary": self.ordinary}
+        """``{index, value}``."""
+        return {"index": f"{self.index:#010x}", "value": str(self.value)}
 
     @classmethod
     def read(cls, data: JsonReader) -> Counter:
         """Reverse ``to_json``; ValueError or FormatError."""
-        index, value = int(data.text("index", limit=10), 16), int(data.text("value", limit=20))
-        counter = cls(index, value, data.flag("ordinary"))
+        counter = cls(int(data.text("index", limit=10), 16), int(data.text("value", limit=20)))
         data.end()
         return counter
-
-
-def approved_digest(pcrs: PcrState, counter: Counter | None) -> bytes:
-    """What an approver signs (followed by the ref): a boot state, and a counter if there is one."""
-    digest = pcrs.extend(_START)
-    return counter.extend(digest) if counter else digest
 
 
 @dataclass(frozen=True)
@@ -182,8 +179,8 @@ class Approver:
     ref: str = ""
 
     def __post_init__(self) -> None:
-        if len(self.ref.encode()) > 64:
-            raise ValueError("the ref of an approver has at most 64 bytes")
+        if len(self.ref.encode()) > 63:
+            raise ValueError("the ref of an approver has at most 63 bytes")
         self.structure()
 
     def structure(self) -> Public:
@@ -194,6 +191,11 @@ class Approver:
             raise ValueError(f"a public key of another kind: {error}") from error
         return verifier_public(key)
 
+    def check_ecdsa(self) -> None:
+        """ValueError unless the key signs approvals: an RSA key signs those of kernels alone."""
+        if self.structure().kind == ALG_RSA:
+            raise ValueError("approvals are signed by an ECDSA P-256 key")
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the public key in DER, in hex."""
@@ -202,7 +204,31 @@ class Approver:
     def extend(self, digest: bytes) -> bytes:
         """The policy digest after PolicyAuthorize, which replaces what was before it."""
         del digest
-        return sha256(sha256(_START, u32(_CC_AUTHORIZE), self.structure().name), self.ref.encode())
+        return self._authorize(self.ref.encode())
+
+    def _authorize(self, ref: bytes) -> bytes:
+        return sha256(sha256(_START, u32(_CC_AUTHORIZE), self.structure().name), ref)
+
+    @property
+    def counter_ref(self) -> bytes:
+        """The ref of what he signs for counters."""
+        return _COUNTER_REF + self.ref.encode()
+
+    @property
+    def counter_policy(self) -> bytes:
+        """The authPolicy of counters that only he moves."""
+        return self._authorize(self.counter_ref)
+
+    def check(self, message: bytes, signature: bytes, what: str) -> None:
+        """ConfigError unless he signed; a TPM checks it again."""
+        key = self.structure().key()
+        assert isinstance(key, ec.EllipticCurvePublicKey)  # noqa: S101 - check_ecdsa
+        try:
+            key.verify(signature, message, ec.ECDSA(hashes.SHA256()))
+        except InvalidSignature as error:
+            raise ConfigError(
+                f"the {what} is not signed by the key that it names", hint="have it signed again"
+            ) from error
 
     def to_json(self) -> dict[str, Any]:
         """``{public_key, ref}``."""
@@ -214,6 +240,27 @@ class Approver:
         approver = cls(data.base64("public_key", limit=1024), data.text("ref", limit=64))
         data.end()
         return approver
+
+
+def approved_digest(pcrs: PcrState, counter: Counter | None, approver: Approver) -> bytes:
+    """What an approver signs (followed by the ref): a boot state, and a counter if there is one."""
+    digest = pcrs.extend(_START)
+    return counter.extend(digest, approver) if counter else digest
+
+
+def first_digest() -> bytes:
+    """What an approver signs (followed by the ref) to start a counter: its first increment."""
+    return _increments(sha256(_START, u32(_CC_NV_WRITTEN), b"\0"))
+
+
+def raise_digest(counter: Counter, approver: Approver) -> bytes:
+    """What he signs to raise a counter to ``counter.value``: increments while it is lower."""
+    lower = Counter(counter.index, counter.value - 1)
+    return _increments(lower.extend(_START, approver))
+
+
+def _increments(digest: bytes) -> bytes:
+    return sha256(digest, u32(_CC_COMMAND_CODE), u32(_CC_NV_INCREMENT))
 
 
 @dataclass(frozen=True)
