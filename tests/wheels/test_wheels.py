@@ -34,8 +34,7 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if built := os.environ.get("KEYMGMT_TEST_DIST"):
         return Path(built)
     folder = tmp_path_factory.mktemp("dist")
-    command = ["uv", "build", "--quiet", "--all-packages", "--out-dir", str(folder)]
-    subprocess.run(command, check=True, cwd=ROOT, timeout=300)
+    subprocess.run([ROOT / ".ci" / "build", folder], check=True, timeout=300)
     return folder
 
 
@@ -50,6 +49,46 @@ def wheel_of(dist: Path, project: str) -> Path:
 
 def test_everything_is_built(dist: Path) -> None:
     assert len(list(dist.glob("*.whl"))) == len(list(dist.glob("*.tar.gz"))) == len(PROJECTS)
+
+
+@pytest.mark.nightly
+def test_the_same_tree_gives_the_same_files(dist: Path, tmp_path: Path) -> None:
+    """Elsewhere, at another time, by a user with another umask."""
+    for name in ("pyproject.toml", "uv.lock", "CHANGELOG.md", "README.md", "LICENSE", ".gitignore"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    for name in (".ci", "keymgmt", "backends", "loader"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for path in tmp_path.rglob("*"):
+        path.chmod(path.stat().st_mode & 0o700)
+        os.utime(path, (2_000_000_000, 2_000_000_000))
+    command = ["sh", "-c", 'umask 077 && exec .ci/build "$0"', tmp_path / "again"]
+    subprocess.run(command, check=True, cwd=tmp_path, timeout=280)
+    built = sorted([*dist.glob("*.whl"), *dist.glob("*.tar.gz")])
+    assert len(built) == 2 * len(PROJECTS)
+    again = tmp_path / "again"
+    assert [
+        path.name for path in built if path.read_bytes() != (again / path.name).read_bytes()
+    ] == []
+
+
+def test_what_they_need_is_listed_with_its_hashes(dist: Path) -> None:
+    """The versions of uv.lock, as a CycloneDX document."""
+    (path,) = dist.glob("*.cdx.json")
+    listed = json.loads(path.read_bytes())
+    assert (listed["bomFormat"], listed["specVersion"]) == ("CycloneDX", "1.5")
+    parts = {part["name"]: part for part in listed["components"]}
+    assert set(PROJECTS) <= {*parts, listed["metadata"]["component"]["name"]}
+    assert {"cryptography", "hvac", "python-pkcs11", "tpm2-pytss", "openvino"} <= set(parts)
+    assert not {"ruff", "mypy", "moto", "tox"} & set(parts), "what a developer needs"
+    lock = tomllib.loads((ROOT / "uv.lock").read_text())["package"]
+    versions = {each["name"]: each["version"] for each in lock}
+    for name, part in parts.items():
+        assert part["version"] == versions[name]
+        if name not in PROJECTS:
+            assert any(link.get("hashes") for link in part["externalReferences"]), name
+    refs = {part["bom-ref"] for part in listed["components"]}
+    refs.add(listed["metadata"]["component"]["bom-ref"])
+    assert {each["ref"] for each in listed["dependencies"]} <= refs
 
 
 @pytest.mark.parametrize("project", PROJECTS)

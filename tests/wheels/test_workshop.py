@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -64,8 +66,14 @@ def test_a_release_sets_every_version_and_builds_it(clone: Path) -> None:
     news = (clone / "CHANGELOG.md").read_text()
     assert re.search(r"## \[Unreleased\]\n\n## \[9.8.7\] - \d{4}-\d\d-\d\d\n\n### Added", news)
     built = {path.name for path in (clone / "dist").iterdir() if path.name != ".gitignore"}
-    assert len(built) == 2 * len(PROJECTS)
+    assert len(built) == 2 * len(PROJECTS) + 1
+    assert "keymgmt-9.8.7.cdx.json" in built
     assert all("-9.8.7" in name for name in built)
+    with zipfile.ZipFile(clone / "dist" / "keymgmt-9.8.7-py3-none-any.whl") as wheel:
+        days = {info.date_time[:3] for info in wheel.infolist()}
+    today = datetime.datetime.now(datetime.UTC).date()
+    # Or yesterday, when midnight came between.
+    assert days <= {(d.year, d.month, d.day) for d in (today, today - datetime.timedelta(days=1))}
 
 
 @pytest.mark.parametrize(
@@ -134,6 +142,28 @@ def test_the_hooks_find_nothing(clone: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("Passed") == 2
+
+
+@pytest.mark.parametrize(
+    ("schema", "files"),
+    [
+        ("workflows", "workflows/*.yml"),
+        ("issue-config", "ISSUE_TEMPLATE/config.yml"),
+        ("issue-forms", "ISSUE_TEMPLATE/[!c]*.yml"),
+    ],
+)
+def test_github_understands_its_files(schema: str, files: str) -> None:
+    found = sorted((ROOT / ".github").glob(files))
+    assert found
+    command = ["uvx", "--quiet", "check-jsonschema", "--builtin-schema", f"vendor.github-{schema}"]
+    done = subprocess.run([*command, *found], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_report_brings_what_doctor_says() -> None:
+    forms = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml"))
+    assert len(forms) == 3
+    assert all(re.search(r"`keymgmt doctor [^`]*--json`", form.read_text()) for form in forms)
 
 
 def test_a_python_that_is_named_and_not_here_fails_ci_and_is_skipped_at_a_desk(clone: Path) -> None:
