@@ -100,6 +100,18 @@ def require_tool() -> RequireTool:
     return find
 
 
+@pytest.fixture(scope="session")
+def softhsm_module(require_tool: RequireTool) -> Path:
+    """SoftHSM's PKCS#11 module; pages say the first of these."""
+    return require_tool(
+        "/usr/lib/softhsm/libsofthsm2.so",
+        "/usr/lib/x86_64-linux-gnu/softhsm/libsofthsm2.so",
+        "/usr/lib/aarch64-linux-gnu/softhsm/libsofthsm2.so",
+        "/usr/lib64/pkcs11/libsofthsm2.so",
+        package="softhsm2",
+    )
+
+
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
     """Install a distribution of a stranger, in this process and in those that it starts.

@@ -79,13 +79,8 @@ def vault(require_tool: RequireTool, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="session")
 def site(
-    require_tool: RequireTool, tpm: str, vault: str, tmp_path_factory: pytest.TempPathFactory
+    softhsm_module: Path, tpm: str, vault: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Site:
-    module = require_tool(
-        "/usr/lib/softhsm/libsofthsm2.so",
-        "/usr/lib/x86_64-linux-gnu/softhsm/libsofthsm2.so",
-        package="softhsm2",
-    )
     folder = tmp_path_factory.mktemp("site")
     (folder / "tokens").mkdir()
     (folder / "softhsm2.conf").write_text(f"directories.tokendir = {folder / 'tokens'}\n")
@@ -98,8 +93,8 @@ def site(
     subprocess.run(token, check=True, env=environment, capture_output=True, timeout=60)
     tables = {
         "local": '[providers.local]\nbackend = "file"\npath = "keys"\n',
-        "hsm": f'[providers.hsm]\nbackend = "pkcs11"\nmodule = "{module}"\ntoken = "models"\n'
-        'pin = { file = "pin" }\n',
+        "hsm": f'[providers.hsm]\nbackend = "pkcs11"\nmodule = "{softhsm_module}"\n'
+        'token = "models"\npin = { file = "pin" }\n',
         "tpm": f'[providers.tpm]\nbackend = "tpm2"\nkeys = "tpm-keys"\ntcti = "{tpm}"\n',
         "site": vault,
     }

@@ -36,17 +36,12 @@ EOF"""
 class Services:
     """A Vault, a token and a TPM, and the config tables that name them."""
 
-    def __init__(self, desk: Any, require_tool: Callable[..., Path]) -> None:
+    def __init__(self, desk: Any, require_tool: Callable[..., Path], module: Path) -> None:
         self.desk = desk
         require_tool("bao")
         require_tool("swtpm", package="swtpm")
         require_tool("softhsm2-util", package="softhsm2")
-        self.module = require_tool(
-            PAGES_MODULE,
-            "/usr/lib/x86_64-linux-gnu/softhsm/libsofthsm2.so",
-            "/usr/lib/aarch64-linux-gnu/softhsm/libsofthsm2.so",
-            package="softhsm2",
-        )
+        self.module = module
         folder = desk.config.parent
         folder.mkdir(parents=True)
         folder.chmod(0o700)
@@ -76,8 +71,8 @@ class Services:
 
 
 @pytest.fixture
-def services(desk: Any, require_tool: Callable[..., Path]) -> Services:
-    return Services(desk, require_tool)
+def services(desk: Any, require_tool: Callable[..., Path], softhsm_module: Path) -> Services:
+    return Services(desk, require_tool, softhsm_module)
 
 
 def test_a_publishers_key(desk: Any, services: Services) -> None:

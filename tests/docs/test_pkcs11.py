@@ -19,20 +19,14 @@ PAGES_MODULE = "/usr/lib/softhsm/libsofthsm2.so"
 
 
 @pytest.fixture
-def module(require_tool: Callable[..., Path], desk: Any) -> str:
+def module(require_tool: Callable[..., Path], softhsm_module: Path, desk: Any) -> str:
     """SoftHSM's module; the config finds its PIN in the working directory."""
     require_tool("softhsm2-util", package="softhsm2")
     require_tool("pkcs11-tool", package="opensc")
-    found = require_tool(
-        PAGES_MODULE,
-        "/usr/lib/x86_64-linux-gnu/softhsm/libsofthsm2.so",
-        "/usr/lib/aarch64-linux-gnu/softhsm/libsofthsm2.so",
-        package="softhsm2",
-    )
     desk.config.parent.mkdir(parents=True)
     desk.config.parent.chmod(0o700)
     (desk.config.parent / "hsm.pin").symlink_to(desk.work / "hsm.pin")
-    return str(found)
+    return str(softhsm_module)
 
 
 def table(module: str, more: str = "") -> str:

@@ -6,7 +6,6 @@ import importlib.util
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from keymgmt_openvino import _memory
 from keymgmt_openvino._memory import Memory
 from keymgmt_openvino_demo import _magika
 from keymgmt_openvino_demo._throwaway_keys import make_throwaway_keys
+from waiting import until
 
 import keymgmt
 from keymgmt import Config
@@ -124,14 +124,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[Watched]:
     return seen
 
 
-@pytest.fixture
-def until() -> Callable[[Callable[[], bool]], None]:
+@pytest.fixture(name="until")
+def wait_until() -> Callable[..., None]:
     """Wait for a condition: what is in use elsewhere is wiped a moment after its end."""
-
-    def wait(condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 30
-        while not condition():
-            assert time.monotonic() < deadline, "not in 30 seconds"
-            time.sleep(0.01)
-
-    return wait
+    return until

@@ -21,12 +21,6 @@ from keymgmt.backend import SecretSource
 
 PIN = "user-pin-27182818"
 SO_PIN = "so-pin-31415926"
-SOFTHSM = (
-    "/usr/lib/softhsm/libsofthsm2.so",
-    "/usr/lib/x86_64-linux-gnu/softhsm/libsofthsm2.so",
-    "/usr/lib/aarch64-linux-gnu/softhsm/libsofthsm2.so",
-    "/usr/lib64/pkcs11/libsofthsm2.so",
-)
 SOFTOKN = (
     "/usr/lib/x86_64-linux-gnu/libsoftokn3.so",
     "/usr/lib/aarch64-linux-gnu/libsoftokn3.so",
@@ -111,9 +105,10 @@ class SoftHsm:
 
 
 @pytest.fixture(scope="session")
-def softhsm(require_tool: Any, tmp_path_factory: pytest.TempPathFactory) -> SoftHsm:
+def softhsm(
+    require_tool: Any, softhsm_module: Path, tmp_path_factory: pytest.TempPathFactory
+) -> SoftHsm:
     require_tool("softhsm2-util", package="softhsm2")
-    module = require_tool(*SOFTHSM, package="softhsm2")
     directory = tmp_path_factory.mktemp("softhsm")
     (directory / "tokens").mkdir()
     config = directory / "softhsm2.conf"
@@ -123,7 +118,7 @@ def softhsm(require_tool: Any, tmp_path_factory: pytest.TempPathFactory) -> Soft
     )
     # SoftHSM reads it at C_Initialize, in this process and in every child.
     os.environ["SOFTHSM2_CONF"] = str(config)
-    return SoftHsm(module, directory)
+    return SoftHsm(softhsm_module, directory)
 
 
 @pytest.fixture(scope="session")

@@ -7,12 +7,12 @@ import shutil
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import until
 
 from keymgmt.backend import (
     AccessDenied,
@@ -46,13 +46,6 @@ def wrong_pin(path: Path, pin: str = "not-the-pin-99") -> SecretSource:
     path.touch(0o600)
     path.write_text(pin)
     return SecretSource(file=path)
-
-
-def until(call: Callable[[], bool], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not call():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.005)
 
 
 class TestHungOrGone(FaultChecks):

@@ -11,8 +11,7 @@ import os
 import shutil
 import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import pytest
 from keymgmt_pkcs11 import Pkcs11Provider
 from keymgmt_pkcs11._kinds import KINDS
 from swtpm import Swtpm
+from waiting import until
 
 from keymgmt.backend import Dek, UnsupportedOperation, UnwrapFailed
 from keymgmt.testing import ProviderFactory
@@ -42,13 +42,6 @@ def running(*command: object, **options: Any) -> Iterator[subprocess.Popen[str]]
     finally:
         process.terminate()
         process.wait(WAIT)
-
-
-def until(call: Callable[[], object]) -> None:
-    end = time.monotonic() + WAIT
-    while not call():
-        assert time.monotonic() < end, "it did not start in time"
-        time.sleep(0.05)
 
 
 def run(*command: object) -> None:
