@@ -67,7 +67,8 @@ class Vouched:
 
     Attributes:
         publishers: trusted for its name, each with a valid signature; as many as the config wants.
-        expires: when the first of them no longer does, or None.
+        expires: when the first of them no longer does, or None; where that is past, and the config
+            only warns of it, when the last of them did.
     """
 
     publishers: tuple[Publisher, ...]
@@ -192,6 +193,7 @@ def check_expiry(
     name, (now, seen) = manifest.name, clock
     strict, problems = name in policy.require_expiry, []
     left: list[tuple[Publisher, str | None]] = []
+    latest: str | None = None
     if seen is not None and now < seen:
         problem = f"the clock says {now}, and {seen} was seen on this machine before"
         _say(policy, name, problem, refuse=strict, hint="set the clock")
@@ -209,13 +211,14 @@ def check_expiry(
                 f"the expiry of {publisher.file.name} on {name} is not valid",
                 hint="signatures.json was changed; fetch the sealed model again",
             )
+        latest = max(latest or expires, expires)
         if now < expires:
             left.append((publisher, expires))
         problems.append(f"{publisher.file.name} vouched for it until {expires}")
     count = policy.signatures.get(name, 1)
     if len(left) < count:
         _say(policy, name, "; ".join(problems), refuse=True, hint=_RENEW)
-        return Vouched(tuple(signed))
+        return Vouched(tuple(signed), latest)
     # Those that never expire first, then the longest: the model lasts as long as its count-th.
     left.sort(key=lambda one: one[1] or "~", reverse=True)
     return Vouched(tuple(publisher for publisher, _ in left[:count]), left[count - 1][1])

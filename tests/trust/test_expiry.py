@@ -73,6 +73,16 @@ def test_a_config_may_warn_only(site, clock, caplog):
     assert any(r.levelname == "WARNING" and r.name == "keymgmt" for r in caplog.records)
 
 
+def test_a_reseal_is_no_way_around_a_time_that_has_passed(site, clock):
+    path = site.seal()
+    sign(site, path, days=1)
+    clock(days=2)
+    keymgmt.reseal(path, to=["local:b"], keys=site.config(expired="warn"))
+    with pytest.raises(errors.ModelExpired):
+        keymgmt.open(path, keys=site.config())
+    opens(path, site.config(expired="warn"))
+
+
 def test_a_statement_that_was_taken_away_or_changed(site, clock):
     path = site.seal()
     sign(site, path, days=1)
