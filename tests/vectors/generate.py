@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import json
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from typing import Any
 import whole_floe
 
 import keymgmt._crypto.dek
+import keymgmt._system.files
 from keymgmt import Config
 from keymgmt._crypto.dek import Dek
 from keymgmt._crypto.signatures import PublicKey
@@ -68,6 +70,12 @@ def seed(name: str) -> None:
         buffer[:] = counter(len(buffer))
 
     keymgmt._crypto.dek.fill_random = fill
+    # The name of a temporary file is no part of a vector, so none is taken from the counter.
+    keymgmt._system.files._temporary = _temporary
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 SITE = HERE / "site"

@@ -246,5 +246,5 @@ def test_what_cannot_be_tried_is_unknown(site, tree, monkeypatch, error):
 def test_a_version_that_is_not_there(site, tree):
     with pytest.raises(errors.KeyNotFound, match="no version '7'"):
         look(site, tree, key="local:a@7")
-    with pytest.raises(errors.ConfigError, match="which version"):
-        look(site, tree, key="local:a")
+    with pytest.raises(errors.KeyNotFound, match="nowhere"):
+        look(site, tree, key="local:nowhere")
