@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
     from keymgmt._config.config import Config
     from keymgmt.sealed.manifest import Manifest
 
-__all__ = ["Done", "reseal_tree", "sign_tree", "verify_tree"]
+__all__ = ["Done", "InTree", "reseal_tree", "sign_tree", "verify_tree"]
+
+InTree = Callable[[str, int, int], object]
+"""Told the folder of the model that is being worked on, its bytes done, and those in all."""
 
 
 @dataclass(frozen=True)
@@ -106,12 +110,21 @@ def verify_tree(
     *,
     keys: Config | str | os.PathLike[str] | None = None,
     signature_only: bool = False,
+    progress: InTree | None = None,
 ) -> Iterator[Done | Failure]:
-    """Verify every model of a tree, one after the other; arguments as for ``keymgmt.verify``."""
+    """Verify every model of a tree, one after the other.
+
+    Args:
+        tree: the folder.
+        keys: as for ``keymgmt.verify``.
+        signature_only: likewise.
+        progress: told the model's folder, its bytes done, and those in all.
+    """
     with use_config(keys) as config:
 
         def one(path: Path) -> Done:
-            proved = verify(path, keys=config, signature_only=signature_only)
+            told = partial(progress, str(path)) if progress else None
+            proved = verify(path, keys=config, signature_only=signature_only, progress=told)
             return Done(str(path), "verified", proved.to_json())
 
         yield from _each(tree, one, "verify", threads=1)
@@ -126,6 +139,7 @@ def reseal_tree(
     fingerprints: Sequence[str] = (),
     expires: datetime | None = None,
     created_before: datetime | None = None,
+    progress: InTree | None = None,
 ) -> Iterator[Done | Failure]:
     """Reseal every model of a tree in its place, one after the other.
 
@@ -141,6 +155,7 @@ def reseal_tree(
         expires: likewise.
         created_before: only what was sealed or resealed before this time, with its time zone, as
             its manifest says; no model is passed over that the config would not let in.
+        progress: told the model's folder, its bytes done, and those in all.
 
     Raises:
         ConfigError: a time without a time zone, or the config is wrong.
@@ -157,7 +172,13 @@ def reseal_tree(
                         candidate.trust(config)
                         return done(path, "current", candidate.manifest, None)
             made = reseal(
-                path, to=to, sign=sign, keys=config, fingerprints=fingerprints, expires=expires
+                path,
+                to=to,
+                sign=sign,
+                keys=config,
+                fingerprints=fingerprints,
+                expires=expires,
+                progress=partial(progress, str(path)) if progress else None,
             )
             return done(path, "resealed", made.manifest, made.refusal)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from keymgmt._providers.data import Finding
     from keymgmt._verbs.find_models import Failure
-    from keymgmt._verbs.tree_verbs import Done
+    from keymgmt._verbs.tree_verbs import Done, InTree
     from keymgmt.errors import KeymgmtError
 
 __all__ = [
@@ -201,14 +201,19 @@ def is_tree(path: Path) -> bool:
     return os.path.isdir(path) and not is_model(path)  # noqa: PTH112
 
 
-def tell_tree(items: Iterable[Done | Failure], doing: str, form: str, *, as_json: bool) -> None:
-    """Print what was done with each model of a tree and a summary; exit by the worst of it."""
+def tell_tree(
+    work: Callable[[InTree], Iterable[Done | Failure]], doing: str, form: str, *, as_json: bool
+) -> None:
+    """Print what was done with each model of a tree and a summary; exit by the worst of it.
+
+    ``work`` begins it, and may tell how far it is with the model at hand.
+    """
     from keymgmt._verbs.find_models import Failure
 
     states: Counter[str] = Counter()
     failed: list[Failure] = []
     with counter(doing) as tick:
-        for item in items:
+        for item in work(tick.within):
             tick()
             if isinstance(item, Failure):
                 failed.append(item)
@@ -241,27 +246,45 @@ def worst(codes: Collection[int]) -> int:
     return next((code for code in (6, 5, 4, 3) if code in codes), max(codes, default=0))
 
 
+class Ticks:
+    """Counts things whose number is not known on stderr: a spinner on a terminal, lines else."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._count = 0
+        self._last = time.monotonic()
+        self._out = console(stderr=True)
+        self.spinner = self._out.status(what) if self._out.is_terminal else None
+
+    def __call__(self) -> None:
+        """One more is done."""
+        self._count += 1
+        self._say(f"{self._what}: {self._count}")
+
+    def within(self, path: str, done: int, total: int) -> None:
+        """So many of all bytes of the one at hand are done."""
+        share = 100 * done // total if total else 100
+        self._say(f"{self._what}: {self._count} done, {clean(path)}: {share} %")
+
+    def _say(self, text: str) -> None:
+        from rich.text import Text
+
+        if self.spinner is not None:
+            self.spinner.update(Text(text))  # a str would be markup
+        elif time.monotonic() - self._last >= _LINE_SECONDS:
+            self._last = time.monotonic()
+            self._out.print(text, soft_wrap=True)
+
+
 @contextlib.contextmanager
-def counter(what: str) -> Iterator[Callable[[], object]]:
-    """Count things whose number is not known on stderr: a spinner on a terminal, lines else."""
-    out = console(stderr=True)
-    count, last = 0, time.monotonic()
-    spinner = out.status(what) if out.is_terminal else None
-
-    def tick() -> None:
-        nonlocal count, last
-        count += 1
-        if spinner is not None:
-            spinner.update(f"{what}: {count}")
-        elif time.monotonic() - last >= _LINE_SECONDS:
-            last = time.monotonic()
-            out.print(f"{what}: {count}")
-
-    if spinner is None:
-        yield tick
+def counter(what: str) -> Iterator[Ticks]:
+    """Count while something is done, and let questions be asked meanwhile."""
+    ticks = Ticks(what)
+    if ticks.spinner is None:
+        yield ticks
         return
-    with spinner, drawing(spinner.stop, spinner.start):
-        yield tick
+    with ticks.spinner, drawing(ticks.spinner.stop, ticks.spinner.start):
+        yield ticks
 
 
 def write_result(content: bytes, path: Path | None, *, force: bool) -> None:

@@ -54,8 +54,15 @@ def verify(
     if is_tree(model):
         if name is not None:
             raise ConfigError("--name is for one model, and this is a tree of them")
-        found = keymgmt.verify_tree(model, keys=context.obj.config(), signature_only=signature_only)
-        tell_tree(found, "verifying", "keymgmt-verify/1", as_json=as_json)
+        config = context.obj.config()
+        tell_tree(
+            lambda told: keymgmt.verify_tree(
+                model, keys=config, signature_only=signature_only, progress=told
+            ),
+            "verifying",
+            "keymgmt-verify/1",
+            as_json=as_json,
+        )
         return
     with progress("verifying") as done:
         verification = keymgmt.verify(

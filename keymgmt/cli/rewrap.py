@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -230,7 +231,8 @@ def reseal(
             begin = utc_text(datetime.now(UTC) + timedelta(seconds=1))
             said = f"where this is interrupted, run it again with --created-before {begin}"
             console(stderr=True).print(said, soft_wrap=True)
-        done = keymgmt.reseal_tree(
+        work = partial(
+            keymgmt.reseal_tree,
             model,
             to=to or (),
             sign=sign,
@@ -239,7 +241,9 @@ def reseal(
             expires=until,
             created_before=utc_time(created_before) if created_before is not None else None,
         )
-        tell_tree(done, "resealing", "keymgmt-reseal/1", as_json=as_json)
+        tell_tree(
+            lambda told: work(progress=told), "resealing", "keymgmt-reseal/1", as_json=as_json
+        )
         return
     if created_before is not None:
         raise ConfigError("--created-before is for a tree, and this is one model")

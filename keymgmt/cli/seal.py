@@ -220,7 +220,7 @@ def sign(
     }
     if is_tree(model):
         made = keymgmt.sign_tree(model, **options)
-        tell_tree(made, "signing", "keymgmt-sign/1", as_json=as_json)
+        tell_tree(lambda _: made, "signing", "keymgmt-sign/1", as_json=as_json)
         return
     console(stderr=True).print(f"{clean(model)} {_signed_by(model, config)}", soft_wrap=True)
     with progress("checking digests") as done:

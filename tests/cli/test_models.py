@@ -307,6 +307,36 @@ def test_progress_is_a_bar_on_a_terminal(site: Path) -> None:
     assert json.loads(out)["manifest"]["name"] == "model"
 
 
+@pytest.mark.parametrize(("command", "doing"), [("verify", "verifying"), ("reseal", "resealing")])
+def test_progress_over_a_tree_names_the_model_at_hand(
+    cli: Cli, site: Path, monkeypatch: pytest.MonkeyPatch, command: str, doing: str
+) -> None:
+    for name in ("[b]a", "b"):
+        (site / "tree").mkdir(exist_ok=True)
+        assert cli("seal", "model", f"tree/{name}.sealed").code == 0
+    monkeypatch.setattr(keymgmt.cli._output, "_LINE_SECONDS", 0.0)
+    ran = cli(command, "tree")
+    lines = ran.err.splitlines()
+    assert f"{doing}: 0 done, tree/[b]a.sealed: 100 %" in lines
+    assert f"{doing}: 1 done, tree/b.sealed: 100 %" in lines
+    assert lines[-1] == f"{doing}: 2"
+    ours, theirs = pty.openpty()
+    program = [sys.executable, "-m", "keymgmt", command, "tree", "--json"]
+    with subprocess.Popen(
+        program, stdout=subprocess.PIPE, stderr=theirs, env=os.environ | {"TERM": "xterm"}
+    ) as process:
+        os.close(theirs)
+        out, _ = process.communicate(timeout=60)
+    shown = b""
+    with contextlib.suppress(OSError):
+        while part := os.read(ours, 4096):
+            shown += part
+    os.close(ours)
+    assert process.returncode == 0
+    assert doing.encode() in shown
+    assert json.loads(out.splitlines()[-1])["models"] == 2
+
+
 def test_sign_names_who_signed_before(cli: Cli, site: Path, sealed: Path) -> None:
     ran = cli("sign", sealed)
     assert "was signed by publisher.pem" in ran.err
