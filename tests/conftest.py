@@ -16,7 +16,9 @@ import select
 import shutil
 import signal
 import socket
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -299,6 +301,46 @@ def asks() -> Callable[..., None]:
         assert ran.seen.count(question.encode()) == 1, ran.seen
 
     return run
+
+
+@pytest.fixture
+def ends_quietly() -> Callable[..., None]:
+    """See that a command prints no traceback, however it is stopped: ``ends_quietly("demo")``.
+
+    By Ctrl-C, at moments spread over what it takes in all; by a reader that went away; by a stdout
+    that is closed.
+    """
+    program = [sys.executable, "-P", "-m", "keymgmt"]
+
+    def start(*command: object, **options: Any) -> subprocess.Popen[bytes]:
+        words = list(map(str, command))
+        return subprocess.Popen(words, stderr=subprocess.PIPE, **options)
+
+    def check(*arguments: object, cwd: Path, moments: int = 3) -> None:
+        ours, theirs = os.pipe()
+        os.close(ours)
+        begun = time.monotonic()
+        with start(*program, *arguments, cwd=cwd, stdout=theirs) as process:
+            os.close(theirs)
+            _, said = process.communicate(timeout=120)
+        whole = time.monotonic() - begun
+        assert process.returncode == 128 + signal.SIGPIPE, said
+        assert b"Traceback" not in said
+        closed = ("sh", "-c", 'exec "$@" >&-', "sh")
+        with start(*closed, *program, *arguments, cwd=cwd) as process:
+            _, said = process.communicate(timeout=120)
+        assert process.returncode == 1, said
+        assert said.endswith(b"error: stdout: Bad file descriptor\n")
+        # Before `main` runs it is Python that starts, and what it prints then is its own.
+        for step in range(moments):
+            with start(*program, *arguments, cwd=cwd, stdout=subprocess.DEVNULL) as process:
+                time.sleep(whole * (0.4 + 0.55 * step / moments))
+                process.send_signal(signal.SIGINT)
+                _, said = process.communicate(timeout=120)
+            assert process.returncode in (128 + signal.SIGINT, -signal.SIGINT, 0), said
+            assert b"Traceback" not in said
+
+    return check
 
 
 @pytest.fixture(scope="session")

@@ -411,3 +411,10 @@ def test_every_error_of_ours_has_a_way_out(kms: Any, make: Any) -> None:
     with pytest.raises(KeymgmtError) as caught:
         make().wrap("missing", Dek.generate(), b"c")
     assert "keymgmt keys create" in str(caught.value.hint)
+
+
+@pytest.mark.once
+def test_a_command_that_is_stopped_prints_no_traceback(
+    site: Run, tmp_path: Path, ends_quietly: Callable[..., None]
+) -> None:
+    ends_quietly("-c", "keymgmt.toml", "aws", "policy", "open", "cloud:resnet50", cwd=tmp_path)

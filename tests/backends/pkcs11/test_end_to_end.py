@@ -223,3 +223,11 @@ def test_the_question_for_a_pin_is_seen_whatever_asks(
     assert pin not in config.read_text()
     for verb in verbs_that_ask(f"hsm:{site.wraps}"):
         asks("PIN of the HSM: ", softhsm_token.pin, "-c", config, *verb, cwd=tmp_path)
+
+
+@pytest.mark.once
+def test_a_command_that_is_stopped_prints_no_traceback(
+    softhsm_token: Any, tmp_path: Path, ends_quietly: Callable[..., None]
+) -> None:
+    Site(softhsm_token, tmp_path, "aes256", "ecdsa-p256")
+    ends_quietly("-c", "keymgmt.toml", "pkcs11", "mechanisms", "hsm", cwd=tmp_path)

@@ -406,3 +406,9 @@ def test_the_question_for_a_pin_is_seen_whatever_asks(site, asks, verbs_that_ask
             site.run(*verb)
         else:
             asks("PIN of the TPM: ", pin_file.read_text().strip(), *verb, cwd=site.home)
+
+
+@pytest.mark.once
+def test_a_command_that_is_stopped_prints_no_traceback(site, ends_quietly):
+    site.set_up()
+    ends_quietly("tpm", "pcrs", "tpm", cwd=site.home)

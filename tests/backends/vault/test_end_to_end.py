@@ -263,3 +263,10 @@ def test_the_question_for_a_token_is_seen_whatever_asks(
     token = (dev.directory / "token").read_text()
     for verb in verbs_that_ask("site:model"):
         asks("Token: ", token, "-c", config, *verb, cwd=site)
+
+
+@pytest.mark.once
+def test_a_command_that_is_stopped_prints_no_traceback(
+    site: Path, ends_quietly: Callable[..., None]
+) -> None:
+    ends_quietly("-c", "keymgmt.toml", "doctor", "site:model", cwd=site)

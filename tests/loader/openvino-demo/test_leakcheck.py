@@ -226,3 +226,8 @@ def test_a_program_of_exec(check, require_tool, tmp_path, writes):
     report = json.loads(done.stdout)
     assert report["leak"] is writes, (done.stdout, done.stderr)
     assert done.returncode == int(writes), (done.stdout, done.stderr)
+
+
+@pytest.mark.nightly
+def test_a_leakcheck_that_is_stopped_prints_no_traceback(tmp_path, ends_quietly):
+    ends_quietly("leakcheck", "--json", cwd=tmp_path)

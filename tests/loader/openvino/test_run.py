@@ -163,3 +163,8 @@ def test_run_on_a_terminal_that_lacks_letters(tiny_llm, site):
         said[encoding] = done.stdout.decode(encoding)
     assert not said["utf-8"].isascii()  # or this shows nothing
     assert said["ascii"] == said["utf-8"].encode("ascii", "replace").decode()
+
+
+@pytest.mark.once
+def test_a_run_that_is_stopped_prints_no_traceback(magika_sealed, site, tmp_path, ends_quietly):
+    ends_quietly("-c", site.path, "run", magika_sealed, cwd=tmp_path)
