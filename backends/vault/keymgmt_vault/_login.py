@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 from keymgmt.backend import (
     AccessDenied,
     ProviderUnavailable,
+    SecretSource,
     lock_file,
     read_file,
     read_projected,
@@ -34,7 +35,6 @@ from keymgmt_vault._settings import (
 )
 
 if TYPE_CHECKING:
-    from keymgmt.backend import SecretSource
     from keymgmt_vault._connection import Connection
     from keymgmt_vault._settings import VaultSettings
 
@@ -203,10 +203,15 @@ class Login:
     def is_replaced(self, lease: Lease) -> bool:
         """Whether a token that was given to us is another one at its source by now."""
         auth = self._settings.auth
-        # Nobody is asked on a terminal from a thread.
-        if not isinstance(auth, TokenAuth) or auth.token.prompt is not None:
+        if not isinstance(auth, TokenAuth) or self.asks_a_person:
             return False
         return auth.token.read_text() != lease.token
+
+    @property
+    def asks_a_person(self) -> bool:
+        """Whether somebody types a secret for it, who is not asked from a thread of ours."""
+        sources = vars(self._settings.auth).values()
+        return any(isinstance(each, SecretSource) and each.prompt is not None for each in sources)
 
     def close(self) -> None:
         """Wipe the secret id that was unwrapped."""

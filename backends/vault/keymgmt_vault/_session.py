@@ -225,7 +225,7 @@ class Session(ForkSafe):
         # A lease that shrinks nears its greatest age: better log in while it still lives.
         if lease.renewable and lease.seconds > before * 0.9:
             return
-        if not given:
+        if not given and not self._login.asks_a_person:
             with self._turn():
                 if self._lease is lease:
                     self._log_in()

@@ -680,6 +680,32 @@ def test_a_person_who_types_a_secret_has_time(
     assert opens(make(bao, auth=auth, timeout=1.0), wrapped)
 
 
+def test_nobody_is_asked_by_the_thread_that_keeps_a_token_alive(
+    make: Any,
+    bao: Any,
+    wrapped: WrappedKey,
+    secret_file: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    wait_for: Any,
+) -> None:
+    role_id, secret_id = bao.approle(UNWRAP, "asked", token_ttl="2s", token_max_ttl="2s")
+    asked: list[threading.Thread] = []
+
+    def type_it(_: str) -> str:
+        asked.append(threading.current_thread())
+        return str(secret_id)
+
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("getpass.getpass", type_it)
+    secrets = {"role_id": secret_file(role_id), "secret_id": {"prompt": "Secret id"}}
+    provider = make(bao, auth={"method": "approle", **secrets})
+    assert opens(provider, wrapped)
+    wait_for(lambda: "cannot be renewed" in caplog.text or len(asked) > 1, "the thread's turn")
+    assert opens(provider, wrapped)
+    assert set(asked) == {threading.current_thread()}
+
+
 # Many recipients.
 
 
