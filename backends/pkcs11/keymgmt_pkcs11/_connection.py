@@ -23,9 +23,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from keymgmt.backend import Deadline, ForkSafe, ProviderUnavailable, within
+from keymgmt.backend import Deadline, ForkSafe, ProviderUnavailable, wipe, within
 from keymgmt_pkcs11._errors import CkError, Ckr, translate
-from keymgmt_pkcs11._login import NOT_COMPARED, log_in
+from keymgmt_pkcs11._login import NOT_COMPARED, PinWanted, log_in
 from keymgmt_pkcs11._module import CallInFlight, Module, open_module
 from keymgmt_pkcs11._token import NoToken, find_token
 
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 __all__ = ["Connection", "Session"]
 
 R = TypeVar("R")
-PERSON_LIMIT: Final = 300.0
-"""Seconds for a call that a person gives the PIN for, at a prompt or a PIN pad."""
+PAD_LIMIT: Final = 300.0
+"""Seconds for a call that a person may give the PIN for at the token's PIN pad."""
 _PAUSES: Final = (0.01, 0.03, 0.06, 0.1, 0.2)
 
 
@@ -50,6 +50,7 @@ class Session:
         handle: its number, which ``renew`` changes.
         cache: shared by all sessions of one connection; empty again after a loss, but for
             ``again``, which says that there was one and no login since.
+        typed: the PIN, where somebody typed it for the call that has this session.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Session:
         token: TokenInfo,
         settings: Pkcs11Settings,
         cache: dict[Any, Any],
+        typed: bytearray | None,
         *,
         writing: bool = False,
     ) -> None:
@@ -67,6 +69,7 @@ class Session:
         self.token = token
         self.settings = settings
         self.cache = cache
+        self.typed = typed
         self._writing = writing
         self.handle = self._open()
 
@@ -74,13 +77,16 @@ class Session:
         handle = self.ck.open_session(self.token.slot, writing=self._writing)
         try:
             again = self.cache.get("again", False)
-            log_in(self.module, self.token, handle, self.settings, again=again)
+            self._log_in(handle, again=again)
             self.cache.pop("again", None)
         except BaseException:
             with contextlib.suppress(CkError):
                 self.ck.close_session(handle)
             raise
         return handle
+
+    def _log_in(self, handle: int, **how: bool) -> None:
+        log_in(self.module, self.token, handle, self.settings, typed=self.typed, **how)
 
     def close(self) -> None:
         # After a C_Initialize the number may be somebody else's session.
@@ -105,7 +111,9 @@ class Session:
     @contextlib.contextmanager
     def writing(self) -> Iterator[Session]:
         """A session that may change the token, while this one is kept."""
-        other = Session(self.module, self.token, self.settings, self.cache, writing=True)
+        other = Session(
+            self.module, self.token, self.settings, self.cache, self.typed, writing=True
+        )
         try:
             yield other
         finally:
@@ -113,7 +121,7 @@ class Session:
 
     def approve(self) -> None:
         """Log in for one use of one key, which it wants (CKA_ALWAYS_AUTHENTICATE)."""
-        log_in(self.module, self.token, self.handle, self.settings, context=True)
+        self._log_in(self.handle, context=True)
 
     def confirm(self) -> None:
         """Raise if token or login is gone: no key is seen then, and that must not be the news.
@@ -134,6 +142,7 @@ class _Place:
         self.epoch = -1
         self.in_flight: CallInFlight | None = None
         self.call: object | None = None
+        self.typed: bytearray | None = None
         self.abandoned = False
 
     def drop(self) -> None:
@@ -161,6 +170,7 @@ class Connection(ForkSafe):
         self._cache: dict[Any, Any] = {}
         self._state = threading.Condition(threading.Lock())
         self._connecting = threading.Lock()
+        self._asking = threading.Lock()
         self._idle: list[_Place] = []
         self._places: set[_Place] = set()
         self._limit = self.settings.sessions
@@ -186,13 +196,39 @@ class Connection(ForkSafe):
             KeymgmtError: whatever went wrong, translated.
         """
         limit = limit or self.settings.timeout
-        if self._asks_a_person():
+        if self.settings.login == "protected":
             # In any call: after a loss, and for each use of a key that wants it.
-            limit = max(limit, PERSON_LIMIT)
+            limit = max(limit, PAD_LIMIT)
         deadline = Deadline(limit, f"{doing}: the module")
+        run = functools.partial(self._run, doing, function, deadline, changes)
+        try:
+            return run(None)
+        except PinWanted:
+            pass
+        with contextlib.ExitStack() as stack:
+            with deadline.paused():
+                stack.enter_context(self._asking)
+            try:
+                return run(None)  # somebody else may have been asked meanwhile
+            except PinWanted:
+                assert self.settings.pin is not None  # noqa: S101 - it has a prompt
+            with deadline.paused():
+                pin = self.settings.pin.read()
+            stack.callback(wipe, pin)
+            return run(pin)
+
+    def _run(
+        self,
+        doing: str,
+        function: Callable[[Session], R],
+        deadline: Deadline,
+        changes: bool,
+        typed: bytearray | None,
+    ) -> R:
         while True:
             call = object()
             place = self._take(call, deadline, doing)
+            place.typed = typed
             serve = functools.partial(self._serve, place, function, deadline, changes)
             try:
                 return within(deadline.remaining, deadline.what, serve)
@@ -203,10 +239,6 @@ class Connection(ForkSafe):
                 if error.code == Ckr.SESSION_COUNT and self._fewer():
                     continue
                 raise translate(error, doing) from error
-
-    def _asks_a_person(self) -> bool:
-        pin = self.settings.pin
-        return self.settings.login == "protected" or (pin is not None and pin.prompt is not None)
 
     def close(self) -> None:
         """Close every session; waits for calls in flight, up to the time limit."""
@@ -318,6 +350,10 @@ class Connection(ForkSafe):
                         else:
                             answer = function(session)
                     session.module.in_vain = 0
+                except PinWanted:
+                    # Perhaps in the middle of an operation.
+                    place.drop()
+                    raise
                 except (CkError, NoToken) as error:
                     place.drop()
                     step = self._make_anew(place.epoch, error, step, deadline, changes, began)
@@ -331,6 +367,7 @@ class Connection(ForkSafe):
     def _connected(self, place: _Place) -> Session:
         if place.session is not None and place.epoch == self.epoch:
             if place.session.generation == place.session.module.generation:
+                place.session.typed = place.typed
                 return place.session
             # Another provider of this module initialised it anew.
             self._lose(place.epoch)
@@ -393,7 +430,7 @@ class Connection(ForkSafe):
             cache = self._cache
             with module.call() as place.in_flight:
                 token = cache.get("token") or find_token(module, self.settings)
-                session = Session(module, token, self.settings, cache)
+                session = Session(module, token, self.settings, cache, place.typed)
             # The next session of this connection need not look for it.
             cache["token"] = token
             return session

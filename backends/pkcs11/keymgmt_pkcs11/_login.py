@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from keymgmt_pkcs11._module import Module
     from keymgmt_pkcs11._settings import Pkcs11Settings
 
-__all__ = ["NOT_COMPARED", "log_in"]
+__all__ = ["NOT_COMPARED", "PinWanted", "log_in"]
 
 NOT_COMPARED: Final = frozenset(
     {
@@ -119,12 +119,17 @@ def _place(module: Module, token: TokenInfo) -> tuple[str, str, str]:
 _pins = _Pins()
 
 
+class PinWanted(Exception):
+    """A person is to be asked for the PIN, by the thread that called and not by the module's."""
+
+
 def log_in(
     module: Module,
     token: TokenInfo,
     session: int,
     settings: Pkcs11Settings,
     *,
+    typed: bytearray | None = None,
     again: bool = False,
     context: bool = False,
 ) -> None:
@@ -135,6 +140,7 @@ def log_in(
         token: the token.
         session: a session with it.
         settings: say who logs in, and where the PIN is.
+        typed: what a person typed for this call; the caller wipes it.
         again: the login that was there is lost.
         context: log in for one use of one key, which its CKA_ALWAYS_AUTHENTICATE wants; between
             the call that begins it and the one that does it.
@@ -144,6 +150,7 @@ def log_in(
         LockedOut: the PIN is locked, or the next wrong one locks it.
         ProviderUnavailable: the PIN's source cannot be read.
         CkError: no PIN was compared, or an accepted one was neither taken nor refused.
+        PinWanted: a person has to type it, and did not for this call.
     """
     if settings.login == "none":
         return
@@ -163,7 +170,10 @@ def log_in(
             _send(module, session, user, None)
             return
         assert settings.pin is not None  # noqa: S101 - the settings hold login and pin together
-        pin = settings.pin.read()
+        if settings.pin.prompt is not None and not (typed and any(typed)):
+            # Zeros are what is left of it where nobody waits for this call any more.
+            raise PinWanted
+        pin = settings.pin.read() if typed is None else bytearray(typed)
         try:
             mark = _pins.mark(module, token, settings.user_type, pin)
             _pins.check(mark, now, settings.pin, again=again)

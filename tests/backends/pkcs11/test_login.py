@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import select
+import subprocess
+import sys
+import termios
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -183,18 +191,67 @@ def test_a_key_that_wants_the_pin_for_every_use(faulty: Any, faults: Any) -> Non
 
 
 def test_a_person_has_time(faulty: Any, faults: Any, key: str) -> None:
-    for settings in (
-        {"login": "protected", "pin": None},
-        {"pin": SecretSource(prompt="PIN")},
-    ):
-        provider = faulty.provider(timeout=0.2, **settings)
-        assert provider.connection._asks_a_person()
     with pytest.raises(UnsupportedOperation, match="no PIN pad"):
         faulty.provider(login="protected", pin=None).list_keys()
     # Of a pad: the time limit is for the calls, and not for the person.
     faults.pad(faulty.pin)
     provider = faulty.provider(login="protected", pin=None, timeout=0.3)
     assert key in {info.key for info in provider.list_keys()}
+
+
+@pytest.mark.parametrize("typed", ["the PIN", "Ctrl-C"])
+def test_the_pin_is_typed_and_an_interrupt_leaves_the_terminal_as_it_was(
+    faulty: Any, key: str, tmp_path: Path, typed: str
+) -> None:
+    (tmp_path / "keymgmt.toml").write_text(
+        f'[providers.hsm]\nbackend = "pkcs11"\nmodule = "{faulty.module}"\n'
+        f'token = "{faulty.label}"\npin = {{ prompt = "PIN" }}\n'
+    )
+    ours, theirs = os.openpty()
+
+    def echo() -> bool:
+        return bool(termios.tcgetattr(theirs)[3] & termios.ECHO)
+
+    with subprocess.Popen(
+        [sys.executable, "-m", "keymgmt.cli", "-c", "keymgmt.toml", "keys", "list", "hsm"],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        cwd=tmp_path,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    ) as process:
+        said = b""
+        while not said.endswith(b"PIN: "):
+            assert select.select([ours], [], [], 60)[0], said
+            said += os.read(ours, 4096)
+        assert not echo()
+        os.write(ours, b"\x03" if typed == "Ctrl-C" else f"{faulty.pin}\n".encode())
+        assert process.wait(60) == (130 if typed == "Ctrl-C" else 0)
+    assert echo()
+    os.close(ours)
+    os.close(theirs)
+
+
+def test_threads_that_want_a_pin_ask_for_it_once(
+    faulty: Any, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def type_it(prompt: str) -> str:
+        asked.append(threading.current_thread().name)
+        time.sleep(0.5)
+        return str(faulty.pin)
+
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("getpass.getpass", type_it)
+    # The time limit is for the token, and not for who types.
+    provider = faulty.provider(pin=SecretSource(prompt="PIN"), timeout=0.4)
+    with ThreadPoolExecutor(6, "caller") as pool:
+        found = list(pool.map(lambda _: {info.key for info in provider.list_keys()}, range(6)))
+    assert all(key in each for each in found)
+    assert len(asked) == 1
+    assert asked[0].startswith("caller")
 
 
 def test_what_is_absent_here_is_the_providers_failure(faulty: Any, tmp_path: Path) -> None:
