@@ -156,6 +156,22 @@ def test_an_anchor_that_is_not_reached_is_no_empty_memory(
         memory.remember("a", 4)
 
 
+def test_one_that_moves_twice_while_it_is_looked_at(
+    memory: ReleaseMemory, provider: MemoryProvider
+) -> None:
+    """Whoever saw the anchor before and the file after looks again."""
+    memory.remember("a", 1)
+    others = iter((8, 9))
+
+    def ask(call: Callable[[Any], Any]) -> Any:
+        value = call(provider)
+        for release in others:
+            memory.remember("a", release)
+        return value
+
+    assert ReleaseMemory(memory.path, ask, "safe").recall().releases == {"a": 9}
+
+
 def test_many_at_once(memory: ReleaseMemory) -> None:
     """Nobody takes another one's step for a file that was put back."""
 

@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from keymgmt_tpm2 import Tpm2Provider
 from keymgmt_tpm2.policy import _approval
+from keymgmt_tpm2.policy._anchor import create_anchor
 from keymgmt_tpm2.policy._approval import Approval
 from keymgmt_tpm2.policy._policy import Approver, PcrState
 
@@ -68,3 +69,18 @@ def test_commands_of_an_unwrap(recorded, wire, tmp_path, kind, most):
         if not (kind == "pin" and code == before == ECDH)
     ]
     assert len(sent) == most, [hex(code) for code in sent]
+
+
+@pytest.mark.parametrize(("key", "moving"), [(None, 6), ("dev", 8)])
+def test_commands_of_an_anchor(recorded, wire, key, moving):
+    """It is read by every open, and moved by every new release."""
+    recorded.create_key("dev", "ecc-p256", {"pcr": "7"})
+    name = create_anchor(recorded.service, key).name.hex()
+    pinned = recorded.settings.model_copy(update={"anchor": name})
+    with Tpm2Provider("tpm", pinned) as provider:
+        wire.commands.clear()
+        value = provider.anchor()
+        assert len(wire.commands) == 4, [hex(code) for code in wire.commands]
+        wire.commands.clear()
+        provider.move_anchor(value, bytes(32))
+        assert len(wire.commands) == moving, [hex(code) for code in wire.commands]

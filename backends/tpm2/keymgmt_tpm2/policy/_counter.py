@@ -33,7 +33,7 @@ __all__ = ["DEFAULT_INDEX", "Raise", "create_counter", "raise_counter", "read_co
 DEFAULT_INDEX: Final = 0x01800100
 FORMAT: Final = "keymgmt.tpm2-counter/1"
 SECONDS: Final = 300.0
-"""A chip takes some ten milliseconds for each step."""
+"""Each step takes seven commands, of some milliseconds each on a chip."""
 _CREATE: Final = "make it with: keymgmt tpm counter create PROVIDER FILE"
 
 
