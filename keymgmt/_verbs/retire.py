@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from keymgmt._config.config import use_config
 from keymgmt._providers.names import KeyRef
+from keymgmt._system.words import counted
 from keymgmt._verbs.find_models import CHUNK, Failure, Link, find_models, read_models
 from keymgmt._verbs.prove import Prover
 from keymgmt.errors import ConfigError, KeymgmtError
@@ -79,7 +80,7 @@ class Need:
         """ConfigError where it is needed, or nobody knows whether it is."""
         if self.opens:
             raise ConfigError(
-                f"{self.key} opens {len(self.opens)} models, and is the only way into "
+                f"{self.key} opens {counted(len(self.opens), 'model')}, and is the only way into "
                 f"{len(self.only_way_into)}; the first: {', '.join(self.opens[:_SHOWN])}",
                 hint=f"first: keymgmt rewrap {shlex.join(self.trees)}; a group that does not open "
                 "here is moved where it does, or dropped"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from keymgmt._config.config import use_config
 from keymgmt._providers.data import Finding
+from keymgmt._system.words import counted
 from keymgmt._trust.candidate import Candidate, step
 from keymgmt._verbs.open import open_model
 from keymgmt.errors import UntrustedPublisher
@@ -103,7 +104,11 @@ def _verify_signature(
             candidate.manifest,
             (
                 _signature(publisher, candidate.manifest),
-                Finding("digests", "ok", f"{len(candidate.manifest.files)} files as published"),
+                Finding(
+                    "digests",
+                    "ok",
+                    f"{counted(len(candidate.manifest.files), 'file')} as published",
+                ),
                 Finding("data key", "skipped", "no key service was asked"),
                 Finding("segments", "skipped", "nothing was decrypted"),
             ),
@@ -119,7 +124,7 @@ def _verify_payload(model: SealedModel, progress: Progress | None) -> None:
 
 def _findings(model: SealedModel) -> tuple[Finding, ...]:
     manifest = model.manifest
-    files = f"{len(manifest.files)} files"
+    files = counted(len(manifest.files), "file")
     signed = model.publisher is not None
     return (
         _signature(model.vouched, manifest),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 import typer
 
 from keymgmt._system.terminal import drawing
+from keymgmt._system.words import counted
 from keymgmt.console import clean, console, print_json, print_line, table
 from keymgmt.errors import CannotUnlock, ConfigError, WrongKey
 
@@ -236,7 +237,7 @@ def tell_tree(
         print_line({"format": form, **counts, "exit_code": code})
     else:
         told = ", ".join(f"{state} {count}" for state, count in sorted(states.items()))
-        console().print(f"{models} models: {told}; failed {len(failed)}")
+        console().print(f"{counted(models, 'model')}: {told}; failed {len(failed)}")
     if code:
         raise typer.Exit(code)
 

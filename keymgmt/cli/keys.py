@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import keymgmt
+from keymgmt._system.words import counted
 from keymgmt.cli._options import (
     Force,
     Json,
@@ -362,7 +363,7 @@ def retire(
     info = provider.retire_version(reference.key, str(reference.version))
     _show(reference, info, as_json, **({"looked_at": need.to_json()} if need else {}))
     if need:
-        said = f"none of the {need.models} models that were looked at needs it"
+        said = f"none of {counted(need.models, 'model')} looked at needs it"
         console(stderr=True).print(said if need.proved else f"{said}, by name")
 
 
@@ -517,13 +518,19 @@ def usage(
         writer.writerows((*place, "name", "", number, number) for place in missing)
     else:
         rows = [
-            (*use[:3], _known_by(use), f"opens {use[5]} models, is the only way into {use[6]}")
+            (
+                *use[:3],
+                _known_by(use),
+                f"opens {counted(use[5], 'model')}, is the only way into {use[6]}",
+            )
             for use in uses
         ]
         says = "unknown: not all could be read" if found.failures else "not named in this tree"
         rows += [(*place, "name", says) for place in missing]
         console().print(table(["backend", "key", "version", "known by", "in this tree"], rows))
-        console().print(f"{found.models} models, unauthenticated: who writes here can hide one")
+        console().print(
+            f"{counted(found.models, 'model')}, unauthenticated: who writes here can hide one"
+        )
         for link in found.links:
             console().print(f"followed {clean(link.path)} to {clean(link.target)}")
     _tell_failures(found.failures)

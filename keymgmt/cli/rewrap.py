@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 import keymgmt
+from keymgmt._system.words import counted
 from keymgmt.cli._options import (
     Expires,
     Fingerprint,
@@ -161,7 +162,7 @@ def _tree(path: Path, options: dict[str, object], *, dry_run: bool, as_json: boo
         )
     else:
         word = "would change" if dry_run else "changed"
-        console().print(f"{models} models, {word} {changed}, failed {len(failed)}")
+        console().print(f"{counted(models, 'model')}, {word} {changed}, failed {len(failed)}")
         told = ", ".join(f"{state} {count}" for state, count in sorted(states.items()))
         console().print(f"groups: {told or 'none'}")
     if code:

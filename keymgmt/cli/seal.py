@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 import keymgmt
+from keymgmt._system.words import counted
 from keymgmt.cli._options import (
     Expires,
     Fingerprint,
@@ -169,7 +170,9 @@ def unseal(
         said = {"directory": str(directory), "name": manifest.name, "files": files}
         print_json({"format": "keymgmt-unseal/1", **said})
         return
-    console().print(f"{clean(manifest.name)}: {len(manifest.files)} files in {clean(directory)}")
+    console().print(
+        f"{clean(manifest.name)}: {counted(len(manifest.files), 'file')} in {clean(directory)}"
+    )
     where = "in memory" if memory else "on a disk"
     console(stderr=True).print(f"this is plaintext {where}: delete it when you are done")
 

@@ -125,14 +125,14 @@ def test_a_recipient_file_of_the_config_lies_beside_it(
 def test_usage_says_what_each_version_opens_and_guards_retiring(cli: Cli, sealed: Path) -> None:
     assert cli("keys", "rotate", "local:models").code == 0
     shown = cli("keys", "usage", ".", "local:models")
-    assert "opens 1 models, is the only way into 1" in shown.out
+    assert "opens 1 model, is the only way into 1" in shown.out
     assert "not named in this tree" in shown.out
     refused = cli("keys", "retire", "local:models@1", "--tree", ".")
     assert refused.code == 3
-    assert "opens 1 models" in refused.error
+    assert "opens 1 model" in refused.error
     assert "keymgmt rewrap" in refused.hint
     assert cli("rewrap", ".").code == 0
-    assert "none of the 1 models" in cli("keys", "retire", "local:models@1", "--tree", ".").err
+    assert "none of 1 model" in cli("keys", "retire", "local:models@1", "--tree", ".").err
     rows = list(csv.DictReader(io.StringIO(cli("keys", "usage", ".", "--csv").out)))
     assert [(row["version"], row["opens"]) for row in rows] == [("2", "1")]
 

@@ -83,7 +83,7 @@ def test_rewrap_of_a_tree_counts_and_stops_for_nothing(cli: Cli, site: Path, sea
     (sealed / "manifest.json").write_bytes(b"[]")
     ran = cli("rewrap", ".")
     assert ran.code == 4
-    assert "1 models, changed 1, failed 1" in ran.out
+    assert "1 model, changed 1, failed 1" in ran.out
     assert "model.sealed" in ran.err
 
 
@@ -110,7 +110,7 @@ def test_a_tree_is_signed_verified_and_resealed(cli: Cli, site: Path, sealed: Pa
     refused = cli("sign", ".")
     assert refused.code == 3
     assert "--if-signed-by" in refused.hint
-    assert "1 models: signed 1" in cli("sign", ".", "--if-signed-by", "publisher.pem").out
+    assert "1 model: signed 1" in cli("sign", ".", "--if-signed-by", "publisher.pem").out
     ran = cli("verify", ".", "--json")
     *lines, summary = (json.loads(line) for line in ran.out.splitlines())
     assert [line["state"] for line in lines] == ["verified"]

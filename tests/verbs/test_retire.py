@@ -40,7 +40,7 @@ def test_whoever_opens_is_listed(site, tree):
     assert need.verdict == "needed"
     assert need.opens == (str(tree / "m.sealed"),)
     assert need.only_way_into == need.opens
-    with pytest.raises(errors.ConfigError, match=r"opens 1 models.*m\.sealed") as caught:
+    with pytest.raises(errors.ConfigError, match=r"opens 1 model.*m\.sealed") as caught:
         need.check()
     assert f"keymgmt rewrap {tree}" in caught.value.hint
     list(keymgmt.rewrap_tree(tree, keys=site.config()))

@@ -103,7 +103,7 @@ def test_a_model_by_the_command_line(kms: Any, site: Run, tmp_path: Path) -> Non
     # AWS waits, and what is waited for is said, also the second time.
     assert "nobody has looked" in site("keys", "delete", "cloud:resnet50-2027", "--yes", code=3)
     delete = ("keys", "delete", "cloud:resnet50-2027", "--tree", ".", "--yes")
-    assert "opens 1 models" in site(*delete, code=3)
+    assert "opens 1 model" in site(*delete, code=3)
     said = site(*delete[:3], "--force", "--yes")
     assert re.search(r"serves for nothing, and is deleted at \d{4}-\d\d-\d\dT", said)
     assert site(*delete[:3], "--force", "--yes") == said
