@@ -1,9 +1,13 @@
 # Two commands do all the set-up: `make demo` shows it, `make test` tests it. CONTRIBUTING.md has the rest.
-.PHONY: demo test check lint nightly fresh release clean
+.PHONY: demo venv test check lint nightly fresh release clean
 
 demo:
 	@uv=$$(.ci/uv) && echo "installing what the demo needs into .venv" && \
 	    $$uv sync --frozen --no-dev --extra demo && $$uv run --no-sync keymgmt demo
+
+# For an editor, a debugger and pytest: every package, editable, and what the tests need.
+venv:
+	@uv=$$(.ci/uv) && .ci/packages && $$uv sync --frozen --all-packages --all-extras
 
 # TOX="-e py311-core" runs less.
 test:

@@ -91,6 +91,14 @@ def test_from_plain_files_to_sealed(desk: Any) -> None:
     desk.run_page("docs/first-steps.md")
 
 
+def test_taking_a_new_release(desk: Any) -> None:
+    desk.run(MODEL)
+    desk.run("keymgmt init && mkdir models")
+    desk.run("keymgmt seal model models/resnet50.sealed --name resnet50")
+    desk.run_page("docs/upgrading.md")
+    assert "verified 1" in desk.told["keymgmt verify models"].said
+
+
 def started(desk: Any) -> None:
     desk.run(MODEL)
     desk.fails("keymgmt doctor")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -234,12 +235,9 @@ def test_the_packages_that_are_installed_are_named() -> None:
     assert packages <= set(re.findall(r"[a-z0-9+-]+", README))
 
 
-@pytest.mark.nightly
-@pytest.mark.timeout(2400)
-def test_the_two_commands_of_the_readme_work_on_a_fresh_machine(
-    clone: Path, tmp_path: Path
-) -> None:
-    """A home without any cache, and no more on the path than the system has."""
+@pytest.fixture
+def make(clone: Path, tmp_path: Path) -> Callable[..., str]:
+    """``make``, with a home without any cache, and no more on the path than the system has."""
     (tmp_path / "home").mkdir()
     ours = ("UV_", "PYTHON", "VIRTUAL_ENV", "PYENV", "TOX_", "KEYMGMT_", "XDG_")
     environment = {
@@ -249,13 +247,33 @@ def test_the_two_commands_of_the_readme_work_on_a_fresh_machine(
     }
     environment.pop("CI", None)
 
-    def make(*arguments: str) -> str:
+    def run(*arguments: str) -> str:
         done = subprocess.run(
             ["make", *arguments], cwd=clone, env=environment, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
+    return run
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(2400)
+def test_the_commands_of_contributing_work_on_a_fresh_machine(
+    clone: Path, make: Callable[..., str]
+) -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    assert re.findall(r"^\$ make (\w+)  ", page, re.MULTILINE)[:2] == ["venv", "check"]
+    make("venv")
+    command = [clone / ".venv" / "bin" / "pytest", "-q", "tests/sealed", "-k", "digest"]
+    done = subprocess.run(command, cwd=clone, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "check: OK" in make("check")
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(2400)
+def test_the_two_commands_of_the_readme_work_on_a_fresh_machine(make: Callable[..., str]) -> None:
     assert "make demo" in README
     assert "make test" in README
     assert make("demo")
