@@ -64,7 +64,9 @@ def files_with(pattern: bytes, folders: list[Path], since: float) -> list[Path]:
     """Files that changed since, and hold the pattern."""
     found = []
     for folder in folders:
-        for path in folder.rglob("*"):
+        # Unlike Path.rglob, os.walk goes on where another test removed a folder meanwhile.
+        names = ((parent, name) for parent, _, files in os.walk(folder) for name in files)
+        for path in (Path(parent) / name for parent, name in names):
             try:
                 # Links into /proc are the mount's, and lead to no disk.
                 info = path.lstat()
