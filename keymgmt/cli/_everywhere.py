@@ -10,9 +10,10 @@ import copy
 import inspect
 import re
 from collections.abc import Callable, Iterable
+from enum import Enum
 from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Final, get_args
+from typing import Annotated, Any, Final, Literal, get_args, get_origin
 
 import typer
 from typer.core import TyperArgument, TyperGroup
@@ -22,7 +23,8 @@ from keymgmt.errors import ConfigError
 
 __all__ = ["adopt", "state_of"]
 
-PANEL: Final = "Global options"
+# What stands for a value where the option's author has no better word; else typer says <int range>.
+_VALUES: Final = {Path: "PATH", int: "N", float: "NUMBER", str: "TEXT"}
 _EXAMPLES: Final = re.compile(r"^Examples?:$", re.MULTILINE)
 
 
@@ -129,6 +131,8 @@ def adopt(command: Any) -> Any:
         param.process_value = partial(_process, param, param.process_value)
         if isinstance(param, TyperArgument):
             _plain_argument(param)
+        elif param.metavar is None and not param.count:
+            param.metavar = _value(param.type_descriptor.annotation)
     for option in _options():
         names = [name for name in option.opts if name not in taken]
         if "--json" in option.opts and not names:
@@ -142,6 +146,15 @@ def adopt(command: Any) -> Any:
         for each in command.commands.values():
             adopt(each)
     return command
+
+
+def _value(annotation: Any) -> str | None:
+    if get_origin(annotation) is Literal:
+        return "|".join(get_args(annotation))
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return "|".join(str(choice.value) for choice in annotation)
+    kinds = (annotation, *get_args(annotation))
+    return next((_VALUES[kind] for kind in kinds if kind in _VALUES), None)
 
 
 def _plain_argument(param: Any) -> None:

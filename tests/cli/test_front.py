@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -225,5 +226,5 @@ def test_every_help_page_has_an_example_that_can_be_typed(
             command.make_context(words[-1], example[len(words) + 1 :])
         for option in command.params:
             assert all(name in page for name in option.opts if name.startswith("-"))
-        assert "<bool>" not in page
+        assert not re.search("<[a-z]", page), page
         assert "…" not in page
