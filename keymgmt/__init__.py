@@ -5,9 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
-from keymgmt import errors as errors
-
 if TYPE_CHECKING:
+    from keymgmt import errors as errors
     from keymgmt._config.config import Config, load_config
     from keymgmt._mount.mount import mount
     from keymgmt._mount.private import private_folder
@@ -67,7 +66,8 @@ __all__ = [
 ]
 
 # Where each name is. They are imported when they are first asked for, because the command line
-# shows its help, and completes a word, without any cryptography.
+# shows its help, and completes a word, without any cryptography; and until its `main` runs, nobody
+# looks after Ctrl-C.
 _HOMES: Final = {
     "_config.config": ("Config", "load_config"),
     "_mount.mount": ("mount",),
@@ -99,6 +99,8 @@ if not TYPE_CHECKING:  # a checker would take every name for one of ours
 
             globals()[name] = version(__name__)
             return globals()[name]
+        if name == "errors":
+            return import_module("keymgmt.errors")
         for module, names in _HOMES.items():
             if name in names:
                 home = import_module(f"keymgmt.{module}")

@@ -303,6 +303,20 @@ def asks() -> Callable[..., None]:
     return run
 
 
+def _wait_for_main(process: subprocess.Popen[bytes]) -> None:
+    """Wait until `main` looks after Ctrl-C: what Python prints as it starts is its own.
+
+    Python catches it from its start on, and `main` begins with not catching it.
+    """
+    status, caught = Path(f"/proc/{process.pid}/status"), False
+    while process.poll() is None:
+        mask = re.search(r"SigCgt:\s*(\w+)", status.read_text())
+        now = mask is not None and bool(int(mask[1], 16) >> (signal.SIGINT - 1) & 1)
+        if caught and not now:
+            return
+        caught = caught or now
+
+
 @pytest.fixture
 def ends_quietly() -> Callable[..., None]:
     """See that a command prints no traceback, however it is stopped: ``ends_quietly("demo")``.
@@ -331,10 +345,10 @@ def ends_quietly() -> Callable[..., None]:
             _, said = process.communicate(timeout=120)
         assert process.returncode == 1, said
         assert said.endswith(b"error: stdout: Bad file descriptor\n")
-        # Before `main` runs it is Python that starts, and what it prints then is its own.
         for step in range(moments):
             with start(*program, *arguments, cwd=cwd, stdout=subprocess.DEVNULL) as process:
-                time.sleep(whole * (0.4 + 0.55 * step / moments))
+                _wait_for_main(process)
+                time.sleep(0.7 * whole * step / moments)
                 process.send_signal(signal.SIGINT)
                 _, said = process.communicate(timeout=120)
             assert process.returncode in (128 + signal.SIGINT, -signal.SIGINT, 0), said

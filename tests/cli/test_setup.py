@@ -64,7 +64,7 @@ def test_init_refuses_bad_key_names_and_makes_nothing(
 
 @pytest.mark.parametrize(
     "arguments",
-    [("verify", "."), ("keys", "list"), ("doctor",), ("seal", "x", "y"), ("rewrap", ".")],
+    [("verify", "."), ("keys", "list"), ("doctor",), ("seal", "model", "y"), ("rewrap", ".")],
 )
 def test_the_working_directory_has_no_authority(
     cli: Cli, site: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]

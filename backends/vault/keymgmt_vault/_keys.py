@@ -251,13 +251,20 @@ class Keys:
         described = self.read(key, fresh=True)
         path = f"/v1/{self._settings.mount}/keys/{described.native}"
         connection = self._session.connection
-        if "deletion" not in described.detail:
+        allowed = "deletion" in described.detail
+        if not allowed:
             self._write("retire", described.native, "/config", {"deletion_allowed": True})
-        self._session.call(
-            "delete",
-            described.native,
-            lambda: connection.request("delete", path, operation="change"),
-        )
+        try:
+            self._session.call(
+                "delete",
+                described.native,
+                lambda: connection.request("delete", path, operation="change"),
+            )
+        except ProviderError:
+            if not allowed:
+                with contextlib.suppress(ProviderError):
+                    self._write("retire", described.native, "/config", {"deletion_allowed": False})
+            raise
 
     def signing(self, key: str) -> Described:
         """A key that signs; UnsupportedOperation for one that wraps."""

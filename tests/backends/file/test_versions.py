@@ -125,6 +125,10 @@ def test_a_key_that_was_deleted_and_made_again_counts_on(files: FileProvider, pa
     (path / "release.jwks").unlink()
     assert files.create_key("release", "aes256", {}).newest == "3"
     assert use(files, "aes256")
+    files.delete_key("release")
+    assert [each.name for each in path.glob("*.jwks")] == []
+    assert files.create_key("release", "aes256", {}).newest == "4"
+    assert use(files, "aes256")
 
 
 def test_a_newer_key_file_from_elsewhere_is_taken(

@@ -554,6 +554,18 @@ def test_restart_between_wrap_and_unwrap(make: Any, new_bao: Callable[..., Any])
         assert make(bao).unwrap(wrapped, b"c") == dek
 
 
+def test_a_key_that_may_not_be_deleted_stays_protected(make: Any, bao: Any) -> None:
+    policy = """
+    path "transit/keys/kept" { capabilities = ["create", "read", "update"] }
+    path "transit/keys/kept/config" { capabilities = ["update"] }
+    """
+    with make(bao, token=bao.token(policy)) as provider:
+        provider.create_key("kept", "aes256-gcm96", {})
+        with pytest.raises(AccessDenied, match="delete on transit/keys/kept"):
+            provider.delete_key("kept")
+        assert "deletion" not in provider.describe_key("kept").detail
+
+
 def test_a_retired_version(make: Any, bao: Any) -> None:
     provider = make(bao)
     provider.create_key("retiring", "aes256-gcm96", {})
