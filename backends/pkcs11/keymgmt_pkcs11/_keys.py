@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pkcs11 import Attribute, KeyType, ObjectClass
 
-from keymgmt.backend import KeyNotFound, KeyVersion, UnsupportedOperation, is_version
+from keymgmt.backend import KeyNotFound, KeyVersion, UnsupportedOperation, is_version, public_key_id
 from keymgmt_pkcs11._cryptoki import MAX_OUTPUT, ULONG_SIZE
 from keymgmt_pkcs11._errors import CkError, Ckr
 
@@ -158,6 +158,16 @@ class KeyObject:
                 hint="import it beside the private key, with the same label and id",
             )
         return self.public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
+    @property
+    def public_bytes(self) -> bytes:
+        """As recipients of its kind have it: an EC key's point, an RSA key's ``der``."""
+        return self.point or self.der
+
+    @property
+    def params(self) -> dict[str, str]:
+        """What a WrappedKey says of it beside label and version: its public key, if it has one."""
+        return {"pk": public_key_id(self.public_bytes)} if self.public else {}
 
     def __str__(self) -> str:
         return f"{self.type} label {self.label!r} id {self.version}"

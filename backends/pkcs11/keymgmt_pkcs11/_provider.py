@@ -32,7 +32,6 @@ from keymgmt.backend import (
     key_exists,
     no_version,
     not_held,
-    public_key_id,
     version_retired,
 )
 from keymgmt_pkcs11._checks import examine
@@ -125,8 +124,7 @@ class Pkcs11Provider(
             item = self._versions(session, key).newest
             mechanism, code = choose(session, item, self.settings, key)
             blob = mechanism.wrap(KeyInUse(session, item, code), dek, context)
-            params = {"pk": public_key_id(_public_bytes(item))} if item.public else {}
-            return WrappedKey(self.backend, key, item.version, mechanism.name, blob, params)
+            return WrappedKey(self.backend, key, item.version, mechanism.name, blob, item.params)
 
         return self.connection.run(f"wrapping with {key!r}", call)
 
@@ -139,10 +137,12 @@ class Pkcs11Provider(
         def call(session: Session) -> Dek:
             item, fits = self._holding(session, wrapped)
             if wrapped.mechanism not in fits:
-                raise self._refused(wrapped, item)
-            if wrapped.params != (
-                {"pk": public_key_id(_public_bytes(item))} if item.public else {}
-            ):
+                sha1 = wrapped.mechanism == "RSA-OAEP" and item.type == "RSA"
+                raise UnsupportedOperation(
+                    f"{item} is not used with the mechanism {wrapped.mechanism!r}",
+                    hint="allow it with allow_oaep_sha1 = true" if sha1 else None,
+                )
+            if wrapped.params != item.params:
                 raise WrongKey(f"{wrapped} was made for another key of this name and version")
             mechanism, code = fits[wrapped.mechanism]
             use = KeyInUse(session, item, code)
@@ -171,13 +171,6 @@ class Pkcs11Provider(
             found = (item, allowed(session, item, self.settings, wrapped.key))
             session.cache[place] = found
         return found
-
-    def _refused(self, wrapped: WrappedKey, item: KeyObject) -> UnsupportedOperation:
-        sha1 = wrapped.mechanism == "RSA-OAEP" and item.type == "RSA"
-        return UnsupportedOperation(
-            f"{item} is not used with the mechanism {wrapped.mechanism!r}",
-            hint="allow it with allow_oaep_sha1 = true" if sha1 else None,
-        )
 
     def _try_again(
         self,
@@ -227,15 +220,17 @@ class Pkcs11Provider(
                 )
             mechanism, code = fits[kind]
             round_trip(session, item, mechanism, code)
-            attributes = {
+            token = session.token
+            said = {
                 "kind": item.type.lower() + str(item.bits),
-                "token": _ascii(session.token.label),
-                "serial": _ascii(session.token.serial),
-                "model": _ascii(session.token.model),
-                "manufacturer": _ascii(session.token.manufacturer),
+                "token": token.label,
+                "serial": token.serial,
+                "model": token.model,
+                "manufacturer": token.manufacturer,
                 "attributes": " ".join(sorted(item.flags)),
             }
-            return Recipient(kind, self.backend, key, item.version, _public_bytes(item), attributes)
+            said = {name: text.encode("ascii", "replace").decode() for name, text in said.items()}
+            return Recipient(kind, self.backend, key, item.version, item.public_bytes, said)
 
         return self.connection.run(f"exporting {key!r}", call)
 
@@ -439,14 +434,5 @@ class Pkcs11Provider(
         )
 
 
-def _public_bytes(item: KeyObject) -> bytes:
-    """As recipients of its kind have it: the point of an EC key, SubjectPublicKeyInfo of RSA."""
-    return item.point or item.der
-
-
 def _retired(key: str, item: KeyObject) -> KeyRetired:
     return version_retired(key, item.version, "its attributes permit no use")
-
-
-def _ascii(text: str) -> str:
-    return text.encode("ascii", "replace").decode()
