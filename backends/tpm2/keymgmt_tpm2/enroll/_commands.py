@@ -17,7 +17,7 @@ from keymgmt_tpm2.enroll._exchange import Request
 from keymgmt_tpm2.enroll._office import Decision, Device, ek_id, parse_ek, read_inventory
 from keymgmt_tpm2.policy._options import read_approver
 from keymgmt_tpm2.policy._policy import Approver, PcrState
-from keymgmt_tpm2.policy._values import read_json_file, stated_values
+from keymgmt_tpm2.policy._values import read_values, stated_values
 
 __all__ = ["app"]
 
@@ -332,7 +332,7 @@ def _policy(
     if approver is not None:
         wanted = read_approver(approver, ref)
     elif pcr is None and pcr_values is not None:
-        wanted = read_json_file(pcr_values, "table of PCR values", PcrState.read)
+        wanted = read_values(pcr_values)
     elif stated:
         wanted = stated_values(pcr or "", pcr_values, event_log)
     return lambda _: wanted

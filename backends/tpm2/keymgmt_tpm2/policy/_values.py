@@ -10,7 +10,7 @@ from keymgmt.backend import ConfigError, FormatError, JsonReader, load_json, rea
 from keymgmt_tpm2.policy._eventlog import read_event_log
 from keymgmt_tpm2.policy._policy import PcrState, parse_pcrs
 
-__all__ = ["read_json_file", "stated_values"]
+__all__ = ["read_json_file", "read_values", "stated_values"]
 
 MAX_FILE: Final = 1 << 20
 R = TypeVar("R")
@@ -36,11 +36,16 @@ def stated_values(pcr: str, values: Path | None, event_log: Path | None) -> PcrS
     if event_log is not None:
         return read_event_log(event_log, bank, indices)
     assert values is not None  # noqa: S101 - one of the two is there
-    given = read_json_file(values, "table of PCR values", _printed)
+    given = read_values(values)
     if given.bank != bank or not set(indices) <= set(given.values):
         wanted = pcr.rpartition(":")[2]
         raise ConfigError(f"{values}: it does not have all of {bank}:{wanted}")
     return PcrState(bank, {index: given.values[index] for index in indices})
+
+
+def read_values(path: Path) -> PcrState:
+    """A file of PCR values as ``keymgmt tpm pcrs --json`` prints it; ConfigError."""
+    return read_json_file(path, "table of PCR values", _printed)
 
 
 def _printed(data: JsonReader) -> PcrState:
