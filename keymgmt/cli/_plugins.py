@@ -6,15 +6,16 @@ A broken one is explained and harms no other.
 
 from __future__ import annotations
 
-from importlib.metadata import EntryPoint
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import typer
 from typer.core import TyperGroup
 
-from keymgmt._system.entry_points import installed_entry_points
 from keymgmt.cli._everywhere import adopt
 from keymgmt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 __all__ = ["GROUP", "CommandGroup", "announced"]
 
@@ -26,6 +27,9 @@ _EXTRAS: Final = {"demo": "demo", "leakcheck": "demo", "run": "openvino"}
 
 def announced() -> dict[str, list[EntryPoint]]:
     """Announced commands by name; a name with more than one entry is ambiguous."""
+    # Imported here, since most runs name a command of ours, and this imports the package email.
+    from keymgmt._system.entry_points import installed_entry_points
+
     found: dict[str, dict[tuple[str, str], EntryPoint]] = {}
     for entry in installed_entry_points(GROUP):
         found.setdefault(entry.name, {}).setdefault((_source(entry), entry.value), entry)

@@ -8,7 +8,6 @@ import re
 from collections import Counter
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -186,6 +185,8 @@ def _first_key(provider: KeyProvider[Any], *, create_keys: bool) -> str | None:
 
 
 def _versions(provider: KeyProvider[Any]) -> dict[str, str]:
+    from importlib.metadata import version
+
     from keymgmt._providers.contract import API_VERSION
     from keymgmt._providers.registry import backends
 

@@ -17,6 +17,7 @@ import pytest
 import typer
 
 import keymgmt.cli as keymgmt_cli
+from keymgmt._system import entry_points
 from keymgmt.cli import _plugins
 
 Cli = Callable[..., Any]
@@ -127,11 +128,14 @@ def completing(words: str) -> dict[str, str]:
     return {"_KEYMGMT_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": words}
 
 
-def imports_nothing_heavy(arguments: tuple[str, ...], environment: dict[str, str]) -> str:
+def imports_nothing_heavy(
+    arguments: tuple[str, ...], environment: dict[str, str], *more: str
+) -> str:
     """What a command prints; at its end no module is loaded that costs."""
+    heavy = ("cryptography", "pydantic", "rich", "openvino", "keymgmt_", "keymgmt._crypto", *more)
     program = (
         "import sys, atexit\n"
-        "heavy = ('cryptography', 'pydantic', 'rich', 'openvino', 'keymgmt_', 'keymgmt._crypto')\n"
+        f"heavy = {heavy}\n"
         "atexit.register(lambda: print([n for n in sys.modules if n.startswith(heavy)]))\n"
         "from keymgmt.cli import main\nmain()\n"
     )
@@ -144,6 +148,11 @@ def imports_nothing_heavy(arguments: tuple[str, ...], environment: dict[str, str
     )
     assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
     return done.stdout
+
+
+def test_help_of_a_command_of_ours_asks_for_no_other_distribution() -> None:
+    """What reads their metadata imports the package email."""
+    assert imports_nothing_heavy(("seal", "--help"), {}, "email")
 
 
 def test_completing_a_provider_reads_the_config_and_no_more(
@@ -161,9 +170,9 @@ def test_completing_a_provider_reads_the_config_and_no_more(
 def test_what_is_installed_is_looked_for_once(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every distribution of the environment is asked, however many commands there are."""
     asked: list[str] = []
-    real = _plugins.installed_entry_points
+    real = entry_points.installed_entry_points
     monkeypatch.setattr(
-        _plugins, "installed_entry_points", lambda group: asked.append(group) or real(group)
+        entry_points, "installed_entry_points", lambda group: asked.append(group) or real(group)
     )
     assert cli("--help").code == 0
     assert asked == ["keymgmt.commands"]
