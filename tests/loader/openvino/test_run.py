@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -168,3 +169,21 @@ def test_run_on_a_terminal_that_lacks_letters(tiny_llm, site):
 @pytest.mark.once
 def test_a_run_that_is_stopped_prints_no_traceback(magika_sealed, site, tmp_path, ends_quietly):
     ends_quietly("-c", site.path, "run", magika_sealed, cwd=tmp_path)
+
+
+@pytest.mark.once
+def test_the_question_for_a_passphrase_is_seen(magika_sealed, site, tmp_path, asks):
+    home = tmp_path / "home"
+    shutil.copytree(site.path.parent, home)
+    config = home / site.path.name
+    plain = config.read_text()
+    (home / "passphrase").touch(0o600)
+    (home / "passphrase").write_text("correct horse battery")
+    for source in ('{ file = "passphrase" }', '{ prompt = "Passphrase" }'):
+        line = f'path = "keys"\npassphrase = {source}'
+        assert plain != plain.replace('path = "keys"', line)
+        config.write_text(plain.replace('path = "keys"', line))
+        if "file" in source:
+            assert keymgmt("file", "lock", config=config).returncode == 0
+    command = ("-c", config, "run", magika_sealed)
+    asks("Passphrase: ", "correct horse battery", *command, cwd=tmp_path)
