@@ -85,8 +85,8 @@ class Policy(Settings):
         names: the only model names that open; empty for any.
         minimum_release: model name -> lowest release that opens; with it, other names are refused.
         remember_releases: file that remembers the highest verified release of each name, and the
-            highest time seen, by which a clock that was put back is noticed. A table names an
-            anchor as well, by which a file that was put back is noticed.
+            highest time seen, by which a clock that was put back is noticed: its path, or a table
+            with an anchor as well, by which a file that was put back is noticed.
         signatures: model name -> how many of its publishers must have signed it, each with another
             key; 1 where a name is not here.
         expired: what to do with a model whose publishers' time has passed: ``refuse``, or ``warn``.

@@ -12,6 +12,7 @@ from keymgmt_tpm2 import Tpm2Provider
 from keymgmt_tpm2.policy import _approval
 from keymgmt_tpm2.policy._approval import Approval
 from keymgmt_tpm2.policy._counter import create_counter, raise_counter, read_counter
+from keymgmt_tpm2.policy._nv import undefine
 from keymgmt_tpm2.policy._policy import (
     Approver,
     Counter,
@@ -315,6 +316,28 @@ def test_raising_the_counter_outdates_an_approval(
     assert opens(provider, wrapped)
     assert raise_counter(provider, sign_raise(approver_key, value + 1)) == value + 1
     assert read_counter(provider) == value + 1
+    with pytest.raises(AccessDenied, match="approval is outdated"):
+        provider.unwrap(wrapped, CONTEXT)
+    newer = approve(state, Counter(0x01800100, value + 1))
+    _approval.install(provider.key_directory, newer)
+    assert opens(provider, wrapped)
+
+
+def test_a_counter_that_its_owner_took_away_and_made_again(
+    provider, dek, approver_pem, approver_key, approve, sign_raise
+):
+    """Neither opens anything: without it approvals are refused, and the new one outdates them."""
+    provider.create_key("dev", "ecc-p256", {"approver": str(approver_pem)})
+    wrapped, start = provider.wrap("dev", dek, CONTEXT), sign_raise(approver_key, 4)
+    value, state = create_counter(provider, start), provider.pcrs("sha256", [7])
+    for number in (value - 1, value):
+        approval = approve(state, Counter(0x01800100, number))
+        _approval.install(provider.key_directory, approval)
+    assert opens(provider, wrapped)
+    provider.service.run("undefining", lambda tpm: undefine(tpm, 0x01800100, tpm.session()))
+    with pytest.raises(AccessDenied, match="no counter 0x01800100"):
+        provider.unwrap(wrapped, CONTEXT)
+    assert create_counter(provider, start) == value + 1
     with pytest.raises(AccessDenied, match="approval is outdated"):
         provider.unwrap(wrapped, CONTEXT)
     newer = approve(state, Counter(0x01800100, value + 1))
