@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from keymgmt.backend import (
     AccessDenied,
@@ -12,6 +12,7 @@ from keymgmt.backend import (
     Finding,
     KeymgmtError,
     KeyNotFound,
+    KeyProvider,
     UnwrapFailed,
 )
 from keymgmt_aws._connection import Connection
@@ -19,7 +20,7 @@ from keymgmt_aws._keys import usable
 from keymgmt_aws._settings import CONTEXT
 
 if TYPE_CHECKING:
-    from keymgmt_aws._provider import AwsProvider
+    from keymgmt.backend import KeyInfo
 
 __all__ = ["findings"]
 
@@ -42,7 +43,13 @@ def _failure(call: Callable[[], object]) -> KeymgmtError | None:
     return None
 
 
-def findings(provider: AwsProvider, connection: Connection, key: str | None) -> Iterator[Finding]:
+def findings(
+    provider: KeyProvider[Any],
+    describe: Callable[[str], KeyInfo],
+    sign: Callable[[str, bytes], object],
+    connection: Connection,
+    key: str | None,
+) -> Iterator[Finding]:
     """Look at everything once; what fails becomes a finding, and what hangs on it is left out."""
     method, known = connection.settings.auth.method, True
     try:
@@ -60,7 +67,7 @@ def findings(provider: AwsProvider, connection: Connection, key: str | None) -> 
         yield _reached(connection, known)
         return
     try:
-        info = provider.describe_key(key)
+        info = describe(key)
         usable(info, info.purpose)
     except AccessDenied:
         yield Finding("key", "skipped", f"we may not look at {key}; wrapping needs it")
@@ -71,7 +78,7 @@ def findings(provider: AwsProvider, connection: Connection, key: str | None) -> 
         return
     yield Finding("key", "ok", f"{key}: {info.kind}, {info.detail['arn']}")
     if info.purpose == "sign":
-        why = _failure(lambda: provider.sign(key, b"keymgmt doctor"))
+        why = _failure(lambda: sign(key, b"keymgmt doctor"))
         signed = Finding("signature", "ok", "signed")
         yield _refused("signature", why, may_lack=True) if why else signed
         return
@@ -130,7 +137,7 @@ def _decrypts(connection: Connection, key: str) -> Iterator[Finding]:
             )
 
 
-def _round_trip(provider: AwsProvider, key: str) -> Iterator[Finding]:
+def _round_trip(provider: KeyProvider[Any], key: str) -> Iterator[Finding]:
     context = os.urandom(32)
     try:
         with Dek.generate() as dek:

@@ -130,7 +130,8 @@ class AwsProvider(
 
     def check(self, key: str | None = None) -> Health:
         """See KeyProvider; who we are, then the key, what we may with it, and the context."""
-        return Health(tuple(_checks.findings(self, self._connection, key)))
+        found = _checks.findings(self, self.describe_key, self.sign, self._connection, key)
+        return Health(tuple(found))
 
     def close(self) -> None:
         """See KeyProvider; it may be used again, and then logs in again."""
