@@ -85,6 +85,7 @@ def seal(
     until = moment(expires) if expires is not None else None
     from keymgmt._verbs.source import find_source, why_not_loaded
 
+    config = context.obj.config()
     found = find_source(source)
     _tell_source(found)
     with progress("sealing") as done:
@@ -93,7 +94,7 @@ def seal(
             target,
             to=to or (),
             sign=sign,
-            keys=context.obj.config(),
+            keys=config,
             name=name,
             release=release,
             profile=profile,
