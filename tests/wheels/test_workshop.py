@@ -148,15 +148,16 @@ def test_the_hooks_find_nothing(clone: Path) -> None:
 @pytest.mark.parametrize(
     ("schema", "files"),
     [
-        ("workflows", "workflows/*.yml"),
-        ("issue-config", "ISSUE_TEMPLATE/config.yml"),
-        ("issue-forms", "ISSUE_TEMPLATE/[!c]*.yml"),
+        ("github-workflows", "workflows/*.yml"),
+        ("github-issue-config", "ISSUE_TEMPLATE/config.yml"),
+        ("github-issue-forms", "ISSUE_TEMPLATE/[!c]*.yml"),
+        ("dependabot", "dependabot.yml"),
     ],
 )
 def test_github_understands_its_files(schema: str, files: str) -> None:
     found = sorted((ROOT / ".github").glob(files))
     assert found
-    command = ["uvx", "--quiet", "check-jsonschema", "--builtin-schema", f"vendor.github-{schema}"]
+    command = ["uvx", "--quiet", "check-jsonschema", "--builtin-schema", f"vendor.{schema}"]
     done = subprocess.run([*command, *found], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
 
