@@ -175,8 +175,8 @@ class Watch:
             try:
                 regular = stat.S_ISREG(path.stat().st_mode)
             except OSError:
-                if str(path) not in self.written and f"{path} (deleted)" not in self.written:
-                    self.unseen.add(str(path))
+                # A look while it was open tells nothing of what was written after it.
+                self.unseen.add(str(path))
                 continue
             if regular and str(path) not in {leak.path for leak in self.leaks}:
                 self.search_file(path)

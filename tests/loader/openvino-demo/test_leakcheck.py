@@ -98,9 +98,14 @@ def test_plain_openvino_with_a_cache_is_caught(traced, check, tmp_path, require_
     assert bool(incomplete) != traced
 
 
-def test_a_file_that_was_removed_again_is_told(check, require_tool):
+@pytest.mark.parametrize("seconds", [0, 0.5])
+def test_a_file_that_was_removed_again_is_told(seconds, check, require_tool):
+    """Also where it was looked at while it was open: more may have been written then."""
     require_tool("strace", package="strace")
-    program = "import os; open('gone', 'w').write('x'); os.unlink('gone')"
+    program = (
+        "import os, time; file = open('gone', 'w'); file.write('x'); file.flush(); "
+        f"time.sleep({seconds}); file.write('y'); file.flush(); os.unlink('gone')"
+    )
     done = check("leakcheck", "--", sys.executable, "-c", program)
     assert done.returncode == 0
     assert "gone" in done.stdout
