@@ -299,12 +299,8 @@ class _Demo:
                 raise KeymgmtError(f"it was not refused: {refusal.what}")
             said = Text.assemble((type(error).__name__, "bold red"), ": ", clean(error))
             for attempt in getattr(error, "attempts", ()):
-                said.append(
-                    clean(
-                        f"\n  {attempt.recipient}: {type(attempt.error).__name__}: {attempt.error}"
-                    ),
-                    style="dim",
-                )
+                why = f"{attempt.recipient}: {type(attempt.error).__name__}: {attempt.error}"
+                said.append(f"\n  {clean(why)}", style="dim")
             if error.hint:
                 said.append(f"\nhint: {clean(error.hint)}", style="cyan")
             table.add_row(refusal.what, said)

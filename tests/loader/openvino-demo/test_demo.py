@@ -30,6 +30,7 @@ def test_demo_shows_it_all_and_leaves_nothing(tmp_path):
     ):
         assert expected in shown
     assert shown.count("hint:") >= 5
+    assert "\\n" not in shown
     assert " NO " not in shown
     assert done.stderr == ""
     assert list(tmp_path.iterdir()) == []
