@@ -131,7 +131,11 @@ class Policy(Settings):
     @field_validator("remember_releases", mode="before")
     @classmethod
     def _file_or_a_table(cls, value: object) -> object:
-        return value if isinstance(value, dict) else {"file": value}
+        if isinstance(value, dict):
+            return value
+        if isinstance(value, str | Path):
+            return {"file": value}
+        raise ValueError("write a path in quotes, or a table of file and anchor")
 
     @model_validator(mode="after")
     def _attesting_needs_signers(self) -> Policy:

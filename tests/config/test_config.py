@@ -148,7 +148,10 @@ def test_no_sentence_is_in_the_words_of_pydantic(wrong: object) -> None:
         ("providers = 3", "providers: not a table: write { NAME = VALUE }"),
         ("seal = { to = 3 }", "[seal] to: not a list: write [VALUE, VALUE]"),
         ("seal = { sign = 3 }", "[seal] sign: not a text: write it in quotes"),
-        ("policy = { remember_releases = 3 }", "remember_releases: not a path: write it in quotes"),
+        (
+            "policy = { remember_releases = 3 }",
+            "remember_releases: write a path in quotes, or a table of file and anchor",
+        ),
         (
             "policy = { require_signature = 1 }",
             "[policy] require_signature: neither true nor false",
