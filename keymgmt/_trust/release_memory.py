@@ -12,6 +12,7 @@ of the two is the anchor's, and no other file ever is (docs/decisions/release-me
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -37,6 +38,7 @@ FORMAT: Final = "keymgmt-releases/1"
 ANCHORED: Final = "keymgmt-releases/2"
 MAX_FILE: Final = 1 << 20
 _WAIT: Final = 30.0
+_MAY_NOT_WRITE: Final = (errno.EACCES, errno.EPERM, errno.EROFS)
 _LITTLE: Final = timedelta(minutes=10)
 _HOUR: Final = len("2026-01-01T00")
 _DAY: Final = len("2026-01-01")
@@ -113,8 +115,11 @@ class ReleaseMemory:
             with contextlib.ExitStack() as stack:
                 try:
                     stack.enter_context(self._locked())
-                except ConfigError:
-                    raise error from None
+                except ConfigError as problem:
+                    # Whoever may not write here looks once; one who waited in vain knows nothing.
+                    if getattr(problem.__cause__, "errno", None) in _MAY_NOT_WRITE:
+                        raise error from None
+                    raise
                 return self._held()[0]
 
     def remember(
@@ -131,37 +136,43 @@ class ReleaseMemory:
         """
         now = utc_text(datetime.now(UTC) - _LITTLE) if time else ""
         what = name, release, now, _DAY if self.anchor else _HOUR
-        if (known or self.recall()).with_open(*what) is None:
+        if self._counts(known or self.recall(), what):
             return
         with self._locked():
             held, value = self._held()
-            new = held.with_open(*what)
-            if new is None:
+            if self._counts(held, what):
                 return
+            new = held.with_open(*what) or held  # the same is bound where nothing was yet
             if value is None or self.anchor is None:
                 self._write({"format": FORMAT, "releases": new.releases, "time": new.time})
                 return
             new = replace(new, before=value)
-            # Before it moved for the first time no state is bound to it.
-            states = [new] if value == ANCHOR_START else [held, new]
+            states = [held, new] if held.before else [new]
             self._write({"format": ANCHORED, "states": [each.to_json() for each in states]})
             self.anchor(lambda provider: provider.move_anchor(value, new.step))
+
+    def _counts(self, held: Known, what: tuple[str, int, str, int]) -> bool:
+        """Whether ``held`` says that already, and is bound where there is an anchor."""
+        return held.with_open(*what) is None and (self.anchor is None or bool(held.before))
 
     def _held(self) -> tuple[Known, bytes | None]:
         """What counts, and the anchor's value: read first, since a later file has its state too."""
         value = self.anchor(lambda provider: provider.anchor()) if self.anchor else None
         states = self._read()
         if value is None or value == ANCHOR_START:
-            return (states[-1] if states else Known()), value
+            # Nothing is bound, whatever a file from before or a power cut says of itself.
+            return (replace(states[-1], before=b"") if states else Known()), value
         for state in states:
             if state.before and state.after == value:
                 return state, value
-        raise RollbackError(
+        error = RollbackError(
             f"the release memory {self.path} is {'not the newest' if states else 'gone'}: the "
             f"anchor of {self.provider!r} is of another one",
             hint="an old disk or backup was put back: restore the newest file; if it is lost, see "
             "the manual of the anchor's backend",
         )
+        error.exit_code = ConfigError.exit_code  # this machine's, and no model's
+        raise error
 
     def _read(self) -> list[Known]:
         """The states in the file, the newest last; none where there is no file."""
@@ -198,8 +209,14 @@ class ReleaseMemory:
         return states
 
     def _write(self, data: dict[str, Any]) -> None:
+        content = dump(data)
+        if len(content) > MAX_FILE:
+            raise ConfigError(
+                f"{self.path} would have {len(content)} bytes, and at most {MAX_FILE} are read",
+                hint="it remembers every name of a model that was opened here: use fewer names",
+            )
         with self._kept():
-            replace_file(self.path, dump(data), mode=0o600, keep=True)
+            replace_file(self.path, content, mode=0o600, keep=True)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Final, ParamSpec
 
 import typer
 
+from keymgmt._system.words import counted
 from keymgmt.cli._options import Json, complete_key
 from keymgmt.cli._output import print_finding
 from keymgmt.cli._state import State
@@ -171,6 +172,8 @@ def _policy(config: Config) -> Iterator[Finding]:
     for file in (*policy.recipient_signers, *policy.attestation_signers):
         what = "vouches for recipient files"
         yield _attempt(f"recipient signer {file}", _signer, config, file, what)
+    if policy.remember_releases is not None:
+        yield _attempt("release memory", _remembered, config)
     if config.seal.sign:
         found = _attempt("[seal] sign", _sealing, config)
         # A key that fails is found below, with its provider.
@@ -179,6 +182,17 @@ def _policy(config: Config) -> Iterator[Finding]:
         for member in parse_group(group):
             if member.startswith("@"):
                 yield _attempt(f"recipient {member}", _recipient, member[1:])
+
+
+def _remembered(config: Config) -> str:
+    from keymgmt._system.deadline import within
+    from keymgmt._trust.release_memory import release_memory
+
+    memory = release_memory(config)
+    assert memory is not None  # noqa: S101 - asked for where there is one
+    known = within(SECONDS, "looking at the release memory", memory.recall)
+    clock = f", the clock not before {known.time}" if known.time else ""
+    return f"{counted(len(known.releases), 'model')} in {memory.path}{clock}"
 
 
 def _sealing(config: Config) -> str:

@@ -151,6 +151,20 @@ def test_doctor_says_which_cryptographic_module_runs(cli: Cli, site: Path) -> No
     assert "A validated module" in module()["hint"]
 
 
+def test_doctor_looks_at_the_release_memory(cli: Cli, site: Path) -> None:
+    config, memory = site / "keymgmt.toml", site / "releases.json"
+    config.write_text(
+        config.read_text().replace("[policy]\n", '[policy]\nremember_releases = "releases.json"\n')
+    )
+    assert f"release memory: 0 models in {memory}" in cli("doctor").out
+    memory.write_text("{")
+    memory.chmod(0o600)
+    ran = cli("doctor", "--json")
+    found = [each for each in ran.json()["findings"] if each["name"] == "release memory"]
+    assert (ran.code, len(found), found[0]["status"]) == (1, 1, "failed")
+    assert "is damaged" in found[0]["detail"]
+
+
 def test_doctor_warns_where_unsigned_models_open(cli: Cli, site: Path) -> None:
     (site / "keymgmt.toml").write_text(
         '[providers.local]\nbackend = "file"\npath = "keys"\n[policy]\nrequire_signature = false\n'

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from keymgmt import Config, errors
+from keymgmt._system.locks import lock_file
 from keymgmt._system.strict_json import dump
 from keymgmt._trust import release_memory
 from keymgmt._trust.release_memory import ReleaseMemory
+from keymgmt.backend import ANCHOR_START
 from keymgmt.testing.fakes import MemoryProvider, MemoryService, MemorySettings
 
 NUMBERS = itertools.count()
@@ -143,6 +145,70 @@ def test_an_anchor_that_is_set_up_again_takes_the_file_that_is_there(
     assert memory.recall().releases == {"a": 4}
     memory.remember("a", 5)
     assert memory.recall().releases == {"a": 5}
+
+
+@pytest.mark.parametrize("how", ["a plain file", "set up again", "a cut at the first"])
+def test_the_next_open_binds_what_is_there(
+    memory: ReleaseMemory, provider: MemoryProvider, how: str
+) -> None:
+    """Also where it says nothing new: until it is bound, an old file and none would be taken."""
+    plain = ReleaseMemory(memory.path)
+    if how == "a cut at the first":
+        with pytest.raises(KeyboardInterrupt):
+            cut(memory, moved=False).remember("a", 5)
+        old = dump({"format": "keymgmt-releases/1", "releases": {"a": 3}, "time": None})
+    else:
+        before = plain if how == "a plain file" else memory
+        before.remember("a", 3)
+        old = memory.path.read_bytes()
+        before.remember("a", 5)
+    if how == "set up again":
+        provider.service.anchor = ANCHOR_START
+    memory.remember("a", 5, known=memory.recall())
+    assert provider.anchor() != ANCHOR_START
+    assert memory.recall().releases == {"a": 5}
+    bound = provider.anchor()
+    memory.remember("a", 5, known=memory.recall())
+    assert provider.anchor() == bound
+    memory.path.write_bytes(old)
+    with pytest.raises(errors.RollbackError, match="not the newest"):
+        memory.recall()
+    memory.path.unlink()
+    with pytest.raises(errors.RollbackError, match="gone"):
+        memory.recall()
+
+
+def test_one_who_waited_for_the_lock_in_vain_says_no_rollback(
+    memory: ReleaseMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory.remember("a", 1)
+    memory.remember("a", 2)
+    provider_value = memory.anchor(lambda provider: provider.anchor())  # type: ignore[misc]
+    memory.remember("a", 3)
+    memory.remember("a", 4)
+
+    class Earlier:
+        def anchor(self) -> bytes:
+            return bytes(provider_value)
+
+    late = ReleaseMemory(memory.path, lambda call: call(Earlier()), "safe")  # type: ignore[arg-type]
+    monkeypatch.setattr(release_memory, "_WAIT", 0.0)
+    lock = lock_file(memory.path.with_name(".releases.json.lock"), 1.0)
+    with lock, pytest.raises(errors.ConfigError, match="held its lock"):
+        late.recall()
+
+
+def test_one_that_could_not_be_read_again_is_not_written(
+    memory: ReleaseMemory, provider: MemoryProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory.remember("a", 1)
+    memory.remember("a", 2)
+    monkeypatch.setattr(release_memory, "MAX_FILE", memory.path.stat().st_size + 100)
+    value = provider.anchor()
+    with pytest.raises(errors.ConfigError, match="at most"):
+        memory.remember("b" * 100, 1)
+    assert provider.anchor() == value
+    assert memory.recall().releases == {"a": 2}
 
 
 def test_an_anchor_that_is_not_reached_is_no_empty_memory(

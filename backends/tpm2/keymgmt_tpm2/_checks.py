@@ -57,9 +57,13 @@ def examine(
     if anchor is not None:
         where = service.settings.anchor_index
         try:
-            start = anchor() == ANCHOR_START
-            said = "nothing is bound to it yet" if start else "as pinned"
-            findings.append(Finding("anchor", "ok", f"{where}, {said}"))
+            if anchor() == ANCHOR_START:
+                unbound = f"{where}, nothing is bound to it yet: an old file would be taken"
+                findings.append(
+                    Finding("anchor", "warning", unbound, "the next model that opens binds it")
+                )
+            else:
+                findings.append(Finding("anchor", "ok", f"{where}, as pinned"))
         except KeymgmtError as error:
             findings.append(_failed("anchor", error))
     for name in names:

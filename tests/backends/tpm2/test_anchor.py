@@ -298,13 +298,19 @@ def test_models_share_one_anchor(commands, tmp_path):
         options = ["--name", name, "--release", release, "--sign", "local:publisher"]
         run("seal", "model", f"{name}-{release}.sealed", "--to", "local:models", *options)
     assert "nothing is bound" in run("tpm", "anchor", "show", "tpm")
+    assert "an old file would be taken" in run("doctor")
     run("verify", "one-1.sealed")
     old = (home / "releases.json").read_bytes()
     run("verify", "one-2.sealed")
     run("verify", "two-1.sealed")
     assert "older than release 2" in run("verify", "one-1.sealed", code=4)
     (home / "releases.json").write_bytes(old)
-    assert "not the newest" in run("verify", "one-1.sealed", code=4)
+    assert "not the newest" in run("verify", "one-1.sealed", code=3)
+    assert "not the newest" in run("doctor", code=1)
     shown = json.loads(run("tpm", "anchor", "show", "tpm", "--json"))
     assert (shown["name"], shown["moved"]) == (made["name"], True)
-    assert "0x01800102, as pinned" in run("doctor")
+    (home / "releases.json").unlink()
+    assert "is gone" in run("verify", "one-2.sealed", code=3)
+    said = run("doctor", code=1)
+    assert "is gone" in said
+    assert "0x01800102, as pinned" in said
