@@ -21,6 +21,7 @@ from keymgmt_tpm2.policy._policy import (
     Counter,
     approved_digest,
     first_digest,
+    increment_hash,
     raise_digest,
 )
 from keymgmt_tpm2.policy._values import read_json_file
@@ -151,8 +152,8 @@ def test_a_raise_that_was_used_does_nothing_more(provider, value, key, approver,
         condition = ("policy_nv", handle, handle, "S", operand, c.TPM2_EO.UNSIGNED_LE, 0)
         digest = raise_digest(used.counter, approver)
         approved = (approver, digest, approver.counter_ref, used.signature)
-        code = ("policy_command_code", "S", c.TPM2_CC.NV_Increment)
-        by_policy(tpm, handle, condition, code, approved=approved)
+        command = ("policy_cp_hash", "S", increment_hash(tpm.name_of(handle)))
+        by_policy(tpm, handle, condition, command, approved=approved)
 
     def without_its_condition(tpm, handle):
         digest = raise_digest(used.counter, approver)
@@ -160,15 +161,44 @@ def test_a_raise_that_was_used_does_nothing_more(provider, value, key, approver,
         by_policy(tpm, handle, approved=approved)
 
     def the_start(tpm, handle):
-        approved = (approver, first_digest(), approver.counter_ref, used.first)
+        digest = first_digest(used.counter, approver)
+        approved = (approver, digest, approver.counter_ref, used.first)
         written = ("policy_nv_written", "S", False)
-        code = ("policy_command_code", "S", c.TPM2_CC.NV_Increment)
-        by_policy(tpm, handle, written, code, approved=approved)
+        new_name = used.counter.place(approver).new_name
+        command = ("policy_cp_hash", "S", increment_hash(new_name))
+        by_policy(tpm, handle, written, command, approved=approved)
 
     assert refused(provider, again) == POLICY_NV
     assert refused(provider, without_its_condition)
     assert refused(provider, the_start)
     assert raise_counter(provider, used) == value
+
+
+def test_a_raise_of_another_counter_of_the_approver_does_not_move_it(
+    provider, value, key, approver, sign_raise
+):
+    """It names the one that is lower, and the one that is counted up."""
+    from tpm2_pytss import constants as c
+
+    other = INDEX + 1
+    create_counter(provider, sign_raise(key, value + 1, index=other))
+    unused = sign_raise(key, value + 50, index=other)
+    digest = raise_digest(unused.counter, approver)
+    approved = (approver, digest, approver.counter_ref, unused.signature)
+    operand = Counter(other, unused.counter.value - 1).operand
+
+    def attempt(command):
+        def run(tpm, handle):
+            lower = tpm.persistent(other)
+            condition = ("policy_nv", lower, lower, "S", operand, c.TPM2_EO.UNSIGNED_LE, 0)
+            by_policy(tpm, handle, condition, command, approved=approved)
+
+        return run
+
+    name = unused.counter.place(approver).name
+    assert refused(provider, attempt(("policy_cp_hash", "S", increment_hash(name)))) == POLICY_FAIL
+    command = ("policy_command_code", "S", c.TPM2_CC.NV_Increment)
+    assert refused(provider, attempt(command))  # and that is not what was signed
 
 
 def test_another_approver_does_not_move_it(provider, value, key, sign_raise):

@@ -20,6 +20,7 @@ from keymgmt_tpm2.policy._policy import (
     Policy,
     approved_digest,
     first_digest,
+    increment_hash,
     raise_digest,
 )
 
@@ -104,6 +105,8 @@ def test_offline_digests_are_those_of_the_tpm(provider, approve, approver_key, s
     state = provider.pcrs("sha256", [0, 7, 16])
     counter, approver = Counter(0x01800100, value), approve(state).approver
 
+    place = counter.place(approver)
+
     def on_tpm(tpm):
         session = tpm.session(policy=True)
         tpm.call("policy_pcr", session, b"", "sha256:0,7,16")
@@ -114,18 +117,18 @@ def test_offline_digests_are_those_of_the_tpm(provider, approve, approver_key, s
         second = bytes(tpm.call("policy_get_digest", session))
         tpm.call("policy_restart", session)
         tpm.call("policy_nv", index, index, session, operand, operation, 0)
-        tpm.call("policy_command_code", session, c.TPM2_CC.NV_Increment)
+        tpm.call("policy_cp_hash", session, increment_hash(tpm.name_of(index)))
         raised = bytes(tpm.call("policy_get_digest", session))
         tpm.call("policy_restart", session)
         tpm.call("policy_nv_written", session, written_set=False)
-        tpm.call("policy_command_code", session, c.TPM2_CC.NV_Increment)
+        tpm.call("policy_cp_hash", session, increment_hash(place.new_name))
         return first, second, raised, bytes(tpm.call("policy_get_digest", session))
 
     first, second, raised, started = provider.service.run("test", on_tpm)
     assert Policy(pcrs=state).digest == first
     assert approved_digest(state, counter, approver) == second
     assert raise_digest(Counter(0x01800100, value + 1), approver) == raised
-    assert first_digest() == started
+    assert first_digest(counter, approver) == started
 
 
 def test_pcrs_of_every_bank(provider):

@@ -2,8 +2,8 @@
 
 A counter is an NV index that takes no authorisation but its policy, PolicyAuthorize(approver): not
 the owner's, which is often empty. A *raise* is what the approver signs, once for all devices: it
-starts the counter where it was never written, and counts it up while it is lower than a value. It
-does nothing more after that, so it may lie and be sent anywhere.
+starts the counter where it was never written, and counts it up while it is lower than a value; no
+other counter of his. It does nothing more after that, so it may lie and be sent anywhere.
 
 A counter starts where the highest counter that this TPM ever had left off (Part 3, 31.8), so the
 owner, who can undefine it, brings no old value back.
@@ -20,7 +20,13 @@ from keymgmt.backend import ConfigError, JsonReader, KeyNotFound
 from keymgmt_tpm2._structures import ecdsa_pair
 from keymgmt_tpm2.policy._index import NV_COUNTER, NV_WRITTEN, NvIndex
 from keymgmt_tpm2.policy._nv import attributes_of, define
-from keymgmt_tpm2.policy._policy import Approver, Counter, first_digest, raise_digest
+from keymgmt_tpm2.policy._policy import (
+    Approver,
+    Counter,
+    first_digest,
+    increment_hash,
+    raise_digest,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,7 +65,7 @@ class Raise:
         if not counter.value > 0:
             raise ValueError("a counter is raised to 1 or more")
         ref = approver.counter_ref
-        return first_digest() + ref, raise_digest(counter, approver) + ref
+        return first_digest(counter, approver) + ref, raise_digest(counter, approver) + ref
 
     def check(self) -> None:
         """ConfigError unless both signatures are the approver's; the TPM checks them again."""
@@ -199,14 +205,16 @@ def _raise(tpm: Tpm, place: NvIndex, wanted: Raise) -> int:
 
     handle = tpm.persistent(place.index)
     if _value(tpm, handle) is None:
-        _Steps(tpm, wanted.approver, first_digest(), wanted.first).take(handle, unwritten)
+        digest = first_digest(wanted.counter, wanted.approver)
+        steps = _Steps(tpm, wanted.approver, digest, wanted.first)
+        steps.take(handle, place.new_name, unwritten)
         handle = tpm.persistent(place.index)  # its name has changed, which ESAPI does not know
     value = _value(tpm, handle) or 0
     if value < wanted.counter.value:
         digest = raise_digest(wanted.counter, wanted.approver)
         steps = _Steps(tpm, wanted.approver, digest, wanted.signature)
         while value < wanted.counter.value:
-            steps.take(handle, lower)
+            steps.take(handle, place.name, lower)
             value = _value(tpm, handle) or 0
     return value
 
@@ -222,12 +230,10 @@ class _Steps:
         self._tpm = tpm
         self._approved = (digest, approver.structure().name, ticket, approver.counter_ref)
 
-    def take(self, handle: Any, condition: Callable[[Any], None]) -> None:
-        """One, while ``condition`` puts into a policy session what was signed."""
-        from tpm2_pytss import constants as c
-
+    def take(self, handle: Any, name: bytes, condition: Callable[[Any], None]) -> None:
+        """One of the index ``name``; ``condition`` puts into a policy session what was signed."""
         session = self._tpm.session(policy=True, once=True)
         condition(session)
-        self._tpm.call("policy_command_code", session, c.TPM2_CC.NV_Increment)
+        self._tpm.call("policy_cp_hash", session, increment_hash(name))
         self._tpm.call("policy_authorize", session, *self._approved)
         self._tpm.use_once(session, "nv_increment", handle, auth_handle=handle)

@@ -11,8 +11,8 @@ the TPM enforces is in the key, so ``Policy.check`` compares them before anythin
                      then PolicyAuthValue where there is a PIN;
                      an approval signs PolicyPCR, then PolicyNV(counter <= v) where there is one
     counter          PolicyAuthorize(approver, ref of counters); what raises it to n signs
-                     PolicyNV(counter <= n - 1), then PolicyCommandCode(NV_Increment), and what
-                     starts it PolicyNvWritten(NO), then the same
+                     PolicyNV(counter <= n - 1), then PolicyCpHash(NV_Increment of it), and what
+                     starts it PolicyNvWritten(NO), then PolicyCpHash(the same, unwritten)
 
 What comes behind PolicyAuthorize is outside of what is approved, so it stays required.
 PolicyPassword gives the same digest and would send the PIN in clear: it is never used.
@@ -44,6 +44,7 @@ __all__ = [
     "approved_digest",
     "compare",
     "first_digest",
+    "increment_hash",
     "parse_pcrs",
     "raise_digest",
     "weakness",
@@ -53,7 +54,7 @@ BANKS: Final = {"sha1": (0x0004, 20), "sha256": (0x000B, 32), "sha384": (0x000C,
 _START: Final = bytes(32)
 _CC_AUTHORIZE: Final = 0x16A
 _CC_AUTH_VALUE: Final = 0x16B
-_CC_COMMAND_CODE: Final = 0x16C
+_CC_CP_HASH: Final = 0x16E
 _CC_NV: Final = 0x149
 _CC_NV_INCREMENT: Final = 0x134
 _CC_NV_WRITTEN: Final = 0x18F
@@ -248,19 +249,24 @@ def approved_digest(pcrs: PcrState, counter: Counter | None, approver: Approver)
     return counter.extend(digest, approver) if counter else digest
 
 
-def first_digest() -> bytes:
+def first_digest(counter: Counter, approver: Approver) -> bytes:
     """What an approver signs (followed by the ref) to start a counter: its first increment."""
-    return _increments(sha256(_START, u32(_CC_NV_WRITTEN), b"\0"))
+    return _increments(sha256(_START, u32(_CC_NV_WRITTEN), b"\0"), counter.place(approver).new_name)
 
 
 def raise_digest(counter: Counter, approver: Approver) -> bytes:
     """What he signs to raise a counter to ``counter.value``: increments while it is lower."""
     lower = Counter(counter.index, counter.value - 1)
-    return _increments(lower.extend(_START, approver))
+    return _increments(lower.extend(_START, approver), counter.place(approver).name)
 
 
-def _increments(digest: bytes) -> bytes:
-    return sha256(digest, u32(_CC_COMMAND_CODE), u32(_CC_NV_INCREMENT))
+def increment_hash(name: bytes) -> bytes:
+    """The cpHash of TPM2_NV_Increment of the index with this name, and of no other one."""
+    return sha256(u32(_CC_NV_INCREMENT), name, name)
+
+
+def _increments(digest: bytes, name: bytes) -> bytes:
+    return sha256(digest, u32(_CC_CP_HASH), increment_hash(name))
 
 
 @dataclass(frozen=True)
