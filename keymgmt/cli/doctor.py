@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final, ParamSpec
 
 import typer
 
+import keymgmt
 from keymgmt._system.words import counted
 from keymgmt.cli._options import Json, complete_key
 from keymgmt.cli._output import print_finding
@@ -59,7 +61,8 @@ def doctor(
     if as_json:
         findings = [{"subject": subject, **asdict(finding)} for subject, finding in found]
         found_json = {"ok": not failed, "config": str(config.path), "findings": findings}
-        print_json({"format": "keymgmt-doctor/1", **found_json})
+        versions = {"keymgmt": keymgmt.__version__, "python": platform.python_version()}
+        print_json({"format": "keymgmt-doctor/1", **versions, **found_json})
     if failed:
         raise typer.Exit(1)
 
@@ -114,7 +117,6 @@ def _attempt(name: str, call: Callable[P, str], *args: P.args, **more: P.kwargs)
 
 
 def _open(config: Config, path: Path) -> Iterator[Finding]:
-    import keymgmt
     from keymgmt._providers.data import Finding
 
     failed: list[Attempt] = []
