@@ -232,19 +232,28 @@ def test_its_hints(desk: Any, tcti: str) -> None:
     desk.follow("backends/tpm2", "keymgmt tpm counter create PROVIDER FILE", **made)
     # An anchor, that somebody takes away.
     desk.fails("keymgmt tpm anchor show tpm")
-    desk.follow("backends/tpm2", "keymgmt tpm anchor create {}")
+    desk.follow("backends/tpm2", "keymgmt tpm anchor create {}:KEY", KEY="boot")
     srk = f'srk_name = "{pinned(desk)}"\n'
+    name = anchored(desk, tcti)
     desk.fails("keymgmt tpm anchor create tpm")
-    desk.follow("backends/tpm2", "keymgmt tpm anchor create {} --again")
-    configured(desk, tcti, f'{srk}anchor = "{anchored(desk, tcti)}"\n')
+    desk.follow("backends/tpm2", "keymgmt tpm anchor create {} --again", KEY="boot")
+    configured(desk, tcti, f'{srk}anchor = "{name}"\n')
     desk.run("keymgmt tpm anchor show tpm && tpm2_nvundefine -C o 0x01800102")
     desk.fails("keymgmt tpm anchor show tpm")
-    desk.follow("backends/tpm2", "keymgmt tpm anchor create PROVIDER --again", PROVIDER="tpm")
+    desk.follow("backends/tpm2", "keymgmt tpm anchor create {} --again")
+    assert anchored(desk, tcti) == name  # no hint takes its policy away
+    # A key of other PCRs than those of now.
+    desk.run("keymgmt keys create tpm:bound --option pcr=23")
+    desk.run("tpm2_pcrextend 23:sha256=" + "22" * 32)
+    desk.fails("keymgmt tpm anchor create tpm:bound --again")
+    desk.follow("backends/tpm2", "keymgmt keys rotate {}")
+    desk.run("keymgmt tpm anchor create tpm:bound --again")
     # Names in the config that cannot be those of an anchor or of its index.
     configured(desk, tcti, f'{srk}anchor = "000b"\n')
     desk.fails("keymgmt tpm anchor show tpm")
     configured(desk, tcti, srk)
-    desk.follow("backends/tpm2", "keymgmt tpm anchor create PROVIDER", PROVIDER="tpm --again")
+    made = {"PROVIDER": "tpm", "KEY": "bound --again"}
+    desk.follow("backends/tpm2", "keymgmt tpm anchor create PROVIDER:KEY", **made)
 
 
 def test_a_tpm_that_is_locked_full_or_gone(desk: Any, tcti: str) -> None:

@@ -10,6 +10,7 @@ from keymgmt.backend import ANCHOR_START, AccessDenied, Finding, Health, Keymgmt
 from keymgmt_tpm2._errors import POLICY_FAIL, TpmError, translate
 from keymgmt_tpm2._lockout import CLEAR, Lockout
 from keymgmt_tpm2._wrapping import statements
+from keymgmt_tpm2.policy._anchor import check_anchor
 from keymgmt_tpm2.policy._policy import WEAK_HINT, weakness
 
 if TYPE_CHECKING:
@@ -27,19 +28,13 @@ _SESSIONS_FREE: Final = 0x204
 _OBJECTS_FREE: Final = 0x207
 
 
-def examine(
-    service: Service,
-    key: str | None,
-    round_trip: Callable[[str], None],
-    anchor: Callable[[], bytes] | None,
-) -> Health:
+def examine(service: Service, key: str | None, round_trip: Callable[[str], None]) -> Health:
     """Every finding of ``KeyProvider.check``; no PIN is sent unless ``key`` is given.
 
     Args:
         service: the TPM and its key directory.
         key: the one to try, or None to look at all of them.
         round_trip: wraps and unwraps, or signs, with a key.
-        anchor: reads the anchor, where there is one.
     """
     findings: list[Finding] = []
     try:
@@ -54,16 +49,16 @@ def examine(
             findings.append(Finding("key directory", "warning", where, make))
     except KeymgmtError as error:
         return Health((*findings, _failed("TPM", error)))
-    if anchor is not None:
+    if service.settings.anchor is not None:
         where = service.settings.anchor_index
         try:
-            if anchor() == ANCHOR_START:
+            if check_anchor(service) == ANCHOR_START:
                 unbound = f"{where}, nothing is bound to it yet: an old file would be taken"
                 findings.append(
                     Finding("anchor", "warning", unbound, "the next model that opens binds it")
                 )
             else:
-                findings.append(Finding("anchor", "ok", f"{where}, as pinned"))
+                findings.append(Finding("anchor", "ok", f"{where}, as pinned, and can be moved"))
         except KeymgmtError as error:
             findings.append(_failed("anchor", error))
     for name in names:

@@ -241,8 +241,7 @@ class Tpm2Provider(
 
     def check(self, key: str | None = None) -> Health:
         """See KeyProvider: the TPM, its root key, its lockout, its slots, and what opens now."""
-        anchor = self.anchor if self.settings.anchor else None
-        return examine(self.service, key, self._round_trip, anchor)
+        return examine(self.service, key, self._round_trip)
 
     def _round_trip(self, key: str) -> None:
         if self._find(key).purpose == "sign":

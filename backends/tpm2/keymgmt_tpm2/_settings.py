@@ -99,7 +99,7 @@ class Tpm2Settings(Settings):
         if value is not None and not re.fullmatch(r"000b[0-9a-f]{64}", value):
             raise ValueError(
                 "the name of an anchor is 000b and 64 hex digits; see it with: "
-                "keymgmt tpm anchor create PROVIDER"
+                "keymgmt tpm anchor create PROVIDER:KEY"
             )
         return value
 

@@ -189,6 +189,27 @@ def sign_raise() -> Callable[..., object]:
 
 
 @pytest.fixture
+def define_with_auth() -> Callable[..., object]:
+    """Define an index as we do, but with an auth value: ``define_with_auth(tpm, place)``."""
+
+    def define(tpm, place):
+        from tpm2_pytss import constants as c
+        from tpm2_pytss import types as t
+
+        area = t.TPMS_NV_PUBLIC(
+            nvIndex=place.index,
+            nameAlg=c.TPM2_ALG.SHA256,
+            attributes=c.TPMA_NV(place.attributes),
+            authPolicy=place.policy,
+            dataSize=place.size,
+        )
+        public, session = t.TPM2B_NV_PUBLIC(nvPublic=area), tpm.session()
+        return tpm.call("nv_define_space", b"mine", public, c.ESYS_TR.OWNER, session1=session)
+
+    return define
+
+
+@pytest.fixture
 def pin_file(tmp_path) -> Path:
     path = tmp_path / "pin"
     path.write_text("correct-pin-71\n")

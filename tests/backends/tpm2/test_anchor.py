@@ -11,7 +11,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from keymgmt_tpm2 import Tpm2Provider
 from keymgmt_tpm2._errors import TpmError
-from keymgmt_tpm2.policy._anchor import create_anchor
+from keymgmt_tpm2.policy._anchor import Anchor, create_anchor
+from keymgmt_tpm2.policy._counter import DEFAULT_INDEX, create_counter, read_counter
 from keymgmt_tpm2.policy._index import NV_ANCHOR, NvIndex
 from keymgmt_tpm2.policy._nv import define, undefine
 
@@ -23,6 +24,7 @@ from keymgmt.backend import (
     AccessDenied,
     ConfigError,
     KeyNotFound,
+    ProviderUnavailable,
     SecretSource,
     anchor_after,
 )
@@ -128,8 +130,13 @@ def test_its_policy_says_where_it_moves(provider, pinned):
     bound.move_anchor(ANCHOR_START, STEP)
     extend(provider, 16)
     value = bound.anchor()
-    with pytest.raises(AccessDenied, match="the anchor 0x01800102 is bound to another boot state"):
+    closed = "the anchor 0x01800102 is bound to another boot state"
+    with pytest.raises(AccessDenied, match=closed) as caught:
         bound.move_anchor(value, STEP)
+    for command in ("keymgmt keys rotate tpm:dev;", "anchor create tpm:dev --again;"):
+        assert command in str(caught.value.hint)
+    found = next(each for each in bound.check().findings if each.name == "anchor")
+    assert (found.status, closed in found.detail) == ("failed", True)
     assert bound.anchor() == value
     # The owner without a password, and the index's empty one.
     from tpm2_pytss import constants as c
@@ -206,7 +213,7 @@ def test_an_owner_who_makes_it_again_in_another_boot_state(provider, pinned, tmp
     first.path.unlink()
     with pytest.raises(KeyNotFound, match="made anew and never set up") as caught:
         first.recall()
-    assert "--again" in str(caught.value.hint)
+    assert "anchor create tpm:dev --again" in str(caught.value.hint)
 
     # With another policy it is another one.
     def other(tpm):
@@ -228,9 +235,85 @@ def test_a_key_that_is_gone_or_another(provider, pinned):
     bound = pinned("dev")
     provider.rotate_key("dev")
     bound.move_anchor(ANCHOR_START, STEP)  # its older version still says how
-    (provider.key_directory / "dev.json").unlink()
-    with pytest.raises(AccessDenied, match="has the policy"):
-        bound.move_anchor(bound.anchor(), STEP)
+    value, file = bound.anchor(), provider.key_directory / "dev.json"
+    content = file.read_bytes()
+    # One that cannot be read is none that is not there.
+    file.write_text("{")
+    with pytest.raises(ProviderUnavailable, match=r"dev\.json"):
+        bound.move_anchor(value, STEP)
+    file.unlink()
+    with pytest.raises(AccessDenied, match="has the policy") as caught:
+        bound.move_anchor(value, STEP)
+    assert "anchor create tpm:KEY --again" in str(caught.value.hint)
+    shutil.rmtree(provider.key_directory)
+    with pytest.raises(ProviderUnavailable, match="does not exist"):
+        bound.move_anchor(value, STEP)
+    provider.key_directory.mkdir(mode=0o700)
+    (provider.key_directory / "bad.json").write_text("{")
+    file.write_bytes(content)
+    bound.move_anchor(value, STEP)
+
+
+def test_a_key_that_keeps_nobody_out(settings, provider, pin_file):
+    with Tpm2Provider("tpm", settings.model_copy(update={"pin": SecretSource(file=pin_file)})) as p:
+        p.create_key("locked", "ecc-p256", {"pin": "yes"})
+    provider.create_key("open", "ecc-p256", {})
+    for key, asks in (("locked", "nothing but its PIN"), ("open", "nothing, so")):
+        with pytest.raises(ConfigError, match=asks):
+            create_anchor(provider.service, key)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_is_at_its_index_and_no_anchor_stays(settings, provider, sign_raise, again):
+    """Also with --again, and whoever made it."""
+    from tpm2_pytss import constants as c
+
+    def another(tpm):
+        handle = define(tpm, NvIndex(INDEX, 0x00060006, 16), tpm.session(), "")
+        tpm.call("nv_write", handle, b"somebody's bytes", 0, auth_handle=c.ESYS_TR.OWNER)
+
+    provider.service.run("another program", another)
+    value = create_counter(provider, sign_raise(ec.generate_private_key(ec.SECP256R1()), 3))
+    for index in (settings.anchor_index, f"{DEFAULT_INDEX:#010x}"):
+        with Tpm2Provider("tpm", settings.model_copy(update={"anchor_index": index})) as other:
+            with pytest.raises(ConfigError, match="is no anchor") as caught:
+                create_anchor(other.service, None, again=again)
+            assert "anchor_index" in str(caught.value.hint)
+    assert read_counter(provider) == value
+    read = lambda tpm: tpm.call(  # noqa: E731
+        "nv_read", tpm.persistent(INDEX), 16, 0, auth_handle=c.ESYS_TR.OWNER
+    )
+    assert bytes(provider.service.run("reading", read)) == b"somebody's bytes"
+
+
+def test_an_answer_that_was_lost_when_it_was_made(wire, settings):
+    lost = wire.lose(0x136)  # TPM2_NV_Extend
+    with Tpm2Provider("tpm", settings.model_copy(update={"tcti": wire.tcti})) as tapped:
+        name = create_anchor(tapped.service, None).name
+        assert lost
+        assert create_anchor(tapped.service, None).name == name
+
+
+def test_one_that_somebody_made_beforehand_with_an_auth_value(provider, pinned, define_with_auth):
+    """An index that was never written has the name of ours, whatever its auth value."""
+    provider.create_key("dev", "ecc-p256", {"pcr": "7"})
+    place = Anchor.of(provider.service, provider.keys.read("dev").newest.policy).place
+    provider.service.run("defining", lambda tpm: define_with_auth(tpm, place))
+    bound = pinned("dev")
+    bound.move_anchor(ANCHOR_START, STEP)
+    assert bound.anchor() == anchor_after(ANCHOR_START, STEP)
+
+
+def test_a_disabled_owner_hierarchy_is_no_missing_index(provider, pinned, sign_raise):
+    from tpm2_pytss import constants as c
+
+    bound = pinned()
+    create_counter(provider, sign_raise(ec.generate_private_key(ec.SECP256R1()), 3))
+    owner = c.ESYS_TR.OWNER
+    bound.service.run("off", lambda tpm: tpm.call("hierarchy_control", owner, owner, False))
+    for look in (bound.anchor, lambda: read_counter(provider)):
+        with pytest.raises(ProviderUnavailable, match="owner hierarchy of the TPM is disabled"):
+            look()
 
 
 def test_a_policy_that_does_not_hold_takes_nothing_away(provider, pinned):
@@ -282,6 +365,7 @@ def test_models_share_one_anchor(commands, tmp_path):
     """From the config to the index, through the commands; a restored file closes the models."""
     home, run = commands
     made = json.loads(run("tpm", "anchor", "create", "tpm:dev", "--json"))
+    assert made["moved_by"].startswith("PCR")
     run("keys", "create", "local:publisher", "--sign")
     run("keys", "export", "local:publisher", "--format", "pem", "-o", "pub.pem")
     config = home / "keymgmt.toml"
@@ -313,4 +397,10 @@ def test_models_share_one_anchor(commands, tmp_path):
     assert "is gone" in run("verify", "one-2.sealed", code=3)
     said = run("doctor", code=1)
     assert "is gone" in said
-    assert "0x01800102, as pinned" in said
+    assert "0x01800102, as pinned, and can be moved" in said
+    # Made again without the key it has another name, and anybody moves it.
+    said = run("tpm", "anchor", "create", "tpm", "--again")
+    assert "moved by: whoever may use this TPM" in said
+    assert "counts as new" in said
+    assert made["name"] in said
+    assert "the one that the config pins" in run("tpm", "anchor", "create", "tpm:dev", "--again")

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from keymgmt_tpm2 import Tpm2Provider
 from keymgmt_tpm2._errors import TpmError
-from keymgmt_tpm2.policy import _authorize
+from keymgmt_tpm2.policy import _authorize, _counter
 from keymgmt_tpm2.policy._approval import Approval
 from keymgmt_tpm2.policy._counter import Raise, create_counter, raise_counter, read_counter
 from keymgmt_tpm2.policy._index import NvIndex
@@ -262,6 +262,34 @@ def test_one_that_was_never_started_is_started_by_the_next_create(provider, key,
         read_counter(provider)
     with pytest.raises(KeyNotFound, match="never started"):
         raise_counter(provider, wanted)
+    assert create_counter(provider, wanted) == 2
+
+
+def test_one_that_was_cut_after_its_start_goes_on(provider, key, sign_raise, monkeypatch):
+    wanted = sign_raise(key, 4)
+    take, taken = _counter._Steps.take, []
+
+    def cut(self, *args):
+        if taken:
+            raise KeyboardInterrupt
+        taken.append(take(self, *args))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_counter._Steps, "take", cut)
+        with pytest.raises(KeyboardInterrupt):
+            create_counter(provider, wanted)
+    assert read_counter(provider) == 1
+    assert create_counter(provider, wanted) == 4
+
+
+def test_one_that_somebody_made_beforehand_with_an_auth_value(
+    provider, key, sign_raise, define_with_auth
+):
+    """An index that was never started has the name of ours, whatever its auth value."""
+    wanted = sign_raise(key, 2)
+    provider.service.run(
+        "defining", lambda tpm: define_with_auth(tpm, wanted.counter.place(wanted.approver))
+    )
     assert create_counter(provider, wanted) == 2
 
 

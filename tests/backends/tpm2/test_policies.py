@@ -382,9 +382,10 @@ def test_a_counter_that_is_not_there(provider, dek, approver_pem, approve):
 
 
 def test_a_counter_is_made_once(provider, approver_key, sign_raise):
-    create_counter(provider, sign_raise(approver_key, 1))
+    value = create_counter(provider, sign_raise(approver_key, 1))
+    assert create_counter(provider, sign_raise(approver_key, 1)) == value
     with pytest.raises(ConfigError, match="in use"):
-        create_counter(provider, sign_raise(approver_key, 1))
+        create_counter(provider, sign_raise(ec.generate_private_key(ec.SECP256R1()), 1))
 
 
 @pytest.mark.parametrize("how", ["other key", "other value", "other counter", "other ref"])

@@ -8,19 +8,19 @@ until somebody who satisfies the policy sets it up, and an empty one is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from keymgmt.backend import (
     ANCHOR_FIRST,
+    ANCHOR_START,
     AccessDenied,
     ConfigError,
     KeyNotFound,
     ProviderError,
     anchor_after,
 )
+from keymgmt_tpm2._errors import POLICY_FAIL, TpmError
 from keymgmt_tpm2._wrapping import statements
 from keymgmt_tpm2.policy._index import NV_ANCHOR, NV_ANCHOR_OPEN, NV_WRITTEN, NvIndex
 from keymgmt_tpm2.policy._nv import attributes_of, define, undefine
@@ -30,51 +30,111 @@ if TYPE_CHECKING:
     from keymgmt_tpm2._connection.service import Service
     from keymgmt_tpm2._connection.tpm import Tpm
 
-__all__ = ["create_anchor", "find_anchor", "move_anchor", "read_anchor"]
+__all__ = ["Anchor", "check_anchor", "create_anchor", "find_anchor", "move_anchor", "read_anchor"]
 
 SIZE: Final = 32
-_MAKE: Final = (
-    "if nobody took it away on purpose, find out who did; make it again with: keymgmt tpm anchor "
-    "create PROVIDER --again"
-)
 
 
-def _place(index: int, policy: Policy) -> NvIndex:
-    digest = policy.digest
-    return NvIndex(index, NV_ANCHOR if digest else NV_ANCHOR_OPEN, SIZE, digest)
+@dataclass(frozen=True)
+class Anchor:
+    """An anchor: where it is, and what whoever moves it must satisfy.
+
+    Attributes:
+        place: its NV index.
+        policy: of a key, its PIN left out.
+        key: the name of that key, or None without one.
+    """
+
+    place: NvIndex
+    policy: Policy
+    key: str | None = None
+
+    @classmethod
+    def of(cls, service: Service, policy: Policy, key: str | None = None) -> Anchor:
+        """The one that a policy makes at the index of the provider's table."""
+        policy = replace(policy, pin=False)
+        attributes = NV_ANCHOR if policy.digest else NV_ANCHOR_OPEN
+        place = NvIndex(service.settings.anchor_number, attributes, SIZE, policy.digest)
+        return cls(place, policy, key)
+
+    @property
+    def name(self) -> bytes:
+        """What the config pins."""
+        return self.place.name
+
+    @property
+    def moved_by(self) -> str:
+        """Who moves it, in words."""
+        return str(self.policy) if self.place.policy else "whoever may use this TPM"
 
 
-def create_anchor(service: Service, key: str | None, *, again: bool = False) -> NvIndex:
-    """Define an anchor as its owner, and set it up.
+def create_anchor(service: Service, key: str | None, *, again: bool = False) -> Anchor:
+    """Define an anchor as its owner, and set it up; one that was just set up is left alone.
 
     Args:
         service: its settings say the index, and where the owner's password is.
         key: whose policy, of its newest version, who moves the anchor must satisfy; its PIN is left
             out. None for no policy.
-        again: whether to take away what is at the index first. What was bound to it counts no more.
+        again: whether to take away the anchor that is at the index. What was bound to it counts no
+            more.
 
     Raises:
-        ConfigError: the index is in use.
+        ConfigError: the index is in use, or the key's policy lets everybody move the anchor.
         KeyNotFound: there is no such key.
         AccessDenied: the policy does not hold now, or the owner hierarchy has another password.
     """
     settings = service.settings
-    policy = Policy() if key is None else _without_pin(service.keys.read(key).newest.policy)
-    place = _place(settings.anchor_number, policy)
+    policy = Policy() if key is None else service.keys.read(key).newest.policy
+    anchor = Anchor.of(service, policy, key)
+    place = anchor.place
+    if key is not None and not place.policy:
+        asks = "nothing but its PIN" if policy.pin else "nothing"
+        raise ConfigError(
+            f"the key {key!r} asks for {asks}, so whoever may use this TPM would move the anchor",
+            hint="name a key with an approver or PCRs, or none, where that is enough",
+        )
 
     def operation(tpm: Tpm, auth: bytearray | None) -> None:
-        session = _session(tpm, service, place, policy)  # before anything is taken away
+        if _is_made(tpm, service, anchor, again=again):
+            return
+        session = _session(tpm, service, anchor)  # before anything is taken away
         tpm.set_owner_auth(auth)
         owner = tpm.session()
-        if again:
-            undefine(tpm, place.index, owner)
-        hint = f"take it away with: keymgmt tpm anchor create {service.name} --again"
-        handle = define(tpm, place, owner, hint)
+        undefine(tpm, place.index, owner)
+        handle = define(tpm, place, owner, "another program made it meanwhile: find out which")
         tpm.use_once(session, "nv_extend", handle, ANCHOR_FIRST, auth_handle=handle)
 
     with service.secret(settings.owner_auth) as auth:
         service.run(f"making the anchor {place}", lambda tpm: operation(tpm, auth))
-    return place
+    return anchor
+
+
+def _is_made(tpm: Tpm, service: Service, anchor: Anchor, *, again: bool) -> bool:
+    """Whether it is there and new, as where an answer was lost; else its index may be taken."""
+    handle = tpm.persistent(anchor.place.index)
+    if handle is None:
+        return False
+    attributes, size = attributes_of(tpm, handle)
+    if attributes & ~NV_WRITTEN not in (NV_ANCHOR, NV_ANCHOR_OPEN) or size != SIZE:
+        raise ConfigError(
+            f"the NV index {anchor.place} is in use, and is no anchor",
+            hint='name another one in the provider\'s table: anchor_index = "0x018001.."',
+        )
+    if attributes & NV_WRITTEN and not again:
+        if tpm.name_of(handle) == anchor.name and _value(tpm, handle) == ANCHOR_START:
+            return True
+        bound = attributes & ~NV_WRITTEN == NV_ANCHOR
+        raise ConfigError(
+            f"the NV index {anchor.place} is in use: it is an anchor already",
+            hint="if its release memory is to count no more, "
+            + _again(service, anchor.key or ("KEY" if bound else None)),
+        )
+    return False
+
+
+def _again(service: Service, key: str | None) -> str:
+    what = f"{service.name}:{key}" if key else service.name
+    return f"make it again with: keymgmt tpm anchor create {what} --again"
 
 
 def read_anchor(service: Service) -> bytes:
@@ -85,21 +145,32 @@ def read_anchor(service: Service) -> bytes:
     )
 
 
+def check_anchor(service: Service) -> bytes:
+    """Its value, once it was seen that it can be moved now; nothing is moved.
+
+    Raises:
+        ProviderError: as ``read_anchor`` and ``move_anchor`` raise it.
+    """
+    anchor = _known(service, _pinned(service))
+
+    def operation(tpm: Tpm) -> bytes:
+        value = _value(tpm, find_anchor(service, tpm, anchor.name))
+        session = _session(tpm, service, anchor)
+        if anchor.place.policy and bytes(tpm.call("policy_get_digest", session)) != (
+            anchor.place.policy
+        ):
+            raise TpmError(POLICY_FAIL)
+        return value
+
+    return service.run(f"looking at the anchor {anchor.place}", operation)
+
+
 def move_anchor(service: Service, value: bytes, step: bytes) -> None:
     """See SupportsAnchor."""
-    name = _pinned(service)
-    number, after = service.settings.anchor_number, anchor_after(value, step)
-    known = (policy for policy in _policies(service) if _place(number, policy).name == name)
-    policy = next(known, None)
-    if policy is None:
-        raise AccessDenied(
-            f"no key in {service.keys.path} has the policy that the anchor was made with",
-            hint="restore the file of that key, or make the anchor again: keymgmt tpm anchor "
-            "create PROVIDER --again",
-        )
+    anchor, after = _known(service, _pinned(service)), anchor_after(value, step)
 
     def operation(tpm: Tpm) -> None:
-        handle = find_anchor(service, tpm, name)
+        handle = find_anchor(service, tpm, anchor.name)
         now = _value(tpm, handle)
         if now == after:  # an answer was lost
             return
@@ -109,7 +180,7 @@ def move_anchor(service: Service, value: bytes, step: bytes) -> None:
                 hint="one file that remembers releases is bound to an anchor; another one needs a "
                 "provider with another anchor_index",
             )
-        session = _session(tpm, service, _place(number, policy), policy)
+        session = _session(tpm, service, anchor)
         tpm.use_once(session, "nv_extend", handle, step, auth_handle=handle)
 
     service.run("moving the anchor", operation)
@@ -119,48 +190,74 @@ def find_anchor(service: Service, tpm: Tpm, name: bytes) -> Any:
     """The handle of the pinned anchor; KeyNotFound where it is not there, or is another one."""
     settings = service.settings
     handle = tpm.persistent(settings.anchor_number)
-    if handle is None:
-        raise KeyNotFound(f"the TPM has no anchor {settings.anchor_index}", hint=_MAKE)
-    if tpm.name_of(handle) == name:
+    if handle is not None and tpm.name_of(handle) == name:
         return handle
-    attributes, _ = attributes_of(tpm, handle)
-    empty = not attributes & NV_WRITTEN
-    raise KeyNotFound(
-        f"the anchor {settings.anchor_index} "
-        + ("was made anew and never set up" if empty else "is not the one that the config pins"),
-        hint=_MAKE,
-    )
+    tpm.check_owner_enabled()
+    if handle is None:
+        problem = f"the TPM has no anchor {settings.anchor_index}"
+    elif attributes_of(tpm, handle)[0] & NV_WRITTEN:
+        problem = f"the anchor {settings.anchor_index} is not the one that the config pins"
+    else:
+        problem = f"the anchor {settings.anchor_index} was made anew and never set up"
+    try:
+        key = _known(service, name).key
+    except ProviderError:
+        key = "KEY"
+    hint = "if nobody took it away on purpose, find out who did; " + _again(service, key)
+    raise KeyNotFound(problem, hint=hint)
 
 
 def _pinned(service: Service) -> bytes:
     if service.settings.anchor is None:
         raise ConfigError(
             f"[providers.{service.name}] has no anchor",
-            hint=f"see the line to add with: keymgmt tpm anchor create {service.name}",
+            hint="make one with a KEY that has an approver, and see the line to add: "
+            f"keymgmt tpm anchor create {service.name}:KEY",
         )
     return bytes.fromhex(service.settings.anchor)
 
 
-def _without_pin(policy: Policy) -> Policy:
-    return replace(policy, pin=False)
+def _known(service: Service, name: bytes) -> Anchor:
+    """The anchor of a name, whose policy a key has.
 
-
-def _policies(service: Service) -> Iterator[Policy]:
-    yield Policy()
+    Raises:
+        ProviderError: the key directory or a file in it cannot be read, and no other one has it.
+        AccessDenied: no key has it.
+    """
+    if (found := Anchor.of(service, Policy())).name == name:
+        return found
+    service.keys.check_there()
+    problem: ProviderError | None = None
     for key in service.keys.names():
-        with suppress(ProviderError):
-            for version in service.keys.read(key).versions:
-                yield _without_pin(version.policy)
+        try:
+            versions = service.keys.read(key).versions
+        except ProviderError as error:
+            problem = problem or error
+            continue
+        for version in versions:
+            if (found := Anchor.of(service, version.policy, key)).name == name:
+                return found
+    if problem is not None:
+        raise problem
+    raise AccessDenied(
+        f"no key in {service.keys.path} has the policy that the anchor was made with",
+        hint="restore the file of that key, or, with another one, " + _again(service, "KEY"),
+    )
 
 
-def _session(tpm: Tpm, service: Service, place: NvIndex, policy: Policy) -> Any:
+def _session(tpm: Tpm, service: Service, anchor: Anchor) -> Any:
     """A session in which the anchor may be moved once."""
-    session = tpm.session(policy=bool(place.policy), once=True)
-    if place.policy:
+    session = tpm.session(policy=bool(anchor.place.policy), once=True)
+    if anchor.place.policy:
         from keymgmt_tpm2.policy._authorize import authorize
 
-        said = statements(service, policy)
-        authorize(tpm, session, policy, said, f"the anchor {place}")
+        said, what = statements(service, anchor.policy), f"{service.name}:{anchor.key}"
+        closed = (
+            "boot into the state it was made in; after an update bind its key to the state of now: "
+            f"keymgmt keys rotate {what}; then make the anchor with it and pin its new name: "
+            f"keymgmt tpm anchor create {what} --again; with an approver neither is needed"
+        )
+        authorize(tpm, session, anchor.policy, said, f"the anchor {anchor.place}", closed)
     return session
 
 

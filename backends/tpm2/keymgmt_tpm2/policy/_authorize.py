@@ -28,10 +28,19 @@ _SIGN_HINT = (
     "approve this boot state on the approver's machine: keymgmt tpm policy sign APPROVAL "
     "--key FILE --pcr LIST"
 )
+_CLOSED = (
+    "boot into the state it was made in, or open with another group and make a key with signed "
+    "policy, which survives updates"
+)
 
 
 def authorize(
-    tpm: Tpm, session: Any, policy: Policy, statements: Sequence[Statement], what: str
+    tpm: Tpm,
+    session: Any,
+    policy: Policy,
+    statements: Sequence[Statement],
+    what: str,
+    closed: str = _CLOSED,
 ) -> None:
     """Make a policy session one in which a key with this policy may be used once.
 
@@ -41,6 +50,7 @@ def authorize(
         policy: of the key.
         statements: of its approver.
         what: the key, for messages.
+        closed: the hint where PCRs of the policy itself have other values.
 
     Raises:
         AccessDenied: the policy does not hold now; the message names the PCR or the approval.
@@ -49,8 +59,7 @@ def authorize(
     if policy.pcrs and (difference := compare(policy.pcrs, present.of(policy.pcrs))):
         raise AccessDenied(
             f"{what} is bound to another boot state: {difference}",
-            hint="boot into the state it was made in, or open with another group and make a key "
-            "with signed policy, which survives updates",
+            hint=closed,
         )
     if policy.approver:
         _use_approval(tpm, session, statements, present, what)
@@ -151,6 +160,7 @@ def verified(tpm: Tpm, approver: Approver, message: bytes, signature: Any) -> An
 def _policy_nv(tpm: Tpm, session: Any, counter: Counter) -> str | None:
     index = tpm.persistent(counter.index)
     if index is None:
+        tpm.check_owner_enabled()
         return f"this TPM has no counter {counter.index:#010x}, which the approval names"
     try:
         operation = c.TPM2_EO.UNSIGNED_LE

@@ -109,7 +109,8 @@ class Raise:
 def create_counter(provider: Tpm2Provider, wanted: Raise) -> int:
     """Define a counter as its owner, start it, and raise it; returns its value.
 
-    That may be higher already: a TPM starts a counter above all that it ever had.
+    That may be higher already: a TPM starts a counter above all that it ever had. One of the same
+    approver that is there is raised alone, since what made it may have been cut.
 
     Raises:
         ConfigError: the index is in use, or ``wanted`` is not signed by its approver.
@@ -122,7 +123,8 @@ def create_counter(provider: Tpm2Provider, wanted: Raise) -> int:
 
     def operation(tpm: Tpm, auth: bytearray | None) -> int:
         nonlocal defined
-        if not defined:
+        there = None if defined else tpm.persistent(place.index)
+        if not defined and (there is None or tpm.name_of(there) != place.name):
             tpm.set_owner_auth(auth)
             define(tpm, place, tpm.session(), "name another when it is signed: --index 0x018001..")
             defined = True  # and is raised by what is tried again
@@ -172,6 +174,7 @@ def read_counter(provider: Tpm2Provider, index: int = DEFAULT_INDEX) -> int:
 def _find(tpm: Tpm, index: int) -> Any:
     handle = tpm.persistent(index)
     if handle is None:
+        tpm.check_owner_enabled()
         raise KeyNotFound(f"the TPM has no counter {index:#010x}", hint=_CREATE)
     attributes, size = attributes_of(tpm, handle)
     if attributes & ~NV_WRITTEN != NV_COUNTER or size != 8:

@@ -15,7 +15,10 @@ __all__ = ["attributes_of", "define", "undefine"]
 
 
 def define(tpm: Tpm, place: NvIndex, session: Any, hint: str) -> Any:
-    """Define an index, as its owner, unless it is there and was never written; its handle.
+    """Define an index as its owner; its handle.
+
+    One that is there and was never written is defined anew: its name does not say that nobody gave
+    it an auth value.
 
     Raises:
         ConfigError: it is in use.
@@ -32,13 +35,13 @@ def define(tpm: Tpm, place: NvIndex, session: Any, hint: str) -> Any:
             dataSize=place.size,
         )
     )
+    there = tpm.persistent(place.index)
+    if there is not None and tpm.name_of(there) == place.new_name:
+        undefine(tpm, place.index, session)
     try:
         return tpm.call("nv_define_space", b"", public, c.ESYS_TR.OWNER, session1=session)
     except TpmError as error:
         if error.code == NV_DEFINED:
-            there = tpm.persistent(place.index)
-            if there is not None and tpm.name_of(there) == place.new_name:
-                return there
             raise ConfigError(f"the NV index {place} is in use", hint=hint) from error
         raise
 

@@ -14,7 +14,7 @@ from keymgmt_tpm2.policy import _counter
 from keymgmt_tpm2.policy._anchor import create_anchor
 from keymgmt_tpm2.policy._counter import DEFAULT_INDEX, Raise, read_counter
 from keymgmt_tpm2.policy._index import parse_index
-from keymgmt_tpm2.policy._policy import Counter
+from keymgmt_tpm2.policy._policy import WEAK_HINT, Counter, weakness
 from keymgmt_tpm2.policy._signing import ApproverKey, Ref, find_approver
 from keymgmt_tpm2.policy._values import read_json_file
 
@@ -136,24 +136,39 @@ def make_anchor(
     """Make the anchor, as the TPM's owner, and show the line that pins it.
 
     With a key, the anchor moves only where that key opens: in its boot state, or in those that its
-    approver approved. A PIN of the key is not asked for.
+    approver approved. A PIN of the key is not asked for. After an update only a key with an
+    approver still moves it.
 
     Example:
         keymgmt tpm anchor create tpm:kiosk
     """
     name, colon, key = provider.partition(":")
     found = find_provider(context, name)
-    place = create_anchor(found.service, check_key(key) if colon else None, again=again)
+    before = found.settings.anchor
+    anchor = create_anchor(found.service, check_key(key) if colon else None, again=again)
+    place, pin = anchor.place, anchor.name.hex()
+    pcrs = anchor.policy.pcrs
+    weak = weakness(pcrs) if pcrs else None
     if as_json:
-        about = {"index": str(place), "name": place.name.hex(), "moved": False}
-        print_json({"format": ANCHOR, **about, "value": ANCHOR_START.hex()})
+        about = {"index": str(place), "name": pin, "moved": False, "value": ANCHOR_START.hex()}
+        print_json({"format": ANCHOR, **about, "moved_by": anchor.moved_by, "warning": weak})
         return
     out = console()
-    if found.settings.anchor == place.name.hex():
+    if weak:
+        console(stderr=True).print(f"warning: {weak}; {WEAK_HINT}", soft_wrap=True)
+    if again:
+        out.print(
+            "the file of remember_releases counts as new: look at its releases before you open",
+            soft_wrap=True,
+        )
+    out.print(f"moved by: {anchor.moved_by}", soft_wrap=True)
+    if before == pin:
         out.print(f"made the anchor {place}; its name is the one that the config pins")
         return
+    if before is not None:
+        out.print(f"the name is another one than the config pins, {before}", soft_wrap=True)
     out.print(f"made the anchor {place}; pin it in [providers.{name}]:")
-    out.print(f'anchor = "{place.name.hex()}"')
+    out.print(f'anchor = "{pin}"')
 
 
 @anchor_app.command("show")
