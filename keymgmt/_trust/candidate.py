@@ -49,7 +49,7 @@ class Trust:
     Attributes:
         vouched: by whom, until when; None where no signature is required.
         memory: what remembers releases; None where the config names nothing.
-        known: what it remembered.
+        known: what it remembered; None where its anchor was not to be asked.
     """
 
     vouched: Vouched | None
@@ -118,8 +118,10 @@ class Candidate:
         policy.check_profile(self.manifest)
         return policy
 
-    def trust(self, config: Config, name: str | None = None) -> Trust:
+    def trust(self, config: Config, name: str | None = None, *, ask: bool = True) -> Trust:
         """Check signature, expiry, name and release; who vouches, and what is to be remembered.
+
+        Without ``ask`` no key service is asked, so a release memory with an anchor is left out.
 
         Raises:
             UntrustedPublisher, ModelExpired, RollbackError, ConfigError: as the config demands.
@@ -135,7 +137,7 @@ class Candidate:
             count = policy.signatures.get(manifest.name, 1)
             signed = check_signature(manifest, self.data, signatures, publishers, count)
             memory = release_memory(config)
-            known = memory.recall() if memory else None
+            known = memory.recall() if memory and (ask or memory.anchor is None) else None
             clock = utc_text(), known.time if known else None
             vouched = check_expiry(manifest, self.hash, signatures, signed, policy, clock)
         check_name(self.manifest, name, config)

@@ -73,8 +73,9 @@ def verify(
         path: the sealed model's folder.
         name: the model name that is expected.
         keys: a loaded config, or the path of one.
-        signature_only: check signature and digests and ask no key service; a signature must be
-            there and be trusted, whatever ``require_signature`` says.
+        signature_only: check signature and digests and ask no key service, so not the anchor of
+            ``remember_releases`` either; a signature must be there and be trusted, whatever
+            ``require_signature`` says.
         progress: called with (bytes done, bytes in all).
 
     Raises:
@@ -97,13 +98,18 @@ def _verify_signature(
             hint="name one in [policy] publishers",
         )
     with Candidate.read(path) as candidate:
-        publisher = candidate.trust(config, name).vouched
+        trust = candidate.trust(config, name, ask=False)
         candidate.policy()
         candidate.check_digests(progress)
         return Verification(
             candidate.manifest,
             (
-                _signature(publisher, candidate.manifest),
+                _signature(trust.vouched, candidate.manifest),
+                *(
+                    [Finding("release", "skipped", "the anchor of what is remembered: not asked")]
+                    if trust.memory and trust.known is None
+                    else []
+                ),
                 Finding(
                     "digests",
                     "ok",

@@ -15,7 +15,7 @@ import typer
 from keymgmt._system.terminal import drawing
 from keymgmt._system.words import counted
 from keymgmt.console import clean, console, print_json, print_line, table
-from keymgmt.errors import CannotUnlock, ConfigError, WrongKey
+from keymgmt.errors import CannotUnlock, ConfigError, ProviderUnavailable, WrongKey
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,6 +48,7 @@ _LINE_SECONDS: Final = 10.0
 _MANY: Final = 100
 _FEW_RELEASES: Final = 1 << 32
 _REFUSES: Final = "this config would not open it"
+_UNKNOWN: Final = "whether this config would open it could not be checked"
 
 
 def print_error(error: KeymgmtError, *, as_json: bool = False) -> None:
@@ -181,9 +182,10 @@ def print_warning(problem: KeymgmtError, what: str = "") -> None:
 
 
 def tell_refusal(refused: KeymgmtError | None) -> None:
-    """Say where the config that made something would not let it in."""
+    """Say where the config that made something would not let it in, or nobody could look."""
     if refused is not None:
-        print_warning(refused, _REFUSES)
+        unknown = isinstance(refused, ProviderUnavailable)
+        print_warning(refused, _UNKNOWN if unknown else _REFUSES)
 
 
 def tell_failure(failure: Failure, form: str, *, as_json: bool) -> None:
