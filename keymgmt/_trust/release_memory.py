@@ -231,9 +231,12 @@ class ReleaseMemory:
         try:
             yield
         except OSError as error:
+            waited = isinstance(error, TimeoutError)
             raise ConfigError(
                 f"cannot remember the release in {self.path}: {error.strerror}",
-                hint="[policy] remember_releases names a file that this user can write",
+                hint="try again, or see which program holds it"
+                if waited
+                else "[policy] remember_releases names a file that this user can write",
             ) from error
 
 

@@ -194,8 +194,9 @@ def test_one_who_waited_for_the_lock_in_vain_says_no_rollback(
     late = ReleaseMemory(memory.path, lambda call: call(Earlier()), "safe")  # type: ignore[arg-type]
     monkeypatch.setattr(release_memory, "_WAIT", 0.0)
     lock = lock_file(memory.path.with_name(".releases.json.lock"), 1.0)
-    with lock, pytest.raises(errors.ConfigError, match="held its lock"):
+    with lock, pytest.raises(errors.ConfigError, match="held its lock") as caught:
         late.recall()
+    assert "can write" not in str(caught.value.hint)
 
 
 def test_one_that_could_not_be_read_again_is_not_written(
