@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import logging
 import os
 import re
 import threading
@@ -26,14 +27,15 @@ from keymgmt._crypto.signatures import PublicKey
 from keymgmt._providers.contract import KeyProvider, Settings
 from keymgmt._providers.names import is_name
 from keymgmt._providers.recipient_file import plain_fingerprint
-from keymgmt._providers.registry import load_backend
+from keymgmt._providers.registry import backends, load_backend
 from keymgmt._providers.secret_source import CREDENTIALS, ConfigPath, expand_home
 from keymgmt._system.fork import ForkSafe
 from keymgmt._system.trusted_file import read_file
-from keymgmt.errors import ConfigError, KeymgmtError
+from keymgmt.errors import ConfigError
 
 __all__ = ["Config", "Policy", "SealDefaults", "load_config", "use_config"]
 
+log = logging.getLogger("keymgmt")
 Fingerprints = Annotated[list[str], Field(min_length=1)]
 
 
@@ -280,29 +282,31 @@ class Config(ForkSafe):
             ConfigError: no such provider, or its table is wrong.
             BackendNotInstalled: its backend is not there.
         """
-        backend = self.backend_of(name)
         with self._lock:
             if name not in self._made:
-                table = dict(self._tables[name])
-                del table["backend"]
-                distribution = table.pop("distribution", None)
-                kind = load_backend(backend, distribution)
-                settings = parse_settings(
-                    kind.Settings,
-                    table,
-                    self._base,
-                    str(self.path or "config"),
-                    f"providers.{name}",
-                )
+                kind, settings = self._settings(name)
                 self._made[name] = kind(name, settings)
             return self._made[name]
+
+    def _settings(self, name: str) -> tuple[type[KeyProvider[Settings]], Settings]:
+        backend = self.backend_of(name)
+        table = dict(self._tables[name])
+        del table["backend"]
+        kind = load_backend(backend, table.pop("distribution", None))
+        where = str(self.path or "config")
+        return kind, parse_settings(kind.Settings, table, self._base, where, f"providers.{name}")
 
     @property
     def secret_variables(self) -> set[str]:
         """Environment variables that lead to secrets of any provider.
 
         Those of ``{ env = "NAME" }``, that of systemd where there is a ``{ credential = "NAME" }``,
-        and what backends say of their settings (``Settings.secret_variables``).
+        and what backends say of their settings (``Settings.secret_variables``). A backend that is
+        not installed says nothing, which is logged as a warning.
+
+        Raises:
+            ConfigError: the table of a provider is wrong.
+            BackendNotInstalled: a backend is installed, and does not work.
         """
 
         def named(value: object) -> Iterator[str]:
@@ -320,9 +324,17 @@ class Config(ForkSafe):
                     yield from named(inner)
 
         found = set(named(self._tables))
+        installed = backends()
         for name in self._tables:
-            with contextlib.suppress(KeymgmtError):  # what is not there reads nothing
-                found.update(named(self.provider(name).settings))
+            if (backend := self.backend_of(name)) in installed:
+                found.update(named(self._settings(name)[1]))
+            else:
+                log.warning(
+                    "[providers.%s]: the backend %r is not installed, so which variables have "
+                    "its secrets is not known: they are not taken from the program",
+                    name,
+                    backend,
+                )
         return found
 
     @property

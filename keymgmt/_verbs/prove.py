@@ -7,6 +7,7 @@ that does not answer, are neither.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -69,11 +70,19 @@ def _unwrap(wrapped: WrappedKey, context: bytes, provider: KeyProvider[Any]) -> 
 
 
 class Prover:
-    """One version of one key, and what it opens."""
+    """One version of one key, and what it opens.
 
-    def __init__(self, config: Config, reference: KeyRef, *, names_only: bool) -> None:
-        """``names_only`` compares names, and tries nothing."""
+    Attributes:
+        tries: whether the version itself is tried; False where names are compared.
+    """
+
+    def __init__(
+        self, config: Config, reference: KeyRef, *, names_only: bool, retired: bool = False
+    ) -> None:
+        """``names_only`` compares names, and tries nothing; ``retired`` cannot be tried."""
         self._config, self._reference = config, reference
+        self._retired, self._provers = retired, Provers(config)
+        self.tries = not (names_only or retired)
         self._backend = config.backend_of(reference.provider)
         self._has_public: bool | None = None
         self._broken: ProviderError | None = None
@@ -81,7 +90,7 @@ class Prover:
 
     @classmethod
     def of(cls, config: Config, reference: KeyRef, *, names_only: bool) -> list[Prover]:
-        """The version that is named, or each of the key: a retired one by its name alone.
+        """The version that is named, or each of the key.
 
         Raises:
             ConfigError: the backend does not manage keys.
@@ -105,7 +114,8 @@ class Prover:
             cls(
                 config,
                 reference._replace(version=version),
-                names_only=names_only or state == "retired",
+                names_only=names_only,
+                retired=state == "retired",
             )
             for version, state in states.items()
         ]
@@ -130,12 +140,30 @@ class Prover:
                         answers[n][g][m] = (wrapped.key, wrapped.version) == (key, version)
                     # One key may have other names elsewhere, and other people other numbers.
                     elif wrapped.version == version or wrapped.key == key:
+                        context = group.context(policy.manifest, m)
+                        if self._retired:
+                            answers[n][g][m] = self._guess(wrapped, context)
+                            continue
                         very = replace(wrapped, key=key, version=version)
-                        items.append((very, group.context(policy.manifest, m)))
+                        items.append((very, context))
                         places.append((n, g, m))
         for (n, g, m), (wrapped, _), answer in zip(places, items, self._ask(items), strict=True):
             answers[n][g][m] = self._meaning(wrapped, answer)
         return answers
+
+    def _guess(self, wrapped: WrappedKey, context: bytes) -> Answer:
+        """What is known of a version that is retired, so that nobody can try it."""
+        if (wrapped.key, wrapped.version) == (self._reference.key, str(self._reference.version)):
+            return True
+        # A retired version opens under no name, so what opens here is none of its.
+        with suppress(ProviderError):
+            if self._provers.holder(wrapped, context) is not None:
+                return False
+        untried = UnsupportedOperation(
+            f"{self._reference} is retired, so it cannot be tried",
+            hint="undo that in the key service and look again; or compare names: --names-only",
+        )
+        return self._meaning(wrapped, untried)
 
     def _ask(self, items: Sequence[tuple[WrappedKey, bytes]]) -> list[Dek | ProviderError]:
         if self._broken is not None:

@@ -38,7 +38,8 @@ class Need:
     Attributes:
         key: the version, as ``provider:key@version``; without one, all versions of the key.
         trees: the folders that were looked at.
-        proved: whether the version itself was tried; False where names were compared.
+        proved: whether each version itself was tried; False where names were compared, as they
+            are for one that is retired.
         models: how many sealed models were read.
         opens: folders of the models that it opens.
         only_way_into: those of them in which every group needs it.
@@ -108,7 +109,8 @@ def needs(
 
     Args:
         key: the version, ``provider:key@version``; a key without one stands for all its versions,
-            of which those that are retired are compared by name.
+            of which those that are retired cannot be tried: what has the name or the number of
+            one, and is not seen to be another key's, is a failure.
         trees: the folders; links in them are followed.
         keys: a loaded config, or the path of one.
         names_only: compare names and try nothing, which a key with two names deceives.
@@ -159,7 +161,7 @@ def needs(
     return Need(
         str(reference),
         tuple(str(tree) for tree in trees),
-        not names_only,
+        all(prover.tries for prover in provers),
         models,
         tuple(opens),
         tuple(only),

@@ -113,8 +113,8 @@ def exec_(
     if refused is None:
 
         def fill(channel: socket.socket) -> None:
+            variables = context.obj.config().secret_variables
             with _opened(context, model, name) as sealed, progress("decrypting") as done:
-                variables = context.obj.config().secret_variables
                 launch.send_files(channel, sealed, variables, done)
 
         launch.into_mount(fill)
@@ -129,9 +129,9 @@ def exec_(
             "encrypt it, switch it off, or set MemorySwapMax=0 for this service",
         )
     set_undumpable()
+    launch.forget |= context.obj.config().secret_variables
     with _opened(context, model, name) as sealed, progress("decrypting") as done:
         folder = launch.into_memfds(sealed, done)
-    launch.forget |= context.obj.config().secret_variables
     if CREDENTIALS in launch.forget and CREDENTIALS in os.environ and launch.user is None:
         _warn(
             "without a private mount the program can read the folder of systemd's credentials",

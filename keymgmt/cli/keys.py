@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import sys
 from collections.abc import Sequence
@@ -357,14 +358,14 @@ def retire(
     reference, provider = _managed(context, key, version=True)
     need = None
     if tree:
-        need = _refuse_needed(context.obj.config(), reference, tree, names_only, as_json)
+        # One that is retired already cannot be tried, and retiring it again changes nothing.
+        with contextlib.suppress(KeyRetired):
+            need = _refuse_needed(context.obj.config(), reference, tree, names_only, as_json)
     elif names_only:
         raise ConfigError("--names-only says how to look at a tree", hint="name one with --tree")
     info = provider.retire_version(reference.key, str(reference.version))
-    _show(reference, info, as_json, **({"looked_at": need.to_json()} if need else {}))
-    if need:
-        said = f"none of {counted(need.models, 'model')} looked at needs it"
-        console(stderr=True).print(said if need.proved else f"{said}, by name")
+    _show(reference, info, as_json, **_looked_at(need))
+    _tell_unneeded(need)
 
 
 @app.command()
@@ -410,10 +411,11 @@ def delete(
         raise ConfigError("--names-only says how to look at a tree", hint="name one with --tree")
     config = context.obj.config()
     info = provider.describe_key(reference.key)
+    need = None
     if not force:
         _refuse_named(config, reference)
         if tree:
-            _refuse_needed(config, reference, tree, names_only, as_json)
+            need = _refuse_needed(config, reference, tree, names_only, as_json)
         elif info.purpose == "wrap":
             raise ConfigError(
                 f"nobody has looked whether {reference} opens a model",
@@ -423,11 +425,23 @@ def delete(
         ask_to_type(str(reference), f"what only {reference} opens never opens again")
     until = provider.delete_key(reference.key)
     if as_json:
-        print_json({"format": "keymgmt-delete/1", "reference": str(reference), "until": until})
+        said = {"format": "keymgmt-delete/1", "reference": str(reference), "until": until}
+        print_json({**said, **_looked_at(need)})
     elif until is None:
         console().print(f"deleted {clean(reference)}")
     else:
         console().print(f"{clean(reference)} serves for nothing, and is deleted at {clean(until)}")
+    _tell_unneeded(need)
+
+
+def _looked_at(need: Need | None) -> dict[str, Any]:
+    return {"looked_at": need.to_json()} if need else {}
+
+
+def _tell_unneeded(need: Need | None) -> None:
+    if need:
+        said = f"none of {counted(need.models, 'model')} looked at needs it"
+        console(stderr=True).print(said if need.proved else f"{said}, by name")
 
 
 def _refuse_named(config: Config, reference: KeyRef) -> None:
@@ -441,13 +455,9 @@ def _refuse_named(config: Config, reference: KeyRef) -> None:
 
 def _refuse_needed(
     config: Config, reference: KeyRef, trees: list[Path], names_only: bool, as_json: bool
-) -> Need | None:
-    """What was looked at, where nothing needs the version; None where it is retired already."""
-    try:
-        need = keymgmt.needs(str(reference), *trees, keys=config, names_only=names_only)
-    except KeyRetired:
-        # It cannot be tried any more, and retiring it again changes nothing.
-        return None
+) -> Need:
+    """What was looked at, where nothing needs the key; ConfigError where something does."""
+    need = keymgmt.needs(str(reference), *trees, keys=config, names_only=names_only)
     for link in need.links:
         console(stderr=True).print(f"followed {clean(link.path)} to {clean(link.target)}")
     if need.verdict != "not_referenced":

@@ -55,6 +55,8 @@ def test_every_command_prints_what_its_schema_says(
     run("keys", "usage", ".", "local:models")
     run("keys", "retire", "local:models@1", "--tree", ".", code=3)
     run("keys", "delete", "local:device", "--force", "--yes")
+    run("keys", "create", "local:old")
+    run("keys", "delete", "local:old", "--tree", ".", "--yes")
     run("inspect", "model.sealed")
     run("verify", "model.sealed")
     run("verify", ".")

@@ -14,7 +14,7 @@ import pytest
 from keymgmt import Config, load_config
 from keymgmt._config.config import CacheSettings, Policy, SealDefaults
 from keymgmt._providers.registry import backends, load_backend
-from keymgmt.errors import ConfigError, KeymgmtError
+from keymgmt.errors import BackendNotInstalled, ConfigError, KeymgmtError
 
 Install = Callable[..., Path]
 
@@ -311,3 +311,41 @@ def test_variables_with_secrets_are_those_of_the_tables_and_those_that_a_backend
     )
     with load_config(path) as config:
         assert config.secret_variables == {"PIN"} | ({"ODD_TOKEN"} if table else set())
+
+
+def test_a_wrong_table_hides_no_variables_with_secrets(
+    write: Callable[[str], Path], install: Callable[..., Path]
+) -> None:
+    """A table that is refused was read as one without secrets, beside one that opens the model."""
+    install("odd", "keymgmt.backends", {"odd": "odd_keys:Odd"}, odd_keys=BACKEND)
+    path = write(
+        '[providers.a]\nbackend = "odd"\n'
+        '[providers.b]\nbackend = "odd"\nlogin = { kind = "x" }\nregoin_typo = "x"\n'
+    )
+    with (
+        load_config(path) as config,
+        pytest.raises(ConfigError, match=r"\[providers\.b\].*regoin_typo"),
+    ):
+        _ = config.secret_variables
+
+
+def test_a_backend_that_is_there_and_broken_hides_no_variables_with_secrets(
+    write: Callable[[str], Path], install: Callable[..., Path]
+) -> None:
+    install("odd", "keymgmt.backends", {"odd": "odd_keys:Odd"}, odd_keys="raise OSError")
+    with (
+        load_config(write('[providers.b]\nbackend = "odd"\n')) as config,
+        pytest.raises(BackendNotInstalled, match="fails to import"),
+    ):
+        _ = config.secret_variables
+
+
+def test_that_the_variables_of_a_backend_are_not_known_is_said(
+    write: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write('[providers.b]\nbackend = "not-there"\npin = { env = "PIN" }\n')
+    with load_config(path) as config:
+        assert config.secret_variables == {"PIN"}
+    (said,) = caplog.messages
+    assert "[providers.b]" in said
+    assert "not taken from the program" in said

@@ -377,6 +377,17 @@ def test_the_secrets_of_the_config_are_not_the_programs(needs_root, site):
         assert not any(line.startswith("SITE_SECRET=") for line in found)
 
 
+@pytest.mark.parametrize("via", ["mount", "memfd"])
+def test_a_wrong_table_starts_no_program_with_its_secrets(needs_root, site, via):
+    config = site.root / "keymgmt.toml"
+    wrong = '[providers.other]\nbackend = "file"\npath = "o"\nregoin_typo = "x"\n'
+    config.write_text(config.read_text() + wrong)
+    done = site.run("--via", via, "--", "env")
+    assert done.returncode == 3, done.stderr
+    assert "[providers.other]" in done.stderr
+    assert done.stdout == ""
+
+
 def test_nor_are_the_credentials_of_systemd(needs_root, site):
     folder = site.root / "credentials"
     folder.mkdir(mode=0o700)

@@ -243,6 +243,30 @@ def test_what_cannot_be_tried_is_unknown(site, tree, monkeypatch, error):
     assert keymgmt.usage(tree, prove=config).to_json()["complete"] is False
 
 
+def test_a_retired_version_that_cannot_be_tried_is_unknown(site, tree):
+    """Its number is also that of another site's key, which may be the same key by another name."""
+    site.provider.create_key("old", "aes256", {})
+    site.provider.rotate_key("old")
+    site.provider.retire_version("old", "1")
+    # What opens is opened by a version that is not retired, and so by another one.
+    need = look(site, tree, key="local:old")
+    assert (need.verdict, need.proved) == ("not_referenced", False)
+    site.provider.retire_version("a", "1")
+    need = look(site, tree, key="local:old")
+    assert (need.verdict, need.proved, need.opens) == ("unknown", False, ())
+    with pytest.raises(errors.ConfigError, match="local:old@1 is retired, so it cannot be tried"):
+        need.check()
+    assert look(site, tree, key="local:old", names_only=True).verdict == "not_referenced"
+    assert look(site, tree, key="local:a").only_way_into == (str(tree / "m.sealed"),)
+    # A wrap by a public key is none of a key that has no public part.
+    site.provider.create_key("device", "hpke-x25519", {})
+    site.provider.export_recipient("device").save(site.root / "d.recipient")
+    prints = [site.provider.export_recipient("device").fingerprint]
+    sealed = site.seal(f"@{site.root}/d.recipient", fingerprints=prints, target="d.sealed")
+    site.provider.delete_key("device")
+    assert look(site, sealed, key="local:old").verdict == "not_referenced"
+
+
 def test_a_version_that_is_not_there(site, tree):
     with pytest.raises(errors.KeyNotFound, match="no version '7'"):
         look(site, tree, key="local:a@7")

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import keymgmt
 import keymgmt.cli
 from keymgmt.backend import (
     AccessDenied,
@@ -108,6 +109,30 @@ def test_a_model_by_the_command_line(kms: Any, site: Run, tmp_path: Path) -> Non
     assert re.search(r"serves for nothing, and is deleted at \d{4}-\d\d-\d\dT", said)
     assert site(*delete[:3], "--force", "--yes") == said
     assert "pending deletion" in site("verify", "resnet50.sealed", code=5)
+
+
+def test_a_disabled_key_that_is_the_only_way_in_is_not_deleted_by_its_other_name(
+    kms: Any, site: Run
+) -> None:
+    site("keys", "create", "cloud:resnet50")
+    site("keys", "create", "cloud:publisher", "--sign")
+    site("keys", "export", "cloud:publisher", "-o", "publisher.pem")
+    site("seal", "model", "resnet50.sealed", "--name", "resnet50", "--release", "1")
+    key = kms.keys[kms.aliases["alias/keymgmt/resnet50"]]
+    kms.aliases["alias/keymgmt/second"] = key.id
+    delete = ("keys", "delete", "cloud:second", "--tree", ".", "--yes")
+    assert "opens 1 model" in site(*delete, code=3)
+    key.state = "Disabled"
+    need = keymgmt.needs("cloud:second", ".", keys="keymgmt.toml")
+    assert (need.verdict, need.proved, need.opens) == ("unknown", False, ())
+    said = " ".join(site(*delete, code=3).split())
+    assert f"cloud:second@{key.id} is retired, so it cannot be tried" in said
+    assert "--names-only" in said
+    assert key.state == "Disabled"
+    # Nor does the config's own proof count it as nobody's.
+    assert not keymgmt.usage(".", prove="keymgmt.toml").to_json()["complete"]
+    assert "by name" in site(*delete, "--names-only")
+    assert key.state == "PendingDeletion"
 
 
 def test_a_model_that_others_seal_offline(kms: Any, site: Run, tmp_path: Path) -> None:
