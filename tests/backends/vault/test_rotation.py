@@ -83,6 +83,10 @@ def test_a_key_under_another_name_is_not_unused(services: Services) -> None:
         plain.provider("site").rotate_key(services.al)
         need = keymgmt.needs("site:prod@2", tree, keys=sealing)
         assert need.opens == (str(tree / "o.sealed"),)
+        # Retired, it cannot be tried any more, and until it is deleted that can be undone.
+        plain.provider("site").retire_version(services.al, "1")
+        need = keymgmt.needs(f"site:{services.al}", tree / "m.sealed", keys=plain)
+        assert (need.verdict, need.proved) == ("unknown", False)
 
 
 def test_without_the_right_to_try_nobody_knows(services: Services, bao: Any) -> None:
