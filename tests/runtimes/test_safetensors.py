@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -95,8 +97,12 @@ def file_of(header: object, data: bytes) -> bytes:
 
 
 def entry(start=0, end=8, shape=(2,), kind="F32"):
-    return {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
+    return {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
 
+
+ENTRY = json.dumps(entry()).encode()
+MEMBERS = ENTRY[1:-1]
+W = b'{"w": %s}' % ENTRY
 
 HOSTILE = {
     "empty": b"",
@@ -115,6 +121,27 @@ HOSTILE = {
     "overlapping": file_of({"v": entry(), "w": entry(4, 12)}, bytes(12)),
     "with a gap": file_of({"v": entry(), "w": entry(16, 24)}, bytes(24)),
     "with a rest": file_of({"w": entry()}, bytes(9)),
+    "in UTF-16": file_of(W.decode().encode("utf-16"), bytes(8)),
+    "with a byte order mark": file_of(b"\xef\xbb\xbf" + W, bytes(8)),
+    "metadata that is a list": file_of({"__metadata__": [], "w": entry()}, bytes(8)),
+    "metadata that is a number": file_of({"__metadata__": {"a": 1}, "w": entry()}, bytes(8)),
+    "metadata twice": file_of(b'{"__metadata__": {}, "__metadata__": {}}', b""),
+    "a member twice": file_of(b'{"w": {"dtype": "F32", %s}}' % MEMBERS, bytes(8)),
+    "a tensor twice, the first malformed": file_of(b'{"w": {}, "w": %s}' % ENTRY, bytes(8)),
+    "not a number": file_of(b'{"w": {"x": NaN, %s}}' % MEMBERS, bytes(8)),
+    "half a surrogate pair": file_of(b'{"\\ud800": %s}' % ENTRY, bytes(8)),
+    "half of one in the metadata": file_of({"__metadata__": {"a": "\ud800"}}, b""),
+    "a shape that is a text": file_of({"w": entry(0, 4, "")}, bytes(4)),
+    "a shape that is an object": file_of({"w": entry(0, 4, {})}, bytes(4)),
+    "no place at minus zero": file_of(W.replace(b"[0,", b"[-0,"), bytes(8)),
+    "a dimension of 2^70": file_of({"w": entry(0, 0, [0, 1 << 70])}, b""),
+    "2^80 elements and none": file_of({"w": entry(0, 0, [1 << 40, 1 << 40, 0])}, b""),
+    "deep in a member": file_of(
+        {"w": entry() | {"x": json.loads("[" * 200 + "]" * 200)}}, bytes(8)
+    ),
+    "a number of 5000 digits": file_of({"w": entry(0, 0, [0, 0])}, b"").replace(
+        b"[0, 0], ", b"[0, " + b"1" * 5000 + b"], "
+    ),
 }
 
 
@@ -130,7 +157,51 @@ def test_a_file_that_is_not_valid_is_refused_as_by_the_library(seal, site, name)
         library.safe_open(site.plain / "m.safetensors", "numpy").keys()
 
 
-@pytest.mark.parametrize("shape", [[1] * 200, [0, 1 << 70]])
+ACCEPTED = {
+    "no metadata": b'{"__metadata__": null, "w": %s}' % ENTRY,
+    "metadata with a name twice": b'{"__metadata__": {"a": "", "a": ""}, "w": %s}' % ENTRY,
+    "a tensor twice": b'{"w": %s, "w": %s}' % (ENTRY, ENTRY),
+    "padded": b" " + W + b" \n",
+}
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_a_header_that_is_odd_is_read_as_by_the_library(seal, site, name):
+    def odd(folder):
+        (folder / "m.safetensors").write_bytes(file_of(ACCEPTED[name], bytes(8)))
+
+    found = ours.load(seal(odd), keys=site.config())
+    assert {name: array.shape for name, array in found.items()} == {"w": (2,)}
+    library = pytest.importorskip("safetensors.numpy")
+    assert library.load_file(site.plain / "m.safetensors").keys() == {"w"}
+
+
+def test_a_member_that_the_format_does_not_have(seal, site):
+    def odd(folder):
+        (folder / "m.safetensors").write_bytes(file_of({"w": entry() | {"x": "y"}}, bytes(8)))
+
+    with pytest.raises(FormatError, match="its header is malformed"):
+        ours.load(seal(odd), keys=site.config())
+
+
+@pytest.mark.once
+def test_a_long_shape_does_not_become_a_long_number():
+    # Of a header of 100 MB, the product of all dimensions would take minutes.
+    shape = [(1 << 63) - 1] * 300_000
+    content = file_of({"w": entry(0, 0, shape)}, b"")
+    program = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_CPU, (10, 10))\n"
+        "from keymgmt_safetensors._header import read_header\n"
+        "data = sys.stdin.buffer.read()\n"
+        "try: read_header(data, len(data), 'it')\n"
+        "except Exception as error: print(error)"
+    )
+    line = [sys.executable, "-c", program]
+    done = subprocess.run(line, input=content, capture_output=True, timeout=300)
+    assert b"its header is malformed" in done.stdout, done
+
+
+@pytest.mark.parametrize("shape", [[1] * 200, [0, 1 << 62]])
 def test_a_shape_that_no_array_has(seal, site, shape):
     def odd(folder):
         content = file_of({"w": entry(0, 4 * (0 not in shape), shape)}, bytes(4 * (0 not in shape)))
