@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 import keymgmt
 from keymgmt.errors import FormatError
 from keymgmt.loading import choose_file, file_bytes
+from keymgmt_tokenizers._merges import check_merges
 
 if TYPE_CHECKING:
     from keymgmt import Config
@@ -42,7 +43,7 @@ def load(
         file: the tokenizer's, as ``Tokenizer.save`` writes it.
 
     Raises:
-        FormatError: there is no such file, or it describes no tokenizer.
+        FormatError: there is no such file, or it describes no tokenizer, or ``tokenizers`` panics.
         SealedModelError, CannotUnlock, ConfigError: as ``keymgmt.open``.
         KeymgmtError: too little memory.
     """
@@ -51,8 +52,13 @@ def load(
         choose_file(sealed, file, (), what="tokenizer", hint="")
         with file_bytes(sealed, file) as (data, _):
             try:
+                check_merges(data)
                 return Tokenizer.from_buffer(data)
-            except ValueError as error:
+            except BaseException as error:
+                # A panic of its native code is no Exception, and its type cannot be imported.
+                kind = type(error).__name__
+                if not isinstance(error, (ValueError, RecursionError)) and kind != "PanicException":
+                    raise
                 # It says a line and a column, and may quote what is there.
-                said = f"tokenizers cannot read {file} of {title} ({type(error).__name__})"
+                said = f"tokenizers cannot read {file} of {title} ({kind})"
     raise FormatError(said, hint="Tokenizer.save writes such a file; seal that")
