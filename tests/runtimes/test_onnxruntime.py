@@ -165,9 +165,34 @@ def test_what_would_write_the_model_to_a_disk(seal, site, monkeypatch):
         with pytest.raises(ConfigError, match=said):
             ours.load(sealed, *arguments, keys=site.config())
     assert not (site.root / "o.onnx").exists()
+    # The word may be in what an option says.
+    said_in_json = {"load_config": '{"NPU":{"CACHE_DIR":"/tmp/c"}}'}
+    with pytest.raises(ConfigError, match="load_config has the model written"):
+        ours.load(sealed, None, [("OpenVINOExecutionProvider", said_in_json)], keys=site.config())
     monkeypatch.setenv("ORT_TENSORRT_ENGINE_CACHE_ENABLE", "1")
     with pytest.raises(ConfigError, match="ORT_TENSORRT_ENGINE_CACHE_ENABLE"):
         ours.load(sealed, keys=site.config())
+
+
+def add_by_name(options) -> None:
+    options.add_provider("CPUExecutionProvider", {"x_cache_dir": "/tmp/c"})
+
+
+def add_by_device(options) -> None:
+    options.add_provider_for_devices(onnxruntime.get_ep_devices()[:1], {"x_cache_dir": "/tmp/c"})
+
+
+def add_by_policy(options) -> None:
+    options.set_provider_selection_policy(onnxruntime.OrtExecutionProviderDevicePolicy.PREFER_CPU)
+
+
+@pytest.mark.parametrize("add", [add_by_name, add_by_device, add_by_policy])
+def test_providers_whose_options_cannot_be_looked_at(seal, site, add):
+    options = onnxruntime.SessionOptions()
+    add(options)
+    with pytest.raises(ConfigError, match="sess_options has providers") as caught:
+        ours.load(seal(inside), options, keys=site.config())
+    assert "providers=" in caught.value.hint
 
 
 def test_what_is_no_model(seal, site):

@@ -32,7 +32,8 @@ __all__ = ["load"]
 # Ours, and two of ONNX Runtime's: what it read, and what it packs; measured with 512 MiB.
 _COPIES: Final = 3
 _BY_PATH: Final = "open it by path: keymgmt.private_folder, keymgmt exec (docs/exec.md)"
-# What writes compiled or optimised graphs, with their weights, has such words in its name.
+# What writes compiled or optimised graphs, with their weights, has such words in its name, or its
+# value: that of OpenVINO's load_config is JSON.
 _WRITES: Final = ("cache", "dump", "ep_context", "save")
 
 Provider = str | tuple[str, Mapping[str, Any]]
@@ -63,7 +64,8 @@ def load(
         file: the .onnx, where the model has several.
 
     Raises:
-        ConfigError: an option or a variable that has plaintext written to a disk.
+        ConfigError: an option or a variable that has plaintext written to a disk, or
+            ``sess_options`` that has providers of its own.
         FormatError: there is no such file, or it keeps tensors outside of the model.
         SealedModelError, CannotUnlock, ConfigError: as ``keymgmt.open``.
         KeymgmtError: too little memory, or ONNX Runtime refused the model.
@@ -141,7 +143,12 @@ def _check_options(
     providers: Sequence[Provider],
     provider_options: Sequence[Mapping[str, Any]],
 ) -> None:
-    """ConfigError where an option would have the model written to a disk."""
+    """ConfigError where an option would have the model written to a disk, or cannot be seen."""
+    if options.has_providers():
+        raise ConfigError(
+            "sess_options has providers, whose options cannot be looked at",
+            hint="give them to load: providers=, provider_options=",
+        )
     wrong = ["optimized_model_filepath"] if options.optimized_model_filepath else []
     with contextlib.suppress(Exception):  # not set
         if options.get_session_config_entry("ep.context_enable") == "1":
@@ -150,14 +157,14 @@ def _check_options(
     wrong += [name for name in os.environ if name.startswith("ORT_") and _writes(name)]
     given = [each[1] for each in providers if not isinstance(each, str)]
     for each in (*given, *provider_options):
-        wrong += filter(_writes, each)
+        wrong += [name for name, value in each.items() if _writes(f"{name} {value}")]
     if wrong:
         raise ConfigError(
             f"{wrong[0]} has the model written to a disk, in plaintext",
             hint="leave it out; it is said of every option and variable (ORT_...) with "
-            f"{', '.join(_WRITES)} in its name, whatever its value",
+            f"{', '.join(_WRITES)} in its name, and of every option with one in its value",
         )
 
 
-def _writes(name: str) -> bool:
-    return any(word in name.lower() for word in _WRITES)
+def _writes(text: str) -> bool:
+    return any(word in text.lower() for word in _WRITES)
