@@ -285,9 +285,13 @@ class Connection(Adapter, ForkSafe):  # type: ignore[misc]
         """Ask the leader where ``node`` may only not have heard yet of a key, version or right."""
         if not _may_be_stale(request, answer):
             return answer
-        leader = self._leader(node, known=not request.fresh)
+        leader = None
+        with contextlib.suppress(NodeFailure):
+            leader = self._leader(node, known=not request.fresh)
         if leader is node:
             return answer
+        if request.login:
+            return self._settle_login(request, node, answer, leader)
         seconds = self.deadline.share(1, most=self._settings.call_timeout)
         if leader is not None:
             with contextlib.suppress(NodeFailure):
@@ -296,14 +300,13 @@ class Connection(Adapter, ForkSafe):  # type: ignore[misc]
                     # What else is refused is refused here, and asked once.
                     self.nodes.current = leader
             return answer
-        if answer.status == 403 and not request.login:
+        if answer.status == 403:
             return answer
         # The leader is not one of ours by name: behind a load balancer, say. Standbys were seen to
-        # lag by up to 100 ms. A login is tried only once more: the server counts bad ones, and
-        # after five it locks the role for everybody.
-        for pause in (0.3,) if request.login else (0.05, 0.1, 0.2, 0.4):
+        # lag by up to 100 ms.
+        for pause in (0.05, 0.1, 0.2, 0.4):
             time.sleep(min(pause, self.deadline.remaining))
-            for other in self.nodes.candidates()[: 1 if request.login else None]:
+            for other in self.nodes.candidates():
                 if isinstance(other, Node) and self.deadline.remaining:
                     seconds = self.deadline.share(1, most=self._settings.call_timeout)
                     with contextlib.suppress(NodeFailure):
@@ -312,26 +315,65 @@ class Connection(Adapter, ForkSafe):  # type: ignore[misc]
                             return answer
         return answer
 
+    def _settle_login(
+        self, request: _Request, node: Node, answer: Answer, leader: Node | None
+    ) -> Answer:
+        """What the leader says of a login that a standby refused, which may lag behind it.
+
+        A refusal is final, and noted for a while, so it must be the leader's: while there is none,
+        a standby may lag for long. It is waited for, and the login is sent once more only: the
+        server counts bad ones, and after five it locks the role for everybody.
+        """
+        pause, elsewhere = _PAUSE, False
+        while True:
+            nodes = [each for each in self.nodes.candidates() if isinstance(each, Node)]
+            for each in sorted(nodes, key=lambda one: one is not leader):
+                with contextlib.suppress(NodeFailure):
+                    leads = self._leader(each, known=False)
+                    # The leader is not one of ours by name: behind a load balancer, say.
+                    elsewhere = elsewhere or leads is None
+                    if leads is each:
+                        self.nodes.current = each
+                        return self._send_login(request, each)
+            if elsewhere:
+                time.sleep(min(0.3, self.deadline.remaining))
+                with contextlib.suppress(NodeFailure):
+                    return self._send_login(request, nodes[0])
+                return answer
+            if self.deadline.remaining < _PAUSE / 2:
+                raise ProviderUnavailable(
+                    f"{node} refuses the login, and there is no leader that may know better",
+                    hint=NODE_FAULTS.find("standby").hint,
+                )
+            time.sleep(min(pause * (1 + random.random()), self.deadline.remaining))  # noqa: S311
+            pause = min(_LONGEST_PAUSE, pause * 2)
+
+    def _send_login(self, request: _Request, node: Node) -> Answer:
+        return self._try(request, node, self.deadline.share(1, most=self._settings.call_timeout))
+
     def _leader(self, node: Node, *, known: bool) -> Node | None:
-        """The configured node that ``node`` says leads, ``node`` itself included, or None.
+        """The node that ``node`` says leads, maybe ``node`` itself; None for one that is not ours.
 
         ``known``: whether what it said a moment ago will do.
+
+        Raises:
+            NodeFailure: it knows of none, or does not answer.
         """
         if known and self._leads.get(node, 0.0) > time.monotonic():
             return node
         try:
             _, answer = self.ask_node(node, "/v1/sys/leader")
-        except (NodeFailure, ProviderUnavailable):
-            return None
+        except ProviderUnavailable:
+            raise NodeFailure("stalled", sent=False) from None
         if not isinstance(answer, dict):
-            return None
+            return None  # a proxy keeps that path to itself
         if not answer.get("ha_enabled") or answer.get("is_self"):
             self._leads = {node: time.monotonic() + _LEADS_FOR}
             return node
         try:
             address = Address.parse(str(answer.get("leader_address")))
         except ValueError:
-            return None
+            raise NodeFailure("standby", sent=False) from None
         # Only an address of the config is ever contacted, whatever the answer says.
         for other in self.nodes.candidates():
             if isinstance(other, Node) and other.address == address:

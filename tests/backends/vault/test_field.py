@@ -270,6 +270,43 @@ def test_a_slow_login_has_the_time_of_the_whole_call(
     assert before.count("auth/approle/login") == 1
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_a_login_that_a_standby_refused_waits_for_the_leader(
+    make: Any, bao: Any, wrapped: WrappedKey, gateway: Any, secret_file: Any, named: bool
+) -> None:
+    """One that lags does not know the role yet; it is asked once, and not believed for a minute."""
+    standby, other = gateway(), gateway()
+    elected = threading.Event()
+
+    def lags(method: str, path: str, body: Any) -> Any:
+        if path == "sys/leader":
+            address = other.address if named else ""
+            said = {"ha_enabled": True, "is_self": False, "leader_address": address}
+            return 200, JSON, json.dumps(said).encode()
+        if path == "auth/approle/login":
+            return 400, JSON, b'{"errors": ["invalid role or secret ID"]}'
+        return None
+
+    def leads(method: str, path: str, body: Any) -> Any:
+        if not elected.is_set():
+            return False
+        said = {"ha_enabled": True, "is_self": True, "leader_address": other.address}
+        return (200, JSON, json.dumps(said).encode()) if path == "sys/leader" else None
+
+    standby.before, other.before = lags, leads
+    auth = approle(bao, secret_file, f"waits-{named}".lower())
+    addresses = [standby.address, other.address]
+    with pytest.raises(ProviderUnavailable, match="no leader that may know better"):
+        make(address=addresses, auth=auth, timeout=ONE_TRY).unwrap(wrapped, b"c")
+    assert standby.count("auth/approle/login") == 1
+    timer = threading.Timer(ONE_TRY, elected.set)
+    timer.start()
+    assert opens(make(address=addresses, auth=auth, timeout=30.0), wrapped)
+    timer.join()
+    assert standby.count("auth/approle/login") == 2
+    assert other.count("auth/approle/login") == 1
+
+
 def test_a_lost_login_is_not_sent_again(
     make: Any, bao: Any, wrapped: WrappedKey, gateway: Any, secret_file: Any
 ) -> None:
