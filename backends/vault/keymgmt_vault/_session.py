@@ -193,8 +193,12 @@ class Session(ForkSafe):
         except (KeymgmtError, Refusal) as error:
             left = lease.ends - time.monotonic()
             end = "its end is not known" if left == float("inf") else f"it ends in {left:.0f} s"
+            if left <= 0:
+                end = "and has ended, so the next call logs in"
             log.warning("the token of %s was not renewed, %s: %s", self.name, end, error)
-            lease.renew_at = time.monotonic() + min(60.0, max(1.0, left / 4))
+            wait = min(60.0, max(1.0, left / 4))
+            # A dead token is dead for ever.
+            lease.renew_at = time.monotonic() + wait if left > 0 else None
         return 0.0
 
     def _extend(self, lease: Lease) -> None:

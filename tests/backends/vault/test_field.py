@@ -358,6 +358,22 @@ def test_a_renewal_that_fails_costs_nobody_an_unwrap(
     assert "was not renewed" in caplog.text
 
 
+def test_a_token_that_died_is_not_renewed_for_ever(
+    make: Any, bao: Any, wrapped: WrappedKey, gateway: Any, secret_file: Any, caplog: Any
+) -> None:
+    before = gateway()
+    before.before = lambda method, path, body: (
+        (403, JSON, b'{"errors": ["permission denied"]}') if path.endswith("renew-self") else None
+    )
+    provider = make(address=before.address, auth=approle(bao, secret_file, "dies", token_ttl="2s"))
+    assert opens(provider, wrapped)
+    time.sleep(6)
+    assert before.count("auth/token/renew-self") in (1, 2)
+    assert "and has ended, so the next call logs in" in caplog.text
+    assert opens(provider, wrapped)
+    assert before.count("auth/approle/login") == 2
+
+
 def test_a_token_that_will_die_is_said_before(
     make: Any, bao: Any, wrapped: WrappedKey, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -726,7 +742,7 @@ def test_nobody_is_asked_by_the_thread_that_keeps_a_token_alive(
     caplog: pytest.LogCaptureFixture,
     wait_for: Any,
 ) -> None:
-    role_id, secret_id = bao.approle(UNWRAP, "asked", token_ttl="2s", token_max_ttl="2s")
+    role_id, secret_id = bao.approle(UNWRAP, "asked", token_ttl="8s", token_max_ttl="8s")
     asked: list[threading.Thread] = []
 
     def type_it(_: str) -> str:
