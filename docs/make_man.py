@@ -161,15 +161,15 @@ def pages() -> dict[Path, str]:
     context = typer.Context(root, info_name="keymgmt")
     folder = ROOT / "keymgmt" / "man"
     found = {folder / "keymgmt.1": overview(context)}
-    for name, command in root.commands.items():
-        below = typer.Context(command, info_name=name, parent=context)
-        found[folder / f"keymgmt-{name}.1"] = page(below, "keymgmt")
+    homes = dict.fromkeys(root.commands, ("keymgmt", ROOT / "keymgmt"))
     for name, (entry, *_) in announced().items():
         package = entry.module.partition(".")[0]
         for home in [*ROOT.glob(f"backends/*/{package}"), *ROOT.glob(f"loader/*/{package}")]:
-            _, command, _ = root.resolve_command(context, [name])
-            below = typer.Context(command, info_name=name, parent=context)
-            found[home / "man" / f"keymgmt-{name}.1"] = page(below, package)
+            homes[name] = package, home
+    for name, (package, home) in homes.items():
+        _, command, _ = root.resolve_command(context, [name])
+        below = typer.Context(command, info_name=name, parent=context)
+        found[home / "man" / f"keymgmt-{name}.1"] = page(below, package)
     return found
 
 

@@ -9,17 +9,13 @@ printed for them, and print with ``keymgmt.console``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Final
+from typing import Annotated
 
 import typer
 
-import keymgmt
-from keymgmt.cli import backends, doctor, exec, init, inspect, keys, plugin, rewrap, seal  # noqa: A004
-from keymgmt.cli._completion import completion
 from keymgmt.cli._everywhere import state_of
-from keymgmt.cli._help import help_command
 from keymgmt.cli._plugins import CommandGroup
+from keymgmt.cli._version import print_version
 
 __all__ = ["app"]
 
@@ -28,7 +24,7 @@ app = typer.Typer(cls=CommandGroup, no_args_is_help=True, add_completion=False)
 
 def _version(value: bool) -> None:
     if value:
-        typer.echo(f"keymgmt {keymgmt.__version__}")
+        print_version()
         raise typer.Exit
 
 
@@ -43,24 +39,3 @@ def _keymgmt(
     """Ship models to machines you do not control: sealed at rest, opened in memory."""
     context.obj = state_of(context)
     context.call_on_close(context.obj.close)
-
-
-SETUP: Final[list[Callable[..., None]]] = [init.init, backends.backends, doctor.doctor]
-MODELS: Final[list[Callable[..., None]]] = [
-    seal.seal,
-    inspect.inspect,
-    inspect.verify,
-    seal.unseal,
-    seal.sign,
-    rewrap.rewrap,
-    rewrap.reseal,
-]
-for command in SETUP:
-    app.command(rich_help_panel="Keys and set-up")(command)
-app.add_typer(keys.app, name="keys", rich_help_panel="Keys and set-up")
-app.add_typer(plugin.app, name="plugin", rich_help_panel="Keys and set-up")
-app.command("exec", rich_help_panel="Sealed models")(exec.exec_)
-for command in MODELS:
-    app.command(rich_help_panel="Sealed models")(command)
-app.command("help", rich_help_panel="This program")(help_command)
-app.command(rich_help_panel="This program")(completion)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+import contextlib
+import sys
+from typing import Annotated, Final, Literal, NoReturn
 
 import typer
 from typer import _completion_classes
@@ -10,8 +12,9 @@ from typer import _completion_shared as scripts
 
 from keymgmt.cli._options import Json
 from keymgmt.console import clean, console, print_json
+from keymgmt.errors import KeymgmtError
 
-__all__ = ["completion"]
+__all__ = ["complete", "completion"]
 
 # In bash a colon and a = end a word and an @ begins one, so typer's own script takes `local:models`
 # for three. This one takes what the person typed, and cuts off what bash holds for other words.
@@ -37,9 +40,17 @@ _BASH: Final = """
 complete -o default -F %(complete_func)s %(prog_name)s
 """
 scripts._completion_scripts["bash"] = _BASH
-# Tells typer how each shell asks, and to answer in plain text.
-_completion_classes.completion_init()
-setattr(_completion_classes, "_sanitize_help_text", str)  # noqa: B010 - or it imports rich
+
+
+def complete(app: typer.Typer) -> NoReturn:
+    """Answer a shell that asks, in the environment, what the next word may be; and exit."""
+    # Tells typer how each shell asks, and to answer in plain text.
+    _completion_classes.completion_init()
+    setattr(_completion_classes, "_sanitize_help_text", str)  # noqa: B010 - or it imports rich
+    # What is wrong is said by the command when it runs, and not in the middle of what is typed.
+    with contextlib.suppress(KeymgmtError):
+        app([], prog_name="keymgmt")
+    sys.exit()
 
 
 def completion(

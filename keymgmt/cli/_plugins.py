@@ -6,12 +6,15 @@ A broken one is explained and harms no other.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import typer
 from typer.core import TyperGroup
 
+from keymgmt.cli._commands import own_commands
 from keymgmt.cli._everywhere import adopt
+from keymgmt.cli._lazy import LazyCommand
 from keymgmt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["GROUP", "CommandGroup", "announced"]
 
 GROUP: Final = "keymgmt.commands"
+_OTHERS: Final = "From other distributions"
 _SENTENCE: Final = 120
 # Commands of our own distributions, by the extra that brings them.
 _EXTRAS: Final = {"demo": "demo", "leakcheck": "demo", "run": "openvino"}
@@ -36,44 +40,41 @@ def announced() -> dict[str, list[EntryPoint]]:
     return {name: list(found[name].values()) for name in sorted(found)}
 
 
-def _announced(context: Any) -> dict[str, list[EntryPoint]]:
-    """Looked for once in a run: every distribution is asked, which takes as long as our imports."""
-    found: dict[str, list[EntryPoint]] | None = context.meta.get(GROUP)
-    if found is None:
-        found = context.meta[GROUP] = announced()
-    return found
-
-
 class CommandGroup(TyperGroup):
-    """Our commands, then those of other distributions, which load when they are run."""
+    """Our commands, then those of other distributions; each is loaded when it is run."""
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
         adopt(self)
+        self.commands = {str(command.name): command for command in own_commands()}
+        self._looked = False
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Name every command: ours in our order, then the others in theirs."""
-        ours = super().list_commands(ctx)
-        return [*ours, *(name for name in _announced(ctx) if name not in ours)]
+        self._look_for_others()
+        return super().list_commands(ctx)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Ours, or a stand-in that has only a help line; None for an unknown name."""
-        command: Any = super().get_command(ctx, cmd_name)
-        if command is not None:
-            adopt(command)
-        elif entries := _announced(ctx).get(cmd_name):
-            stand_in = typer.Typer(name=cmd_name, help=f"From {_source(entries[0])}.")
-            stand_in.callback()(lambda: None)
-            command = typer.main.get_command(stand_in)
-            command.rich_help_panel = "From other distributions"
-        return command
+        """What help and completion show of a command; None for an unknown name."""
+        if cmd_name not in self.commands:
+            self._look_for_others()
+        return super().get_command(ctx, cmd_name)
+
+    def _look_for_others(self) -> None:
+        """Once, and only if need be: every distribution is asked, which takes long."""
+        if not self._looked:
+            self._looked = True
+            for name, entries in announced().items():
+                line = f"From {_source(entries[0])}."
+                other = LazyCommand(name, line, _OTHERS, partial(_load, entries))
+                self.commands.setdefault(name, other)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """List the commands by panel, each with its whole first sentence."""
         panels: dict[str, list[tuple[str, str]]] = {}
         for name in self.list_commands(ctx):
-            command: Any = self.get_command(ctx, name)
-            rows = panels.setdefault(command.rich_help_panel or "Commands", [])
+            command = self.get_command(ctx, name)
+            rows = panels.setdefault(command.rich_help_panel, [])
             rows.append((name, command.get_short_help_str(limit=_SENTENCE)))
         for panel, rows in panels.items():
             with formatter.section(panel):
@@ -84,18 +85,14 @@ class CommandGroup(TyperGroup):
         super().invoke(ctx)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Find the command that runs, and import it if it is another distribution's."""
+        """Find the command that runs, or is completed, and load it."""
         if args and args[0] in _EXTRAS and self.get_command(ctx, args[0]) is None:
             raise ConfigError(
                 f"the command {args[0]!r} is not installed",
                 hint=f'pip install "keymgmt[{_EXTRAS[args[0]]}]"',
             )
         name, command, rest = super().resolve_command(ctx, args)
-        if name is not None and super().get_command(ctx, name) is None:
-            command = typer.main.get_command(_load(_announced(ctx)[name]))
-            command.name = name
-            adopt(command)
-        return name, command, rest
+        return name, command and cast("LazyCommand", command).load(), rest
 
 
 def _load(entries: list[EntryPoint]) -> typer.Typer:

@@ -9,13 +9,13 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-import typer
-
 from keymgmt._system.files import naming
 from keymgmt._system.refused import translate
+from keymgmt.cli._version import print_version
 from keymgmt.errors import KeymgmtError
 
 if TYPE_CHECKING:
+    from typer import TyperException
     from typing_extensions import Buffer
 
 __all__ = ["run"]
@@ -82,10 +82,19 @@ class _Stdout(io.FileIO):
 
 
 def _run(arguments: Sequence[str]) -> int:
+    completing = "_KEYMGMT_COMPLETE" in os.environ
+    if list(arguments) in (["--version"], ["-V"]) and not completing:
+        print_version()
+        sys.stdout.flush()
+        return 0
+    import typer
+
     from keymgmt.cli._app import app
 
-    if "_KEYMGMT_COMPLETE" in os.environ:
-        app([], prog_name="keymgmt")
+    if completing:
+        from keymgmt.cli._completion import complete
+
+        complete(app)
     command: Any = typer.main.get_command(app)
     try:
         # Not `app()`, which takes every broken pipe for that of stdout.
@@ -106,10 +115,10 @@ class UsageError(KeymgmtError):
     exit_code = 2
 
 
-def _usage(error: typer.TyperException) -> KeymgmtError:
+def _usage(error: TyperException) -> KeymgmtError:
     context = getattr(error, "ctx", None)
     if type(error).__name__ == "NoArgsIsHelpError":
-        typer.echo(error.format_message(), err=True)
+        print(error.format_message(), file=sys.stderr)  # noqa: T201
         sys.exit(2)
     hint = f"{context.command_path} --help" if context is not None else None
     return UsageError(error.format_message().rstrip("."), hint=hint)

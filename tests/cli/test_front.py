@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -18,7 +19,6 @@ import typer
 
 import keymgmt.cli as keymgmt_cli
 from keymgmt._system import entry_points
-from keymgmt.cli import _plugins
 
 Cli = Callable[..., Any]
 PROGRAM = [sys.executable, "-P", "-m", "keymgmt"]
@@ -114,13 +114,42 @@ def test_the_version_in_every_way(cli: Cli) -> None:
     assert cli("-V").out == keymgmt("--version").stdout == said
 
 
+COMMANDS = {
+    f"keymgmt.cli.{name}"
+    for _, name, _ in pkgutil.iter_modules(keymgmt_cli.__path__)
+    if not name.startswith("_")
+}
+
+
 @pytest.mark.parametrize(
-    "arguments", [("--version",), ("--help",), ("seal", "--help"), ("keys", "create", "-h"), ()]
+    ("arguments", "ours"),
+    [
+        (("--version",), {*()}),
+        (("-V",), {*()}),
+        (("--help",), {*()}),
+        ((), {*()}),
+        (("seal", "--help"), {"keymgmt.cli.seal", "keymgmt.cli.inspect"}),
+        (("keys", "create", "-h"), {"keymgmt.cli.keys"}),
+    ],
 )
-def test_help_imports_no_provider_and_no_cryptography(arguments: tuple[str, ...]) -> None:
+def test_help_imports_no_provider_no_cryptography_and_no_other_command(
+    arguments: tuple[str, ...], ours: set[str]
+) -> None:
     """What costs: half of the time was cryptography, pydantic and rich."""
-    assert imports_nothing_heavy(arguments, {})
-    assert imports_nothing_heavy((), completing(" ".join(["keymgmt", *arguments[:1], ""])))
+    if arguments[:1] in (("--version",), ("-V",)):
+        assert imports_nothing_heavy(arguments, {}, *COMMANDS, "typer")
+    else:
+        assert imports_nothing_heavy(arguments, {}, *COMMANDS - ours)
+    words = " ".join(["keymgmt", *arguments[:1], ""])
+    assert imports_nothing_heavy((), completing(words), *COMMANDS - ours)
+
+
+def test_the_help_of_the_program_says_of_each_command_what_its_own_help_says() -> None:
+    root: Any = typer.main.get_command(keymgmt_cli.app)
+    listed = {name: each.help for name, each in root.commands.items()}
+    assert {"init", "seal", "keys", "help"} <= listed.keys()
+    own = {name: each.load().help.partition("\n\n")[0] for name, each in root.commands.items()}
+    assert listed == {name: " ".join(line.split()) for name, line in own.items()}
 
 
 def completing(words: str) -> dict[str, str]:
@@ -205,9 +234,10 @@ def test_stdout_that_cannot_be_written_is_an_error(site: Path, arguments: list[s
 
 def everything() -> Any:
     """Every command with the words that lead to it: of the core, and of what is installed here."""
-    yield from leaves(typer.main.get_command(keymgmt_cli.app))
-    for name, entries in _plugins.announced().items():
-        yield from leaves(typer.main.get_command(_plugins._load(entries)), (name,))
+    root: Any = typer.main.get_command(keymgmt_cli.app)
+    context = typer.Context(root)
+    for name in root.list_commands(context):
+        yield from leaves(root.resolve_command(context, [name])[1], (name,))
 
 
 def leaves(command: Any, words: tuple[str, ...] = ()) -> Any:

@@ -38,7 +38,9 @@ print([name for name in sys.modules if name.startswith(("openvino", "keymgmt_", 
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_a_strangers_command_is_imported_when_it_runs_and_not_for_help(install: Install) -> None:
+def test_a_strangers_command_is_imported_when_it_runs_and_not_for_help(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = (
         '"""Look after Acme HSMs.\n\nMore."""\nimport typer\nprint("imported")\n'
         "app = typer.Typer()\n@app.command()\n"
@@ -48,6 +50,12 @@ def test_a_strangers_command_is_imported_when_it_runs_and_not_for_help(install: 
     listed = keymgmt("--help")
     assert "From acme-keymgmt." in listed.stdout
     assert "imported" not in listed.stdout
+    monkeypatch.setenv("_KEYMGMT_COMPLETE", "complete_zsh")
+    monkeypatch.setenv("_TYPER_COMPLETE_ARGS", "keymgmt ac")
+    completed = keymgmt()
+    assert '"acme":"From acme-keymgmt."' in completed.stdout
+    assert "imported" not in completed.stdout
+    monkeypatch.delenv("_KEYMGMT_COMPLETE")
     ran = keymgmt("acme")
     assert (ran.returncode, ran.stdout) == (0, "imported\nState\n")
 
@@ -72,6 +80,37 @@ def test_a_broken_command_is_explained_and_breaks_nothing_else(
     assert said in ran.error
     assert ran.hint
     assert "Traceback" not in ran.err
+
+
+def test_a_strangers_command_has_no_option_that_installs_another_programs_completion(
+    cli: Cli, install: Install
+) -> None:
+    source = "import typer\napp = typer.Typer()\n@app.command()\ndef go() -> None: ...\n"
+    install("acme-keymgmt", GROUP, {"acme": "acme_commands:app"}, acme_commands=source)
+    ran = cli("acme", "--help")
+    assert "--config" in ran.out
+    assert "completion" not in ran.out
+
+
+@pytest.mark.parametrize("word", ["ame", "vertify", "Seal"])
+def test_a_misspelt_command_is_answered_with_the_one_that_was_meant(
+    cli: Cli, install: Install, word: str
+) -> None:
+    """Those of other distributions too."""
+    install("acme-keymgmt", GROUP, {"acme": "acme_commands:app"}, acme_commands="")
+    meant = {"ame": "acme", "vertify": "verify", "Seal": "seal"}[word]
+    assert f"Did you mean {meant!r}" in cli(word).error
+
+
+def test_completion_in_a_broken_command_says_nothing(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it printed would stand in the middle of what the person types."""
+    install("acme-keymgmt", GROUP, {"acme": "acme_commands:app"}, acme_commands="app = 1")
+    monkeypatch.setenv("_KEYMGMT_COMPLETE", "complete_zsh")
+    monkeypatch.setenv("_TYPER_COMPLETE_ARGS", "keymgmt acme ")
+    ran = keymgmt()
+    assert (ran.stdout, ran.stderr) == ("", "")
 
 
 def test_a_command_provided_twice_is_refused_by_both_names(cli: Cli, install: Install) -> None:
