@@ -22,7 +22,7 @@ lint:
 nightly:
 	@KEYMGMT_TEST_NIGHTLY=1 .ci/test -e nightly,fuzz,other-programs
 
-# The two commands on fresh Debian 12 and 13 machines, as root. TOX="-e py311-core" tests less.
+# The two commands on fresh Debian 12 and 13 machines, as root. TOX="-e py314-core" tests less.
 fresh:
 	@TOX='$(TOX)' .ci/fresh
 
