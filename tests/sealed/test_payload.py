@@ -103,6 +103,23 @@ def test_all_is_read(sealed: Sealed) -> None:
         assert buffer == sealed.plaintext
 
 
+def test_a_small_file_opens_no_file_of_the_system(seven: Sealed) -> None:
+    """Asking for the processors' quota for each took two thirds of the time of a small file."""
+    watching = False
+    opened: list[object] = []
+
+    def note(event: str, values: tuple[object, ...]) -> None:  # a hook stays: hence the switch
+        if watching and event == "open":
+            opened.append(values[0])
+
+    sys.addaudithook(note)
+    with seven.reader() as reader:
+        watching = True
+        reader.read_into(bytearray(seven.size))
+        watching = False
+    assert opened == []
+
+
 @pytest.mark.parametrize("cache", ["cold", "half", "cannot tell", "broken"])
 def test_what_is_not_in_the_page_cache_is_fetched_with_what_comes_after_it(
     seven: Sealed, cache: str, monkeypatch: pytest.MonkeyPatch
