@@ -65,9 +65,9 @@ __all__ = [
     "verify_tree",
 ]
 
-# Where each name is. They are imported when they are first asked for, because the command line
-# shows its help, and completes a word, without any cryptography; and until its `main` runs, nobody
-# looks after Ctrl-C.
+# The module of each name. A module is imported when one of its names is first used. So the command
+# line shows its help and completes words without importing cryptography, and Ctrl-C in the first
+# moments, before its `main` can handle that, does not print a traceback of slow imports.
 _HOMES: Final = {
     "_config.config": ("Config", "load_config"),
     "_mount.mount": ("mount",),
@@ -91,10 +91,10 @@ _HOMES: Final = {
 }
 
 
-if not TYPE_CHECKING:  # a checker would take every name for one of ours
+if not TYPE_CHECKING:  # with __getattr__, a type checker would accept every name
 
     def __getattr__(name: str) -> Any:
-        if name == "__version__":  # of the distribution; reading its metadata takes time, too
+        if name == "__version__":  # read only when asked for, since that takes time too
             from importlib.metadata import version
 
             globals()[name] = version(__name__)

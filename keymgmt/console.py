@@ -1,7 +1,7 @@
-"""What commands print with: tables, clean text, one JSON object.
+"""Printing for commands: tables, clean text, JSON.
 
-Results go to stdout, all else to stderr.
-Names come from files that others wrote, so a control character never reaches the terminal.
+Results go to stdout, and everything else to stderr. Names come from files that others wrote, so
+each text is cleaned: a control character never reaches the terminal.
 """
 
 from __future__ import annotations
@@ -24,20 +24,23 @@ _PIPE_WIDTH: Final = 160
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A rich console that does not guess: no markup, emoji or highlighting, and room in a pipe."""
+    """A rich console without markup, emoji or highlighting; in a pipe it is 160 columns wide."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else _PIPE_WIDTH
-    return _kind()(stderr=stderr, markup=False, emoji=False, highlight=False, width=width)
+    return _console_class()(stderr=stderr, markup=False, emoji=False, highlight=False, width=width)
 
 
 @functools.cache
-def _kind() -> type[Console]:
-    # Imported when something is printed: completing a word prints nothing of this.
+def _console_class() -> type[Console]:
+    # rich is imported only when something is printed, so that completing a word stays fast.
     from rich.console import Console
 
     class _Console(Console):
         def on_broken_pipe(self) -> None:
-            """Leave it to the command line, which ends quietly and says so by its exit code."""
+            """Raise the BrokenPipeError, where rich would end the process with exit code 1.
+
+            The command line catches it and ends quietly.
+            """
             raise
 
     return _Console
@@ -46,7 +49,7 @@ def _kind() -> type[Console]:
 def clean(text: object, *, lines: bool = False) -> str:
     """``text`` in one line, with what is not printable shown as an escape.
 
-    ``lines`` keeps its line ends, for a text of ours that has several.
+    ``lines`` keeps its line ends, for a text that this program made of several lines.
     """
     parts = str(text).split("\n") if lines else [str(text)]
     return "\n".join(map(printable, parts))
@@ -69,21 +72,22 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
 
     texts = [[clean(cell) for cell in row] for row in rows]
     widths = [max(map(cell_len, cells)) for cells in zip(columns, *texts, strict=True)]
-    # This one alone is wrapped, and no word of it is broken.
+    # Only the widest column is wrapped, and no word in it is broken: so its least width is that of
+    # its longest word.
     widest = widths.index(max(widths))
     words = [word for row in (columns, *texts) for word in row[widest].split()]
     widths[widest] = max(map(cell_len, words), default=0)
-    made: Any = _table_kind()(box=None, pad_edge=False, header_style="bold")
-    made.needs = sum(widths) + 2 * (len(widths) - 1)
+    drawn: Any = _table_class()(box=None, pad_edge=False, header_style="bold")
+    drawn.needs = sum(widths) + 2 * (len(widths) - 1)
     for number, column in enumerate(columns):
-        made.add_column(column, overflow="fold", no_wrap=number != widest)
+        drawn.add_column(column, overflow="fold", no_wrap=number != widest)
     for row in texts:
-        made.add_row(*map(Text, row))
-    return cast("Table", made)
+        drawn.add_row(*map(Text, row))
+    return cast("Table", drawn)
 
 
 @functools.cache
-def _table_kind() -> Any:
+def _table_class() -> Any:
     from rich.table import Table
 
     class _Table(Table):

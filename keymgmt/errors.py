@@ -7,21 +7,21 @@
     |   |-- IntegrityError          of the format, but damaged or forged
     |   |-- UntrustedPublisher      no valid signature of a publisher trusted for this name
     |   |-- RollbackError           an older release than this config accepts
-    |   `-- ModelExpired            what its publisher said of how long it counts has passed
+    |   `-- ModelExpired            the time until which its publishers vouch has passed
     |-- ProviderError               the key service; the next candidate is tried
     |   |-- BackendNotInstalled     no distribution here provides that backend, or a broken one
     |   |-- ProviderUnavailable     not reached, or no answer in time
-    |   |-- AccessDenied            reached, and it said no
+    |   |-- AccessDenied            reached, and the request was refused
     |   |-- LockedOut               reached; refuses for a while or until it is unlocked
-    |   |-- KeyNotFound             the named key is not there
-    |   |-- KeyRetired              the version is there and may not be used for this any more
+    |   |-- KeyNotFound             the named key does not exist
+    |   |-- KeyRetired              the version exists and may not be used for this any more
     |   |-- UnwrapFailed            held, but authentication failed: context, tampering, other key
     |   |-- UnsupportedOperation    this provider or key cannot do that
     |   `-- WrongKey                this provider does not hold that key, known without decrypting
     |-- CannotUnlock                no group of the unlock policy opens with this config
-    `-- ModelInUse                  something made from the model is still alive
+    `-- ModelInUse                  an object made from the model is still alive
 
-Every error carries one sentence of what happened and may carry a ``hint``: the way out. Neither
+Every error has a sentence that says what happened, and may have a ``hint``: the way out. Neither
 holds a secret.
 """
 
@@ -64,7 +64,7 @@ M = TypeVar("M", bound=Callable[..., Any])
 
 
 class KeymgmtError(Exception):
-    """Base of all; ``exit_code`` is what the command line returns for it."""
+    """Base of all errors; ``exit_code`` is the exit code of the command line."""
 
     exit_code = 1
 
@@ -73,7 +73,7 @@ class KeymgmtError(Exception):
         self.hint = None if hint is None else printable(hint)
 
     def to_json(self) -> dict[str, object]:
-        """As the member ``error`` of what the command line prints with ``--json``."""
+        """The member ``error`` of the output of the command line with ``--json``."""
         return {
             "class": type(self).__name__,
             "message": str(self),
@@ -85,21 +85,23 @@ class KeymgmtError(Exception):
 def without_frames(error: E) -> E:
     """``error`` without the frames that it and its causes came through.
 
-    A traceback holds every frame up to the caller's, and so whatever these name: an error that is
-    kept would keep a model's memory from being wiped, and a secret in reach.
+    A traceback holds every frame up to the caller's, and so all their local variables. An error
+    that is kept with them would keep a model's memory alive, which then cannot be wiped, and keep
+    secrets within reach of whatever prints the error.
     """
-    todo: list[BaseException | None] = [error]
-    for each in todo:
-        if each is not None and each.__traceback__ is not None:
-            each.__traceback__ = None
-            todo += [each.__cause__, each.__context__]
+    pending: list[BaseException | None] = [error]
+    for current in pending:
+        if current is not None and current.__traceback__ is not None:
+            current.__traceback__ = None
+            pending += [current.__cause__, current.__context__]
     return error
 
 
 def bare(method: M) -> M:
-    """Let errors of ours out of ``method`` without the frames that they came through.
+    """Let errors of keymgmt out of ``method`` without the frames that they came through.
 
-    Those of a key service's library hold logins and plaintext, which a crash reporter would send.
+    The frames of a key service's library hold logins and plaintext as local variables, and crash
+    reporters send those.
     """
 
     @functools.wraps(method)
@@ -159,7 +161,7 @@ class ProviderError(KeymgmtError):
 
 
 class BackendNotInstalled(ProviderError):
-    """No installed distribution provides the backend, or the one that does is broken."""
+    """No installed distribution provides the backend, or the distribution is broken."""
 
     exit_code = 3
 
@@ -218,8 +220,8 @@ class Attempt:
         recipient: backend, key and version, as the policy names them.
         provider: the configured provider; None where none is of the recipient's backend.
         stage: ``match`` (no provider to ask), ``unwrap``, or ``join``: the shares gave another key.
-        error: why.
-        seconds: how long it took.
+        error: the reason.
+        seconds: how long the attempt took.
     """
 
     group: int
@@ -232,9 +234,9 @@ class Attempt:
 
     @property
     def broken(self) -> bool:
-        """Whether the provider should have been able to answer, and was not.
+        """Whether the provider should have unwrapped the recipient, and could not.
 
-        Not where it holds another key: then it works, and the recipient is another machine's.
+        A provider that holds another key works well: the recipient is meant for another machine.
         """
         return self.provider is not None and not isinstance(self.error, (WrongKey, UnwrapFailed))
 
@@ -270,8 +272,8 @@ class CannotUnlock(KeymgmtError):
     def exit_code(self) -> int:  # type: ignore[override]
         """6 if any recipient was unavailable, else 5 if any was denied, else 4.
 
-        Whatever a provider lacks is unavailable here, such as a backend, a key that was lost or a
-        mechanism of its module: the model is not to blame.
+        Anything that a provider lacks, such as its backend, a key that was lost or a mechanism of
+        its module, counts as unavailable: it is a fault of this machine and not of the model.
         """
         errors = [attempt.error for attempt in self.attempts]
         codes = {e.exit_code for e in errors if not isinstance(e, WrongKey)}
@@ -279,4 +281,4 @@ class CannotUnlock(KeymgmtError):
 
 
 class ModelInUse(KeymgmtError):
-    """Something made from the model is still alive, so its memory may not be wiped yet."""
+    """An object made from the model is still alive, so the model's memory cannot be wiped yet."""

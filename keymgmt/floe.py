@@ -4,10 +4,10 @@ Bytes in, bytes out, no I/O. A ciphertext is a header of 74 bytes and one or mor
 encrypted with AES-256-GCM under keys that HKDF-Expand-SHA-384 derives from the caller's key, the
 header's random IV and the caller's AAD; the header commits to all three.
 
-Rules: whoever calls says which position a segment has and whether it is the last one, from a
-length that he trusts, and never from the segment itself. Segments are independent: they may be
-encrypted and decrypted in any order and by several threads at once. What failed to authenticate
-is wiped from the caller's buffer before the error is raised.
+Rules: the caller says which position a segment has and whether it is the last, from a length that
+the caller trusts and never from the segment itself. Segments are independent: they may be encrypted
+and decrypted in any order and by several threads at once. Plaintext that failed to authenticate is
+wiped from the caller's buffer before the error is raised.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _AEAD_IV: Final = slice(4, 16)
 _AEAD_BODY: Final = slice(16, None)
 _NOT_FINAL: Final = 0xFFFFFFFF
 _MAX_SEGMENTS: Final = 1 << 40
-_MAX_SEGMENT_LENGTH: Final = 1 << 30  # the AES-GCM below takes less than 2**31 bytes in a call
+_MAX_SEGMENT_LENGTH: Final = 1 << 30  # AESGCM takes less than 2**31 bytes in a call
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,8 @@ class _Segments:
         self._aad = aad
         self._message_key = bytearray(_MESSAGE_KEY_LENGTH)
         self._header_tag = bytearray(_TAG_LENGTH)
-        # One entry, replaced as a whole: threads at two keys derive them in turn, and are right.
+        # The start of a range of segments, and the cipher of that range. The pair is replaced as a
+        # whole, so a thread never sees half of it; threads in two ranges derive them in turn.
         self._cipher: tuple[int, AESGCM] | None = None
         if memoryview(key).nbytes != KEY_LENGTH:
             raise ValueError(f"a FLOE key has {KEY_LENGTH} bytes")
@@ -164,15 +165,15 @@ def _aead_aad(position: int, final: bool) -> bytes:
 class FloeEncryptor(_Segments):
     """Encrypts the segments of one new ciphertext; ``header`` (74 bytes) goes before them.
 
-    A context manager that wipes the derived keys. It does not know the whole: that every position
-    from 0 to one final segment is there once is for the caller to see to.
+    A context manager that wipes the derived keys. The caller has to make every position from 0 on
+    exactly once, and the last of them final: this class does not check that.
     """
 
     def __init__(self, key: Buffer, aad: bytes, parameters: FloeParameters | None = None) -> None:
         """Begin a ciphertext under ``key`` (32 bytes), bound to ``aad``, with a random IV.
 
         Raises:
-            ValueError: another length of key.
+            ValueError: ``key`` has the wrong length.
         """
         super().__init__(key, aad, parameters or FloeParameters(), os.urandom(_IV_LENGTH))
         self.header = self._prefix + bytes(self._header_tag)
@@ -184,8 +185,8 @@ class FloeEncryptor(_Segments):
 
         Args:
             position: 0 for the first segment.
-            final: whether it is the last.
-            plaintext: ``parameters.plaintext_length`` bytes; the last may have fewer, also none.
+            final: whether it is the last segment.
+            plaintext: ``parameters.plaintext_length`` bytes; the last may have fewer, or none.
             target: writable, 32 bytes more than ``plaintext``, not overlapping it.
 
         Raises:
@@ -194,7 +195,7 @@ class FloeEncryptor(_Segments):
         source, view = memoryview(plaintext).cast("B"), memoryview(target).cast("B")
         full = self.parameters.plaintext_length
         if len(source) > full or (not final and len(source) != full):
-            raise ValueError(f"{len(source)} bytes are no segment of {full} bytes")
+            raise ValueError(f"a segment has {full} bytes of plaintext, not {len(source)}")
         if len(view) != len(source) + OVERHEAD:
             raise ValueError(f"{len(source)} bytes do not encrypt to {len(view)}")
         cipher = self._cipher_of(position)
@@ -215,9 +216,9 @@ class FloeDecryptor(_Segments):
         """Check the header (74 bytes) against key, AAD and parameters, before any segment.
 
         Raises:
-            FormatError: not a FLOE header, or one of other parameters.
-            IntegrityError: of another key or AAD, or changed.
-            ValueError: ``key`` has another length than 32.
+            FormatError: ``header`` is not a FLOE header, or has other parameters.
+            IntegrityError: the header belongs to another key or AAD, or was changed.
+            ValueError: ``key`` does not have 32 bytes.
         """
         parameters = parameters or FloeParameters()
         if len(header) != HEADER_LENGTH:
@@ -225,13 +226,15 @@ class FloeDecryptor(_Segments):
         encoded, iv, tag = header[:10], header[10:-_TAG_LENGTH], header[-_TAG_LENGTH:]
         if encoded != parameters.encode():
             raise FormatError(
-                f"the FLOE header says parameters {bytes(encoded).hex()}, "
-                f"expected are {parameters.encode().hex()}"
+                f"the FLOE header has the parameters {bytes(encoded).hex()}, "
+                f"and {parameters.encode().hex()} are expected"
             )
         super().__init__(key, aad, parameters, bytes(iv))
         if not hmac.compare_digest(self._header_tag, tag):
             self.close()
-            raise IntegrityError("the FLOE header is not of this key and context, or was changed")
+            raise IntegrityError(
+                "the FLOE header belongs to another key or context, or was changed"
+            )
 
     def decrypt_segment_into(
         self, position: int, final: bool, segment: Buffer, target: Buffer
@@ -245,27 +248,27 @@ class FloeDecryptor(_Segments):
             target: writable, 32 bytes fewer than ``segment``; all zeros after an IntegrityError.
 
         Raises:
-            FormatError: the segment's length cannot be.
-            IntegrityError: it is not the segment of this position of this ciphertext.
+            FormatError: no segment at this position can have this length.
+            IntegrityError: this is not the segment of this position in this ciphertext.
             ValueError: ``target`` or the position is wrong, or this state was closed.
         """
         source, view = memoryview(segment).cast("B"), memoryview(target).cast("B")
         full = self.parameters.segment_length
         if not (OVERHEAD <= len(source) <= full if final else len(source) == full):
-            raise FormatError(f"segment {position} has {len(source)} bytes, it should have {full}")
+            raise FormatError(f"segment {position} has {len(source)} bytes and should have {full}")
         if len(view) != len(source) - OVERHEAD:
             raise ValueError(f"{len(source)} bytes do not decrypt to {len(view)}")
         cipher = self._cipher_of(position)
         (length,) = struct.unpack_from(">I", source)
         if length != (len(source) if final else _NOT_FINAL):
             wipe(view)
-            raise IntegrityError(f"segment {position} does not say its own length")
+            raise IntegrityError(f"segment {position} states another length than its own")
         try:
             cipher.decrypt_into(
                 source[_AEAD_IV], source[_AEAD_BODY], _aead_aad(position, final), view
             )
         except BaseException as error:
-            # A failed tag leaves plaintext in the buffer that nobody vouches for.
+            # decrypt_into leaves unauthenticated plaintext in the buffer when the tag is wrong.
             wipe(view)
             if isinstance(error, InvalidTag):
                 raise IntegrityError(f"segment {position} is damaged or forged") from error

@@ -1,9 +1,9 @@
-"""What a loader needs besides ``keymgmt`` and ``keymgmt.errors``.
+"""The functions that a loader needs besides ``keymgmt`` and ``keymgmt.errors``.
 
-Whether there is memory for a model, asked before work starts; memory for plaintext, out of core
-dumps, kept from swap and wiped; the C library; files of an open model in such memory; the files
-that one device keeps for itself; which files are graphs, and what an ONNX file keeps outside of
-itself.
+They check that there is memory for a model before work starts; give memory for plaintext that is
+left out of core dumps, kept from swap and wiped; decrypt files of an open model into such memory;
+keep encrypted files that only this device can read; say which files are graphs; and find the data
+that an ONNX file keeps in other files. The C library is here too.
 """
 
 from keymgmt._crypto.dek import wipe

@@ -40,15 +40,16 @@ Fingerprints = Annotated[list[str], Field(min_length=1)]
 
 
 class AttestedKeys(Settings):
-    """What an attested key must be, beyond attested.
+    """Conditions for an attested key, beyond being attested.
 
-    Each is a list of SHA-256 in hex, as ``keymgmt tpm enroll accept`` prints them; every list that
-    is here must hold the key's.
+    Each is a list of SHA-256 digests in hex, as ``keymgmt tpm enroll accept`` prints them. A key
+    must satisfy every list that is given.
 
     Attributes:
-        policies: digests of policies of keys.
-        approvers: fingerprints of who approves the boot states of a key.
-        makers: fingerprints of the certificates that the office trusts as those of makers.
+        policies: the digest of the key's policy must be one of these.
+        approvers: the fingerprint of the approver of the key's boot states must be one of these.
+        makers: the fingerprint of the maker's certificate, as the office trusts it, must be one of
+            these.
     """
 
     policies: Fingerprints | None = None
@@ -61,16 +62,16 @@ class AttestedKeys(Settings):
         plain = [plain_fingerprint(text) for text in value or ()]
         for text in plain:
             if not re.fullmatch(r"[0-9a-f]{64}", text):
-                raise ValueError(f"{text[:80]!r} is no SHA-256: write 64 hex digits")
+                raise ValueError(f"{text[:80]!r} is not a SHA-256 digest: write 64 hex digits")
         return plain or None
 
 
 class RememberedReleases(Settings):
-    """What remembers releases, with an anchor that a restored disk does not bring back.
+    """The release memory, and an anchor that does not go back when a disk is restored.
 
     Attributes:
-        file: the file.
-        anchor: the provider that keeps the anchor, such as one of the backend ``tpm2``.
+        file: the file of the release memory.
+        anchor: the provider that keeps the anchor, such as a provider of the backend ``tpm2``.
     """
 
     file: ConfigPath
@@ -78,31 +79,32 @@ class RememberedReleases(Settings):
 
 
 class Policy(Settings):
-    """``[policy]``: what a sealed model must prove before it opens.
+    """``[policy]``: the conditions under which a sealed model opens.
 
     Attributes:
         publishers: public key file (PEM) -> model names that it may publish, or ``["*"]``.
-        require_signature: whether a model must be signed by one of them; on unless it is turned
-            off here in so many words.
-        names: the only model names that open; empty for any.
-        minimum_release: model name -> lowest release that opens; with it, other names are refused.
-        remember_releases: file that remembers the highest verified release of each name, and the
-            highest time seen, by which a clock that was put back is noticed: its path, or a table
-            with an anchor as well, by which a file that was put back is noticed.
+        require_signature: whether a model must be signed by one of the publishers; on unless it is
+            set to ``false`` here.
+        names: the only model names that open; empty for any name.
+        minimum_release: model name -> lowest release that opens. Where this is set, a model of any
+            other name is refused.
+        remember_releases: the file that remembers the highest verified release of each name, and
+            the highest time seen, by which a clock that was put back is noticed. Either its path,
+            or a table of its path and an anchor, by which a file that was put back is noticed too.
         signatures: model name -> how many of its publishers must have signed it, each with another
-            key; 1 where a name is not here.
-        expired: what to do with a model whose publishers' time has passed: ``refuse``, or ``warn``.
-        require_expiry: model names whose publishers must have said until when they vouch.
+            key; 1 for a name that is not listed.
+        expired: what happens to a model whose signatures have expired: ``refuse``, or ``warn``.
+        require_expiry: names of models whose signatures must state an expiry.
         recipient_signers: public key files (PEM) of those who vouch for recipient files.
-        attestation_signers: public key files (PEM) of those who state that a recipient file's key
-            was attested by hardware, as ``keymgmt tpm enroll accept`` does; other keys than those
-            of ``recipient_signers``.
-        require_attested: ``true``: seal to a recipient file only if one of ``attestation_signers``
-            says so; no fingerprint and no ``recipient_signers`` replaces it. A table says what the
-            key must be on top of it.
+        attestation_signers: public key files (PEM) of those who state that the key of a recipient
+            file was attested by hardware, as ``keymgmt tpm enroll accept`` does. No key may be both
+            here and in ``recipient_signers``.
+        require_attested: with ``true``, sealing to a recipient file needs the signature of one of
+            ``attestation_signers``; no fingerprint and none of ``recipient_signers`` replaces it. A
+            table adds conditions for the attested key.
         prefer: providers to ask first, in this order.
-        fallback: ``"use"`` opens with another group where a provider does not work, and says so;
-            ``"refuse"`` does not.
+        fallback: where a provider does not work and another group opens the model, ``"use"`` opens
+            the model with a warning, and ``"refuse"`` refuses it.
     """
 
     publishers: dict[str, list[str]] = Field(default_factory=dict)
@@ -142,32 +144,41 @@ class Policy(Settings):
     @model_validator(mode="after")
     def _attesting_needs_signers(self) -> Policy:
         if self.require_attested and not self.attestation_signers:
-            raise ValueError("who attests devices? name them in attestation_signers")
+            raise ValueError("require_attested needs attestation_signers: name who attests devices")
         if set(self.attestation_signers) & set(self.recipient_signers):
-            raise ValueError("who attests devices and who vouches for files are two keys")
+            raise ValueError(
+                "a key is in both attestation_signers and recipient_signers: use two keys"
+            )
         return self
 
     @model_validator(mode="after")
     def _floors_need_signatures(self) -> Policy:
         if (self.minimum_release or self.remember_releases) and not self.require_signature:
-            raise ValueError("a release counts for nothing unsigned: leave require_signature on")
+            raise ValueError(
+                "minimum_release and remember_releases need signatures, since anybody can write a "
+                "release: leave require_signature on"
+            )
         if self.publishers and not self.require_signature:
             raise ValueError("publishers are named, so signatures are required")
         if (self.signatures or self.require_expiry) and not self.require_signature:
-            raise ValueError("signatures and their expiry are not looked at: require them")
+            raise ValueError(
+                "signatures and require_expiry need signatures: leave require_signature on"
+            )
         for name, count in self.signatures.items():
-            found = sum("*" in names or name in names for names in self.publishers.values())
-            if found < count:
-                raise ValueError(f"{count} must sign {name}, and {found} publishers may")
+            trusted = sum("*" in names or name in names for names in self.publishers.values())
+            if trusted < count:
+                raise ValueError(
+                    f"{count} publishers must sign {name}, and only {trusted} are trusted for it"
+                )
         return self
 
 
 class SealDefaults(Settings):
-    """``[seal]``: what ``keymgmt seal`` does when it is not told.
+    """``[seal]``: the defaults of ``keymgmt seal``.
 
     Attributes:
         sign: key that signs new models, as ``provider:key``.
-        to: recipient groups, each as ``--to`` takes it; recipient files are relative to this file.
+        to: recipient groups, each as for ``--to``; recipient files are relative to this file.
         profile: ``default``, ``fips`` or ``cnsa2``.
     """
 
@@ -189,13 +200,14 @@ class SealDefaults(Settings):
 
 
 class CacheSettings(Settings):
-    """``[cache]``: keep data keys for a while, where the key service is slow. Off without it.
+    """``[cache]``: keep data keys for a while, where the key service is slow.
 
-    What that trades is in the manual of the Vault backend, "Opening often".
+    Without this table no data key is kept. The manual of the Vault backend, "Opening often", says
+    what a cache costs in safety.
 
     Attributes:
         seconds: how long a data key is kept, more than 0 and at most a day.
-        uses: how many opens it serves before the key service is asked again.
+        uses: how often a kept data key opens its model before the key service is asked again.
     """
 
     seconds: Annotated[float, Field(gt=0, le=86400, strict=False)]
@@ -232,7 +244,7 @@ class Config(ForkSafe):
         self._cache_settings = checked.cache
         self._cache: DekCache | None = None
         self._tables = checked.providers
-        self._made: dict[str, KeyProvider[Any]] = {}
+        self._providers: dict[str, KeyProvider[Any]] = {}
         super().__init__()
         for name, table in self._tables.items():
             self._check_table(name, table)
@@ -250,13 +262,13 @@ class Config(ForkSafe):
         where = f"{self.path or 'config'}: [providers.{name}]"
         if not is_name(name):
             raise ConfigError(
-                f"{where} is no provider name",
+                f"{where} is not a provider name",
                 hint="lower-case letters, digits, '-' and '_', at most 32",
             )
         if not isinstance(table.get("backend"), str):
             raise ConfigError(f"{where} has no backend", hint='add a line such as backend = "file"')
         if not isinstance(table.get("distribution", ""), str):
-            raise ConfigError(f"{where} distribution: one name of a distribution, as a string")
+            raise ConfigError(f"{where} distribution: write the name of a distribution in quotes")
 
     @property
     def base(self) -> Path:
@@ -280,13 +292,13 @@ class Config(ForkSafe):
 
         Raises:
             ConfigError: no such provider, or its table is wrong.
-            BackendNotInstalled: its backend is not there.
+            BackendNotInstalled: its backend is not installed.
         """
         with self._lock:
-            if name not in self._made:
+            if name not in self._providers:
                 kind, settings = self._settings(name)
-                self._made[name] = kind(name, settings)
-            return self._made[name]
+                self._providers[name] = kind(name, settings)
+            return self._providers[name]
 
     def _settings(self, name: str) -> tuple[type[KeyProvider[Settings]], Settings]:
         backend = self.backend_of(name)
@@ -300,9 +312,10 @@ class Config(ForkSafe):
     def secret_variables(self) -> set[str]:
         """Environment variables that lead to secrets of any provider.
 
-        Those of ``{ env = "NAME" }``, that of systemd where there is a ``{ credential = "NAME" }``,
-        and what backends say of their settings (``Settings.secret_variables``). A backend that is
-        not installed says nothing, which is logged as a warning.
+        These are each ``{ env = "NAME" }``, the variable of systemd where there is a
+        ``{ credential = "NAME" }``, and those that backends read by themselves
+        (``Settings.secret_variables``). The latter are not known of a backend that is not
+        installed, which is logged as a warning.
 
         Raises:
             ConfigError: the table of a provider is wrong.
@@ -323,11 +336,11 @@ class Config(ForkSafe):
                 for inner in value:
                     yield from named(inner)
 
-        found = set(named(self._tables))
+        variables = set(named(self._tables))
         installed = backends()
         for name in self._tables:
             if (backend := self.backend_of(name)) in installed:
-                found.update(named(self._settings(name)[1]))
+                variables.update(named(self._settings(name)[1]))
             else:
                 log.warning(
                     "[providers.%s]: the backend %r is not installed, so which variables have "
@@ -335,7 +348,7 @@ class Config(ForkSafe):
                     name,
                     backend,
                 )
-        return found
+        return variables
 
     @property
     def cache(self) -> DekCache | None:
@@ -356,7 +369,7 @@ class Config(ForkSafe):
             return self._cache
 
     def public_key(self, name: str) -> bytes:
-        """A public key file of the config (PEM) as DER; ConfigError where it is none."""
+        """Read a public key file of the config (PEM), as DER; ConfigError where that fails."""
         try:
             file = self._base / expand_home(name)
         except ValueError as error:
@@ -376,19 +389,19 @@ class Config(ForkSafe):
     def _unknown(self, name: str, where: str) -> ConfigError:
         near = difflib.get_close_matches(name, self._tables, n=1)
         known = ", ".join(self._tables) or "none"
-        place = f"{self.path or 'config'}: " + (f"{where}: " if where else "")
+        prefix = f"{self.path or 'config'}: " + (f"{where}: " if where else "")
         return ConfigError(
-            f"{place}no provider named {name!r}",
+            f"{prefix}no provider named {name!r}",
             hint=f"did you mean {near[0]!r}?" if near else f"configured: {known}",
         )
 
     def close(self) -> None:
         """Close every provider that was made; the config may be used again."""
         with self._lock:
-            made, self._made = self._made, {}
+            providers, self._providers = self._providers, {}
             if self._cache is not None:
                 self._cache.clear()
-        for provider in made.values():
+        for provider in providers.values():
             provider.close()
 
     def __enter__(self) -> Self:
@@ -402,7 +415,7 @@ class Config(ForkSafe):
 
 
 def load_config(path: str | os.PathLike[str] | None = None) -> Config:
-    """Read a config file; with no path, the one that ``find_config`` finds.
+    """Read a config file; without ``path``, the file that ``find_config`` finds.
 
     Raises:
         ConfigError: missing, unreadable, writable by others, not TOML, or wrong in a member.
@@ -413,7 +426,7 @@ def load_config(path: str | os.PathLike[str] | None = None) -> Config:
 
 @contextlib.contextmanager
 def use_config(keys: Config | str | os.PathLike[str] | None) -> Iterator[Config]:
-    """The config that a verb works with: the caller's own, or one loaded here and closed after."""
+    """The config for a verb: the caller's, which stays open, or one loaded for the block."""
     if isinstance(keys, Config):
         yield keys
     else:

@@ -1,6 +1,6 @@
-"""Where the config file is, and its text; the shell completes provider names with no more.
+"""Finding the config file and reading its TOML; shell completion needs only this module.
 
-The path given, else ``$KEYMGMT_CONFIG``, the user's, the machine's.
+The file is the one that is named, else that of ``$KEYMGMT_CONFIG``, the user's, or the machine's.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def find_config() -> Path:
     candidates.append(Path("/etc/keymgmt") / FILE_NAME)
     closed = []
     for path in candidates:
-        # Not is_file(): since Python 3.14 that calls a file absent which it may not look for.
+        # is_file() would not do: since Python 3.14 it is false for a file in a folder that this
+        # user may not enter, and such a config must not be passed over.
         try:
             if stat.S_ISREG(path.stat().st_mode):
                 return path
@@ -42,7 +43,7 @@ def find_config() -> Path:
         except OSError:
             closed.append(path)
     if closed:
-        # Whoever opens it says why it cannot be read.
+        # Opening it raises the error that says why it cannot be read.
         return closed[0]
     raise ConfigError(
         "no config file: looked at $KEYMGMT_CONFIG, " + ", ".join(map(str, candidates)),
@@ -53,7 +54,7 @@ def find_config() -> Path:
 def user_directory() -> Path | None:
     """Where this user's config is; None for a user without a home."""
     named = Path(os.environ.get("XDG_CONFIG_HOME") or "")
-    if named.is_absolute():  # the XDG specification has relative ones ignored
+    if named.is_absolute():  # the XDG Base Directory specification says to ignore relative paths
         return named / "keymgmt"
     try:
         return Path.home() / ".config" / "keymgmt"
@@ -62,7 +63,7 @@ def user_directory() -> Path | None:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """What is written in a config file; ConfigError where it cannot be read or trusted."""
+    """The TOML of a config file; ConfigError where it cannot be read, trusted or parsed."""
     content = read_file(
         file,
         what="config",
@@ -76,7 +77,7 @@ def read_config(file: Path) -> dict[str, Any]:
     _check_dots(file, content)
     try:
         return tomllib.loads(content.decode())
-    except (ValueError, RecursionError) as error:  # of tomllib, of text, of too long a number
+    except (ValueError, RecursionError) as error:  # bad TOML, bad UTF-8, or too long a number
         raise ConfigError(f"{file} is not TOML: {error}") from error
 
 
@@ -91,7 +92,7 @@ def _is_missing(file: Path) -> bool:
 
 
 def _check_dots(file: Path, content: bytearray) -> None:
-    """Refuse keys of very many parts: tomllib takes quadratic time for them."""
+    """Refuse dotted keys of very many parts, for which tomllib takes quadratic time."""
     for number, line in enumerate(content.split(b"\n"), 1):
         if line.count(b".") > MAX_DOTS and _QUOTED.sub(b"", line).count(b".") > MAX_DOTS:
             raise ConfigError(

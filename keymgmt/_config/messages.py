@@ -1,4 +1,4 @@
-"""What is wrong in a config, said with file, table and key, and the nearest known word."""
+"""Errors of a config, with the file, the table, the key, and the nearest known word."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["parse_settings"]
 
-# What pydantic calls it -> the words of somebody who writes TOML. Its own are kept for what only a
-# stranger's settings can have.
+# The type of a pydantic error -> a message for somebody who writes TOML. Types that only the
+# settings of other people's backends can raise keep the message of pydantic.
 _WORDS: Final = {
     "missing": "it is missing",
     **dict.fromkeys(
@@ -56,29 +56,29 @@ def parse_settings(
 
 
 def _explain(error: ValidationError, model: type[BaseModel], file: str, table: str) -> ConfigError:
-    found = error.errors(include_input=False, include_url=False)
-    # A misspelt key is also a missing one; to say that it is missing would not help.
-    first = next((each for each in found if each["type"] == "extra_forbidden"), found[0])
+    errors = error.errors(include_input=False, include_url=False)
+    # A misspelt key is both unknown and missing. The unknown key is the helpful error.
+    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
     path, members = _walk(model, first["loc"])
     where = ".".join(part for part in [table, *path[:-1]] if part)
     key = path[-1] if path else ""
-    place = f"{file}: " + (f"[{where}] " if where else "") + (f"{key}: " if key else "")
+    prefix = f"{file}: " + (f"[{where}] " if where else "") + (f"{key}: " if key else "")
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, members, n=1)
         known = ", ".join(sorted(members))
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {known}"
-        return ConfigError(f"{place}unknown key", hint=hint)
+        return ConfigError(f"{prefix}unknown key", hint=hint)
     if first["type"].startswith("union_tag_"):
         member, tags = first["ctx"]["discriminator"], first["ctx"].get("expected_tags")
         tag = f"unknown {member} {first['ctx']['tag']!r}" if tags else f"{member} is missing"
-        return ConfigError(f"{place}{tag}", hint=tags and f"known: {tags}")
+        return ConfigError(f"{prefix}{tag}", hint=tags and f"known: {tags}")
     message = first["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if words := _WORDS.get(first["type"]):
         message = words.format(**first.get("ctx", {}))
     more = error.error_count() - 1
     return ConfigError(
-        f"{place}{message}",
+        f"{prefix}{message}",
         hint=f"{more} more in this table" if more else None,
     )
 
@@ -86,21 +86,21 @@ def _explain(error: ValidationError, model: type[BaseModel], file: str, table: s
 def _walk(model: type[BaseModel], location: Iterable[object]) -> tuple[list[str], list[str]]:
     """The path of an error as the file has it, and the members known in its table.
 
-    pydantic puts names of its own into the path: the tag of a tagged union, the kind that a member
-    of a plain union was tried as, ``[key]`` where a name itself is wrong.
+    pydantic puts names of its own into the path: the tag of a tagged union, the type of each member
+    of a plain union that it tried, and ``[key]`` where the name of a member itself is wrong.
     """
     path: list[str] = []
     tables: list[type[BaseModel]] = [model]
     plain_union = False
     for part in map(str, location):
-        if part == "[key]":  # pydantic's word for the name of what the path has already
+        if part == "[key]":  # the name is in the path already
             continue
         tagged = [each for each in tables if _has_tag(each, part)] if len(tables) > 1 else []
-        found = next((each for each in tables if part in each.model_fields), None)
+        table = next((each for each in tables if part in each.model_fields), None)
         if tagged:
             tables = tagged
-        elif found is not None:
-            annotation = found.model_fields[part].annotation
+        elif table is not None:
+            annotation = table.model_fields[part].annotation
             tables = _tables(annotation)
             plain_union = not tables and get_origin(annotation) in (Union, UnionType)
             path.append(part)

@@ -27,7 +27,7 @@ _TAIL: Final = _NONCE + DEK_LENGTH + 16
 
 
 def inner_wrap(dek: Dek, context: bytes, wrap: Callable[[Dek], bytes]) -> bytes:
-    """Wrap ``dek`` bound to ``context`` with a ``wrap`` that binds nothing.
+    """Wrap ``dek`` bound to ``context``, with a ``wrap`` that takes no context.
 
     ``wrap`` encrypts 32 bytes and returns at most 65535.
     """
@@ -39,10 +39,12 @@ def inner_wrap(dek: Dek, context: bytes, wrap: Callable[[Dek], bytes]) -> bytes:
 
 
 def inner_unwrap(blob: bytes, context: bytes, unwrap: Callable[[bytes], Dek]) -> Dek:
-    """Reverse ``inner_wrap``; UnwrapFailed where the blob or the context is not right."""
+    """Undo ``inner_wrap``; UnwrapFailed where the blob or the context is wrong."""
     length = int.from_bytes(blob[:2], "big")
     if len(blob) < 2 or len(blob) != 2 + length + _TAIL:
-        raise UnwrapFailed("the wrapped key has not the length of its kind")
+        raise UnwrapFailed(
+            f"the wrapped key has {len(blob)} bytes, which is the wrong length for its mechanism"
+        )
     nonce, sealed = blob[2 + length : 2 + length + _NONCE], blob[2 + length + _NONCE :]
     plain = bytearray(DEK_LENGTH)
     try:

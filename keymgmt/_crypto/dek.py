@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["DEK_LENGTH", "Dek", "fill_random", "wipe"]
 
 DEK_LENGTH: Final = 32
-# ctypes.memset lets other threads run, and to wait for them takes longer than to clear so much.
+# ctypes.memset releases the GIL. To get it back takes longer than to clear so few bytes.
 _SMALL: Final = 4096
 
 
@@ -39,16 +39,16 @@ def fill_random(buffer: bytearray) -> None:
     """Fill a buffer from the kernel's generator (getrandom(2)), without an immutable copy."""
     done, size = 0, len(buffer)
     while done < size:
-        place = (ctypes.c_char * (size - done)).from_buffer(buffer, done)
-        done += check(libc.getrandom(place, size - done, 0))
-        del place
+        rest = (ctypes.c_char * (size - done)).from_buffer(buffer, done)
+        done += check(libc.getrandom(rest, size - done, 0))
+        del rest
 
 
 class Dek:
-    """32 secret bytes in wipeable memory: a data key, or one share of it.
+    """32 secret bytes in wipeable memory: a data key, or one share of a data key.
 
-    A context manager that wipes on exit. Equality takes constant time. It has no hash, refuses
-    to be pickled or copied, and its ``repr`` shows nothing of it.
+    A context manager that wipes on exit. Equality takes constant time. An object has no hash,
+    refuses to be pickled or copied, and its ``repr`` shows none of the bytes.
     """
 
     __slots__ = ("__weakref__", "_bytes", "_live")

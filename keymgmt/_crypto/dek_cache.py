@@ -40,7 +40,7 @@ class DekCache(ForkSafe):
     _lock: threading.Lock
     _timer: threading.Timer | None
     _entries: dict[bytes, _Entry]
-    _unlocked: int  # why the page is not locked, an errno
+    _unlocked: int  # the errno that says why the page is not locked; 0 if it is
 
     def __init__(self, seconds: float, uses: int) -> None:
         """Keep a key for ``seconds`` and for ``uses`` opens; OSError if memory cannot be locked."""
@@ -54,9 +54,10 @@ class DekCache(ForkSafe):
 
     def _renew(self) -> None:
         self._lock, self._timer = threading.Lock(), None
-        # The kernel gave the child a page of zeros, so its entries would be keys of zeros.
+        # The kernel gave the child a page of zeros (MADV_WIPEONFORK), so any entry would be a key
+        # of zeros.
         self._entries = {}
-        # Nor is the memory of a child locked because its parent's is.
+        # A child does not inherit the memory locks of its parent (mlock(2)).
         address = ctypes.addressof(ctypes.c_char.from_buffer(self._page))
         failed = libc.mlock(address, mmap.PAGESIZE)
         self._unlocked = ctypes.get_errno() if failed else 0

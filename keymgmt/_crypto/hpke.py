@@ -117,14 +117,15 @@ def hpke_seal(kind: str, public_key: bytes, dek: Dek, info: bytes) -> bytes:
         ``enc || ciphertext``: 113, 145, 80, 1168 or 1616 bytes, in the order of the table above.
 
     Raises:
-        FormatError: an unknown kind, or no public key of it (wrong length, not on the curve).
+        FormatError: the kind is unknown, or ``public_key`` is not a public key of this kind (wrong
+            length, not on the curve).
     """
     public = _load_public(kind, public_key)
     try:
         return _suite(kind).suite.encrypt(dek.view(), public, info)
     except ValueError as error:
         # An X25519 key of small order gives the shared secret zero (RFC 7748, section 6.1).
-        raise FormatError(f"a public key of {kind} that nothing can be sealed to") from error
+        raise FormatError(f"nothing can be sealed to this {kind} public key") from error
 
 
 def hpke_open(kind: str, private_key: Buffer, blob: bytes, info: bytes) -> Dek:
@@ -134,10 +135,10 @@ def hpke_open(kind: str, private_key: Buffer, blob: bytes, info: bytes) -> Dek:
         kind: one of ``HPKE_KINDS``.
         private_key: 32, 48, 32, 32 or 64 bytes; the caller wipes them.
         blob: ``enc || ciphertext``.
-        info: what it was bound to.
+        info: the context that the blob was bound to.
 
     Raises:
-        UnwrapFailed: the blob, ``info`` or the key is not the right one.
+        UnwrapFailed: the blob, ``info`` or the key is wrong.
     """
     enc, ciphertext = hpke_split(kind, blob)
     try:
@@ -162,13 +163,13 @@ def open_with_ecdh(
         z: the ECDH result, the x coordinate in full length (32, 48 or 32 bytes, zeros in front
             kept); the caller wipes it.
         enc: the ephemeral public key, from ``hpke_split``.
-        recipient_public: the device's public key as its recipient says.
+        recipient_public: the device's public key, from the recipient.
         ciphertext: from ``hpke_split``.
-        info: what it was bound to.
+        info: the context that the blob was bound to.
 
     Raises:
-        UnwrapFailed: any of them is not the right one.
-        ValueError: the kind has no ECDH step, or ``z`` not its length.
+        UnwrapFailed: one of the arguments is wrong.
+        ValueError: the kind has no ECDH step, or ``z`` has the wrong length.
     """
     suite = _suite(kind)
     if suite.kem_hash is None or memoryview(z).nbytes != suite.private:
@@ -176,7 +177,8 @@ def open_with_ecdh(
             f"{kind} does not open with an ECDH result of {memoryview(z).nbytes} bytes"
         )
     if hmac.compare_digest(z, bytes(suite.private)):
-        # An ephemeral key of small order, which everybody can open (RFC 9180, section 7.1.4).
+        # An ephemeral key of small order gives a secret of zeros, which everybody knows (RFC 9180,
+        # section 7.1.4, tells a recipient to check for it).
         raise _not_authentic()
     key, nonce = _key_schedule(suite, z, enc + recipient_public, info)
     plain = bytearray(DEK_LENGTH)
@@ -194,19 +196,24 @@ def open_with_ecdh(
 
 
 def hpke_split(kind: str, blob: bytes) -> tuple[bytes, bytes]:
-    """Split a blob into ``enc`` and ciphertext; UnwrapFailed where ``enc`` is no key of its kind.
+    """Split a blob into ``enc`` and ciphertext; UnwrapFailed where ``enc`` is no key of ``kind``.
 
     A point that is not on the curve never reaches a device.
     """
     suite = _suite(kind)
     if len(blob) != suite.enc + DEK_LENGTH + _TAG:
-        raise UnwrapFailed(f"the wrapped key has {len(blob)} bytes, which no {kind} blob has")
+        raise UnwrapFailed(
+            f"the wrapped key has {len(blob)} bytes, and {kind} makes "
+            f"{suite.enc + DEK_LENGTH + _TAG}"
+        )
     enc = blob[: suite.enc]
     if suite.curve:
         try:
             _load_public(kind, enc)
         except FormatError as error:
-            raise UnwrapFailed("the wrapped key carries no point of the curve") from error
+            raise UnwrapFailed(
+                "the ephemeral key in the wrapped key is not a point on the curve"
+            ) from error
     return enc, blob[suite.enc :]
 
 
@@ -224,7 +231,7 @@ def hpke_generate(kind: str) -> bytearray:
 
 
 def hpke_public(kind: str, private_key: Buffer) -> bytes:
-    """The public key of a serialised private key, serialised; ValueError where it is none."""
+    """The serialised public key of a serialised private key; ValueError where that is invalid."""
     if kind == _HYBRID:
         hybrid = _expand(private_key)
         return hybrid[0].public_key().public_bytes_raw() + hybrid[1].public_key().public_bytes_raw()
@@ -237,7 +244,7 @@ def hpke_public(kind: str, private_key: Buffer) -> bytes:
 
 
 def check_public(kind: str, public_key: bytes) -> None:
-    """FormatError where ``public_key`` is no valid public key of ``kind``."""
+    """FormatError where ``public_key`` is not a valid public key of ``kind``."""
     _load_public(kind, public_key)
 
 

@@ -31,16 +31,19 @@ _MLOCK_ONFAULT: Final = 1
 def guard(address: int, size: int) -> bool:
     """Keep memory out of core dumps and, within the limit of the process, from swap.
 
-    Whole pages around it: a neighbour's bytes in them are locked and left out too.
+    The system does this by whole pages, so other bytes in the same pages are locked and left out
+    too.
 
     Returns:
-        Whether it is kept from swap (mlock2); if not, where there is swap, the log says so.
+        Whether the memory is kept from swap (mlock2). If it is not, and there is swap, the log
+        says so.
     """
     if not size:
         return False
     start, length = _pages(address, size)
     libc.madvise(start, length, _MADV_DONTDUMP)
-    # On fault: the pages are locked as they are filled, by as many threads as fill them.
+    # MLOCK_ONFAULT locks each page when it is first written, in the thread that fills it. Plain
+    # mlock(2) would make all pages ready here, in one thread.
     if libc.mlock2(start, length, _MLOCK_ONFAULT) == 0:
         return True
     _say_unlocked(ctypes.get_errno())
@@ -48,7 +51,7 @@ def guard(address: int, size: int) -> bool:
 
 
 def unguard(address: int, size: int) -> None:
-    """The end of ``guard``, for memory that others use next."""
+    """Undo ``guard``, for memory that is used for something else next."""
     start, length = _pages(address, size)
     libc.madvise(start, length, _MADV_DODUMP)
     libc.munlock(start, length)
@@ -74,11 +77,11 @@ def _say_unlocked(number: int) -> None:
 class PrivateMemory(mmap.mmap):
     """Fresh bytes that wipe themselves when the last view of them is gone.
 
-    A view is whatever was made over them: a memoryview, a numpy array, a tensor. Each holds this
-    object alive, so nothing is wiped that somebody can still read. It is never closed.
+    A view is any object over these bytes: a memoryview, a numpy array, a tensor. Each holds this
+    object alive, so nothing is wiped that somebody can still read. The mmap is never closed.
 
     Attributes:
-        locked: whether it is kept from swap.
+        locked: whether the memory is kept from swap.
     """
 
     locked: bool
@@ -93,17 +96,17 @@ class PrivateMemory(mmap.mmap):
             KeymgmtError: the system refuses that much.
         """
         try:
-            made = super().__new__(cls, -1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            memory = super().__new__(cls, -1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
             raise KeymgmtError(
-                f"the system gives no {size:,} bytes of memory: {error.strerror}",
+                f"the system refuses {size:,} bytes of memory: {error.strerror}",
                 hint="look at ulimit -v and the limits of the container",
             ) from None
-        made.locked = guard(ctypes.addressof(ctypes.c_char.from_buffer(made)), size)
-        return made
+        memory.locked = guard(ctypes.addressof(ctypes.c_char.from_buffer(memory)), size)
+        return memory
 
     def __del__(self) -> None:
-        if not self.closed:  # nothing was taken
+        if not self.closed:  # closed means that no memory was taken
             wipe(self)
 
 
@@ -117,14 +120,14 @@ def private_bytes(size: int) -> Iterator[tuple[bytes, memoryview]]:
     """
     make = ctypes.pythonapi.PyBytes_FromStringAndSize
     make.restype, make.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_ssize_t]
-    if not size:  # the one empty object is everybody's; nothing to fill, nothing to wipe
+    if not size:  # Python has one empty object for all; nothing to fill, nothing to wipe
         yield b"", memoryview(bytearray())
         return
     locate = ctypes.pythonapi.PyBytes_AsString
     locate.restype, locate.argtypes = ctypes.c_void_p, [ctypes.py_object]
     data: bytes = make(None, size)
-    room = (ctypes.c_char * size).from_address(locate(data))
+    array = (ctypes.c_char * size).from_address(locate(data))
     try:
-        yield data, memoryview(room).cast("B")
+        yield data, memoryview(array).cast("B")
     finally:
-        ctypes.memset(room, 0, size)
+        ctypes.memset(array, 0, size)

@@ -1,4 +1,4 @@
-"""Which cryptographic module runs: what a validation would be of."""
+"""Which cryptographic module runs, since a FIPS 140 validation is of one module and version."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ __all__ = ["describe_module"]
 def describe_module() -> tuple[str, bool]:
     """The libraries that encrypt and hash, in a sentence, and whether OpenSSL is in FIPS mode.
 
-    In FIPS mode the provider called ``fips`` does what ``cryptography`` asks for; that it is a
-    validated one, and that Python's own OpenSSL is too, is for its operator to know.
+    In FIPS mode OpenSSL's provider ``fips`` does what ``cryptography`` asks for. Whether that
+    provider is a validated one, and whether Python's own OpenSSL is, only the operator knows.
     """
     ours, theirs = openssl.openssl_version_text(), ssl.OPENSSL_VERSION
     fips = openssl.is_fips_enabled()

@@ -29,11 +29,11 @@ _RSA_BITS: Final = range(2048, 8193)
 
 
 ALGORITHMS: Final = (*_KINDS.values(), "ecdsa-p256", "ecdsa-p384", "rsa-pss-sha256")
-"""What a key can sign with."""
+"""The signature algorithms of a key."""
 
 
 def pre_authentication(payload_type: str, payload: bytes) -> bytes:
-    """What is signed: PAE of DSSE v1 (secure-systems-lab/dsse, protocol.md)."""
+    """The bytes that are signed: PAE of DSSE v1 (secure-systems-lab/dsse, protocol.md)."""
     kind = payload_type.encode()
     return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
 
@@ -52,13 +52,13 @@ def _load(public_key: bytes) -> tuple[str, Any]:
     if isinstance(key, rsa.RSAPublicKey) and key.key_size in _RSA_BITS:
         return "rsa-pss-sha256", key
     raise ConfigError(
-        "a public key of a kind that signs nothing here",
+        "the public key is of a kind that cannot sign here",
         hint="known: Ed25519, ML-DSA-65 and -87, ECDSA P-256 and P-384, RSA of 2048 to 8192 bits",
     )
 
 
 def algorithm_of(public_key: bytes) -> str:
-    """The algorithm that a DER SubjectPublicKeyInfo signs with; ConfigError if none of ours."""
+    """The algorithm of a DER SubjectPublicKeyInfo; ConfigError if it is not one of ALGORITHMS."""
     return _load(public_key)[0]
 
 
@@ -71,7 +71,7 @@ def verify_signature(public_key: bytes, message: bytes, signature: bytes) -> boo
         signature: as ``SupportsSigning`` makes it for this kind of key.
 
     Raises:
-        ConfigError: ``public_key`` is of no kind that signs here.
+        ConfigError: ``public_key`` is of a kind that cannot sign here.
     """
     key = _load(public_key)[1]
     try:
@@ -89,11 +89,12 @@ def verify_signature(public_key: bytes, message: bytes, signature: bytes) -> boo
 
 @dataclass(frozen=True)
 class PublicKey:
-    """A public key that signatures are checked with, by a person's choice.
+    """A public key with which signatures are checked, since a person chose to trust it.
 
     Attributes:
-        der: DER SubjectPublicKeyInfo (RFC 5280), in the one encoding that the library writes: a key
-            that was encoded otherwise (a compressed point, other parameters) is the same key.
+        der: DER SubjectPublicKeyInfo (RFC 5280), in the one encoding that the library writes. A key
+            that was encoded otherwise (a compressed point, other parameters) is encoded again, so
+            that equal keys have equal bytes and one ``id``.
     """
 
     der: bytes = field(repr=False)
@@ -103,7 +104,7 @@ class PublicKey:
 
     @property
     def algorithm(self) -> str:
-        """What it signs with."""
+        """The signature algorithm of this key."""
         return algorithm_of(self.der)
 
     @property
@@ -113,7 +114,7 @@ class PublicKey:
 
     @classmethod
     def from_pem(cls, pem: bytes) -> PublicKey:
-        """Read a PEM ``PUBLIC KEY`` (RFC 7468); ConfigError if it is none that signs here."""
+        """Read a PEM ``PUBLIC KEY`` (RFC 7468); ConfigError for any other text or kind of key."""
         if pem.count(b"-----BEGIN") > 1:
             raise ConfigError(
                 "there is more than one key in the PEM file", hint="give each key a file of its own"

@@ -1,1 +1,1 @@
-"""A sealed model by path, in memory: for programs that take paths."""
+"""A sealed model as files in memory, for programs that take paths."""

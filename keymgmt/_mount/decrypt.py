@@ -1,4 +1,4 @@
-"""What every folder in memory is filled by: one model, all checks first, and room for it."""
+"""Filling a folder in memory with the files of a model, after all checks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ log = logging.getLogger("keymgmt")
 
 
 def warn_of_swap() -> bool:
-    """Whether there is swap that is not encrypted, which is warned of."""
+    """Warn of swap that is not encrypted; whether there is any."""
     devices = unencrypted_swap()
     if devices:
         log.warning(
@@ -60,23 +60,25 @@ def decrypt_files(
     only: Callable[[str], bool] | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> None:
-    """Decrypt the files of a model, or those that ``only`` wants, each through ``write``.
+    """Decrypt the files of a model, or those for which ``only`` is true, each through ``write``.
 
     Raises:
-        KeymgmtError: there is too little memory, or the system gives none; raises also as
+        KeymgmtError: there is too little memory, or the system refuses it; raises also as
             ``SealedModel.read_into``.
     """
     files = [entry for entry in sealed.manifest.files if not only or only(entry.path)]
     for entry in files:
         with sealed.naming(entry.path):
-            sealed.reader(entry.path).close()  # is as long as the manifest says: room for it is due
+            # A reader checks that the file is as long as the manifest says. Only then is it right
+            # to reserve memory for the size that the manifest states.
+            sealed.reader(entry.path).close()
     total = sum(entry.size for entry in files)
     check_free_memory(total, sealed.manifest.name)
     done = 0
     for entry in files:
-        said = step(progress, done, total)
+        report = step(progress, done, total)
         try:
-            write(entry.path, entry.size, partial(sealed.read_into, entry.path, progress=said))
+            write(entry.path, entry.size, partial(sealed.read_into, entry.path, progress=report))
         except OSError as error:
             raise KeymgmtError(
                 f"{entry.path} ({entry.size:,} bytes) cannot be held in memory: {error.strerror}",

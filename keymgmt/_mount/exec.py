@@ -1,18 +1,19 @@
 """Running any program on a sealed model: two processes, and only one of them ever has a key.
 
-The process that was started becomes the program. First it forks one that opens the model, where
-files and users are what they are outside; itself it enters namespaces, mounts a file system in
-memory there, and hands that over to be filled::
+The process that was started becomes the program. First it forks a child, which opens the model and
+stays outside of all namespaces, so that files and their owners are what the config expects. Then it
+enters namespaces itself, mounts a file system in memory there, and gives the child a descriptor of
+that, to fill it::
 
     the program to be                       its child
     enters a mount namespace                reads config, trust and keys; opens the model
                      <----------- name and sizes of the files
     mounts, opens   the folder --------->
                                             decrypts into it, closes the keys, and ends
-    mounts it read-only, drops what it may, and executes the program
+    mounts it read-only, drops its privileges, and executes the program
 
-Where no namespace is permitted, the process decrypts into memfds itself, and the program inherits
-these.
+Where the system permits no namespace, the process decrypts into memfds itself, and the program
+inherits these.
 """
 
 from __future__ import annotations
@@ -63,12 +64,15 @@ _VARIABLES: Final = ("TMPDIR", "TMP", "TEMP")
 _EMPTY: Final = 4096  # bytes
 _LAST_SECONDS: Final = 2
 _MODELS: Final = "keymgmt"
-# The kernel pipes a core dump to a handler whatever the limit, except this one (core(5)).
+# A kernel that pipes core dumps to a handler ignores every limit but this value (core(5)).
 _NO_CORE: Final = 1
 
 
 class NotStarted(KeymgmtError):
-    """The program cannot be executed: 127 where there is none, 126 otherwise, as shells say."""
+    """The program cannot be executed.
+
+    The exit code is that of shells: 127 where there is no such program, 126 otherwise.
+    """
 
     def __init__(self, message: str, code: int, *, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
@@ -81,12 +85,13 @@ class Launch:
 
     Attributes:
         command: program and arguments; ``{sealed}`` in them becomes the folder.
-        at: where the folder is to be; None for one in the private ``/tmp``.
-        user: whom the program runs as, if not this user.
-        private_tmp: give it an empty ``/tmp`` and ``/var/tmp`` in memory.
-        ready: when to give back what the program has read; None for never.
-        forget: variables that the program does not get.
-        tell: told what a person should know.
+        at: the folder to mount over; None for a new folder in the private ``/tmp``.
+        user: the user that the program runs as, if not this user.
+        private_tmp: give the program an empty ``/tmp`` and ``/var/tmp`` in memory.
+        ready: tells when the program has read the files, so that their memory can be given back;
+            None for never.
+        forget: environment variables that the program does not get.
+        tell: called with messages for the person who started this.
     """
 
     command: Sequence[str]
@@ -99,32 +104,33 @@ class Launch:
     _nested: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        """Find the program, so that one that is not there costs nothing; NotStarted."""
+        """Find the program before any work is done; NotStarted where there is none."""
         name = self.command[0]
-        found = shutil.which(name)
-        if found is None and "/" in name and os.path.exists(name):  # noqa: PTH110 - also no path
+        program = shutil.which(name)
+        if program is None and "/" in name and os.path.exists(name):  # noqa: PTH110 - also no path
             raise NotStarted(
                 f"{name} is not executable", 126, hint=f"make it so with: chmod a+x {name}"
             )
-        if found is None:
+        if program is None:
             raise NotStarted(f"there is no program {name}", 127, hint="give its path")
-        self._program = found
+        self._program = program
 
     def check_places(self) -> None:
-        """ConfigError where the folder cannot be, or what is named is behind the private /tmp."""
+        """ConfigError where ``at`` is unusable, or the private /tmp hides a path of the command."""
         if self.private_tmp:
-            # What is relative to the working directory is found: a process keeps that open.
+            # Only absolute paths: a process keeps its working directory open, so paths relative to
+            # that are still found.
             for path in [self._program, *self.command[1:]]:
                 if _is_temporary(path) and os.path.exists(path):  # noqa: PTH110 - also no path
                     raise ConfigError(
                         f"{path} would be out of the program's sight: it gets a temporary folder "
                         "of its own, in memory",
-                        hint="move it to another place, or give --shared-tmp --at EMPTY_FOLDER",
+                        hint="move it to another folder, or give --shared-tmp --at EMPTY_FOLDER",
                     )
         if self.at is None:
             if not self.private_tmp:
                 raise ConfigError(
-                    "with --shared-tmp the model has no place of its own",
+                    "with --shared-tmp the model has no folder of its own",
                     hint="name an empty folder for it with --at",
                 )
             return
@@ -133,15 +139,16 @@ class Launch:
             return
         if self.at.is_symlink() or not self.at.is_dir():
             raise ConfigError(
-                f"{self.at} is no folder to show the model in",
+                f"{self.at} is not a folder to show the model in",
                 hint=f"make an empty one: mkdir -p {self.at}",
             )
         try:
-            check_trusted(self.at, what="place for the model", private=False)
+            check_trusted(self.at, what="folder for the model", private=False)
         except ConfigError as error:
-            # Renamed by another, outside, it takes the model with it, and leaves its name free.
+            # If another user renames the folder outside of the namespace, the mount moves with it,
+            # and that user can put another folder at the path that the program reads.
             raise ConfigError(
-                f"{error}: who may rename it can have the program read another model",
+                f"{error}: whoever may rename it can have the program read another model",
                 hint="leave --at out, or name a folder that only root and this user can rename",
             ) from error
         if self.at.is_mount() or any(self.at.iterdir()):
@@ -154,14 +161,14 @@ class Launch:
         """Enter namespaces; OSError where the system does not permit it."""
         self._nested = enter_mount_namespace(user_namespace=self.user is None)
         if self.private_tmp:
-            for place in _TEMPORARY:
-                if place.is_dir():
+            for folder in _TEMPORARY:
+                if folder.is_dir():
                     mount_memory(
-                        place, None, mode=0o1777, swappable=not unencrypted_swap(), execute=True
+                        folder, None, mode=0o1777, swappable=not unencrypted_swap(), execute=True
                     )
 
     def try_out(self) -> None:
-        """All that ``into_mount`` asks of the system, for a process that ends afterwards."""
+        """Make the system calls of ``into_mount``, in a process that ends afterwards."""
         self.enter()
         mount_memory(self.at if self.at and self.at.is_dir() else "/", 1 << 20, mode=0o700)
 
@@ -169,35 +176,35 @@ class Launch:
         """Execute the program on a private file system; returns in the child, when it is full.
 
         Args:
-            fill: opens the model in the child and calls ``send_files``; what it raises goes its
-                way there, and its exit code is that of this process.
+            fill: opens the model in the child and calls ``send_files``. An error that it raises is
+                reported in the child, and this process ends with the child's exit code.
         """
-        ours, theirs = socket.socketpair()
+        channel, child_channel = socket.socketpair()
         parent = os.getpid()
         child = os.fork()
         if child == 0:
-            ours.close()
+            channel.close()
             end_with(parent)
             set_undumpable()
-            with theirs:
-                fill(theirs)
+            with child_channel:
+                fill(child_channel)
             return
-        theirs.close()
+        child_channel.close()
         code = None
         try:
-            with ours:
-                mounted = self._receive(ours)
+            with channel:
+                mounted = self._receive(channel)
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         finally:
             if code is None:
-                _end(child)
+                _end_child(child)
         if code < 0:
             raise KeymgmtError(
                 f"the process that decrypts was ended by a signal: {signal.strsignal(-code)}",
-                hint="if it was for want of memory, raise the container's limit",
+                hint="if memory ran out, raise the container's limit",
             )
         if code or mounted is None:
-            sys.exit(code or 1)  # the child said why
+            sys.exit(code or 1)  # the child printed the reason
         mounted.protect()
         folder = mounted.target
         if self.ready is not None:
@@ -206,7 +213,7 @@ class Launch:
         self._execute(folder)
 
     def _receive(self, channel: socket.socket) -> PrivateMount | None:
-        """Enter namespaces, and mount what the child says; None if it says nothing."""
+        """Enter namespaces, and mount as the child orders; None if it ended without an order."""
         try:
             self.enter()
             set_undumpable()
@@ -214,14 +221,14 @@ class Launch:
                 line = lines.readline()
             if not line:
                 return None
-            said = json.loads(line)
-            self.forget |= set(said["forget"])
+            order = json.loads(line)
+            self.forget |= set(order["forget"])
             if CREDENTIALS in self.forget and (folder := os.environ.get(CREDENTIALS)):
                 mount_memory(folder, _EMPTY, mode=0o500, user=self.user)
-            target = self.at or _TEMPORARY[0] / _MODELS / said["name"]
+            target = self.at or _TEMPORARY[0] / _MODELS / order["name"]
             if self.private_tmp and _is_temporary(str(target)):
                 target.mkdir(parents=True, exist_ok=True)
-            mounted = PrivateMount(target, said["sizes"], self.user)
+            mounted = PrivateMount(target, order["sizes"], self.user)
         except OSError as error:
             raise no_namespace(f"{error.filename}: {error.strerror}", "use --via memfd") from error
         socket.send_fds(channel, [b"+"], [mounted.descriptor])
@@ -234,17 +241,17 @@ class Launch:
         forget: set[str],
         progress: Callable[[int, int], object] | None,
     ) -> None:
-        """In the child: say what the folder must hold, and fill it."""
+        """In the child: tell the parent which files to make room for, and fill its folder."""
         files = sealed.manifest.files
-        said = {
+        order = {
             "name": sealed.manifest.name,
             "sizes": [entry.size for entry in files],
             "forget": sorted(forget),
         }
-        channel.sendall(json.dumps(said).encode() + b"\n")
+        channel.sendall(json.dumps(order).encode() + b"\n")
         _, descriptors, _, _ = socket.recv_fds(channel, 1, 1)
         if not descriptors:
-            raise SystemExit(1)  # the parent says why
+            raise SystemExit(1)  # the parent prints the reason
         decrypt_files(sealed, MountedFolder(descriptors[0], self.user).write, progress=progress)
 
     def into_memfds(
@@ -257,33 +264,37 @@ class Launch:
         return folder.path
 
     def execute_on_memfds(self, folder: Path) -> NoReturn:
-        """Become the program, on what ``into_memfds`` made."""
+        """Become the program, on the folder of ``into_memfds``."""
         self.private_tmp = False
         self._execute(folder)
 
     def _become(self) -> None:
-        """Whatever the program may not do, from here on; in the process that is to be it."""
+        """Give up, in this process, the privileges that the program must not have."""
         forbid_new_privileges()
-        # Where the limit is 0 and may not be raised, what a handler gets is empty by our filter.
+        # A limit of 0 may not be raised to 1, which is a ValueError. A handler then gets an empty
+        # core dump, by ``empty_core_dumps``.
         with contextlib.suppress(ValueError):
             resource.setrlimit(resource.RLIMIT_CORE, (_NO_CORE, _NO_CORE))
         if self.user is not None:
             self.user.become()
         elif self._nested or os.geteuid() != 0:
             drop_capabilities()
-        # Python ignores these two, and what is ignored stays so in a program.
+        # Python ignores these two signals, and a program inherits ignored signals (execve(2)).
         for number in (signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(number, signal.SIG_DFL)
 
     def _execute(
         self, folder: Path, parent: int | None = None, command: Sequence[str] | None = None
     ) -> NoReturn:
-        """Become the program, or a ``command`` that is run as it is.
+        """Become the program, or a ``command`` that runs in the same environment.
 
-        One that has a parent which watches it ends with that.
+        Args:
+            folder: of the model.
+            parent: a process that watches the program, with which it ends; None for no process.
+            command: what to execute in place of the program.
         """
-        gone = self.forget | set(_VARIABLES if self.private_tmp else ())
-        environment = {key: value for key, value in os.environ.items() if key not in gone}
+        removed = self.forget | set(_VARIABLES if self.private_tmp else ())
+        environment = {key: value for key, value in os.environ.items() if key not in removed}
         environment["KEYMGMT_MODEL"] = str(folder)
         if self.user is not None:
             name = self.user.name
@@ -292,7 +303,7 @@ class Launch:
         program = command[0] if command else self._program
         self._become()
         if parent is not None:
-            end_with(parent)  # a change of user would end that (prctl(2))
+            end_with(parent)  # after the change of user, which would undo it (prctl(2))
         sys.stdout.flush()
         sys.stderr.flush()
         try:
@@ -303,12 +314,12 @@ class Launch:
 
 
 def _is_temporary(path: str) -> bool:
-    found = Path(os.path.normpath(path))  # "/srv/../tmp/x" is, and "/tmp/../srv/x" is not
-    return any(place in found.parents for place in _TEMPORARY)
+    # normpath, so that "/srv/../tmp/x" counts as temporary, and "/tmp/../srv/x" does not.
+    return any(folder in Path(os.path.normpath(path)).parents for folder in _TEMPORARY)
 
 
-def _end(child: int) -> None:
-    """End it, after the time that it may take to give back what it has at a key service."""
+def _end_child(child: int) -> None:
+    """End the child, which gets two seconds to close its sessions at a key service."""
     os.kill(child, signal.SIGTERM)
     for _ in range(_LAST_SECONDS * 20):
         if os.waitpid(child, os.WNOHANG)[0]:

@@ -1,7 +1,7 @@
 """Folders of files that are on no disk: memfds behind links, and a private file system.
 
-Memfds need a non-dumpable process (``harden``): otherwise another process of the same user gets in
-through ``/proc/PID/fd``.
+Memfds need a non-dumpable process (``harden``): otherwise another process of the same user opens
+them through ``/proc/PID/fd``.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class MemfdFolder:
     """Sealed memfds (memfd_create(2)), and a folder of links to them, in /proc.
 
     The links hold no plaintext. Another process of the same user can list and exchange them. They
-    go to ``/proc/self/fd/N``, or to that of ``process``: then other processes of the user, such as
-    those that it starts without its descriptors, read them as long as it runs.
-    With ``lock`` they are kept from swap, as far as the limit permits, until the last mapping of
-    them ends.
+    point to ``/proc/self/fd/N``, or, with ``process``, to ``/proc/PID/fd/N`` of that process: then
+    other processes of the user, such as those that it starts without its descriptors, can read the
+    files as long as it runs. With ``lock`` the memfds are kept from swap, as far as the limit
+    permits, until the last mapping of them ends.
     """
 
     path: Path
@@ -49,7 +49,7 @@ class MemfdFolder:
         """Make the empty folder; OSError where the system permits no memfd, or has no /proc."""
         self._written: set[tuple[int, int]] = set()
         self._lock = lock
-        self._place = f"/proc/{process or 'self'}/fd"
+        self._fd_folder = f"/proc/{process or 'self'}/fd"
         self._locks: list[LockedMapping] = []
         self._descriptors: dict[str, int] = {}
         self._links: dict[Path, tuple[int, ...] | None] = {}
@@ -67,7 +67,8 @@ class MemfdFolder:
         writable = _is_mapped_writable(path)
         os.fchmod(descriptor, 0o600 if writable else 0o400)
         if size:
-            os.posix_fallocate(descriptor, 0, size)  # no room is an error here, not a SIGBUS later
+            # Without this, memory that runs out would be a SIGBUS while the file is filled.
+            os.posix_fallocate(descriptor, 0, size)
             if self._lock:
                 self._locks.append(LockedMapping(descriptor, size))  # before any plaintext
             _fill(descriptor, size, fill)
@@ -75,11 +76,11 @@ class MemfdFolder:
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
         link = self.path / to_system(path)
         link.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        link.symlink_to(f"{self._place}/{descriptor}")
+        link.symlink_to(f"{self._fd_folder}/{descriptor}")
         self._links[link] = _state(link)
 
     def changed(self) -> str | None:
-        """A path that somebody exchanged since it was written; None if there is none."""
+        """The path of a link that somebody exchanged since it was made; None if there is none."""
         for link, state in self._links.items():
             # Renaming a link away and back changes its ctime (inode(7)).
             if _state(link) != state:
@@ -87,17 +88,19 @@ class MemfdFolder:
         return None
 
     def close(self) -> None:
-        """Remove the folder; what was opened in it stays open, and is closed on exec."""
+        """Remove the folder; files that were opened in it stay open, and are closed on exec."""
         for descriptor in self._descriptors.values():
             os.close(descriptor)
-        shutil.rmtree(self.path, ignore_errors=True)  # needs descriptors itself
+        # After the descriptors were closed, since rmtree needs some itself.
+        shutil.rmtree(self.path, ignore_errors=True)
         release_lock(self._lock_fd)
         self._close_on_exec()
         if self._lock:
             lock_mappings(self._written)
             for lock in self._locks:
                 lock.close()
-            lock_mappings(self._written)  # where the limit had no room for both
+            # Once more: the limit may not have been high enough for both locks at a time.
+            lock_mappings(self._written)
 
     def hand_over(self, user: User | None) -> None:
         """Let a program that is executed next have the files and the folder, as ``user``.
@@ -109,24 +112,25 @@ class MemfdFolder:
             if user is not None:
                 os.fchown(descriptor, user.uid, user.gid)
         if user is not None:
-            # The outermost is given last: until then that user cannot reach the inner ones, to put
-            # a link in the place of one.
+            # The outermost folder is given last: until then that user cannot reach the inner ones,
+            # and put a link in the place of a folder whose owner is changed next.
             for parent, _, _ in os.walk(self.path, topdown=False):
                 os.chown(parent, user.uid, user.gid, follow_symlinks=False)
 
     def _close_on_exec(self) -> None:
-        # OpenVINO opens without O_CLOEXEC: a program executed later would inherit plaintext.
+        # OpenVINO 2026.4 opens files without O_CLOEXEC, so a program that is executed later would
+        # inherit descriptors of plaintext.
         for link in Path("/proc/self/fd").iterdir():
-            with contextlib.suppress(OSError):  # the one of this listing is closed by now
+            with contextlib.suppress(OSError):  # the descriptor of this listing is closed by now
                 if _identity(int(link.name)) in self._written:
                     os.set_inheritable(int(link.name), False)
 
 
 class MountedFolder:
-    """The folder of a private file system, reached by a descriptor from inside or outside of it."""
+    """The folder of a private file system, reached by its descriptor from inside or outside."""
 
     def __init__(self, descriptor: int, user: User | None = None) -> None:
-        """Write to the folder ``descriptor``, for ``user`` if it is not for this one."""
+        """Write to the folder of ``descriptor``; its files belong to ``user``, if one is given."""
         self.path = Path(f"/proc/self/fd/{descriptor}")
         self._user = user
 
@@ -158,7 +162,7 @@ def _is_mapped_writable(path: str) -> bool:
 
 
 def _state(link: Path) -> tuple[int, ...] | None:
-    """What changes when a link is exchanged, also if it is put back; None where it is gone."""
+    """A state that differs after a link was exchanged or put back; None where the link is gone."""
     try:
         info = link.lstat()
     except OSError:
@@ -169,14 +173,14 @@ def _state(link: Path) -> tuple[int, ...] | None:
 def locked_folder() -> tuple[Path, int]:
     """A new folder, and a descriptor that holds its lock as long as the process lives.
 
-    Those that killed processes left are removed.
+    Folders that killed processes left are removed.
     """
     base = "/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else None  # noqa: S108
     _sweep(Path(base or tempfile.gettempdir()))
     while True:
         path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
         descriptor = os.open(path, FOLDER)
-        # Another process may have taken it for abandoned before it was locked.
+        # Before it was locked, another process may have removed it as an abandoned one.
         with contextlib.suppress(TimeoutError):
             acquire_lock(descriptor, 0)
             if path.exists():
@@ -214,6 +218,7 @@ def _memfd() -> int:
 
 def _fill(descriptor: int, size: int, fill: Callable[[mmap.mmap], None]) -> None:
     memory = mmap.mmap(descriptor, size)
-    # On failure it is zeros, and goes with the error whose frames still show it.
+    # If ``fill`` fails, it has wiped the mapping. That cannot be closed here, since the frames of
+    # the error still have views of it; it is freed together with the error.
     fill(memory)
     memory.close()

@@ -1,8 +1,9 @@
 """Files in memory that are kept from swap, for as long as somebody has them mapped.
 
-A page is kept from swap while any mapping of it is locked (mlock(2)). Ours is locked before the
-plaintext is written and ends with the folder; those of whoever maps the file are locked by then,
-and a lock ends with its mapping: nothing is left locked, and nothing has to be remembered.
+A page is kept from swap while any mapping of it is locked (mlock(2)). Our own mapping is locked
+before the plaintext is written, and ends with the folder. By then the mappings of those who read
+the file are locked too. A lock ends with its mapping, so no lock is left behind, and no list of
+locks has to be kept.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _FAILED: Final = ctypes.c_void_p(-1).value
 
 
 class LockedMapping:
-    """A locked mapping of a whole memfd, and of nothing where the limit (ulimit -l) forbids it.
+    """A locked mapping of a whole memfd; no mapping where the limit (ulimit -l) forbids it.
 
     Attributes:
         locked: whether the pages are kept from swap.
@@ -33,13 +34,14 @@ class LockedMapping:
     def __init__(self, descriptor: int, size: int) -> None:
         self.locked = False
         self._size = size
-        # From a read-only descriptor: a mapping that could become writable forbids F_SEAL_WRITE.
+        # The mapping is of a read-only descriptor: while a mapping exists that could be made
+        # writable, the kernel refuses F_SEAL_WRITE (memfd_create(2)).
         reader = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            where = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, reader, 0)
+            address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, reader, 0)
         finally:
             os.close(reader)
-        self._address: int | None = None if where == _FAILED else where
+        self._address: int | None = None if address == _FAILED else address
         if self._address is not None:
             self.locked = libc.mlock(self._address, size) == 0
             if not self.locked:
@@ -53,7 +55,7 @@ class LockedMapping:
 
 
 def lock_mappings(files: Container[tuple[int, int]]) -> None:
-    """Lock what this process has mapped of ``files`` (device, inode), where the limit permits."""
+    """Lock this process's mappings of ``files`` (device, inode), where the limit permits."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         span, _, _, device, inode, *_ = line.split()
         major, minor = (int(part, 16) for part in device.split(":"))

@@ -1,7 +1,7 @@
 """A sealed model as a folder of ordinary files that are on no disk, for programs that take paths.
 
-What a program opened in the folder stays open after it is gone, so the ``with`` block is around
-the opening, not around the use.
+A file that a program opened in the folder stays open after the folder is gone. So the ``with``
+block is around the opening of the model, and not around its use.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def mount(
 
         with keymgmt.mount("embedder.sealed", name="embedder") as directory:
             pipeline = TextEmbeddingPipeline(directory, "CPU")
-        # The folder is gone; the pipeline has open what it needs.
+        # The folder is gone; the pipeline keeps the files open that it needs.
 
     The process becomes non-dumpable and stays so (``keymgmt.harden``). The files are read-only (but
     a .gguf, which readers map writable) and exist in this process and its forks alone: a program
@@ -47,22 +47,22 @@ def mount(
     opened in it are set to close on exec. Memory goes back when the last of those is closed.
 
     Where there is swap that is not encrypted, the files are locked in memory as far as the limit
-    permits (``ulimit -l``), until the last of what mapped them lets go. What was read from them
-    into other memory is not, so a warning names the swap all the same.
+    permits (``ulimit -l``), until the last mapping of them ends. A copy that a program makes of
+    them is not locked, so a warning names the swap all the same.
 
-    They are memfds behind a folder of links; where the system has none, the call is refused. What
-    resolves its files to a real path does not work here, but with ``keymgmt.private_folder``; what
-    it writes beside them is an ordinary file, and goes with the folder. Another process of the
-    same user can list the names, and can exchange the links before they are followed. At the end
-    of the block it is noticed that a link was exchanged, also if it was put back; not, that a whole
-    folder was moved away and back. Where other processes of this user are not trusted, run it as a
-    user of its own.
+    The files are memfds behind a folder of links; where the system has no memfds, the call is
+    refused. A program that resolves its files to real paths cannot use this folder; use
+    ``keymgmt.private_folder`` for it. A file that a program writes beside them is an ordinary file,
+    and is removed with the folder. Another process of the same user can list the names, and can
+    exchange the links before they are followed. At the end of the block an exchanged link is
+    noticed, also if it was put back; but not a whole folder that was moved away and back. Where
+    other processes of this user are not trusted, run this process as a user of its own.
 
     Args:
-        path: the sealed model; or one that is open already, which stays open (then ``name`` and
-            ``keys`` say nothing).
-        name: the model that is expected; another one is refused.
-        keys: a loaded config, or the path of one.
+        path: the sealed model; or an open ``SealedModel``, which stays open (then ``name`` and
+            ``keys`` are ignored).
+        name: the name that the model must have; another model is refused.
+        keys: a loaded config, or the path of a config file.
         only: called with each path of the manifest; a file for which it is false is left out.
 
     Yields:
@@ -74,7 +74,7 @@ def mount(
         SealedModelError, CannotUnlock, ConfigError: as ``keymgmt.open``.
     """
     harden()
-    # Locking costs half of the decrypting again, so it is done where there is swap to keep from.
+    # Locking takes half as long as decrypting, so it is done only where there is such swap.
     lock = warn_of_swap()
     try:
         folder = MemfdFolder(lock)
@@ -93,6 +93,6 @@ def mount(
         if changed := folder.changed():
             raise KeymgmtError(
                 f"{changed} was exchanged while the model was mounted at {folder.path}",
-                hint="whatever was loaded from it is not to be trusted; end this process, "
-                "and look which process of this user does that",
+                hint="do not trust what was loaded from it: end this process, and look which "
+                "process of this user exchanged it",
             )

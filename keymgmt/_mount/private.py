@@ -57,18 +57,18 @@ class PrivateMount:
     def __init__(self, target: Path, sizes: Iterable[int], user: User | None = None) -> None:
         """Mount it with room for files of ``sizes`` bytes; OSError as the system says."""
         self.target = target
-        room = _SPARE + sum(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in sizes)
-        mount_memory(target, room, mode=0o700, user=user)
+        size_limit = _SPARE + sum(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in sizes)
+        mount_memory(target, size_limit, mode=0o700, user=user)
         self.descriptor = os.open(target, FOLDER)
 
     def protect(self) -> None:
-        """Nobody writes to ``target`` from here on; ``descriptor`` is still written through."""
+        """Make ``target`` read-only; through ``descriptor`` the files can still be written."""
         mount_read_only(self.target)
 
     def close(self) -> None:
-        """Take it off; what is open in it stays open."""
+        """Unmount the file system; files that are open in it stay open."""
         os.close(self.descriptor)
-        with contextlib.suppress(OSError):  # it was not protected yet
+        with contextlib.suppress(OSError):  # there is one mount only, if it was not protected yet
             unmount(self.target)
             unmount(self.target)
 
@@ -82,29 +82,29 @@ def private_folder(
 ) -> Iterator[Path]:
     """Give a sealed model's files by real paths, decrypted in memory, while the block runs.
 
-    For what resolves paths, maps files to write to them, or hands a path to a program that it
-    starts; ``keymgmt.mount`` is for the rest, and changes less of this process. Example::
+    For libraries that resolve paths, map files to write to them, or pass a path to a program that
+    they start. ``keymgmt.mount`` is for all others, and changes less of this process. Example::
 
         with keymgmt.private_folder("detector.sealed", name="detector") as directory:
             session = onnxruntime.InferenceSession(directory / "model.onnx")
 
-    The folder is read-only, and is a file system in memory that has nowhere to be swapped to. This
-    thread is in a mount namespace of its own from here on, with the threads and programs that it
-    starts; threads that ran before do not see the folder. As root that is all. Another user gets a
-    user namespace with it: then this process must have one thread, and because files of root are
-    shown there as nobody's, a config or model that root owns is refused from then on: open further
-    models before, and give them here. It must not be non-dumpable yet (``keymgmt.harden``).
+    The folder is a read-only file system in memory that is never swapped. From here on this thread
+    is in a mount namespace of its own, with the threads and programs that it starts; threads that
+    ran before do not see the folder. For root nothing else changes. Another user gets a user
+    namespace too. For that, this process must have one thread, and must not be non-dumpable yet
+    (``keymgmt.harden``). In a user namespace, files of root are shown as nobody's, so a config or
+    model that root owns is refused from then on: open further models before, and give them here.
 
     The process becomes non-dumpable (``keymgmt.harden``) before anything is decrypted. Programs
-    that it starts are not, and another process of the same user can look into them: where these
-    are not trusted, use ``keymgmt exec --user``. At the end the folder is gone, and its memory
-    when the last file that somebody opened in it is closed.
+    that it starts are not, and another process of the same user can read their memory: where such
+    processes are not trusted, use ``keymgmt exec --user``. At the end of the block the folder is
+    gone; its memory is freed when the last open file in it is closed.
 
     Args:
-        path: the sealed model; or one that is open already, which stays open (then ``name`` and
-            ``keys`` say nothing).
-        name: the model that is expected; another one is refused.
-        keys: a loaded config, or the path of one.
+        path: the sealed model; or an open ``SealedModel``, which stays open (then ``name`` and
+            ``keys`` are ignored).
+        name: the name that the model must have; another model is refused.
+        keys: a loaded config, or the path of a config file.
 
     Yields:
         The folder, with the paths of the manifest below it.
@@ -121,20 +121,20 @@ def private_folder(
             stack.callback(target.rmdir)
             try:
                 enter_mount_namespace()
-                made = PrivateMount(target, (entry.size for entry in sealed.manifest.files))
+                mounted = PrivateMount(target, (entry.size for entry in sealed.manifest.files))
             except OSError as error:
                 raise no_namespace(str(error.strerror), "use keymgmt.mount") from error
-            stack.callback(made.close)
+            stack.callback(mounted.close)
             harden()
             warn_of_swap()
-            decrypt_files(sealed, MountedFolder(made.descriptor).write)
-        made.protect()
+            decrypt_files(sealed, MountedFolder(mounted.descriptor).write)
+        mounted.protect()
         yield target
 
 
 def no_namespace(why: str, instead: str) -> KeymgmtError:
-    """That this system permits no private file system, and who forbids it as far as is known."""
-    ways = [said for file, value, said in _SWITCHES if _reads(file) == value]
+    """The error that this system permits no private file system; its hint says what forbids it."""
+    ways = [hint for file, value, hint in _SWITCHES if _reads(file) == value]
     if "Seccomp:\t2" in (_reads("/proc/self/status") or ""):
         ways.append(
             "a seccomp profile is on, and that of Docker and Kubernetes forbids it: add "
@@ -144,7 +144,7 @@ def no_namespace(why: str, instead: str) -> KeymgmtError:
         ways.append("this process has several threads: call it before any is started")
     if not is_dumpable() and os.geteuid() != 0:
         ways.append(
-            "this process is non-dumpable (keymgmt.harden, keymgmt.mount), and such a one may not: "
+            "this process is non-dumpable (keymgmt.harden, keymgmt.mount), which forbids it: "
             "take the private folder first"
         )
     return KeymgmtError(

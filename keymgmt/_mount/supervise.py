@@ -1,4 +1,4 @@
-"""A program that is watched until it is ready, and then is given what it has read only once."""
+"""Watching a program until it is ready, and then freeing the files that it has read into memory."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ _PAUSE: Final = 0.2  # seconds between two looks
 
 @dataclass
 class Ready:
-    """What tells that a program is ready: a file, a port of this machine, or a command."""
+    """A sign that a program is ready: a file, a port of this machine, or a command."""
 
     kind: str
     value: str
-    _asked: int | None = field(default=None, init=False)
+    _command: int | None = field(default=None, init=False)
 
     @classmethod
     def parse(cls, text: str) -> Ready:
         """``file:PATH``, ``port:NUMBER`` or ``command:WORDS``; ConfigError for anything else."""
         kind, colon, value = text.partition(":")
-        right = {
+        valid = {
             "file": value.startswith("/"),
             "port": value.isascii()
             and value.isdigit()
@@ -56,9 +56,9 @@ class Ready:
             and 0 < int(value) < 65536,
             "command": bool(_words(value)),
         }
-        if not colon or not right.get(kind):
+        if not colon or not valid.get(kind):
             raise ConfigError(
-                f"nothing tells when the program is ready: {text!r}",
+                f"{text!r} does not say how to see that the program is ready",
                 hint="write file:/ABSOLUTE/PATH, port:8000, or command:'curl -fs localhost:8000'",
             )
         return cls(kind, value)
@@ -68,17 +68,17 @@ class Ready:
         if self.kind == "file":
             return os.path.exists(self.value)  # noqa: PTH110 - what cannot be looked at is not there
         if self.kind == "port":
-            place = ("localhost", int(self.value))
-            with contextlib.suppress(OSError), socket.create_connection(place, 1):
+            address = ("localhost", int(self.value))
+            with contextlib.suppress(OSError), socket.create_connection(address, 1):
                 return True
             return False
-        if self._asked is None:
-            with contextlib.suppress(OSError):  # no process is left; later, perhaps
-                self._asked = start(_words(self.value))
+        if self._command is None:
+            with contextlib.suppress(OSError):  # no process can be forked now; it is tried again
+                self._command = start(_words(self.value))
             return False
-        ended, status = os.waitpid(self._asked, os.WNOHANG)
+        ended, status = os.waitpid(self._command, os.WNOHANG)
         if ended:
-            self._asked = None
+            self._command = None
         return bool(ended) and status == 0
 
 
@@ -88,10 +88,14 @@ def supervise(
     execute: Callable[..., NoReturn],
     tell: Callable[[str], None],
 ) -> NoReturn:
-    """Run the program as a child, drop the files when it is ready, and end as it does.
+    """Run the program as a child, remove the files when it is ready, and end as the child ends.
 
-    ``execute`` turns a fork of this process, whose number it gets, into the program, or into the
-    command that it gets as well.
+    Args:
+        mounted: the file system with the files.
+        ready: tells whether the program is ready.
+        execute: turns a fork of this process into the program. It gets the number of this process
+            and, as a second argument, a command to execute in place of the program.
+        tell: called with a message about the files that were removed.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {*_PASSED_ON, signal.SIGCHLD})
     parent = os.getpid()
@@ -101,45 +105,46 @@ def supervise(
         execute(parent)
 
     def start(words: list[str]) -> int:
-        asked = os.fork()
-        if asked == 0:
+        command = os.fork()
+        if command == 0:
             try:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 signal.signal(signal.SIGIO, signal.SIG_DFL)
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
-                nothing = os.open(os.devnull, os.O_RDWR)
+                null = os.open(os.devnull, os.O_RDWR)
                 for number in range(3):
-                    os.dup2(nothing, number)
+                    os.dup2(null, number)
                 execute(parent, words)
             finally:
-                os._exit(127)  # it is not there yet
-        return asked
+                os._exit(127)  # the command cannot be executed, or not yet
+        return command
 
-    # Who opens a file while its lease is held makes the kernel send this.
+    # The kernel sends SIGIO when somebody opens a file on which _drop holds a lease.
     signal.signal(signal.SIGIO, signal.SIG_IGN)
     waiting = True
     while True:
-        got = signal.sigtimedwait({*_PASSED_ON, signal.SIGCHLD}, _PAUSE if waiting else 3600)
-        # What the terminal sends, it sends to the program too.
-        if got and got.si_signo != signal.SIGCHLD and got.si_code <= 0:
+        signal_ = signal.sigtimedwait({*_PASSED_ON, signal.SIGCHLD}, _PAUSE if waiting else 3600)
+        # A signal with a positive code is from the kernel: the program gets it from the terminal.
+        if signal_ and signal_.si_signo != signal.SIGCHLD and signal_.si_code <= 0:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(child, got.si_signo)
+                os.kill(child, signal_.si_signo)
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
-            _end_as(os.waitstatus_to_exitcode(status), before)
+            _end_like(os.waitstatus_to_exitcode(status), before)
         if waiting and ready(start):
             waiting = False
             try:
                 tell(_drop(mounted.descriptor))
                 sys.stderr.flush()
             except (OSError, SystemExit):
-                # The program goes on where nobody reads what we say; rich ends with SystemExit
-                # then. What is still to be written must not be our exit code in its place.
+                # Nobody reads stderr any more, in which case rich raises SystemExit. The program
+                # goes on. What is left in the buffer must not fail when this process ends, since
+                # that would replace the exit code of the program.
                 with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
                     os.dup2(nowhere.fileno(), 2)
 
 
-def _end_as(code: int, mask: set[signal.Signals | int]) -> NoReturn:
+def _end_like(code: int, mask: set[signal.Signals | int]) -> NoReturn:
     if code < 0:
         if -code != signal.SIGKILL:
             signal.signal(-code, signal.SIG_DFL)
@@ -150,18 +155,18 @@ def _end_as(code: int, mask: set[signal.Signals | int]) -> NoReturn:
 
 
 def _drop(folder: int) -> str:
-    """Remove the files that nobody has open or mapped; say how much that gave back."""
-    given, in_use, unknown = 0, "", ""
+    """Remove the files that nobody has open or mapped; a sentence about the memory that is free."""
+    freed, in_use, unknown = 0, "", ""
     for parent, _, names in os.walk(f"/proc/self/fd/{folder}"):
         for name in names:
             file = Path(parent, name)
             try:
                 descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
                 try:
-                    # A lease for writing is given only while nobody else has the file open, and
-                    # what is mapped is open (fcntl(2), F_SETLEASE).
+                    # The kernel gives a lease for writing only while nobody else has the file open,
+                    # and a mapped file counts as open (fcntl(2), F_SETLEASE).
                     fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-                    given += os.fstat(descriptor).st_size
+                    freed += os.fstat(descriptor).st_size
                     file.unlink()
                 finally:
                     os.close(descriptor)
@@ -170,8 +175,8 @@ def _drop(folder: int) -> str:
                     in_use += f"; {name} stays: it is open or mapped"
                 else:
                     unknown += f"; {name} stays: whether it is in use is not known"
-    back = f"{given / (1 << 20):,.0f} MiB that it had read were given back"
-    return f"the program is ready: {back}{in_use}{unknown}"
+    text = f"{freed / (1 << 20):,.0f} MiB that it had read were given back"
+    return f"the program is ready: {text}{in_use}{unknown}"
 
 
 def _words(text: str) -> list[str]:

@@ -1,1 +1,1 @@
-"""What a key service is: the contract, its data, and how one is found."""
+"""What a key service is: the contract, its data, and how a backend is found."""

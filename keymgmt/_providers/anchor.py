@@ -9,7 +9,7 @@ from typing import Final
 __all__ = ["ANCHOR_FIRST", "ANCHOR_START", "SupportsAnchor", "anchor_after"]
 
 ANCHOR_FIRST: Final = sha256(b"keymgmt anchor/1").digest()
-"""The step from 32 zero bytes that sets an anchor up."""
+"""The first step, from 32 zero bytes, which sets an anchor up."""
 
 
 def anchor_after(value: bytes, step: bytes) -> bytes:
@@ -24,24 +24,28 @@ ANCHOR_START: Final = anchor_after(bytes(32), ANCHOR_FIRST)
 class SupportsAnchor(ABC):
     """A provider that keeps an anchor where nobody who restores a disk reaches it.
 
-    ``[policy] remember_releases`` binds its file to one. No value comes back: a step makes
-    ``anchor_after`` of the present one. ``ANCHOR_START`` says that nothing was bound to it yet, so
-    only a person who sets it up gives it that value.
+    ``[policy] remember_releases`` binds the release memory to an anchor. An anchor never has the
+    same value twice: each step replaces its value by ``anchor_after(value, step)``. The value
+    ``ANCHOR_START`` says that no file was bound to the anchor yet, so an anchor gets it only when a
+    person sets the anchor up.
     """
 
     @abstractmethod
     def anchor(self) -> bytes:
-        """Its present value, 32 bytes.
+        """The present value of the anchor, 32 bytes.
 
         Raises:
-            ConfigError: the provider's table names none.
-            KeyNotFound: it is not there, or was never set up.
+            ConfigError: the provider's table names no anchor.
+            KeyNotFound: the anchor does not exist, or was never set up.
         """
 
     @abstractmethod
     def move_anchor(self, value: bytes, step: bytes) -> None:
-        """Move it from ``value`` to ``anchor_after(value, step)``; nothing more where it is there.
+        """Move the anchor from ``value`` to ``anchor_after(value, step)``.
+
+        Where the anchor has that value already, nothing is done.
 
         Raises:
-            AccessDenied: this user or machine state may not, or it has another value.
+            AccessDenied: this user may not move it, or not in this state of the machine; or the
+                anchor has a third value.
         """

@@ -53,8 +53,8 @@ class Settings(BaseModel):
     """
 
     secret_variables: ClassVar[frozenset[str]] = frozenset()
-    """Variables of the environment that a table of this kind takes secrets from, besides those that
-    it names itself (``SecretSource``). A program that is executed on a model does not get them."""
+    """Environment variables from which a provider of this backend reads secrets by itself, besides
+    those that its table names (``SecretSource``). The verb ``exec`` does not pass them on."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, hide_input_in_errors=True, allow_inf_nan=False
@@ -63,7 +63,7 @@ class Settings(BaseModel):
 
 def _key_name(text: str) -> str:
     if not is_key(text):
-        raise ValueError(f"{text[:80]!r} is no key name")
+        raise ValueError(f"{text[:80]!r} is not a key name")
     return text
 
 
@@ -76,17 +76,17 @@ S = TypeVar("S", bound=Settings)
 class KeyProvider(ABC, Generic[S]):
     """One configured key service.
 
-    Making one is cheap and does no I/O; it connects on first use. It is safe to use from several
-    threads, survives ``fork``, reconnects once on a lost session, and ends every call within a
-    time limit. It raises only errors of ``keymgmt.errors``, with the library's own as
-    ``__cause__``. It is a context manager that closes on exit, and is never pickled.
+    To construct a provider is cheap and does no I/O; it connects on first use. It is safe to use
+    from several threads, survives ``fork``, reconnects once on a lost session, and ends every call
+    within a time limit. It raises only errors of ``keymgmt.errors``, with the error of the library
+    underneath as ``__cause__``. It is a context manager that closes on exit, and is never pickled.
     """
 
     api_version: ClassVar[int] = API_VERSION
     backend: ClassVar[str]
     local: ClassVar[bool] = False
-    """Whether ``unwrap`` asks nobody: no service, no device, no limit of wrong tries. Then as many
-    recipients of a model are tried as it has; else a bounded number."""
+    """Whether ``unwrap`` computes everything in this process and asks no service and no device that
+    could count wrong tries. Then all recipients of a model are tried; else a bounded number."""
     Settings: ClassVar[type[Any]]
 
     def __init__(self, name: str, settings: S) -> None:
@@ -111,23 +111,26 @@ class KeyProvider(ABC, Generic[S]):
 
     @abstractmethod
     def unwrap(self, wrapped: WrappedKey, context: bytes) -> Dek:
-        """Decrypt what ``wrap`` made, given the same ``context``.
+        """Decrypt the result of ``wrap``, given the same ``context``.
 
         Raises:
-            WrongKey: this provider does not hold that key or version, known without decrypting.
-            UnwrapFailed: it holds it, and authentication failed, for whatever reason.
+            WrongKey: this provider does not hold that key or version, which it knows without
+                decrypting.
+            UnwrapFailed: this provider holds the key, and authentication failed: the context is
+                another, the blob was changed, or another key has that name. No cipher can tell
+                these apart.
             ProviderError: any other refusal or failure of the service.
         """
 
     @abstractmethod
     def check(self, key: str | None = None) -> Health:
-        """Look whether the service is reached and lets us in; with ``key``, make a round trip.
+        """See whether the service is reached and the login works; with ``key``, make a round trip.
 
         Failures are findings, not exceptions.
         """
 
     def close(self) -> None:
-        """Let go of everything held, and wipe what is secret; may be called again."""
+        """End sessions and connections, and wipe all secrets; may be called again."""
 
     def __enter__(self) -> Self:
         return self
@@ -146,10 +149,10 @@ class SupportsKeyManagement(ABC):
     """A provider that makes and looks after keys."""
 
     key_kinds: ClassVar[Mapping[str, Literal["wrap", "sign"]]]
-    """What ``create_key`` can make: kind -> purpose; the first of a purpose is its default."""
+    """The kinds of ``create_key``: kind -> purpose; the first of a purpose is its default."""
     rotates_unseen: ClassVar[bool] = False
-    """Whether the service rotates inside of a key and says nothing of it: then a key has one
-    version, which ``rotate_key`` keeps and ``retire_version`` refuses to retire."""
+    """Whether the service rotates the material inside of a key and shows no versions. Then a key
+    has one version, which ``rotate_key`` keeps and ``retire_version`` refuses to retire."""
 
     @abstractmethod
     def create_key(self, key: str, kind: str, options: Mapping[str, str]) -> KeyInfo:
@@ -173,21 +176,22 @@ class SupportsKeyManagement(ABC):
 
 
 class SupportsKeyDeletion(ABC):
-    """A provider that also deletes keys: what only such a key opens never opens again."""
+    """A provider that also deletes keys. A model that only such a key opens never opens again."""
 
     @abstractmethod
     def delete_key(self, key: str) -> str | None:
-        """Delete a key with all its versions, and no other.
+        """Delete this key with all its versions, and no other key.
 
-        Whether something needs it is for the caller to find out.
+        The caller has to find out before whether a model still needs the key.
 
         Returns:
-            None where it is gone; else the time (ISO 8601, UTC) at which the service will delete
-            it, where the service waits: until then the key serves for nothing, and can be kept.
+            None where the key is gone. Where the service deletes a key only after a delay, the time
+            of the deletion (ISO 8601, UTC): until then the key cannot be used, and the deletion can
+            be cancelled.
 
         Raises:
             KeyNotFound: there is no such key.
-            UnsupportedOperation: it is not deleted from here; the hint says how else.
+            UnsupportedOperation: this key cannot be deleted from here; the hint says how else.
         """
 
 
@@ -213,18 +217,19 @@ class SupportsSigning(ABC):
 
 
 class SupportsOfflineRecipients(ABC):
-    """A provider whose wrapping keys have a public part, to which others seal without it."""
+    """A provider whose wrapping keys have a public part, to which others seal without asking it."""
 
     @abstractmethod
     def export_recipient(self, key: str) -> Recipient:
         """The public part of the newest version of ``key``, for a recipient file."""
 
     def holds(self, wrapped: WrappedKey) -> bool:  # noqa: ARG002 - a default
-        """Whether the version that was wrapped to is one of its own, by its public key.
+        """Whether ``wrapped`` is for a key version of this provider, judged by the public key.
 
-        Also where it opens no more, because its boot state is gone or its device was cleared: then
-        ``rewrap`` moves to its newest version what another group opened. Nothing is asked that
-        could fail; False where the provider cannot tell.
+        This is also true of a version that cannot unwrap any more, because the boot state that it
+        is bound to is gone or its device was cleared. Then ``rewrap``, which opened the model with
+        another group, wraps to the newest version of this key instead. The answer is False where
+        the provider cannot tell; no device is asked.
         """
         return False
 

@@ -1,4 +1,4 @@
-"""What goes between keymgmt and a key service: wraps, keys, signatures, and what a check found."""
+"""The data between keymgmt and a key service: wraps, keys, signatures, findings of a check."""
 
 from __future__ import annotations
 
@@ -23,17 +23,9 @@ __all__ = [
 ]
 
 MAX_BLOB: Final = 8192
-
-
 MAX_PARAMS: Final = 8
-
-
 _MECHANISM: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
-
-
 _PARAM_NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,31}")
-
-
 _PARAM_VALUE: Final = re.compile(r"[A-Za-z0-9._=+/-]{0,256}")
 
 
@@ -41,19 +33,20 @@ _PARAM_VALUE: Final = re.compile(r"[A-Za-z0-9._=+/-]{0,256}")
 class WrappedKey:
     """One data key (or share) encrypted under one version of one KEK.
 
-    It names the key and never the place: no address, module path, mount or file. All of it is
-    plain, and all of it is hostile when it was read from a file, so its grammar is checked here.
+    A wrap names the key and never where the key service is: no address, module path, mount or file.
+    Nothing in it is secret. When it was read from a file, all of it is hostile, so the grammar of
+    each member is checked here.
 
     Attributes:
         backend: kind of key service, such as ``vault``.
         key: the KEK's name there.
         version: the KEK's version as the provider counts it.
-        mechanism: how it was wrapped; the provider allows a list of them for each key.
+        mechanism: how it was wrapped; for each key the provider has a list of those it allows.
         blob: the ciphertext, 1 to 8192 bytes.
         params: at most 8 short public strings that unwrapping needs.
 
     Raises:
-        FormatError: a member is not of its grammar or over its bound.
+        FormatError: a member does not have its grammar, or is too long.
     """
 
     backend: str
@@ -73,7 +66,7 @@ class WrappedKey:
         if not isinstance(self.mechanism, str) or not _MECHANISM.fullmatch(self.mechanism):
             raise FormatError(f"a recipient has no valid mechanism: {str(self.mechanism)[:40]!r}")
         if not isinstance(self.blob, bytes) or not 1 <= len(self.blob) <= MAX_BLOB:
-            raise FormatError(f"the blob of a recipient has 1 to {MAX_BLOB} bytes")
+            raise FormatError(f"the blob of a recipient does not have 1 to {MAX_BLOB} bytes")
         if len(self.params) > MAX_PARAMS or not all(
             isinstance(name, str)
             and isinstance(value, str)
@@ -81,7 +74,9 @@ class WrappedKey:
             and _PARAM_VALUE.fullmatch(value)
             for name, value in self.params.items()
         ):
-            raise FormatError(f"a recipient has at most {MAX_PARAMS} short plain parameters")
+            raise FormatError(
+                f"the parameters of a recipient are not at most {MAX_PARAMS} short plain texts"
+            )
 
     def __str__(self) -> str:
         return f"{self.backend}:{self.key}@{self.version}"
@@ -92,7 +87,7 @@ Status = Literal["ok", "warning", "failed", "skipped"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a check looked at: what, how it is, and the way out where it is not well."""
+    """The result of one step of a check: name, status and detail, and the way out of a fault."""
 
     name: str
     status: Status
@@ -102,7 +97,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Health:
-    """What ``KeyProvider.check`` found, in the order in which it looked."""
+    """The findings of ``KeyProvider.check``, in the order of its steps."""
 
     findings: tuple[Finding, ...]
 
@@ -114,7 +109,11 @@ class Health:
 
 @dataclass(frozen=True)
 class KeyVersion:
-    """One version of a key: ``state`` is active, retired (unwraps or verifies no more) or old."""
+    """One version of a key.
+
+    ``state`` is active (new wraps and signatures use it), old (it still unwraps or verifies) or
+    retired (it does neither any more).
+    """
 
     version: str
     state: Literal["active", "old", "retired"]
@@ -123,10 +122,10 @@ class KeyVersion:
 
 @dataclass(frozen=True)
 class KeyInfo:
-    """What a provider says of a key; nothing of it is secret.
+    """The description of a key by its provider; nothing in it is secret.
 
-    ``kind`` is the algorithm in the backend's words; ``versions`` run from oldest to newest;
-    ``detail`` is whatever else the operator should see.
+    ``kind`` is the algorithm, as the backend names it; ``versions`` run from oldest to newest;
+    ``detail`` holds all else that the operator should see.
     """
 
     key: str

@@ -1,9 +1,9 @@
-"""What a key service's answers mean, as data: one table for each backend.
+"""The meaning of a key service's answers, as data: one table for each backend.
 
-An answer is a code (a return code, a status, a word) to an operation. A table says for each whose
-fault it is (the class of the error), what to say, the way out, and whether it passes: whether the
-same call may succeed on a new connection or after a while. A code that no table knows is never
-taken as harmless.
+An answer is a code (a return code, a status, a word) to an operation. For each code a table says
+whose fault it is (the class of the error), the message, the way out, and whether the fault is
+passing: whether the same call may succeed on a new connection or after a while. A code that no
+table has is never taken as harmless.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Fault:
 
     Attributes:
         error: whose fault it is: a class of ``keymgmt.errors``.
-        message: what happened, in a few words that follow what was being done.
+        message: what happened, in a few words that follow the words for the operation.
         hint: the way out.
         passing: whether the same call may succeed on a new connection, another node or later.
     """
@@ -49,9 +49,9 @@ class FaultTable(Generic[Code]):
         """Keep the tables.
 
         Args:
-            faults: what a code means to any operation.
-            unknown: what a code means that is not in them; the code is added to its message.
-            operations: what a code means to one operation, where that differs.
+            faults: the meaning of a code after any operation.
+            unknown: the meaning of a code that is in neither table; the code is in the message.
+            operations: the meaning of a code after one operation, where that differs.
         """
         self._faults = dict(faults)
         self._operations = dict(operations or {})
@@ -61,19 +61,19 @@ class FaultTable(Generic[Code]):
         return code in self._faults or any(known == code for _, known in self._operations)
 
     def find(self, code: Code, operation: str = "") -> Fault:
-        """What ``code`` means in answer to ``operation``."""
-        known = self._operations.get((operation, code)) or self._faults.get(code)
-        return known or self._unknown
+        """The meaning of ``code`` as the answer to ``operation``."""
+        fault = self._operations.get((operation, code)) or self._faults.get(code)
+        return fault or self._unknown
 
     def error(
         self, code: Code, doing: str, operation: str = "", *, shown: str = ""
     ) -> ProviderError:
-        """The error for an answer; the caller raises it from the library's own.
+        """The error for an answer; the caller raises it ``from`` the error of its library.
 
         Args:
             code: the answer.
-            doing: what was being done, in front of the message: "unwrapping with the key 'a'".
-            operation: by which the table may tell two meanings of a code apart.
+            doing: words for the operation, in front of the message: "unwrapping with the key 'a'".
+            operation: the operation, by which the table tells two meanings of a code apart.
             shown: the code as the service's manual spells it, else ``code`` itself.
         """
         fault = self.find(code, operation)

@@ -1,7 +1,8 @@
 """Key names: one strict grammar, checked before a name reaches a URL, a path or a token.
 
-A key is written ``provider:key``, one version of it ``provider:key@version``. There is no slash and
-no ``..`` in any part, so a hostile name cannot climb out of where it is put.
+A key is written ``provider:key``, and a version of that key ``provider:key@version``. No part has a
+slash or ``..`` in it: the key name ``../../auth/token/revoke-self``, which a client put into a URL
+of a Vault server, really revoked the client's token when that was tried.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class KeyRef(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> KeyRef:
-        """Read ``provider:key[@version]``; ConfigError where it is not that."""
+        """Read ``provider:key[@version]``; ConfigError for any other text."""
         provider, colon, rest = text.partition(":")
         key, at, version = rest.partition("@")
         if not colon or not is_name(provider) or (at and not is_version(version)):
@@ -71,7 +72,7 @@ class KeyRef(NamedTuple):
 
 
 def check_model_name(name: str) -> str:
-    """Return ``name`` if a model may be called so (the grammar of key names), else ConfigError."""
+    """Return ``name`` if it is a valid model name (the grammar of key names), else ConfigError."""
     if not is_key(name):
         raise ConfigError(
             f"not a model name: {name[:80]!r}",

@@ -1,8 +1,8 @@
 """A recipient: the public part of a wrapping key, to which anyone seals without its provider.
 
-A recipient file is canonical JSON (RFC 8785) of everything that a device says of one version of
-one key. Who seals to it must know that it is genuine: by its fingerprint, which covers all of it,
-or by a detached signature beside it (``FILE.sig``) of a signer that the config trusts.
+A recipient file is canonical JSON (RFC 8785) of everything that a device states about one version
+of one key. Whoever seals to it must know that it is genuine: by its fingerprint, which covers the
+whole file, or by a detached signature beside it (``FILE.sig``) of a signer that the config trusts.
 """
 
 from __future__ import annotations
@@ -68,19 +68,19 @@ _OAEP: Final = padding.OAEP(padding.MGF1(hashes.SHA256()), hashes.SHA256(), None
 
 @dataclass(frozen=True)
 class Recipient:
-    """What a device exports of one of its keys.
+    """The public part of one version of a key, as a device exports it.
 
     Attributes:
         kind: how to wrap for it: one of ``RECIPIENT_KINDS``.
         backend: kind of key service that unwraps.
         key: the KEK's name there.
-        version: its version.
+        version: the version of the KEK.
         public_key: as ``keymgmt._crypto.hpke`` serialises it; DER SubjectPublicKeyInfo for RSA.
-        attributes: what the device says of the key: at most 32, of printable ASCII. They prove
-            nothing by themselves.
+        attributes: statements of the device about the key: at most 32, in printable ASCII. They
+            prove nothing by themselves.
 
     Raises:
-        FormatError: a member is not of its grammar, or the public key not of its kind.
+        FormatError: a member does not have its grammar, or the public key is not of ``kind``.
     """
 
     kind: str
@@ -91,13 +91,13 @@ class Recipient:
     attributes: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for value, valid, what in (
+        for value, valid, member in (
             (self.backend, is_name, "backend name"),
             (self.key, is_key, "key name"),
             (self.version, is_version, "key version"),
         ):
             if not valid(value):
-                raise FormatError(f"the recipient has no valid {what}: {str(value)[:80]!r}")
+                raise FormatError(f"the recipient has no valid {member}: {str(value)[:80]!r}")
         if self.kind == RSA_OAEP_256:
             _load_rsa(self.public_key)
         else:
@@ -106,7 +106,10 @@ class Recipient:
             _ATTRIBUTE.fullmatch(name) and isinstance(value, str) and _VALUE.fullmatch(value)
             for name, value in self.attributes.items()
         ):
-            raise FormatError("the recipient has attributes that are too many, too long, or odd")
+            raise FormatError(
+                f"the attributes of the recipient are not at most {MAX_ATTRIBUTES} short texts of "
+                "printable ASCII with plain names"
+            )
 
     def __str__(self) -> str:
         return f"{self.backend}:{self.key}@{self.version}"
@@ -127,7 +130,7 @@ class Recipient:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Recipient:
-        """Read a recipient file; FormatError where it is not exactly what ``to_bytes`` makes."""
+        """Read a recipient file; FormatError for bytes that ``to_bytes`` would not make."""
         reader = load_json(content, "the recipient file", MAX_FILE)
         reader.version(FORMAT, _NEWER)
         recipient = cls(
@@ -146,8 +149,8 @@ class Recipient:
         """Read a recipient file.
 
         Raises:
-            ConfigError: it cannot be read.
-            FormatError: it is too large or no recipient file; the message names it.
+            ConfigError: the file cannot be read.
+            FormatError: the file is too large, or is not a recipient file; the message names it.
         """
         content = read_recipient(Path(path))
         try:
@@ -156,7 +159,7 @@ class Recipient:
             raise FormatError(f"{path}: {error}", hint=error.hint) from error
 
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
-        """Write a recipient file, readable by all; ConfigError if it exists and not ``force``."""
+        """Write a recipient file, readable by all; without ``force`` ConfigError if it exists."""
         save_file(Path(path), self.to_bytes(), force=force)
 
     @property
@@ -174,8 +177,8 @@ def plain_fingerprint(text: str) -> str:
 def public_key_id(public_key: bytes) -> str:
     """The parameter ``pk`` of a wrap: 128 bits of SHA-384 over the serialised public key, in hex.
 
-    Many devices have the same backend and key name; by it a provider knows without decrypting
-    whether a wrap is for its key.
+    The keys of many devices have the same backend and the same name. By this parameter a provider
+    knows without decrypting whether a wrap is for its own key.
     """
     return hashlib.sha384(public_key).hexdigest()[:32]
 
@@ -202,10 +205,10 @@ def wrap_for(recipient: Recipient, dek: Dek, context: bytes) -> WrappedKey:
 
 
 def recipient_message(recipient: Recipient, *, attested: bool = False) -> bytes:
-    """What a signer of a recipient file signs (DSSE over the whole file).
+    """The bytes that a signer of a recipient file signs (DSSE over the whole file).
 
-    With ``attested`` it states that hardware proved to hold the key, else that the file is genuine;
-    each has its own payload type, so that neither can stand for the other.
+    With ``attested`` the signer states that hardware proved to hold the key, else that the file is
+    genuine. Each statement has its own payload type, so that neither can stand for the other.
     """
     kind = ATTESTED_PAYLOAD_TYPE if attested else PAYLOAD_TYPE
     return pre_authentication(kind, recipient.to_bytes())
@@ -218,10 +221,10 @@ def signatures_file(signatures: Sequence[Signature]) -> bytes:
             "format": SIGNATURE_FORMAT,
             "signatures": [
                 {
-                    "key": public_key_id(one.public_key),
-                    "signature": base64.b64encode(one.signature).decode(),
+                    "key": public_key_id(signature.public_key),
+                    "signature": base64.b64encode(signature.signature).decode(),
                 }
-                for one in signatures
+                for signature in signatures
             ],
         }
     )
@@ -237,15 +240,16 @@ def find_signer(
     """The name of a trusted key that signed this recipient file.
 
     Args:
-        recipient: as loaded.
+        recipient: the content of the recipient file.
         signatures: content of the ``.sig`` file beside it.
-        trusted: name -> DER SubjectPublicKeyInfo of whom the config trusts for this statement.
+        trusted: name -> DER SubjectPublicKeyInfo of each signer that the config trusts for this
+            statement.
         attested: the statement, as in ``recipient_message``.
 
     Raises:
-        FormatError: not a signature file.
-        UntrustedPublisher: no signature in it is a valid one of a trusted key.
-        ConfigError: a trusted key is of no kind that signs.
+        FormatError: ``signatures`` is not a signature file.
+        UntrustedPublisher: the file has no valid signature of a trusted key.
+        ConfigError: a trusted key is of a kind that cannot sign.
     """
     reader = load_json(signatures, "the signature file", MAX_FILE)
     reader.version(SIGNATURE_FORMAT, _NEWER)
@@ -262,18 +266,19 @@ def find_signer(
         entry.end()
     known = {public_key_id(public): (name, public) for name, public in trusted.items()}
     message = recipient_message(recipient, attested=attested)
-    bad = None
+    forged = None
     for key_id, signature in signed:
-        # The id only picks the trusted key to try; the algorithm and the trust come from that key.
+        # The id in the file only says which trusted key to try. The algorithm follows from that
+        # key, and never from the file.
         name, public = known.get(key_id, (None, b""))
         if name is None:
             continue
         if verify_signature(public, message, signature):
             return name
-        bad = name
-    if bad is not None:
+        forged = name
+    if forged is not None:
         raise UntrustedPublisher(
-            f"the signature of {bad} on the recipient {recipient} is not valid",
+            f"the signature of {forged} on the recipient {recipient} is not valid",
             hint="the recipient file is not the one that was signed; export and sign it again",
         )
     raise UntrustedPublisher(
@@ -291,7 +296,7 @@ def _load_rsa(data: bytes) -> rsa.RSAPublicKey:
     if not isinstance(key, rsa.RSAPublicKey) or not 2048 <= key.key_size <= 8192:
         raise FormatError("the recipient has no RSA public key of 2048 to 8192 bits")
     if key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo) != data:
-        raise FormatError("the recipient's RSA public key is not in its one encoding")
+        raise FormatError("the recipient's RSA public key is not encoded in the canonical way")
     return key
 
 

@@ -1,7 +1,7 @@
 """Installed backends, found through the entry points of group ``keymgmt.backends``.
 
-Rules: only the backend that is asked for is imported, one that is broken harms no other, and
-nothing comes from the working directory just because Python was started there.
+Rules: only the backend that is asked for is imported, a broken backend harms no other, and nothing
+is taken from the working directory just because Python was started there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _OURS: Final = {"aws", "file", "vault", "pkcs11", "tpm2"}
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """One backend that a distribution announces; nothing of it has been imported."""
+    """One backend that a distribution announces; its code has not been imported."""
 
     name: str
     distribution: str
@@ -38,16 +38,16 @@ class BackendInfo:
 
 def backends() -> dict[str, tuple[BackendInfo, ...]]:
     """All announced backends by name; a name with more than one entry is ambiguous."""
-    found: dict[str, dict[tuple[str, str], BackendInfo]] = {}
+    announced: dict[str, dict[tuple[str, str], BackendInfo]] = {}
     for entry in installed_entry_points(GROUP):
-        # A half-removed distribution may have neither.
+        # A distribution that was removed by half may have neither name nor version.
         distribution = (entry.dist and entry.dist.name) or "unknown"
         version = (entry.dist and entry.dist.version) or "unknown"
         # A distribution may stand on sys.path twice; the first one wins, as for imports.
-        found.setdefault(entry.name, {}).setdefault(
+        announced.setdefault(entry.name, {}).setdefault(
             (distribution, entry.value), BackendInfo(entry.name, distribution, version, entry)
         )
-    return {name: tuple(found[name].values()) for name in sorted(found)}
+    return {name: tuple(announced[name].values()) for name in sorted(announced)}
 
 
 @functools.cache
@@ -61,8 +61,8 @@ def load_backend(name: str, distribution: str | None = None) -> type[KeyProvider
     Raises:
         BackendNotInstalled: nobody provides it, and the hint is the exact ``pip install``; two
             distributions provide it, or another one than ``distribution`` does; it fails to import,
-            is no key provider, or was written for another API version. Whatever of these it is,
-            this provider does not work on this machine, and another may.
+            is no key provider, or was written for another API version. Each of these is a fault of
+            this machine and not of the config, so the next provider is tried.
     """
     known = backends()
     candidates = known.get(name, ())
@@ -71,8 +71,8 @@ def load_backend(name: str, distribution: str | None = None) -> type[KeyProvider
             f"the backend {name!r} is not installed", hint=_install_hint(name, list(known))
         )
     if distribution is not None:
-        wanted = _normal(distribution)
-        allowed = [info for info in candidates if _normal(info.distribution) == wanted]
+        named = _normal(distribution)
+        allowed = [info for info in candidates if _normal(info.distribution) == named]
         if not allowed:
             raise BackendNotInstalled(
                 f"the backend {name!r} comes from {candidates[0].distribution}, "
@@ -103,12 +103,12 @@ def _load(info: BackendInfo) -> type[KeyProvider[Settings]]:
             hint=f"repair it with: pip install --force-reinstall {info.distribution}",
         ) from error
     if not (isinstance(loaded, type) and issubclass(loaded, KeyProvider)):
-        raise BackendNotInstalled(f"{source} is no KeyProvider", hint="report it to its author")
-    speaks = loaded.api_version
-    if speaks != API_VERSION:
-        older = isinstance(speaks, int) and speaks < API_VERSION
+        raise BackendNotInstalled(f"{source} is not a KeyProvider", hint="report it to its author")
+    version = loaded.api_version
+    if version != API_VERSION:
+        older = isinstance(version, int) and version < API_VERSION
         raise BackendNotInstalled(
-            f"{source} speaks version {speaks!r} of the provider API, "
+            f"{source} speaks version {version!r} of the provider API, "
             f"this keymgmt speaks {API_VERSION}",
             hint=f"pip install --upgrade {info.distribution if older else 'keymgmt'}",
         )
@@ -125,8 +125,8 @@ def _refuse_stray(info: BackendInfo, source: str) -> None:
     spec = find_spec(info.entry_point.module.partition(".")[0])
     if stray is None or spec is None:
         return
-    places = [*(spec.submodule_search_locations or []), spec.origin or ""]
-    if any(Path(place).absolute().parent == stray for place in places if place):
+    locations = [*(spec.submodule_search_locations or []), spec.origin or ""]
+    if any(Path(location).absolute().parent == stray for location in locations if location):
         raise BackendNotInstalled(
             f"{source} is hidden by {spec.name} in the working directory",
             hint="start it from another directory, or with python -P",
@@ -134,7 +134,7 @@ def _refuse_stray(info: BackendInfo, source: str) -> None:
 
 
 def _normal(name: str) -> str:
-    """The distribution name that pip compares (PEP 503)."""
+    """The name of a distribution in its normal form, which pip compares (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 

@@ -45,7 +45,7 @@ ConfigPath = Annotated[Path, BeforeValidator(_resolve)]
 
 
 class SecretSource(Settings):
-    """Exactly one of five places; the secret is read when needed and not kept here.
+    """Where a secret is: exactly one of five sources. It is read when needed, and not kept here.
 
     ``{ env = "NAME" }`` an environment variable; ``{ file = "PATH" }`` a private file (0600);
     ``{ credential = "NAME" }`` a systemd credential (systemd.exec(5), LoadCredential);
@@ -85,8 +85,8 @@ class SecretSource(Settings):
         """Fetch the secret, 1 to 65536 bytes without a final line end; the caller wipes it.
 
         Raises:
-            ProviderUnavailable: the place is missing, empty, too large or not private: then this
-                provider does not work on this machine, and another group may.
+            ProviderUnavailable: the source is missing, empty, too large or not private. That is a
+                fault of this machine, so another provider is tried.
         """
         secret = self._fetch()
         if secret.endswith(b"\n"):
@@ -98,10 +98,10 @@ class SecretSource(Settings):
         return secret
 
     def read_text(self) -> str:
-        """Fetch a token, an id or a key that goes into a request: printable ASCII, never wiped.
+        """Fetch a token, an id or a key that goes into a request; a ``str`` cannot be wiped.
 
         Raises:
-            ProviderUnavailable: as ``read``, or it is something else.
+            ProviderUnavailable: as ``read``, or the text is not printable ASCII.
         """
         return _plain(self.read(), str(self))
 
@@ -120,7 +120,8 @@ class SecretSource(Settings):
                     f"no systemd credentials here, so none named {self.credential}",
                     hint="add LoadCredential= to the unit; it sets CREDENTIALS_DIRECTORY",
                 )
-            # systemd makes these 0400 or 0440 in a directory that only the unit can enter.
+            # systemd makes these files with the mode 0400 or 0440, in a directory that only the
+            # unit can enter (systemd.exec(5)): so a group may read them here.
             file = Path(directory) / self.credential
             return _read(file, "credential", "any")
         if self.keyring is not None:
@@ -134,10 +135,14 @@ class SecretSource(Settings):
             return bytearray(getpass.getpass(f"{self.prompt}: ").encode())
 
 
-def read_projected(file: Path, what: str) -> str:
-    """A token as a pod has it: others may read the file, and not write it; raises alike."""
+def read_projected(file: Path, label: str) -> str:
+    """Read a token that a pod gets as a projected volume; raises as ``read_text``.
+
+    Kubernetes lets all users of the pod read such a file, so it need not be private; others may not
+    write it.
+    """
     hint = "is this a pod with that volume? else name another file"
-    return _plain(_read(file, what, "trusted", hint).strip(), str(file))
+    return _plain(_read(file, label, "trusted", hint).strip(), str(file))
 
 
 def _plain(secret: bytearray, source: str) -> str:
@@ -151,18 +156,19 @@ def _plain(secret: bytearray, source: str) -> str:
         return text
     del text  # it may be the secret, and an error tracker would show it
     raise ProviderUnavailable(
-        f"the secret from {source} is no token, id or key: it is empty, or not printable ASCII"
+        f"the secret from {source} is not a token, an id or a key: "
+        "it is empty, or not printable ASCII"
     )
 
 
-def _read(file: Path, what: str, access: Access, hint: str | None = None) -> bytearray:
+def _read(file: Path, label: str, access: Access, hint: str | None = None) -> bytearray:
     return read_file(
-        file, what=what, limit=MAX_SECRET, access=access, error=ProviderUnavailable, hint=hint
+        file, what=label, limit=MAX_SECRET, access=access, error=ProviderUnavailable, hint=hint
     )
 
 
-def _ask_keyring(place: str) -> bytearray:
-    service, _, user = place.partition("/")
+def _ask_keyring(entry: str) -> bytearray:
+    service, _, user = entry.partition("/")
     try:
         import keyring
     except ImportError as error:
@@ -172,13 +178,13 @@ def _ask_keyring(place: str) -> bytearray:
     try:
         value = keyring.get_password(service, user)
     except Exception as error:  # noqa: BLE001
-        # Backends of keyring raise what they like, and their text could quote the secret.
+        # A backend of keyring raises errors of any class, whose text could quote the secret.
         raise ProviderUnavailable(
-            f"the keyring does not give {place}: {type(error).__name__}",
+            f"the keyring does not give {entry}: {type(error).__name__}",
             hint="see which keyring is used: keyring diagnose",
         ) from None
     if value is None:
         raise ProviderUnavailable(
-            f"the keyring has nothing for {place}", hint=f"keyring set {service} {user}"
+            f"the keyring has nothing for {entry}", hint=f"keyring set {service} {user}"
         )
     return bytearray(value.encode())

@@ -1,4 +1,4 @@
-"""What every backend says of the kinds and versions of a key, in the same words."""
+"""Errors about kinds and versions of keys, in the same words for every backend."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = [
 
 
 def check_kind(kind: str, kinds: Iterable[str], backend: str) -> None:
-    """Raise ConfigError for a kind of key that ``backend`` does not make; ``kinds`` are its own."""
+    """Raise ConfigError unless ``kind`` is one of ``kinds``, which ``backend`` can make."""
     known = list(kinds)
     if kind not in known:
         near = difflib.get_close_matches(kind, known, n=1)
@@ -32,16 +32,16 @@ def check_kind(kind: str, kinds: Iterable[str], backend: str) -> None:
         )
 
 
-def key_exists(key: str, place: object, provider: str) -> ConfigError:
-    """A key is to be made, and there is one of that name in ``place``."""
+def key_exists(key: str, where: object, provider: str) -> ConfigError:
+    """The error for making a key whose name exists already in ``where``."""
     return ConfigError(
-        f"there is a key {key!r} already in {place}",
+        f"there is a key {key!r} already in {where}",
         hint=f"a new version of it: keymgmt keys rotate {provider}:{key}",
     )
 
 
 def not_held(wrapped: WrappedKey, provider: str) -> WrongKey:
-    """A wrap names a version that the provider called ``provider`` does not have."""
+    """The error for a wrap of a version that the provider of this name does not have."""
     return WrongKey(
         f"the key {wrapped.key!r} of {provider!r} has no version {wrapped.version}",
         hint=f"see its versions: keymgmt keys show {provider}:{wrapped.key}",
@@ -49,7 +49,7 @@ def not_held(wrapped: WrappedKey, provider: str) -> WrongKey:
 
 
 def version_retired(key: str, version: str, why: str = "") -> KeyRetired:
-    """The version is there and may not be used any more; ``why`` says by what it is known."""
+    """The error for a version that exists and was retired; ``why`` says how that is known."""
     return KeyRetired(
         f"version {version} of the key {key!r} was retired" + (f": {why}" if why else ""),
         hint="rewrap the model where another group opens it",
@@ -57,7 +57,7 @@ def version_retired(key: str, version: str, why: str = "") -> KeyRetired:
 
 
 def no_version(key: str, version: str, versions: Sequence[str]) -> KeyNotFound:
-    """The key is there and has no such version, but ``versions``, from oldest to newest."""
+    """The error for a version that an existing key does not have; it has ``versions``."""
     return KeyNotFound(
         f"the key {key!r} has no version {version[:80]!r}",
         hint=f"versions: {', '.join(versions)}",
@@ -65,17 +65,17 @@ def no_version(key: str, version: str, versions: Sequence[str]) -> KeyNotFound:
 
 
 def check_retirable(key: str, version: str, versions: Sequence[str], provider: str) -> None:
-    """Refuse to retire a version that is not there, or that new wraps use.
+    """Refuse to retire a version that does not exist, or that new wraps use.
 
     Args:
         key: name of the key.
-        version: which an operator wants to retire.
-        versions: what the key has, from oldest to newest.
+        version: the version that an operator wants to retire.
+        versions: all versions of the key, from oldest to newest.
         provider: the operator's name for the provider, for the hint.
 
     Raises:
         KeyNotFound: the key has no such version.
-        ConfigError: it is the newest.
+        ConfigError: it is the newest version.
     """
     if version not in versions:
         raise no_version(key, version, versions)

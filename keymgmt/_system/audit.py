@@ -19,13 +19,13 @@ _LOGGER.addHandler(logging.NullHandler())
 
 
 def _one_word(value: object) -> str:
-    # File names may hold line ends and spaces, by which an event would pass for two.
+    # A file name may hold line ends and spaces, which would make one event look like two.
     text = str(value)
     return text if _WORD.fullmatch(text) else ascii(text)
 
 
 def audit(event: str, *, error: BaseException | None = None, **pairs: object) -> None:
-    """Log one event at INFO, or at WARNING with the class of what went wrong."""
+    """Log one event at INFO, or at WARNING with the class of ``error`` as its outcome."""
     outcome = "ok" if error is None else type(error).__name__
     fields = {"event": event, **pairs, "outcome": outcome}
     _LOGGER.log(

@@ -12,27 +12,32 @@ __all__ = ["cpus", "groups", "number"]
 def groups(controller: str) -> list[tuple[int, Path]]:
     """Version and folder of each group that limits ``controller`` here, the innermost first.
 
-    In a container, whose own group is at the root of what it sees, the path that the kernel tells
-    may not be there; the root is.
+    A container sees its own group at the root of the mounted hierarchy, and the kernel may name a
+    path that is not there (``/..`` stands for a group outside, cgroup_namespaces(7)).
+    So the parents of the path are listed too, up to that root; whoever reads the files of a group
+    passes over a folder that does not exist.
     """
-    found = []
+    folders = []
     mounts = [line.split() for line in _lines("/proc/self/mounts")]
     for line in _lines("/proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
         version = 1 if controllers else 2
         if version == 1 and controller not in controllers.split(","):
             continue
-        for _, place, kind, options, *_ in mounts:
+        for _, mount_point, kind, options, *_ in mounts:
             if (version == 2 and kind == "cgroup2") or (
                 version == 1 and kind == "cgroup" and controller in options.split(",")
             ):
                 inner = PurePosixPath(path.replace("/..", "").lstrip("/"))
-                found += [(version, Path(place) / each) for each in (inner, *inner.parents)]
-    return list(dict.fromkeys(found))
+                folders += [(version, Path(mount_point) / each) for each in (inner, *inner.parents)]
+    return list(dict.fromkeys(folders))
 
 
 def number(path: Path) -> int | None:
-    """What a file of a group says; None where it is not there, or says that there is no limit."""
+    """The number in a file of a group; None where the file is missing or says that no limit is set.
+
+    A file without a limit says ``max`` in version 2.
+    """
     try:
         return int(path.read_text())
     except (OSError, ValueError):
@@ -50,7 +55,7 @@ def cpus() -> int:
                 quota, period = (
                     int((group / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period")
                 )
-        except (OSError, ValueError):  # the root has none, and "max" is no limit
+        except (OSError, ValueError):  # the root group has no such file, and "max" is no limit
             continue
         if quota > 0:
             allowed = min(allowed, math.ceil(quota / period))

@@ -18,7 +18,7 @@ def installed_entry_points(group: str) -> list[EntryPoint]:
     return [
         entry
         for entry in entry_points(group=group)
-        if entry.dist is None or _place(entry.dist) != stray
+        if entry.dist is None or _folder_of(entry.dist) != stray
     ]
 
 
@@ -27,14 +27,14 @@ def working_directory() -> Path | None:
     try:
         here = Path.cwd()
     except FileNotFoundError:
-        return None  # it was removed, and nothing can be imported from it
+        return None  # the directory was removed, and nothing can be imported from it
     if sys.flags.safe_path:
-        return None  # python -P does not
+        return None  # python -P puts no directory on sys.path unasked
     unasked = "" in sys.path or getattr(sys.modules.get("__main__"), "__spec__", None) is not None
-    # Twice: it was also put there on purpose, by an editable install or PYTHONPATH.
+    # Where it is there twice, an editable install or PYTHONPATH also put it there, on purpose.
     times = sys.path.count("") + sys.path.count(str(here))
     return here if unasked and times == 1 else None
 
 
-def _place(distribution: Distribution) -> Path:
+def _folder_of(distribution: Distribution) -> Path:
     return Path(str(distribution.locate_file(""))).absolute()

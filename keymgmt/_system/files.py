@@ -46,8 +46,8 @@ _ACCESS_LISTS: Final = ("system.posix_acl_access", "system.posix_acl_default")
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     """An OSError is raised with the path that a person gave.
 
-    A call that takes a descriptor names no path, and what we make beside a file, or in a folder by
-    its descriptor, has a name that nobody else has heard of.
+    The error of a call that takes a descriptor names no path, and the temporary files that we make
+    have names that mean nothing to that person.
     """
     try:
         yield
@@ -121,7 +121,7 @@ def replace_file(
 
 
 def save_file(path: Path, content: Buffer, *, mode: int = 0o644, force: bool = False) -> None:
-    """``replace_file`` for a path that a person named; what goes wrong is said in their words.
+    """``replace_file`` for a path that a person named; errors are ours, with a hint.
 
     Args:
         path: the target.
@@ -130,7 +130,7 @@ def save_file(path: Path, content: Buffer, *, mode: int = 0o644, force: bool = F
         force: replace an existing one, whose readers stay.
 
     Raises:
-        ConfigError: it exists and not ``force``, or this user cannot write there.
+        ConfigError: the file exists and ``force`` is not given, or this user cannot write there.
         KeymgmtError: the disk is full, or broken.
     """
     try:
@@ -172,8 +172,9 @@ def new_directory(
 ) -> Iterator[Path]:
     """Give a temporary folder beside ``target`` to fill; it becomes ``target`` when all went well.
 
-    Until then only this user reaches into it, and by its descriptor, whoever renames its name: who
-    may write beside ``target`` cannot put a link in it that is then written to or given away.
+    Until then only this user may write in it, and we reach it by its descriptor, so that renaming
+    it changes nothing. Otherwise somebody who may write beside ``target`` could put a link in it,
+    through which we would write into, or change the owner of, a file elsewhere.
 
     On an exception the folder is removed and ``target`` is as it was. What a killed process left
     for the same target is removed here by the next one.
@@ -181,9 +182,10 @@ def new_directory(
     Args:
         target: the folder to be; its parent exists.
         replaceable: looks at an existing ``target`` and raises unless all that is in it may be
-            deleted. It looks before anything is written, before the two folders are exchanged
-            atomically, and after, when nobody finds the old one by its name any more; then the old
-            one is removed. Owner, group, mode and access lists are kept. None replaces nothing.
+            deleted. It is called before anything is written, before the two folders are exchanged
+            atomically, and after that, when nobody reaches the old folder by its name any more;
+            then the old folder is removed. Owner, group, mode and access lists are kept. With None
+            an existing ``target`` is refused.
         mode: permission bits of a new folder; the umask may take more away.
 
     Raises:
@@ -200,8 +202,8 @@ def new_directory(
     _remove_abandoned(target)
     with contextlib.ExitStack() as stack, naming(target):
         temporary, descriptor = _make_locked(target, mode, stack)
-        made = stat.S_IMODE(os.fstat(descriptor).st_mode)
-        os.fchmod(descriptor, stat.S_IRWXU | made & stat.S_ISGID)
+        new_mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+        os.fchmod(descriptor, stat.S_IRWXU | new_mode & stat.S_ISGID)
         folder = Path(f"/proc/self/fd/{descriptor}")
         yield folder
         _sync_tree(folder)
@@ -217,7 +219,7 @@ def new_directory(
                 _rename(temporary, target, _RENAME_EXCHANGE)
                 raise
         else:
-            os.fchmod(descriptor, made)
+            os.fchmod(descriptor, new_mode)
             _rename(temporary, target, _RENAME_NOREPLACE)
         sync_directory(target.parent)
 
@@ -237,7 +239,7 @@ def _check_owner(old: Path) -> None:
 def _keep_access(old: Path, new: Path) -> None:
     """Give a new folder and all in it the owner, group, mode and access list of the old.
 
-    What the old one has not is like the old folder itself.
+    A file that the old folder does not have gets those of the old folder itself.
     """
     for parent, _, names in os.walk(new, topdown=False):
         for path in (*(Path(parent, name) for name in names), Path(parent)):
@@ -245,7 +247,8 @@ def _keep_access(old: Path, new: Path) -> None:
             if not os.path.lexists(like) or like.is_dir() != path.is_dir():
                 like = old
             info = like.lstat()
-            # Whoever rewrapped may own keys.json: then his group and mode say who reads it.
+            # keys.json may belong to another user, who rewrapped: its group and mode say who may
+            # read it, and are kept.
             owner = info.st_uid if path == new or os.geteuid() == 0 else -1
             try:
                 os.chown(path, owner, info.st_gid)
@@ -280,7 +283,7 @@ def _keep_readers(path: Path, descriptor: int) -> None:
             try:
                 os.fchown(descriptor, -1, old.st_gid)
             except PermissionError as error:
-                if mode >> 3 & ~mode & 0o7:  # the group may more than others
+                if mode >> 3 & ~mode & 0o7:  # the group has a right that others do not have
                     raise ConfigError(
                         f"{path} is read by the group {old.st_gid}, which this user cannot keep",
                         hint="run this as its owner, or as a member of that group",
@@ -295,7 +298,7 @@ def left_behind(target: Path) -> list[Path]:
 
 
 def target_of(name: str) -> str | None:
-    """The name (its first 200 bytes) whose temporary file or folder ``name`` is; None if none."""
+    """The name (its first 200 bytes) for which ``name`` is temporary; None for any other name."""
     match = _TEMPORARY.fullmatch(name)
     return match[1] if match else None
 
@@ -305,7 +308,8 @@ def _temporary(path: Path) -> Path:
 
 
 def _stem(path: Path) -> str:
-    # At most 255 bytes in all; bytes, since a name need not be UTF-8.
+    # With dot, number and ending at most 255 bytes, which is the limit of Linux file systems
+    # (NAME_MAX). Bytes are cut, and not characters, since a name need not be UTF-8.
     return os.fsdecode(os.fsencode(path.name)[:200])
 
 
@@ -313,11 +317,12 @@ def _make_locked(target: Path, mode: int, stack: contextlib.ExitStack) -> tuple[
     """A new temporary folder and its descriptor, locked while in use; ``stack`` removes it."""
     while True:
         temporary = _temporary(target)
-        # Before it is made, so that no interrupt comes between. The name is random, hence ours.
-        # After an exchange it is that of the old folder; after a plain rename nothing has it.
+        # Registered before the folder is made, so that no interrupt comes between the two; nobody
+        # else has a folder of this random name. After an exchange it is the name of the old folder,
+        # which goes then; after a plain rename nothing has this name.
         stack.callback(shutil.rmtree, temporary, ignore_errors=True)
         temporary.mkdir(mode=mode)
-        # Another process may have taken it for abandoned before it was locked.
+        # Before it was locked, another process may have removed it as an abandoned one.
         lock = _lock(temporary)
         if lock is not None:
             stack.callback(release_lock, lock)

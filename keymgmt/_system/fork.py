@@ -1,8 +1,9 @@
 """Objects with locks or connections, in a process that forks.
 
-Whoever held a lock at the fork does not exist in the child, and a connection that both use answers
-the one with what the other asked. So each such object is made anew in the child; one whose C
-library must not be forked in the middle of a call can also hold the fork up.
+A thread that held a lock at the fork does not exist in the child, where the lock stays held for
+ever; and on a connection that parent and child both use, one of them reads the answer to the
+other's question. So the child gets new locks and new connections. An object whose C library must
+not be forked in the middle of a call can also hold the fork up.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class ForkSafe(ABC):
 
     @abstractmethod
     def _renew(self) -> None:
-        """Called once when it is made, and first of all in every forked child."""
+        """Called once when the object is made, and first of all in every forked child."""
 
     def _before_fork(self) -> None:  # noqa: B027 - most objects hold nothing up
         """Called in the parent before it forks; may wait, but not for ever. Raises nothing."""
@@ -34,7 +35,8 @@ class ForkSafe(ABC):
 
 
 _all: Final[weakref.WeakSet[ForkSafe]] = weakref.WeakSet()
-# Those whose ``_before_fork`` ran, so that their ``_after_fork`` does, whatever was made meanwhile.
+# The objects whose ``_before_fork`` ran: ``_after_fork`` is called for these and no others, even if
+# another thread made one meanwhile.
 _held: Final[list[ForkSafe]] = []
 
 

@@ -49,7 +49,7 @@ def free_memory() -> int | None:
 def _group(version: int, folder: Path) -> int | None:
     limit_file, use_file, reclaimable = _FILES[version]
     limit, use = number(folder / limit_file), number(folder / use_file)
-    if limit is None or use is None:  # no limit, or the root, which has none
+    if limit is None or use is None:  # without a limit, as the root group is
         return None
     cache = 0
     try:
@@ -57,7 +57,7 @@ def _group(version: int, folder: Path) -> int | None:
             name, value = line.split()
             cache += int(value) if name in reclaimable else 0
     except OSError:
-        pass  # then nothing counts as cache
+        pass  # then no page counts as cache that can be taken back
     return max(0, limit - use + min(cache, use))
 
 

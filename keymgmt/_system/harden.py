@@ -43,15 +43,16 @@ def harden() -> None:
 def empty_core_dumps() -> None:
     """Leave all memory out of core dumps of this process and what it executes (core(5)).
 
-    For a system that pipes them to a handler, which a limit does not keep from that. Where /proc
-    is read-only it does nothing.
+    RLIMIT_CORE does not stop a system that pipes core dumps to a handler (a ``|`` in
+    /proc/sys/kernel/core_pattern), so the dump itself is emptied. Where /proc is read-only, this
+    does nothing.
     """
     with contextlib.suppress(OSError):
         Path("/proc/self/coredump_filter").write_text("0")
 
 
 def is_dumpable() -> bool:
-    """Whether other processes of this user may look into this one; False too where not known."""
+    """Whether other processes of this user may look into this one; False where prctl(2) fails."""
     return bool(libc.prctl(_PR_GET_DUMPABLE, 0, 0, 0, 0) == 1)
 
 

@@ -1,7 +1,7 @@
-"""Locks between processes (flock(2)), waited for no longer than told.
+"""Locks between processes (flock(2)), with a bound on the wait.
 
-A lock is given back by name and not just by closing: a process that was forked meanwhile has a
-copy of the descriptor, and would go on holding the lock.
+A lock is given back with LOCK_UN, and not only by closing its descriptor: a process that was forked
+meanwhile has a copy of the descriptor, and would go on holding the lock.
 """
 
 from __future__ import annotations
@@ -86,27 +86,29 @@ def lock_file(
 ) -> Iterator[None]:
     """Hold the lock of a file that is only there to be locked, and is made if it is missing.
 
-    Nobody can hold it who may not write to it: a lock on a file that all may read (flock(2) asks
-    for no more) is one that all may hold for ever.
+    Only a user who may write to the file can hold its lock. flock(2) asks for no more than an open
+    descriptor, so anybody who may read a file could hold its lock for ever: therefore a new file is
+    made with ``mode``, which lets no reader in by default.
 
     Args:
         path: the lock file; its folder exists.
         seconds: how long to wait for whoever holds it; 0 tries once.
         mode: permission bits of a new one, whatever the umask.
-        like: of the folder; where this user may, a new one gets its owner and group, so that they
-            can lock it also after this process was killed.
-        remove: remove it before the lock is given back.
+        like: status of the folder; a new file gets the folder's owner and group where this user
+            may set them, so that they can lock the file also after this process was killed.
+        remove: remove the file before the lock is given back.
 
     Raises:
-        TimeoutError: another process held it all that time.
-        OSError: it cannot be made, or is a link or a folder.
+        TimeoutError: another process held the lock all that time.
+        OSError: the file cannot be made, or is a link or a folder.
     """
     until = time.monotonic() + seconds
     while True:
         descriptor = _open(path, mode, like)
         try:
             acquire_lock(descriptor, max(0.0, until - time.monotonic()), path)
-            # Somebody may have removed the file that was locked here: then it locks nobody out.
+            # The file that was locked here may have been removed meanwhile: then others make a new
+            # file and lock that, so this lock keeps nobody out.
             current = _is_at(path, descriptor)
         except BaseException:
             os.close(descriptor)
@@ -118,6 +120,6 @@ def lock_file(
         yield
     finally:
         if remove:
-            # Whoever waits for it sees that it is gone, and makes another.
+            # A process that waits for the lock sees that the file is gone, and makes a new one.
             path.unlink(missing_ok=True)
         release_lock(descriptor)

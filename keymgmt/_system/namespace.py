@@ -1,8 +1,9 @@
 """File systems in memory that only this process and what it starts can see (mount_namespaces(7)).
 
-A process enters a mount namespace of its own and mounts there; with the last process in it, all of
-that is gone. Where the user may not do so, it is done in a user namespace (user_namespaces(7)) in
-which the user is who it was, and this process must have one thread.
+A process enters a mount namespace of its own and mounts there; when the last process in the
+namespace ends, its mounts are gone. Where the user may not do so, the process enters a user
+namespace (user_namespaces(7)) with it, in which the user keeps its number; a process with several
+threads cannot do that.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ __all__ = [
     "forbid_new_privileges",
     "mount_memory",
     "mount_read_only",
-    "tried",
     "unmount",
+    "why_it_fails",
 ]
 
 FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -102,12 +103,13 @@ def enter_mount_namespace(*, user_namespace: bool = True) -> bool:
             raise
         if len(os.listdir("/proc/self/task")) > 1:  # noqa: PTH208 - the count alone
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL)) from None
-        # Who got half of the way in would be nobody, and take the files of others for its own.
-        if why := tried(_enter_user_namespace):
-            raise PermissionError(errno.EPERM, why) from None
+        # Entering has four steps that cannot be taken back. A process in which only the first
+        # succeeded would have the overflow user's number, and so would the files of all others.
+        if reason := why_it_fails(_enter_user_namespace):
+            raise PermissionError(errno.EPERM, reason) from None
         _enter_user_namespace()
         nested = True
-    # What is mounted outside still comes in, and nothing that is mounted here goes out.
+    # As slaves (MS_SLAVE): mounts outside still show up here, and mounts here do not show outside.
     _mount(None, "/", None, _MS_REC | _MS_SLAVE, None)
     return nested
 
@@ -129,10 +131,11 @@ def mount_memory(
     swappable: bool = False,
     execute: bool = False,
 ) -> str:
-    """Mount a file system in memory over the folder ``target``; its kind.
+    """Mount a file system in memory over the folder ``target``, and return its kind.
 
-    A tmpfs with ``noswap`` where the kernel has that (Linux 6.4) and this is no user namespace;
-    else a ramfs, whose pages have nowhere to be swapped to, and which has no limit of its own.
+    The kind is a tmpfs with ``noswap`` where the kernel has that option (Linux 6.4, and refused in
+    a user namespace: tmpfs(5)); else a ramfs, whose pages are never swapped, and which has no limit
+    of its own.
 
     Args:
         target: an existing folder.
@@ -168,9 +171,9 @@ def mount_memory(
 
 
 def mount_read_only(target: str | os.PathLike[str]) -> None:
-    """Mount what is mounted at ``target`` over itself, read-only; the one below can be written.
+    """Mount the file system at ``target`` a second time over itself, read-only.
 
-    A descriptor that was opened before reaches the one below.
+    The first mount, below, can still be written, by descriptors that were opened before.
     """
     _mount(target, target, None, _MS_BIND, None)
     flags = _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _NOSUID_NODEV | _NOEXEC
@@ -208,8 +211,10 @@ def drop_capabilities() -> None:
     for number in range(_CAPABILITIES):
         if libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0):
             code = ctypes.get_errno()
-            # The last one was before it; or this process may not, and then has none to pass on
-            # but the ambient ones (execve(2) gives others by a file, which is forbidden).
+            # EINVAL: the kernel has no capability of this number, so all are dropped. EPERM: this
+            # process may drop none from its bounding set. A program that it executes gets
+            # capabilities from the ambient set, which is cleared next, or from its file
+            # (execve(2)), which ``forbid_new_privileges`` forbids.
             if code in (errno.EINVAL, errno.EPERM):
                 break
             raise OSError(code, os.strerror(code))
@@ -225,28 +230,29 @@ def end_with(parent: int) -> None:
         os._exit(1)
 
 
-def tried(call: Callable[[], object]) -> str | None:
-    """Why ``call`` fails with an OSError, tried in a forked child; None if it does not.
+def why_it_fails(call: Callable[[], object]) -> str | None:
+    """Try ``call`` in a forked child, and return why it fails there; None if it does not fail.
 
-    For calls that cannot be taken back, such as entering a namespace. This process has one thread.
+    For calls that cannot be taken back, such as entering a namespace. This process has one thread,
+    so the fork is safe.
     """
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        said = b"it ended early"
+        reason = b"it ended early"
         try:
             call()
-            said = b""
+            reason = b""
         except OSError as error:
-            said = f"{error.filename or ''}: {error.strerror}".removeprefix(": ").encode()
+            reason = f"{error.filename or ''}: {error.strerror}".removeprefix(": ").encode()
         finally:
-            os.write(writer, said or b"\0")
+            os.write(writer, reason or b"\0")
             os._exit(0)
     os.close(writer)
     with open(reader, "rb") as answer, contextlib.suppress(ChildProcessError):  # noqa: PTH123
-        said = answer.read()
+        reason = answer.read()
         os.waitpid(child, 0)
-    return None if said == b"\0" else said.decode(errors="replace") or "it was killed"
+    return None if reason == b"\0" else reason.decode(errors="replace") or "it was killed"
 
 
 def _mount(

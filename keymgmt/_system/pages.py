@@ -27,19 +27,19 @@ _MADV_POPULATE_WRITE: Final = 23  # <linux/mman.h>; the module mmap does not hav
 
 
 def unwritten(size: int) -> bytearray:
-    """A bytearray whose content is undefined; for who fills all of it before anybody looks.
+    """A bytearray of undefined content, for callers that fill all of it before anybody reads it.
 
     ``bytearray(size)`` writes zeros all over it, on one core and holding the GIL.
     """
-    made = bytearray()
-    ctypes.pythonapi.PyByteArray_Resize(ctypes.py_object(made), ctypes.c_ssize_t(size))
-    return made
+    array = bytearray()
+    ctypes.pythonapi.PyByteArray_Resize(ctypes.py_object(array), ctypes.c_ssize_t(size))
+    return array
 
 
 class FreshMemory:
     """Makes the pages of one buffer ready to be written to, part by part, by several threads.
 
-    Only speed depends on it, so nothing is said where the system has no such calls.
+    Only speed depends on this, so a system that refuses such a call is not reported.
     """
 
     def __init__(self, view: memoryview) -> None:
@@ -49,7 +49,8 @@ class FreshMemory:
         self._end = self._start + len(view)
         self._first = -(-self._start // BLOCK)  # the first whole block, numbered by its address
         self._claimed = bytearray(max(0, self._end // BLOCK - self._first))
-        # Where huge pages begin and end. Blocks before are being filled while this is decided.
+        # The range of blocks with huge pages. The blocks before it are filled while the times are
+        # taken from which this range is decided.
         self._huge_from = self._huge_to = self._end // BLOCK * BLOCK
         # Changed by any thread at any time: at worst a few blocks get the slower pages.
         self._tried = 0  # blocks of small pages
@@ -58,39 +59,40 @@ class FreshMemory:
 
     def part(self, start: int, length: int) -> memoryview:
         """A part of the buffer, its pages ready."""
-        place, last = self._start + start, self._start + start + length
-        while place < last:
-            number = place // BLOCK
+        position, last = self._start + start, self._start + start + length
+        while position < last:
+            number = position // BLOCK
             end = min(last, (number + 1) * BLOCK)
             index = number - self._first
             if 0 <= index < len(self._claimed):
-                # Not waited for where another thread is at it: here it is the edge of a block.
+                # A block belongs to one thread. Another, whose part ends at the edge of this block,
+                # does not wait: the worst is that it writes to pages that are not ready yet.
                 if not self._claimed[index]:
                     self._claimed[index] = 1
                     self._prepare_block(number * BLOCK)
             else:
-                _prepare_pages(place, end)
-            place = end
+                _prepare_pages(position, end)
+            position = end
         return self._view[start : start + length]
 
     def _prepare_block(self, address: int) -> None:
-        if _is_there(address):
+        if _is_resident(address):
             return
         started = time.thread_time()
         libc.madvise(address, BLOCK, _MADV_POPULATE_WRITE)
-        took = time.thread_time() - started
+        seconds = time.thread_time() - started
         if self._huge_from <= address < self._huge_to:
-            self._lost = max(0.0, self._lost + took - self._small_time)
+            self._lost = max(0.0, self._lost + seconds - self._small_time)
             if self._lost > _MAY_COST * self._small_time:
                 self._huge_to = self._advise(address, mmap.MADV_NOHUGEPAGE, self._huge_to)
         elif address < self._huge_from:
-            self._small_time = min(took, self._small_time)
+            self._small_time = min(seconds, self._small_time)
             self._tried += 1
             if self._tried >= _TRIES and self._huge_from == self._huge_to:
                 self._huge_from = self._advise(address, mmap.MADV_HUGEPAGE, self._huge_to)
 
     def _advise(self, address: int, advice: int, end: int) -> int:
-        """Say which pages the blocks get after those that threads may be at now; the first."""
+        """Give the kernel ``advice`` for the blocks that no thread has reached; their start."""
         start = min(address + _AHEAD * BLOCK, end)
         if start < end:
             libc.madvise(start, end - start, advice)
@@ -100,12 +102,15 @@ class FreshMemory:
 def _prepare_pages(start: int, end: int) -> None:
     """Small pages, for what is less than a block."""
     start, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
-    if end - start > 2 * mmap.PAGESIZE and not _is_there(start):
+    if end - start > 2 * mmap.PAGESIZE and not _is_resident(start):
         libc.madvise(start, end - start, _MADV_POPULATE_WRITE)
 
 
-def _is_there(address: int) -> bool:
-    """Whether the pages from here on are resident, judged by the second."""
+def _is_resident(address: int) -> bool:
+    """Whether the pages from ``address`` on are resident, judged by the second page of them.
+
+    The first may have been touched by a neighbour that shares it.
+    """
     resident = ctypes.create_string_buffer(1)
     asked = libc.mincore(address + mmap.PAGESIZE, mmap.PAGESIZE, resident)
     return bool(asked != 0 or resident.raw != b"\0")

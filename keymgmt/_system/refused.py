@@ -10,7 +10,7 @@ from keymgmt.errors import ConfigError, KeymgmtError
 
 __all__ = ["translate"]
 
-# What the person at the keyboard named wrongly, or may not do; all else is the machine's trouble.
+# Errors of a person who named a wrong path, or lacks a right; all others are the machine's.
 _OPERATORS: Final = {
     errno.ENOENT: None,
     errno.ENOTDIR: None,
@@ -31,21 +31,21 @@ _MACHINES: Final = {
 
 
 def translate(error: OSError, path: str | os.PathLike[str] | None = None) -> KeymgmtError:
-    """An OSError with whose fault it is, and the way out.
+    """Turn an OSError into an error whose class says whose fault it is, with the way out as hint.
 
     Args:
-        error: what the system said.
-        path: what the person gave, where the error does not name it.
+        error: the error of the system.
+        path: the path that the person gave, if the error does not name it.
 
     Returns:
         A ConfigError (exit 3) where a path or a permission is the operator's to mend, else a
         KeymgmtError (exit 1): a full disk, a broken device.
     """
-    said = error.strerror or str(error) or type(error).__name__
+    reason = error.strerror or str(error) or type(error).__name__
     where = os.fspath(path) if path is not None else error.filename
     if isinstance(where, bytes):
         where = os.fsdecode(where)
-    message = f"{where}: {said}" if where else f"the system refused: {said}"
+    message = f"{where}: {reason}" if where else f"the system refused: {reason}"
     if error.errno in _OPERATORS and where:
         return ConfigError(message, hint=_OPERATORS[error.errno])
     return KeymgmtError(message, hint=_MACHINES.get(error.errno or 0))

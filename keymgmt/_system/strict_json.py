@@ -31,12 +31,12 @@ def dump(value: Any) -> bytes:
     try:
         return rfc8785.dumps(value)
     except (rfc8785.CanonicalizationError, UnicodeError) as error:
-        raise FormatError(f"no canonical JSON: {error}") from error
+        raise FormatError(f"the value cannot be written as canonical JSON: {error}") from error
 
 
 def load_json(
     data: bytes | bytearray,
-    what: str,
+    label: str,
     limit: int,
     parts: int = MAX_INTEGER,
     *,
@@ -46,34 +46,35 @@ def load_json(
 
     Args:
         data: the bytes as read.
-        what: name of the file, for messages.
+        label: name of the file, for messages.
         limit: bound in bytes, looked at before anything is parsed.
         parts: bound of its members and elements (an empty array or object counts as one), looked at
             before anything is parsed.
         canonical: whether only its one spelling of RFC 8785 is accepted.
 
     Raises:
-        FormatError: too large, not UTF-8, not JSON, not an object, or another spelling.
+        FormatError: the file is too large, not UTF-8, not JSON, not an object, or not spelled as
+            RFC 8785 spells it.
     """
     if len(data) > limit:
-        raise FormatError(f"{what} is larger than {limit} bytes")
+        raise FormatError(f"{label} is larger than {limit} bytes")
     if _has_more_parts(data, parts):
-        raise FormatError(f"{what} has more than {parts} members and elements")
+        raise FormatError(f"{label} has more than {parts} members and elements")
 
     def integer(text: str) -> int:
-        # Length first: the conversion of a long number takes quadratic time.
+        # The length is looked at first: converting a long number takes quadratic time.
         if len(text) > 17 or abs(int(text)) > MAX_INTEGER:
-            raise FormatError(f"{what} holds an integer of 2^53 or more")
+            raise FormatError(f"{label} holds an integer of 2^53 or more")
         return int(text)
 
     def refuse(text: str) -> NoReturn:
-        raise FormatError(f"{what} holds {text[:20]!r}, and only integers are numbers here")
+        raise FormatError(f"{label} holds {text[:20]!r}, and only integers are numbers here")
 
     def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise FormatError(f"{what} has a member twice")
-        return found
+        object_ = dict(pairs)
+        if len(object_) != len(pairs):
+            raise FormatError(f"{label} has a member twice")
+        return object_
 
     try:
         value = json.loads(
@@ -87,15 +88,15 @@ def load_json(
     except FormatError:
         raise
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{what} is not JSON: {type(error).__name__}") from error
+        raise FormatError(f"{label} is not JSON: {type(error).__name__}") from error
     if not isinstance(value, dict):
-        raise FormatError(f"{what} is not a JSON object")
+        raise FormatError(f"{label} is not a JSON object")
     if spelled != data:
         raise FormatError(
-            f"{what} is not in its canonical form (RFC 8785)",
+            f"{label} is not in its canonical form (RFC 8785)",
             hint="it was edited or reformatted; fetch it again as it was published",
         )
-    return JsonReader(value, what)
+    return JsonReader(value, label)
 
 
 def _has_more_parts(data: bytes | bytearray, parts: int) -> bool:
@@ -110,39 +111,39 @@ def _has_more_parts(data: bytes | bytearray, parts: int) -> bool:
     return sum(map(outside.count, (b",", b"[", b"{"))) > parts
 
 
-def base64_bytes(text: str, what: str) -> bytes:
+def base64_bytes(text: str, label: str) -> bytes:
     """Decode standard base64 with padding, in its one canonical spelling; else FormatError."""
     try:
         data = binascii.a2b_base64(text, strict_mode=True)
     except (binascii.Error, ValueError) as error:
-        raise FormatError(f"{what} is not base64") from error
+        raise FormatError(f"{label} is not base64") from error
     if binascii.b2a_base64(data, newline=False) != text.encode():
-        raise FormatError(f"{what} is not canonical base64")
+        raise FormatError(f"{label} is not canonical base64")
     return data
 
 
 class JsonReader:
     """Takes members out of one JSON object, each once and of one type; the rest is refused."""
 
-    def __init__(self, value: Any, what: str) -> None:
+    def __init__(self, value: Any, label: str) -> None:
         if not isinstance(value, dict):
-            raise FormatError(f"{what} is not a JSON object")
+            raise FormatError(f"{label} is not a JSON object")
         self._left: dict[str, Any] = dict(value)
-        self._what = what
+        self._label = label
 
     def _take(self, name: str, kind: type[Any], called: str) -> Any:
         if name not in self._left:
-            raise FormatError(f"{self._what} has no {name}")
+            raise FormatError(f"{self._label} has no {name}")
         value = self._left.pop(name)
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise FormatError(f"{name} in {self._what} is not {called}")
+            raise FormatError(f"{name} in {self._label} is not {called}")
         return value
 
     def text(self, name: str, *, limit: int) -> str:
         """A string of at most ``limit`` characters."""
         value: str = self._take(name, str, "a string")
         if len(value) > limit:
-            raise FormatError(f"{name} in {self._what} is longer than {limit} characters")
+            raise FormatError(f"{name} in {self._label} is longer than {limit} characters")
         return value
 
     def text_or_none(self, name: str, *, limit: int) -> str | None:
@@ -156,52 +157,55 @@ class JsonReader:
         """An integer from ``least`` to ``most``."""
         value: int = self._take(name, int, "an integer")
         if not least <= value <= most:
-            raise FormatError(f"{name} in {self._what} is not between {least} and {most}")
+            raise FormatError(f"{name} in {self._label} is not between {least} and {most}")
         return value
 
     def flag(self, name: str) -> bool:
         """True or false."""
         value = self._left.pop(name, None)
         if not isinstance(value, bool):
-            raise FormatError(f"{name} in {self._what} is not true or false")
+            raise FormatError(f"{name} in {self._label} is not true or false")
         return value
 
     def hex(self, name: str, *, length: int) -> bytes:
         """Exactly ``length`` bytes as lower-case hexadecimal."""
         value = self.text(name, limit=2 * length)
         if len(value) != 2 * length or not _HEX.fullmatch(value):
-            raise FormatError(f"{name} in {self._what} is not {length} bytes in lower-case hex")
+            raise FormatError(f"{name} in {self._label} is not {length} bytes in lower-case hex")
         return bytes.fromhex(value)
 
     def base64(self, name: str, *, limit: int) -> bytes:
         """At most ``limit`` bytes as canonical base64."""
         text = self.text(name, limit=(limit + 2) // 3 * 4)
-        data = base64_bytes(text, f"{name} in {self._what}")
+        data = base64_bytes(text, f"{name} in {self._label}")
         if len(data) > limit:
-            raise FormatError(f"{name} in {self._what} is longer than {limit} bytes")
+            raise FormatError(f"{name} in {self._label} is longer than {limit} bytes")
         return data
 
     def array(self, name: str, *, least: int, most: int) -> list[Any]:
         """An array of ``least`` to ``most`` elements."""
         value: list[Any] = self._take(name, list, "an array")
         if not least <= len(value) <= most:
-            raise FormatError(f"{name} in {self._what} has not {least} to {most} elements")
+            raise FormatError(
+                f"{name} in {self._label} has {len(value)} elements, not {least} to {most}"
+            )
         return value
 
     def texts(self, name: str, *, most: int, key_limit: int, limit: int) -> dict[str, str]:
         """An object of at most ``most`` strings, each at most ``limit`` characters."""
         value = self.members(name)
         if len(value) > most:
-            raise FormatError(f"{name} in {self._what} has more than {most} members")
+            raise FormatError(f"{name} in {self._label} has more than {most} members")
         for key, text in value.items():
             if len(key) > key_limit or not isinstance(text, str) or len(text) > limit:
                 raise FormatError(
-                    f"{name} in {self._what} has a member that is no string of its bounds"
+                    f"{name} in {self._label} has a member that is not a string of at most {limit} "
+                    f"characters, with a name of at most {key_limit}"
                 )
         return value
 
     def members(self, name: str) -> dict[str, Any]:
-        """An object, with nothing said of its members."""
+        """An object; its members are not checked."""
         value: dict[str, Any] = self._take(name, dict, "an object")
         return value
 
@@ -210,7 +214,7 @@ class JsonReader:
         if name in self._left and self._left[name] is None:
             del self._left[name]
             return None
-        return JsonReader(self.members(name), f"{name} of {self._what}")
+        return JsonReader(self.members(name), f"{name} of {self._label}")
 
     def names(self) -> list[str]:
         """The members that nobody took yet."""
@@ -226,11 +230,11 @@ class JsonReader:
         value = self.text("format", limit=64)
         if value != expected:
             raise FormatError(
-                f"{self._what} has the format {value!r}; this reader knows {expected!r}", hint=hint
+                f"{self._label} has the format {value!r}; this reader knows {expected!r}", hint=hint
             )
 
     def end(self) -> None:
         """Refuse members that nobody took."""
         if self._left:
             name = min(self._left)
-            raise FormatError(f"{self._what} has an unknown member: {name[:40]!r}")
+            raise FormatError(f"{self._label} has an unknown member: {name[:40]!r}")

@@ -21,14 +21,14 @@ def unencrypted_swap() -> tuple[str, ...]:
         lines = Path("/proc/swaps").read_text().splitlines()[1:]
     except OSError:
         return ()
-    return tuple(line.split()[0] for line in lines if not _keeps_secrets(line.split()[0]))
+    return tuple(line.split()[0] for line in lines if not _writes_no_plaintext(line.split()[0]))
 
 
 def _swap_forbidden() -> bool:
     return any(number(group / "memory.swap.max") == 0 for _, group in groups("memory"))
 
 
-def _keeps_secrets(device: str) -> bool:
+def _writes_no_plaintext(device: str) -> bool:
     name = Path(device).resolve().name
     try:
         if name.startswith("zram"):

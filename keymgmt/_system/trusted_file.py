@@ -28,7 +28,7 @@ Access = Literal["any", "trusted", "private"]
 """Who may have access: anybody; others may read and not write; nobody but this user and root."""
 
 _FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-# Whoever writes as we do puts a whole new file in its place, at any moment.
+# A writer that works as we do may put a new file in the place of the opened one at any moment.
 _EXCHANGES: Final = 100
 _LINKS: Final = 40  # as many as the kernel follows (path_resolution(7))
 
@@ -47,11 +47,11 @@ def read_file(
 
     Args:
         path: the file; links are followed.
-        what: what it is, for messages: "config", "key file".
+        what: a word for the kind of file, for messages: "config", "key file".
         limit: bytes that it may have at most.
         access: who may have access to it.
-        error: class of what is raised: ConfigError where the operator's words are wrong, a
-            ProviderError where a provider lacks it.
+        error: class of the error: ConfigError for a file that the operator named, a ProviderError
+            for one that only a provider needs.
         hint: the way out where the file is missing or unreadable.
         irregular: the way out where it is a folder, a pipe or a device.
 
@@ -93,12 +93,12 @@ def _read_once(
             raise error(f"the {what} {path} is larger than {limit} bytes")
         content = bytearray(info.st_size)
         try:
-            # One more is asked for, to see that the file did not grow meanwhile.
+            # One byte more is asked for, to see whether the file grew meanwhile.
             count = os.preadv(descriptor, [content, bytearray(1)], 0)
             if count and not info.st_size:
-                # What the kernel makes as it is read (sysfs, configfs) has no size before.
-                with open(descriptor, "rb", closefd=False) as made:
-                    content, count = bytearray(made.read(limit + 1)), 0
+                # sysfs and configfs make a file's content when it is read; before, its size is 0.
+                with open(descriptor, "rb", closefd=False) as file:
+                    content, count = bytearray(file.read(limit + 1)), 0
         except OSError as reason:
             raise error(f"cannot read the {what} {path}: {reason.strerror}") from reason
     finally:
@@ -117,9 +117,9 @@ def check_trusted(
 
     Args:
         path: of the file or folder, which exists.
-        what: what it is, for messages.
+        what: a word for the kind of file, for messages.
         private: whether others may not even read it.
-        error: class of what is raised.
+        error: class of the error.
 
     Raises:
         KeymgmtError: of the class ``error``; it names the one file, folder or link, and the one
@@ -129,10 +129,10 @@ def check_trusted(
         steps = _steps(path)
     except OSError as reason:
         raise error(f"cannot look at the {what} {path}: {reason.strerror}") from reason
-    for place, (step, info) in enumerate(steps):
-        last = place == len(steps) - 1
-        # A folder with the sticky bit lets nobody exchange the entry of another (chmod(2)); who
-        # owns that entry is looked at in the next step.
+    for index, (step, info) in enumerate(steps):
+        last = index == len(steps) - 1
+        # In a folder with the sticky bit nobody can exchange an entry of another user (chmod(2));
+        # the next step looks at who owns the entry.
         sticky = stat.S_ISDIR(info.st_mode) and info.st_mode & stat.S_ISVTX and not last
         problem = _owner_problem(info) or (
             None
@@ -140,24 +140,25 @@ def check_trusted(
             else _mode_problem(step, info, last and private)
         )
         if problem is not None:
-            place_name = f"the {what} {path}" if last else f"the {what} {path}, in {step},"
+            subject = f"the {what} {path}" if last else f"the {what} {path}, in {step},"
             raise error(
-                f"{place_name} is refused: {problem[0]}",
+                f"{subject} is refused: {problem[0]}",
                 hint=problem[1].format(path=step) if problem[1] else None,
             )
 
 
 def _steps(path: Path) -> list[tuple[Path, os.stat_result]]:
     """Each folder and link on the way to a file, from the root on, and the file."""
-    found: list[tuple[Path, os.stat_result]] = []
-    todo = list(reversed(path.absolute().parts))  # ".." is gone up after links were followed
+    steps: list[tuple[Path, os.stat_result]] = []
+    # ".." goes up from where the links before it led, as in the kernel.
+    todo = list(reversed(path.absolute().parts))
     current, links = Path(todo.pop()), 0
-    found.append((current, current.lstat()))
+    steps.append((current, current.lstat()))
     while todo:
         part = todo.pop()
         current = current.parent if part == ".." else current / part
         info = current.lstat()
-        found.append((current, info))
+        steps.append((current, info))
         if stat.S_ISLNK(info.st_mode):
             links += 1
             if links > _LINKS:
@@ -166,7 +167,7 @@ def _steps(path: Path) -> list[tuple[Path, os.stat_result]]:
             parts = list(target.parts)
             current = Path(parts.pop(0)) if target.is_absolute() else current.parent
             todo += reversed(parts)
-    return found
+    return steps
 
 
 def _is_same(path: Path, info: os.stat_result) -> bool:
@@ -179,7 +180,8 @@ def _is_same(path: Path, info: os.stat_result) -> bool:
 def _owner_problem(info: os.stat_result) -> tuple[str, str] | None:
     if info.st_uid == 0:
         return None
-    # Asked before whether it is this user, who may have the very number that stands for others.
+    # This is asked before the comparison with this user, who may have the very number that stands
+    # for all users without a mapping.
     if _is_unmapped(info.st_uid):
         return (
             "its owner does not exist in this container or user namespace",
@@ -223,7 +225,8 @@ def _has_access_list(path: Path) -> bool:
     try:
         os.getxattr(path, "system.posix_acl_access")
     except OSError as error:
-        # No list, or a file system that has none. What cannot be looked at counts as one.
+        # The file has no list, or its file system has no lists. After any other error nothing is
+        # known, and the file counts as one with a list.
         return error.errno not in (errno.ENODATA, errno.ENOTSUP)
     return True
 

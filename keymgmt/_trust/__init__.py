@@ -1,1 +1,1 @@
-"""May this model open here, and with which key."""
+"""Whether a model may be opened here, and with which key."""

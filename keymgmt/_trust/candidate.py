@@ -44,12 +44,12 @@ __all__ = ["Candidate", "admit", "refusal", "step"]
 
 @dataclass(frozen=True)
 class Trust:
-    """Why a model was let in, and what must be remembered of it once it is open.
+    """Why a model was let in, and where its release is remembered once it is open.
 
     Attributes:
-        vouched: by whom, until when; None where no signature is required.
-        memory: what remembers releases; None where the config names nothing.
-        known: what it remembered; None where its anchor was not to be asked.
+        vouched: the publishers and until when they vouch; None where no signature is required.
+        memory: the release memory; None where the config names none.
+        known: the content of the memory; None where its anchor was not to be asked.
     """
 
     vouched: Vouched | None
@@ -57,11 +57,14 @@ class Trust:
     known: Known | None
 
     def remember(self, candidate: Candidate) -> None:
-        """Raise the floors, but only for a release that is whole: its digests are checked first.
+        """Remember the release of ``candidate``, after all its digests were checked.
+
+        A release that is damaged must not raise the floor: the machine would then open neither it
+        nor the release before.
 
         Raises:
-            IntegrityError: a digest is not the manifest's.
-            ConfigError, RollbackError, ProviderError: it cannot be remembered.
+            IntegrityError: the digest of a file differs from the manifest.
+            ConfigError, RollbackError, ProviderError: the release cannot be remembered.
         """
         if self.memory is None or self.known is None:
             return
@@ -74,7 +77,7 @@ class Trust:
 
 @dataclass
 class Candidate:
-    """A sealed model as read from its folder, parsed but trusted in nothing yet.
+    """A sealed model as read from its folder: parsed, and not trusted yet.
 
     A context manager that closes the folder.
     """
@@ -86,9 +89,9 @@ class Candidate:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Candidate:
-        """Read manifest.json and signatures.json; SealedModelError where they are not as SPEC says.
+        """Read manifest.json and signatures.json; SealedModelError where they violate SPEC.md.
 
-        keys.json is read later, by ``policy``: most checks need none of it, and it may be large.
+        keys.json is read later, by ``policy``: most checks do not need it, and it may be large.
         """
         folder = SealedFolder(path)
         try:
@@ -108,7 +111,7 @@ class Candidate:
         return manifest_hash(self.data)
 
     def policy(self) -> UnlockPolicy:
-        """Read keys.json; SealedModelError where it is malformed, or not of this manifest."""
+        """Read keys.json; SealedModelError where it is malformed or of another manifest."""
         policy = UnlockPolicy.from_bytes(self.folder.read(KEYS, MAX_KEYS))
         if policy.manifest != self.hash:
             raise IntegrityError(
@@ -119,13 +122,13 @@ class Candidate:
         return policy
 
     def trust(self, config: Config, name: str | None = None, *, ask: bool = True) -> Trust:
-        """Check signature, expiry, name and release; who vouches, and what is to be remembered.
+        """Check signature, expiry, name and release, in this order.
 
         Without ``ask`` no key service is asked, so a release memory with an anchor is left out.
 
         Raises:
             UntrustedPublisher, ModelExpired, RollbackError, ConfigError: as the config demands.
-            ProviderError: the anchor of what remembers releases cannot be read.
+            ProviderError: the anchor of the release memory cannot be read.
         """
         vouched, memory, known, policy = None, None, None, config.policy
         if policy.require_signature:
@@ -148,7 +151,7 @@ class Candidate:
     def check_digests(self, progress: Callable[[int, int], object] | None = None) -> None:
         """IntegrityError unless every payload file has the digest of the manifest; needs no key.
 
-        Says something only once the signature was checked.
+        This proves something only after the signature of the manifest was checked.
         """
         manifest, done = self.manifest, 0
         for entry in manifest.files:
@@ -165,7 +168,7 @@ class Candidate:
                 os.close(descriptor)
             if root != entry.digest:
                 raise IntegrityError(
-                    f"{payload_name(entry.path)} has not the digest that the manifest lists",
+                    f"{payload_name(entry.path)} does not have the digest that the manifest lists",
                     hint="it was damaged or exchanged; fetch the sealed model again",
                 )
             done += entry.size
@@ -187,7 +190,7 @@ def step(
 def admit(
     path: str | os.PathLike[str], config: Config, name: str | None
 ) -> tuple[Candidate, Trust]:
-    """Read a sealed model and check that this config lets it in; closed again if it does not."""
+    """Read a sealed model and check that this config lets it in; else close it and raise."""
     candidate = Candidate.read(path)
     try:
         return candidate, candidate.trust(config, name)
@@ -197,7 +200,7 @@ def admit(
 
 
 def refusal(path: str | os.PathLike[str], config: Config) -> KeymgmtError | None:
-    """Why this config would not let in what was just written; None where it would."""
+    """Why this config would not let in the model that was just written; None where it would."""
     try:
         admit(path, config, None)[0].folder.close()
     except (SealedModelError, ConfigError, ProviderError) as error:

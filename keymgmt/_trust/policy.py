@@ -1,7 +1,7 @@
 """Whether a sealed model may be used at all, decided before any key service is asked.
 
-Signature of a publisher trusted for this name, and until when he vouches; expected name; release
-floor: in this order.
+Checked in this order: the signature of a publisher who is trusted for this name, and until when the
+publisher vouches; the expected name; the release floor.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ class Publisher:
 
 def load_publishers(config: Config) -> list[Publisher]:
     """Read the public keys of ``[policy] publishers``; ConfigError naming the file."""
-    found = []
+    publishers = []
     for name, models in config.policy.publishers.items():
         for model in models:
             if model != "*" and not is_key(model):
                 raise ConfigError(f"[policy] publishers: {name}: not a model name: {model[:80]!r}")
-        found.append(Publisher(Path(name), PublicKey(config.public_key(name)), tuple(models)))
-    return found
+        publishers.append(Publisher(Path(name), PublicKey(config.public_key(name)), tuple(models)))
+    return publishers
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,10 @@ class Vouched:
     """Who vouches for a model, and until when.
 
     Attributes:
-        publishers: trusted for its name, each with a valid signature; as many as the config wants.
-        expires: when the first of them no longer does, or None; where that is past, and the config
-            only warns of it, when the last of them did.
+        publishers: as many as the config demands, each trusted for the model's name and with a
+            valid signature.
+        expires: when the first of them stops vouching; None for never. Where too few vouch any
+            more, and the config only warns of that, the latest time that any publisher stated.
     """
 
     publishers: tuple[Publisher, ...]
@@ -81,24 +82,25 @@ class Vouched:
 
 
 def check_signer(config: Config, reference: KeyRef) -> PublicKey:
-    """The newest version of a signing key; UntrustedPublisher where this config trusts it not.
+    """The public key of the newest version of a signing key.
 
     Raises:
-        UntrustedPublisher: what it signs does not open here.
-        ConfigError, ProviderError: the config is wrong, or the provider does not say.
+        UntrustedPublisher: this config does not trust that version, so a model that it signs would
+            not open here.
+        ConfigError, ProviderError: the config is wrong, or the provider does not answer.
     """
     key = reference.key
-    made = PublicKey(call_provider(config, reference.provider, lambda p: p.public_key(key)))
-    if config.policy.require_signature and made.id not in {
+    public = PublicKey(call_provider(config, reference.provider, lambda p: p.public_key(key)))
+    if config.policy.require_signature and public.id not in {
         publisher.key.id for publisher in load_publishers(config)
     }:
         raise UntrustedPublisher(
-            f"this config does not trust the newest version of {reference}, so what it signs does "
-            "not open here",
+            f"this config does not trust the newest version of {reference}, so models that it "
+            "signs do not open here",
             hint=f"export it with: keymgmt keys export {reference} --format pem -o NEW.pem; and "
             "name NEW.pem in [policy] publishers",
         )
-    return made
+    return public
 
 
 def check_signature(
@@ -112,14 +114,14 @@ def check_signature(
 
     Args:
         manifest: the parsed manifest.
-        data: its bytes, which are what is signed.
-        signatures: what came with it.
-        publishers: whom the config trusts.
-        count: how many must have signed.
+        data: the bytes of the manifest, which are signed.
+        signatures: the signatures that came with the manifest.
+        publishers: the publishers that the config trusts.
+        count: how many of them must have signed.
 
     Raises:
-        UntrustedPublisher: unsigned; unknown signer; a signer not for this name, or too few; a bad
-            signature; an algorithm that the profile does not allow.
+        UntrustedPublisher: the model is unsigned; its signers are unknown, too few, or not trusted
+            for this name; a signature is wrong, or by an algorithm that the profile does not allow.
     """
     name = manifest.name
     if not signatures.signatures:
@@ -128,7 +130,8 @@ def check_signature(
             hint="have its publisher run `keymgmt sign`, and fetch signatures.json again",
         )
     signed = {signature.key_id: signature.signature for signature in signatures.signatures}
-    # One key in two files is one publisher, for all names of both.
+    # A key that two files name is one publisher, for the names of both files: the second line wins,
+    # and has only publishers that may publish this name.
     known = {p.key.id: p for p in publishers if p.key.id in signed and not p.may_publish(name)}
     known |= {p.key.id: p for p in publishers if p.key.id in signed and p.may_publish(name)}
     allowed = [p for p in known.values() if p.key.algorithm in manifest.rules.signatures]
@@ -176,23 +179,24 @@ def check_expiry(
     policy: Policy,
     clock: tuple[str, str | None],
 ) -> Vouched:
-    """Leave out the publishers whose time has passed; enough must be left.
+    """Leave out the publishers who no longer vouch; enough of them must remain.
 
     Args:
         manifest: the parsed manifest.
-        digest: its hash.
-        signatures: what came with it.
-        signed: whose signatures are valid.
-        policy: how many there must be, whether they must have stated a time, and what happens.
+        digest: hash of the manifest.
+        signatures: the signatures and expiries that came with the manifest.
+        signed: the publishers whose signatures are valid.
+        policy: how many publishers must vouch, whether they must state a time, and whether an
+            expired model is refused.
         clock: the time now, and the highest time seen on this machine, if that is remembered.
 
     Raises:
-        ModelExpired: too few are left.
-        UntrustedPublisher: a statement is not of the key under whose id it is.
+        ModelExpired: too few publishers vouch now.
+        UntrustedPublisher: an expiry was not signed by the key under whose id it is.
     """
     name, (now, seen) = manifest.name, clock
     strict, problems = name in policy.require_expiry, []
-    left: list[tuple[Publisher, str | None]] = []
+    standing: list[tuple[Publisher, str | None]] = []
     latest: str | None = None
     if seen is not None and now < seen:
         problem = f"the clock says {now}, and {seen} was seen on this machine before"
@@ -202,7 +206,7 @@ def check_expiry(
         expires = stated.expires if stated else None
         if stated is None or expires is None:
             if not strict:
-                left.append((publisher, None))
+                standing.append((publisher, None))
             problems.append(f"{publisher.file.name} did not say until when")
             continue
         message = expiry_bytes(digest, expires)
@@ -213,15 +217,16 @@ def check_expiry(
             )
         latest = max(latest or expires, expires)
         if now < expires:
-            left.append((publisher, expires))
+            standing.append((publisher, expires))
         problems.append(f"{publisher.file.name} vouched for it until {expires}")
     count = policy.signatures.get(name, 1)
-    if len(left) < count:
+    if len(standing) < count:
         _say(policy, name, "; ".join(problems), refuse=True, hint=_RENEW)
         return Vouched(tuple(signed), latest)
-    # Those that never expire first, then the longest: the model lasts as long as its count-th.
-    left.sort(key=lambda one: one[1] or "~", reverse=True)
-    return Vouched(tuple(publisher for publisher, _ in left[:count]), left[count - 1][1])
+    # Sorted by the end of their time, the latest first, and "~", which sorts behind every digit,
+    # for never. The model expires when fewer than ``count`` are left: with the count-th of them.
+    standing.sort(key=lambda entry: entry[1] or "~", reverse=True)
+    return Vouched(tuple(publisher for publisher, _ in standing[:count]), standing[count - 1][1])
 
 
 _RENEW: Final = "its publisher renews it with: keymgmt sign MODEL PROVIDER:KEY --expires 30d"

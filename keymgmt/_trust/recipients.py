@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ProviderKey", "RecipientFile", "resolve_group", "resolve_groups"]
 
-# What require_attested names -> the attribute in which whoever attests a key states it.
+# A member of [policy] require_attested -> the attribute in which the attesting signer states it.
 _STATED: Final = {"policies": "policy_digest", "approvers": "approver", "makers": "maker"}
 
 
@@ -79,14 +79,14 @@ def resolve_groups(
     A key that is missing or denied is found here, before any work is done.
 
     Raises:
-        ConfigError: a text is malformed, names an unknown provider, or the same group twice; or the
-            profile does not allow what a recipient wraps by.
+        ConfigError: a text is malformed or names an unknown provider, a group is named twice, or
+            the profile does not allow the mechanism of a recipient.
         UntrustedPublisher: a recipient file has neither a given fingerprint nor a trusted signer.
         ProviderError: a provider cannot wrap under its key.
     """
     if not texts:
         raise ConfigError(
-            "no recipient: nobody could open it",
+            "no recipient is named, so nobody could open the model",
             hint='name at least one with --to PROVIDER:KEY, or [seal] to = ["PROVIDER:KEY"]',
         )
     if len(set(texts)) != len(texts):
@@ -107,7 +107,7 @@ def resolve_groups(
 
 
 def resolve_group(text: str, config: Config, fingerprints: Sequence[str] = ()) -> list[Wrap]:
-    """One ``--to`` text; raises as ``resolve_groups`` does, and tries nothing."""
+    """Turn one ``--to`` text into ways to wrap, untried; raises as ``resolve_groups``."""
     return _resolve(text, config, frozenset(map(plain_fingerprint, fingerprints)))
 
 
@@ -136,7 +136,9 @@ def _recipient_file(path: Path, config: Config, fingerprints: frozenset[str]) ->
             f"the recipient file {path} is of a key that was not attested by hardware",
             hint="enrol the device, with `keymgmt tpm enroll` for a TPM",
         )
-    # Anybody may write the attribute: it counts where a signer vouches for it.
+    # The attribute ``attested`` is a text that anybody may write, so it counts only where an
+    # attestation signer has signed the file. A fingerprint says who made the file, and nothing of
+    # hardware: so it is not enough where keys must be attested.
     if not attested and plain_fingerprint(recipient.fingerprint) in fingerprints:
         return RecipientFile(path, recipient)
     policy = config.policy
@@ -161,7 +163,8 @@ def _recipient_file(path: Path, config: Config, fingerprints: frozenset[str]) ->
         try:
             find_signer(recipient, content, vouching)
         except UntrustedPublisher:
-            # What was attested is genuine too; the other way round it says nothing.
+            # A signer who attests a key states thereby that the file is genuine too. The reverse
+            # does not hold.
             if not attesting:
                 raise
             attested = True
@@ -173,7 +176,7 @@ def _recipient_file(path: Path, config: Config, fingerprints: frozenset[str]) ->
 
 
 def _check_attested(path: Path, recipient: Recipient, wanted: AttestedKeys) -> None:
-    """UntrustedPublisher unless what the signer states of the key is among what is wanted."""
+    """UntrustedPublisher unless each attribute that the config restricts has an allowed value."""
     for setting, attribute in _STATED.items():
         allowed, stated = getattr(wanted, setting), recipient.attributes.get(attribute)
         if allowed is not None and stated not in allowed:

@@ -1,12 +1,13 @@
-"""What a machine remembers against rollback: the highest release of each name, and a time.
+"""The memory of a machine against rollback: the highest release of each name, and a time.
 
-The time is the highest that the clock showed when a model was opened that expires, less ten
-minutes, so that a clock may be set by a little.
+The time is the highest that the clock showed when a model that expires was opened, less ten
+minutes, so that setting the clock back by a little is no fault.
 
-Whoever restores a disk restores a file. With an anchor the file counts only if the anchor's value
-says so: it is a hash chain over every state that the file had. A new state is written to the file
-first, beside the one that counts, and then the anchor moves: whenever the power fails, exactly one
-of the two is the anchor's, and no other file ever is (docs/decisions/release-memory.md).
+Whoever restores a disk restores the file too. With an anchor, the file counts only if it matches
+the anchor's value, which is a hash chain over every state that the file had. A new state is first
+written to the file, beside the state that counts, and then the anchor moves. So whenever the power
+fails, exactly one of the two states matches the anchor, and no older file ever does
+(docs/decisions/release-memory.md).
 """
 
 from __future__ import annotations
@@ -46,14 +47,14 @@ _DAY: Final = len("2026-01-01")
 
 @dataclass(frozen=True)
 class Known:
-    """What is remembered; ``before`` is the anchor's value before this was bound to it."""
+    """One state of the memory; ``before`` is the anchor's value before it was bound to it."""
 
     releases: dict[str, int] = field(default_factory=dict)
     time: str | None = None
     before: bytes = b""
 
     def with_open(self, name: str, release: int, now: str, precision: int) -> Known | None:
-        """With a release of ``name`` and a time, or None where that says nothing new."""
+        """The state after a release of ``name`` was opened now; None where nothing changes."""
         later = now[:precision] > (self.time or "")[:precision]
         if not later and release <= self.releases.get(name, -1):
             return None
@@ -64,12 +65,12 @@ class Known:
 
     @property
     def step(self) -> bytes:
-        """The step of the anchor that binds this to it."""
+        """The step of the anchor that binds it to this state."""
         return sha256(dump({"releases": self.releases, "time": self.time})).digest()
 
     @property
     def after(self) -> bytes:
-        """The anchor's value once it did."""
+        """The anchor's value after that step."""
         return anchor_after(self.before, self.step)
 
     def to_json(self) -> dict[str, Any]:
@@ -78,7 +79,7 @@ class Known:
 
     @classmethod
     def read(cls, reader: JsonReader, where: str) -> Known:
-        """Reverse ``to_json``, ``before`` left out; FormatError."""
+        """Read the members of ``to_json`` other than ``before``; FormatError where one is wrong."""
         entries = JsonReader(reader.members("releases"), f"releases in {where}")
         time = reader.text_or_none("time", limit=20)
         reader.end()
@@ -92,8 +93,8 @@ class ReleaseMemory:
 
     Attributes:
         path: the file; a missing one is an empty memory, but for an anchor that has moved.
-        anchor: asks the provider that keeps the anchor, or None without one.
-        provider: its name.
+        anchor: calls a function with the provider that keeps the anchor; None without an anchor.
+        provider: the name of that provider.
     """
 
     path: Path
@@ -101,48 +102,51 @@ class ReleaseMemory:
     provider: str = ""
 
     def recall(self) -> Known:
-        """What is remembered.
+        """The state that counts.
 
         Raises:
             ConfigError: the file is unreadable or damaged; it is never taken for an empty one.
-            RollbackError: it is not the one that the anchor is of.
+            RollbackError: the file does not match the anchor.
             ProviderError: the anchor cannot be read.
         """
         try:
-            return self._held()[0]
+            return self._state()[0]
         except RollbackError as error:
-            # Another process may have moved it between the look at it and at the file.
+            # Another process may have moved the anchor after it was read here and before the file
+            # was read. So both are read once more, under the lock.
             with contextlib.ExitStack() as stack:
                 try:
                     stack.enter_context(self._locked())
-                except ConfigError as problem:
-                    # Whoever may not write here looks once; one who waited in vain knows nothing.
-                    if getattr(problem.__cause__, "errno", None) in _MAY_NOT_WRITE:
+                except ConfigError as refusal:
+                    # A user who may not write the lock file cannot wait for the other process: the
+                    # first answer stands. After a wait in vain nothing is known.
+                    if getattr(refusal.__cause__, "errno", None) in _MAY_NOT_WRITE:
                         raise error from None
                     raise
-                return self._held()[0]
+                return self._state()[0]
 
     def remember(
         self, name: str, release: int, *, time: bool = False, known: Known | None = None
     ) -> None:
-        """Remember ``release`` of ``name`` if it is the highest, and ``time``, now, if it is later.
+        """Remember ``release`` of ``name`` if it is the highest, and with ``time`` the time now.
 
-        The time is written once an hour at most, with an anchor once a day. ``known`` is what was
-        recalled, if it was.
+        The time is written once an hour at most, with an anchor once a day. ``known`` is the result
+        of ``recall``, if the caller has it.
 
         Raises:
-            ConfigError: it cannot be kept.
+            ConfigError: the file cannot be written.
             RollbackError, ProviderError: as ``recall``; or the anchor does not move.
         """
         now = utc_text(datetime.now(UTC) - _LITTLE) if time else ""
-        what = name, release, now, _DAY if self.anchor else _HOUR
-        if self._counts(known or self.recall(), what):
+        news = name, release, now, _DAY if self.anchor else _HOUR
+        if self._counts(known or self.recall(), news):
             return
         with self._locked():
-            held, value = self._held()
-            if self._counts(held, what):
+            held, value = self._state()
+            if self._counts(held, news):
                 return
-            new = held.with_open(*what) or held  # the same is bound where nothing was yet
+            # An unchanged state is written too where the anchor was not bound to any state yet.
+            new = held.with_open(*news) or held
             if value is None or self.anchor is None:
                 self._write({"format": FORMAT, "releases": new.releases, "time": new.time})
                 return
@@ -151,16 +155,20 @@ class ReleaseMemory:
             self._write({"format": ANCHORED, "states": [each.to_json() for each in states]})
             self.anchor(lambda provider: provider.move_anchor(value, new.step))
 
-    def _counts(self, held: Known, what: tuple[str, int, str, int]) -> bool:
-        """Whether ``held`` says that already, and is bound where there is an anchor."""
-        return held.with_open(*what) is None and (self.anchor is None or bool(held.before))
+    def _counts(self, held: Known, news: tuple[str, int, str, int]) -> bool:
+        """Whether ``held`` needs no change by ``news``, and is bound where there is an anchor."""
+        return held.with_open(*news) is None and (self.anchor is None or bool(held.before))
 
-    def _held(self) -> tuple[Known, bytes | None]:
-        """What counts, and the anchor's value: read first, since a later file has its state too."""
+    def _state(self) -> tuple[Known, bytes | None]:
+        """The state that counts, and the value of the anchor.
+
+        The anchor is read first: a file that is written later still has the state of this value.
+        """
         value = self.anchor(lambda provider: provider.anchor()) if self.anchor else None
         states = self._read()
         if value is None or value == ANCHOR_START:
-            # Nothing is bound, whatever a file from before or a power cut says of itself.
+            # The anchor is bound to no state yet. A file that says otherwise is from before the
+            # anchor was set up, or was written just before the power failed.
             return (replace(states[-1], before=b"") if states else Known()), value
         for state in states:
             if state.before and state.after == value:
@@ -171,7 +179,8 @@ class ReleaseMemory:
             hint="an old disk or backup was put back: restore the newest file; if it is lost, see "
             "the manual of the anchor's backend",
         )
-        error.exit_code = ConfigError.exit_code  # this machine's, and no model's
+        # The fault is this machine's and not the model's, so it ends with the exit code of those.
+        error.exit_code = ConfigError.exit_code
         raise error
 
     def _read(self) -> list[Known]:
@@ -241,7 +250,7 @@ class ReleaseMemory:
 
 
 def release_memory(config: Config) -> ReleaseMemory | None:
-    """The memory that a config names, or None."""
+    """The release memory that a config names, or None."""
     named = config.policy.remember_releases
     if named is None:
         return None

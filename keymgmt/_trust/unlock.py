@@ -1,14 +1,15 @@
 """From an unlock policy and a config to the data key.
 
-Groups are tried as written, or preferred providers' first; in a group, the members whose provider
-asks nobody first. A recipient is matched to providers by its backend, never by a name that the file
-could choose. Every ProviderError moves on to the next candidate and is kept; ConfigError,
-SealedModelError and interrupts stop. One attempt for each provider, blob and context, and a
-provider that was unavailable is not asked again.
+Groups are tried in the order of the file, or those of preferred providers first; in a group, the
+members whose provider is local are tried first. A recipient is matched to providers by its backend,
+never by a name that the file could choose. After every ProviderError the next candidate is tried,
+and the error is kept; ConfigError, SealedModelError and interrupts stop. Each provider, blob and
+context is tried once, and a provider that was unavailable is not asked again.
 
-Until a policy's MAC was right anybody may have made it longer. So what asks a key service is
-bounded: 64 requests, each for one recipient or, where the service has batches, for 256. What asks
-nobody is bounded by the 16384 recipients that a policy may have. A total time bounds both.
+Until the MAC of a policy was checked, anybody may have added recipients to it. So the work for a
+key service is bounded: 64 requests, each for one recipient or, where the service has batches, for
+256. Local tries are bounded by the 16384 recipients that a policy may have. A total time bounds
+both.
 """
 
 from __future__ import annotations
@@ -56,7 +57,13 @@ log = logging.getLogger("keymgmt")
 
 @dataclass(frozen=True)
 class Opened:
-    """What opened a model: index of the group, its providers, and those that should have before."""
+    """How a model was opened.
+
+    Attributes:
+        group: index of the group that opened it.
+        providers: the providers of that group.
+        failed: the attempts of earlier groups that should have worked on this machine.
+    """
 
     group: int
     providers: tuple[str, ...]
@@ -76,10 +83,16 @@ class Unlocker:
         bounded: bool = True,
         down: dict[str, ProviderError] | None = None,
     ) -> None:
-        """Nothing is asked yet; ``answers`` are taken before a provider is asked.
+        """Prepare; no provider is asked yet.
 
-        ``bounded`` is False for a policy that a holder of the data key wrote. ``down`` is told of
-        providers that were not reached, and those in it are not asked: one for many models.
+        Args:
+            config: the providers and their policy.
+            manifest: of the model.
+            policy: its recipients.
+            answers: answers that are known already; a provider is asked only for others.
+            bounded: False for a policy whose MAC was checked, or that this process wrote.
+            down: providers that were not reached, which are not asked, and to which each such
+                provider is added; shared by the unlockers of many models.
         """
         self._config = config
         self._manifest = manifest
@@ -101,7 +114,7 @@ class Unlocker:
         self.attempts: list[Attempt] = []
 
     def open(self) -> tuple[Dek, Opened]:
-        """The data key and what opened it; raises as ``unlock``."""
+        """The data key, and how the model was opened; raises as ``unlock``."""
         dek, index = self.unlock()
         return dek, Opened(index, tuple(self.providers(index)), self.broken)
 
@@ -109,8 +122,8 @@ class Unlocker:
         """The data key, and the index of the group that gave it.
 
         Raises:
-            CannotUnlock: no group opens here, with every reason; or another one than the first
-                would, and the config refuses that.
+            CannotUnlock: no group opens here; ``attempts`` has every reason. Or a group opens only
+                after a provider failed, and the config refuses such a second way in.
             ConfigError: the config is wrong.
             IntegrityError: the policy was changed by somebody without the data key.
         """
@@ -128,7 +141,8 @@ class Unlocker:
         if not self._by_backend:
             hint = "the config has no providers; add one, or make a config with: keymgmt init"
         else:
-            # What another machine's recipients would need is no way out here.
+            # Only hints of providers of this machine: a recipient that is meant for another machine
+            # needs nothing here.
             broken = (attempt.error.hint for attempt in self.broken if attempt.error.hint)
             hint = next(broken, "see what is wrong with this machine's providers: keymgmt doctor")
         raise CannotUnlock(
@@ -139,7 +153,7 @@ class Unlocker:
 
     @property
     def broken(self) -> tuple[Attempt, ...]:
-        """What should have opened here and did not, once for each provider."""
+        """The first failed attempt of each provider that should work on this machine."""
         first: dict[str | None, Attempt] = {}
         for attempt in self.attempts:
             if attempt.broken:
@@ -147,7 +161,11 @@ class Unlocker:
         return tuple(first.values())
 
     def _say_fallback(self, index: int) -> None:
-        """Tell of the providers that did not work, so that nobody lives on a second way in."""
+        """Report the providers that did not work.
+
+        A device that opens its models by its second way in for a year is a fault that nobody would
+        notice otherwise.
+        """
         opened_by = "+".join(self.providers(index))
         for attempt in self.broken:
             log.warning(
@@ -179,10 +197,10 @@ class Unlocker:
         indices = range(len(self._policy.groups))
         if not prefer:
             return indices
-        rank = {name: place for place, name in enumerate(prefer)}
+        rank = {name: number for number, name in enumerate(prefer)}
 
-        def place(index: int) -> int:
-            # A group is as preferred as the least preferred member that it cannot do without.
+        def group_rank(index: int) -> int:
+            # A member takes the best provider that it can, and a group needs all its members.
             return max(
                 min(
                     (rank.get(name, len(rank)) for name in self._candidates(wrapped)),
@@ -191,7 +209,7 @@ class Unlocker:
                 for wrapped in self._policy.groups[index].recipients
             )
 
-        return sorted(indices, key=place)
+        return sorted(indices, key=group_rank)
 
     def _candidates(self, wrapped: WrappedKey) -> list[str]:
         return self._by_backend.get(wrapped.backend, [])
@@ -219,19 +237,19 @@ class Unlocker:
         finally:
             for share in shares:
                 share.wipe()
-        found = commitment(dek, self._manifest.id)
-        if hmac.compare_digest(found, self._manifest.commitment):
+        computed = commitment(dek, self._manifest.id)
+        if hmac.compare_digest(computed, self._manifest.commitment):
             return dek
         dek.wipe()
         error = UnwrapFailed(
-            "it unwrapped to a key that is not this model's",
+            "the recipient unwrapped to a key that is not this model's",
             hint="somebody who is not the sealer made this recipient",
         )
         self._note(index, 0, group, None, error, "join")
         return None
 
     def _local_first(self, group: Group) -> Iterable[int]:
-        """The members of a group, those that ask nobody first: often they already say no."""
+        """The members of a group, local ones first: if one of them fails, no service is asked."""
         members = range(len(group.recipients))
         if len(members) == 1:
             return members
@@ -243,7 +261,7 @@ class Unlocker:
             try:
                 self._local[name] = bool(call_provider(self._config, name, lambda p: p.local))
             except ProviderError:
-                self._local[name] = False  # asking it says what is wrong
+                self._local[name] = False  # the error is met again, and reported, when it is asked
         return self._local[name]
 
     def _open_member(self, index: int, member: int, group: Group) -> Dek | None:
@@ -254,8 +272,8 @@ class Unlocker:
             try:
                 dek = self._ask(name, wrapped, context, index)
             except ProviderError as error:
-                took = time.monotonic() - started
-                self._note(index, member, group, name, without_frames(error), "unwrap", took)
+                seconds = time.monotonic() - started
+                self._note(index, member, group, name, without_frames(error), "unwrap", seconds)
             else:
                 self._opened[index, member] = name
                 self._held.add((name, wrapped.blob))
@@ -268,14 +286,17 @@ class Unlocker:
         return [self._opened[index, m] for m in range(len(self._policy.groups[index].recipients))]
 
     def holders(self, index: int) -> list[str] | None:
-        """The providers whose own keys a group is of, also where these open no more, or None."""
-        found = []
+        """The providers that hold the keys of a group, even keys that cannot unwrap any more.
+
+        None where the holder of one member is not known.
+        """
+        names = []
         for member, wrapped in enumerate(self._policy.groups[index].recipients):
             name = self._opened.get((index, member)) or self._holder(wrapped)
             if name is None:
                 return None
-            found.append(name)
-        return found
+            names.append(name)
+        return names
 
     def _holder(self, wrapped: WrappedKey) -> str | None:
         def holds(provider: KeyProvider[Any]) -> bool:
@@ -300,7 +321,8 @@ class Unlocker:
         except ProviderError as error:
             if isinstance(error, (UnwrapFailed, WrongKey)):
                 return False
-            # Who may wrap need not be who may unwrap: then nobody knows, unless it is another's.
+            # A user may be allowed to wrap and not to unwrap, so a refusal says nothing, unless
+            # another provider is known to hold the key.
             others = (other for other in self._candidates(wrapped) if other != name)
             return not any((other, wrapped.blob) in self._held for other in others)
         self._audit(name, wrapped)
@@ -309,15 +331,16 @@ class Unlocker:
     def _ask(self, name: str, wrapped: WrappedKey, context: bytes, index: int | None = None) -> Dek:
         if name in self._unavailable:
             raise self._unavailable[name]
-        place = (name, wrapped.blob, context)
-        if place in self._failed:
-            raise self._failed[place]
-        if place not in self._answers:
+        question = (name, wrapped.blob, context)
+        if question in self._failed:
+            raise self._failed[question]
+        if question not in self._answers:
             self._check_bounds(name)
             if index is not None:
                 self._ask_ahead(name, wrapped.key, index)
-        # In one step: a thread with a copy of this model may take it at this moment.
-        answer = self._answers.pop(place, None)
+        # Looked up and removed in one step: another thread, which opens a copy of this model, may
+        # take the answer at this moment.
+        answer = self._answers.pop(question, None)
         if isinstance(answer, Dek):
             return answer
         try:
@@ -329,8 +352,8 @@ class Unlocker:
                 self._count(name, error)
             if isinstance(error, (ProviderUnavailable, BackendNotInstalled)):
                 self._unavailable[name] = error
-            elif not isinstance(error, WrongKey):  # which costs nothing to hear again
-                self._failed[place] = error
+            elif not isinstance(error, WrongKey):  # a WrongKey is cheap to get again
+                self._failed[question] = error
                 if index is not None:
                     self._asked_ahead.setdefault((name, wrapped.key), index + 1)
             raise
@@ -351,7 +374,10 @@ class Unlocker:
             raise ProviderUnavailable(f"not tried: {TIME_LIMIT:g} seconds had passed")
 
     def _count(self, name: str, error: ProviderError | None) -> None:
-        """Count what reached a key service; a WrongKey did if it comes from an answer of its."""
+        """Count a request that reached a key service.
+
+        A WrongKey without ``__cause__`` was raised before anything was sent.
+        """
         if self._is_local(name) or (isinstance(error, WrongKey) and error.__cause__ is None):
             return
         self._requests += 1

@@ -85,7 +85,7 @@ def exec_(
     from keymgmt._mount.supervise import Ready
     from keymgmt._providers.secret_source import CREDENTIALS
     from keymgmt._system.harden import empty_core_dumps, set_undumpable
-    from keymgmt._system.namespace import tried
+    from keymgmt._system.namespace import why_it_fails
 
     _prepare_to_tell()
     launch = Launch(
@@ -105,7 +105,7 @@ def exec_(
     refused: str | None = "--via memfd was given"
     if via is not Via.memfd:
         launch.check_places()
-        refused = tried(launch.try_out)
+        refused = why_it_fails(launch.try_out)
         if refused and via is Via.mount:
             raise no_namespace(refused, "or give --via memfd")
 

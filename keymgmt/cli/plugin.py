@@ -141,7 +141,7 @@ def check(
                 junit=junit,
                 suite=f"keymgmt plugin check {provider.name}",
                 properties=list(versions.items()),
-                told=lambda result: status.update(result.name) if shown else None,
+                report_result=lambda result: status.update(result.name) if shown else None,
             )
         finally:
             left = remove_made(site)

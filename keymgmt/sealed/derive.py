@@ -1,4 +1,4 @@
-"""Everything that is computed from the data key, and what a wrap is bound to.
+"""All values that are computed from the data key, and the context that a wrap is bound to.
 
 A derived key is HKDF-Expand-SHA-384 (RFC 5869, section 2.3) with the data key, which is uniform,
 as PRK. The info, and every hashed input, is a list of byte strings, each behind its length in 4
@@ -56,16 +56,16 @@ def payload_aad(model_id: bytes, path: str) -> bytes:
 
 
 def device_key(dek: Dek, manifest_hash: bytes, secret: Buffer, info: bytes) -> bytearray:
-    """32 bytes that take the data key of this manifest and a secret of the device; to be wiped.
+    """A key of 32 bytes that needs both the data key and a secret of this device; to be wiped.
 
-    HKDF-SHA-384 (RFC 5869) with the secret as salt; no part of the format: nothing that another
-    device reads is under it.
+    HKDF-SHA-384 (RFC 5869) with the secret as salt. It is no part of the format, since no other
+    device reads anything that is encrypted under it.
     """
-    ours, key = _derive(dek, _HASH, b"device", manifest_hash), bytearray(_KEY)
+    derived, key = _derive(dek, _HASH, b"device", manifest_hash), bytearray(_KEY)
     try:
-        HKDF(SHA384(), _KEY, bytes(secret), info).derive_into(ours, key)
+        HKDF(SHA384(), _KEY, bytes(secret), info).derive_into(derived, key)
     finally:
-        wipe(ours)
+        wipe(derived)
     return key
 
 
@@ -82,6 +82,6 @@ def keys_mac(dek: Dek, model_id: bytes, policy: Iterable[bytes]) -> bytes:
 
 
 def wrap_context(manifest_hash: bytes, nonce: bytes, count: int, index: int) -> bytes:
-    """What share ``index`` of a group of ``count`` is bound to when it is wrapped, 48 bytes."""
-    place = count.to_bytes(2, "big") + index.to_bytes(2, "big")
-    return hashlib.sha384(_encode(b"wrap", manifest_hash, nonce, place)).digest()
+    """The context of share ``index`` in a group of ``count`` shares, 48 bytes."""
+    position = count.to_bytes(2, "big") + index.to_bytes(2, "big")
+    return hashlib.sha384(_encode(b"wrap", manifest_hash, nonce, position)).digest()

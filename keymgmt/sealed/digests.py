@@ -1,10 +1,11 @@
 """The digest of a payload file: the root of a hash tree over its header and segments.
 
-The tree is RFC 9162's (section 2.1): a leaf is H(0x00 || data), a node H(0x01 || left || right),
-and where a row has an odd count its last hash moves up as it is. H is BLAKE3, SHA-256 or
-SHA-384, as the profile says. The leaves of a payload are its FLOE header and then its segments, as
-they lie in the file, so a mirror checks a file without any key, and threads hash its parts in any
-order.
+The tree is that of RFC 9162 (section 2.1): a leaf is H(0x00 || data), a node H(0x01 || left ||
+right), and in a row with an odd count the last hash moves up unchanged. The first byte tells leaves
+from nodes, so that no file can be built whose leaf looks like a node of another file. H is BLAKE3,
+SHA-256 or SHA-384, by profile. The leaves of a payload are its FLOE header and then its segments,
+as they lie in the file, so that a mirror can check a file without any key, and threads can hash its
+parts in any order.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _HASHES: Final[dict[str, Callable[[bytes], _Hash]]] = {
 
 
 def digest_length(digest: DigestName) -> int:
-    """Bytes of one hash."""
+    """Length of a hash in bytes."""
     return 48 if digest == "sha384" else 32
 
 
@@ -59,7 +60,7 @@ def tree_root(digest: DigestName, leaves: Buffer) -> bytes:
         above = bytearray()
         for start in range(0, len(row), 2 * length):
             pair = row[start : start + 2 * length]
-            whole = len(pair) == 2 * length
-            above += make(b"\1" + pair).digest() if whole else pair
+            complete = len(pair) == 2 * length
+            above += make(b"\1" + pair).digest() if complete else pair
         row = bytes(above)
     return row

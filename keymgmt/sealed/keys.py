@@ -1,8 +1,8 @@
 """keys.json: the unlock policy. Any one of its groups opens; a group needs all its recipients.
 
-A group of one recipient wraps the data key; a group of n wraps n XOR shares of it. A MAC under the
-data key covers all of it, so that a recipient that somebody added is noticed by the first who
-opens. The only file that rewrap replaces.
+A group of one recipient wraps the data key; a group of n wraps n XOR shares of the data key. A MAC
+under the data key covers the whole file, so that the first reader who opens the model notices a
+recipient that somebody added. This is the only file that rewrap replaces.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Group:
     recipients: tuple[WrappedKey, ...]
 
     def context(self, manifest_hash: bytes, index: int) -> bytes:
-        """What the share of recipient ``index`` is bound to, 48 bytes."""
+        """The context to which the share of recipient ``index`` is bound, 48 bytes."""
         return wrap_context(manifest_hash, self.nonce, len(self.recipients), index)
 
     def __str__(self) -> str:
@@ -57,10 +57,10 @@ def recipient_name(wrapped: WrappedKey) -> str:
 
 
 def wrap_group(dek: Dek, manifest_hash: bytes, wraps: Sequence[Wrap]) -> Group:
-    """Split ``dek`` into fresh shares and wrap each, bound to its place in the new group.
+    """Split ``dek`` into fresh shares and wrap each, bound to its position in the new group.
 
     Raises:
-        ProviderError: as a wrap does.
+        ProviderError: a provider cannot wrap.
     """
     nonce = os.urandom(NONCE)
     shares = dek.split(len(wraps))
@@ -82,9 +82,9 @@ class UnlockPolicy:
     """The content of keys.json.
 
     Attributes:
-        manifest: SHA-384 of the manifest.json that it belongs to.
+        manifest: SHA-384 of the manifest.json to which this policy belongs.
         groups: 1 to 16384 recipients in groups of 1 to 16.
-        mac: HMAC-SHA-384 over all of it.
+        mac: HMAC-SHA-384 over the other members.
     """
 
     manifest: bytes
@@ -95,11 +95,11 @@ class UnlockPolicy:
     def make(
         cls, dek: Dek, manifest: Manifest, manifest_hash: bytes, groups: Sequence[Group]
     ) -> UnlockPolicy:
-        """The policy of these groups of a model with its MAC.
+        """Make the policy of a model from its groups, with the MAC.
 
         Raises:
-            FormatError: there are too many.
-            ConfigError: one is wrapped by what the model's profile does not allow.
+            FormatError: there is no group, or too many recipients.
+            ConfigError: the model's profile does not allow the mechanism of a recipient.
         """
         count = sum(len(group.recipients) for group in groups)
         if not groups or count > MAX_RECIPIENTS:
@@ -111,14 +111,14 @@ class UnlockPolicy:
         return cls(manifest_hash, tuple(groups), mac)
 
     def check_profile(self, manifest: Manifest) -> None:
-        """FormatError where a recipient is wrapped by what the model's profile does not allow."""
+        """FormatError where the model's profile does not allow the mechanism of a recipient."""
         try:
             _check_profile(manifest, self.groups)
         except ConfigError as error:
             raise FormatError(f"keys.json is refused: {error}") from error
 
     def check_mac(self, dek: Dek, model_id: bytes) -> None:
-        """IntegrityError unless a holder of the data key wrote this policy as it stands."""
+        """IntegrityError unless a holder of the data key wrote exactly this policy."""
         expected = keys_mac(dek, model_id, _pieces(self.manifest, self.groups))
         if not hmac.compare_digest(expected, self.mac):
             raise IntegrityError(
@@ -127,7 +127,7 @@ class UnlockPolicy:
             )
 
     def to_bytes(self) -> bytes:
-        """The canonical bytes of keys.json; FormatError where they would be too many."""
+        """The canonical bytes of keys.json; FormatError where the file would be too large."""
         data = b"".join(_pieces(self.manifest, self.groups, self.mac))
         if len(data) > MAX_KEYS:
             raise FormatError(f"keys.json would be larger than {MAX_KEYS} bytes")
@@ -135,18 +135,19 @@ class UnlockPolicy:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> UnlockPolicy:
-        """Read keys.json within its bounds; FormatError where anything is not as SPEC says.
+        """Read keys.json within its bounds; FormatError where it violates SPEC.md.
 
-        Recipient by recipient, since nobody has authenticated it yet: what it costs is the blobs,
-        and of too many recipients those before the first that is too many.
+        The file is read one recipient at a time, and not as one JSON value, since nobody has
+        authenticated it yet: a hostile file of 64 MiB would become a gigabyte of Python objects.
+        This way it costs the memory of its blobs, and parsing stops at a recipient too many.
         """
         if len(data) > MAX_KEYS:
             raise FormatError(f"keys.json is larger than {MAX_KEYS} bytes")
         return _Parser(data).policy()
 
 
-# The canonical form (RFC 8785) has one order of members and no white space, and no string of this
-# file has a character that is escaped, so that these are all the spellings there are.
+# In the canonical form (RFC 8785) members have one order, there is no white space, and no string of
+# this file may hold a character that JSON escapes. So these patterns match every valid file.
 _FORMAT: Final = re.compile(rb'\{"format":"([^"]{0,64})"')
 _GROUPS: Final = re.compile(rb',"groups":\[')
 _NONCE: Final = re.compile(rb'\{"nonce":"([0-9a-f]{32})","recipients":\[')
@@ -161,16 +162,16 @@ _END: Final = re.compile(rb',"mac":"([0-9a-f]{96})","manifest":"([0-9a-f]{96})"\
 
 
 class _Parser:
-    """A place in the bytes of keys.json, and what was read before it."""
+    """A position in the bytes of keys.json, and the count of recipients before it."""
 
     def __init__(self, data: bytes) -> None:
-        self._data, self._place, self._count = data, 0, 0
+        self._data, self._position, self._count = data, 0, 0
 
     def policy(self) -> UnlockPolicy:
-        (found,) = self._take(_FORMAT, "does not begin with its format")
-        if found != FORMAT.encode():
+        (format_,) = self._take(_FORMAT, "does not begin with its format")
+        if format_ != FORMAT.encode():
             raise FormatError(
-                f"keys.json has the format {found!r}; this reader knows {FORMAT!r}",
+                f"keys.json has the format {format_!r}; this reader knows {FORMAT!r}",
                 hint="another version of keymgmt wrote it: upgrade the older of the two",
             )
         self._take(_GROUPS, "has no groups")
@@ -178,14 +179,14 @@ class _Parser:
         while self._comma(b"]"):
             groups.append(self._group())
         mac, manifest = self._take(_END, "does not end with mac and manifest")
-        if self._place != len(self._data):
-            raise self._odd("goes on after its end")
+        if self._position != len(self._data):
+            raise self._error("goes on after its end")
         return UnlockPolicy(
             bytes.fromhex(manifest.decode()), tuple(groups), bytes.fromhex(mac.decode())
         )
 
     def _group(self) -> Group:
-        (nonce,) = self._take(_NONCE, "has a group that is none")
+        (nonce,) = self._take(_NONCE, "has a malformed group")
         recipients = [self._recipient()]
         while self._comma(b"]}"):
             if len(recipients) == MAX_GROUP:
@@ -197,16 +198,16 @@ class _Parser:
         if self._count == MAX_RECIPIENTS:
             raise FormatError(f"keys.json has more than {MAX_RECIPIENTS} recipients")
         self._count += 1
-        (backend,) = self._take(_BACKEND, "has a recipient that is none")
-        start = self._place
-        # Found and not matched: a blob may be long, and there may be thousands.
-        self._place = self._data.find(b'"', start, start + MAX_BLOB * 4 // 3 + 4)
-        if self._place < 0:
-            self._place = start
-            raise self._odd("has a blob that is too long")
-        blob = self._data[start : self._place]
-        found = self._take(_RECIPIENT, "has a recipient that is none")
-        key, mechanism, params, version = found
+        (backend,) = self._take(_BACKEND, "has a malformed recipient")
+        start = self._position
+        # find() is many times faster than a pattern, and there may be thousands of long blobs.
+        self._position = self._data.find(b'"', start, start + MAX_BLOB * 4 // 3 + 4)
+        if self._position < 0:
+            self._position = start
+            raise self._error("has a blob that is too long")
+        blob = self._data[start : self._position]
+        members = self._take(_RECIPIENT, "has a malformed recipient")
+        key, mechanism, params, version = members
         return WrappedKey(
             backend.decode(),
             key.decode(),
@@ -218,38 +219,38 @@ class _Parser:
 
     def _comma(self, end: bytes) -> bool:
         """Whether another element follows, or the end of the array."""
-        if self._data.startswith(b",", self._place):
-            self._place += 1
+        if self._data.startswith(b",", self._position):
+            self._position += 1
             return True
-        if not self._data.startswith(end, self._place):
-            raise self._odd("has an array that does not end")
-        self._place += len(end)
+        if not self._data.startswith(end, self._position):
+            raise self._error("has an array that does not end")
+        self._position += len(end)
         return False
 
     def _take(self, pattern: re.Pattern[bytes], problem: str) -> tuple[bytes, ...]:
-        found = pattern.match(self._data, self._place)
-        if found is None:
-            raise self._odd(problem)
-        self._place = found.end()
-        return found.groups()
+        match = pattern.match(self._data, self._position)
+        if match is None:
+            raise self._error(problem)
+        self._position = match.end()
+        return match.groups()
 
-    def _odd(self, problem: str) -> FormatError:
+    def _error(self, problem: str) -> FormatError:
         return FormatError(
-            f"keys.json {problem} (byte {self._place}): members are missing, unknown or out of "
+            f"keys.json {problem} (byte {self._position}): members are missing, unknown or out of "
             "their bounds, or it is not in its canonical form (RFC 8785)",
             hint="it was edited or reformatted; fetch it again as it was published",
         )
 
 
 def _params(text: bytes) -> dict[str, str]:
-    found = _PARAM.findall(text)
-    names = [name for name, _ in found]
-    spelled = b",".join(b'"%b":"%b"' % pair for pair in found)
+    pairs = _PARAM.findall(text)
+    names = [name for name, _ in pairs]
+    spelled = b",".join(b'"%b":"%b"' % pair for pair in pairs)
     if spelled != text or names != sorted(set(names)):
         raise FormatError(
-            "keys.json has a recipient with odd params, or not in their canonical form"
+            "keys.json has a recipient whose params are malformed or not in canonical form"
         )
-    return {name.decode(): value.decode() for name, value in found}
+    return {name.decode(): value.decode() for name, value in pairs}
 
 
 def _check_profile(manifest: Manifest, groups: Sequence[Group]) -> None:
@@ -259,7 +260,7 @@ def _check_profile(manifest: Manifest, groups: Sequence[Group]) -> None:
 
 
 def _pieces(manifest: bytes, groups: Sequence[Group], mac: bytes | None = None) -> Iterator[bytes]:
-    """The canonical form in parts, without the MAC where there is none yet."""
+    """The canonical form in parts; without ``mac``, the bytes that the MAC covers."""
     yield b'{"format":"%b","groups":[' % FORMAT.encode()
     for index, group in enumerate(groups):
         yield b"," if index else b""

@@ -1,4 +1,7 @@
-"""manifest.json: what a sealed model is. Written once; every other file is bound to its hash."""
+"""manifest.json: the description of a sealed model.
+
+It is written once, and every other file is bound to its hash.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +30,9 @@ __all__ = ["FORMAT", "MAX_FILES", "MAX_MANIFEST", "SEGMENT", "FileEntry", "Manif
 FORMAT: Final = "keymgmt-sealed/1"
 MAX_MANIFEST: Final = 16 << 20
 MAX_FILES: Final = 16384
-# A file has four parts, the metadata 64, the manifest itself 12. What nobody has looked at the
-# signature of yet must not cost more to parse than a real manifest.
+# An entry of ``files`` has four parts, the metadata at most 64, and the manifest itself 12. A
+# hostile manifest, whose signature is checked only after it was parsed, must not cost more than a
+# real one.
 MAX_PARTS: Final = 4 * MAX_FILES + 100
 MIN_SEGMENT: Final = 4096
 MAX_SEGMENT: Final = 4 << 20
@@ -48,17 +52,17 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a sealed model is; nothing in it is secret.
+    """The description of a sealed model; nothing in it is secret.
 
     Attributes:
         id: 16 random bytes that no other sealed model has.
-        name: what a publisher signs for, in the grammar of key names.
-        release: counts up from 0; what guards against rollback.
-        created: when it was sealed, UTC, RFC 3339 with seconds; told, never trusted.
-        profile: what algorithms it may use, by name.
+        name: the name for which publishers are trusted, in the grammar of key names.
+        release: a number from 0 upwards, which guards against rollback.
+        created: when the model was sealed, UTC, RFC 3339 with seconds; shown, never trusted.
+        profile: the name of the profile, which decides the algorithms.
         segment_length: bytes of one encrypted FLOE segment, a power of two.
-        commitment: 48 bytes that only this model's data key gives.
-        kind: what the files are, such as ``openvino-ir``.
+        commitment: 48 bytes that can be computed from this model's data key alone.
+        kind: the kind of model, such as ``openvino-ir``.
         main: path of the file that a loader reads first, or None.
         files: every file, sorted by path.
         metadata: at most 64 short strings for people and tools.
@@ -78,7 +82,7 @@ class Manifest:
 
     @property
     def rules(self) -> Profile:
-        """What its profile fixes."""
+        """The algorithms that the profile allows."""
         return PROFILES[self.profile]
 
     @property
@@ -124,15 +128,15 @@ class Manifest:
         }
 
     def to_bytes(self) -> bytes:
-        """The canonical bytes of manifest.json; FormatError if it may not be written."""
+        """The canonical bytes of manifest.json; FormatError if a reader would refuse them."""
         data = dump(self.to_json())
-        # What is written passes every check of a reader, so none needs to be written twice.
+        # The checks of a reader are made here too, so they are written only once.
         self.from_bytes(data)
         return data
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
-        """Read manifest.json within its bounds; FormatError where anything is not as SPEC says."""
+        """Read manifest.json within its bounds; FormatError where it violates SPEC.md."""
         reader = load_json(data, "manifest.json", MAX_MANIFEST, MAX_PARTS)
         reader.version(FORMAT, "another version of keymgmt sealed it: upgrade the older of the two")
         profile = reader.text("profile", limit=32)

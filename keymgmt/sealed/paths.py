@@ -1,4 +1,4 @@
-"""Which file paths a model may have: those that mean one and the same file on every system."""
+"""The file paths that a model may have: those that mean the same file on every system."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ __all__ = ["check_paths", "path_problem"]
 _RESERVED: Final = re.compile(
     r"(con|prn|aux|nul|conin\$|conout\$|com[0-9\u00b9\u00b2\u00b3]|lpt[0-9\u00b9\u00b2\u00b3])"
     r"(\..*)?",
-    re.IGNORECASE | re.ASCII,  # U+0131 is no i: systems differ, and every language can do this
+    # Without re.ASCII, Python lets U+0131 (a dotless i) match the i of "conin$", and other
+    # languages do not. With it a reader in any language can refuse exactly the same names.
+    re.IGNORECASE | re.ASCII,
 )
 _FORBIDDEN: Final = frozenset('\\:*?"<>|')
 
@@ -62,7 +64,8 @@ def check_paths(paths: Iterable[str]) -> None:
         files.add(folded)
         parts = folded.split("/")
         folders.update("/".join(parts[:depth]) for depth in range(1, len(parts)))
-    # A file lies in payload/ under its path and ".floe", so both spellings must be no folder.
+    # A file lies in payload/ under its path with ".floe" behind it, and in an unsealed model under
+    # the path itself. So neither may also be a folder.
     clash = folders & (files | {f"{name}.floe" for name in files})
     if clash:
         raise FormatError(f"the path {min(clash)[:120]!r} is a file and a folder")

@@ -1,9 +1,10 @@
-"""What each profile fixes: the one table of the algorithms that a sealed model may use.
+"""The profiles: a table of the algorithms that a sealed model may use.
 
-The same in all of them: FLOE with AES-256-GCM and HKDF-Expand-SHA-384 for the payload, and SHA-384
-(FIPS 180-4) for the hash of the manifest, what is derived from the data key, the MAC of keys.json,
-contexts and ids of keys. A profile decides the hash of the digest trees, and which mechanisms may
-wrap and which algorithms may sign; both are enforced where a model is made and where it is read.
+All profiles have the same payload cipher, FLOE with AES-256-GCM and HKDF-Expand-SHA-384, and use
+SHA-384 (FIPS 180-4) for the hash of the manifest, keys derived from the data key, the MAC of
+keys.json, contexts and ids of keys. A profile decides the hash of the digest trees, which
+mechanisms may wrap, and which algorithms may sign. That is enforced both where a model is made and
+where it is read.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ class Profile:
     """One column of the table.
 
     Attributes:
-        name: as manifest.json says it.
+        name: its name in manifest.json.
         digest: the hash of the digest trees.
-        mechanisms: what may wrap; None for whatever a backend documents.
-        signatures: what may sign, as ``algorithm_of`` names it.
+        mechanisms: the mechanisms that may wrap; None for all that a backend documents.
+        signatures: the algorithms that may sign, as ``algorithm_of`` names them.
     """
 
     name: str
@@ -38,18 +39,18 @@ class Profile:
     signatures: frozenset[str]
 
     def check_recipient(self, recipient: object, mechanism: str) -> None:
-        """ConfigError where this profile does not let that mechanism wrap."""
+        """ConfigError where this profile does not allow ``mechanism`` for wrapping."""
         if self.mechanisms is not None and mechanism not in self.mechanisms:
             raise ConfigError(
-                f"the profile {self.name} allows no {mechanism}, which {recipient} wraps by",
+                f"the profile {self.name} does not allow {mechanism}, by which {recipient} wraps",
                 hint=f"it allows {', '.join(sorted(self.mechanisms))}",
             )
 
     def check_signer(self, signer: object, algorithm: str) -> None:
-        """ConfigError where this profile does not let that algorithm sign."""
+        """ConfigError where this profile does not allow ``algorithm`` for signing."""
         if algorithm not in self.signatures:
             raise ConfigError(
-                f"the profile {self.name} allows no {algorithm}, which {signer} signs by",
+                f"the profile {self.name} does not allow {algorithm}, by which {signer} signs",
                 hint=f"it allows {', '.join(sorted(self.signatures))}",
             )
 

@@ -1,9 +1,9 @@
-"""signatures.json: who made it, and until when he says so. Detached DSSE signatures.
+"""signatures.json: the publishers' detached DSSE signatures, and until when each of them counts.
 
 The signed bytes are DSSE's pre-authentication encoding (github.com/secure-systems-lab/dsse,
-protocol.md) of a payload type and a payload, which is manifest.json itself, or a small statement
-of its hash and of a time. The algorithm follows from the trusted public key and from nothing in the
-file.
+protocol.md) of a payload type and a payload. The payload is manifest.json itself, or a small
+statement of its hash and a time. The algorithm follows from the trusted public key and never from
+the file.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ MAX_SIGNATURE: Final = 8192
 
 
 def signed_bytes(manifest: bytes) -> bytes:
-    """What a publisher signs: DSSE's encoding of the payload type and manifest.json."""
+    """The bytes that a publisher signs: DSSE's encoding of the payload type and manifest.json."""
     return pre_authentication(PAYLOAD_TYPE, manifest)
 
 
 def expiry_bytes(manifest_hash: bytes, expires: str) -> bytes:
-    """What he signs to say until when his signature of a manifest counts."""
+    """The bytes that a publisher signs to state until when the signature of a manifest counts."""
     statement = {"expires": expires, "manifest": manifest_hash.hex()}
     return pre_authentication(EXPIRY_TYPE, dump(statement))
 
@@ -53,13 +53,13 @@ class SignedBy:
 
     def to_json(self) -> dict[str, str]:
         """As an element of signatures.json."""
-        made = {"keyid": self.key_id, "sig": base64.b64encode(self.signature).decode()}
-        return made if self.expires is None else made | {"expires": self.expires}
+        entry = {"keyid": self.key_id, "sig": base64.b64encode(self.signature).decode()}
+        return entry if self.expires is None else entry | {"expires": self.expires}
 
 
 @dataclass(frozen=True)
 class Signatures:
-    """The content of signatures.json, none of it checked yet.
+    """The content of signatures.json; no signature in it has been checked yet.
 
     Attributes:
         signatures: at most 16 over the manifest, each of another key.
@@ -80,7 +80,7 @@ class Signatures:
         )
 
     def expiry(self, key_id: str) -> SignedBy | None:
-        """The statement under the id of a key, unchecked, or None."""
+        """The unchecked statement under the id of a key, or None."""
         return next((stated for stated in self.expiries if stated.key_id == key_id), None)
 
     def to_bytes(self) -> bytes:
@@ -95,7 +95,7 @@ class Signatures:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Signatures:
-        """Read signatures.json within its bounds; FormatError where it is not as SPEC says."""
+        """Read signatures.json within its bounds; FormatError where it violates SPEC.md."""
         reader = load_json(data, "signatures.json", MAX_SIGNATURES)
         kind = reader.text("payloadType", limit=128)
         if kind != PAYLOAD_TYPE:
@@ -114,14 +114,14 @@ def _with(kept: tuple[SignedBy, ...], new: SignedBy) -> tuple[SignedBy, ...]:
 
 
 def _read(items: list[Any], *, expiring: bool) -> tuple[SignedBy, ...]:
-    found = []
+    signatures = []
     for item in items:
         entry = JsonReader(item, "a signature in signatures.json")
         key_id = entry.hex("keyid", length=48).hex()
         expires = entry.text("expires", limit=20) if expiring else None
         check_time(expires, "expires in signatures.json")
-        found.append(SignedBy(key_id, entry.base64("sig", limit=MAX_SIGNATURE), expires))
+        signatures.append(SignedBy(key_id, entry.base64("sig", limit=MAX_SIGNATURE), expires))
         entry.end()
-    if len({signed.key_id for signed in found}) != len(found):
+    if len({signed.key_id for signed in signatures}) != len(signatures):
         raise FormatError("signatures.json has two signatures of one key")
-    return tuple(found)
+    return tuple(signatures)

@@ -20,12 +20,12 @@ def is_time(text: str) -> bool:
     return bool(_TIME.fullmatch(text))
 
 
-def check_time(text: str | None, what: str) -> None:
-    """FormatError unless ``text`` is such a time, or None."""
+def check_time(text: str | None, label: str) -> None:
+    """FormatError unless ``text`` is a time as ``is_time`` describes, or None."""
     if text is not None and not is_time(text):
-        raise FormatError(f"{what} is not a UTC time in seconds")
+        raise FormatError(f"{label} is not a UTC time in seconds")
 
 
 def utc_text(moment: datetime | None = None) -> str:
-    """A moment, by default now, as such a text."""
+    """The text of a moment, by default of now."""
     return (moment or datetime.now(UTC)).astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

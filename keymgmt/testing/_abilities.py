@@ -1,4 +1,4 @@
-"""Checks of abilities: whatever a provider claims by its base classes, it keeps."""
+"""Checks of abilities: a provider does what its base classes claim."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class AbilityChecks(ContractFixtures):
         and no other, because a claimed kind is offered to the operator; look at create_key() of
         the kind that is named. Some, not all, may be UnsupportedOperation in this very service.
         """
-        made, lacking = [], []
+        created, lacking = [], []
 
         def create(name: str, kind: str) -> Any:
             try:
@@ -90,21 +90,25 @@ class AbilityChecks(ContractFixtures):
                 f"create_key({kind!r}) returned {info!r}",
             )
             same = self.demand.works(partial(manager.describe_key, name), "describe_key()")
-            self.demand.that(same == info, f"describe_key() said {same!r}, create_key() {info!r}")
+            self.demand.that(
+                same == info, f"describe_key() returned {same!r}, create_key() {info!r}"
+            )
             self._serves(manager, name, kind, purpose, dek)
-            made.append(name)
+            created.append(name)
         listed = [info.key for info in self.demand.works(manager.list_keys, "list_keys()")]
-        self.demand.that(set(made) <= set(listed), "list_keys() lacks a key that was created")
+        self.demand.that(set(created) <= set(listed), "list_keys() lacks a key that was created")
         self.demand.that(listed == sorted(listed), "list_keys() is not sorted by name")
         if lacking:
-            self.demand.that(made, f"no kind can be created; {'; '.join(lacking)}")
+            self.demand.that(created, f"no kind can be created; {'; '.join(lacking)}")
             self.skip(f"all is well, but this service lacks {'; '.join(lacking)}")
 
     def _serves(self, manager: Any, name: str, kind: str, purpose: str, dek: Dek) -> None:
         if purpose == "wrap":
             wrapped = self.demand.works(partial(manager.wrap, name, dek, b"c"), f"{kind}: wrap()")
-            got = self.demand.works(partial(manager.unwrap, wrapped, b"c"), f"{kind}: unwrap()")
-            self.demand.same_key(got, dek, f"{kind}: unwrap()")
+            unwrapped = self.demand.works(
+                partial(manager.unwrap, wrapped, b"c"), f"{kind}: unwrap()"
+            )
+            self.demand.same_key(unwrapped, dek, f"{kind}: unwrap()")
             if isinstance(manager, SupportsSigning):
                 self.demand.refused(
                     partial(manager.sign, name, b"m"),
@@ -127,27 +131,27 @@ class AbilityChecks(ContractFixtures):
         name = new_key("wrap")
         before = manager.describe_key(name)
         kind = before.kind if before.kind in manager.key_kinds else next(iter(manager.key_kinds))
-        for what, call in (
+        for subject, call in (
             ("a key that exists", partial(manager.create_key, name, kind, {})),
             ("an unknown kind", partial(manager.create_key, f"{name}-b", "no-such-kind", {})),
             ("an unknown option", partial(manager.create_key, f"{name}-c", kind, {"no_such": "x"})),
         ):
-            self.demand.refused(call, f"create_key() with {what}", ConfigError)
+            self.demand.refused(call, f"create_key() with {subject}", ConfigError)
         self.demand.that(manager.describe_key(name) == before, "the existing key was changed")
         listed = {info.key for info in manager.list_keys()}
         self.demand.that(not listed & {f"{name}-b", f"{name}-c"}, "a refused key was made")
 
     def test_management_of_missing_keys(self, manager: Any) -> None:
-        """Describing, rotating or retiring a key that is not there is KeyNotFound, because a typing
-        error must not pass for work done; look at the mapping of the service's "not found".
+        """Describing, rotating or retiring a key that does not exist is KeyNotFound, because a
+        typing error must not pass for work done; look at the mapping of the service's "not found".
         """
         name = f"kit-missing-{secrets.token_hex(6)}"
-        for what, call in (
+        for subject, call in (
             ("describe_key()", partial(manager.describe_key, name)),
             ("rotate_key()", partial(manager.rotate_key, name)),
             ("retire_version()", partial(manager.retire_version, name, "1")),
         ):
-            self.demand.refused(call, f"{what} of a missing key", KeyNotFound)
+            self.demand.refused(call, f"{subject} of a missing key", KeyNotFound)
 
     def test_rotation(self, manager: Any, new_key: NewKey, dek: Dek) -> None:
         """After rotation new wraps use the newest version and old wraps still open, and a blob of
@@ -167,16 +171,16 @@ class AbilityChecks(ContractFixtures):
                 self.demand.works(partial(manager.rotate_key, name), "rotate_key()")
         versions = [wrapped.version for wrapped in wraps]
         if manager.rotates_unseen:
-            self.demand.that(len(set(versions)) == 1, f"the one version was called {versions}")
+            self.demand.that(len(set(versions)) == 1, f"its only version was called {versions}")
             versions = versions[:1]
         else:
             self.demand.that(len(set(versions)) == 3, f"three versions were called {versions}")
         listed = [version.version for version in manager.describe_key(name).versions]
         self.demand.that(listed == versions, f"describe_key() lists {listed}, made were {versions}")
         for wrapped in wraps:
-            what = f"unwrap() of version {wrapped.version} after two rotations"
-            got = self.demand.works(partial(manager.unwrap, wrapped, b"c"), what)
-            self.demand.same_key(got, dek, what)
+            subject = f"unwrap() of version {wrapped.version} after two rotations"
+            unwrapped = self.demand.works(partial(manager.unwrap, wrapped, b"c"), subject)
+            self.demand.same_key(unwrapped, dek, subject)
         if manager.rotates_unseen:
             return
         self.demand.refused(
@@ -187,10 +191,10 @@ class AbilityChecks(ContractFixtures):
         )
 
     def test_retiring(self, manager: Any, new_key: NewKey, dek: Dek) -> None:
-        """A retired version unwraps no more (KeyRetired), the others still do, and the newest or an
-        unknown one cannot be retired, because retiring is how a key is revoked; look
-        at what retire_version() really switches off in the service. Where rotation is not seen,
-        retire_version() says that it cannot (UnsupportedOperation), and switches nothing off.
+        """A retired version unwraps no more (KeyRetired), the others still do, and neither the
+        newest nor an unknown version can be retired, because retiring is how a key is revoked; look
+        at what retire_version() really switches off in the service. Where the service rotates
+        unseen, retire_version() is UnsupportedOperation and switches nothing off.
         """
         name = new_key("wrap")
         if manager.rotates_unseen:
@@ -216,9 +220,9 @@ class AbilityChecks(ContractFixtures):
             WrongKey,
         )
         for wrapped in others:
-            what = f"unwrap() of version {wrapped.version}, which was not retired,"
-            got = self.demand.works(partial(manager.unwrap, wrapped, b"c"), what)
-            self.demand.same_key(got, dek, what)
+            subject = f"unwrap() of version {wrapped.version}, which was not retired,"
+            unwrapped = self.demand.works(partial(manager.unwrap, wrapped, b"c"), subject)
+            self.demand.same_key(unwrapped, dek, subject)
         self.demand.refused(
             partial(manager.retire_version, name, others[-1].version),
             "retire_version() of the newest version",
@@ -230,27 +234,30 @@ class AbilityChecks(ContractFixtures):
             ConfigError,
             KeyNotFound,
         )
-        got = self.demand.works(partial(manager.unwrap, others[-1], b"c"), "unwrap() afterwards")
-        self.demand.same_key(got, dek, "unwrap() of the newest version")
+        unwrapped = self.demand.works(
+            partial(manager.unwrap, others[-1], b"c"), "unwrap() afterwards"
+        )
+        self.demand.same_key(unwrapped, dek, "unwrap() of the newest version")
 
     def _refuses_to_retire(self, manager: Any, name: str, dek: Dek) -> None:
         wrapped = self.demand.works(partial(manager.wrap, name, dek, b"c"), "wrap()")
         for version, kind in ((wrapped.version, UnsupportedOperation), ("no-such", KeyNotFound)):
             self.demand.refused(
                 partial(manager.retire_version, name, version),
-                f"retire_version() of version {version!r}, where rotation is not seen,",
+                f"retire_version() of version {version!r}, where the service rotates unseen,",
                 kind,
             )
-        got = self.demand.works(partial(manager.unwrap, wrapped, b"c"), "unwrap() afterwards")
-        self.demand.same_key(got, dek, "unwrap() after retire_version() refused")
+        unwrapped = self.demand.works(partial(manager.unwrap, wrapped, b"c"), "unwrap() afterwards")
+        self.demand.same_key(unwrapped, dek, "unwrap() after retire_version() refused")
 
     # Deletion.
 
     def test_deletion(self, manager: Any, new_key: NewKey, dek: Dek) -> None:
-        """A deleted key opens, wraps and is nothing any more, and no other key is touched, because
-        what only it opened is lost for good; look at what delete_key() names to the service. Where
-        the service waits, delete_key() returns the time, and the key serves for nothing until then.
-        A key that is not there is KeyNotFound.
+        """A deleted key unwraps and wraps no more and does not exist any more, and no other key is
+        touched, because models that only this key opens are lost for good; look at what
+        delete_key() names to the service. Where the service waits, delete_key() returns the time of
+        the deletion, and the key cannot be used until then. A key that does not exist is
+        KeyNotFound.
         """
         claimed: bool = isinstance(manager, SupportsKeyDeletion)
         if not claimed:
@@ -264,34 +271,39 @@ class AbilityChecks(ContractFixtures):
             self.skip(f"this login, or this service, deletes no keys: {error}")
         except Exception as error:  # noqa: BLE001 - reported whatever it is
             self.demand.fail(f"delete_key() raised {describe(error)}")
-        gone = (KeyNotFound, WrongKey) if until is None else (KeyRetired,)
-        for what, call in (
+        errors = (KeyNotFound, WrongKey) if until is None else (KeyRetired,)
+        for subject, call in (
             ("unwrap()", partial(manager.unwrap, wrapped, b"c")),
             ("wrap()", partial(manager.wrap, name, dek, b"c")),
         ):
-            self.demand.refused(call, f"{what} with a deleted key", *gone)
+            self.demand.refused(call, f"{subject} with a deleted key", *errors)
         if until is None:
-            for what in ("describe_key", "delete_key"):
-                call = partial(getattr(manager, what), name)
-                self.demand.refused(call, f"{what}() of a deleted key", KeyNotFound)
+            for subject in ("describe_key", "delete_key"):
+                call = partial(getattr(manager, subject), name)
+                self.demand.refused(call, f"{subject}() of a deleted key", KeyNotFound)
         else:
             self.demand.works(partial(datetime.fromisoformat, until), "the time of the deletion")
             states = {each.state for each in manager.describe_key(name).versions}
             self.demand.that(states == {"retired"}, f"its versions are {sorted(states)}")
-        got = self.demand.works(partial(manager.unwrap, kept, b"c"), "unwrap() with another key")
-        self.demand.same_key(got, dek, "unwrap() with another key")
+        unwrapped = self.demand.works(
+            partial(manager.unwrap, kept, b"c"), "unwrap() with another key"
+        )
+        self.demand.same_key(unwrapped, dek, "unwrap() with another key")
 
     # Signing.
 
-    def _verifies(self, made: Signature, public: bytes, message: bytes, what: str) -> None:
-        self.demand.works(partial(algorithm_of, made.public_key), f"{what}: its public key")
-        self.demand.that(made.public_key == public, f"{what}: public_key() and sign() differ")
+    def _verifies(self, signature: Signature, public: bytes, message: bytes, subject: str) -> None:
+        self.demand.works(partial(algorithm_of, signature.public_key), f"{subject}: its public key")
         self.demand.that(
-            verify_signature(public, message, made.signature), f"{what}: a signature is not valid"
+            signature.public_key == public, f"{subject}: public_key() and sign() differ"
         )
         self.demand.that(
-            not verify_signature(public, message + b"x", made.signature),
-            f"{what}: a signature is valid for another message",
+            verify_signature(public, message, signature.signature),
+            f"{subject}: a signature is not valid",
+        )
+        self.demand.that(
+            not verify_signature(public, message + b"x", signature.signature),
+            f"{subject}: a signature is valid for another message",
         )
 
     def test_signing(self, signer: Any, signing_key: str) -> None:
@@ -300,32 +312,32 @@ class AbilityChecks(ContractFixtures):
         digest, padding and encoding that the service uses.
         """
         for message in (b"", b"m", bytes(range(256)) * 256):
-            made = self.demand.works(
+            signature = self.demand.works(
                 partial(signer.sign, signing_key, message), f"sign() of {len(message)} bytes"
             )
             public = self.demand.works(partial(signer.public_key, signing_key), "public_key()")
-            self._verifies(made, public, message, f"of {len(message)} bytes")
+            self._verifies(signature, public, message, f"of {len(message)} bytes")
 
     def test_signing_after_rotation(self, manager: Any, signer: Any, new_key: NewKey) -> None:
         """After rotation sign() and public_key() use the newest version, because publishers rotate
         too; look at where sign() takes the version from.
         """
         if manager.rotates_unseen:
-            self.skip("this service rotates inside of a key, and no key that signs")
+            self.skip("this service rotates unseen, and rotates no signing keys")
         name = new_key("sign")
         before, old = signer.public_key(name), manager.describe_key(name).newest
         self.demand.works(partial(manager.rotate_key, name), "rotate_key()")
-        made = self.demand.works(partial(signer.sign, name, b"m"), "sign()")
-        self.demand.that(made.public_key != before, "sign() used the old version")
-        self._verifies(made, signer.public_key(name), b"m", "after rotation")
+        signature = self.demand.works(partial(signer.sign, name, b"m"), "sign()")
+        self.demand.that(signature.public_key != before, "sign() used the old version")
+        self._verifies(signature, signer.public_key(name), b"m", "after rotation")
         again = self.demand.works(partial(signer.public_key, name, old), "public_key(version)")
-        self.demand.that(again == before, "public_key() of the old version is another one")
+        self.demand.that(again == before, "public_key() of the old version is another key")
         unknown = partial(signer.public_key, name, "no-such-version")
         self.demand.refused(unknown, "public_key() of an unknown version", KeyNotFound)
 
     def test_signing_with_a_missing_key(self, signer: Any) -> None:
-        """Signing with a key that is not there is KeyNotFound and makes none, because a new
-        publisher key must never appear by accident; look whether the service creates on use.
+        """Signing with a key that does not exist is KeyNotFound and creates no key, because a new
+        publisher key must never appear by accident; look whether the service creates keys on use.
         """
         name = f"kit-missing-{secrets.token_hex(6)}"
         for _ in range(2):
@@ -337,8 +349,8 @@ class AbilityChecks(ContractFixtures):
     def test_offline_recipient(
         self, provider: KeyProvider[Any], recipient_key: str, dek: Dek
     ) -> None:
-        """What anybody wraps to the exported public key, with the core alone, opens in the
-        provider with that context and no other, because build machines do not reach the device;
+        """A data key that anybody wraps to the exported public key, with the core alone, unwraps in
+        the provider with that context and no other, because build machines do not reach the device;
         look at export_recipient() and at the mechanism that unwrap() allows.
         """
         if not isinstance(provider, SupportsOfflineRecipients):
@@ -350,15 +362,15 @@ class AbilityChecks(ContractFixtures):
         )
         again = Recipient.from_bytes(recipient.to_bytes())
         wrapped = wrap_for(again, dek, b"c")
-        what = "unwrap() of what was wrapped offline"
-        got = self.demand.works(partial(provider.unwrap, wrapped, b"c"), what)
-        self.demand.same_key(got, dek, what)
+        subject = "unwrap() of an offline wrap"
+        unwrapped = self.demand.works(partial(provider.unwrap, wrapped, b"c"), subject)
+        self.demand.same_key(unwrapped, dek, subject)
         self.demand.refused(
-            partial(provider.unwrap, wrapped, b"d"), f"{what} with another context", UnwrapFailed
+            partial(provider.unwrap, wrapped, b"d"), f"{subject} with another context", UnwrapFailed
         )
         damaged = replace(wrapped, blob=wrapped.blob[:-1] + bytes([wrapped.blob[-1] ^ 1]))
         self.demand.refused(
-            partial(provider.unwrap, damaged, b"c"), f"{what}, damaged,", UnwrapFailed
+            partial(provider.unwrap, damaged, b"c"), f"{subject}, damaged,", UnwrapFailed
         )
 
     # Batches.
@@ -389,24 +401,24 @@ class AbilityChecks(ContractFixtures):
             len(answers) == len(items), f"{len(items)} items have {len(answers)} answers"
         )
         for number, answer in enumerate(answers):
-            what = f"item {number} of a batch"
+            subject = f"item {number} of a batch"
             if number not in (3, 5, 7, 9):
                 if isinstance(answer, Exception):
-                    self.demand.fail(f"{what} failed although it is good: {describe(answer)}")
-                self.demand.same_key(answer, deks[number], what)
+                    self.demand.fail(f"{subject} failed although it is good: {describe(answer)}")
+                self.demand.same_key(answer, deks[number], subject)
                 continue
             alone = _outcome(partial(provider.unwrap, *items[number]))
             self.demand.that(
                 type(answer) is type(alone),
-                f"{what} is {type(answer).__name__}, alone it is {type(alone).__name__}",
+                f"{subject} is {type(answer).__name__}, alone it is {type(alone).__name__}",
             )
 
     # Anchors.
 
     def test_anchor(self, provider: KeyProvider[Any]) -> None:
-        """move_anchor() makes the one value that follows, once, and only from the present one,
-        because a memory that was put back is noticed by a value that no longer comes; look at what
-        happens when a call is repeated whose answer was lost.
+        """move_anchor() makes the value that follows, once, and only from the present value,
+        because a release memory that was put back is noticed by a value that never comes again;
+        look at what happens when a call is repeated whose answer was lost.
         """
         if not isinstance(provider, SupportsAnchor):
             self.skip("this provider does not claim SupportsAnchor")

@@ -1,4 +1,4 @@
-"""Checks of conduct: what a provider does to the process that it lives in, and what it lets out."""
+"""Checks of conduct: the effects of a provider on its process, and secrets that it lets out."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ class ConductChecks(ContractFixtures):
         kind = type(provider)
         self.demand.that(kind.api_version == API_VERSION, f"api_version is {kind.api_version!r}")
         self.demand.that(is_name(kind.backend), f"backend is {kind.backend!r}")
-        self.demand.that(issubclass(kind.Settings, Settings), "Settings is no keymgmt Settings")
+        self.demand.that(
+            issubclass(kind.Settings, Settings), "Settings is not a subclass of keymgmt's Settings"
+        )
         config = kind.Settings.model_config
         for name, value in (("extra", "forbid"), ("strict", True), ("frozen", True)):
             self.demand.that(
@@ -67,14 +69,14 @@ class ConductChecks(ContractFixtures):
 
     def test_imports_only_the_contract(self, provider: KeyProvider[Any]) -> None:
         """The package imports keymgmt.backend, its commands keymgmt.console, and no other module of
-        ours, because all others may change in any release; look at the import that is named, and
-        ask for what is missing there.
+        keymgmt, because all others may change in any release; look at the import that is named, and
+        ask keymgmt's maintainers for a function that is missing in the two.
         """
         kind = type(provider)
         package = kind.__module__.partition(".")[0]
         entries = entry_points(group="keymgmt.backends")
         if package not in {entry.module.partition(".")[0] for entry in entries}:
-            self.skip(f"{package} is no installed backend")
+            self.skip(f"{package} is not an installed backend")
         wrong = [
             f"{module.name} imports {name}"
             for module in _process.modules_of(package)
@@ -90,7 +92,7 @@ class ConductChecks(ContractFixtures):
         kind = type(provider)
         with _process.watched() as events:
             kind(provider.name, provider.settings).close()
-        self.demand.that(not events, f"making and closing one did: {'; '.join(events[:5])}")
+        self.demand.that(not events, f"making and closing a provider did: {'; '.join(events[:5])}")
 
     def test_close(self, provider: KeyProvider[Any], dek: Dek, wrap_key: str) -> None:
         """close() may be called before use, twice, and before another use, which then works or
@@ -102,13 +104,13 @@ class ConductChecks(ContractFixtures):
         for count in ("first", "second"):
             self.demand.works(provider.close, f"the {count} close()")
         try:
-            got = provider.unwrap(wrapped, b"c")
+            unwrapped = provider.unwrap(wrapped, b"c")
         except ProviderError:
             pass
         except Exception as error:  # noqa: BLE001 - reported whatever it is
             self.demand.fail(f"unwrap() after close() raised {describe(error)}")
         else:
-            self.demand.same_key(got, dek, "unwrap() after close()")
+            self.demand.same_key(unwrapped, dek, "unwrap() after close()")
         self.demand.works(provider.close, "close() at the end")
 
     def test_closing_one_leaves_the_other(
@@ -120,12 +122,14 @@ class ConductChecks(ContractFixtures):
         wrapped = self.demand.works(partial(provider.wrap, wrap_key, dek, b"c"), "wrap()")
         with provider_factory() as other:
             self.demand.works(partial(other.wrap, wrap_key, dek, b"c"), "wrap() of the other")
-        got = self.demand.works(partial(provider.unwrap, wrapped, b"c"), "unwrap() afterwards")
-        self.demand.same_key(got, dek, "unwrap() after the other was closed")
+        unwrapped = self.demand.works(
+            partial(provider.unwrap, wrapped, b"c"), "unwrap() afterwards"
+        )
+        self.demand.same_key(unwrapped, dek, "unwrap() after the other was closed")
 
     def test_check(self, provider: KeyProvider[Any], wrap_key: str) -> None:
-        """check() of a well service returns a Health with findings, all of them well, with and
-        without a key, because doctor prints it; look at the findings that failed.
+        """check() of a service without a fault returns a Health with findings, none of them failed,
+        with and without a key, because doctor prints it; look at the findings that failed.
         """
         for arguments in ((), (wrap_key,)):
             health = self.demand.works(partial(provider.check, *arguments), f"check{arguments}")
@@ -149,15 +153,15 @@ class ConductChecks(ContractFixtures):
                 try:
                     with Dek.generate() as dek:
                         wrapped = provider.wrap(wrap_key, dek, context)
-                        with provider.unwrap(wrapped, context) as got:
-                            if got != dek:
+                        with provider.unwrap(wrapped, context) as unwrapped:
+                            if unwrapped != dek:
                                 failures.append("a thread got another thread's key")
                 except Exception as error:  # noqa: BLE001 - reported whatever it is
                     failures.append(f"a thread got {describe(error)}")
 
         threads = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(THREADS)]
         before = sys.getswitchinterval()
-        sys.setswitchinterval(1e-5)  # provokes what a shared buffer would otherwise show rarely
+        sys.setswitchinterval(1e-5)  # provokes races that would otherwise be rare
         try:
             for thread in threads:
                 thread.start()
@@ -203,8 +207,8 @@ class ConductChecks(ContractFixtures):
         self, provider: KeyProvider[Any], dek: Dek, wrap_key: str, time_limit: float
     ) -> None:
         """A forked child wraps and unwraps with the provider that its parent had connected, and the
-        parent's goes on working, because servers fork their workers; look for a check of
-        os.getpid() before a connection is used again.
+        provider goes on working in the parent, because servers fork their workers; look for a check
+        of os.getpid() before a connection is used again.
         """
         wrapped = self.demand.works(partial(provider.wrap, wrap_key, dek, b"c"), "wrap()")
         for _ in range(2):
@@ -269,13 +273,13 @@ class ConductChecks(ContractFixtures):
         """Pickling or copying a provider is a TypeError, because it would carry a login or a
         session to where it does not belong; look for a __reduce__ or __getstate__ of your own.
         """
-        for what, call in (
+        for label, call in (
             ("pickle.dumps()", pickle.dumps),
             ("copy.copy()", copy.copy),
             ("copy.deepcopy()", copy.deepcopy),
             ("multiprocessing", multiprocessing.reduction.ForkingPickler.dumps),
         ):
-            self.demand.refused(partial(call, provider), what, TypeError)
+            self.demand.refused(partial(call, provider), label, TypeError)
 
     def test_keeps_no_data_key(self, provider: KeyProvider[Any], dek: Dek, wrap_key: str) -> None:
         """After wrap() and unwrap() the provider holds no copy of the data key, and wiping one
@@ -304,7 +308,7 @@ class ConductChecks(ContractFixtures):
     ) -> None:
         """Neither the data key nor a secret of the settings is seen in repr, str, logs at DEBUG,
         standard output, findings, exceptions or their tracebacks, because all of these end in
-        files; look at the place that is named and at what the client library logs.
+        files; look at the text that is named and at what the client library logs.
         """
         missing = f"kit-missing-{secrets.token_hex(6)}"
         with caplog.at_level(logging.NOTSET):
@@ -328,8 +332,8 @@ class ConductChecks(ContractFixtures):
                     provider.unwrap, replace(wrapped, backend="other"), b"c"
                 ),
             }
-            for what, call in failing.items():
-                seen[f"the error of {what}"] = raised(call)
+            for label, call in failing.items():
+                seen[f"the error of {label}"] = raised(call)
         output, errors = capfd.readouterr()
         seen |= {"the log": caplog.text, "standard output": output, "standard error": errors}
         seen["the records of the log"] = "\n".join(repr(vars(r)) for r in caplog.records)

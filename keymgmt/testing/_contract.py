@@ -14,7 +14,7 @@ __all__ = ["ProviderContract"]
 class ProviderContract(
     FaultChecks, AbilityChecks, ConductChecks, HostileNameChecks, WrappingChecks
 ):
-    """What every provider must do, as tests for pytest; the last base runs first.
+    """The rules for every provider, as tests for pytest; those of the last base class run first.
 
     A backend's test is a subclass that supplies fixtures::
 
@@ -35,7 +35,7 @@ class ProviderContract(
             def heal_service(self, server):
                 return server.start
 
-    All fixtures that it may supply are in ``keymgmt.testing.ContractFixtures``. A check that needs
-    one which was not supplied, or an ability that the provider does not claim, is skipped and says
-    so. A check that fails says what it demands, why, and where to look.
+    ``keymgmt.testing.ContractFixtures`` has all fixtures that a backend may supply. A check is
+    skipped, with the reason, if it needs a fixture that was not supplied, or an ability that the
+    provider does not have. A check that fails says what it demands, why, and where to look.
     """

@@ -1,6 +1,6 @@
-"""How a check says what it demands: every failure repeats the check's own docstring.
+"""Failing with a demand: every failure of a check repeats the check's own docstring.
 
-Also the search for secrets in text, in the spellings in which they usually escape.
+This module also searches texts for secrets, in the spellings in which they usually leak.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _TICK: Final = 0.02
 
 
 class Demand:
-    """What one check demands, and the ways to demand it."""
+    """The demand of a check, and assertions that repeat it when they fail."""
 
     def __init__(self, doc: str | None) -> None:
         """Take the check's docstring; it becomes the second half of every failure."""
@@ -56,21 +56,21 @@ class Demand:
         if not condition:
             self.fail(seen)
 
-    def same_key(self, got: object, expected: Dek, what: str) -> None:
-        """Fail unless ``got`` is the data key that was wrapped; nothing of either is shown."""
+    def same_key(self, dek: object, expected: Dek, subject: str) -> None:
+        """Fail unless ``dek`` is the data key that was wrapped; nothing of either is shown."""
         from keymgmt.backend import Dek
 
-        self.that(isinstance(got, Dek), f"{what} gave {type(got).__name__}, not a Dek")
-        self.that(got == expected, f"{what} gave another data key than the one that was wrapped")
+        self.that(isinstance(dek, Dek), f"{subject} gave {type(dek).__name__}, not a Dek")
+        self.that(dek == expected, f"{subject} gave another data key than the one that was wrapped")
 
-    def works(self, call: Callable[[], R], what: str) -> R:
+    def works(self, call: Callable[[], R], subject: str) -> R:
         """Return what ``call`` returns; fail where it raises."""
         try:
             return call()
         except Exception as error:  # noqa: BLE001 - reported whatever it is
-            self.fail(f"{what} raised {describe(error)}")
+            self.fail(f"{subject} raised {describe(error)}")
 
-    def refused(self, call: Callable[[], object], what: str, *kinds: type[E]) -> E:
+    def refused(self, call: Callable[[], object], subject: str, *kinds: type[E]) -> E:
         """Return the error with which ``call`` refuses; fail where it is of another kind or none.
 
         A subclass of a named kind is of that kind.
@@ -81,11 +81,11 @@ class Demand:
         except kinds as error:
             return error
         except Exception as error:  # noqa: BLE001 - reported whatever it is
-            self.fail(f"{what} raised {describe(error)}; expected {expected}")
+            self.fail(f"{subject} raised {describe(error)}; expected {expected}")
         else:
-            self.fail(f"{what} was accepted; expected {expected}")
+            self.fail(f"{subject} was accepted; expected {expected}")
 
-    def ends(self, seconds: float, call: Callable[[], R], what: str) -> R:
+    def ends(self, seconds: float, call: Callable[[], R], subject: str) -> R:
         """Run ``call`` and pass on its outcome; fail where it has not ended after ``seconds``."""
         box: list[R] = []
         failure: list[BaseException] = []
@@ -102,15 +102,15 @@ class Demand:
         if failure:
             raise failure[0]
         if not box:
-            self.fail(f"{what} has not ended after {seconds:g} seconds")
+            self.fail(f"{subject} has not ended after {seconds:g} seconds")
         return box[0]
 
 
 def join(threads: Sequence[threading.Thread], seconds: float) -> None:
-    """Wait for threads, in all ``seconds`` of a machine that is not stalled.
+    """Wait for threads, at most ``seconds`` in all.
 
-    Counted in ticks, because a machine that stalls for a while stalls these threads and the count
-    alike; a clock would blame the threads.
+    The time is counted in ticks: a machine that stalls for a while stalls the count together with
+    the threads, where a clock would run on and blame the threads.
     """
     for _ in range(int(seconds / _TICK) + 1):
         alive = next((thread for thread in threads if thread.is_alive()), None)
@@ -120,18 +120,18 @@ def join(threads: Sequence[threading.Thread], seconds: float) -> None:
 
 
 def describe(error: BaseException) -> str:
-    """Name an error and say whether it is one of ours; a foreign one has leaked."""
+    """Name an error; one that is not of keymgmt has leaked from a library, and this says so."""
     kind = f"{type(error).__module__}.{type(error).__qualname__}"
     if isinstance(error, KeymgmtError):
         return f"{type(error).__name__}: {error}"
-    return f"{kind}, which is no KeymgmtError and leaked out of the provider: {error}"
+    return f"{kind}, which is not a KeymgmtError and leaked out of the provider: {error}"
 
 
 def printed(error: BaseException) -> str:
     """All that a log could show of an error: traceback, causes, arguments, attributes, and locals.
 
     Error trackers send the local variables of every frame, so a secret that a frame still holds
-    when it raises has leaked. The kit's own frames are left out, which hold secrets on purpose.
+    when it raises has leaked. Frames of the kit itself are left out: they hold secrets on purpose.
     """
     seen: list[str] = traceback.format_exception(error)
     chain: list[BaseException | None] = [error]
@@ -150,14 +150,14 @@ def _locals_of(error: BaseException) -> Iterable[str]:
         if module.startswith("keymgmt.testing."):
             continue
         for name, value in list(frame.f_locals.items()):
-            with contextlib.suppress(Exception):  # a repr of a stranger's
+            with contextlib.suppress(Exception):  # __repr__ of other people's classes may raise
                 yield f"{file.name}:{line} {name} = {value!r}"
 
 
 def raised(call: Callable[[], object]) -> str:
-    """All that a log could show of the error with which ``call`` ends; nothing where it ends well.
+    """All that a log could show of the error that ``call`` raises; "" where it raises none.
 
-    Which error it is, is for other checks to judge.
+    Other checks judge whether it is the right error.
     """
     try:
         call()
@@ -167,7 +167,7 @@ def raised(call: Callable[[], object]) -> str:
 
 
 def find_secret(text: str | bytes, secrets: Iterable[bytes]) -> str | None:
-    """Say in which spelling one of ``secrets`` stands in ``text``, or None."""
+    """The spelling in which one of ``secrets`` is in ``text``, in words; None where it is not."""
     data = text.encode(errors="surrogateescape") if isinstance(text, str) else text
     for secret in secrets:
         for spelling, form in _spellings(secret):
@@ -199,7 +199,7 @@ def strings_in(value: Any) -> Iterable[str]:
 
 
 def secrets_of(settings: object) -> Iterable[bytes]:
-    """What the secret sources of some settings hold, where it can be read without asking."""
+    """The secrets of all secret sources in some settings that can be read without a question."""
     if isinstance(settings, SecretSource):
         if settings.prompt is None and settings.keyring is None:
             with contextlib.suppress(KeymgmtError):

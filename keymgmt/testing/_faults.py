@@ -1,6 +1,6 @@
-"""Checks of bad days: the service is gone, hangs, returns, forgets the login, says no.
+"""Checks of failures: the service is gone, hangs, returns, ends the login, refuses.
 
-They need the hooks of the backend's author and are skipped, with the reason, without them.
+They need hooks that the backend's author supplies; without these they are skipped, with the reason.
 """
 
 from __future__ import annotations
@@ -39,17 +39,19 @@ class FaultChecks(ContractFixtures):
         if heal_service is not None:
             heal_service()
 
-    def _unavailable(self, call: Callable[[], object], seconds: float, said: str) -> None:
-        # A signal or a closed port takes a moment, and until then the service may answer.
+    def _unavailable(self, call: Callable[[], object], seconds: float, subject: str) -> None:
+        # A signal, or closing a port, takes effect after a moment; until then the service answers.
         for _ in range(20):
             try:
-                self.demand.ends(seconds + self.grace, call, said)
+                self.demand.ends(seconds + self.grace, call, subject)
             except ProviderUnavailable:
                 return
             except Exception as error:  # noqa: BLE001 - reported whatever it is
-                self.demand.fail(f"{said} raised {describe(error)}; expected ProviderUnavailable")
+                self.demand.fail(
+                    f"{subject} raised {describe(error)}; expected ProviderUnavailable"
+                )
             time.sleep(0.05)
-        self.demand.fail(f"{said} was answered; expected ProviderUnavailable")
+        self.demand.fail(f"{subject} was answered; expected ProviderUnavailable")
 
     def _until_it_works(
         self, provider: KeyProvider[Any], key: str, dek: Dek, seconds: float
@@ -57,15 +59,17 @@ class FaultChecks(ContractFixtures):
         end = time.monotonic() + seconds
         while True:
             try:
-                got = provider.unwrap(provider.wrap(key, dek, b"c"), b"c")
+                unwrapped = provider.unwrap(provider.wrap(key, dek, b"c"), b"c")
             except ProviderUnavailable as error:
                 if time.monotonic() > end:
-                    self.demand.fail(f"{seconds:g} s after it healed there was {describe(error)}")
+                    self.demand.fail(
+                        f"{seconds:g} s after the service healed there was {describe(error)}"
+                    )
                 time.sleep(0.05)
             except Exception as error:  # noqa: BLE001 - reported whatever it is
-                self.demand.fail(f"after it healed there was {describe(error)}")
+                self.demand.fail(f"after the service healed there was {describe(error)}")
             else:
-                self.demand.same_key(got, dek, "after the service healed, unwrap()")
+                self.demand.same_key(unwrapped, dek, "after the service healed, unwrap()")
                 return
 
     @pytest.mark.usefixtures("_healed")
@@ -91,16 +95,16 @@ class FaultChecks(ContractFixtures):
         wrapped = self.demand.works(partial(provider.wrap, wrap_key, dek, b"c"), "wrap()")
         with provider_factory() as other:
             broken()
-            for which, one in (("a connected", provider), ("a new", other)):
-                calls: list[Call] = [("unwrap()", partial(one.unwrap, wrapped, b"c"))]
+            for which, each_provider in (("a connected", provider), ("a new", other)):
+                calls: list[Call] = [("unwrap()", partial(each_provider.unwrap, wrapped, b"c"))]
                 if not wraps_offline:
-                    calls.append(("wrap()", partial(one.wrap, wrap_key, dek, b"c")))
-                for what, call in calls:
-                    said = f"{what} of {which} provider, with the service gone,"
-                    self._unavailable(call, time_limit, said)
+                    calls.append(("wrap()", partial(each_provider.wrap, wrap_key, dek, b"c")))
+                for name, call in calls:
+                    subject = f"{name} of {which} provider, with the service gone,"
+                    self._unavailable(call, time_limit, subject)
             heal()
-            for one in (provider, other):
-                self._until_it_works(one, wrap_key, dek, recovery_time)
+            for each_provider in (provider, other):
+                self._until_it_works(each_provider, wrap_key, dek, recovery_time)
 
     @pytest.mark.usefixtures("_healed")
     def test_check_of_a_broken_service(
@@ -131,13 +135,15 @@ class FaultChecks(ContractFixtures):
         broken = self.need(break_service, "break_service")
         self.demand.works(partial(provider.wrap, wrap_key, dek, b"c"), "wrap()")
         broken()
-        said = "close() with the service gone"
+        subject = "close() with the service gone"
 
         def close() -> bool:
             provider.close()
             return True
 
-        self.demand.works(partial(self.demand.ends, time_limit + self.grace, close, said), said)
+        self.demand.works(
+            partial(self.demand.ends, time_limit + self.grace, close, subject), subject
+        )
         kind = type(provider)
         self.demand.works(lambda: kind(provider.name, provider.settings).close(), "a new provider")
 
@@ -162,18 +168,18 @@ class FaultChecks(ContractFixtures):
         wrapped = self.demand.works(partial(provider.wrap, wrap_key, dek, b"c"), "wrap()")
         with provider_factory() as other:
             hang()
-            for which, one in (("a connected", provider), ("a new", other)):
-                said = f"unwrap() of {which} provider, with the service hung,"
-                call = partial(one.unwrap, wrapped, b"c")
-                self._unavailable(call, time_limit, said)
+            for which, each_provider in (("a connected", provider), ("a new", other)):
+                subject = f"unwrap() of {which} provider, with the service hung,"
+                call = partial(each_provider.unwrap, wrapped, b"c")
+                self._unavailable(call, time_limit, subject)
             health = self.demand.works(
                 partial(self.demand.ends, time_limit + self.grace, provider.check, "check()"),
                 "check()",
             )
             self.demand.that(not health.ok, "check() reported that all is well")
             heal()
-            for one in (provider, other):
-                self._until_it_works(one, wrap_key, dek, recovery_time)
+            for each_provider in (provider, other):
+                self._until_it_works(each_provider, wrap_key, dek, recovery_time)
 
     @pytest.mark.usefixtures("_healed")
     def test_service_hangs_for_many(
@@ -201,11 +207,11 @@ class FaultChecks(ContractFixtures):
                 for _ in range(20):  # until the hang has taken effect
                     provider.unwrap(wrapped, b"c").wipe()
                     time.sleep(0.05)
-                failures.append("one was answered")
+                failures.append("a call was answered")
             except ProviderUnavailable:
                 pass
             except Exception as error:  # noqa: BLE001 - reported whatever it is
-                failures.append(f"one raised {describe(error)}")
+                failures.append(f"a call raised {describe(error)}")
 
         threads = [threading.Thread(target=work, daemon=True) for _ in range(6)]
         for thread in threads:
@@ -214,7 +220,8 @@ class FaultChecks(ContractFixtures):
         alive = sum(thread.is_alive() for thread in threads)
         heal()
         self.demand.that(
-            not alive, f"{alive} of {len(threads)} calls have not ended {self.grace:g} s after it"
+            not alive,
+            f"{alive} of {len(threads)} calls have not ended {self.grace:g} s after the time limit",
         )
         self.demand.that(not failures, "; ".join(failures[:1]))
         self._until_it_works(provider, wrap_key, dek, recovery_time)
@@ -230,8 +237,8 @@ class FaultChecks(ContractFixtures):
         wrapped = self.demand.works(partial(provider.wrap, wrap_key, dek, b"c"), "wrap()")
         for _ in range(2):
             expire()
-            got = self.demand.works(partial(provider.unwrap, wrapped, b"c"), "unwrap()")
-            self.demand.same_key(got, dek, "after the login ended, unwrap()")
+            unwrapped = self.demand.works(partial(provider.unwrap, wrapped, b"c"), "unwrap()")
+            self.demand.same_key(unwrapped, dek, "after the login ended, unwrap()")
         expire()
         self.demand.works(partial(provider.wrap, wrap_key, dek, b"c"), "after that, wrap()")
 
@@ -255,8 +262,8 @@ class FaultChecks(ContractFixtures):
             calls: list[Call] = [("unwrap()", partial(denied.unwrap, wrapped, b"c"))]
             if not wraps_offline:
                 calls.append(("wrap()", partial(denied.wrap, wrap_key, dek, b"c")))
-            for what, call in calls:
-                error = self.demand.refused(call, what, AccessDenied, LockedOut)
+            for name, call in calls:
+                error = self.demand.refused(call, name, AccessDenied, LockedOut)
                 spelling = find_secret(printed(error), [bytes(dek.view()), *secret_values])
                 self.demand.that(not spelling, f"a secret stands in its error {spelling}")
             health = self.demand.works(denied.check, "check()")
@@ -289,8 +296,8 @@ class FaultChecks(ContractFixtures):
         ]
         if not wraps_offline:
             calls.append(("wrap()", partial(provider.wrap, wrap_key, dek, b"c")))
-        for what, call in calls:
+        for label, call in calls:
             spelling = find_secret(raised(call), hidden)
-            self.demand.that(not spelling, f"a secret stands in the error of {what} {spelling}")
+            self.demand.that(not spelling, f"a secret stands in the error of {label} {spelling}")
         spelling = find_secret(caplog.text, hidden)
         self.demand.that(not spelling, f"a secret stands in the log {spelling}")

@@ -1,7 +1,7 @@
-"""What a backend supplies to the kit: two fixtures, and more where it can do more.
+"""The fixtures of the kit: two that every backend supplies, and more for what it can do.
 
-Override a fixture in the test class; one that is not overridden means "I cannot show that", and the
-checks that need it are skipped with the reason.
+Override a fixture in the test class. Checks that need a fixture which is not overridden are
+skipped, with the reason.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class ContractFixtures:
     patience: ClassVar[float] = 20.0
     """Seconds beyond the time limit that a forked process may take."""
 
-    # What every backend supplies.
+    # Every backend supplies these.
 
     @pytest.fixture
     def provider_factory(self) -> ProviderFactory:
         """Return a function that makes a new provider of the same service on every call.
 
-        Two of them share nothing but the service. They connect on first use. Configure them with a
-        short time limit, so that a hung service is found soon.
+        Two such providers share nothing but the service. They connect on first use. Give them a
+        short time limit, so that checks of a hung service do not take long.
         """
         raise NotImplementedError("override the fixture provider_factory")
 
@@ -48,22 +48,22 @@ class ContractFixtures:
         """Return the name of a KEK that exists and that the providers may use."""
         raise NotImplementedError("override the fixture wrap_key")
 
-    # What a backend supplies where it can.
+    # A backend supplies these where it can.
 
     @pytest.fixture
     def other_wrap_key(self, request: pytest.FixtureRequest) -> str:
-        """Return the name of a second KEK; made where the provider manages keys."""
+        """Return the name of a second KEK; by default the kit creates it, if it can."""
         new_key: NewKey = request.getfixturevalue("new_key")
         return new_key("wrap")
 
     @pytest.fixture
     def recipient_key(self, wrap_key: str) -> str:
-        """Return the name of a KEK with a public part; another one where ``wrap_key`` has none."""
+        """Return the name of a KEK with a public part; override it if ``wrap_key`` has none."""
         return wrap_key
 
     @pytest.fixture
     def signing_key(self, request: pytest.FixtureRequest) -> str:
-        """Return the name of a signing key; made where the provider manages keys."""
+        """Return the name of a signing key; by default the kit creates it, if it can."""
         new_key: NewKey = request.getfixturevalue("new_key")
         return new_key("sign")
 
@@ -74,7 +74,7 @@ class ContractFixtures:
 
     @pytest.fixture
     def made_keys(self) -> list[str]:
-        """Return a list, to which the checks add each key that they make in the service."""
+        """Return a list to which the checks add the name of each key that they make."""
         return []
 
     @pytest.fixture
@@ -102,11 +102,11 @@ class ContractFixtures:
         """Return a function that ends every login or session now open at the service."""
         return None
 
-    # What a backend declares.
+    # A backend declares its properties by these.
 
     @pytest.fixture
     def time_limit(self) -> float:
-        """Return the seconds within which every call of these providers ends, come what may."""
+        """Return the seconds within which every call of these providers ends in any case."""
         return 15.0
 
     @pytest.fixture
@@ -116,16 +116,16 @@ class ContractFixtures:
 
     @pytest.fixture
     def secret_values(self, provider_factory: ProviderFactory) -> Sequence[bytes]:
-        """Return what must never be seen; by default what the secret sources of the settings hold.
+        """Return the secrets that must not leak; by default those of the settings' secret sources.
 
-        A PIN of less than 6 bytes is left out: it would be found everywhere by chance.
+        A PIN of less than 6 bytes is left out, since such a short text occurs by chance.
         """
         with provider_factory() as provider:
             return [secret for secret in secrets_of(provider.settings) if len(secret) >= 6]
 
     @pytest.fixture
     def place_values(self) -> Sequence[str]:
-        """Return places that must not stand in a wrapped key, beyond those in the settings."""
+        """Return texts that must not be in a wrapped key, beyond those in the settings."""
         return ()
 
     @pytest.fixture
@@ -143,7 +143,7 @@ class ContractFixtures:
         """Return whether the service exists only in this process (a fake, say)."""
         return False
 
-    # What the kit makes of it.
+    # The kit makes these from the fixtures above.
 
     @pytest.fixture(autouse=True)
     def _demanding(self, request: pytest.FixtureRequest) -> None:
@@ -154,7 +154,7 @@ class ContractFixtures:
         """Make the provider of one check, and close it."""
         made = provider_factory()
         yield made
-        with contextlib.suppress(Exception):  # closing has checks of its own
+        with contextlib.suppress(Exception):  # other checks judge close()
             made.close()
 
     @pytest.fixture
@@ -171,12 +171,12 @@ class ContractFixtures:
 
         def make(purpose: Literal["wrap", "sign"]) -> str:
             if not isinstance(provider, SupportsKeyManagement):
-                self.skip("this provider does not create keys; supply the fixture of that key")
+                self.skip("this provider does not create keys; supply a fixture for this key")
             if not may_create_keys:
                 self.skip("not allowed to create keys in this service")
             kind = next((k for k, use in provider.key_kinds.items() if use == purpose), None)
             if kind is None:
-                self.skip(f"this provider creates no key to {purpose} with")
+                self.skip(f"this provider cannot create a key with which to {purpose}")
             name = f"kit-{purpose}-{secrets.token_hex(4)}"
             made_keys.append(name)
             self.demand.works(lambda: provider.create_key(name, kind, {}), f"create_key({kind!r})")

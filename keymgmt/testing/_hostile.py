@@ -1,4 +1,4 @@
-"""Hostile key names, and the checks that no provider acts on one.
+"""Hostile key names, and the checks that no provider acts on such a name.
 
 A key name reaches a provider from a file that anybody may have written. Put into a URL, a path or
 a search template, ``../../auth/token/revoke-self`` has really revoked a login.
@@ -65,7 +65,7 @@ HOSTILE_KEY_NAMES: Final = (
     "a" * 65,
     "a" * 100_000,
 )
-"""Names outside the grammar of keys, each of which has broken something somewhere."""
+"""Names outside the grammar of keys, of kinds that are known to break programs."""
 
 
 def _show(name: str) -> str:
@@ -110,8 +110,10 @@ class HostileNameChecks(ContractFixtures):
                 FormatError,
             )
         object.__setattr__(wrapped, "key", wrap_key)
-        got = self.demand.works(partial(provider.unwrap, wrapped, b"c"), "unwrap() afterwards")
-        self.demand.same_key(got, dek, "unwrap() after hostile names")
+        unwrapped = self.demand.works(
+            partial(provider.unwrap, wrapped, b"c"), "unwrap() afterwards"
+        )
+        self.demand.same_key(unwrapped, dek, "unwrap() after hostile names")
 
     def test_hostile_names_in_every_ability(self, provider: KeyProvider[Any]) -> None:
         """Every method that takes a key name refuses one outside the grammar with ConfigError or
@@ -150,9 +152,9 @@ class HostileNameChecks(ContractFixtures):
     def test_missing_key_is_not_made(
         self, provider: KeyProvider[Any], dek: Dek, hides_missing_keys: bool
     ) -> None:
-        """wrap() under a key that is not there is KeyNotFound and leaves it so, because a service
-        that makes keys on first use turns a typing error into a model sealed for nobody; look
-        whether the service creates keys on encryption and turn that off.
+        """wrap() under a key that does not exist is KeyNotFound and does not create the key,
+        because a service that makes keys on first use turns a typing error into a model sealed for
+        nobody; look whether the service creates keys on encryption and turn that off.
         """
         kinds: tuple[type[ProviderError], ...] = (KeyNotFound,)
         kinds += (AccessDenied,) if hides_missing_keys else ()

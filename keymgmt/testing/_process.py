@@ -56,7 +56,7 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     events: list[str] | None = getattr(_watching, "events", None)
     if events is not None and event in _WATCHED:
         shown = str(arguments[0])[:120] if arguments else ""
-        if not shown.endswith((".py", ".pyc", ".so")):  # a module that is imported late
+        if not shown.endswith((".py", ".pyc", ".so")):  # importing a module late is allowed
             events.append(f"{event} {shown}")
 
 
@@ -76,7 +76,7 @@ def watched() -> Iterator[list[str]]:
 
 
 def in_fork(call: Callable[[], str], seconds: float) -> str:
-    """Run ``call`` in a forked child and return what it says, or how it died."""
+    """Run ``call`` in a forked child and return its answer, or how the child died."""
     read, write = os.pipe()
     with warnings.catch_warnings():
         # Forking with threads alive is what is tested here.
@@ -101,16 +101,16 @@ def in_fork(call: Callable[[], str], seconds: float) -> str:
 
 
 def in_spawn(task: Task, expected: bytes, seconds: float) -> str:
-    """Unwrap in a new process with a provider made there; return what it says, or how it died."""
+    """Unwrap in a new process with a provider made there; return its answer, or how it died."""
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_spawned, args=(theirs, *task), daemon=True)
+    connection, child_connection = context.Pipe()
+    process = context.Process(target=_spawned, args=(child_connection, *task), daemon=True)
     process.start()
-    theirs.close()
+    child_connection.close()
     try:
-        if not ours.poll(seconds):
+        if not connection.poll(seconds):
             return f"no answer within {seconds:g} seconds"
-        answer = ours.recv()
+        answer = connection.recv()
     except EOFError:
         return "it died"
     else:
@@ -120,7 +120,7 @@ def in_spawn(task: Task, expected: bytes, seconds: float) -> str:
     finally:
         process.kill()
         process.join()
-        ours.close()
+        connection.close()
 
 
 def _spawned(
@@ -133,20 +133,20 @@ def _spawned(
     settings: bytes,
 ) -> None:
     try:
-        made = getattr(importlib.import_module(module), kind)(name, pickle.loads(settings))  # noqa: S301 - ours
-        with made as provider, provider.unwrap(wrapped, context) as dek:
+        provider_made = getattr(importlib.import_module(module), kind)(name, pickle.loads(settings))  # noqa: S301 - ours
+        with provider_made as provider, provider.unwrap(wrapped, context) as dek:
             connection.send(bytes(dek.view()))
     except Exception as error:  # noqa: BLE001 - reported by the check
         missing = isinstance(error, ModuleNotFoundError) and module.startswith(str(error.name))
-        said = f"{type(error).__module__}.{type(error).__qualname__}: {error}"
-        connection.send(NOT_IMPORTABLE if missing else said)
+        text = f"{type(error).__module__}.{type(error).__qualname__}: {error}"
+        connection.send(NOT_IMPORTABLE if missing else text)
 
 
-def holds(thing: object, dek: Dek) -> str | None:
-    """Say where under ``thing`` a copy of ``dek`` is held, or None."""
+def holds(root: object, dek: Dek) -> str | None:
+    """Say where under ``root`` a copy of ``dek`` is held, or None."""
     secret = bytes(dek.view())
     seen: set[int] = set()
-    queue: list[tuple[str, object, int]] = [(f"<{type(thing).__name__}>", thing, 0)]
+    queue: list[tuple[str, object, int]] = [(f"<{type(root).__name__}>", root, 0)]
     while queue:
         path, item, depth = queue.pop()
         if id(item) in seen or depth > 6:
@@ -177,12 +177,12 @@ def modules_of(package: str) -> list[Path]:
     spec = find_spec(package)
     if spec is None:
         return []
-    places = [Path(place) for place in spec.submodule_search_locations or []]
-    return [path for place in places for path in place.rglob("*.py")] or [Path(str(spec.origin))]
+    folders = [Path(folder) for folder in spec.submodule_search_locations or []]
+    return [path for folder in folders for path in folder.rglob("*.py")] or [Path(str(spec.origin))]
 
 
 def imported_by(module: Path) -> list[str]:
-    """What a source file imports, wherever in it."""
+    """The modules that a source file imports, in whatever line."""
     names: list[str] = []
     for node in ast.walk(ast.parse(module.read_bytes())):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""Running the kit from a program: the checks of one contract class, and what became of each."""
+"""Running the kit from a program: the checks of one contract class, and the result of each."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ stub = _Stub()
 
 
 class _Listener:
-    """Hears of each check from pytest, and makes one result of its set-up, call and teardown."""
+    """A plugin of pytest that makes a result from the set-up, call and teardown of each check."""
 
-    def __init__(self, told: Callable[[Result], None]) -> None:
+    def __init__(self, report_result: Callable[[Result], None]) -> None:
         self.results: list[Result] = []
         self.errors: list[str] = []
         self._demands: dict[str, str] = {}
         self._reports: list[pytest.TestReport] = []
-        self._told = told
+        self._report_result = report_result
 
     def pytest_itemcollected(self, item: Any) -> None:
         self._demands[item.nodeid] = Demand(item.function.__doc__).text
@@ -80,7 +80,7 @@ class _Listener:
             seconds = sum(each.duration for each in self._reports)
             self.results.append(Result(name, demands, worst.outcome, reason, seconds))
             self._reports = []
-            self._told(self.results[-1])
+            self._report_result(self.results[-1])
 
 
 def run_contract(
@@ -89,7 +89,7 @@ def run_contract(
     junit: Path | None = None,
     suite: str = "keymgmt",
     properties: Sequence[tuple[str, str]] = (),
-    told: Callable[[Result], None] = lambda _: None,
+    report_result: Callable[[Result], None] = lambda _: None,
 ) -> list[Result]:
     """Run every check of ``contract`` in this process.
 
@@ -98,10 +98,10 @@ def run_contract(
         junit: file to write a JUnit report to.
         suite: name of the suite in that report.
         properties: names and values for that report.
-        told: called with each result as soon as it is there.
+        report_result: called with each result as soon as it is known.
 
     Raises:
-        ConfigError: pytest could not run them, or not to their end.
+        ConfigError: pytest could not run the checks, or not all of them.
     """
 
     class Properties:
@@ -110,7 +110,7 @@ def run_contract(
             for name, value in properties:
                 record_testsuite_property(name, value)
 
-    listener = _Listener(told)
+    listener = _Listener(report_result)
     with tempfile.TemporaryDirectory(prefix="keymgmt-kit-") as directory:
         file = Path(directory) / f"{_MODULE}.py"
         file.write_text(_STUB)
@@ -135,7 +135,7 @@ def run_contract(
             code = pytest.main(arguments, plugins)
         finally:
             stub.contract = None
-            sys.modules.pop(_MODULE, None)  # or it would be the module of the next run
+            sys.modules.pop(_MODULE, None)  # otherwise the next run would get this module again
     if code == pytest.ExitCode.INTERRUPTED and not listener.errors:
         raise KeyboardInterrupt
     if listener.errors or code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):

@@ -1,4 +1,4 @@
-"""The kit for a provider that a config names: what ``keymgmt plugin check`` runs."""
+"""The kit for a provider that a config names; ``keymgmt plugin check`` runs it."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ class Site:
     denied: KeyProvider[Any] | None = None
     hooks: Mapping[str, Hook] = field(default_factory=dict)
     time_limit: float = 15.0
-    made: list[str] = field(default_factory=list)
+    made_keys: list[str] = field(default_factory=list)
     """The keys that the checks made."""
 
 
-# What a provider says where its operator has something to mend, and not its author.
+# Errors that the operator of a provider has to mend, and not its author.
 _OPERATORS: Final = (
     AccessDenied,
     ConfigError,
@@ -79,23 +79,23 @@ _OPERATORS: Final = (
 
 
 def check_site(site: Site) -> None:
-    """Use each key that the operator named once, and make one, before anything is judged.
+    """Use each key that the operator named once, and create a key, before the checks run.
 
-    What else is wrong is for the checks to say.
+    Only faults of the operator's are raised; the checks report all others.
 
     Raises:
-        KeymgmtError: what the operator has to mend.
+        KeymgmtError: the operator has to mend something first.
     """
 
     def use() -> None:
-        with _again(site.provider)() as provider, Dek.generate() as dek:
+        with _factory(site.provider)() as provider, Dek.generate() as dek:
             for key in filter(None, (site.wrap_key, site.other_wrap_key, site.recipient_key)):
                 provider.unwrap(provider.wrap(key, dek, b"keymgmt check"), b"keymgmt check").wipe()
             if site.signing_key is not None and isinstance(provider, SupportsSigning):
                 provider.sign(site.signing_key, b"keymgmt check")
             if site.may_create_keys and isinstance(provider, SupportsKeyManagement):
-                site.made.append(name := f"kit-first-{secrets.token_hex(4)}")
-                # A kind that this service lacks is no fault.
+                site.made_keys.append(name := f"kit-first-{secrets.token_hex(4)}")
+                # It is no fault if this service does not have that kind.
                 with contextlib.suppress(UnsupportedOperation):
                     provider.create_key(name, next(iter(provider.key_kinds)), {})
 
@@ -103,26 +103,26 @@ def check_site(site: Site) -> None:
         within(3 * site.time_limit, f"the provider {site.provider.name!r}", use)
     except _OPERATORS:
         raise
-    except Exception:  # noqa: BLE001, S110 - the checks find it again, and say what it breaks
+    except Exception:  # noqa: BLE001, S110 - the checks meet this error again, and judge it
         pass
 
 
 @contextlib.contextmanager
 def unattended() -> Iterator[None]:
-    """Let no provider ask a person: the checks make many, some in other processes.
+    """Let no provider ask a person: the checks make many providers, some in other processes.
 
     Raises:
-        ConfigError: one would have asked.
+        ConfigError: a provider needs a secret that a person has to type.
     """
     stdin, sys.stdin = sys.stdin, None
     try:
         yield
     except ProviderUnavailable as error:
-        asks, found, _ = str(error).partition(": this is not a terminal")
-        if not found:
+        request, separator, _ = str(error).partition(": this is not a terminal")
+        if not separator:
             raise
         raise ConfigError(
-            f"{asks}: the checks make many providers",
+            f"{request}: the checks make many providers",
             hint="for the checks, name a file, a credential or an environment variable",
         ) from error
     finally:
@@ -130,32 +130,33 @@ def unattended() -> Iterator[None]:
 
 
 def remove_made(site: Site) -> dict[str, str]:
-    """Delete the keys that the checks made; those that stay, each with the reason."""
-    left: dict[str, str] = {}
-    with _again(site.provider)() as provider:
-        for key in site.made:
+    """Delete the keys that the checks made; return those that are left, each with the reason."""
+    kept: dict[str, str] = {}
+    with _factory(site.provider)() as provider:
+        for key in site.made_keys:
             try:
                 if isinstance(provider, SupportsKeyDeletion):
                     provider.delete_key(key)
                 elif isinstance(provider, SupportsKeyManagement):
                     provider.describe_key(key)
-                    left[key] = "this provider deletes no keys"
+                    kept[key] = "this provider deletes no keys"
             except KeyNotFound:
                 pass
-            except Exception as error:  # noqa: BLE001 - told, whatever it is
-                left[key] = f"{type(error).__name__}: {error}"
-    return left
+            except Exception as error:  # noqa: BLE001 - reported whatever it is
+                kept[key] = f"{type(error).__name__}: {error}"
+    return kept
 
 
 def load_hooks(path: Path) -> dict[str, Hook]:
     """Run a Python file and take the hooks that it defines.
 
     Raises:
-        ConfigError: it cannot be run, defines none, or could break what it cannot heal.
+        ConfigError: the file cannot be run or defines no hook, or it breaks the service and does
+            not define ``heal_service``.
     """
     spec = importlib.util.spec_from_file_location("keymgmt_site_hooks", path)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"{path} is no Python file")
+        raise ConfigError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -169,7 +170,7 @@ def load_hooks(path: Path) -> dict[str, Hook]:
     return hooks
 
 
-def _again(provider: KeyProvider[Any]) -> ProviderFactory:
+def _factory(provider: KeyProvider[Any]) -> ProviderFactory:
     return lambda: type(provider)(provider.name, provider.settings)
 
 
@@ -181,10 +182,10 @@ def site_contract(site: Site) -> type[ProviderContract]:
 
         def careful() -> None:
             try:
-                assert run is not None  # noqa: S101 - it is only given out where it is
+                assert run is not None  # noqa: S101 - careful is returned only then
                 run()
-            except Exception as error:  # noqa: BLE001 - the operator's, whatever it is
-                # With a service that nobody heals, every other check would fail too.
+            except Exception as error:  # noqa: BLE001 - a hook may raise any error
+                # Every other check would fail too if the service stays broken.
                 pytest.exit(f"the hook {name} failed: {type(error).__name__}: {error}")
 
         return careful if run is not None else None
@@ -192,7 +193,7 @@ def site_contract(site: Site) -> type[ProviderContract]:
     class SiteContract(ProviderContract):
         @pytest.fixture
         def provider_factory(self) -> ProviderFactory:
-            return _again(site.provider)
+            return _factory(site.provider)
 
         @pytest.fixture
         def wrap_key(self, request: pytest.FixtureRequest) -> str:
@@ -210,7 +211,7 @@ def site_contract(site: Site) -> type[ProviderContract]:
                 except UnsupportedOperation:
                     self.skip(f"{wrap_key} has no public part; name one with --recipient-key")
                 except ProviderError:
-                    pass  # the check itself says so
+                    pass  # the check itself reports it
             return site.recipient_key or wrap_key
 
         @pytest.fixture
@@ -223,11 +224,11 @@ def site_contract(site: Site) -> type[ProviderContract]:
 
         @pytest.fixture
         def made_keys(self) -> list[str]:
-            return site.made
+            return site.made_keys
 
         @pytest.fixture
         def denied_factory(self) -> ProviderFactory | None:
-            return _again(site.denied) if site.denied is not None else None
+            return _factory(site.denied) if site.denied is not None else None
 
         @pytest.fixture
         def break_service(self) -> Hook | None:

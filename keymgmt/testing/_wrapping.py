@@ -1,4 +1,4 @@
-"""Checks of wrap and unwrap: what comes back, what it is bound to, what is refused."""
+"""Checks of wrap and unwrap: round trips, the binding to a context, refusals of changed data."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ REFUSED = (UnwrapFailed, WrongKey)
 def damaged(blob: bytes) -> Iterator[tuple[str, bytes]]:
     """Yield damaged forms of a blob: flips in every region, cuts, additions, replacements."""
     length = len(blob)
-    places = {*range(min(length, 12)), *range(max(0, length - 48), length)}
-    places |= {length * step // 24 for step in range(24)}
-    for place in sorted(places):
+    positions = {*range(min(length, 12)), *range(max(0, length - 48), length)}
+    positions |= {length * step // 24 for step in range(24)}
+    for position in sorted(positions):
         for bit in (0x01, 0x80):
             changed = bytearray(blob)
-            changed[place] ^= bit
-            yield f"bit {bit:#x} flipped in byte {place} of {length}", bytes(changed)
+            changed[position] ^= bit
+            yield f"bit {bit:#x} flipped in byte {position} of {length}", bytes(changed)
     for keep in sorted({1, 2, 12, length // 2, length - 16, length - 1}):
         if 0 < keep < length:
             yield f"cut to {keep} of {length} bytes", blob[:keep]
@@ -63,17 +63,17 @@ class WrappingChecks(ContractFixtures):
         """
         for context in CONTEXTS:
             with Dek.generate() as dek, Dek(bytes(dek.view())) as before:
-                what = f"with a context of {len(context)} bytes, "
+                prefix = f"with a context of {len(context)} bytes, "
                 wrapped = self.demand.works(
                     partial(provider.wrap, wrap_key, dek, context),
-                    what + "wrap()",
+                    prefix + "wrap()",
                 )
-                self.demand.same_key(dek, before, what + "wrap() changed its argument: it")
-                got = self.demand.works(
+                self.demand.same_key(dek, before, prefix + "wrap() changed its argument: it")
+                unwrapped = self.demand.works(
                     partial(provider.unwrap, wrapped, context),
-                    what + "unwrap()",
+                    prefix + "unwrap()",
                 )
-                self.demand.same_key(got, dek, what + "unwrap()")
+                self.demand.same_key(unwrapped, dek, prefix + "unwrap()")
 
     def test_another_instance_unwraps(
         self, provider: KeyProvider[Any], provider_factory: ProviderFactory, dek: Dek, wrap_key: str
@@ -84,8 +84,8 @@ class WrappingChecks(ContractFixtures):
         """
         wrapped = self.demand.works(partial(provider.wrap, wrap_key, dek, b"c"), "wrap()")
         with provider_factory() as other:
-            got = self.demand.works(partial(other.unwrap, wrapped, b"c"), "unwrap()")
-            self.demand.same_key(got, dek, "unwrap() of another instance")
+            unwrapped = self.demand.works(partial(other.unwrap, wrapped, b"c"), "unwrap()")
+            self.demand.same_key(unwrapped, dek, "unwrap() of another instance")
 
     def test_wrapped_key_names_the_key(
         self, provider: KeyProvider[Any], dek: Dek, wrap_key: str
@@ -116,7 +116,7 @@ class WrappingChecks(ContractFixtures):
 
     def test_context_is_bound(self, provider: KeyProvider[Any], dek: Dek, wrap_key: str) -> None:
         """unwrap() with another context is UnwrapFailed, because the context ties a wrapped key to
-        its model and place in the policy; look whether the context is additional data of the
+        its model and its position in the policy; look whether the context is additional data of the
         mechanism, and use inner_wrap() where it has none.
         """
         for context in (b"a context", b"", bytes(32)):
@@ -135,9 +135,9 @@ class WrappingChecks(ContractFixtures):
 
     def test_damaged_blob(self, provider: KeyProvider[Any], dek: Dek, wrap_key: str) -> None:
         """A blob that differs in any byte or in length is UnwrapFailed (WrongKey where it names a
-        version that is not there), because one answer for every cryptographic failure is no oracle
-        and a second spelling of a blob is another attempt; look at error mapping, at parsing of
-        lengths and at lenient base64.
+        version that does not exist), because different answers to different failures would be an
+        oracle, and a blob with two spellings could be tried twice; look at error mapping, at
+        parsing of lengths and at lenient base64.
         """
         wrapped = self.demand.works(partial(provider.wrap, wrap_key, dek, b"c"), "wrap()")
         for how, blob in damaged(wrapped.blob):
@@ -148,17 +148,19 @@ class WrappingChecks(ContractFixtures):
                 f"unwrap() of a blob {how}",
                 *REFUSED,
             )
-        got = self.demand.works(partial(provider.unwrap, wrapped, b"c"), "unwrap() afterwards")
-        self.demand.same_key(got, dek, "unwrap() after damaged blobs")
+        unwrapped = self.demand.works(
+            partial(provider.unwrap, wrapped, b"c"), "unwrap() afterwards"
+        )
+        self.demand.same_key(unwrapped, dek, "unwrap() after damaged blobs")
 
     def test_blob_of_another_wrap(self, provider: KeyProvider[Any], wrap_key: str) -> None:
         """Halves of two blobs put together are UnwrapFailed, because each part must be
         authenticated together with the others; look whether every part of the blob is covered by
         one tag.
         """
-        with Dek.generate() as one, Dek.generate() as two:
-            first = self.demand.works(partial(provider.wrap, wrap_key, one, b"c"), "wrap()")
-            second = self.demand.works(partial(provider.wrap, wrap_key, two, b"c"), "wrap()")
+        with Dek.generate() as dek_one, Dek.generate() as dek_two:
+            first = self.demand.works(partial(provider.wrap, wrap_key, dek_one, b"c"), "wrap()")
+            second = self.demand.works(partial(provider.wrap, wrap_key, dek_two, b"c"), "wrap()")
         for step in range(1, 8):
             middle = len(first.blob) * step // 8
             blob = first.blob[:middle] + second.blob[middle:]
@@ -199,20 +201,20 @@ class WrappingChecks(ContractFixtures):
             cases += [rest, *({**rest, name: new} for new in (flipped, "", "0", "/", "A" * 256))]
         cases.append({**dict(list(wrapped.params.items())[:7]), "strange": "../x"})
         for params in cases:
-            what = f"unwrap() with params {params} instead of {dict(wrapped.params)}"
+            subject = f"unwrap() with params {params} instead of {dict(wrapped.params)}"
             try:
-                got = provider.unwrap(replace(wrapped, params=params), b"c")
+                unwrapped = provider.unwrap(replace(wrapped, params=params), b"c")
             except (*REFUSED, UnsupportedOperation):
                 continue
             except Exception as error:  # noqa: BLE001 - reported whatever it is
-                self.demand.fail(f"{what} raised {describe(error)}")
-            self.demand.same_key(got, dek, what)
+                self.demand.fail(f"{subject} raised {describe(error)}")
+            self.demand.same_key(unwrapped, dek, subject)
 
     def test_wrong_key_is_known_without_decrypting(
         self, provider: KeyProvider[Any], dek: Dek, wrap_key: str, hides_missing_keys: bool
     ) -> None:
-        """Another backend, a key or a version that is not there is WrongKey, even with a blob that
-        could never decrypt, because the next candidate is then tried without a false alarm of
+        """Another backend, a key or a version that does not exist is WrongKey, even with a blob
+        that could never decrypt, because the next candidate is then tried without a false alarm of
         tampering; look whether unwrap() compares backend, key and version before it decrypts.
         """
         wrapped = self.demand.works(partial(provider.wrap, wrap_key, dek, b"c"), "wrap()")
@@ -243,8 +245,8 @@ class WrappingChecks(ContractFixtures):
         self, provider: KeyProvider[Any], dek: Dek, wrap_key: str, other_wrap_key: str
     ) -> None:
         """A blob of one key presented as another key's is UnwrapFailed (WrongKey where their
-        versions differ), because a key name in a file proves nothing; look whether the key named
-        is the one used.
+        versions differ), because a key name in a file proves nothing; look whether unwrap() uses
+        the key that is named.
         """
         wrapped = self.demand.works(partial(provider.wrap, wrap_key, dek, b"c"), "wrap()")
         other = self.demand.works(partial(provider.wrap, other_wrap_key, dek, b"c"), "wrap()")
@@ -262,8 +264,8 @@ class WrappingChecks(ContractFixtures):
         place_values: Sequence[str],
     ) -> None:
         """A wrapped key has neither the data key, nor a secret, nor an address, path or module of
-        the settings in it, because it is published and the operator alone names the place; look
-        at what wrap() puts into blob and params.
+        the settings in it, because it is published and only the config says where the key service
+        is; look at what wrap() puts into blob and params.
         """
         wrapped = self.demand.works(partial(provider.wrap, wrap_key, dek, b"c"), "wrap()")
         shown = b"\n".join(
@@ -275,7 +277,7 @@ class WrappingChecks(ContractFixtures):
         spelling = find_secret(shown, secret_values)
         self.demand.that(not spelling, f"a secret stands in the wrapped key {spelling}")
         settings = provider.settings.model_dump(mode="python")
-        places = {text for text in strings_in(settings) if len(text) >= 6 and text != wrap_key}
-        for place in sorted({*places, *place_values}):
-            spelling = find_secret(shown, [place.encode()])
-            self.demand.that(not spelling, f"{place!r} stands in the wrapped key {spelling}")
+        texts = {text for text in strings_in(settings) if len(text) >= 6 and text != wrap_key}
+        for text in sorted({*texts, *place_values}):
+            spelling = find_secret(shown, [text.encode()])
+            self.demand.that(not spelling, f"{text!r} stands in the wrapped key {spelling}")

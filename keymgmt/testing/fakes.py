@@ -1,8 +1,9 @@
 """A key service in memory, for tests that need a provider and no key service.
 
-It does what a real one does: AES-256-GCM under KEKs that it keeps, versions, signatures, failures
-on demand. **Its KEKs are made from their names, so they protect nothing.** That lets a forked or
-spawned process see the same service; keys made while it runs exist in this process only.
+It works as a real key service does: AES-256-GCM under KEKs that it keeps, versions, signatures, and
+failures on demand. **Its KEKs are made from their names, so they protect nothing.** Therefore a
+forked or spawned process sees the same service; keys that are created while it runs exist in this
+process only.
 """
 
 from __future__ import annotations
@@ -67,10 +68,13 @@ class _Key:
 
 
 class MemoryService:
-    """A key service of this process, found by name, with switches for its bad days.
+    """A key service of this process, found by name, with switches for failures.
 
-    ``up`` and ``answering`` are what they say; ``denied`` are users that it refuses; raising
-    ``epoch`` ends every login.
+    Attributes:
+        up: False refuses every call.
+        answering: False lets every call wait for an answer.
+        denied: users that the service refuses.
+        epoch: raising this number ends every login.
     """
 
     _all: ClassVar[dict[str, MemoryService]] = {}
@@ -88,11 +92,12 @@ class MemoryService:
     @classmethod
     def find(cls, name: str) -> MemoryService:
         """The service of that name, made on first use."""
-        # No lock here or below: a fork would inherit it held.
+        # There is no lock in this class: a child that is forked while it is held would wait for it
+        # for ever.
         return cls._all.setdefault(name, cls(name))
 
     def wait(self, seconds: float) -> bool:
-        """Wait for an answer at most that long, and say whether there is one."""
+        """Wait for an answer, at most ``seconds``; whether there is one."""
         end = time.monotonic() + seconds
         while not self.answering and time.monotonic() < end:
             time.sleep(0.01)
@@ -159,12 +164,12 @@ class MemoryProvider(
         return service
 
     def _key(self, service: MemoryService, key: str, purpose: str | None = None) -> _Key:
-        found = service.keys.get(check_key(key))
-        if found is None:
+        entry = service.keys.get(check_key(key))
+        if entry is None:
             raise KeyNotFound(f"no key named {key!r}")
-        if purpose and found.purpose != purpose:
+        if purpose and entry.purpose != purpose:
             raise UnsupportedOperation(f"the key {key!r} does not {purpose}")
-        return found
+        return entry
 
     def wrap(self, key: str, dek: Dek, context: bytes) -> WrappedKey:
         """See KeyProvider."""
@@ -180,17 +185,19 @@ class MemoryProvider(
         service = self.service
         if wrapped.backend != self.backend:
             raise WrongKey(f"{wrapped} is not of the backend {self.backend!r}")
-        found = service.keys.get(check_key(wrapped.key))
-        versions = range(1, found.versions + 1) if found else ()
+        entry = service.keys.get(check_key(wrapped.key))
+        versions = range(1, entry.versions + 1) if entry else ()
         version = next((v for v in versions if str(v) == wrapped.version), None)
-        if found is None or version is None:
+        if entry is None or version is None:
             raise WrongKey(f"{wrapped} is not here")
-        if version in found.retired:
+        if version in entry.retired:
             raise KeyRetired(f"{wrapped} is retired")
-        if wrapped.mechanism != MECHANISM or found.purpose != "wrap":
+        if wrapped.mechanism != MECHANISM or entry.purpose != "wrap":
             raise UnsupportedOperation(f"{wrapped} does not unwrap {wrapped.mechanism}")
         if len(wrapped.blob) != _NONCE + DEK_LENGTH + 16 or wrapped.params:
-            raise UnwrapFailed("the wrapped key has not the form of its kind")
+            raise UnwrapFailed(
+                f"the wrapped key has the wrong length, or params, for {wrapped.mechanism}"
+            )
         nonce, sealed = wrapped.blob[:_NONCE], wrapped.blob[_NONCE:]
         plain = bytearray(DEK_LENGTH)
         try:
@@ -267,18 +274,18 @@ class MemoryProvider(
 
     def rotate_key(self, key: str) -> KeyInfo:
         """See SupportsKeyManagement."""
-        found = self._key(self.service, key)
-        found.versions += 1
-        return self._info(key, found)
+        entry = self._key(self.service, key)
+        entry.versions += 1
+        return self._info(key, entry)
 
     def retire_version(self, key: str, version: str) -> KeyInfo:
         """See SupportsKeyManagement."""
-        found = self._key(self.service, key)
-        number = next((n for n in range(1, found.versions) if str(n) == version), None)
+        entry = self._key(self.service, key)
+        number = next((n for n in range(1, entry.versions) if str(n) == version), None)
         if number is None:
-            raise ConfigError(f"{key}@{version} is no version that can be retired")
-        found.retired.add(number)
-        return self._info(key, found)
+            raise ConfigError(f"{key}@{version} is not a version that can be retired")
+        entry.retired.add(number)
+        return self._info(key, entry)
 
     def delete_key(self, key: str) -> None:
         """See SupportsKeyDeletion."""

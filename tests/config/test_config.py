@@ -72,7 +72,7 @@ GOOD = '[providers.hsm]\nbackend = "acme"\naddress = "a"\n'
         ("[policy]\nprefer = ['hms']\n" + GOOD, "no provider named 'hms'", "did you mean 'hsm'?"),
         (
             "[policy]\nrequire_signature = false\nminimum_release = { m = 1 }",
-            "counts for nothing unsigned",
+            "minimum_release and remember_releases need signatures",
             None,
         ),
         (
@@ -81,7 +81,7 @@ GOOD = '[providers.hsm]\nbackend = "acme"\naddress = "a"\n'
             None,
         ),
         ("[providers.hsm]\naddress = 'a'", "[providers.hsm] has no backend", "backend ="),
-        ("[providers.'../x']\nbackend = 'acme'", "is no provider name", "lower-case"),
+        ("[providers.'../x']\nbackend = 'acme'", "is not a provider name", "lower-case"),
         ("[providers.hsm]\nbackend = 'acme'\ndistribution = ['a']", "distribution", None),
     ],
 )
@@ -105,7 +105,7 @@ def test_a_wrong_config_names_file_table_and_key(
         ("auth = { pin = 'hunter2' }", "a secret is not written here", None),
         ("auth = { pin = { env = 'A', file = 'B' } }", "exactly one of", None),
         ("auth = { pin = {} }", "exactly one of", None),
-        ("pins = { '../x' = { env = 'A' } }", "[providers.hsm.pins] ../x: '../x' is no key", None),
+        ("pins = { '../x' = { env = 'A' } }", "[providers.hsm.pins] ../x: '../x' is not a key name", None),
         ("auth = { pin = { credential = '../x' } }", "without slashes", None),
     ],
 )

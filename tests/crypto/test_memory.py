@@ -64,5 +64,5 @@ def test_it_is_locked_and_out_of_core_dumps():
 
 
 def test_what_the_system_refuses_is_an_error_of_ours():
-    with pytest.raises(KeymgmtError, match="gives no 4,611,686,018,427,387,904 bytes"):
+    with pytest.raises(KeymgmtError, match="refuses 4,611,686,018,427,387,904 bytes"):
         PrivateMemory(1 << 62)

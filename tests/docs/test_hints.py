@@ -47,8 +47,8 @@ REVIEWED = {
         "distribution = ..."
     ),
     (
-        "whatever was loaded from it is not to be trusted; end this process, and look which "
-        "process of this user does that"
+        "do not trust what was loaded from it: end this process, and look which process of this "
+        "user exchanged it"
     ),
 }
 FORBIDDEN = re.compile(

@@ -317,8 +317,8 @@ def test_places_that_cannot_be(needs_root, site, tmp_path):
         (tmp_path / "used", "in use"),
         (mounted, "in use"),
         (tmp_path / "missing", "mkdir -p"),
-        (tmp_path / "file", "is no folder"),
-        (tmp_path / "link", "is no folder"),
+        (tmp_path / "file", "is not a folder"),
+        (tmp_path / "link", "is not a folder"),
     ):
         done = site.run("--shared-tmp", "--at", at, "--", "true")
         assert (done.returncode, said in done.stderr) == (3, True), done.stderr

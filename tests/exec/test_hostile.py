@@ -14,7 +14,7 @@ import rich
 
 import keymgmt
 from keymgmt._mount.folders import MemfdFolder
-from keymgmt._system.namespace import User, enter_mount_namespace, mount_memory, tried
+from keymgmt._system.namespace import User, enter_mount_namespace, mount_memory, why_it_fails
 
 keymgmt_file = pytest.importorskip("keymgmt_file")
 OTHER = 1234  # a user of no account
@@ -230,7 +230,7 @@ def test_the_first_process_of_a_container_tells_the_signal_by_its_code(needs_roo
 
 
 def test_what_decrypts_is_asked_to_end_first(needs_root):
-    from keymgmt._mount.exec import _end
+    from keymgmt._mount.exec import _end_child
 
     reader, writer = os.pipe()
     child = os.fork()
@@ -240,7 +240,7 @@ def test_what_decrypts_is_asked_to_end_first(needs_root):
         time.sleep(60)
         os._exit(1)
     assert os.read(reader, 1) == b"."
-    _end(child)
+    _end_child(child)
     assert os.read(reader, 20) == b"gave back"
 
 
@@ -270,4 +270,6 @@ def test_root_gives_no_folder_that_a_link_leads_to(needs_root, tmp_path):
         enter_mount_namespace()
         mount_memory(tmp_path / "link", 1 << 20, mode=0o700, user=user)
 
-    assert "Not a directory" in str(tried(mount)) or "Too many levels" in str(tried(mount))
+    assert "Not a directory" in str(why_it_fails(mount)) or "Too many levels" in str(
+        why_it_fails(mount)
+    )

@@ -62,8 +62,8 @@ def test_only_the_named_backend_is_imported(install: Install) -> None:
         ("import nothing_of_that_name", "fails to import: ModuleNotFoundError", "pip install"),
         ("raise OSError('no licence')", "OSError: no licence", "pip install"),
         ("Other = 1", "fails to import: AttributeError", "pip install"),
-        ("Acme = 1", "is no KeyProvider", "author"),
-        ("class Acme: pass", "is no KeyProvider", "author"),
+        ("Acme = 1", "is not a KeyProvider", "author"),
+        ("class Acme: pass", "is not a KeyProvider", "author"),
         (
             ACME.replace('backend = "acme"', 'backend = "acme"; api_version = 0'),
             "speaks version 0 of the provider API, this keymgmt speaks 1",

@@ -152,7 +152,7 @@ def test_what_a_device_says_of_itself_fits_no_demand(tmp_path, save, signer):
     [
         ("yes", "write true, false, or a table"),
         ({"makers": []}, "makers"),
-        ({"makers": ["Infineon"]}, "'infineon' is no SHA-256"),
+        ({"makers": ["Infineon"]}, "'infineon' is not a SHA-256 digest"),
         ({"vendors": ["aa" * 32]}, "vendors"),
     ],
 )

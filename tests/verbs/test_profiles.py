@@ -72,12 +72,12 @@ def test_a_recipient_is_of_the_profile_or_refused_before_anything_is_written(
         with keymgmt.open(out, keys=config) as model:
             assert model.read("m.bin") == b"weights"
         return
-    with pytest.raises(errors.ConfigError, match=f"the profile {profile} allows no {WRAPS[kind]}"):
+    with pytest.raises(errors.ConfigError, match=f"the profile {profile} does not allow {WRAPS[kind]}"):
         keymgmt.seal(plain, out, to=["local:w-aes256", f"local:w-{kind}"], **options)
     config.provider("local").export_recipient(f"w-{kind}").save(tmp_path / "device.recipient")
     mark = config.provider("local").export_recipient(f"w-{kind}").fingerprint
     to = [f"@{tmp_path / 'device.recipient'}"]
-    with pytest.raises(errors.ConfigError, match=f"the profile {profile} allows no"):
+    with pytest.raises(errors.ConfigError, match=f"the profile {profile} does not allow"):
         keymgmt.seal(plain, out, to=to, fingerprints=[mark], **options)
     assert not out.exists()
     keymgmt.seal(plain, out, to=["local:w-aes256"], **options)
@@ -86,7 +86,7 @@ def test_a_recipient_is_of_the_profile_or_refused_before_anything_is_written(
         lambda: keymgmt.rewrap(out, add=[f"local:w-{kind}"], keys=config),
         lambda: keymgmt.reseal(out, to=[f"local:w-{kind}"], sign="local:s-ml-dsa-87", keys=config),
     ):
-        with pytest.raises(errors.ConfigError, match=f"the profile {profile} allows no"):
+        with pytest.raises(errors.ConfigError, match=f"the profile {profile} does not allow"):
             verb()
     assert (out / "keys.json").read_bytes() == before
 
@@ -100,11 +100,11 @@ def test_a_signer_is_of_the_profile_or_refused(plain, tmp_path, config, profile,
         keymgmt.seal(plain, out, sign=f"local:s-{kind}", **options)
         keymgmt.verify(out, keys=config)
         return
-    with pytest.raises(errors.ConfigError, match=f"the profile {profile} allows no {kind}"):
+    with pytest.raises(errors.ConfigError, match=f"the profile {profile} does not allow {kind}"):
         keymgmt.seal(plain, out, sign=f"local:s-{kind}", **options)
     assert not out.exists()
     keymgmt.seal(plain, out, **options)
-    with pytest.raises(errors.ConfigError, match=f"the profile {profile} allows no {kind}"):
+    with pytest.raises(errors.ConfigError, match=f"the profile {profile} does not allow {kind}"):
         keymgmt.sign(out, key=f"local:s-{kind}", keys=config)
 
 
