@@ -7,18 +7,16 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Final, TypeAlias, TypeVar, cast
+from typing import Any, Final, TypeAlias, TypeVar, cast
 
 from keymgmt._system.fork import ForkSafe
-from keymgmt._system.libc import libc
 from keymgmt.errors import ProviderUnavailable
 
 __all__ = ["Deadline", "within"]
 
 R = TypeVar("R")
-T = TypeVar("T")
-_MOMENT: Final = 50e-6  # seconds
 _Answer: TypeAlias = "queue.SimpleQueue[tuple[R | None, BaseException | None]]"
+_Calls: TypeAlias = "queue.SimpleQueue[tuple[Callable[[], Any], _Answer[Any]]]"
 
 
 class Deadline:
@@ -78,48 +76,14 @@ def within(seconds: float, what: str, call: Callable[[], R]) -> R:
         ProviderUnavailable: there was no answer in time; else what ``call`` raises.
     """
     answer: _Answer[R] = queue.SimpleQueue()
-    _threads.begin(call, answer)
+    _threads.free().put((call, answer))
     try:
-        _awake.wait(answer)
         value, failure = answer.get(timeout=seconds)
     except queue.Empty:
         raise _over(what, seconds) from None
     if failure is not None:
         raise failure
     return cast("R", value)
-
-
-class _Awake(ForkSafe):
-    """Lets a thread stay awake for a moment, since to be woken takes longer than many a call.
-
-    One that waits for an answer and one that waits for a call may, so that no crowd of them keeps
-    others from working. Where other processes want the processor, letting them run takes
-    milliseconds: then for a second all threads sleep until they are woken.
-    """
-
-    def _renew(self) -> None:
-        self._turns = [1, 2]
-        self._not_until = 0.0
-
-    def wait(self, waiting: queue.SimpleQueue[T]) -> None:
-        begin = now = time.monotonic()
-        if begin < self._not_until:
-            return
-        try:
-            turn = self._turns.pop()
-        except IndexError:
-            return
-        try:
-            while waiting.empty() and now - begin < _MOMENT:
-                libc.sched_yield()
-                now = time.monotonic()
-        finally:
-            self._turns.append(turn)
-        if now - begin > 4 * _MOMENT:
-            self._not_until = now + 1.0
-
-
-_awake: Final = _Awake()
 
 
 class _Threads(ForkSafe):
@@ -130,40 +94,38 @@ class _Threads(ForkSafe):
     """
 
     def _renew(self) -> None:
-        self._idle: list[queue.SimpleQueue[Callable[[], None]]] = []
+        self._idle: list[_Calls] = []
 
-    def begin(self, call: Callable[[], R], answer: _Answer[R]) -> None:
+    def free(self) -> _Calls:
+        """Where to put a call, and the place for its answer, for a thread that has none."""
         try:
-            jobs = self._idle.pop()
+            return self._idle.pop()
         except IndexError:
-            jobs = queue.SimpleQueue()
+            calls: _Calls = queue.SimpleQueue()
             threading.Thread(
-                target=self._work, args=(jobs,), name="keymgmt call", daemon=True
+                target=self._work, args=(calls,), name="keymgmt call", daemon=True
             ).start()
-        jobs.put(lambda: self._answer(call, answer, jobs))
+            return calls
 
-    def _work(self, jobs: queue.SimpleQueue[Callable[[], None]]) -> None:
+    def _work(self, calls: _Calls) -> None:
         while True:
-            _awake.wait(jobs)
-            jobs.get()()
-
-    def _answer(
-        self,
-        call: Callable[[], R],
-        answer: _Answer[R],
-        jobs: queue.SimpleQueue[Callable[[], None]],
-    ) -> None:
-        try:
-            value = call()
-        except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
-            self._idle.append(jobs)
-            answer.put((None, error))
-        else:
-            self._idle.append(jobs)
-            answer.put((value, None))
+            call, answer = calls.get()
+            outcome = _outcome(call)
+            # First, so that whoever waits for the answer finds this thread for the next call.
+            self._idle.append(calls)
+            answer.put(outcome)
+            # Nothing of a call is kept while there is none.
+            del call, answer, outcome
 
 
 _threads: Final = _Threads()
+
+
+def _outcome(call: Callable[[], R]) -> tuple[R | None, BaseException | None]:
+    try:
+        return call(), None
+    except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
+        return None, error
 
 
 def _over(what: str, seconds: float) -> ProviderUnavailable:

@@ -21,7 +21,8 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from keymgmt.backend import Deadline, ForkSafe, ProviderUnavailable, wipe, within
 from keymgmt_pkcs11._errors import CkError, Ckr, translate
@@ -134,6 +135,17 @@ class Session:
         self.ck.token_info(self.token.slot)
 
 
+@dataclass(slots=True, eq=False)
+class _Call(Generic[R]):
+    """What ``run`` was given, until when, and the PIN where somebody typed it for this."""
+
+    doing: str
+    function: Callable[[Session], R]
+    changes: bool
+    deadline: Deadline
+    typed: bytearray | None = None
+
+
 class _Place:
     """Room for one session, which one ``call`` has at a time."""
 
@@ -142,7 +154,6 @@ class _Place:
         self.epoch = -1
         self.in_flight: CallInFlight | None = None
         self.call: object | None = None
-        self.typed: bytearray | None = None
         self.abandoned = False
 
     def drop(self) -> None:
@@ -168,7 +179,8 @@ class Connection(ForkSafe):
         # A parent's sessions are only forgotten.
         self.epoch += 1
         self._cache: dict[Any, Any] = {}
-        self._state = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._state = threading.Condition(self._lock)
         self._connecting = threading.Lock()
         self._asking = threading.Lock()
         self._idle: list[_Place] = []
@@ -200,37 +212,29 @@ class Connection(ForkSafe):
             # In any call: after a loss, and for each use of a key that wants it.
             limit = max(limit, PAD_LIMIT)
         deadline = Deadline(limit, f"{doing}: the module")
-        run = functools.partial(self._run, doing, function, deadline, changes)
+        call = _Call(doing, function, changes, deadline)
         try:
-            return run(None)
+            return self._run(call)
         except PinWanted:
             pass
         with contextlib.ExitStack() as stack:
             with deadline.paused():
                 stack.enter_context(self._asking)
             try:
-                return run(None)  # somebody else may have been asked meanwhile
+                return self._run(call)  # somebody else may have been asked meanwhile
             except PinWanted:
                 assert self.settings.pin is not None  # noqa: S101 - it has a prompt
             with deadline.paused():
-                pin = self.settings.pin.read()
-            stack.callback(wipe, pin)
-            return run(pin)
+                call.typed = self.settings.pin.read()
+            stack.callback(wipe, call.typed)
+            return self._run(call)
 
-    def _run(
-        self,
-        doing: str,
-        function: Callable[[Session], R],
-        deadline: Deadline,
-        changes: bool,
-        typed: bytearray | None,
-    ) -> R:
+    def _run(self, call: _Call[R]) -> R:
+        deadline = call.deadline
         while True:
-            call = object()
-            place = self._take(call, deadline, doing)
-            place.typed = typed
-            serve = functools.partial(self._serve, place, function, deadline, changes)
+            place = self._take(call)
             try:
+                serve = functools.partial(self._serve, place, call)
                 return within(deadline.remaining, deadline.what, serve)
             except ProviderUnavailable:
                 self._abandon(place, call)
@@ -238,7 +242,7 @@ class Connection(ForkSafe):
             except CkError as error:
                 if error.code == Ckr.SESSION_COUNT and self._fewer():
                     continue
-                raise translate(error, doing) from error
+                raise translate(error, call.doing) from error
 
     def close(self) -> None:
         """Close every session; waits for calls in flight, up to the time limit."""
@@ -255,8 +259,9 @@ class Connection(ForkSafe):
         with self._state:
             return sum(place.session is not None for place in self._places), self._limit
 
-    def _take(self, call: object, deadline: Deadline, doing: str) -> _Place:
-        with self._state:
+    def _take(self, call: _Call[Any]) -> _Place:
+        deadline = call.deadline
+        with self._lock:
             while not self._idle:
                 if len(self._places) < self._limit:
                     self._idle.append(_Place())
@@ -264,7 +269,7 @@ class Connection(ForkSafe):
                     break
                 if not self._state.wait(deadline.remaining) and not deadline.remaining:
                     raise ProviderUnavailable(
-                        f"{doing}: all {self._limit} sessions were busy for "
+                        f"{call.doing}: all {self._limit} sessions were busy for "
                         f"{deadline.seconds:g} seconds",
                         hint="set sessions or timeout higher, or see whether the HSM hangs",
                     )
@@ -273,7 +278,7 @@ class Connection(ForkSafe):
             return place
 
     def _give_back(self, place: _Place) -> None:
-        with self._state:
+        with self._lock:
             if (
                 place.session is not None
                 and place.epoch == self.epoch
@@ -297,7 +302,7 @@ class Connection(ForkSafe):
             self._limit = max(1, min(self._limit, len(self._places)))
             return bool(self._places)
 
-    def _abandon(self, place: _Place, call: object) -> None:
+    def _abandon(self, place: _Place, call: _Call[Any]) -> None:
         """Use a place no more, if it is that call's still, which gave no answer."""
         # It stays among the places, so that a module that hangs takes `sessions` threads at most.
         with self._state:
@@ -329,26 +334,20 @@ class Connection(ForkSafe):
         for place in places:
             self._give_back(place)
 
-    def _serve(
-        self,
-        place: _Place,
-        function: Callable[[Session], R],
-        deadline: Deadline,
-        changes: bool,
-    ) -> R:
+    def _serve(self, place: _Place, call: _Call[R]) -> R:
         step = 0
         try:
             while True:
                 began = False
                 try:
-                    session = self._connected(place)
+                    session = self._connected(place, call)
                     with session.module.call() as place.in_flight:
                         began = True
-                        if changes:
+                        if call.changes:
                             with session.writing() as other:
-                                answer = function(other)
+                                answer = call.function(other)
                         else:
-                            answer = function(session)
+                            answer = call.function(session)
                     session.module.in_vain = 0
                 except PinWanted:
                     # Perhaps in the middle of an operation.
@@ -356,7 +355,7 @@ class Connection(ForkSafe):
                     raise
                 except (CkError, NoToken) as error:
                     place.drop()
-                    step = self._make_anew(place.epoch, error, step, deadline, changes, began)
+                    step = self._make_anew(place.epoch, error, step, call, began=began)
                 else:
                     return answer
                 finally:
@@ -364,16 +363,16 @@ class Connection(ForkSafe):
         finally:
             self._give_back(place)
 
-    def _connected(self, place: _Place) -> Session:
+    def _connected(self, place: _Place, call: _Call[Any]) -> Session:
         if place.session is not None and place.epoch == self.epoch:
             if place.session.generation == place.session.module.generation:
-                place.session.typed = place.typed
+                place.session.typed = call.typed
                 return place.session
             # Another provider of this module initialised it anew.
             self._lose(place.epoch)
         place.drop()
         place.epoch = self.epoch
-        place.session = self._connect(place)
+        place.session = self._connect(place, call)
         return place.session
 
     def _make_anew(
@@ -381,8 +380,8 @@ class Connection(ForkSafe):
         epoch: int,
         error: CkError | NoToken,
         step: int,
-        deadline: Deadline,
-        changes: bool,
+        call: _Call[Any],
+        *,
         began: bool,
     ) -> int:
         """Make the next thing anew that may help against an error, or raise it; the step after.
@@ -391,16 +390,15 @@ class Connection(ForkSafe):
             epoch: of the session that saw the error.
             error: the error.
             step: 0 after the first failure: it has a new session already.
-            deadline: of the call.
-            changes: whether it changes the token.
-            began: whether it was, or only the connection failed.
+            call: what failed.
+            began: whether it was that, or only the connection.
         """
         answered = error if isinstance(error, CkError) else None
         if answered and not answered.passing:
             raise error
         login = answered is not None and answered.call == "C_Login"
         # Only what changes nothing is done twice; and a call has one PIN, whatever was made anew.
-        final = (changes and began) or (
+        final = (call.changes and began) or (
             login and answered is not None and answered.code not in NOT_COMPARED
         )
         if final or not answered or step:
@@ -413,6 +411,7 @@ class Connection(ForkSafe):
         step = max(step, 2)
         pause = _PAUSES[min(step - 2, len(_PAUSES) - 1)]
         # SoftHSM has no PIN, or no answer, for a moment while others log in to the same token.
+        deadline = call.deadline
         patient = login and deadline.remaining > deadline.seconds / 2
         over = step - 2 >= len(_PAUSES) or (began and step > 2)
         if (over and not patient) or deadline.remaining <= pause:
@@ -423,14 +422,14 @@ class Connection(ForkSafe):
         time.sleep(pause)
         return step + 1
 
-    def _connect(self, place: _Place) -> Session:
+    def _connect(self, place: _Place, call: _Call[Any]) -> Session:
         with self._connecting:
             module = open_module(self.settings.library, self.settings.init_args)
             self._generation = module.generation
             cache = self._cache
             with module.call() as place.in_flight:
                 token = cache.get("token") or find_token(module, self.settings)
-                session = Session(module, token, self.settings, cache, place.typed)
+                session = Session(module, token, self.settings, cache, call.typed)
             # The next session of this connection need not look for it.
             cache["token"] = token
             return session

@@ -12,6 +12,8 @@ The layout is that of PKCS#11 2.40, pkcs11t.h and pkcs11f.h, for Unix (natural a
 from __future__ import annotations
 
 import ctypes
+import struct
+from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -81,20 +83,10 @@ def _structure(**fields: Any) -> Any:
     return type("CK_", (ctypes.Structure,), {"_fields_": tuple(fields.items())})
 
 
-_BYTES: Final = ctypes.c_char_p  # a pointer to what is only read, which the structure keeps
 _InitArgs: Final = _structure(
     create=_PTR, destroy=_PTR, lock=_PTR, unlock=_PTR, flags=_ULONG, reserved=_PTR
 )
-_Mechanism: Final = _structure(mechanism=_ULONG, parameter=_PTR, length=_ULONG)
 _Attribute: Final = _structure(type=_ULONG, value=_PTR, length=_ULONG)
-_Gcm: Final = _structure(
-    iv=_PTR, iv_length=_ULONG, iv_bits=_ULONG, aad=_BYTES, aad_length=_ULONG, tag_bits=_ULONG
-)
-_Oaep: Final = _structure(hash=_ULONG, mgf=_ULONG, source=_ULONG, label=_BYTES, label_length=_ULONG)
-_Ecdh: Final = _structure(
-    kdf=_ULONG, shared_length=_ULONG, shared=_PTR, public_length=_ULONG, public=_BYTES
-)
-_Pss: Final = _structure(hash=_ULONG, mgf=_ULONG, salt=_ULONG)
 _Version: Final = _structure(major=ctypes.c_ubyte, minor=ctypes.c_ubyte)
 _Info: Final = _structure(
     cryptoki=_Version,
@@ -157,37 +149,47 @@ def _text(structure: ctypes.Structure, name: str) -> str:
 
 
 class Parameters:
-    """A CK_MECHANISM with its parameter, which lives as long as this object does."""
+    """A CK_MECHANISM with its parameter, in one buffer that lives as long as this object does.
 
-    def __init__(self, mechanism: int, parameter: ctypes.Structure | None = None, *keep: Any):
-        self._keep = (parameter, *keep)
-        size = 0 if parameter is None else ctypes.sizeof(parameter)
-        self._struct = _Mechanism(mechanism, _at(parameter), size)
-        self.pointer = ctypes.byref(self._struct)
+    Every member of a parameter is as long as a CK_ULONG: a number, or a pointer to bytes, which
+    stand behind the structures.
+    """
+
+    def __init__(self, mechanism: int, *members: int | bytes) -> None:
+        texts = [each for each in members if isinstance(each, bytes)]
+        self._head = ULONG_SIZE * (3 + len(members))
+        self._buffer = array("B", b"".join((bytes(self._head), *texts)))
+        self.pointer = start = self._buffer.buffer_info()[0]
+        parameter = start + 3 * ULONG_SIZE if members else 0
+        words = [mechanism, parameter, ULONG_SIZE * len(members)]
+        place = start + self._head
+        for each in members:
+            if isinstance(each, bytes):
+                words.append(place if each else 0)
+                place += len(each)
+            else:
+                words.append(each)
+        struct.pack_into(f"{len(words)}N", self._buffer, 0, *words)
 
     @classmethod
-    def gcm(cls, mechanism: int, iv: bytearray, aad: bytes) -> Parameters:
-        """AES-GCM with a tag of 128 bits; the token may write another ``iv`` back."""
-        place = (_char * len(iv)).from_buffer(iv)
-        start = _at(place) if iv else None
-        parameter = _Gcm(start, len(iv), 8 * len(iv), aad or None, len(aad), 128)
-        return cls(mechanism, parameter, place)
+    def gcm(cls, mechanism: int, iv: bytes, aad: bytes) -> Parameters:
+        """AES-GCM with a tag of 128 bits; the token may write another IV over ``iv``."""
+        return cls(mechanism, iv, len(iv), 8 * len(iv), aad, len(aad), 128)
 
     @classmethod
     def oaep(cls, mechanism: int, digest: int, mgf: int, label: bytes) -> Parameters:
         """RSA-OAEP (RFC 8017, section 7.1)."""
         # CKZ_DATA_SPECIFIED is the only source there is.
-        return cls(mechanism, _Oaep(digest, mgf, 1, label or None, len(label)))
+        return cls(mechanism, digest, mgf, 1, label, len(label))
 
     @classmethod
     def ecdh(cls, mechanism: int, point: bytes) -> Parameters:
         """ECDH without a key derivation function (CKD_NULL)."""
-        return cls(mechanism, _Ecdh(1, 0, None, len(point), point))
+        return cls(mechanism, 1, 0, 0, len(point), point)
 
-    @classmethod
-    def pss(cls, mechanism: int, digest: int, mgf: int, salt: int) -> Parameters:
-        """RSA-PSS (RFC 8017, section 8.1)."""
-        return cls(mechanism, _Pss(digest, mgf, salt))
+    def first(self, length: int) -> bytes:
+        """So many bytes of what the first pointer of the parameter points to."""
+        return self._buffer[self._head : self._head + length].tobytes()
 
 
 def _at(place: Any) -> int | None:

@@ -8,6 +8,7 @@ counter, and nobody else's CKA_ID is the same. A CKA_ID that others gave counts 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import sys
@@ -128,7 +129,7 @@ class KeyObject:
         """Whether its attributes permit any of the usages."""
         return not self.flags.isdisjoint(usages)
 
-    @property
+    @functools.cached_property
     def wants_approval(self) -> bool:
         """Whether each single use of it wants a login of its own."""
         return self.can("always_authenticate")
@@ -164,7 +165,7 @@ class KeyObject:
         """As recipients of its kind have it: an EC key's point, an RSA key's ``der``."""
         return self.point or self.der
 
-    @property
+    @functools.cached_property
     def params(self) -> dict[str, str]:
         """What a WrappedKey says of it beside label and version: its public key, if it has one."""
         return {"pk": public_key_id(self.public_bytes)} if self.public else {}

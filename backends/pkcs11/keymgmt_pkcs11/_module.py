@@ -27,7 +27,6 @@ from keymgmt_pkcs11._errors import CkError, Ckr, translate
 from keymgmt_pkcs11._quirks import Quirks, quirks_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from typing import Self
 
 __all__ = ["CallInFlight", "Module", "open_module"]
@@ -50,23 +49,43 @@ _USUAL: Final = (
 
 
 class CallInFlight:
-    """One call that a module has not answered yet; counted out once, by whoever is first."""
+    """One call that a module has not answered yet; counted in on entry, and out once.
+
+    A set changes in one step, so a lock is wanted only where somebody holds calls up: whoever
+    begins says so before it looks for that, and whoever holds up says so before it counts.
+    """
+
+    __slots__ = ("_module", "_serial")
 
     def __init__(self, module: Module) -> None:
-        self._module: Module | None = module
+        self._module = module
+        self._serial = None if module.locking else module._serial
 
     def __enter__(self) -> Self:
+        module = self._module
+        if self._serial is not None:
+            self._serial.acquire()
+        module._in_flight.add(self)
+        if module._holders:
+            self.end()
+            with module._state:
+                while module._holders:
+                    module._state.wait()
+                module._in_flight.add(self)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.end()
+        if self._serial is not None:
+            self._serial.release()
 
     def end(self) -> None:
         """Count it out: it was answered, or it is given up."""
-        # dict.pop is atomic, so that a call given up as it ends is counted once.
-        module = self.__dict__.pop("_module", None)
-        if module is not None:
-            module._leave()
+        module = self._module
+        module._in_flight.discard(self)
+        if module._holders:
+            with module._state:
+                module._state.notify_all()
 
 
 class Module(ForkSafe):
@@ -101,9 +120,9 @@ class Module(ForkSafe):
         self._ready = False
         self._starting = threading.Lock()
         self._serial = threading.Lock()
-        self._lock = threading.Lock()
-        self._state = threading.Condition(self._lock)
-        self._in_flight = self._holders = 0
+        self._state = threading.Condition(threading.Lock())
+        self._in_flight: set[CallInFlight] = set()
+        self._holders = 0
         self._held = False
 
     def start(self) -> None:
@@ -168,27 +187,9 @@ class Module(ForkSafe):
             else:
                 self.ours = self.locking = False
 
-    def call(self) -> contextlib.AbstractContextManager[CallInFlight]:
+    def call(self) -> CallInFlight:
         """Hold while calling the module."""
-        return self._enter() if self.locking else self._one_at_a_time()
-
-    @contextlib.contextmanager
-    def _one_at_a_time(self) -> Iterator[CallInFlight]:
-        with self._serial, self._enter() as entered:
-            yield entered
-
-    def _enter(self) -> CallInFlight:
-        with self._lock:
-            while self._holders:
-                self._state.wait()
-            self._in_flight += 1
         return CallInFlight(self)
-
-    def _leave(self) -> None:
-        with self._lock:
-            self._in_flight -= 1
-            if self._holders and not self._in_flight:
-                self._state.notify_all()
 
     def _hold(self, seconds: float) -> tuple[bool, bool]:
         """Let no call begin, and wait for those in flight.

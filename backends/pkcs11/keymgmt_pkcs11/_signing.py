@@ -62,7 +62,7 @@ def sign(session: Session, key: KeyObject, message: bytes) -> bytes:
     hashed = digest.finalize()
     try:
         if isinstance(public, rsa.RSAPublicKey):
-            how = Parameters.pss(Mechanism.RSA_PKCS_PSS, Mechanism.SHA256, MGF.SHA256, _SALT)
+            how = Parameters(Mechanism.RSA_PKCS_PSS, Mechanism.SHA256, MGF.SHA256, _SALT)
             signature = bytes(KeyInUse(session, key).apply("Sign", how, hashed))
             pss = padding.PSS(padding.MGF1(algorithm), _SALT)
             public.verify(signature, hashed, pss, Prehashed(algorithm))

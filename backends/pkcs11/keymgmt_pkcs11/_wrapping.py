@@ -54,11 +54,7 @@ W = TypeVar("W")
 R = TypeVar("R")
 _TAG: Final = 16
 _IV_LENGTHS: Final = (12, 16)
-_IVS: Final[tuple[Callable[[], bytearray], ...]] = (
-    lambda: bytearray(os.urandom(12)),
-    lambda: bytearray(12),
-    bytearray,
-)
+_IVS: Final[tuple[Callable[[], bytes], ...]] = (lambda: os.urandom(12), lambda: bytes(12), bytes)
 _REFUSED_IV: Final = frozenset({Ckr.MECHANISM_PARAM_INVALID, Ckr.ARGUMENTS_BAD})
 
 
@@ -122,14 +118,13 @@ class AesGcm(Wrapping):
         return key.can("encrypt")
 
     def wrap(self, use: KeyInUse, dek: Dek, context: bytes) -> bytes:
-        def encrypt(iv: bytearray) -> bytes:
-            own = bytes(iv)
+        def encrypt(iv: bytes) -> bytes:
             how = Parameters.gcm(use.code, iv, context)
             sealed = bytes(use.apply("Encrypt", how, dek.view()))
             body, appended = sealed[: DEK_LENGTH + _TAG], sealed[DEK_LENGTH + _TAG :]
             # Read after the call: some tokens make the IV and write it here.
-            used = appended or bytes(iv)
-            if len(used) not in _IV_LENGTHS or (not any(own) and used == own):
+            used = appended or how.first(len(iv))
+            if len(used) not in _IV_LENGTHS or (not any(iv) and used == iv):
                 raise UnsupportedOperation("the token took an IV of zeros as it was, or none")
             return used + body
 
@@ -141,7 +136,7 @@ class AesGcm(Wrapping):
             raise UnwrapFailed(f"the wrapped key has {len(blob)} bytes, and no IV fits in them")
 
         def decrypt(appended: bool) -> Dek:
-            how = Parameters.gcm(use.code, bytearray(b"" if appended else iv), context)
+            how = Parameters.gcm(use.code, b"" if appended else iv, context)
             given = body + iv if appended else body
             return _taken(use.apply("Decrypt", how, given))
 
