@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import threading
-import time
-from types import SimpleNamespace
 
 import pytest
 
-from keymgmt._system import deadline
 from keymgmt._system.deadline import Deadline, within
 from keymgmt.errors import ProviderUnavailable
 
@@ -42,26 +39,6 @@ def test_a_call_that_hangs_is_left_behind_and_its_thread_serves_again() -> None:
     assert within(60, "a test", lambda: 1) == 1
     go_on.set()
     assert done.wait(60)
-
-
-def test_nobody_stays_awake_while_others_wait_for_the_processor(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    turns: list[int] = []
-
-    def long_turn() -> None:
-        turns.append(1)
-        time.sleep(0.01)
-
-    monkeypatch.setattr(deadline, "libc", SimpleNamespace(sched_yield=long_turn))
-    monkeypatch.setattr(deadline, "_awake", deadline._Awake())
-    assert within(60, "a test", lambda: time.sleep(0.1) or 1) == 1
-    assert turns
-    assert deadline._awake._not_until > 0.0
-    deadline._awake._not_until = float("inf")
-    before = len(turns)
-    assert [within(60, "a test", lambda: 2) for _ in range(5)] == [2] * 5
-    assert len(turns) <= before + 1  # the thread that was awake when this began
 
 
 def test_a_deadline_that_is_over_begins_nothing() -> None:
