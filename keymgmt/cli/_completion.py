@@ -39,7 +39,48 @@ _BASH: Final = """
 
 complete -o default -F %(complete_func)s %(prog_name)s
 """
-scripts._completion_scripts["bash"] = _BASH
+# What typer's own script for zsh offers has no apostrophes, and is nothing after an equals sign and
+# at the first Tab of a session.
+_ZSH: Final = r"""
+#compdef %(prog_name)s
+
+%(complete_func)s() {
+    local -a found rows
+    local each
+    found=("${(@f)$(env _TYPER_COMPLETE_ARGS="${words[1,$CURRENT]}" \
+        _TYPER_COMPLETE_FISH_ACTION=get-args %(autocomplete_var)s=complete_fish %(prog_name)s)}")
+    compset -P '--*='
+    if [[ -z $found[1] ]]; then
+        _files
+        return
+    fi
+    for each in $found; do
+        rows+=("${${each%%%%$'\t'*}//:/\\:}${${(M)each%%$'\t'*}/$'\t'/:}")
+    done
+    _describe '' rows
+}
+
+compdef %(complete_func)s %(prog_name)s
+[[ $funcstack[1] != _%(prog_name)s ]] || %(complete_func)s
+"""
+# In fish a candidate begins with the whole word, `--to=` included; typer's own script offers
+# nothing after an equals sign, and starts this program twice.
+_FISH: Final = r"""
+function %(complete_func)s
+    set --local word (commandline --current-token --cut-at-cursor | string collect)
+    set --local option (string match --regex -- '^--[^=]+=' $word; or echo)
+    set --local found (env _TYPER_COMPLETE_ARGS=(commandline --cut-at-cursor --current-process \
+        | string collect) _TYPER_COMPLETE_FISH_ACTION=get-args \
+        %(autocomplete_var)s=complete_fish %(prog_name)s | string match --regex -- '.+')
+    if not count $found >/dev/null
+        set found (__fish_complete_path (string replace -- "$option" '' $word))
+    end
+    string replace --regex -- '^' "$option" $found
+end
+
+complete --command %(prog_name)s --no-files --arguments '(%(complete_func)s)'
+"""
+scripts._completion_scripts |= {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
 
 
 def complete(app: typer.Typer) -> NoReturn:

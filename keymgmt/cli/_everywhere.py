@@ -25,6 +25,7 @@ __all__ = ["adopt", "state_of"]
 
 # What stands for a value where the option's author has no better word; else typer says <int range>.
 _VALUES: Final = {Path: "PATH", int: "N", float: "NUMBER", str: "TEXT"}
+_SENTENCE: Final = 120
 _EXAMPLES: Final = re.compile(r"^Examples?:$", re.MULTILINE)
 
 
@@ -123,6 +124,8 @@ def adopt(command: Any) -> Any:
     command.rich_markup_mode = None
     command.add_help_option = False  # ours is one of the global options
     if command.help:
+        # Lists of commands, and what a shell shows beside each, have its whole first sentence.
+        command.short_help = command.get_short_help_str(limit=_SENTENCE)
         # Click keeps the lines of a paragraph that begins with a backspace.
         command.help = _EXAMPLES.sub("\b\nExamples:", inspect.cleandoc(command.help))
     taken: dict[str, Any] = {}

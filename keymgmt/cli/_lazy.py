@@ -19,7 +19,7 @@ class LazyCommand(TyperCommand):
     def __init__(
         self, name: str, line: str, panel: str, application: Callable[[], typer.Typer]
     ) -> None:
-        super().__init__(name, help=line, rich_help_panel=panel)
+        super().__init__(name, help=line, short_help=line, rich_help_panel=panel)
         self._application = application
 
     def load(self) -> Any:

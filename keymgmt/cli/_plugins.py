@@ -24,7 +24,6 @@ __all__ = ["GROUP", "CommandGroup", "announced"]
 
 GROUP: Final = "keymgmt.commands"
 _OTHERS: Final = "From other distributions"
-_SENTENCE: Final = 120
 # Commands of our own distributions, by the extra that brings them.
 _EXTRAS: Final = {"demo": "demo", "leakcheck": "demo", "run": "openvino"}
 
@@ -70,12 +69,12 @@ class CommandGroup(TyperGroup):
                 self.commands.setdefault(name, other)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """List the commands by panel, each with its whole first sentence."""
+        """List the commands by panel."""
         panels: dict[str, list[tuple[str, str]]] = {}
         for name in self.list_commands(ctx):
             command = self.get_command(ctx, name)
             rows = panels.setdefault(command.rich_help_panel, [])
-            rows.append((name, command.get_short_help_str(limit=_SENTENCE)))
+            rows.append((name, command.get_short_help_str()))
         for panel, rows in panels.items():
             with formatter.section(panel):
                 formatter.write_dl(rows)

@@ -7,8 +7,6 @@ import json
 import os
 import pty
 import re
-import select
-import shutil
 import signal
 import subprocess
 import sys
@@ -178,84 +176,6 @@ def test_audit_events_show_with_verbose_and_hold_no_secret(cli: Cli, sealed: Pat
         command[:3] + command[4:], capture_output=True, text=True, timeout=60, cwd=sealed.parent
     )
     assert "event=" not in quiet.stderr
-
-
-def test_the_shell_completes_providers_and_keys(cli: Cli, site: Path) -> None:
-    def complete(words: str) -> str:
-        environment = os.environ | {
-            "_KEYMGMT_COMPLETE": "complete_zsh",
-            "_TYPER_COMPLETE_ARGS": f"keymgmt {words}",
-        }
-        command = [sys.executable, "-c", "from keymgmt.cli import main; main()"]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
-        return done.stdout.replace("\\", "")
-
-    assert "local:" in complete("keys show loc")
-    shown = complete("keys show local:mod")
-    assert "models" in shown
-    assert "publisher" not in shown
-
-
-@pytest.mark.once
-def test_bash_completes_what_stands_after_a_colon_or_at_sign(
-    cli: Cli, site: Path, sealed: Path, tmp_path: Path
-) -> None:
-    """In a real bash on a terminal, with the script as it is installed."""
-    bash, program = shutil.which("bash"), Path(sys.executable).with_name("keymgmt")
-    if bash is None or not program.exists():
-        pytest.skip("no bash, or no keymgmt beside this Python")
-    environment = {
-        "PATH": f"{program.parent}:/usr/bin:/bin",
-        "HOME": str(tmp_path),
-        "TERM": "dumb",
-        "KEYMGMT_CONFIG": str(site / "keymgmt.toml"),
-    }
-    script = subprocess.run(
-        [program, "completion", "bash"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=environment,
-    ).stdout
-    (site / "devices").mkdir()
-    (site / "devices" / "line1.recipient").touch()
-    (tmp_path / ".bashrc").write_text(f"{script}\nPS1='> '\n")
-    child, terminal = pty.fork()
-    if not child:
-        os.execve(bash, [bash, "-i"], environment)
-    try:
-        seen = b""
-
-        def until(expected: bytes) -> None:
-            nonlocal seen
-            while expected not in seen:
-                assert select.select([terminal], [], [], 30)[0], seen
-                seen += os.read(terminal, 4096)
-
-        until(b"> ")
-        os.write(terminal, b"keymgmt keys show local:mod\t")
-        until(b"show local:models")
-        assert b"local:local" not in seen
-        os.write(terminal, b"\x15keymgmt doctor lo\t\t\t")
-        until(b"publisher")
-        assert b"local::" not in seen
-        os.write(terminal, b"\x15keymgmt seal model out.sealed --to local:mod\t--release 1")
-        until(b"--to local:models --release 1")
-        os.write(terminal, b"\x15keymgmt seal model out.sealed --to=local:models+local:mod\tx")
-        until(b"--to=local:models+local:models x")
-        # A recipient file; a folder on the way to it is not the end of the word.
-        os.write(terminal, b"\x15keymgmt rewrap model.sealed --add @dev\tl\ty")
-        until(b"--add @devices/line1.recipient y")
-        os.write(terminal, b"\x15keymgmt rewrap model.sealed --add local:models+@devices/l\tx")
-        until(b"--add local:models+@devices/line1.recipient x")
-        os.write(terminal, b"\x15keymgmt rewrap model.sealed --drop file:m\tz")
-        until(b"--drop file:models@1 z")
-        os.write(terminal, b"\x15keymgmt keys create local:x --sign --kind ed\tz")
-        until(b"--kind ed25519 z")
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        os.close(terminal)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
