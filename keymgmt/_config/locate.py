@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import stat
 import tomllib
 from pathlib import Path
@@ -27,6 +28,11 @@ def find_config() -> Path:
     """The config file that is used when none is named; ConfigError if there is none."""
     named = os.environ.get("KEYMGMT_CONFIG")
     if named:
+        if _is_missing(Path(named)):
+            raise ConfigError(
+                f"there is no config {named}, which $KEYMGMT_CONFIG names",
+                hint="correct or unset the variable, or make one with: keymgmt init",
+            )
         return Path(named)
     user = user_directory()
     candidates = [user / FILE_NAME] if user else []
@@ -72,7 +78,9 @@ def read_config(file: Path) -> dict[str, Any]:
         hint="make one with: keymgmt init"
         if _is_missing(file)
         else "let this user read it, or name another one: -c FILE",
-        irregular="name the file itself: -c FILE; a pipe could change before it is read",
+        irregular=f"name the file in it: -c {shlex.quote(str(file / FILE_NAME))}"
+        if _is_folder(file)
+        else "name the file itself: -c FILE; a pipe could change before it is read",
     )
     _check_dots(file, content)
     try:
@@ -89,6 +97,10 @@ def _is_missing(file: Path) -> bool:
     except OSError:
         return False
     return False
+
+
+def _is_folder(file: Path) -> bool:
+    return os.path.isdir(file)  # noqa: PTH112 - unlike Path.is_dir(), it raises for no path
 
 
 def _check_dots(file: Path, content: bytearray) -> None:

@@ -16,7 +16,7 @@ from keymgmt.errors import ConfigError
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-__all__ = ["parse_settings"]
+__all__ = ["parse_settings", "sentence"]
 
 # The type of a pydantic error -> a message for somebody who writes TOML. Types that only the
 # settings of other people's backends can raise keep the message of pydantic.
@@ -72,15 +72,19 @@ def _explain(error: ValidationError, model: type[BaseModel], file: str, table: s
         member, tags = first["ctx"]["discriminator"], first["ctx"].get("expected_tags")
         tag = f"unknown {member} {first['ctx']['tag']!r}" if tags else f"{member} is missing"
         return ConfigError(f"{prefix}{tag}", hint=tags and f"known: {tags}")
-    message = first["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
-    if words := _WORDS.get(first["type"]):
-        message = words.format(**first.get("ctx", {}))
     more = error.error_count() - 1
     return ConfigError(
-        f"{prefix}{message}",
+        f"{prefix}{sentence(first)}",
         hint=f"{more} more in this table" if more else None,
     )
+
+
+def sentence(error: Mapping[str, Any]) -> str:
+    """What is wrong with a value, of one of the errors of a ValidationError."""
+    if words := _WORDS.get(error["type"]):
+        return words.format(**error.get("ctx", {}))
+    message: str = error["msg"].removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]
 
 
 def _walk(model: type[BaseModel], location: Iterable[object]) -> tuple[list[str], list[str]]:

@@ -92,7 +92,8 @@ def _walk(
             with os.scandir(folder) as entries:
                 found = sorted(entries, key=lambda entry: entry.name, reverse=True)
         except OSError as error:
-            yield _unreadable(folder, error)
+            # A tree that is not there was named wrongly; a folder in it may be damaged.
+            yield _unreadable(folder, error, ConfigError if folder == tree else SealedModelError)
             continue
         seen.add(place)
         below = []
@@ -113,9 +114,9 @@ def _walk(
         waiting += below
 
 
-def _unreadable(path: Path, error: OSError) -> Failure:
+def _unreadable(path: Path, error: OSError, kind: type[KeymgmtError] = SealedModelError) -> Failure:
     what = "follow the link" if os.path.islink(path) else "read"  # noqa: PTH114 - raises never
-    return Failure(str(path), SealedModelError(f"cannot {what} {path}: {error.strerror}"))
+    return Failure(str(path), kind(f"cannot {what} {path}: {error.strerror}"))
 
 
 def is_model(folder: Path) -> bool:

@@ -92,8 +92,8 @@ class Need:
         if self.failures:
             first = self.failures[0]
             raise ConfigError(
-                f"{len(self.failures)} places cannot be read or tried, so nobody knows whether "
-                f"{self.key} is needed; the first: {first.path}: {first.error}",
+                f"{counted(len(self.failures), 'place')} cannot be read or tried, so nobody knows "
+                f"whether {self.key} is needed; the first: {first.path}: {first.error}",
                 hint=first.error.hint
                 or "repair or remove them, or leave that folder out of the trees",
             )

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import logging
 import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -276,7 +277,10 @@ def check_target(target: Path, *, force: bool | None = None) -> None:
     ``force`` replaces one that is there; None where that is no choice.
     """
     if not target.parent.is_dir():
-        raise ConfigError(f"the folder {target.parent} for {target.name} does not exist")
+        raise ConfigError(
+            f"the folder {target.parent} for {target.name} does not exist",
+            hint=f"make it with: mkdir -p {shlex.quote(str(target.parent))}",
+        )
     if not os.path.lexists(target):
         return
     if not force:

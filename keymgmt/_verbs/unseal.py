@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,7 +72,10 @@ def unseal(
         except FileExistsError as error:
             raise ConfigError(f"{target} exists", hint="name another folder") from error
         except FileNotFoundError as error:
-            raise ConfigError(f"the folder {target.parent} does not exist") from error
+            raise ConfigError(
+                f"the folder {target.parent} does not exist",
+                hint=f"make it with: mkdir -p {shlex.quote(str(target.parent))}",
+            ) from error
         except OSError as error:
             raise translate(error, target) from error
         return model.manifest

@@ -21,7 +21,7 @@ from typer.core import TyperArgument, TyperGroup
 from keymgmt.cli._state import State
 from keymgmt.errors import ConfigError
 
-__all__ = ["adopt", "state_of"]
+__all__ = ["adopt", "shown", "state_of"]
 
 # What stands for a value where the option's author has no better word; else typer says <int range>.
 _VALUES: Final = {Path: "PATH", int: "N", float: "NUMBER", str: "TEXT"}
@@ -86,7 +86,7 @@ def _process(param: Any, process: Callable[..., Any], context: typer.Context, va
     annotation = param.type_descriptor.annotation
     if Path in (annotation, *get_args(annotation)) and "" in (value, *_several(value)):
         # To Python that is the working directory: `rewrap "$NOT_SET"` would go to work there.
-        raise ConfigError(f"{_shown(param)} is empty", hint="is a variable empty that holds it?")
+        raise ConfigError(f"{shown(param)} is empty", hint="is a variable empty that holds it?")
     return process(context, value)
 
 
@@ -94,7 +94,8 @@ def _several(value: Any) -> Iterable[Any]:
     return value if isinstance(value, (list, tuple)) else ()
 
 
-def _shown(param: Any) -> str:
+def shown(param: Any) -> str:
+    """What a person calls a parameter: its option, or the name of an argument in the help."""
     return str(param.opts[0] if param.opts[0].startswith("-") else param.metavar or param.name)
 
 

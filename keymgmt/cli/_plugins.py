@@ -1,7 +1,7 @@
 """Commands of other distributions: entry points of group ``keymgmt.commands``.
 
-Imported when run and never for ``--help``, which names the distribution. Ours cannot be shadowed.
-A broken one is explained and harms no other.
+Imported when run and never for ``--help``, which shows what their distribution says of itself. Ours
+cannot be shadowed. A broken one is explained and harms no other.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from keymgmt.cli._commands import own_commands
 from keymgmt.cli._everywhere import adopt
 from keymgmt.cli._lazy import LazyCommand
-from keymgmt.errors import ConfigError
+from keymgmt.errors import ConfigError, printable
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -25,7 +25,12 @@ __all__ = ["GROUP", "CommandGroup", "announced"]
 GROUP: Final = "keymgmt.commands"
 _OTHERS: Final = "From other distributions"
 # Commands of our own distributions, by the extra that brings them.
-_EXTRAS: Final = {"demo": "demo", "leakcheck": "demo", "run": "openvino"}
+_EXTRAS: Final = {
+    **{name: name for name in ("aws", "demo", "file", "pkcs11", "vault")},
+    "leakcheck": "demo",
+    "run": "openvino",
+    "tpm": "tpm2",
+}
 
 
 def announced() -> dict[str, list[EntryPoint]]:
@@ -64,8 +69,7 @@ class CommandGroup(TyperGroup):
         if not self._looked:
             self._looked = True
             for name, entries in announced().items():
-                line = f"From {_source(entries[0])}."
-                other = LazyCommand(name, line, _OTHERS, partial(_load, entries))
+                other = LazyCommand(name, _line(entries[0]), _OTHERS, partial(_load, entries))
                 self.commands.setdefault(name, other)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -112,6 +116,11 @@ def _load(entries: list[EntryPoint]) -> typer.Typer:
     if not isinstance(loaded, typer.Typer):
         raise ConfigError(f"{source} is no typer.Typer", hint="report it to its author")
     return loaded
+
+
+def _line(entry: EntryPoint) -> str:
+    summary = entry.dist and entry.dist.metadata.json.get("summary")
+    return printable(f"From {_source(entry)}" + (f": {summary}" if summary else "."))
 
 
 def _source(entry: EntryPoint) -> str:

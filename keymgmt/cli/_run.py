@@ -83,7 +83,7 @@ class _Stdout(io.FileIO):
 
 def _run(arguments: Sequence[str]) -> int:
     completing = "_KEYMGMT_COMPLETE" in os.environ
-    if list(arguments) in (["--version"], ["-V"]) and not completing:
+    if list(arguments) in (["--version"], ["-V"], ["version"]) and not completing:
         print_version()
         sys.stdout.flush()
         return 0
@@ -121,7 +121,24 @@ def _usage(error: TyperException) -> KeymgmtError:
         print(error.format_message(), file=sys.stderr)  # noqa: T201
         sys.exit(2)
     hint = f"{context.command_path} --help" if context is not None else None
-    return UsageError(error.format_message().rstrip("."), hint=hint)
+    return UsageError(_wrong_value(error) or _one_line(error), hint=hint)
+
+
+def _one_line(error: TyperException) -> str:
+    return " ".join(error.format_message().split()).rstrip(".")
+
+
+def _wrong_value(error: TyperException) -> str | None:
+    """Which option got what, where pydantic refused it: its own words are for programmers."""
+    errors, param = getattr(error.__cause__, "errors", None), getattr(error, "param", None)
+    if errors is None or param is None:
+        return None
+    from keymgmt._config.messages import sentence
+    from keymgmt.cli._everywhere import shown
+
+    first = errors()[0]
+    said = f"{shown(param)}: {sentence(first)}"
+    return said if first["type"] == "value_error" else f"{said}: {str(first['input'])[:80]!r}"
 
 
 def _tell(error: KeymgmtError, *, as_json: bool) -> int:

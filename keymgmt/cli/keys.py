@@ -127,7 +127,7 @@ def list_keys(context: typer.Context, provider: Provider = None, as_json: Json =
         if failed:
             fail(failed[0][1], found_json)
         print_json(found_json)
-    else:
+    elif rows or not failed:
         columns = ["key", "purpose", "kind", "version", "created"]
         console().print(
             table(
@@ -505,6 +505,9 @@ def usage(
     """
     config = context.obj.config() if prove or key else None
     found = keymgmt.usage(tree, *(more or ()), prove=config if prove else None)
+    if found.failures and not found.models and not (as_json or as_csv):
+        _tell_failures(found.failures[1:])
+        raise found.failures[0].error
     uses = [(*_place(use), use.opens, len(use.only_way_into)) for use in found.keys]
     named = {use[:3] for use in uses}
     missing: list[tuple[str, str, str]] = []

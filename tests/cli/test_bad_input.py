@@ -174,7 +174,7 @@ def a_tree_without_models(site: Path) -> tuple[object, ...]:
 @pytest.mark.parametrize(
     ("make", "code", "said", "hint"),
     [
-        (no_config, 3, "cannot read the config", "keymgmt init"),
+        (no_config, 3, "there is no config", "keymgmt init"),
         (config_that_is_not_there, 3, "nothere.toml", "keymgmt init"),
         (config_that_is_a_folder, 3, "model", ""),
         (config_that_is_not_toml, 3, "is not TOML", ""),

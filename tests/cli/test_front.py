@@ -111,7 +111,7 @@ def test_help_in_both_ways_is_the_same(cli: Cli, words: tuple[str, ...]) -> None
 def test_the_version_in_every_way(cli: Cli) -> None:
     said = cli("--version").out
     assert said == f"keymgmt {version('keymgmt')}\n"
-    assert cli("-V").out == keymgmt("--version").stdout == said
+    assert cli("-V").out == cli("version").out == keymgmt("--version").stdout == said
 
 
 COMMANDS = {

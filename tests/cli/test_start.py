@@ -138,7 +138,14 @@ def test_an_unknown_command_is_a_usage_error(cli: Cli) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "extra"), [("run", "openvino"), ("demo", "demo"), ("leakcheck", "demo")]
+    ("command", "extra"),
+    [
+        ("run", "openvino"),
+        ("demo", "demo"),
+        ("leakcheck", "demo"),
+        ("vault", "vault"),
+        ("tpm", "tpm2"),
+    ],
 )
 def test_a_command_of_ours_that_is_not_installed_is_named_with_its_extra(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, command: str, extra: str

@@ -80,7 +80,19 @@ def test_a_file_system_that_is_read_only(cli: Cli, sealed: Path, small: Path) ->
         (("unseal", "nothere", "x"), "cannot open nothere: No such file or directory", ""),
         (("seal", "nothere", "x"), "cannot read the model nothere: No such file or directory", ""),
         (("rewrap", "nothere"), "cannot open nothere: No such file or directory", ""),
-        (("-c", "model", "doctor"), "the config model is not a regular file", "-c FILE"),
+        (
+            ("-c", "model", "doctor"),
+            "the config model is not a regular file",
+            "-c model/keymgmt.toml",
+        ),
+        (("seal", "model", "no/x"), "the folder no for x does not exist", "mkdir -p no"),
+        (("keys", "usage", "nothere"), "cannot read nothere: No such file or directory", ""),
+        (
+            ("keys", "retire", "local:models@1", "--tree", "nothere"),
+            "1 place cannot be read or tried, so nobody knows whether local:models@1 is needed",
+            "",
+        ),
+        (("keys", "list", "lokal"), "no provider named 'lokal'", "local"),
         (("seal", "model", "x", "--to", "local:modles"), "no such key file", "local:models"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -92,6 +104,41 @@ def test_a_misspelt_word_is_3_everywhere(
     assert ran.code == 3
     assert said in ran.error
     assert hint in ran.hint
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("seal", "model", "x", "--release", "seven"), "--release: not a whole number: 'seven'"),
+        (("seal", "model", "x", "--release", "-1"), "--release: below 0: '-1'"),
+        (("plugin", "check", "a", "--time-limit", "x"), "--time-limit: not a number: 'x'"),
+        (("exec", "x", "--via", "foo", "--", "ls"), "--via: 'foo' is not one of 'auto', 'mount',"),
+        (("completion", "tcsh"), "bash|zsh|fish: 'tcsh' is not one of 'bash', 'zsh', 'fish'"),
+        (("completion",), "Missing argument 'bash|zsh|fish'. Choose from: bash, zsh, fish"),
+    ],
+)
+def test_a_value_of_another_kind_is_said_in_plain_words(
+    cli: Cli, arguments: tuple[str, ...], said: str
+) -> None:
+    ran = cli(*arguments)
+    assert ran.code == 2
+    assert ran.error.startswith(said)
+    assert ran.hint == f"keymgmt {' '.join(arguments[: 1 + (arguments[0] == 'plugin')])} --help"
+
+
+def test_the_variable_that_names_no_config_is_named(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KEYMGMT_CONFIG", "nothere.toml")
+    ran = cli("keys", "list")
+    assert ran.code == 3
+    assert ran.error == "there is no config nothere.toml, which $KEYMGMT_CONFIG names"
+
+
+def test_keys_that_cannot_be_listed_are_no_empty_table(cli: Cli, site: Path) -> None:
+    (site / "keys").rename(site / "elsewhere")
+    ran = cli("keys", "list")
+    assert (ran.code, ran.out) == (6, "")
 
 
 LONG = "m" * 300

@@ -165,8 +165,9 @@ def _read_arrays(given: list[str]) -> dict[str, NDArray[Any]]:
             loaded = np.load(file, allow_pickle=False)
             found = dict(loaded) if isinstance(loaded, np.lib.npyio.NpzFile) else {name: loaded}
         except (OSError, ValueError, EOFError) as error:
+            said = error.strerror if isinstance(error, OSError) else error
             raise ConfigError(
-                f"cannot read the input {file}: {error}", hint="numpy.save writes such a file"
+                f"cannot read the input {file}: {said}", hint="numpy.save writes such a file"
             ) from error
         if again := arrays.keys() & found.keys():
             raise ConfigError(
