@@ -58,9 +58,10 @@ def ones(model: Any) -> list[Any]:
 
 def run(kind: str, path: str, config: str, cache: str | None = None) -> None:
     """One load and inference, timed; ``cache`` is where the compiled model is kept."""
-    import keymgmt
     import keymgmt_openvino
     import openvino as ov
+
+    import keymgmt
 
     _ = keymgmt.open  # keymgmt imports what a verb needs when the verb is first named
 

@@ -90,7 +90,7 @@ def _on_all_cores(
     # A thread takes as many as fill a huge page: two threads in one would clear it twice.
     run = max(1, BLOCK // layout.segment_length)
     runs = -(-count // run)
-    # Asking for the processors reads half a dozen files of the system: more than a small file costs.
+    # Asking for the processors reads six files of the system: more than a small file costs.
     threads = min(runs, cpus()) if runs > 1 else 1
     starts = itertools.count(0, run)  # next() of it is one step under the GIL: none comes twice
     stop = threading.Event()

@@ -105,7 +105,11 @@ def test_a_wrong_config_names_file_table_and_key(
         ("auth = { pin = 'hunter2' }", "a secret is not written here", None),
         ("auth = { pin = { env = 'A', file = 'B' } }", "exactly one of", None),
         ("auth = { pin = {} }", "exactly one of", None),
-        ("pins = { '../x' = { env = 'A' } }", "[providers.hsm.pins] ../x: '../x' is not a key name", None),
+        (
+            "pins = { '../x' = { env = 'A' } }",
+            "[providers.hsm.pins] ../x: '../x' is not a key name",
+            None,
+        ),
         ("auth = { pin = { credential = '../x' } }", "without slashes", None),
     ],
 )

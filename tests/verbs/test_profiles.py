@@ -72,7 +72,8 @@ def test_a_recipient_is_of_the_profile_or_refused_before_anything_is_written(
         with keymgmt.open(out, keys=config) as model:
             assert model.read("m.bin") == b"weights"
         return
-    with pytest.raises(errors.ConfigError, match=f"the profile {profile} does not allow {WRAPS[kind]}"):
+    said = f"the profile {profile} does not allow {WRAPS[kind]}"
+    with pytest.raises(errors.ConfigError, match=said):
         keymgmt.seal(plain, out, to=["local:w-aes256", f"local:w-{kind}"], **options)
     config.provider("local").export_recipient(f"w-{kind}").save(tmp_path / "device.recipient")
     mark = config.provider("local").export_recipient(f"w-{kind}").fingerprint
