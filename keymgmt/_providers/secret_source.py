@@ -131,8 +131,14 @@ class SecretSource(Settings):
                 f"cannot ask for {self.prompt!r}: this is not a terminal",
                 hint="name a file, a credential or an environment variable instead",
             )
-        with asking():
-            return bytearray(getpass.getpass(f"{self.prompt}: ").encode())
+        try:
+            with asking():
+                return bytearray(getpass.getpass(f"{self.prompt}: ").encode())
+        except EOFError as error:  # Ctrl-D
+            raise ProviderUnavailable(
+                f"no answer to {self.prompt!r}",
+                hint="type it, or name a file, a credential or an environment variable instead",
+            ) from error
 
 
 def read_projected(file: Path, label: str) -> str:

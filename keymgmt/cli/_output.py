@@ -151,7 +151,8 @@ def check_release(release: int) -> None:
 
     if MAX_INTEGER - release >= _FEW_RELEASES:
         return
-    said = f"release {release} leaves {max(0, MAX_INTEGER - release)} numbers for later releases"
+    left = counted(max(0, MAX_INTEGER - release), "number")
+    said = f"release {release} leaves {left} for later releases"
     if sys.stdin.isatty() and typer.confirm(f"{said}, and an older one never opens again. Go on?"):
         return
     raise ConfigError(said, hint="give the number that comes after the last: 1, 2, 3")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +65,18 @@ def test_a_question_is_seen_and_waits(
     asks: Callable[..., None], locked: Path, arguments: tuple[str, ...]
 ) -> None:
     asks(QUESTION, PASSPHRASE, *arguments, cwd=locked)
+
+
+def test_a_question_that_ends_without_an_answer_is_no_fault_of_the_backend(
+    terminal: Terminal, locked: Path
+) -> None:
+    """Ctrl-D."""
+    ran = terminal("verify", "model.sealed", cwd=locked)
+    ran.until(QUESTION.encode())
+    os.write(ran.descriptor, b"\x04")
+    assert ran.end() == 6, ran.seen
+    assert b"type it, or name a file" in ran.seen
+    assert b"report" not in ran.seen
 
 
 def test_a_key_is_deleted_by_its_name(terminal: Terminal, cli: Cli, site: Path) -> None:

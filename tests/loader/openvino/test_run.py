@@ -69,7 +69,7 @@ def test_run_with_files_answers_as_plaintext(how, magika_sealed, magika_ir, site
     [
         (["--device", "TPU"], 3, "no device 'TPU'"),
         (["--name", "resnet50"], 4, "resnet50"),
-        (["--input", "nowhere.npy"], 3, "nowhere.npy"),
+        (["--input", "nowhere.npy"], 3, "input nowhere.npy: No such file or directory"),
         (["--input", "text.npy"], 3, "text.npy"),
         (["--input", "nothing=good.npy"], 3, "no input 'nothing'"),
         (["--input", "good.npy", "--input", "good.npy"], 3, "given twice"),
