@@ -151,7 +151,7 @@ def test_what_lies_above_the_target_of_a_link(tmp_path: Path, file: Path) -> Non
 @pytest.mark.parametrize("above", [False, True])
 def test_an_access_list_is_no_group_of_ones_own(file: Path, above: bool) -> None:
     place = file.parent if above else file
-    entries = [(1, 6, -1), (2, 6, 12050), (4, 6, -1), (16, 6, -1), (32, 4, -1)]
+    entries = [(1, 7, -1), (2, 7, 12050), (4, 7, -1), (16, 7, -1), (32, 4, -1)]
     content = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *each) for each in entries)
     try:
         os.setxattr(place, "system.posix_acl_access", content)
