@@ -408,7 +408,7 @@ def test_only_what_is_allowed_for_a_key_unwraps(kms: Any, make: Any, dek: Dek) -
         ({"keys": {"m": {"arn": "arn:aws:kms:us-east-1:111122223333:key/a"}}}, "replica"),
         ({"keys": {"m": {"arn": "arn:aws:s3:::bucket"}}}, "no ARN of AWS KMS"),
         ({"keys": {"m": {"arn": "1234abcd-12ab-34cd-56ef-1234567890ab"}}}, "no ARN"),
-        ({"keys": {"..": {"arn": "alias/a"}}}, "no key name"),
+        ({"keys": {"..": {"arn": "alias/a"}}}, "not a key name"),
         ({"keys": {"m": {"arn": "alias/a", "mechanisms": ["none"]}}}, "RSA-OAEP-256"),
         ({"endpoint": "http://kms.eu-central-1.amazonaws.com"}, "not protected"),
         ({"endpoint": "http://localhost:1"}, "not protected"),

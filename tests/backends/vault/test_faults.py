@@ -168,7 +168,7 @@ def test_missing_authority_file(make: Any, bao: Any, tmp_path: Path, wrapped: Wr
         ({"client_cert": "x.pem"}, "go together"),
         ({"keys": {"model": {"name": "../../sys/seal"}}}, "none that Transit has"),
         ({"keys": {"model": {"mechanisms": ["rot13"]}}}, "no mechanism"),
-        ({"keys": {"../x": {}}}, "no key name"),
+        ({"keys": {"../x": {}}}, "not a key name"),
         ({"timeout": 0}, "timeout: not above 0"),
         ({"address": ["https://a.example", 3]}, "[providers.site] address: not a text"),
         (
