@@ -65,11 +65,16 @@ def run(arguments: Sequence[str]) -> NoReturn:
 
 
 def _interrupt_later(ignored: sys.UnraisableHookArgs) -> None:
-    """A Ctrl-C in a ``__del__`` cannot be raised there: it is raised a moment later."""
-    if ignored.exc_type is not KeyboardInterrupt:
+    """Ctrl-C or SIGTERM in a ``__del__`` or during a fork: raised a moment later, as it can be."""
+    interrupt = ignored.exc_value
+    if not isinstance(interrupt, (KeyboardInterrupt, SystemExit)):
         sys.__unraisablehook__(ignored)
         return
-    signal.signal(signal.SIGALRM, signal.default_int_handler)
+
+    def interrupt_now(_number: int, _frame: object) -> NoReturn:
+        raise interrupt
+
+    signal.signal(signal.SIGALRM, interrupt_now)
     signal.setitimer(signal.ITIMER_REAL, 0.01)
 
 

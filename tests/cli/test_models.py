@@ -194,6 +194,29 @@ def test_an_interrupted_seal_leaves_nothing(site: Path, number: int) -> None:
     assert set(site.iterdir()) == before
 
 
+_FORKS = """
+import os, signal, sys, time
+from keymgmt.cli import _run
+
+def work(arguments):
+    os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), int(sys.argv[1])))
+    if os.fork() == 0:
+        os._exit(0)
+    time.sleep(60)
+
+_run._run = work
+_run.run([])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_comes_during_a_fork_is_not_lost(number: int) -> None:
+    """Python cannot raise there, nor in a ``__del__``, and only tells of what it ignored."""
+    command = [sys.executable, "-c", _FORKS, str(int(number))]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stderr) == (128 + number, "")
+
+
 def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(
     cli: Cli, site: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
