@@ -23,6 +23,7 @@ import errno
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -140,7 +141,7 @@ class Launch:
         if self.at.is_symlink() or not self.at.is_dir():
             raise ConfigError(
                 f"{self.at} is not a folder to show the model in",
-                hint=f"make an empty one: mkdir -p {self.at}",
+                hint=f"make an empty one: mkdir -p {shlex.quote(str(self.at))}",
             )
         try:
             check_trusted(self.at, what="folder for the model", private=False)

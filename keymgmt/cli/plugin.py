@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+import shlex
 from collections import Counter
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -115,7 +116,10 @@ def check(
     provider = loaded.provider(_provider_name(loaded, label))
     for file in filter(None, (junit, report)):
         if not file.parent.is_dir():
-            raise ConfigError(f"there is no folder {file.parent}", hint=f"mkdir -p {file.parent}")
+            raise ConfigError(
+                f"there is no folder {file.parent}",
+                hint=f"mkdir -p {shlex.quote(str(file.parent))}",
+            )
     with unattended():
         site = Site(
             provider=provider,

@@ -155,6 +155,8 @@ def test_an_unknown_provider_and_a_missing_key(config: Path, run: Run) -> None:
     assert "keys create local:nothing" in done.stderr
     done = run("plugin", "check", "local", "-c", config, "--report", "none/kit.json", code=3)
     assert "there is no folder none" in done.stderr
+    done = run("plugin", "check", "local", "-c", config, "--report", "not there/kit.json", code=3)
+    assert "mkdir -p 'not there'" in done.stderr
 
 
 @pytest.mark.parametrize("on_terminal", [False, True])

@@ -317,6 +317,7 @@ def test_places_that_cannot_be(needs_root, site, tmp_path):
         (tmp_path / "used", "in use"),
         (mounted, "in use"),
         (tmp_path / "missing", "mkdir -p"),
+        (tmp_path / "not there", f"mkdir -p '{tmp_path}/not there'"),
         (tmp_path / "file", "is not a folder"),
         (tmp_path / "link", "is not a folder"),
     ):
