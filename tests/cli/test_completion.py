@@ -51,6 +51,11 @@ def environment(sealed: Path, tmp_path: Path) -> dict[str, str]:
     }
 
 
+def install(shell: str, environment: dict[str, str]) -> None:
+    command = ["keymgmt", "completion", shell, "--install"]
+    subprocess.run(command, env=environment, check=True, timeout=60)
+
+
 @pytest.fixture
 def type_in(
     environment: dict[str, str], require_tool: Any, tmp_path: Path
@@ -60,8 +65,7 @@ def type_in(
 
     def start(shell: str) -> Type:
         program = require_tool(shell, package=shell)
-        install = ["keymgmt", "completion", shell, "--install"]
-        subprocess.run(install, env=environment, check=True, timeout=60)
+        install(shell, environment)
         with (tmp_path / f".{shell}rc").open("a") as file:
             file.write("\nPS1='> '\n")
         child, terminal = pty.fork()
@@ -151,8 +155,7 @@ def test_fish_completes(
     environment: dict[str, str], require_tool: Any, typed: str, offered: list[str]
 ) -> None:
     fish = require_tool("fish", package="fish")
-    install = ["keymgmt", "completion", "fish", "--install"]
-    subprocess.run(install, env=environment, check=True, timeout=60)
+    install("fish", environment)
     asked = subprocess.run(
         [fish, "-c", 'complete --do-complete "$argv"', typed],
         env=environment,

@@ -124,10 +124,10 @@ COMMANDS = {
 @pytest.mark.parametrize(
     ("arguments", "ours"),
     [
-        (("--version",), {*()}),
-        (("-V",), {*()}),
-        (("--help",), {*()}),
-        ((), {*()}),
+        (("--version",), set()),
+        (("-V",), set()),
+        (("--help",), set()),
+        ((), set()),
         (("seal", "--help"), {"keymgmt.cli.seal", "keymgmt.cli.inspect"}),
         (("keys", "create", "-h"), {"keymgmt.cli.keys"}),
     ],

@@ -179,8 +179,7 @@ class Connection(ForkSafe):
         # A parent's sessions are only forgotten.
         self.epoch += 1
         self._cache: dict[Any, Any] = {}
-        self._lock = threading.Lock()
-        self._state = threading.Condition(self._lock)
+        self._state = threading.Condition(threading.Lock())
         self._connecting = threading.Lock()
         self._asking = threading.Lock()
         self._idle: list[_Place] = []
@@ -261,7 +260,7 @@ class Connection(ForkSafe):
 
     def _take(self, call: _Call[Any]) -> _Place:
         deadline = call.deadline
-        with self._lock:
+        with self._state:
             while not self._idle:
                 if len(self._places) < self._limit:
                     self._idle.append(_Place())
@@ -278,7 +277,7 @@ class Connection(ForkSafe):
             return place
 
     def _give_back(self, place: _Place) -> None:
-        with self._lock:
+        with self._state:
             if (
                 place.session is not None
                 and place.epoch == self.epoch
