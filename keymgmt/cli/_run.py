@@ -41,8 +41,17 @@ def run(arguments: Sequence[str]) -> NoReturn:
         # A terminal of another encoding shows an escape, and not a traceback.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    # As an exception, so that what is half done is cleared away, as it is for Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    interrupted: int | None = None
+
+    def interrupt(number: int, _frame: object) -> NoReturn:
+        nonlocal interrupted
+        interrupted = 128 + number
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(interrupted)
+
+    # As exceptions, so that what is half done is cleared away.
+    signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
     sys.unraisablehook = _interrupt_later
     as_json = "--json" in arguments[: [*arguments, "--"].index("--")]
     try:
@@ -61,6 +70,11 @@ def run(arguments: Sequence[str]) -> NoReturn:
                 code = 128 + signal.SIGPIPE
             else:
                 code = _tell(translate(error), as_json=False)
+    except Exception:
+        # A library may turn an interrupt into an error of its own, as pydantic does in a class.
+        if interrupted is None:
+            raise
+        code = interrupted
     sys.exit(code)
 
 

@@ -217,6 +217,30 @@ def test_a_signal_that_comes_during_a_fork_is_not_lost(number: int) -> None:
     assert (ran.returncode, ran.stderr) == (128 + number, "")
 
 
+_CONVERTS = """
+import os, sys, time
+from keymgmt.cli import _run
+
+def work(arguments):
+    try:
+        os.kill(os.getpid(), int(sys.argv[1]))
+        time.sleep(60)
+    except BaseException as error:
+        raise RuntimeError("the class cannot be made") from error
+
+_run._run = work
+_run.run([])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_a_library_turns_into_its_own_error_is_no_traceback(number: int) -> None:
+    """As pydantic does while it makes a class, which our modules do when they are imported."""
+    command = [sys.executable, "-c", _CONVERTS, str(int(number))]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stderr) == (128 + number, "")
+
+
 def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(
     cli: Cli, site: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
