@@ -321,10 +321,12 @@ def _is_temporary(path: str) -> bool:
 
 def _end_child(child: int) -> None:
     """End the child, which gets two seconds to close its sessions at a key service."""
-    os.kill(child, signal.SIGTERM)
-    for _ in range(_LAST_SECONDS * 20):
-        if os.waitpid(child, os.WNOHANG)[0]:
-            return
-        time.sleep(0.05)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    # There is no such child where an interrupt came after it was waited for.
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):
+        os.kill(child, signal.SIGTERM)
+        for _ in range(_LAST_SECONDS * 20):
+            if os.waitpid(child, os.WNOHANG)[0]:
+                return
+            time.sleep(0.05)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)

@@ -229,6 +229,17 @@ def test_the_first_process_of_a_container_tells_the_signal_by_its_code(needs_roo
     assert done.returncode == 128 + signal.SIGKILL, done.stderr
 
 
+def test_what_decrypts_may_have_ended_before_it_is_asked_to():
+    """An interrupt can come after it was waited for, and before its exit code is kept."""
+    from keymgmt._mount.exec import _end_child
+
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    _end_child(child)
+
+
 def test_what_decrypts_is_asked_to_end_first(needs_root):
     from keymgmt._mount.exec import _end_child
 
