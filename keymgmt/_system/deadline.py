@@ -82,7 +82,12 @@ def within(seconds: float, what: str, call: Callable[[], R]) -> R:
     except queue.Empty:
         raise _over(what, seconds) from None
     if failure is not None:
-        raise failure
+        try:
+            raise failure
+        finally:
+            # Its traceback leads to this frame: together they would be a cycle, which keeps what
+            # the failed call held, secrets included, until the collector comes by.
+            del failure
     return cast("R", value)
 
 

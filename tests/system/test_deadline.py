@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 
 import pytest
 
@@ -15,6 +17,27 @@ def test_what_a_call_gives_or_raises() -> None:
     assert within(60, "a test", lambda: None) is None
     with pytest.raises(ZeroDivisionError):
         within(60, "a test", lambda: 1 // 0)
+
+
+def test_nothing_of_a_call_that_failed_is_kept_once_its_error_is_handled() -> None:
+    class Secret:
+        pass
+
+    kept: list[weakref.ref[Secret]] = []
+
+    def fail() -> None:
+        secret = Secret()
+        kept.append(weakref.ref(secret))
+        raise ValueError("refused")
+
+    gc.disable()  # a cycle would live until the collector comes by
+    try:
+        for _ in range(2):  # the thread waits for its next call in between
+            with pytest.raises(ValueError, match="refused"):
+                within(60, "a test", fail)
+        assert kept[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_one_thread_serves_calls_one_after_the_other() -> None:
