@@ -6,6 +6,7 @@ expired, expected name and release floor. Only then is a key service asked, else
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
@@ -155,17 +156,14 @@ class Candidate:
         """
         manifest, done = self.manifest, 0
         for entry in manifest.files:
-            descriptor = self.folder.open_payload(entry.path)
-            try:
+            with contextlib.closing(self.folder.open_payload(entry.path)) as source:
                 root = digest_payload(
-                    descriptor,
+                    source,
                     entry.size,
                     segment_length=manifest.segment_length,
                     digest=manifest.digest,
                     progress=step(progress, done, manifest.size),
                 )
-            finally:
-                os.close(descriptor)
             if root != entry.digest:
                 raise IntegrityError(
                     f"{payload_name(entry.path)} does not have the digest that the manifest lists",

@@ -21,6 +21,7 @@ from keymgmt._system.locks import lock_file
 from keymgmt._system.trusted_file import check_trusted, read_file
 from keymgmt.errors import ConfigError, FormatError, IntegrityError
 from keymgmt.floe import HEADER_LENGTH, OVERHEAD
+from keymgmt.sealed.ciphertext import FileCiphertext
 from keymgmt.sealed.payload import PayloadReader, seal_payload
 
 if TYPE_CHECKING:
@@ -81,12 +82,11 @@ class DeviceFile:
             return None
         try:
             return PayloadReader(
-                descriptor,
+                FileCiphertext(descriptor),
                 size,
                 key=self._key,
                 aad=self._aad,
                 segment_length=_SEGMENT,
-                owns_fd=True,
             )
         except (IntegrityError, FormatError):
             return None

@@ -173,7 +173,6 @@ class SealedModel(ForkSafe):
                     digest=manifest.digest,
                     root=entry.digest if self._check_digests else None,
                     learned=self._learned[entry.path],
-                    owns_fd=True,
                 )
             finally:
                 wipe(key)

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Final, Self
 from keymgmt._system.files import from_system, left_behind, replace_file, to_system
 from keymgmt._system.locks import lock_file
 from keymgmt.errors import ConfigError, FormatError, IntegrityError, SealedModelError
+from keymgmt.sealed.ciphertext import FileCiphertext
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from keymgmt.sealed.ciphertext import Ciphertext
     from keymgmt.sealed.manifest import Manifest
 
 __all__ = ["KEYS", "LOCK", "MANIFEST", "PAYLOAD", "SIGNATURES", "SealedFolder", "payload_name"]
@@ -185,15 +187,15 @@ class SealedFolder:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
         self.check_place()
 
-    def open_payload(self, path: str) -> int:
-        """Open the ciphertext of a model's file; the caller closes the descriptor.
+    def open_payload(self, path: str) -> Ciphertext:
+        """Open the ciphertext of a model's file; the caller closes it.
 
         Raises:
             IntegrityError: it is missing.
             FormatError: it, or a folder above it, is no regular file or folder.
         """
         try:
-            return self._open(payload_name(path))
+            return FileCiphertext(self._open(payload_name(path)))
         except FileNotFoundError as error:
             raise IntegrityError(
                 f"{payload_name(path)} is missing", hint="fetch the sealed model again"

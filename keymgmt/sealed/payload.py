@@ -1,8 +1,9 @@
 """The payload engine: one file to and from one FLOE ciphertext, on all cores, in little memory.
 
-Works on file descriptors, which stay the caller's, and never moves their offsets. Each thread has
-buffers of one segment; a segment is read once into such a private buffer, and the same bytes are
-hashed and decrypted, so a file that changes underneath cannot pass one check and fail the other.
+Works on file descriptors, which stay the caller's, and never moves their offsets, and on whatever
+else is a ``Ciphertext``. Each thread has buffers of its own; a segment is read once into private
+memory, and the same bytes are hashed and decrypted, so a file that changes underneath cannot pass
+one check and fail the other.
 
 Rules: the plaintext's size comes from the caller, who trusts it (the manifest says it), and
 decides the file's exact length, the number of segments and which one is final. Nothing is handed
@@ -12,7 +13,6 @@ checked. On any failure or interrupt the caller's buffer is wiped once no thread
 
 from __future__ import annotations
 
-import contextlib
 import io
 import itertools
 import os
@@ -27,6 +27,7 @@ from keymgmt._system.fork import ForkSafe
 from keymgmt._system.pages import BLOCK, FreshMemory, unwritten
 from keymgmt.errors import ConfigError, IntegrityError
 from keymgmt.floe import HEADER_LENGTH, OVERHEAD, FloeDecryptor, FloeEncryptor, FloeParameters
+from keymgmt.sealed.ciphertext import FileCiphertext, read_exactly
 from keymgmt.sealed.digests import DigestName, digest_length, leaf_hash, tree_root
 
 if TYPE_CHECKING:
@@ -34,12 +35,13 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
+    from keymgmt.sealed.ciphertext import Ciphertext
+
     Progress = Callable[[int], object]  # told how many bytes of plaintext are done, in total
 
 __all__ = ["Learned", "PayloadReader", "digest_payload", "seal_payload"]
 
 _PROGRESS_INTERVAL = 0.1  # seconds
-_AHEAD = 8  # segments that are asked of the disk at once
 
 
 class _Layout:
@@ -49,6 +51,8 @@ class _Layout:
         self.size, self.segment_length = size, segment_length
         self.step = segment_length - OVERHEAD
         self.count = floe.segment_count(size, segment_length)
+        # A thread takes as many as fill a huge page: two threads in one would clear it twice.
+        self.run = max(1, BLOCK // segment_length)
 
     def plaintext_of(self, index: int) -> tuple[int, int]:
         """Offset and length of a segment in the plaintext."""
@@ -59,9 +63,14 @@ class _Layout:
         """Offset and length of an encrypted segment in the file."""
         return HEADER_LENGTH + index * self.segment_length, self.plaintext_of(index)[1] + OVERHEAD
 
-    def check_file(self, fd: int) -> None:
+    def end_of_run(self, index: int) -> int:
+        """Where the segments end, in the file, that one thread takes together with this one."""
+        last = min(index - index % self.run + self.run, self.count) - 1
+        return sum(self.segment_of(last))
+
+    def check_file(self, source: Ciphertext) -> None:
         expected = floe.ciphertext_length(self.size, self.segment_length)
-        found = os.fstat(fd).st_size
+        found = source.length()
         if found != expected:
             raise IntegrityError(
                 f"the payload file has {found} bytes, and {self.size} bytes seal to {expected}",
@@ -79,19 +88,22 @@ class _Worker(Protocol):
         """Wipe the private buffers."""
 
 
-def _on_all_cores(
-    layout: _Layout, make_worker: Callable[[], _Worker], progress: Progress | None
+def _in_parallel(
+    threads: int | None,
+    layout: _Layout,
+    make_worker: Callable[[], _Worker],
+    progress: Progress | None,
 ) -> None:
-    """Give each segment's index to a worker; on return no thread is running any more.
+    """Give each segment's index to a worker of ``threads``, or of one for each processor.
 
-    The first error ends it, and so does an interrupt or an error of ``progress``.
+    On return no thread is running any more. The first error ends it, and so does an interrupt or an
+    error of ``progress``.
     """
     count = layout.count
-    # A thread takes as many as fill a huge page: two threads in one would clear it twice.
-    run = max(1, BLOCK // layout.segment_length)
+    run = layout.run
     runs = -(-count // run)
     # Asking for the processors reads six files of the system: more than a small file costs.
-    threads = min(runs, cpus()) if runs > 1 else 1
+    threads = min(runs, threads or cpus()) if runs > 1 else 1
     starts = itertools.count(0, run)  # next() of it is one step under the GIL: none comes twice
     stop = threading.Event()
     done: list[int] = []
@@ -151,16 +163,6 @@ def _join(pool: ThreadPoolExecutor) -> None:
         raise interrupt
 
 
-def _read_exactly(fd: int, view: memoryview, offset: int) -> bool:
-    """Fill ``view`` from the file; False if the file ends before."""
-    while len(view):
-        count = os.preadv(fd, [view], offset)
-        if not count:
-            return False
-        view, offset = view[count:], offset + count
-    return True
-
-
 def _write_exactly(fd: int, view: memoryview, offset: int) -> None:
     while len(view):
         count = os.pwrite(fd, view, offset)
@@ -213,7 +215,7 @@ class _Sealer:
             plaintext = self._source[start : start + length]
         elif isinstance(self._source, PayloadReader):
             self._source.read_segment_into(index, plaintext)
-        elif not _read_exactly(self._source, plaintext, start):
+        elif not read_exactly(self._source, plaintext, start):
             raise _changed()
         final = index == self._layout.count - 1
         self._encryptor.encrypt_segment_into(index, final, plaintext, segment)
@@ -268,7 +270,8 @@ def seal_payload(
     with FloeEncryptor(key, aad, FloeParameters(segment_length)) as encryptor:
         leaves = _Leaves(digest, encryptor.header, layout.count)
         _write_exactly(target_fd, memoryview(encryptor.header), 0)
-        _on_all_cores(
+        _in_parallel(
+            None,
             layout,
             lambda: _Sealer(source, target_fd, layout, encryptor, leaves),
             progress,
@@ -287,27 +290,27 @@ def _state(source: int | PayloadReader | memoryview) -> tuple[int, int] | None:
 
 
 class _Reader:
-    """Reads a segment into a private buffer, and hashes and decrypts what it was asked to."""
+    """Reads segments into private memory, and hashes and decrypts them as it was asked to."""
 
     def __init__(
         self,
-        fd: int,
+        source: Ciphertext,
         layout: _Layout,
         leaves: _Leaves | None,
         decryptor: FloeDecryptor | None = None,
         target: FreshMemory | None = None,
         begun: list[int] | None = None,
     ) -> None:
-        self._fd, self._layout, self._leaves = fd, layout, leaves
+        self._parts, self._layout, self._leaves = source.parts(), layout, leaves
         self._decryptor, self._target, self._begun = decryptor, target, begun
-        length = layout.segment_of(0)[1]
-        self._segment = memoryview(unwritten(length))
         needs_scratch = decryptor is not None and target is None
-        self._scratch = memoryview(unwritten(length - OVERHEAD if needs_scratch else 0))
+        self._scratch = memoryview(unwritten(layout.plaintext_of(0)[1] if needs_scratch else 0))
 
     def __call__(self, index: int) -> int:
         start, length = self._layout.plaintext_of(index)
-        segment = _read_in_turn(self._fd, self._layout, index, self._segment)
+        segment = self._parts.read(
+            *self._layout.segment_of(index), until=self._layout.end_of_run(index)
+        )
         if self._leaves is not None:
             self._leaves.add(index, segment)
         if self._decryptor is not None:
@@ -325,44 +328,12 @@ class _Reader:
         wipe(self._scratch)
 
 
-def _read_in_turn(fd: int, layout: _Layout, index: int, buffer: memoryview) -> memoryview:
-    """As ``_read_segment``, where the segments after it will be wanted too.
-
-    A disk gives more at once than in requests of one segment (docs/decisions/loader-speed.md). So
-    where one is not in the page cache, those after it are read with it, over one another: what
-    counts is that they are in the page cache then.
-    """
-    offset, length = layout.segment_of(index)
-    segment = buffer[:length]
-    # An error here is that of a system that cannot tell, or comes again where it counts.
-    with contextlib.suppress(OSError):
-        try:
-            if os.preadv(fd, [segment], offset, os.RWF_NOWAIT) == length:
-                return segment
-        except BlockingIOError:
-            pass
-        os.preadv(fd, [segment] * _AHEAD, offset)
-    return _read_segment(fd, layout, index, buffer)
-
-
-def _read_segment(fd: int, layout: _Layout, index: int, buffer: memoryview) -> memoryview:
-    """Read one encrypted segment into a buffer of one segment; the part that it fills."""
-    offset, length = layout.segment_of(index)
-    segment = buffer[:length]
-    if not _read_exactly(fd, segment, offset):
-        raise IntegrityError("the payload file became shorter while it was read")
-    return segment
-
-
-def _read_header(fd: int) -> bytes:
-    header = bytearray(HEADER_LENGTH)
-    if not _read_exactly(fd, memoryview(header), 0):
-        raise IntegrityError("the payload file became shorter while it was read")
-    return bytes(header)
+def _read_header(source: Ciphertext) -> bytes:
+    return bytes(source.parts().read(0, HEADER_LENGTH))
 
 
 def digest_payload(
-    fd: int,
+    source: int | Ciphertext,
     size: int,
     *,
     segment_length: int,
@@ -372,7 +343,7 @@ def digest_payload(
     """The root of a payload file's digest tree, without any key.
 
     Args:
-        fd: open for reading.
+        source: a descriptor that is open for reading, or what else the ciphertext is read with.
         size: bytes of the plaintext, as the manifest says.
         segment_length: bytes of one encrypted segment.
         digest: the hash of the tree.
@@ -382,15 +353,21 @@ def digest_payload(
         IntegrityError: the file does not have the length that ``size`` makes.
         OSError: reading failed.
     """
-    return _learn_leaves(fd, _Layout(size, segment_length), digest, progress).root()
+    return _learn_leaves(
+        _ciphertext(source), _Layout(size, segment_length), digest, progress
+    ).root()
+
+
+def _ciphertext(source: int | Ciphertext) -> Ciphertext:
+    return FileCiphertext(source, owns_fd=False) if isinstance(source, int) else source
 
 
 def _learn_leaves(
-    fd: int, layout: _Layout, digest: DigestName, progress: Progress | None
+    source: Ciphertext, layout: _Layout, digest: DigestName, progress: Progress | None
 ) -> _Leaves:
-    layout.check_file(fd)
-    leaves = _Leaves(digest, _read_header(fd), layout.count)
-    _on_all_cores(layout, lambda: _Reader(fd, layout, leaves), progress)
+    layout.check_file(source)
+    leaves = _Leaves(digest, _read_header(source), layout.count)
+    _in_parallel(source.threads, layout, lambda: _Reader(source, layout, leaves), progress)
     return leaves
 
 
@@ -412,7 +389,7 @@ class PayloadReader:
 
     def __init__(
         self,
-        fd: int,
+        source: int | Ciphertext,
         size: int,
         *,
         key: Buffer,
@@ -421,12 +398,12 @@ class PayloadReader:
         digest: DigestName = "blake3",
         root: bytes | None = None,
         learned: Learned | None = None,
-        owns_fd: bool = False,
     ) -> None:
         """Check the file's length and its header; nothing else is read yet.
 
         Args:
-            fd: open for reading.
+            source: a descriptor that is open for reading and stays the caller's; or what else the
+                ciphertext is read with, which is closed with this reader, and if this raises.
             size: bytes of the plaintext, as the manifest says.
             key: 32 bytes, of this one file.
             aad: what the ciphertext is bound to.
@@ -434,7 +411,6 @@ class PayloadReader:
             digest: the hash of the tree.
             root: of the digest tree; None where digests are not to be checked.
             learned: what an earlier reader of the same file with the same root found out.
-            owns_fd: ``fd`` is closed with this reader, and if this raises.
 
         Raises:
             FormatError: no FLOE header of these parameters.
@@ -442,15 +418,15 @@ class PayloadReader:
             OSError: reading failed.
         """
         self.size = size
-        self._fd, self._owns_fd = fd, owns_fd
+        self._source = _ciphertext(source)
         self._digest, self._root = digest, root
         try:
             self._layout = _Layout(size, segment_length)
-            self._layout.check_file(fd)
-            self._header = _read_header(fd)
+            self._layout.check_file(self._source)
+            self._header = _read_header(self._source)
             self._decryptor = FloeDecryptor(key, aad, self._header, FloeParameters(segment_length))
         except BaseException:
-            self._close_fd()
+            self._source.close()
             raise
         self._learned = learned or Learned()
 
@@ -487,13 +463,14 @@ class PayloadReader:
         self, target: memoryview | None, progress: Progress | None, begun: list[int] | None = None
     ) -> None:
         layout, leaves = self._layout, None
-        layout.check_file(self._fd)
+        layout.check_file(self._source)
         memory = None if target is None else FreshMemory(target)
         if self._root is not None:
             leaves = _Leaves(self._digest, self._header, layout.count)
-        _on_all_cores(
+        _in_parallel(
+            self._source.threads,
             layout,
-            lambda: _Reader(self._fd, layout, leaves, self._decryptor, memory, begun),
+            lambda: _Reader(self._source, layout, leaves, self._decryptor, memory, begun),
             progress,
         )
         if leaves is not None:
@@ -511,10 +488,9 @@ class PayloadReader:
         """
         with self._learned.lock:
             if self._root is not None and self._learned.leaves is None:
-                self._accept(_learn_leaves(self._fd, self._layout, self._digest, None))
+                self._accept(_learn_leaves(self._source, self._layout, self._digest, None))
         _, length = self._layout.plaintext_of(index)
-        private = memoryview(unwritten(length + OVERHEAD))
-        segment = _read_segment(self._fd, self._layout, index, private)
+        segment = self._source.parts().read(*self._layout.segment_of(index))
         if self._learned.leaves is not None:
             self._learned.leaves.check(index, segment)
         self._decryptor.decrypt_segment_into(
@@ -532,12 +508,7 @@ class PayloadReader:
     def close(self) -> None:
         """Wipe the derived keys; may be called again."""
         self._decryptor.close()
-        self._close_fd()
-
-    def _close_fd(self) -> None:
-        if self._owns_fd:
-            self._owns_fd = False
-            os.close(self._fd)
+        self._source.close()
 
     def __enter__(self) -> Self:
         return self
