@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from keymgmt import errors as errors
-    from keymgmt._config.config import Config, load_config
+    from keymgmt._config.config import Config, load_config, load_settings
     from keymgmt._mount.mount import mount
     from keymgmt._mount.private import private_folder
     from keymgmt._system.harden import harden
@@ -47,6 +47,7 @@ __all__ = [
     "harden",
     "inspect",
     "load_config",
+    "load_settings",
     "mount",
     "needs",
     "open",
@@ -69,7 +70,7 @@ __all__ = [
 # line shows its help and completes words without importing cryptography, and Ctrl-C in the first
 # moments, before its `main` can handle that, does not print a traceback of slow imports.
 _HOMES: Final = {
-    "_config.config": ("Config", "load_config"),
+    "_config.config": ("Config", "load_config", "load_settings"),
     "_mount.mount": ("mount",),
     "_mount.private": ("private_folder",),
     "_system.harden": ("harden",),

@@ -33,6 +33,7 @@ from keymgmt._providers.data import (
     Signature,
     WrappedKey,
 )
+from keymgmt._providers.evidence import Evidence
 from keymgmt._providers.faults import Fault, FaultTable
 from keymgmt._providers.names import check_key, is_key, is_name, is_version
 from keymgmt._providers.recipient_file import (
@@ -44,6 +45,7 @@ from keymgmt._providers.recipient_file import (
     signatures_file,
     wrap_for,
 )
+from keymgmt._providers.registry import load_evidence
 from keymgmt._providers.secret_source import ConfigPath, SecretSource, read_projected
 from keymgmt._providers.versions import (
     check_kind,
@@ -53,6 +55,7 @@ from keymgmt._providers.versions import (
     not_held,
     version_retired,
 )
+from keymgmt._system.audit import audit
 from keymgmt._system.deadline import Deadline, within
 from keymgmt._system.files import make_folder, replace_file, save_file, sync_directory, target_of
 from keymgmt._system.fork import ForkSafe
@@ -89,6 +92,7 @@ __all__ = [
     "ConfigPath",
     "Deadline",
     "Dek",
+    "Evidence",
     "Fault",
     "FaultTable",
     "Finding",
@@ -123,6 +127,7 @@ __all__ = [
     "WrappedKey",
     "WrongKey",
     "anchor_after",
+    "audit",
     "bare",
     "check_key",
     "check_kind",
@@ -141,6 +146,7 @@ __all__ = [
     "is_name",
     "is_version",
     "key_exists",
+    "load_evidence",
     "load_json",
     "lock_file",
     "make_folder",

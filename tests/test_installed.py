@@ -20,6 +20,8 @@ pytestmark = pytest.mark.skipif(extras is None, reason="not run by tox")
 
 DISTRIBUTIONS = {
     "aws": {"keymgmt-aws"},
+    "broker": {"keymgmt-broker"},
+    "service": {"keymgmt-broker", "keymgmt-broker-service", "keymgmt-tpm2"},
     "file": {"keymgmt-file"},
     "vault": {"keymgmt-vault"},
     "vault-dev": {"keymgmt-vault", "keymgmt-vault-dev"},
@@ -30,7 +32,10 @@ DISTRIBUTIONS = {
     "safetensors": {"keymgmt-safetensors"},
     "tokenizers": {"keymgmt-tokenizers"},
     "demo": {"keymgmt-file", "keymgmt-openvino", "keymgmt-openvino-demo"},
-    "all": {f"keymgmt-{name}" for name in ("aws", "file", "openvino", "pkcs11", "tpm2", "vault")},
+    "all": {
+        f"keymgmt-{name}"
+        for name in ("aws", "broker", "file", "openvino", "pkcs11", "tpm2", "vault")
+    },
 }
 
 

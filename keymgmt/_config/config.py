@@ -16,7 +16,7 @@ import re
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -33,9 +33,10 @@ from keymgmt._system.fork import ForkSafe
 from keymgmt._system.trusted_file import read_file
 from keymgmt.errors import ConfigError
 
-__all__ = ["Config", "Policy", "SealDefaults", "load_config", "use_config"]
+__all__ = ["Config", "Policy", "SealDefaults", "load_config", "load_settings", "use_config"]
 
 log = logging.getLogger("keymgmt")
+M = TypeVar("M", bound=Settings)
 Fingerprints = Annotated[list[str], Field(min_length=1)]
 
 
@@ -422,6 +423,26 @@ def load_config(path: str | os.PathLike[str] | None = None) -> Config:
     """
     file = Path(path) if path is not None else find_config()
     return Config(read_config(file), path=file)
+
+
+def load_settings(path: str | os.PathLike[str], model: type[M], *, absent: str) -> M:
+    """Read the settings file (TOML) of a program that is built on keymgmt.
+
+    The file must be trusted as ``keymgmt.toml`` must be, and errors in it have the same form. A
+    ``ConfigPath`` in it is relative to the file.
+
+    Args:
+        path: the file.
+        model: what the file may say.
+        absent: the hint where there is no such file.
+
+    Raises:
+        ConfigError: missing, unreadable, writable by others, not TOML, or wrong in a member.
+    """
+    file = Path(path)
+    data = read_config(file, absent=absent)
+    settings: M = parse_settings(model, data, file.parent.absolute(), str(file), "")
+    return settings
 
 
 @contextlib.contextmanager

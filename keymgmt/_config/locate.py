@@ -68,16 +68,17 @@ def user_directory() -> Path | None:
         return None
 
 
-def read_config(file: Path) -> dict[str, Any]:
-    """The TOML of a config file; ConfigError where it cannot be read, trusted or parsed."""
+def read_config(file: Path, *, absent: str = "make one with: keymgmt init") -> dict[str, Any]:
+    """The TOML of a config file; ConfigError where it cannot be read, trusted or parsed.
+
+    ``absent`` is the hint where there is no such file.
+    """
     content = read_file(
         file,
         what="config",
         limit=MAX_CONFIG,
         access="trusted",
-        hint="make one with: keymgmt init"
-        if _is_missing(file)
-        else "let this user read it, or name another one: -c FILE",
+        hint=absent if _is_missing(file) else "let this user read it, or name another one: -c FILE",
         irregular=f"name the file in it: -c {shlex.quote(str(file / FILE_NAME))}"
         if _is_folder(file)
         else "name the file itself: -c FILE; a pipe could change before it is read",

@@ -27,6 +27,7 @@ _OTHERS: Final = "From other distributions"
 # Commands of our own distributions, by the extra that brings them.
 _EXTRAS: Final = {
     **{name: name for name in ("aws", "demo", "file", "pkcs11", "vault")},
+    "broker": "service",
     "leakcheck": "demo",
     "run": "openvino",
     "tpm": "tpm2",

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from keymgmt import Config, load_config
+from keymgmt import Config, load_config, load_settings
 from keymgmt._config.config import CacheSettings, Policy, SealDefaults
 from keymgmt._providers.registry import backends, load_backend
+from keymgmt.backend import ConfigPath, Settings
 from keymgmt.errors import BackendNotInstalled, ConfigError, KeymgmtError
 
 Install = Callable[..., Path]
@@ -353,3 +354,24 @@ def test_that_the_variables_of_a_backend_are_not_known_is_said(
     (said,) = caplog.messages
     assert "[providers.b]" in said
     assert "not taken from the program" in said
+
+
+class ProgramSettings(Settings):
+    folder: ConfigPath
+    workers: int = 1
+
+
+def test_a_program_reads_its_settings_as_ours_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "program.toml"
+    with pytest.raises(ConfigError) as raised:
+        load_settings(file, ProgramSettings, absent="write one")
+    assert raised.value.hint == "write one"
+    file.write_text('folder = "data"\n')
+    assert load_settings(file, ProgramSettings, absent="").folder == tmp_path / "data"
+    file.write_text('folder = "data"\nworker = 1\n')
+    with pytest.raises(ConfigError, match="worker: unknown key") as raised:
+        load_settings(file, ProgramSettings, absent="")
+    assert raised.value.hint == "did you mean 'workers'?"
+    file.chmod(0o666)
+    with pytest.raises(ConfigError, match=r"program\.toml"):
+        load_settings(file, ProgramSettings, absent="")

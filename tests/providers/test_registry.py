@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from keymgmt import Config
-from keymgmt._providers.registry import backends, load_backend
+from keymgmt._providers.registry import backends, load_backend, load_evidence
 from keymgmt.errors import BackendNotInstalled
 
 Install = Callable[..., Path]
@@ -35,6 +35,7 @@ class Acme(KeyProvider[AcmeSettings]):
 @pytest.fixture(autouse=True)
 def _fresh() -> None:
     load_backend.cache_clear()
+    load_evidence.cache_clear()
 
 
 def test_a_backend_is_chosen_by_config_alone(install: Install) -> None:
@@ -62,8 +63,8 @@ def test_only_the_named_backend_is_imported(install: Install) -> None:
         ("import nothing_of_that_name", "fails to import: ModuleNotFoundError", "pip install"),
         ("raise OSError('no licence')", "OSError: no licence", "pip install"),
         ("Other = 1", "fails to import: AttributeError", "pip install"),
-        ("Acme = 1", "is not a KeyProvider", "author"),
-        ("class Acme: pass", "is not a KeyProvider", "author"),
+        ("Acme = 1", "is not of class KeyProvider", "author"),
+        ("class Acme: pass", "is not of class KeyProvider", "author"),
         (
             ACME.replace('backend = "acme"', 'backend = "acme"; api_version = 0'),
             "speaks version 0 of the provider API, this keymgmt speaks 1",
@@ -149,3 +150,34 @@ def test_nothing_is_imported_from_the_working_directory(
     assert done.returncode == 0, done.stderr
     assert "a trap" not in done.stdout + done.stderr
     assert '"acme-hsm"' in done.stdout
+
+
+EVIDENCE = """
+from keymgmt.backend import Evidence, Settings
+
+class Nothing(Settings):
+    pass
+
+class Acme(Evidence[Nothing]):
+    kind = "acme"
+    Settings = Nothing
+    def quote(self, report_data): return report_data
+"""
+
+
+def test_a_kind_of_evidence_is_found_as_a_backend_is(install: Install) -> None:
+    install("acme-proof", "keymgmt.evidence", {"acme": "acme_proof:Acme"}, acme_proof=EVIDENCE)
+    kind = load_evidence("acme")
+    assert kind(kind.Settings()).quote(b"data") == b"data"
+
+
+def test_evidence_that_is_missing_or_something_else_is_explained(install: Install) -> None:
+    with pytest.raises(BackendNotInstalled, match="the evidence 'acmes' is not installed"):
+        load_evidence("acmes")
+    other = EVIDENCE.replace('"acme"', '"emca"')
+    install("acme-other", "keymgmt.evidence", {"other": "acme_other:Acme"}, acme_other=other)
+    with pytest.raises(BackendNotInstalled, match=r"the evidence 'other' .* calls itself 'emca'"):
+        load_evidence("other")
+    install("acme-none", "keymgmt.evidence", {"none": "acme_none:Acme"}, acme_none="Acme = 1")
+    with pytest.raises(BackendNotInstalled, match="is not of class Evidence"):
+        load_evidence("none")
