@@ -16,12 +16,13 @@ from typing import Annotated, Any, Literal, Union
 from pydantic_core import PydanticUndefined
 
 from keymgmt._config.config import CacheSettings, Policy, SealDefaults
+from keymgmt._config.remote import Remote
 from keymgmt._providers.registry import load_backend
 from keymgmt._providers.secret_source import SecretSource
 from keymgmt.backend import Settings
 
 PAGE = Path(__file__).with_name("config.md")
-TABLES = {"policy": Policy, "seal": SealDefaults, "cache": CacheSettings}
+TABLES = {"policy": Policy, "seal": SealDefaults, "cache": CacheSettings, "remote": Remote}
 BACKENDS = ("file", "vault", "pkcs11", "tpm2", "aws")
 
 INTRODUCTION = """\

@@ -18,6 +18,9 @@
     |   |-- UnwrapFailed            held, but authentication failed: context, tampering, other key
     |   |-- UnsupportedOperation    this provider or key cannot do that
     |   `-- WrongKey                this provider does not hold that key, known without decrypting
+    |-- StorageError                where a model lies, if that is no folder of this machine
+    |   |-- StorageUnavailable      not reached, no answer in time, or no whole answer
+    |   `-- StorageDenied           reached, and it said no
     |-- CannotUnlock                no group of the unlock policy opens with this config
     `-- ModelInUse                  an object made from the model is still alive
 
@@ -50,6 +53,9 @@ __all__ = [
     "ProviderUnavailable",
     "RollbackError",
     "SealedModelError",
+    "StorageDenied",
+    "StorageError",
+    "StorageUnavailable",
     "UnsupportedOperation",
     "UntrustedPublisher",
     "UnwrapFailed",
@@ -208,6 +214,22 @@ class UnsupportedOperation(ProviderError):
 
 class WrongKey(ProviderError):
     """The provider does not hold that key or version, known without decrypting."""
+
+
+class StorageError(KeymgmtError):
+    """A web server, bucket or registry did not give, or take, what was asked."""
+
+
+class StorageUnavailable(StorageError):
+    """It was not reached, did not answer in time, or gave no whole answer."""
+
+    exit_code = 6
+
+
+class StorageDenied(StorageError):
+    """It was reached and refused."""
+
+    exit_code = 5
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from keymgmt._config.locate import MAX_CONFIG, find_config, read_config
 from keymgmt._config.messages import parse_settings
+from keymgmt._config.remote import Remote
 from keymgmt._crypto.dek_cache import DekCache
 from keymgmt._crypto.signatures import PublicKey
 from keymgmt._providers.contract import KeyProvider, Settings
@@ -220,6 +221,7 @@ class _File(Settings):
     policy: Policy = Field(default_factory=Policy)
     seal: SealDefaults = Field(default_factory=SealDefaults)
     cache: CacheSettings | None = None
+    remote: Remote = Field(default_factory=Remote)
 
 
 class Config(ForkSafe):
@@ -242,6 +244,7 @@ class Config(ForkSafe):
         checked = parse_settings(_File, data, self._base, str(path or "config"), "")
         self.policy: Final = checked.policy
         self.seal: Final = checked.seal
+        self.remote: Final = checked.remote
         self._cache_settings = checked.cache
         self._cache: DekCache | None = None
         self._tables = checked.providers
@@ -337,7 +340,7 @@ class Config(ForkSafe):
                 for inner in value:
                     yield from named(inner)
 
-        variables = set(named(self._tables))
+        variables = set(named([self._tables, self.remote]))
         installed = backends()
         for name in self._tables:
             if (backend := self.backend_of(name)) in installed:

@@ -15,7 +15,7 @@ import pytest
 # What may be imported from where: each part only from those before it.
 ORDER = [
     *("errors", "console", "_system", "_crypto", "_providers", "backend", "floe", "sealed"),
-    *("_config", "_trust", "_verbs", "loading", "_mount", "", "cli", "__main__"),
+    *("_config", "_remote", "_trust", "_verbs", "loading", "_mount", "", "cli", "__main__"),
 ]
 BACKENDS = {f"keymgmt_{name}" for name in ("aws", "broker", "file", "pkcs11", "tpm2", "vault")}
 # A program over the core, which talks to a client in the client's protocol.

@@ -1,0 +1,119 @@
+"""``[remote]``: how sealed models are read that lie on a web server, in a bucket, in a registry."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, ClassVar, Final, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from keymgmt._providers.contract import Settings
+from keymgmt._providers.secret_source import ConfigPath, SecretSource
+from keymgmt._system.loopback import is_loopback
+
+__all__ = ["Access", "Remote"]
+
+_ORIGIN: Final = re.compile(r"(https?|s3|gs|az|oci)://[^/?#@\s]+")
+_WEB: Final = re.compile(r"https?://[^/?#@\s]+")
+
+
+class Access(Settings):
+    """``[remote.access."s3://BUCKET"]``: who we are at one web server, bucket or registry.
+
+    It is told to that host alone, and to nobody that it redirects to.
+
+    Attributes:
+        auth: ``environment`` takes the login of a bucket, and proxies, from the environment and
+            from the machine that this is, as the programs of that service do; ``docker`` takes the
+            login of a registry from ``docker_config``.
+        user: name of a login; for S3 the id of the access key, for Azure the account.
+        secret: its password; for S3 the secret access key, for Azure the account's key, for
+            Google the JSON of a service account's key.
+        token: a bearer token; for S3 the session token.
+        endpoint: address of a server that speaks S3, Google's or Azure's protocol.
+        region: of an S3 bucket.
+        token_server: host that a registry may send us to with the login, such as
+            ``auth.docker.io``; otherwise no other than itself.
+        docker_config: the file that ``docker login`` writes; a helper that it names is run.
+        ca_file: certificates (PEM) that the server's must come from; else those of the system.
+        proxy: address of a proxy, ``http://HOST:PORT``.
+        plain_http: a registry on this machine speaks HTTP without TLS.
+    """
+
+    secret_variables: ClassVar[frozenset[str]] = frozenset(
+        {"AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_ACCOUNT_KEY"}
+    )
+
+    auth: Literal["config", "environment", "docker"] = "config"
+    user: str | None = None
+    secret: SecretSource | None = None
+    token: SecretSource | None = None
+    endpoint: str | None = None
+    region: str = "us-east-1"
+    token_server: str | None = None
+    docker_config: ConfigPath | None = None
+    ca_file: ConfigPath | None = None
+    proxy: str | None = None
+    plain_http: bool = False
+
+    @field_validator("endpoint", "proxy")
+    @classmethod
+    def _address(cls, value: str | None) -> str | None:
+        if value is not None and not _WEB.fullmatch(value):
+            raise ValueError("write https://HOST:PORT, without a path and a login")
+        return value
+
+    @model_validator(mode="after")
+    def _one_way_in(self) -> Access:
+        if self.auth != "config" and (self.user or self.secret or self.token):
+            raise ValueError(f'the login is here, or elsewhere (auth = "{self.auth}"): not both')
+        return self
+
+
+class Remote(Settings):
+    """``[remote]``: sealed models that lie on a web server, in a bucket or in a registry.
+
+    Attributes:
+        timeout: seconds without a byte, after which a request is made again.
+        deadline: seconds for one part of a file, at most 8 MiB, with all that is tried again.
+        ca_file: certificates (PEM) that each server's must come from; else those of the system.
+        proxy: address of a proxy for all of them, ``http://HOST:PORT``.
+        access: who we are at a host or bucket: ``"https://HOST"``, ``"s3://BUCKET"``,
+            ``"oci://HOST"``.
+    """
+
+    timeout: Annotated[float, Field(gt=0, le=3600, strict=False)] = 30.0
+    deadline: Annotated[float, Field(gt=0, le=86400, strict=False)] = 300.0
+    ca_file: ConfigPath | None = None
+    proxy: str | None = None
+    access: dict[str, Access] = Field(default_factory=dict)
+
+    @field_validator("proxy")
+    @classmethod
+    def _address(cls, value: str | None) -> str | None:
+        if value is not None and not _WEB.fullmatch(value):
+            raise ValueError("write http://HOST:PORT, without a path and a login")
+        return value
+
+    @field_validator("access")
+    @classmethod
+    def _origins(cls, value: dict[str, Access]) -> dict[str, Access]:
+        for origin, access in value.items():
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(f'{origin[:80]!r}: write "https://HOST", "s3://BUCKET" or alike')
+            if access.auth == "docker" and not origin.startswith("oci://"):
+                raise ValueError(f'{origin}: auth = "docker" is for registries')
+            kind, _, host = origin.partition("://")
+            if access.plain_http and not (kind == "oci" and is_loopback(host)):
+                raise ValueError(f"{origin}: plain_http is for a registry on this machine")
+        return value
+
+    def access_to(self, origin: str) -> Access:
+        """Who we are at an origin, with the proxy and the certificates that hold for all."""
+        access = self.access.get(origin, Access())
+        missing = {
+            name: getattr(self, name)
+            for name in ("ca_file", "proxy")
+            if getattr(access, name) is None
+        }
+        return access.model_copy(update=missing)

@@ -1,0 +1,1 @@
+"""Sealed models that lie elsewhere: on a web server, in a bucket, in a registry."""

@@ -1,0 +1,452 @@
+"""One HTTP client for web servers and registries.
+
+It is urllib3, which does what it is told: it takes no proxy and no login from the environment or a
+.netrc, as requests and httpx do, needs no event loop, and most that use a key service or AWS have
+it already. Rules: a login goes to the host that the operator named, and never to one that it
+redirects to; plain HTTP is for this machine alone; every wait has an end; what is wrong with
+a connection, or with a server that is busy, is tried again until the deadline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import ssl
+import time
+import urllib.request
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any, Final, Protocol, TypeVar, cast
+from urllib.parse import urljoin, urlsplit
+
+from keymgmt._system.fork import ForkSafe
+from keymgmt._system.loopback import is_loopback
+from keymgmt._system.pages import unwritten
+from keymgmt.errors import ConfigError, KeymgmtError, StorageDenied, StorageUnavailable
+
+if TYPE_CHECKING:
+    import urllib3
+
+    from keymgmt._config.remote import Access, Remote
+
+__all__ = ["Answer", "Body", "Http", "Reply", "Sink", "origin_of", "shown"]
+
+_TRIES: Final = 6
+_BUSY: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
+_MOVED: Final = frozenset({301, 302, 303, 307, 308})
+_REDIRECTS: Final = 5
+_CHUNK: Final = 1 << 18
+_PART: Final = 8 << 20
+_MAX_WAIT: Final = 10.0
+_REFUSED_BODY: Final = 1 << 16
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a server answered.
+
+    Attributes:
+        status: of HTTP.
+        headers: by names in lower case.
+        body: as much as was asked for.
+        whole: whether that is all of it.
+        url: where it came from, after all redirects.
+    """
+
+    status: int
+    headers: Mapping[str, str]
+    body: memoryview
+    whole: bool
+    url: str
+
+
+class Sink(Protocol):
+    """Takes a large answer, part by part.
+
+    Attributes:
+        size: bytes that are to come in all.
+        done: bytes that have come.
+    """
+
+    size: int
+    done: int
+
+    def write(self, part: bytes) -> None:
+        """Take what comes next."""
+
+    def restart(self) -> None:
+        """Forget what has come: it comes again from the beginning."""
+
+
+class Body(Protocol):
+    """What is sent: ``read`` gives the next bytes of it, and none at its end."""
+
+    def read(self, size: int = -1, /) -> bytes:
+        """At most ``size`` bytes."""
+
+
+class _Again(Exception):
+    """What may pass: tried again, after so many seconds."""
+
+    def __init__(self, error: KeymgmtError, after: float = 0.0) -> None:
+        super().__init__()
+        self.error, self.after = error, after
+
+
+class Answer:
+    """An answer whose body was not read yet."""
+
+    def __init__(self, raw: urllib3.BaseHTTPResponse, url: str, deadline: float) -> None:
+        self._raw, self._deadline = raw, deadline
+        self.status, self.url = raw.status, url
+        self.headers = {name.lower(): value for name, value in raw.headers.items()}
+
+    def parts(self, most: int, end: float) -> Iterator[bytes]:
+        """Parts of the body as they come, until it ends or ``most`` bytes and one have come.
+
+        ``end`` moves on by the deadline with every 8 MiB.
+        """
+        came, mark = 0, _PART
+        while came <= most:
+            with _translated(self.url):
+                part = self._raw.read1(min(_CHUNK, most - came + 1))
+            if not part:
+                return
+            came += len(part)
+            if came >= mark:
+                mark, end = came + _PART, time.monotonic() + self._deadline
+            elif time.monotonic() > end:
+                raise _too_slow(self.url, self._deadline)
+            yield part
+
+    def close(self) -> None:
+        """Give the connection back if all was read, else end it."""
+        self._raw.close()
+
+
+class Http(ForkSafe):
+    """Requests to one host, and to where it redirects; any thread may make them."""
+
+    def __init__(
+        self,
+        url: str,
+        settings: Remote,
+        access: Access,
+        login: Callable[[str], str] | None = None,
+    ) -> None:
+        """Make a client; nothing is sent yet.
+
+        Args:
+            url: of the host that the login is for, and no other.
+            settings: time limits.
+            access: certificates and proxy.
+            login: makes the ``Authorization`` that the host asks for with a ``WWW-Authenticate``.
+
+        Raises:
+            ConfigError: urllib3 is not installed, or the certificates cannot be read.
+        """
+        self.authorization = ""
+        self._origin, self._login = origin_of(url), login
+        self._settings, self._access = settings, access
+        self._pools: dict[str, urllib3.PoolManager] = {}
+        _urllib3()
+        try:
+            self._tls = ssl.create_default_context(cafile=access.ca_file)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot read the certificates in {access.ca_file}: {error.strerror or error}",
+                hint="ca_file of [remote] is a file of certificates in PEM",
+            ) from error
+        super().__init__()
+
+    def _renew(self) -> None:
+        self._pools.clear()  # a child must not write to its parent's connections
+
+    def request(
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        body: bytes | None = None,
+        good: Collection[int] = (200,),
+        limit: int,
+    ) -> Reply:
+        """Make a request, again while what is wrong may pass.
+
+        Args:
+            method: of HTTP.
+            url: where to.
+            headers: besides the login.
+            body: what is sent.
+            good: statuses to return; all others are raised.
+            limit: bytes of the answer that are read at most.
+
+        Raises:
+            StorageDenied: 401 or 403.
+            StorageUnavailable: anything else that is not ``good``, or no answer in time.
+        """
+
+        def work(end: float) -> Reply:
+            with self.exchange(method, url, end, headers=headers, body=body, good=good) as answer:
+                content, whole = _content(answer, limit, end)
+                return Reply(answer.status, answer.headers, content, whole, answer.url)
+
+        return self.retry(work)
+
+    def fetch(self, url: str, sink: Sink) -> None:
+        """Get what ``sink`` lacks, from where it is; again, as long as each try brings more.
+
+        A server that ignores ranges sends everything from the beginning, which is taken.
+
+        Raises:
+            StorageDenied, StorageUnavailable: as ``request``.
+        """
+
+        def work(end: float) -> None:
+            start = sink.done
+            headers = {"Range": f"bytes={start}-{sink.size - 1}"} if start else {}
+            with self.exchange("GET", url, end, headers=headers, good=(200, 206)) as answer:
+                if answer.status == 200 and start:
+                    sink.restart()
+                ranged = answer.headers.get("content-range", "")
+                if answer.status == 206 and not ranged.startswith(f"bytes {start}-"):
+                    raise StorageUnavailable(f"{shown(url)} gives another range than was asked for")
+                for part in answer.parts(sink.size - sink.done, end):
+                    if sink.done + len(part) > sink.size:
+                        raise StorageUnavailable(f"{shown(url)} is longer than {sink.size} bytes")
+                    sink.write(part)
+            if sink.done < sink.size:
+                raise _Again(_cut_short(url))
+
+        if sink.done < sink.size:
+            self.retry(work, lambda: sink.done)
+
+    def retry(self, work: Callable[[float], T], came: Callable[[], int] = lambda: 0) -> T:
+        """Do ``work`` again while what is wrong may pass.
+
+        Args:
+            work: is told when it must be done (``time.monotonic``).
+            came: how far it is; whenever that grew, tries and time begin anew.
+        """
+        best, tries, end = came(), 0, time.monotonic() + self._settings.deadline
+        while True:
+            try:
+                return work(end)
+            except _Again as again:
+                if came() > best:
+                    best, tries, end = came(), 0, time.monotonic() + self._settings.deadline
+                tries += 1
+                pause = max(again.after, min(_MAX_WAIT, 0.1 * 2**tries) * random.uniform(0.5, 1))  # noqa: S311
+                if tries == _TRIES or time.monotonic() + pause >= end:
+                    raise again.error from again.__cause__
+                time.sleep(pause)
+
+    @contextlib.contextmanager
+    def exchange(
+        self,
+        method: str,
+        url: str,
+        end: float,
+        *,
+        headers: Mapping[str, str] | None = None,
+        body: bytes | Callable[[], Body] | None = None,
+        good: Collection[int],
+    ) -> Iterator[Answer]:
+        """One request, with its redirects, in the work of ``retry``; the body is read inside."""
+        asked = False
+        for _ in range(_REDIRECTS + 2):
+            home = origin_of(url) == self._origin
+            said = dict(headers or {})
+            if self.authorization and home:
+                said["Authorization"] = self.authorization
+            answer = self._send(method, url, said, body() if callable(body) else body, end)
+            try:
+                if answer.status in good:
+                    yield answer
+                    return
+                challenge = answer.headers.get("www-authenticate")
+                with contextlib.suppress(_Again):
+                    next(answer.parts(_REFUSED_BODY, end), None)  # so that the connection serves on
+            finally:
+                answer.close()
+            if answer.status == 401 and challenge and home and self._login and not asked:
+                asked, self.authorization = True, self._login(challenge)
+            elif answer.status in _MOVED and method in ("GET", "HEAD"):
+                url = _redirected(url, answer.headers.get("location", ""))
+            elif answer.status in _BUSY:
+                raise _Again(_refusal(answer, method), _retry_after(answer.headers))
+            else:
+                raise _refusal(answer, method)
+        raise StorageUnavailable(f"{shown(url)} redirects again and again")
+
+    def _send(
+        self, method: str, url: str, headers: dict[str, str], body: bytes | Body | None, end: float
+    ) -> Answer:
+        left = max(0.001, end - time.monotonic())
+        timeout = min(self._settings.timeout, left)
+        # What was sent is stored before it is answered, and that may take long.
+        wait = left if body is not None else timeout
+        with _translated(url):
+            raw = self._pool(url).request(
+                method,
+                url,
+                headers={"Accept-Encoding": "identity", "User-Agent": "keymgmt"} | headers,
+                body=cast("bytes | IO[bytes] | None", body),
+                redirect=False,
+                retries=False,
+                preload_content=False,
+                timeout=_urllib3().Timeout(connect=timeout, read=wait),
+            )
+        return Answer(raw, url, self._settings.deadline)
+
+    def _pool(self, url: str) -> urllib3.PoolManager:
+        proxy = self._proxy(url)
+        pool = self._pools.get(proxy)
+        if pool is None:
+            kinds: dict[str, Any] = {
+                "ssl_context": self._tls,
+                "maxsize": 16,
+                "num_pools": 16,
+                "blocksize": _CHUNK,
+            }
+            library = _urllib3()
+            pool = library.ProxyManager(proxy, **kinds) if proxy else library.PoolManager(**kinds)
+            self._pools[proxy] = pool
+        return pool
+
+    def _proxy(self, url: str) -> str:
+        if self._access.auth != "environment":
+            return self._access.proxy or ""
+        parts = urlsplit(url)
+        if urllib.request.proxy_bypass(parts.hostname or ""):
+            return ""
+        return self._access.proxy or urllib.request.getproxies().get(parts.scheme, "")
+
+
+def origin_of(url: str) -> tuple[str, str, int]:
+    """Scheme, host and port: to whom a login may be told."""
+    parts = urlsplit(url)
+    return (
+        parts.scheme,
+        parts.hostname or "",
+        parts.port or (443 if parts.scheme == "https" else 80),
+    )
+
+
+def shown(url: str) -> str:
+    """An address for people, without what a redirect signs it with."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def _urllib3() -> Any:
+    try:
+        import urllib3
+    except ImportError as error:
+        raise ConfigError(
+            "models elsewhere are read with a package that is not installed: urllib3",
+            hint='pip install "keymgmt[remote]"',
+        ) from error
+    return urllib3
+
+
+def _content(answer: Answer, limit: int, end: float) -> tuple[memoryview, bool]:
+    """At most ``limit`` bytes of the body, and whether that was all."""
+    announced = answer.headers.get("content-length", "")
+    size = min(limit, int(announced)) if announced.isdecimal() and len(announced) < 20 else limit
+    content, done = memoryview(unwritten(size)), 0
+    for part in answer.parts(size, end):
+        if done + len(part) > size:
+            content[done:] = part[: size - done]
+            return content, False
+        content[done : done + len(part)] = part
+        done += len(part)
+    return content[:done], True
+
+
+def _redirected(url: str, location: str) -> str:
+    """Where ``url`` redirects to, if that is followed."""
+    try:
+        target = urljoin(url, location)
+        scheme, host, _ = origin_of(target)
+    except ValueError as error:
+        raise StorageUnavailable(f"{shown(url)} redirects to what is no address") from error
+    if scheme == "https" or (scheme == "http" and is_loopback(host) and url.startswith("http://")):
+        return target
+    raise StorageDenied(
+        f"{shown(url)} redirects to {shown(target)}, which is not read",
+        hint="only https:// is followed: look who answers at that address",
+    )
+
+
+def _refusal(answer: Answer, method: str) -> KeymgmtError:
+    doing = "read" if method in ("GET", "HEAD") else "write to"
+    said = f"cannot {doing} {shown(answer.url)}: the server says {answer.status}"
+    if answer.status in (401, 403):
+        return StorageDenied(
+            said, hint='who we are is said in the config: [remote.access."SCHEME://HOST"]'
+        )
+    hint = "it is busy or broken: try again later" if answer.status in _BUSY else None
+    return StorageUnavailable(said, hint=hint)
+
+
+def _too_slow(url: str, deadline: float) -> StorageUnavailable:
+    return StorageUnavailable(
+        f"{shown(url)} did not give its answer within {deadline:g} seconds",
+        hint="wait longer with deadline in [remote], or find out why it is slow",
+    )
+
+
+def _cut_short(url: str) -> StorageUnavailable:
+    return StorageUnavailable(
+        f"{shown(url)} cut its answer short", hint="the server, or a proxy on the way, ends answers"
+    )
+
+
+@contextlib.contextmanager
+def _translated(url: str) -> Iterator[None]:
+    """What goes wrong with a connection; a certificate does not become right by waiting."""
+    from urllib3 import exceptions
+
+    try:
+        yield
+    except (exceptions.HTTPError, OSError) as error:
+        where = shown(url)
+        if (wrong := _certificate_error(error)) is not None:
+            raise StorageUnavailable(
+                f"the certificate of {where} is refused: {wrong.verify_message}",
+                hint="name the authority that made it: ca_file in [remote]",
+            ) from error
+        hint = "look whether it runs and is reached from here"
+        if isinstance(error, exceptions.LocationParseError | exceptions.LocationValueError):
+            raise StorageUnavailable(f"{where} is no address") from error
+        if isinstance(error, exceptions.NewConnectionError | ConnectionRefusedError):
+            said = "is not reached"
+        elif isinstance(error, exceptions.TimeoutError):
+            said = "did not answer in time"
+        elif isinstance(error, exceptions.IncompleteRead):
+            raise _Again(_cut_short(url)) from error
+        elif isinstance(error, exceptions.SSLError):
+            said, hint = "does not speak TLS as it should", "is it plain HTTP, or another port?"
+        else:
+            said = f"broke the connection ({type(error).__name__})"
+        raise _Again(StorageUnavailable(f"{where} {said}", hint=hint)) from error
+
+
+def _certificate_error(error: BaseException) -> ssl.SSLCertVerificationError | None:
+    inner: object = error
+    while isinstance(inner, BaseException):
+        if isinstance(inner, ssl.SSLCertVerificationError):
+            return inner
+        reason = getattr(inner, "reason", None)
+        inner = (
+            reason if isinstance(reason, BaseException) else inner.__cause__ or inner.__context__
+        )
+    return None
+
+
+def _retry_after(headers: Mapping[str, str]) -> float:
+    text = headers.get("retry-after", "")
+    return float(text) if text.isdecimal() and len(text) < 10 else 0.0
