@@ -20,7 +20,7 @@ lint:
 	@.ci/test -e lint,types
 
 nightly:
-	@KEYMGMT_TEST_NIGHTLY=1 .ci/test -e nightly,fuzz,other-programs
+	@KEYMGMT_TEST_NIGHTLY=1 .ci/test -e nightly,fuzz,other-programs,docs
 
 # The two commands on fresh Debian 12 and 13 machines, as root. TOX="-e py314-core" tests less.
 fresh:

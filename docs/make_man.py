@@ -75,11 +75,11 @@ def split(help_text: str) -> tuple[str, list[str], list[str]]:
     return " ".join(first.split()), [" ".join(p.split()) for p in rest if p not in examples], lines
 
 
-def records(context: Any) -> Iterator[str]:
+def records(context: Any) -> Iterator[tuple[str, str]]:
     """The arguments and options of a command, without those that every command has."""
     for param in context.command.params:
         if GLOBAL.isdisjoint(param.opts) and (record := param.get_help_record(context)):
-            yield f".TP\n.B {roff(record[0])}\n{roff(record[1])}"
+            yield record
 
 
 def body(context: Any, heading: str) -> Iterator[str]:
@@ -95,7 +95,7 @@ def body(context: Any, heading: str) -> Iterator[str]:
     yield from (".PP\n" + roff(paragraph) for paragraph in paragraphs)
     if options := list(records(context)):
         yield ".SH OPTIONS" if heading == ".SH" else ".PP\nOptions:"
-        yield from options
+        yield from (f".TP\n.B {roff(names)}\n{roff(text)}" for names, text in options)
     if examples:
         yield ".SH EXAMPLES" if heading == ".SH" else ".PP\nExamples:"
         yield "\n".join([".PP", ".nf", *map(roff, examples), ".fi"])

@@ -1,5 +1,7 @@
 """Every error that keymgmt raises on purpose, named by whose fault it is.
 
+::
+
     KeymgmtError
     |-- ConfigError                 the operator: config file, secret source, argument
     |-- SealedModelError            the sealed model as it was read

@@ -109,6 +109,17 @@ def test_tox_runs_every_scenario() -> None:
     assert not [path.name for path in SCENARIOS if f"/docs/{path.name}" not in settings]
 
 
+def test_the_site_has_room_for_every_page() -> None:
+    """Its table of contents is the start page, and for decisions their own."""
+    linked = {
+        (page.parent / target).resolve()
+        for page in (ROOT / "docs/index.md", ROOT / "docs/decisions/README.md")
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text())
+    }
+    left_out = {*ROOT.glob("docs/**/*.md")} - linked - {ROOT / "docs/index.md"}
+    assert not left_out, "list it in docs/index.md, below the heading where a reader looks for it"
+
+
 def pages() -> list[str]:
     found = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/*/README.md")]
     return sorted(str(page.relative_to(ROOT)) for page in found)

@@ -91,6 +91,12 @@ def test_from_plain_files_to_sealed(desk: Any) -> None:
     desk.run_page("docs/first-steps.md")
 
 
+def test_from_python(desk: Any) -> None:
+    desk.run("mkdir model && echo weights > model/weights.bin && keymgmt init")
+    desk.run("keymgmt seal model model.sealed --name resnet50")
+    desk.run_page("docs/python.md")
+
+
 def test_taking_a_new_release(desk: Any) -> None:
     desk.run(MODEL)
     desk.run("keymgmt init && mkdir models")

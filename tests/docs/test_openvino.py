@@ -48,6 +48,12 @@ def test_its_manual(desk: Any) -> None:
     desk.run_page("docs/loader.md")
 
 
+def test_the_start_page(desk: Any) -> None:
+    desk.run(IR)
+    desk.prelude = INPUTS
+    desk.run_page("docs/index.md")
+
+
 def test_its_readme(desk: Any) -> None:
     desk.run(f"{IR} && {SEAL}")
     desk.prelude = INPUTS

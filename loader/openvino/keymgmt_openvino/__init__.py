@@ -1,9 +1,11 @@
 """Load sealed models into OpenVINO: decrypted in memory only, wiped when the last user is gone.
 
-from keymgmt_openvino import load
+::
 
-with load("resnet50.sealed", device="CPU", name="resnet50") as model:
-    result = model(inputs)
+    from keymgmt_openvino import load
+
+    with load("resnet50.sealed", device="CPU", name="resnet50") as model:
+        result = model(inputs)
 """
 
 import sys

@@ -1,9 +1,11 @@
 """Load the tokenizer of a sealed model into Hugging Face tokenizers, from memory.
 
-from keymgmt_tokenizers import load
+::
 
-tokenizer = load("llm.sealed", name="llm")
-tokenizer.encode("hello").ids
+    from keymgmt_tokenizers import load
+
+    tokenizer = load("llm.sealed", name="llm")
+    tokenizer.encode("hello").ids
 """
 
 from __future__ import annotations
