@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from keymgmt._verbs.inspect import Inspection, inspect
     from keymgmt._verbs.open import SealedModel
     from keymgmt._verbs.open import open_model as open  # noqa: A004 - keymgmt.open, as in gzip and tarfile
+    from keymgmt._verbs.pull import Pulled, pull
+    from keymgmt._verbs.push import Pushed, push
     from keymgmt._verbs.reseal import reseal
     from keymgmt._verbs.retire import Need, needs
     from keymgmt._verbs.rewrap import GroupChange, Rewrapped, rewrap
@@ -39,6 +41,8 @@ __all__ = [
     "Inspection",
     "Manifest",
     "Need",
+    "Pulled",
+    "Pushed",
     "Rewrapped",
     "SealedModel",
     "Usage",
@@ -52,6 +56,8 @@ __all__ = [
     "needs",
     "open",
     "private_folder",
+    "pull",
+    "push",
     "reseal",
     "reseal_tree",
     "rewrap",
@@ -78,6 +84,8 @@ _HOMES: Final = {
     "_verbs.find_models": ("Failure",),
     "_verbs.inspect": ("Inspection", "inspect"),
     "_verbs.open": ("SealedModel", "open"),
+    "_verbs.pull": ("Pulled", "pull"),
+    "_verbs.push": ("Pushed", "push"),
     "_verbs.reseal": ("reseal",),
     "_verbs.retire": ("Need", "needs"),
     "_verbs.rewrap": ("GroupChange", "Rewrapped", "rewrap"),

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from keymgmt._config.remote import Access, Remote
 
-__all__ = ["Answer", "Body", "Http", "Reply", "Sink", "origin_of", "shown"]
+__all__ = ["Answer", "Body", "Http", "Reply", "Sink", "origin_of", "redirected", "shown"]
 
 _TRIES: Final = 6
 _BUSY: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -274,7 +274,7 @@ class Http(ForkSafe):
             if answer.status == 401 and challenge and home and self._login and not asked:
                 asked, self.authorization = True, self._login(challenge)
             elif answer.status in _MOVED and method in ("GET", "HEAD"):
-                url = _redirected(url, answer.headers.get("location", ""))
+                url = redirected(url, answer.headers.get("location", ""))
             elif answer.status in _BUSY:
                 raise _Again(_refusal(answer, method), _retry_after(answer.headers))
             else:
@@ -366,7 +366,7 @@ def _content(answer: Answer, limit: int, end: float) -> tuple[memoryview, bool]:
     return content[:done], True
 
 
-def _redirected(url: str, location: str) -> str:
+def redirected(url: str, location: str) -> str:
     """Where ``url`` redirects to, if that is followed."""
     try:
         target = urljoin(url, location)

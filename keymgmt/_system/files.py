@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -29,6 +30,7 @@ __all__ = [
     "new_directory",
     "replace_file",
     "replacing",
+    "resumable_directory",
     "save_file",
     "sync_directory",
     "target_of",
@@ -222,6 +224,48 @@ def new_directory(
             os.fchmod(descriptor, new_mode)
             _rename(temporary, target, _RENAME_NOREPLACE)
         sync_directory(target.parent)
+
+
+@contextlib.contextmanager
+def resumable_directory(target: Path, label: str) -> Iterator[Path]:
+    """Give a temporary folder beside ``target`` that is kept where filling it fails.
+
+    The next call with this label gets what came so far, and so does nobody else: whoever makes
+    ``target`` another way removes it.
+
+    Args:
+        target: what will be made of the folder's content; its parent exists.
+        label: what it is filled with.
+
+    Raises:
+        ConfigError: another process fills it, or the folder of its name is not private to this
+            user.
+        OSError: as the system says.
+    """
+    number = hashlib.sha256(label.encode()).hexdigest()[:16]
+    temporary = target.with_name(f".{_stem(target)}.{number}.tmp")
+    with naming(target):
+        while True:
+            with contextlib.suppress(FileExistsError):
+                temporary.mkdir(mode=0o700)
+            lock = _lock(temporary)
+            if lock is not None:
+                break
+            if os.path.lexists(temporary):
+                raise ConfigError(
+                    f"another process is making {target}", hint="wait until it is done"
+                )
+    try:
+        info = os.fstat(lock)
+        if info.st_uid != os.geteuid() or info.st_mode & 0o077:
+            raise ConfigError(
+                f"{temporary} is not private to this user, and {target} would be made of it",
+                hint="look who made it, and remove it",
+            )
+        yield Path(f"/proc/self/fd/{lock}")
+        shutil.rmtree(temporary, ignore_errors=True)
+    finally:
+        release_lock(lock)
 
 
 def _check_owner(old: Path) -> None:

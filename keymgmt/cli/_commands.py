@@ -75,6 +75,16 @@ _COMMANDS: Final = {
         "Encrypt a model anew, for these groups and no others: who held the old key loses access.",
         "rewrap:reseal",
     ),
+    "push": (
+        _MODELS,
+        "Put a sealed model into a registry: only those of its files that are not there yet.",
+        "registry:push",
+    ),
+    "pull": (
+        _MODELS,
+        "Get a sealed model from a registry, if this config lets it in: only what is not here yet.",
+        "registry:pull",
+    ),
     "help": (_PROGRAM, "Show the help of a command.", "_help:help_command"),
     "completion": (
         _PROGRAM,

@@ -30,6 +30,7 @@ __all__ = [
     "complete_kind",
     "complete_member",
     "complete_provider",
+    "complete_registry",
     "moment",
     "option_pairs",
     "utc_time",
@@ -39,21 +40,29 @@ _COMPLETION_SECONDS: Final = 2.0
 _ASKS: Final = {"prompt", "keyring"}
 
 
-def _names(context: typer.Context) -> list[str]:
-    """What providers are called: read from the file, since checking it imports pydantic."""
+def _names(context: typer.Context, *path: str) -> list[str]:
+    """Names in a table of the config: read from the file, since checking it imports pydantic."""
     from keymgmt._config.locate import find_config, read_config
 
     # While completing, no callback has run, and what is wrong is not said.
     try:
-        tables = read_config(state_of(context).path or find_config()).get("providers")
+        table: object = read_config(state_of(context).path or find_config())
     except KeymgmtError:
         return []
-    return list(tables) if isinstance(tables, dict) else []
+    for name in path:
+        table = table.get(name) if isinstance(table, dict) else None
+    return list(table) if isinstance(table, dict) else []
 
 
 def complete_provider(context: typer.Context, incomplete: str) -> list[str]:
     """Names of configured providers."""
-    return [name for name in _names(context) if name.startswith(incomplete)]
+    return [name for name in _names(context, "providers") if name.startswith(incomplete)]
+
+
+def complete_registry(context: typer.Context, incomplete: str) -> list[str]:
+    """Registries that the config has a table of access for, as far as the slash behind them."""
+    places = [name for name in _names(context, "remote", "access") if name.startswith("oci://")]
+    return [f"{each}/" for each in places if f"{each}/".startswith(incomplete)]
 
 
 def complete_key(context: typer.Context, incomplete: str) -> list[str]:

@@ -24,13 +24,23 @@ if TYPE_CHECKING:
     from keymgmt.sealed.ciphertext import Ciphertext
     from keymgmt.sealed.manifest import Manifest
 
-__all__ = ["KEYS", "LOCK", "MANIFEST", "PAYLOAD", "SIGNATURES", "SealedFolder", "payload_name"]
+__all__ = [
+    "KEYS",
+    "LOCK",
+    "MANIFEST",
+    "ORIGIN",
+    "PAYLOAD",
+    "SIGNATURES",
+    "SealedFolder",
+    "payload_name",
+]
 
 MANIFEST: Final = "manifest.json"
 KEYS: Final = "keys.json"
 SIGNATURES: Final = "signatures.json"
 PAYLOAD: Final = "payload"
 LOCK: Final = ".keymgmt.lock"
+ORIGIN: Final = ".keymgmt.origin"
 _NAMED_WRONGLY: Final = (errno.ENOENT, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG)
 _WAIT: Final = 60.0
 _FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -232,7 +242,7 @@ class SealedFolder:
 
     def others(self) -> list[str]:
         """Names at the top of the folder that are none of a sealed model's, sorted."""
-        files = (MANIFEST, KEYS, SIGNATURES)
+        files = (MANIFEST, KEYS, SIGNATURES, ORIGIN)
         unfinished = (path.name for file in files for path in left_behind(self.path / file))
         names = {entry.name for entry in os.scandir(self._fd)}
         return sorted(names - {*files, PAYLOAD, LOCK, *unfinished})

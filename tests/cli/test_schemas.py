@@ -78,6 +78,8 @@ def test_every_command_prints_what_its_schema_says(
     assert {f"{each.name.removesuffix('-1.json')}/1" for each in SCHEMAS.iterdir()} == seen | {
         "keymgmt-log/1",
         "keymgmt-plugin-check/1",  # test_plugin.py
+        "keymgmt-pull/1",  # test_registry.py
+        "keymgmt-push/1",
     }
 
 

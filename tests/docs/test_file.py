@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+from loopback import Authority
+from registry import serve_registry
 
 pytest.importorskip("keymgmt_file")
 # Many short processes, which a busy machine makes long.
@@ -184,3 +187,22 @@ def test_hints_about_models(desk: Any) -> None:
     desk.fails("keymgmt verify tree/a.sealed")
     export = {"PROVIDER": "local", "KEY": "publisher"}
     desk.follow("keymgmt", "keymgmt keys export PROVIDER:KEY --format pem", **export)
+
+
+def test_registries(desk: Any, require_tool: Any, tmp_path: Path) -> None:
+    pytest.importorskip("urllib3")
+    program = require_tool("docker-registry", package="docker-registry")
+    authority = Authority(tmp_path / "authority")
+    (tmp_path / "registry").mkdir()
+    server = serve_registry(program, tmp_path / "registry", authority)
+    desk.running.append(server.process)
+    for command in (
+        MODEL,
+        'keymgmt init "$HOME/.config/keymgmt"',
+        f'cp {authority.ca_file} "$HOME/.config/keymgmt/site-ca.pem"',
+        "keymgmt seal model.xml resnet50.sealed --name resnet50 --release 7",
+        "mkdir device",
+    ):
+        desk.run(command)
+    desk.stand_ins = {"registry.example": server.host}
+    desk.run_page("docs/registries.md")

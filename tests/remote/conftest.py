@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from loopback import Authority
+from registry import RegistryServer, serve_registry
 from webserver import Answer, Serve, Web, start_web
 
 
@@ -55,3 +57,29 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     waited: list[float] = []
     monkeypatch.setattr(http.time, "sleep", waited.append)
     return waited
+
+
+@pytest.fixture(scope="session")
+def start_registry(
+    require_tool: Callable[..., Path],
+    authority: Authority,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[..., RegistryServer]]:
+    """Start a registry: ``start_registry()``, or with the ``auth`` of its config."""
+    program = require_tool("docker-registry", package="docker-registry")
+    running = []
+
+    def start(auth: str = "") -> RegistryServer:
+        server = serve_registry(program, tmp_path_factory.mktemp("registry"), authority, auth)
+        running.append(server)
+        return server
+
+    yield start
+    for server in running:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def registry(start_registry: Callable[..., RegistryServer]) -> RegistryServer:
+    """A registry that lets everybody in; each test takes a repository of its own."""
+    return start_registry()

@@ -17,6 +17,8 @@ def verbs(config: keymgmt.Config) -> None:
     assert_type(keymgmt.verify("m.sealed", keys=config), keymgmt.Verification)
     assert_type(keymgmt.rewrap("m.sealed", add=["a:b"], keys="k.toml"), keymgmt.Rewrapped)
     assert_type(keymgmt.usage("models"), keymgmt.Usage)
+    assert_type(keymgmt.push("m.sealed", "oci://r.example/m:1", keys=config), keymgmt.Pushed)
+    assert_type(keymgmt.pull("oci://r.example/m:1", Path("m.sealed")), keymgmt.Pulled)
     with keymgmt.open("m.sealed", name="m") as model:
         assert_type(model, keymgmt.SealedModel)
         assert_type(model.manifest, keymgmt.Manifest)

@@ -1,0 +1,186 @@
+"""A sealed model as an OCI 1.1 artifact: one blob for each file, in ModelPack's media types.
+
+Registries, scanners and Kubernetes see a model of the CNCF ModelPack, whose format is keymgmt's:
+each layer is one file as it lies in the folder, neither packed nor compressed, named by its title.
+What a registry says of names and sizes is hostile: it only leads to the blob of a name that is
+known from elsewhere, in the end from the sealed manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final
+
+from keymgmt._system.strict_json import JsonReader, load_json
+from keymgmt.errors import ConfigError, FormatError
+from keymgmt.sealed.folder import PAYLOAD
+from keymgmt.sealed.manifest import FORMAT, Manifest
+
+if TYPE_CHECKING:
+    from keymgmt.sealed.ciphertext import Ciphertext
+
+__all__ = ["MEDIA_TYPE", "Artifact", "Blob", "Meter", "blob_of", "hash_file"]
+
+MEDIA_TYPE: Final = "application/vnd.oci.image.manifest.v1+json"
+# https://github.com/modelpack/model-spec
+_ARTIFACT: Final = "application/vnd.cncf.model.manifest.v1+json"
+_CONFIG: Final = "application/vnd.cncf.model.config.v1+json"
+_WEIGHT: Final = "application/vnd.cncf.model.weight.v1.raw"
+_WEIGHT_CONFIG: Final = "application/vnd.cncf.model.weight.config.v1.raw"
+_FILE: Final = "org.cncf.model.filepath"
+_TITLE: Final = "org.opencontainers.image.title"
+_DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
+_CHUNK: Final = 1 << 20
+MAX_ARTIFACT: Final = 4 << 20  # what registries take, by the distribution specification
+
+
+@dataclass(frozen=True)
+class Blob:
+    """What a registry keeps: its digest, ``sha256:`` and hex, and its bytes."""
+
+    digest: str
+    size: int
+
+
+def blob_of(content: bytes | memoryview) -> Blob:
+    """The blob that some bytes are."""
+    return Blob(f"sha256:{hashlib.sha256(content).hexdigest()}", len(content))
+
+
+def hash_file(source: Ciphertext, told: Callable[[int], object]) -> Blob:
+    """The blob that a payload file is; ``told`` how many bytes more were read."""
+    digest, size, parts = hashlib.sha256(), source.length(), source.parts()
+    for start in range(0, size, _CHUNK):
+        part = parts.read(start, min(_CHUNK, size - start), size)
+        digest.update(part)
+        told(len(part))
+    return Blob(f"sha256:{digest.hexdigest()}", size)
+
+
+class Meter:
+    """Adds up what several threads have done, for a progress of bytes done and bytes in all."""
+
+    def __init__(self, progress: Callable[[int, int], object] | None, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+        self._lock = threading.Lock()
+
+    def __call__(self, count: int) -> None:
+        """So many bytes more; fewer than 0 where something begins anew."""
+        if self._progress is not None:
+            with self._lock:
+                self._done += count
+                self._progress(max(0, min(self._done, self._total)), self._total)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """The manifest of an artifact, and the blob of each file that it names.
+
+    Attributes:
+        data: the manifest as it is stored.
+        files: blob of each title.
+        config: of what is to be pushed, the content of its configuration.
+    """
+
+    data: bytes
+    files: Mapping[str, Blob]
+    config: bytes = b""
+
+    @cached_property
+    def digest(self) -> str:
+        """What names this artifact, and no other."""
+        return blob_of(self.data).digest
+
+    @classmethod
+    def make(cls, manifest: Manifest, files: Mapping[str, Blob]) -> Artifact:
+        """The artifact of a sealed model; the same files give the same bytes.
+
+        Raises:
+            ConfigError: the model has so many files that registries do not take it.
+        """
+        config = _dump(
+            {
+                "descriptor": {
+                    "createdAt": manifest.created,
+                    "name": manifest.name,
+                    "version": str(manifest.release),
+                },
+                "config": {"format": FORMAT},
+                "modelfs": {"type": "layers", "diffIds": [blob.digest for blob in files.values()]},
+            }
+        )
+        data = _dump(
+            {
+                "schemaVersion": 2,
+                "mediaType": MEDIA_TYPE,
+                "artifactType": _ARTIFACT,
+                "config": _descriptor(_CONFIG, blob_of(config)),
+                "layers": [
+                    _descriptor(_WEIGHT if name.startswith(f"{PAYLOAD}/") else _WEIGHT_CONFIG, blob)
+                    | {"annotations": {_FILE: name, _TITLE: name}}
+                    for name, blob in files.items()
+                ],
+                "annotations": {
+                    "org.opencontainers.image.created": manifest.created,
+                    "org.opencontainers.image.title": manifest.name,
+                    "org.opencontainers.image.version": str(manifest.release),
+                },
+            }
+        )
+        if len(data) > MAX_ARTIFACT:
+            raise ConfigError(
+                f"{manifest.name} has {len(manifest.files)} files, which makes a manifest of "
+                f"{len(data)} bytes, and registries take {MAX_ARTIFACT}",
+                hint="seal it as fewer and larger files",
+            )
+        return cls(data, files, config)
+
+    @classmethod
+    def parse(cls, data: bytes) -> Artifact:
+        """Read what a registry gave; FormatError where it is no sealed model's manifest."""
+        reader = load_json(data, "the artifact", MAX_ARTIFACT, canonical=False)
+        said = reader.rest()
+        if "manifests" in said or said.get("mediaType", MEDIA_TYPE) != MEDIA_TYPE:
+            raise _not_ours("it is an index, or an image of another kind")
+        layers = said.get("layers")
+        if not isinstance(layers, list):
+            raise _not_ours("it has no layers")
+        files: dict[str, Blob] = {}
+        for layer in layers:
+            one = JsonReader(layer, "a layer of the artifact")
+            blob = Blob(one.text("digest", limit=256), one.integer("size"))
+            annotations = one.rest().get("annotations")
+            title = annotations.get(_TITLE) if isinstance(annotations, dict) else None
+            if not isinstance(title, str) or not _DIGEST.fullmatch(blob.digest):
+                raise _not_ours("a layer has no title, or no digest of SHA-256")
+            if title in files:
+                raise FormatError(f"the artifact has {title[:120]!r} twice")
+            files[title] = blob
+        return cls(data, files)
+
+    def blob(self, name: str) -> Blob:
+        """The blob of a file; FormatError where the artifact has no such file."""
+        if name not in self.files:
+            raise _not_ours(f"it has no {name}")
+        return self.files[name]
+
+
+def _descriptor(media_type: str, blob: Blob) -> dict[str, Any]:
+    return {"mediaType": media_type, "digest": blob.digest, "size": blob.size}
+
+
+def _dump(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _not_ours(why: str) -> FormatError:
+    return FormatError(
+        f"what the registry has there is no sealed model: {why}",
+        hint="look at the repository and the tag: what is pulled, keymgmt pushed there",
+    )

@@ -1,0 +1,83 @@
+"""Where a sealed model was last pulled from or pushed to: ``.keymgmt.origin`` in its folder.
+
+It leads nobody anywhere: it is compared with a location that a person gave, so that a tag is not
+moved over somebody else's change, and a change that was made here is not lost.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from keymgmt._system.strict_json import dump, load_json
+from keymgmt.errors import FormatError
+from keymgmt.sealed.folder import KEYS, ORIGIN, SIGNATURES
+
+if TYPE_CHECKING:
+    from keymgmt._remote.artifact import Artifact
+    from keymgmt._remote.location import Location
+    from keymgmt.sealed.folder import SealedFolder
+
+__all__ = ["Origin"]
+
+_FORMAT: Final = "keymgmt-origin/1"
+_LIMIT: Final = 4096
+_DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a folder and a repository had in common.
+
+    Attributes:
+        repository: ``oci://HOST/REPOSITORY``.
+        digest: of the artifact.
+        files: digest of keys.json and signatures.json, which may change without a new model.
+    """
+
+    repository: str
+    digest: str
+    files: Mapping[str, str]
+
+    @classmethod
+    def of(cls, location: Location, artifact: Artifact) -> Origin:
+        """The origin of what was just pulled or pushed."""
+        files = {n: artifact.files[n].digest for n in (KEYS, SIGNATURES) if n in artifact.files}
+        return cls(f"{location.origin}/{location.path}", artifact.digest, files)
+
+    @classmethod
+    def read(cls, folder: SealedFolder) -> Origin | None:
+        """The origin of a folder; None where it has none, or one that is of no use."""
+        content = folder.read(ORIGIN, _LIMIT, optional=True)
+        if not content:
+            return None
+        try:
+            reader = load_json(content, ORIGIN, _LIMIT)
+            reader.version(_FORMAT, "another version of keymgmt wrote it")
+            origin = cls(
+                reader.text("repository", limit=1024),
+                reader.text("digest", limit=80),
+                reader.texts("files", most=2, key_limit=32, limit=80),
+            )
+            reader.end()
+        except FormatError:
+            return None
+        whole = all(map(_DIGEST.fullmatch, (origin.digest, *origin.files.values())))
+        return origin if whole else None
+
+    def to_bytes(self) -> bytes:
+        """The content of the file."""
+        return dump(
+            {
+                "format": _FORMAT,
+                "repository": self.repository,
+                "digest": self.digest,
+                "files": dict(self.files),
+            }
+        )
+
+    def at(self, location: Location) -> str | None:
+        """The digest, if it is of the location's repository."""
+        return self.digest if self.repository == f"{location.origin}/{location.path}" else None

@@ -1,0 +1,159 @@
+"""One repository of a registry: manifests by tag or digest, blobs by digest.
+
+https://github.com/opencontainers/distribution-spec/blob/v1.1.0/spec.md
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from keymgmt._remote.artifact import MAX_ARTIFACT, MEDIA_TYPE, Artifact, Blob
+from keymgmt._remote.http import Body, Http, Sink, redirected
+from keymgmt.errors import ConfigError, IntegrityError, StorageUnavailable
+
+if TYPE_CHECKING:
+    from keymgmt._config.remote import Remote
+    from keymgmt._remote.location import Location
+
+__all__ = ["Registry"]
+
+_INDEX: Final = "application/vnd.oci.image.index.v1+json"
+
+
+class Registry:
+    """The repository of a location; any thread may ask."""
+
+    def __init__(self, location: Location, settings: Remote) -> None:
+        """Make a client; nothing is sent yet. ConfigError where the config is wrong."""
+        self._location = location
+        access = settings.access_to(location.origin)
+        scheme = "http" if access.plain_http else "https"
+        self._base = f"{scheme}://{location.host}/v2/{location.path}"
+        self._http = Http(self._base, settings, access)
+
+    def find(self) -> Artifact | None:
+        """The artifact at the location now; None where there is none.
+
+        Raises:
+            FormatError: it is no sealed model.
+            IntegrityError: the registry gave another than it says, or than was asked for.
+            StorageError: it is not to be had.
+        """
+        data = self._manifest()
+        return None if data is None else Artifact.parse(data)
+
+    def digest(self) -> str | None:
+        """The digest of whatever is at the location now; None where there is nothing."""
+        data = self._manifest()
+        return None if data is None else Artifact(data, {}).digest
+
+    def _manifest(self) -> bytes | None:
+        reference = self._location.reference
+        reply = self._http.request(
+            "GET",
+            f"{self._base}/manifests/{reference}",
+            headers={"Accept": f"{MEDIA_TYPE}, {_INDEX}"},
+            good=(200, 404),
+            limit=MAX_ARTIFACT,
+        )
+        if reply.status == 404:
+            return None
+        if not reply.whole:
+            raise StorageUnavailable(f"{self._location} is larger than {MAX_ARTIFACT} bytes")
+        data = bytes(reply.body)
+        digest = Artifact(data, {}).digest
+        said = reply.headers.get("docker-content-digest", digest)
+        if said != digest or (reference.startswith("sha256:") and reference != digest):
+            raise IntegrityError(
+                f"the registry gave another manifest for {self._location} than it says",
+                hint="the registry, or a cache on the way, is broken or hostile",
+            )
+        return data
+
+    def read(self, blob: Blob, limit: int, name: str) -> bytes:
+        """A small blob, which is ``name`` of a sealed model.
+
+        Raises:
+            IntegrityError: it is missing, or another.
+            StorageError: it is not to be had.
+        """
+        size = min(limit, blob.size)
+        reply = self._http.request("GET", self._blob(blob), good=(200, 404), limit=size)
+        if reply.status == 404:
+            raise self.missing(name)
+        content = bytes(reply.body)
+        if not reply.whole or f"sha256:{hashlib.sha256(content).hexdigest()}" != blob.digest:
+            raise self.another(name)
+        return content
+
+    def fetch(self, blob: Blob, sink: Sink) -> None:
+        """Get what ``sink`` lacks of a blob, whose digest it checks; raises as ``Http.fetch``."""
+        self._http.fetch(self._blob(blob), sink)
+
+    def has(self, blob: Blob) -> bool:
+        """Whether the repository has a blob."""
+        reply = self._http.request("HEAD", self._blob(blob), good=(200, 404), limit=0)
+        return reply.status == 200
+
+    def put(self, blob: Blob, body: Callable[[], Body]) -> None:
+        """Upload a blob; ``body`` opens its content, again where an upload broke.
+
+        Raises:
+            StorageDenied, StorageUnavailable: the registry does not take it.
+        """
+        begin = f"{self._base}/blobs/uploads/"
+
+        def work(end: float) -> None:
+            with self._http.exchange("POST", begin, end, body=b"", good=(202,)) as answer:
+                place = redirected(begin, answer.headers.get("location", ""))
+                list(answer.parts(0, end))
+            joint = "&" if "?" in place else "?"
+            headers = {
+                "Content-Type": "application/octet-stream",
+                "Content-Length": str(blob.size),
+            }
+            url = f"{place}{joint}digest={blob.digest.replace(':', '%3A')}"
+            with self._http.exchange(
+                "PUT", url, end, headers=headers, body=body, good=(201,)
+            ) as answer:
+                list(answer.parts(0, end))
+
+        self._http.retry(work)
+
+    def tag(self, artifact: Artifact) -> None:
+        """Let the location be an artifact, whose blobs are there."""
+        self._http.request(
+            "PUT",
+            f"{self._base}/manifests/{self._location.reference}",
+            headers={"Content-Type": MEDIA_TYPE},
+            body=artifact.data,
+            good=(201,),
+            limit=0,
+        )
+
+    def nothing(self) -> ConfigError:
+        """The error for a location where nothing is."""
+        return ConfigError(
+            f"{self._location} is not there: the registry knows no such repository or tag",
+            hint="a registry may also say so to who may not read it: look at its name, and at "
+            '[remote.access."oci://HOST"] in the config',
+        )
+
+    def missing(self, name: str) -> IntegrityError:
+        """The error for a blob that the registry lacks."""
+        return IntegrityError(
+            f"{self._location} is not whole: the registry lacks its {name}",
+            hint="it was deleted there, or never came: push the model again",
+        )
+
+    def another(self, name: str) -> IntegrityError:
+        """The error for a blob that has not its digest."""
+        return IntegrityError(
+            f"the registry gave another {name} of {self._location} than its digest says",
+            hint="the registry, or a cache on the way, is broken or hostile",
+        )
+
+    def _blob(self, blob: Blob) -> str:
+        return f"{self._base}/blobs/{blob.digest}"

@@ -1,0 +1,404 @@
+"""Pull: get a sealed model from a registry, as far as it is not here yet.
+
+What is to be the model is filled beside it, in a folder that outlives an interruption. The small
+files come first, and the config decides by them whether the model is let in; then come the
+payload's, each known by the digest of the artifact and by the size that the sealed manifest gives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shlex
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from keymgmt import floe
+from keymgmt._config.config import use_config
+from keymgmt._remote.artifact import Artifact, Blob, Meter, blob_of, hash_file
+from keymgmt._remote.origin import Origin
+from keymgmt._remote.registry import Registry
+from keymgmt._system.audit import audit
+from keymgmt._system.files import (
+    make_folder,
+    new_directory,
+    replace_file,
+    resumable_directory,
+    to_system,
+)
+from keymgmt._system.refused import translate
+from keymgmt._trust.candidate import Candidate
+from keymgmt._verbs.push import THREADS, registry_location
+from keymgmt._verbs.seal import replaceable
+from keymgmt.errors import ConfigError, FormatError, KeymgmtError, RollbackError, SealedModelError
+from keymgmt.sealed.folder import (
+    KEYS,
+    MANIFEST,
+    ORIGIN,
+    PAYLOAD,
+    SIGNATURES,
+    SealedFolder,
+    payload_name,
+)
+from keymgmt.sealed.keys import MAX_KEYS
+from keymgmt.sealed.manifest import MAX_MANIFEST, Manifest
+from keymgmt.sealed.signatures import MAX_SIGNATURES
+
+if TYPE_CHECKING:
+    from keymgmt._config.config import Config
+    from keymgmt._remote.location import Location
+
+__all__ = ["Pulled", "pull"]
+
+Progress = Callable[[int, int], object]
+_LIMITS = {MANIFEST: MAX_MANIFEST, KEYS: MAX_KEYS, SIGNATURES: MAX_SIGNATURES}
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """What a pull brought.
+
+    Attributes:
+        manifest: what the model is.
+        location: where it came from, as it was given.
+        digest: of the artifact that was there when the pull began.
+        path: the folder.
+        state: ``new``; ``replaced``, another model or release took the place of the old;
+            ``updated``, who may open it or who signed it; ``current``.
+        received: bytes of files that came.
+    """
+
+    manifest: Manifest
+    location: str
+    digest: str
+    path: str
+    state: Literal["new", "replaced", "updated", "current"]
+    received: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return {
+            "location": self.location,
+            "digest": self.digest,
+            "path": self.path,
+            "name": self.manifest.name,
+            "release": self.manifest.release,
+            "id": self.manifest.id.hex(),
+            "state": self.state,
+            "received": self.received,
+        }
+
+
+def pull(
+    location: str,
+    path: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    force: bool = False,
+    keys: Config | str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Pulled:
+    """Get a sealed model from a registry: only those of its files that are not here yet.
+
+    The folder takes its name when this config lets the model in and all of it is there. Killed, it
+    goes on where it was when it is run again. Of a model that is here already, keys.json and
+    signatures.json are replaced, each in one step.
+
+    Args:
+        location: ``oci://HOST/REPOSITORY:TAG``, or ``@DIGEST``. A tag is looked up once: whoever
+            moves it meanwhile changes nothing.
+        path: the folder; its parent exists. A sealed model there is brought up to date.
+        name: the model name that is expected; another one is refused.
+        force: replace a model of another name, a later release, or one that was changed here.
+        keys: a loaded config, or the path of one.
+        progress: told the bytes done, and those in all.
+
+    Raises:
+        ConfigError: nothing is at the location, or what is at ``path`` is not replaced.
+        FormatError, IntegrityError: what the registry gives is no sealed model, or damaged.
+        UntrustedPublisher, ModelExpired, RollbackError: the config does not let it in, or a later
+            release is here.
+        ProviderError: the anchor of the release memory cannot be read.
+        StorageError: the registry does not give it.
+    """
+    place = registry_location(location)
+    # Where a link leads to the model, the model is replaced and not the link.
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise ConfigError(
+            f"the folder {target.parent} for {target.name} does not exist",
+            hint=f"make it with: mkdir -p {shlex.quote(str(target.parent))}",
+        )
+    with use_config(keys) as config:
+        registry = Registry(place, config.remote)
+        artifact = registry.find()
+        if artifact is None:
+            raise registry.nothing()
+        try:
+            with resumable_directory(target, artifact.blob(MANIFEST).digest) as folder:
+                work = _Pull(place, target, artifact, registry, folder)
+                work.admit(config, name)
+                state = work.finish(force, progress)
+        except OSError as error:
+            raise translate(error, target) from error
+        manifest = work.manifest
+        audit("pull", model=manifest.id.hex(), name=manifest.name, digest=artifact.digest)
+        return Pulled(manifest, str(place), artifact.digest, str(path), state, work.received)
+
+
+class _Pull:
+    """One model on its way into ``folder``, which becomes ``target``."""
+
+    def __init__(
+        self,
+        place: Location,
+        target: Path,
+        artifact: Artifact,
+        registry: Registry,
+        folder: Path,
+    ) -> None:
+        self._target, self._artifact, self._registry = target, artifact, registry
+        self._folder = folder
+        self._origin = Origin.of(place, artifact).to_bytes()
+        self.received = 0
+
+    def admit(self, config: Config, name: str | None) -> None:
+        """Let the config decide by the small files, and see that the artifact has all others."""
+        make_folder(self._folder / PAYLOAD)
+        self._small = self._read_small()
+        for each, content in self._small.items():
+            replace_file(self._folder / each, content)
+        with Candidate.read(self._folder) as candidate:
+            candidate.trust(config, name)
+            candidate.policy()
+            self.manifest = candidate.manifest
+        length = self.manifest.segment_length
+        self._payload: dict[str, Blob] = {}
+        for entry in self.manifest.files:
+            blob = self._artifact.blob(payload_name(entry.path))
+            size = floe.ciphertext_length(entry.size, length)
+            if blob.size != size:
+                raise FormatError(
+                    f"{payload_name(entry.path)} has {blob.size} bytes in the registry, and by "
+                    f"manifest.json it has {size}",
+                    hint="files of two models were mixed: push the model again",
+                )
+            self._payload[entry.path] = blob
+
+    def _read_small(self) -> dict[str, bytes]:
+        """The small files: from the model that is here, where it has them, else from there."""
+        wanted = [MANIFEST, KEYS, *([SIGNATURES] if SIGNATURES in self._artifact.files else [])]
+        small = {}
+        with contextlib.ExitStack() as stack:
+            here = None
+            if self._target.is_dir():
+                here = stack.enter_context(SealedFolder(self._target))
+            for name in wanted:
+                blob = self._artifact.blob(name)
+                content = here.read(name, _LIMITS[name], optional=True) if here else b""
+                if blob_of(content) != blob:
+                    content = self._registry.read(blob, _LIMITS[name], name)
+                    self.received += blob.size
+                small[name] = content
+        return small
+
+    def finish(
+        self, force: bool, progress: Progress | None
+    ) -> Literal["new", "replaced", "updated", "current"]:
+        """Get what is not here, and put it in place."""
+        self._meter = Meter(progress, sum(blob.size for blob in self._payload.values()))
+        if not os.path.lexists(self._target):
+            self._fetch(set())
+            self._put_in_place(None)
+            return "new"
+        look = replaceable(self._target)
+        with SealedFolder(self._target) as old:
+            old.lock()
+            same = old.read(MANIFEST, MAX_MANIFEST, optional=True) == self._small[MANIFEST]
+            if not force:
+                self._check_unchanged(old)
+            if same:
+                here = self._here(old)
+                if here == self._payload.keys():
+                    return self._update(old)
+                # Something of it was lost or damaged: the rest of it stays.
+                self._fetch(self._keep(here))
+                self._put_in_place(look)
+                return "updated"
+            look(self._target)
+            if not force:
+                self._check_succession()
+            self._fetch(set())
+            old.check_place()
+            self._put_in_place(look)
+            return "replaced"
+
+    def _check_succession(self) -> None:
+        """Refuse to put a model in the place of another one, or of a later release."""
+        with Candidate.read(self._target) as candidate:
+            old = candidate.manifest
+        if old.name != self.manifest.name:
+            raise ConfigError(
+                f"{self._target} is {old.name}, and {self.manifest.name} would take its place",
+                hint="name another folder, or replace it with --force",
+            )
+        if old.release > self.manifest.release:
+            raise RollbackError(
+                f"{self._target} is release {old.release}, and the registry has "
+                f"{self.manifest.release}",
+                hint="go back to the older one with --force",
+            )
+
+    def _check_unchanged(self, old: SealedFolder) -> None:
+        """ConfigError where a change that was made here would be lost."""
+        origin = Origin.read(old)
+        for name in (KEYS, SIGNATURES):
+            here = blob_of(old.read(name, _LIMITS[name], optional=True)).digest
+            there = self._artifact.files.get(name)
+            if here not in (origin.files.get(name) if origin else None, there and there.digest):
+                raise ConfigError(
+                    f"{name} of {self._target} was changed here, and is not in the registry",
+                    hint="push it first, or take what the registry has with --force",
+                )
+
+    def _here(self, old: SealedFolder) -> set[str]:
+        """Those payload files of the old folder that are as they should be."""
+
+        def whole(path: str) -> bool:
+            blob, read = self._payload[path], [0]
+
+            def told(count: int) -> None:
+                read[0] += count
+                self._meter(count)
+
+            try:
+                with contextlib.closing(old.open_payload(path)) as source:
+                    if source.length() == blob.size and hash_file(source, told) == blob:
+                        return True
+            except SealedModelError:
+                pass
+            self._meter(-read[0])
+            return False
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            return {
+                path
+                for path, same in zip(self._payload, pool.map(whole, self._payload), strict=True)
+                if same
+            }
+
+    def _keep(self, here: set[str]) -> set[str]:
+        """Give payload files of the old folder a second name in the new one, where that goes."""
+        kept = set()
+        for path in here:
+            name = to_system(payload_name(path))
+            make_folder((self._folder / name).parent)
+            (self._folder / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                os.link(self._target / name, self._folder / name, follow_symlinks=False)
+                kept.add(path)
+        return kept
+
+    def _update(self, old: SealedFolder) -> Literal["updated", "current"]:
+        changed = False
+        for name in (SIGNATURES, KEYS):
+            content = self._small.get(name)
+            if content is not None and content != old.read(name, _LIMITS[name], optional=True):
+                old.replace(name, content)
+                changed = True
+        if old.read(ORIGIN, MAX_MANIFEST, optional=True) != self._origin:
+            old.replace(ORIGIN, self._origin)
+        return "updated" if changed else "current"
+
+    def _fetch(self, kept: set[str]) -> None:
+        left = [path for path in self._payload if path not in kept]
+        missing = sum(self._payload[path].size for path in left)
+        there = sum(
+            file.stat().st_size for file in (self._folder / PAYLOAD).rglob("*") if file.is_file()
+        )
+        free = shutil.disk_usage(self._folder).free
+        if missing - there > free:
+            raise KeymgmtError(
+                f"{self._target} needs {missing - there} bytes more, and the disk has {free}",
+                hint="make room there, and run it again: what came so far is kept",
+            )
+        with ThreadPoolExecutor(THREADS) as pool:
+            for future in [pool.submit(self._fetch_one, path) for path in left]:
+                try:
+                    future.result()
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+
+    def _fetch_one(self, path: str) -> None:
+        name = payload_name(path)
+        file = self._folder / to_system(name)
+        make_folder(file.parent)
+        with _open_download(file, self._payload[path], self._meter) as download:
+            resumed = download.done > 0
+            while True:
+                before = download.done
+                self._registry.fetch(self._payload[path], download)
+                self.received += download.done - before
+                if download.whole:
+                    return
+                download.restart()
+                if not resumed:
+                    file.unlink()
+                    raise self._registry.another(name)
+                resumed = False
+
+    def _put_in_place(self, look: Callable[[Path], object] | None) -> None:
+        with new_directory(self._target, replaceable=look) as made:
+            for name in (PAYLOAD, *self._small):
+                (self._folder / name).rename(made / name)
+            replace_file(made / ORIGIN, self._origin)
+
+
+class _Download:
+    """A file that comes from a registry, and what came of it before."""
+
+    def __init__(self, descriptor: int, blob: Blob, told: Callable[[int], object]) -> None:
+        self._descriptor, self._blob, self._told = descriptor, blob, told
+        self.size, self.done = blob.size, 0
+        self._hash = hashlib.sha256()
+        if os.fstat(descriptor).st_size > blob.size:
+            os.ftruncate(descriptor, 0)
+        while part := os.pread(descriptor, 1 << 20, self.done):
+            self._take(part)
+
+    def _take(self, part: bytes) -> None:
+        self._hash.update(part)
+        self.done += len(part)
+        self._told(len(part))
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is the blob that it should be."""
+        return f"sha256:{self._hash.hexdigest()}" == self._blob.digest
+
+    def write(self, part: bytes) -> None:
+        written = 0
+        while written < len(part):
+            written += os.pwrite(self._descriptor, part[written:], self.done + written)
+        self._take(part)
+
+    def restart(self) -> None:
+        os.ftruncate(self._descriptor, 0)
+        self._told(-self.done)
+        self.done, self._hash = 0, hashlib.sha256()
+
+
+@contextlib.contextmanager
+def _open_download(file: Path, blob: Blob, told: Callable[[int], object]) -> Iterator[_Download]:
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    descriptor = os.open(file, flags, 0o644)
+    try:
+        yield _Download(descriptor, blob, told)
+    finally:
+        os.close(descriptor)

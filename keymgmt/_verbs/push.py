@@ -1,0 +1,242 @@
+"""Push: put a sealed model into a registry, as far as it is not there yet."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from keymgmt import floe
+from keymgmt._config.config import use_config
+from keymgmt._remote.artifact import Artifact, Blob, Meter, blob_of, hash_file
+from keymgmt._remote.location import Location
+from keymgmt._remote.origin import Origin
+from keymgmt._remote.registry import Registry
+from keymgmt._system.audit import audit
+from keymgmt._system.refused import translate
+from keymgmt._trust.candidate import Candidate, refusal
+from keymgmt.errors import ConfigError, IntegrityError, KeymgmtError
+from keymgmt.sealed.folder import KEYS, MANIFEST, ORIGIN, SIGNATURES, payload_name
+from keymgmt.sealed.keys import MAX_KEYS
+from keymgmt.sealed.manifest import FileEntry, Manifest
+from keymgmt.sealed.signatures import MAX_SIGNATURES
+
+if TYPE_CHECKING:
+    from keymgmt._config.config import Config
+    from keymgmt.sealed.ciphertext import Ciphertext
+
+__all__ = ["THREADS", "Pushed", "push", "registry_location"]
+
+log = logging.getLogger("keymgmt")
+Progress = Callable[[int, int], object]
+THREADS: Final = 4
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push put into a registry.
+
+    Attributes:
+        manifest: what the model is.
+        location: where it is now, by its tag.
+        digest: of the artifact: ``oci://HOST/REPOSITORY@DIGEST`` is this very one for ever.
+        sent: bytes of the files that the registry did not have.
+        moved: whether the tag is another than before.
+        refusal: why this config would not open it; None where it would.
+    """
+
+    manifest: Manifest
+    location: str
+    digest: str
+    sent: int
+    moved: bool
+    refusal: KeymgmtError | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return {
+            "location": self.location,
+            "digest": self.digest,
+            "name": self.manifest.name,
+            "release": self.manifest.release,
+            "id": self.manifest.id.hex(),
+            "sent": self.sent,
+            "moved": self.moved,
+            "refusal": str(self.refusal) if self.refusal else None,
+        }
+
+
+def push(
+    path: str | os.PathLike[str],
+    location: str,
+    *,
+    force: bool = False,
+    keys: Config | str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Pushed:
+    """Put a sealed model into a registry: only those of its files that are not there yet.
+
+    A tag that is there must have the digest with which the model was pulled from it, or pushed to
+    it. That is looked at before anything is sent and once more before the tag is moved; registries
+    cannot do both in one step, so of two who push at the same moment the second one wins.
+
+    Args:
+        path: the sealed model's folder.
+        location: ``oci://HOST/REPOSITORY:TAG``.
+        force: move the tag whatever it is.
+        keys: a loaded config, or the path of one: how the registry is reached.
+        progress: told the bytes done, and those in all.
+
+    Raises:
+        ConfigError: the config or the location is wrong, or the tag is another by now.
+        SealedModelError: the model is damaged, as far as can be seen without a key.
+        StorageError: the registry does not take it.
+    """
+    place = registry_location(location)
+    if place.reference.startswith("sha256:"):
+        raise ConfigError(
+            f"{place} is a digest, and a model is pushed to a tag",
+            hint="write oci://HOST/REPOSITORY:TAG",
+        )
+    with use_config(keys) as config, Candidate.read(path) as candidate:
+        candidate.policy()
+        registry = Registry(place, config.remote)
+        before = registry.digest()
+        upload = _Upload(candidate, registry, progress)
+        artifact = upload.artifact
+        origin = Origin.read(candidate.folder)
+        sent, moved = 0, before != artifact.digest
+        if moved:
+            allowed = {None, origin.at(place) if origin else None}
+            if before not in allowed and not force:
+                raise _moved(place, before, origin)
+            sent = upload.run()
+            if registry.digest() != before and not force:
+                raise _moved(place, registry.digest(), origin)
+            registry.tag(artifact)
+        try:
+            candidate.folder.replace(ORIGIN, Origin.of(place, artifact).to_bytes())
+        except (OSError, ConfigError) as error:
+            log.warning(
+                "%s: cannot note what was pushed, so the next push to this tag needs --force: %s",
+                path,
+                error,
+            )
+        manifest = candidate.manifest
+        audit("push", model=manifest.id.hex(), name=manifest.name, digest=artifact.digest)
+    refused = refusal(path, config)
+    return Pushed(manifest, str(place), artifact.digest, sent, moved, refused)
+
+
+def registry_location(location: str) -> Location:
+    """The location in a registry that a person gave; ConfigError where it is none."""
+    place = Location.parse(location)
+    if place.scheme != "oci":
+        raise ConfigError(f"{place} is no registry", hint="write oci://HOST/REPOSITORY:TAG")
+    return place
+
+
+def _moved(place: Location, now: str | None, origin: Origin | None) -> ConfigError:
+    was = origin.at(place) if origin else None
+    before = f"and was {was} when this model was pulled" if was else "and this model is not from it"
+    return ConfigError(
+        f"{place} is {now or 'gone'} by now, {before}",
+        hint="pull it and do the work again, push to another tag, or move the tag with --force",
+    )
+
+
+class _Upload:
+    """The files of one sealed model on their way."""
+
+    def __init__(self, candidate: Candidate, registry: Registry, progress: Progress | None) -> None:
+        """Read and hash all that there is to push."""
+        folder, manifest = candidate.folder, candidate.manifest
+        self._candidate, self._registry = candidate, registry
+        self._small = {MANIFEST: candidate.data, KEYS: folder.read(KEYS, MAX_KEYS)}
+        if signatures := folder.read(SIGNATURES, MAX_SIGNATURES, optional=True):
+            self._small[SIGNATURES] = signatures
+        self._paths = {payload_name(entry.path): entry.path for entry in manifest.files}
+        size = sum(
+            floe.ciphertext_length(entry.size, manifest.segment_length) for entry in manifest.files
+        )
+        self._meter = Meter(progress, 2 * size + sum(map(len, self._small.values())))
+        blobs = {name: blob_of(content) for name, content in self._small.items()}
+        with ThreadPoolExecutor(THREADS) as pool:
+            blobs |= zip(self._paths, pool.map(self._hash, manifest.files), strict=True)
+        self.artifact = Artifact.make(manifest, blobs)
+
+    def _hash(self, entry: FileEntry) -> Blob:
+        expected = floe.ciphertext_length(entry.size, self._candidate.manifest.segment_length)
+        with self._open(entry.path) as source:
+            if source.length() != expected:
+                raise IntegrityError(
+                    f"{payload_name(entry.path)} has {source.length()} bytes, and not {expected}",
+                    hint="it was damaged: fetch or seal the model again",
+                )
+            return hash_file(source, self._meter)
+
+    @contextlib.contextmanager
+    def _open(self, path: str) -> Iterator[Ciphertext]:
+        try:
+            with contextlib.closing(self._candidate.folder.open_payload(path)) as source:
+                yield source
+        except OSError as error:
+            raise translate(error, payload_name(path)) from error
+
+    def run(self) -> int:
+        """Send what the registry does not have; how many bytes that were."""
+        files = self.artifact.files
+        config = blob_of(self.artifact.config)
+        with ThreadPoolExecutor(THREADS) as pool:
+            sent = sum(pool.map(self._put, files))
+        if not self._registry.has(config):
+            self._registry.put(config, partial(_Content, self.artifact.config, lambda _: None))
+        return sent
+
+    def _put(self, name: str) -> int:
+        blob = self.artifact.files[name]
+        if self._registry.has(blob):
+            self._meter(blob.size)
+            return 0
+        if name in self._small:
+            self._registry.put(blob, partial(_Content, self._small[name], self._meter))
+        else:
+            with self._open(self._paths[name]) as source:
+                self._registry.put(blob, partial(_File, source, blob.size, self._meter))
+        return blob.size
+
+
+class _Content:
+    """Bytes that are sent, from their beginning."""
+
+    def __init__(self, content: bytes, told: Callable[[int], object]) -> None:
+        self._left, self._told = memoryview(content), told
+
+    def read(self, size: int = -1, /) -> bytes:
+        part = bytes(self._left[: size if size >= 0 else None])
+        self._left = self._left[len(part) :]
+        self._told(len(part))
+        return part
+
+
+class _File:
+    """A payload file that is sent, from its beginning."""
+
+    def __init__(self, source: Ciphertext, size: int, told: Callable[[int], object]) -> None:
+        self._parts, self._size, self._told, self._done = source.parts(), size, told, 0
+
+    def read(self, size: int = -1, /) -> bytes:
+        left = self._size - self._done
+        try:
+            part = bytes(self._parts.read(self._done, min(size, left) if size >= 0 else left))
+        except OSError as error:
+            # Else it would be taken for a fault of the connection.
+            raise translate(error, "the file that is sent") from error
+        self._done += len(part)
+        self._told(len(part))
+        return part
