@@ -23,7 +23,7 @@ from keymgmt.backend import Settings
 
 PAGE = Path(__file__).with_name("config.md")
 TABLES = {"policy": Policy, "seal": SealDefaults, "cache": CacheSettings, "remote": Remote}
-BACKENDS = ("file", "vault", "pkcs11", "tpm2", "aws")
+BACKENDS = ("file", "vault", "pkcs11", "tpm2", "aws", "broker")
 
 INTRODUCTION = """\
 # keymgmt.toml

@@ -19,7 +19,7 @@ from keymgmt.errors import KeymgmtError
 __all__ = ["backends"]
 
 SECONDS: Final = 20
-OURS: Final = ("file", "vault", "pkcs11", "tpm2", "aws")
+OURS: Final = ("file", "vault", "pkcs11", "tpm2", "aws", "broker")
 
 
 def backends(as_json: Json = False) -> None:

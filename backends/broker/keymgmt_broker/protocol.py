@@ -2,6 +2,7 @@
 
     POST /v1/nonce   (no body)                             -> keymgmt-broker-nonce/1
     POST /v1/unwrap  keymgmt-broker-request/1              -> keymgmt-broker-answer/1
+    GET /healthz                                           -> keymgmt-broker-health/1
     any refusal      a status of 400 or more, and             keymgmt-broker-refusal/1
 
 Each body is one JSON object in the one spelling of RFC 8785. The evidence signs ``report_data``, so
@@ -16,7 +17,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from keymgmt.backend import (
@@ -32,8 +33,10 @@ from keymgmt.backend import (
 __all__ = [
     "ANSWER",
     "BACKEND",
+    "HEALTH",
     "HEALTH_PATH",
     "MAX_ANSWER",
+    "MAX_EVIDENCE",
     "MAX_REQUEST",
     "NONCE",
     "NONCE_LENGTH",
@@ -56,6 +59,7 @@ HEALTH_PATH: Final = "/healthz"
 NONCE: Final = "keymgmt-broker-nonce/1"
 REQUEST: Final = "keymgmt-broker-request/1"
 ANSWER: Final = "keymgmt-broker-answer/1"
+HEALTH: Final = "keymgmt-broker-health/1"
 REFUSAL: Final = "keymgmt-broker-refusal/1"
 
 NONCE_LENGTH: Final = 56
@@ -126,6 +130,10 @@ class Request:
         for part in parts:
             digest.update(len(part).to_bytes(8, "big") + part)
         return digest.digest()
+
+    def with_evidence(self, evidence: bytes) -> Request:
+        """The same request, with its evidence."""
+        return replace(self, evidence=evidence)
 
     def to_bytes(self) -> bytes:
         """The body of the request."""

@@ -1,0 +1,175 @@
+"""The HTTP of the service: three paths, within bounds of size, time, number and rate."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, Final
+
+import anyio.to_thread
+from keymgmt_broker.protocol import (
+    HEALTH,
+    HEALTH_PATH,
+    MAX_REQUEST,
+    NONCE,
+    NONCE_PATH,
+    REFUSAL,
+    STATUS,
+    UNWRAP_PATH,
+    encode,
+    encode_bytes,
+)
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from keymgmt_broker_service._decide import Broker, Refusal
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
+__all__ = ["make_app"]
+
+log = logging.getLogger("keymgmt.broker")
+BODY_SECONDS: Final = 10.0
+_SMALL: Final = 64 * 1024
+_BODIES: Final = 64 * 1024 * 1024
+_CLIENTS: Final = 65536
+# Refusals before a body was read: who sends it slowly must not keep the connection.
+_CLOSING: Final = frozenset({"size", "time", "rate", "busy"})
+
+
+class _Rates:
+    """How fast each address asks: a bucket of tokens for each, the newest addresses kept."""
+
+    def __init__(self, rate: float) -> None:
+        self._rate, self._most = rate, max(2.0, 2 * rate)
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def count(self, client: str) -> None:
+        """Count one more request of this client; Refusal where it asks too often."""
+        now = time.monotonic()
+        tokens, since = self._buckets.pop(client, (self._most, now))
+        tokens = min(self._most, tokens + (now - since) * self._rate)
+        self._buckets[client] = (max(0.0, tokens - 1), now)
+        if len(self._buckets) > _CLIENTS:
+            self._buckets.popitem(last=False)
+        if tokens < 1:
+            log.warning("%s asks more often than rate allows", client)
+            raise Refusal("rate")
+
+
+class _Places:
+    """A bound of what is done at the same time, of one event loop; Refusal where it is full."""
+
+    def __init__(self, most: int) -> None:
+        self._free = most
+
+    def __enter__(self) -> None:
+        if not self._free:
+            log.warning("a request is refused: there are too many at the same time")
+            raise Refusal("busy")
+        self._free -= 1
+
+    def __exit__(self, *_: object) -> None:
+        self._free += 1
+
+
+def make_app(broker: Broker) -> ASGIApp:
+    """The application of one worker."""
+    settings = broker.settings
+    rates = _Rates(settings.rate / settings.processes)
+    deciding = _Places(settings.concurrent)
+    # Evidence of a TPM has its event log with it.
+    large = any(policy.evidence == "tpm2" for policy in settings.policies.values())
+    limit = MAX_REQUEST if large else _SMALL
+    reading = _Places(_BODIES // limit)
+
+    def limited(
+        answer: Callable[[Request, str], Awaitable[bytes]],
+    ) -> Callable[[Request], Awaitable[Response]]:
+        async def run(request: Request) -> Response:
+            client = _client(request)
+            try:
+                rates.count(client)
+                return _json(await answer(request, client), 200)
+            except Refusal as refusal:
+                return _refusal(refusal.word)
+            except ClientDisconnect:
+                return Response(status_code=400)
+            except Exception:
+                log.exception("a request of %s failed", client)
+                return _refusal("fault")
+
+        return run
+
+    async def nonce(_request: Request, _client: str) -> bytes:
+        return encode({"format": NONCE, "nonce": encode_bytes(broker.nonces.make())})
+
+    async def unwrap(request: Request, client: str) -> bytes:
+        with reading:
+            body = await _body(request, limit)
+        with deciding:
+            return await anyio.to_thread.run_sync(broker.answer, body, client)
+
+    async def health(_request: Request) -> Response:
+        return _json(encode({"format": HEALTH}), 200)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+        anyio.to_thread.current_default_thread_limiter().total_tokens = settings.concurrent
+        yield
+        broker.close()
+
+    return Starlette(
+        routes=[
+            Route(NONCE_PATH, limited(nonce), methods=["POST"]),
+            Route(UNWRAP_PATH, limited(unwrap), methods=["POST"]),
+            Route(HEALTH_PATH, health, methods=["GET"]),
+        ],
+        lifespan=lifespan,
+    )
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    body = bytearray()
+    try:
+        if int(request.headers.get("content-length", "0")) > limit:
+            raise Refusal("size")
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise Refusal("size")
+    except TimeoutError:
+        raise Refusal("time") from None
+    except ValueError:
+        raise Refusal("request") from None
+    return bytes(body)
+
+
+def _client(request: Request) -> str:
+    """The client's address; of IPv6 the network, since each host has a whole one."""
+    host = request.client.host if request.client else ""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return "unknown"
+    return str(address) if address.version == 4 else str(ipaddress.ip_network((address, 64), False))
+
+
+def _refusal(word: str) -> Response:
+    response = _json(encode({"format": REFUSAL, "refused": word}), STATUS[word])
+    if word in _CLOSING:
+        response.headers["Connection"] = "close"
+    return response
+
+
+def _json(content: bytes, status: int) -> Response:
+    return Response(content, status, media_type="application/json")

@@ -1,0 +1,64 @@
+"""BrokerProvider keeps the contract of every provider, with a real service."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("keymgmt_broker_service")
+
+from keymgmt.testing import Hook, ProviderContract, ProviderFactory
+
+
+class TestBroker(ProviderContract):
+    """One instance with two workers, and HPKE keys of a file provider behind it."""
+
+    @pytest.fixture
+    def time_limit(self, request: pytest.FixtureRequest) -> float:
+        return 3.0 if {"hang_service", "break_service"} & set(request.fixturenames) else 20.0
+
+    @pytest.fixture
+    def instance(self, shared_service: Any) -> Iterator[Any]:
+        yield shared_service
+        shared_service.heal()
+
+    @pytest.fixture
+    def provider_factory(self, instance: Any, client: Any, time_limit: float) -> ProviderFactory:
+        return lambda: client(instance.address, timeout=time_limit)
+
+    @pytest.fixture
+    def denied_factory(self, instance: Any, client: Any) -> ProviderFactory:
+        return lambda: client(instance.address, evidence={"kind": "sgx", "proves": "nothing"})
+
+    @pytest.fixture
+    def wrap_key(self) -> str:
+        return "model"
+
+    @pytest.fixture
+    def other_wrap_key(self) -> str:
+        return "other"
+
+    @pytest.fixture
+    def wraps_offline(self) -> bool:
+        return True
+
+    def test_spawn(self) -> None:
+        pytest.skip("the evidence is made in this process: see test_end_to_end")
+
+    @pytest.fixture
+    def break_service(self, instance: Any) -> Hook:
+        return instance.kill
+
+    @pytest.fixture
+    def hang_service(self, instance: Any) -> Hook:
+        return instance.freeze
+
+    @pytest.fixture
+    def heal_service(self, instance: Any) -> Hook:
+        return instance.heal
+
+    @pytest.fixture
+    def place_values(self, instance: Any) -> list[str]:
+        return [str(instance.port), "127.0.0.1"]
