@@ -67,9 +67,20 @@ def rewritten(page: Path, pages: set[Path]) -> str:
             path = f"{REPOSITORY}/{kind}/main/{file.relative_to(ROOT)}"
         return f"{match[1]}]({path}{hash_}{anchor}"
 
-    parts = FENCE.split(page.read_text("utf-8"))
+    parts = FENCE.split(shown(page, page.read_text("utf-8")))
     parts[::2] = [LINK.sub(link, part) for part in parts[::2]]
     return "".join(parts)
+
+
+def shown(page: Path, text: str) -> str:
+    """A page in which a paragraph that is only a link to an example has that file below it."""
+
+    def example(match: re.Match[str]) -> str:
+        file = page.parent / match[1]
+        language = {".service": "ini", ".yaml": "yaml"}.get(file.suffix, "docker")
+        return f"{match[0]}\n\n```{language}\n{file.read_text('utf-8')}```"
+
+    return re.sub(r"^\[[^\]]+\]\((\.\./examples/\S+)\)$", example, text, flags=re.MULTILINE)
 
 
 def contents(entries: list[str], caption: str = "") -> str:

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from keymgmt import errors
+
 ROOT = Path(__file__).parents[2]
 SCENARIOS = [
     path
@@ -118,6 +120,20 @@ def test_the_site_has_room_for_every_page() -> None:
     }
     left_out = {*ROOT.glob("docs/**/*.md")} - linked - {ROOT / "docs/index.md"}
     assert not left_out, "list it in docs/index.md, below the heading where a reader looks for it"
+
+
+def test_every_error_is_explained() -> None:
+    """With its exit code, on docs/errors.md; that of CannotUnlock depends."""
+    rows = re.findall(
+        r"^\| `(\w+)` \| ([\d, or]+) \|", (ROOT / "docs/errors.md").read_text(), re.MULTILINE
+    )
+    classes = {name: getattr(errors, name) for name in errors.__all__}
+    codes = {
+        name: str(each.exit_code)
+        for name, each in classes.items()
+        if isinstance(each, type) and issubclass(each, errors.KeymgmtError)
+    }
+    assert dict(rows) == codes | {"CannotUnlock": "4, 5 or 6"}
 
 
 def pages() -> list[str]:

@@ -20,8 +20,12 @@ MODEL = "echo net > model.xml && echo weights > model.bin && mkdir model && cp m
 
 def told(desk: Any) -> str:
     """The fingerprint that the last command printed: a person reads it out."""
-    found = re.search(r"fingerprint:? (\S+)", desk.last.said)
-    assert found, desk.last
+    return fingerprint(desk.last.said)
+
+
+def fingerprint(text: str) -> str:
+    found = re.search(r"fingerprint:? (\S+)", text)
+    assert found, text
     return found[1]
 
 
@@ -92,6 +96,28 @@ def test_from_plain_files_to_sealed(desk: Any) -> None:
     desk.run("mkdir -p plain/llama && echo '{}' > plain/llama/config.json")
     desk.run("echo net > plain/resnet50.xml && echo weights > plain/resnet50.bin")
     desk.run_page("docs/first-steps.md")
+
+
+def test_the_tutorial(desk: Any) -> None:
+    desk.run_page("docs/tutorial.md")
+
+
+def test_a_break_glass_key_and_its_drill(desk: Any) -> None:
+    build = desk.home / "build"
+    desk.hosts = {"build": {"HOME": str(build)}}
+    for command in (
+        "keymgmt init && mkdir models resnet50 && printf 'cat\\ndog\\n' > resnet50/labels.txt",
+        "keymgmt seal resnet50 models/minilm.sealed --name minilm",
+    ):
+        desk.run(command, host="build")
+    export = "keymgmt keys export safe:breakglass --format recipient -o breakglass.recipient"
+    desk.stand_ins = {"FINGERPRINT": lambda: fingerprint(desk.told[export].said)}
+    bring = f"cp {build}/.config/keymgmt/publisher.pem {desk.config.parent}"
+    desk.run_page("docs/break-glass.md", given={"The drill": bring})
+    ways = re.findall(r"only way into (\d+)", desk.told["keymgmt keys usage models"].said)
+    assert set(ways) == {"0"}
+    assert "verified 2" in desk.told["keymgmt verify models"].said
+    assert "local" not in desk.config.read_text()
 
 
 def test_from_python(desk: Any) -> None:
