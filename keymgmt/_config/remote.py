@@ -32,9 +32,10 @@ class Access(Settings):
         token: a bearer token; for S3 the session token.
         endpoint: address of a server that speaks S3, Google's or Azure's protocol.
         region: of an S3 bucket.
-        token_server: host that a registry may send us to with the login, such as
-            ``auth.docker.io``; otherwise no other than itself.
-        docker_config: the file that ``docker login`` writes; a helper that it names is run.
+        token_server: host, with its port, to which a registry may send us for a token, such as
+            ``auth.docker.io``; otherwise to itself alone.
+        docker_config: the file that ``docker login`` writes, else ``~/.docker/config.json``; a
+            helper that it names is run.
         ca_file: certificates (PEM) that the server's must come from; else those of the system.
         proxy: address of a proxy, ``http://HOST:PORT``.
         plain_http: a registry on this machine speaks HTTP without TLS.
@@ -106,6 +107,8 @@ class Remote(Settings):
             kind, _, host = origin.partition("://")
             if access.plain_http and not (kind == "oci" and is_loopback(host)):
                 raise ValueError(f"{origin}: plain_http is for a registry on this machine")
+            if kind == "oci" and (access.user is None) != (access.secret is None):
+                raise ValueError(f"{origin}: a login is both user and secret")
         return value
 
     def access_to(self, origin: str) -> Access:

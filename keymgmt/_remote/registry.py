@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from keymgmt._remote.artifact import MAX_ARTIFACT, MEDIA_TYPE, Artifact, Blob
 from keymgmt._remote.http import Body, Http, Sink, redirected
+from keymgmt._remote.login import Login
 from keymgmt.errors import ConfigError, IntegrityError, StorageUnavailable
 
 if TYPE_CHECKING:
@@ -25,13 +26,14 @@ _INDEX: Final = "application/vnd.oci.image.index.v1+json"
 class Registry:
     """The repository of a location; any thread may ask."""
 
-    def __init__(self, location: Location, settings: Remote) -> None:
+    def __init__(self, location: Location, settings: Remote, *, push: bool = False) -> None:
         """Make a client; nothing is sent yet. ConfigError where the config is wrong."""
         self._location = location
         access = settings.access_to(location.origin)
         scheme = "http" if access.plain_http else "https"
         self._base = f"{scheme}://{location.host}/v2/{location.path}"
-        self._http = Http(self._base, settings, access)
+        login = Login(location, settings, access, "pull,push" if push else "pull")
+        self._http = Http(self._base, settings, access, login)
 
     def find(self) -> Artifact | None:
         """The artifact at the location now; None where there is none.
@@ -88,9 +90,19 @@ class Registry:
             raise self.another(name)
         return content
 
-    def fetch(self, blob: Blob, sink: Sink) -> None:
-        """Get what ``sink`` lacks of a blob, whose digest it checks; raises as ``Http.fetch``."""
-        self._http.fetch(self._blob(blob), sink)
+    def fetch(self, blob: Blob, sink: Sink, name: str) -> None:
+        """Get what ``sink`` lacks of a large blob; whoever calls checks the digest.
+
+        Raises:
+            IntegrityError: it is missing.
+            StorageError: it is not to be had.
+        """
+        try:
+            self._http.fetch(self._blob(blob), sink)
+        except StorageUnavailable:
+            if not self.has(blob):
+                raise self.missing(name) from None
+            raise
 
     def has(self, blob: Blob) -> bool:
         """Whether the repository has a blob."""

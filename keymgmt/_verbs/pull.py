@@ -343,7 +343,7 @@ class _Pull:
             resumed = download.done > 0
             while True:
                 before = download.done
-                self._registry.fetch(self._payload[path], download)
+                self._registry.fetch(self._payload[path], download, name)
                 self.received += download.done - before
                 if download.whole:
                     return

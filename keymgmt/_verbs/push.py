@@ -105,7 +105,7 @@ def push(
         )
     with use_config(keys) as config, Candidate.read(path) as candidate:
         candidate.policy()
-        registry = Registry(place, config.remote)
+        registry = Registry(place, config.remote, push=True)
         before = registry.digest()
         upload = _Upload(candidate, registry, progress)
         artifact = upload.artifact

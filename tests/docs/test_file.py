@@ -220,7 +220,11 @@ def test_registries(desk: Any, require_tool: Any, tmp_path: Path) -> None:
     program = require_tool("docker-registry", package="docker-registry")
     authority = Authority(tmp_path / "authority")
     (tmp_path / "registry").mkdir()
-    server = serve_registry(program, tmp_path / "registry", authority)
+    # htpasswd -nbB release 27182818
+    users = "release:$2b$05$abcdefghijklmnopqrstuu0GDhat5MLhQKpV4OowbtCI5jUAuoKNG"
+    (tmp_path / "users").write_text(users)
+    auth = f"auth:\n  htpasswd:\n    realm: test\n    path: {tmp_path / 'users'}\n"
+    server = serve_registry(program, tmp_path / "registry", authority, auth)
     desk.running.append(server.process)
     for command in (
         MODEL,
@@ -228,6 +232,7 @@ def test_registries(desk: Any, require_tool: Any, tmp_path: Path) -> None:
         f'cp {authority.ca_file} "$HOME/.config/keymgmt/site-ca.pem"',
         "keymgmt seal model.xml resnet50.sealed --name resnet50 --release 7",
         "mkdir device",
+        '(umask 077; echo 27182818 > "$HOME/.config/keymgmt/registry-password")',
     ):
         desk.run(command)
     desk.stand_ins = {"registry.example": server.host}

@@ -1,0 +1,198 @@
+"""What a registry asks for before it lets anybody in, and the login that the config allows it.
+
+https://github.com/distribution/distribution/blob/v2.8.2/docs/spec/auth/token.md. A registry names
+the server that gives tokens: a login goes there only if that is the registry itself, or the one
+that the config names.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlencode, urlsplit
+
+from keymgmt._remote.http import Http, origin_of, shown
+from keymgmt._system.strict_json import load_json
+from keymgmt._system.trusted_file import read_file
+from keymgmt.errors import FormatError, StorageDenied, StorageUnavailable
+
+if TYPE_CHECKING:
+    from keymgmt._config.remote import Access, Remote
+    from keymgmt._remote.location import Location
+
+__all__ = ["Login"]
+
+_LIMIT: Final = 1 << 20
+_SECONDS: Final = 60
+_HUB: Final = "https://index.docker.io/v1/"  # what `docker login` calls Docker Hub
+_HUB_HOSTS: Final = {"docker.io", "index.docker.io", "registry-1.docker.io"}
+_TOKEN_USER: Final = "<token>"  # noqa: S105 - as helpers say that the secret is a refresh token
+
+
+@dataclass(frozen=True)
+class _Credentials:
+    user: str
+    secret: str = field(repr=False)
+
+    def basic(self) -> str:
+        plain = f"{self.user}:{self.secret}".encode()
+        return f"Basic {base64.b64encode(plain).decode()}"
+
+
+class Login:
+    """Makes the ``Authorization`` for one repository."""
+
+    def __init__(self, location: Location, settings: Remote, access: Access, scope: str) -> None:
+        """``scope`` is what is done there: ``pull``, or ``pull,push``."""
+        self._location, self._settings, self._access = location, settings, access
+        self._scope = f"repository:{location.path}:{scope}"
+
+    def __call__(self, challenge: str) -> str:
+        """Answer a ``WWW-Authenticate``.
+
+        Raises:
+            StorageDenied: there is no login that may be told, or it is refused.
+            StorageUnavailable: the server of tokens does not give one.
+            ProviderUnavailable: the secret is missing.
+        """
+        if self._access.token is not None:
+            return f"Bearer {self._access.token.read_text()}"
+        kind, _, rest = challenge.partition(" ")
+        said = dict(re.findall(r'(\w+)="([^"]*)"', rest))
+        credentials = self._credentials()
+        if kind.lower() == "bearer" and "realm" in said:
+            return f"Bearer {self._token(said['realm'], said.get('service', ''), credentials)}"
+        if kind.lower() != "basic":
+            raise StorageDenied(f"{self._location.origin} asks for a login of another kind: {kind}")
+        if credentials is None:
+            raise StorageDenied(
+                f"{self._location.origin} asks for a login",
+                hint=f'name it in the config: [remote.access."{self._location.origin}"]',
+            )
+        return credentials.basic()
+
+    def _token(self, realm: str, service: str, credentials: _Credentials | None) -> str:
+        self._check_realm(realm)
+        http = Http(realm, self._settings, self._access)
+        asked = {"service": service, "scope": self._scope}
+        if credentials is not None and credentials.user == _TOKEN_USER:
+            form = {
+                "grant_type": "refresh_token",
+                "client_id": "keymgmt",
+                "refresh_token": credentials.secret,
+            }
+            reply = http.request(
+                "POST",
+                realm,
+                headers={"Content-Type": "application/x-www-form-urlencoded"},
+                body=urlencode(asked | form).encode(),
+                limit=_LIMIT,
+            )
+        else:
+            if credentials is not None:
+                http.authorization = credentials.basic()
+            joint = "&" if "?" in realm else "?"
+            reply = http.request("GET", f"{realm}{joint}{urlencode(asked)}", limit=_LIMIT)
+        try:
+            given = load_json(bytes(reply.body), "the token", _LIMIT, canonical=False).rest()
+        except FormatError:
+            given = {}
+        token = given.get("token") or given.get("access_token")
+        if not isinstance(token, str) or not re.fullmatch(r"[!-~]+", token):
+            # Not repeated: a part of it may be a token.
+            raise StorageUnavailable(f"{shown(realm)} gave no token")
+        return token
+
+    def _check_realm(self, realm: str) -> None:
+        home = self._location
+        try:
+            scheme, host, port = origin_of(realm)
+            names = {urlsplit(realm).netloc, f"{host}:{port}", host if port == 443 else ""}
+        except ValueError:
+            scheme, host, names = "", "", set()
+        secure = scheme == "https" or (scheme == "http" and self._access.plain_http)
+        if secure and names & {home.host, self._access.token_server or home.host}:
+            return
+        raise StorageDenied(
+            f"{home.origin} sends us to {shown(realm) if host else 'no address'} for a token, and "
+            "a login is told to nobody whom the config does not name",
+            hint=f'if that is right: token_server = "{host}" in [remote.access."{home.origin}"]',
+        )
+
+    def _credentials(self) -> _Credentials | None:
+        access = self._access
+        if access.auth == "docker":
+            return _docker_login(access.docker_config, self._location.host)
+        if access.user is None or access.secret is None:
+            return None
+        return _Credentials(access.user, access.secret.read_text())
+
+
+def _docker_login(file: Path | None, host: str) -> _Credentials | None:
+    """What ``docker login`` keeps for a host: itself, or with a helper that it names."""
+    name = _HUB if host in _HUB_HOSTS else host
+    file = file or Path.home() / ".docker" / "config.json"
+    hint = f"docker login {host}, or name the file that it wrote: docker_config"
+    content = read_file(
+        file, what="docker config", limit=_LIMIT, access="private", error=StorageDenied, hint=hint
+    )
+    try:
+        said = load_json(content, str(file), _LIMIT, canonical=False).rest()
+        helper = _table(said, "credHelpers").get(name) or said.get("credsStore")
+        if helper:
+            return _ask_helper(str(helper), name)
+        entries = {_host(key): value for key, value in _table(said, "auths").items()}
+        entry = entries.get(_host(name), {})
+        if entry.get("identitytoken"):
+            return _Credentials(_TOKEN_USER, str(entry["identitytoken"]))
+        if not entry.get("auth"):
+            return None
+        user, colon, secret = base64.b64decode(entry["auth"], validate=True).decode().partition(":")
+    except (FormatError, AttributeError, TypeError, ValueError, binascii.Error):
+        colon = ""
+    if not colon:
+        # Without what was read, and without the error, which may quote it.
+        raise StorageDenied(f"{file} has no login that can be read for {host}", hint=hint) from None
+    return _Credentials(user, secret.rstrip("\0"))
+
+
+def _table(said: dict[str, Any], name: str) -> dict[str, Any]:
+    value = said.get(name) or {}
+    if not isinstance(value, dict):
+        raise TypeError
+    return value
+
+
+def _host(name: str) -> str:
+    return name.partition("://")[2].partition("/")[0] if "://" in name else name.partition("/")[0]
+
+
+def _ask_helper(helper: str, host: str) -> _Credentials | None:
+    program = shutil.which(f"docker-credential-{helper}")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", helper) or program is None:
+        raise StorageDenied(
+            f"docker's config keeps the login with docker-credential-{helper[:40]}, which is not "
+            "installed"
+        )
+    try:
+        done = subprocess.run(
+            [program, "get"], input=host.encode(), capture_output=True, timeout=_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise StorageDenied(f"{program} did not answer within {_SECONDS} seconds") from None
+    if done.returncode:
+        if b"credentials not found" in done.stdout:
+            return None
+        raise StorageDenied(f"{program} gave no login for {host}: exit code {done.returncode}")
+    try:
+        given = json.loads(done.stdout)
+        return _Credentials(str(given["Username"]), str(given["Secret"]))
+    except (ValueError, KeyError, TypeError):
+        raise StorageDenied(f"{program} gave no login for {host} that can be read") from None
