@@ -426,7 +426,7 @@ def _translated(url: str) -> Iterator[None]:
             said = "is not reached"
         elif isinstance(error, exceptions.TimeoutError):
             said = "did not answer in time"
-        elif isinstance(error, exceptions.IncompleteRead):
+        elif isinstance(error.__cause__ or error, exceptions.IncompleteRead):
             raise _Again(_cut_short(url)) from error
         elif isinstance(error, exceptions.SSLError):
             said, hint = "does not speak TLS as it should", "is it plain HTTP, or another port?"

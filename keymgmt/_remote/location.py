@@ -14,7 +14,7 @@ from typing import Final
 from keymgmt._system.loopback import is_loopback
 from keymgmt.errors import ConfigError
 
-__all__ = ["BUCKETS", "Location", "is_location"]
+__all__ = ["BUCKETS", "Location", "is_location", "need_folder"]
 
 BUCKETS: Final = ("s3", "gs", "az")
 _SCHEMES: Final = ("https", "http", *BUCKETS, "oci")
@@ -108,6 +108,15 @@ def is_location(path: str | os.PathLike[str]) -> bool:
             hint="give it as a str, and not as a pathlib.Path",
         )
     return False
+
+
+def need_folder(path: str | os.PathLike[str]) -> None:
+    """ConfigError where a path is a location."""
+    if is_location(path):
+        raise ConfigError(
+            f"{os.fspath(path)} is not a folder of this machine, which this needs",
+            hint="copy the model to a folder first",
+        )
 
 
 def _check_host(text: str, scheme: str, host: str) -> None:

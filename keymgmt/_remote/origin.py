@@ -18,7 +18,7 @@ from keymgmt.sealed.folder import KEYS, ORIGIN, SIGNATURES
 if TYPE_CHECKING:
     from keymgmt._remote.artifact import Artifact
     from keymgmt._remote.location import Location
-    from keymgmt.sealed.folder import SealedFolder
+    from keymgmt.sealed.folder import ModelFolder
 
 __all__ = ["Origin"]
 
@@ -48,7 +48,7 @@ class Origin:
         return cls(f"{location.origin}/{location.path}", artifact.digest, files)
 
     @classmethod
-    def read(cls, folder: SealedFolder) -> Origin | None:
+    def read(cls, folder: ModelFolder) -> Origin | None:
         """The origin of a folder; None where it has none, or one that is of no use."""
         content = folder.read(ORIGIN, _LIMIT, optional=True)
         if not content:

@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
+from keymgmt._remote.location import is_location, need_folder
 from keymgmt._trust.policy import (
     check_expiry,
     check_name,
@@ -26,7 +27,14 @@ from keymgmt.errors import (
     ProviderError,
     SealedModelError,
 )
-from keymgmt.sealed.folder import KEYS, MANIFEST, SIGNATURES, SealedFolder, payload_name
+from keymgmt.sealed.folder import (
+    KEYS,
+    MANIFEST,
+    SIGNATURES,
+    ModelFolder,
+    SealedFolder,
+    payload_name,
+)
 from keymgmt.sealed.keys import MAX_KEYS, UnlockPolicy
 from keymgmt.sealed.manifest import MAX_MANIFEST, Manifest, manifest_hash
 from keymgmt.sealed.payload import digest_payload
@@ -37,6 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from keymgmt._config.config import Config
+    from keymgmt._config.remote import Remote
     from keymgmt._trust.policy import Vouched
     from keymgmt._trust.release_memory import Known, ReleaseMemory
 
@@ -83,18 +92,26 @@ class Candidate:
     A context manager that closes the folder.
     """
 
-    folder: SealedFolder
+    folder: ModelFolder
     data: bytes
     manifest: Manifest
     signatures: Signatures
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> Candidate:
+    def read(cls, path: str | os.PathLike[str], remote: Remote | None = None) -> Candidate:
         """Read manifest.json and signatures.json; SealedModelError where they violate SPEC.md.
 
         keys.json is read later, by ``policy``: most checks do not need it, and it may be large.
+
+        Args:
+            path: of the folder; or a location, for those who say how it is read.
+            remote: how that is.
+
+        Raises:
+            ConfigError: there is no such folder; or it is a location, and ``remote`` is None.
+            StorageError: it is not to be had from there.
         """
-        folder = SealedFolder(path)
+        folder = _folder(path, remote)
         try:
             data = folder.read(MANIFEST, MAX_MANIFEST)
             manifest = Manifest.from_bytes(data)
@@ -178,6 +195,16 @@ class Candidate:
         self.folder.close()
 
 
+def _folder(path: str | os.PathLike[str], remote: Remote | None) -> ModelFolder:
+    if remote is None:
+        need_folder(path)
+    if remote is None or not is_location(path):
+        return SealedFolder(path)
+    from keymgmt._remote.folder import open_folder
+
+    return open_folder(os.fspath(path), remote)
+
+
 def step(
     progress: Callable[[int, int], object] | None, before: int, total: int
 ) -> Callable[[int], object] | None:
@@ -189,7 +216,7 @@ def admit(
     path: str | os.PathLike[str], config: Config, name: str | None
 ) -> tuple[Candidate, Trust]:
     """Read a sealed model and check that this config lets it in; else close it and raise."""
-    candidate = Candidate.read(path)
+    candidate = Candidate.read(path, config.remote)
     try:
         return candidate, candidate.trust(config, name)
     except BaseException:

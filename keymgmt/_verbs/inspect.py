@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from keymgmt._config.config import use_config
+from keymgmt._remote.location import is_location
 from keymgmt._trust.candidate import Candidate
 from keymgmt.errors import KeymgmtError
 from keymgmt.sealed.keys import recipient_name
 from keymgmt.sealed.manifest import Manifest
+
+if TYPE_CHECKING:
+    from keymgmt._config.config import Config
 
 __all__ = ["Inspection", "inspect"]
 
@@ -49,9 +55,23 @@ class Inspection:
         }
 
 
-def inspect(path: str | os.PathLike[str]) -> Inspection:
-    """Read a sealed model's small files; SealedModelError where they are not of the format."""
-    with Candidate.read(path) as candidate:
+def inspect(
+    path: str | os.PathLike[str], *, keys: Config | str | os.PathLike[str] | None = None
+) -> Inspection:
+    """Read a sealed model's small files.
+
+    Args:
+        path: the sealed model's folder, or its location (``https://HOST/PATH``).
+        keys: the config of whose ``[remote]`` a location is read; a folder needs none.
+
+    Raises:
+        SealedModelError: they are not of the format.
+        ConfigError: there is no such folder; or the config is wrong.
+        StorageError: a location is not reached, or refuses.
+    """
+    with contextlib.ExitStack() as stack:
+        remote = stack.enter_context(use_config(keys)).remote if is_location(path) else None
+        candidate = stack.enter_context(Candidate.read(path, remote))
         policy = candidate.policy()
         return Inspection(
             str(path),

@@ -209,7 +209,7 @@ def open_model(
     """Open a sealed model: check who made it, unlock it, and give its files.
 
     Args:
-        path: the sealed model's folder.
+        path: the sealed model's folder, or its location (``https://HOST/PATH``).
         name: the model name that is expected; another one is refused.
         keys: a loaded config, or the path of one; by default the one that ``load_config`` finds.
 
@@ -218,6 +218,7 @@ def open_model(
         FormatError, IntegrityError: the model is not of the format, or damaged or forged.
         UntrustedPublisher, ModelExpired, RollbackError: the config does not let it in.
         CannotUnlock: no recipient opens here; ``attempts`` says why, one by one.
+        StorageError: a location is not reached, or refuses.
     """
     with use_config(keys) as config:
         candidate, trust = admit(path, config, name)

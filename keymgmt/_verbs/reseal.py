@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from keymgmt._config.config import use_config
 from keymgmt._crypto.dek import Dek
+from keymgmt._remote.location import need_folder
 from keymgmt._system.audit import audit
 from keymgmt._system.files import new_directory
 from keymgmt._trust.candidate import Candidate, refusal
@@ -72,6 +73,7 @@ def reseal(
         IntegrityError: another folder is at ``path`` by now; it is as it was.
         KeymgmtError: as ``keymgmt.open`` and ``keymgmt.seal``; the old model is as it was.
     """
+    need_folder(path)
     until = expiry_text(expires)
     # Where a link leads to the model, the model is replaced and not the link.
     output = Path(target) if target is not None else Path(os.path.realpath(path))

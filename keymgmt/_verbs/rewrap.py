@@ -11,14 +11,12 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from keymgmt._config.calls import Answers
 from keymgmt._config.config import use_config
 from keymgmt._crypto.dek import Dek
 from keymgmt._system.audit import audit
-from keymgmt._system.files import left_behind
 from keymgmt._trust.candidate import admit
 from keymgmt._trust.recipients import ProviderKey, resolve_groups
 from keymgmt._trust.unlock import Unlocker
@@ -253,10 +251,7 @@ def rewrap_one(
     with candidate:
         if not task.dry_run:
             candidate.folder.lock()
-            for abandoned in left_behind(Path(path) / KEYS):
-                # Nobody else writes keys.json while the lock is held, so a killed rewrap left it.
-                if abandoned.is_file() or abandoned.is_symlink():
-                    abandoned.unlink(missing_ok=True)
+            candidate.folder.clean(KEYS)
         policy, manifest = candidate.policy(), candidate.manifest
         unlocker = Unlocker(task.config, manifest, policy, answers, down=task.down)
         try:
@@ -284,7 +279,7 @@ def rewrap_one(
             if not task.force:
                 work.check_opens_here(str(path))
             if work.changed and not task.dry_run:
-                _replace_keys(Path(path), candidate, data)
+                _replace_keys(candidate, data)
                 audit("rewrap", model=manifest.id.hex(), name=manifest.name)
             states = tuple(work.states.values())
             return Rewrapped(str(path), manifest.name, work.changed, states, left)
@@ -599,10 +594,10 @@ def _same(left: Group, right: Group) -> bool:
     ]
 
 
-def _replace_keys(path: Path, candidate: Candidate, data: bytes) -> None:
+def _replace_keys(candidate: Candidate, data: bytes) -> None:
     candidate.folder.replace(KEYS, data)
     if candidate.folder.read(KEYS, MAX_KEYS) != data:
         raise IntegrityError(
-            f"{path / KEYS} does not read back as it was written",
+            f"{candidate.folder.path}/{KEYS} does not read back as it was written",
             hint="look at the disk; the other files of the model were not touched",
         )

@@ -70,7 +70,7 @@ def verify(
     """Prove all that can be proved of a sealed model, down to every segment.
 
     Args:
-        path: the sealed model's folder.
+        path: the sealed model's folder, or its location (``https://HOST/PATH``).
         name: the model name that is expected.
         keys: a loaded config, or the path of one.
         signature_only: check signature and digests and ask no key service, so not the anchor of
@@ -97,7 +97,7 @@ def _verify_signature(
             "this config trusts no publisher, so a signature proves nothing here",
             hint="name one in [policy] publishers",
         )
-    with Candidate.read(path) as candidate:
+    with Candidate.read(path, config.remote) as candidate:
         trust = candidate.trust(config, name, ask=False)
         candidate.policy()
         candidate.check_digests(progress)

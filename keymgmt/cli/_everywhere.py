@@ -84,7 +84,12 @@ def _process(param: Any, process: Callable[..., Any], context: typer.Context, va
     if context.resilient_parsing:
         return value
     annotation = param.type_descriptor.annotation
-    if Path in (annotation, *get_args(annotation)) and "" in (value, *_several(value)):
+    # What has a parser is a path or a location.
+    is_path = param.type_descriptor.parameter_info.parser or Path in (
+        annotation,
+        *get_args(annotation),
+    )
+    if is_path and "" in (value, *_several(value)):
         # To Python that is the working directory: `rewrap "$NOT_SET"` would go to work there.
         raise ConfigError(f"{shown(param)} is empty", hint="is a variable empty that holds it?")
     return process(context, value)

@@ -33,6 +33,7 @@ __all__ = [
     "complete_registry",
     "moment",
     "option_pairs",
+    "place",
     "utc_time",
 ]
 
@@ -153,6 +154,13 @@ def _asks(settings: object) -> bool:
     return False
 
 
+def place(text: str) -> str:
+    """A path as pathlib writes it; or a location, of whose slashes pathlib would lose one."""
+    from keymgmt._remote.location import is_location
+
+    return text if is_location(text) else str(Path(text))
+
+
 def option_pairs(texts: list[str]) -> dict[str, str]:
     """Read ``NAME=VALUE`` options; ConfigError where one is not that, or comes twice."""
     pairs: dict[str, str] = {}
@@ -196,9 +204,12 @@ Provider = Annotated[
         metavar="[PROVIDER]...", help="Providers; else all.", autocompletion=complete_provider
     ),
 ]
-Model = Annotated[Path, typer.Argument(metavar="MODEL.sealed", help="A sealed model.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL.sealed", help="A sealed model.", parser=place)]
 ModelOrTree = Annotated[
-    Path, typer.Argument(metavar="MODEL.sealed|TREE", help="A sealed model, or many below.")
+    str,
+    typer.Argument(
+        metavar="MODEL.sealed|TREE", help="A sealed model, or many below.", parser=place
+    ),
 ]
 Name = Annotated[
     str | None, typer.Option("--name", metavar="NAME", help="Refuse a model of another name.")

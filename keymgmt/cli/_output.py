@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
 import typer
@@ -18,8 +19,6 @@ from keymgmt.console import clean, console, print_json, print_line, table
 from keymgmt.errors import CannotUnlock, ConfigError, ProviderUnavailable, WrongKey
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from keymgmt._providers.data import Finding
     from keymgmt._verbs.find_models import Failure
     from keymgmt._verbs.tree_verbs import Done, InTree
@@ -197,12 +196,12 @@ def tell_failure(failure: Failure, form: str, *, as_json: bool) -> None:
     console(stderr=True).print(f"{clean(failure.path)}: {clean(error)}", soft_wrap=True)
 
 
-def is_tree(path: Path) -> bool:
+def is_tree(path: str) -> bool:
     """Whether a command is to look for models below a folder, and not at one model."""
     from keymgmt._verbs.find_models import is_model
 
     # Not Path.is_dir(), which raises for some: whoever opens it says why it cannot.
-    return os.path.isdir(path) and not is_model(path)  # noqa: PTH112
+    return os.path.isdir(path) and not is_model(Path(path))  # noqa: PTH112
 
 
 def tell_tree(

@@ -141,7 +141,7 @@ def exec_(
     launch.execute_on_memfds(folder)
 
 
-def _opened(context: typer.Context, model: Path, name: str | None) -> keymgmt.SealedModel:
+def _opened(context: typer.Context, model: str, name: str | None) -> keymgmt.SealedModel:
     return keymgmt.open(model, name=name, keys=context.obj.config())
 
 

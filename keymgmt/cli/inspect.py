@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import keymgmt
+from keymgmt._remote.location import is_location
 from keymgmt.cli._options import Json, Model, ModelOrTree, Name
 from keymgmt.cli._output import is_tree, print_finding, progress, tell_refusal, tell_tree
 from keymgmt.console import clean, console, print_json, table
@@ -21,6 +22,7 @@ _MANY = 20
 
 
 def inspect(
+    context: typer.Context,
     model: Model,
     every_file: Annotated[
         bool, typer.Option("--all", "-a", help="List every file and recipient.")
@@ -32,7 +34,8 @@ def inspect(
     Example:
         keymgmt inspect resnet50.sealed
     """
-    show(keymgmt.inspect(model), as_json=as_json, everything=every_file)
+    keys = context.obj.config() if is_location(model) else None
+    show(keymgmt.inspect(model, keys=keys), as_json=as_json, everything=every_file)
 
 
 def verify(

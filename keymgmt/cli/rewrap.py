@@ -124,7 +124,7 @@ def rewrap(
     _tree(path, options, dry_run=dry_run, as_json=as_json)
 
 
-def _tree(path: Path, options: dict[str, object], *, dry_run: bool, as_json: bool) -> None:
+def _tree(path: str, options: dict[str, object], *, dry_run: bool, as_json: bool) -> None:
     states: Counter[str] = Counter()
     codes: set[int] = set()
     models = changed = 0

@@ -240,7 +240,7 @@ def sign(
     console().print(said + (", unopened: who made it was not checked" if unopened else ""))
 
 
-def _signed_by(model: Path, config: Config) -> str:
+def _signed_by(model: str, config: Config) -> str:
     """Who has signed a model so far: whoever adds a name to theirs should know it."""
     from keymgmt._trust.policy import load_publishers
 

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import stat
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
@@ -31,6 +32,7 @@ __all__ = [
     "ORIGIN",
     "PAYLOAD",
     "SIGNATURES",
+    "ModelFolder",
     "SealedFolder",
     "payload_name",
 ]
@@ -54,7 +56,64 @@ def payload_name(path: str) -> str:
     return f"{PAYLOAD}/{path}.floe"
 
 
-class SealedFolder:
+class ModelFolder(ABC):
+    """What is asked of a sealed model's folder, which need not be one of this machine.
+
+    Attributes:
+        path: for messages.
+    """
+
+    path: str | Path
+
+    @abstractmethod
+    def read(self, name: str, limit: int, *, optional: bool = False) -> bytes:
+        """Read a small file at the top of the folder, at most ``limit`` bytes.
+
+        Raises:
+            FormatError: missing (unless ``optional``, which gives ``b""``), too large, no file.
+            SealedModelError: the system cannot read it.
+        """
+
+    @abstractmethod
+    def replace(self, name: str, content: bytes) -> None:
+        """Replace a small file, and none that somebody else has put there meanwhile.
+
+        Raises:
+            IntegrityError: somebody has; it is as it was.
+        """
+
+    @abstractmethod
+    def open_payload(self, path: str) -> Ciphertext:
+        """Open the ciphertext of a model's file; the caller closes it.
+
+        Raises:
+            IntegrityError: it is missing.
+            FormatError: it, or a folder above it, is no regular file or folder.
+        """
+
+    # What follows is nothing, where a folder is not of this machine.
+
+    def close(self) -> None:  # noqa: B027
+        """Close the handle; may be called again."""
+
+    def lock(self) -> None:  # noqa: B027
+        """Wait until nobody else changes this folder."""
+
+    def check_place(self) -> None:  # noqa: B027
+        """IntegrityError where another folder, or none, is at the path by now."""
+
+    def clean(self, name: str) -> None:  # noqa: B027
+        """Remove what killed replacements of a small file left; the lock is held."""
+
+    def check_listing(self, manifest: Manifest) -> None:  # noqa: B027
+        """FormatError where payload/ holds anything that the manifest does not list."""
+
+    def others(self) -> list[str]:
+        """Names at the top of the folder that are none of a sealed model's, sorted."""
+        return []
+
+
+class SealedFolder(ModelFolder):
     """An open sealed model's folder; a context manager that closes its handle."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -65,7 +124,7 @@ class SealedFolder:
             FormatError: it is no folder.
             SealedModelError: the system cannot read it.
         """
-        self.path = Path(path)
+        self.path: Path = Path(path)
         self._held = contextlib.ExitStack()
         try:
             self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
@@ -196,6 +255,13 @@ class SealedFolder:
                 ) from error
             raise OSError(error.errno, error.strerror, str(self.path)) from error
         self.check_place()
+
+    def clean(self, name: str) -> None:
+        """Remove what killed replacements of a small file left; the lock is held."""
+        for abandoned in left_behind(self.path / name):
+            # Nobody else writes this file while the lock is held.
+            if abandoned.is_file() or abandoned.is_symlink():
+                abandoned.unlink(missing_ok=True)
 
     def open_payload(self, path: str) -> Ciphertext:
         """Open the ciphertext of a model's file; the caller closes it.

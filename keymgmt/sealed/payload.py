@@ -555,6 +555,10 @@ class _PayloadFile(io.RawIOBase, ForkSafe):
             if self.closed:
                 raise ValueError("I/O operation on closed file")
             try:
+                if self._position == 0 and len(view) >= self._layout.size:
+                    # All of it at once is checked while it is read, and need not be read twice.
+                    self._reader.read_into(view[: self._layout.size])
+                    self._position = done = self._layout.size
                 while done < len(view) and self._position < self._layout.size:
                     index, skip = divmod(self._position, self._layout.step)
                     if self._held != index:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -237,3 +238,26 @@ def test_registries(desk: Any, require_tool: Any, tmp_path: Path) -> None:
         desk.run(command)
     desk.stand_ins = {"registry.example": server.host}
     desk.run_page("docs/registries.md")
+
+
+def test_models_where_they_lie(desk: Any, tmp_path: Path) -> None:
+    pytest.importorskip("urllib3")
+    from loopback import Authority
+    from webserver import files_of, start_web
+
+    authority = Authority(tmp_path / "authority")
+    web, server = start_web(files_of(desk.work), by=authority)
+    try:
+        desk.run("keymgmt init && echo net > resnet50.xml && echo weights > resnet50.bin")
+        desk.run("keymgmt seal resnet50.xml resnet50.sealed --to local:models")
+        folder = desk.config.parent
+        shutil.copy(authority.ca_file, folder / "site-ca.pem")
+        desk.run(f"(umask 077; echo pass > {folder}/models-password)")
+        desk.configure('[remote]\nca_file = "site-ca.pem"\n')
+        desk.stand_ins = {"https://models.example": web.url}
+        desk.run_page("docs/remote.md")
+        desk.run(f"keymgmt verify {web.url}/resnet50.sealed")
+        assert web.seen[-1].headers["authorization"].startswith("Basic ")
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.server
+import re
 import ssl
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from loopback import Authority
 
@@ -32,6 +36,7 @@ class Web:
 
 Answer = Callable[[Seen, Any], None]
 Serve = Callable[..., Web]
+Quirk = Callable[[Seen, Any, bytes], bool]
 
 
 def reply(handler: Any, status: int, body: bytes = b"", **headers: str) -> None:
@@ -81,3 +86,33 @@ def start_web(
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     web.url = f"http{'s' if by else ''}://127.0.0.1:{server.server_address[1]}"
     return web, server
+
+
+def files_of(root: Path, quirk: Quirk | None = None) -> Answer:
+    """A web server of a folder, with ranges and ETags; ``quirk`` may answer in its place."""
+
+    def answer(request: Seen, handler: Any) -> None:
+        file = root / unquote(request.path.partition("?")[0]).lstrip("/")
+        if not file.is_file():
+            reply(handler, 404)
+            return
+        content = file.read_bytes()
+        if quirk and quirk(request, handler, content):
+            return
+        serve_range(request, handler, content)
+
+    return answer
+
+
+def serve_range(request: Seen, handler: Any, content: bytes) -> None:
+    etag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
+    if request.headers.get("if-match", etag) != etag:
+        reply(handler, 412, ETag=etag)
+        return
+    asked = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("range", ""))
+    if not asked:
+        reply(handler, 200, content, ETag=etag)
+        return
+    start, last = int(asked[1]), min(int(asked[2]), len(content) - 1)
+    headers = {"Content-Range": f"bytes {start}-{last}/{len(content)}", "ETag": etag}
+    reply(handler, 206, content[start : last + 1], **headers)

@@ -1,0 +1,130 @@
+"""A sealed model that lies elsewhere: its files are asked for by name, part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from keymgmt._remote.location import Location
+from keymgmt._remote.storage import changed
+from keymgmt._remote.web import WebStorage
+from keymgmt.errors import ConfigError, FormatError, IntegrityError, StorageUnavailable
+from keymgmt.sealed.folder import ModelFolder, payload_name
+
+if TYPE_CHECKING:
+    from keymgmt._config.remote import Remote
+    from keymgmt._remote.storage import Part, Storage
+    from keymgmt.sealed.ciphertext import Ciphertext
+
+__all__ = ["RemoteFolder", "open_folder"]
+
+_THREADS: Final = 8  # requests at once: most of the time is the way there and back
+_HEAD: Final = 1 << 16  # asked for first of a payload file: of a small one that is all of it
+
+
+class RemoteFolder(ModelFolder):
+    """A sealed model elsewhere.
+
+    Nothing is listed there: what the manifest does not name is never asked for. Nothing is locked:
+    of two who replace a file, the second is refused.
+    """
+
+    def __init__(self, path: str, storage: Storage) -> None:
+        """``path`` is for messages."""
+        self.path = path
+        self._storage = storage
+        self._pins: dict[str, str] = {}
+
+    def read(self, name: str, limit: int, *, optional: bool = False) -> bytes:
+        """Read a small file; raises as ``SealedFolder.read``, and StorageError."""
+        part = self._storage.part(name, 0, limit + 1)
+        if part is None:
+            if optional:
+                return b""
+            raise FormatError(
+                f"{self.path} has no {name}", hint="it is no sealed model, or not all of one"
+            )
+        if part.total > limit:
+            raise FormatError(f"{name} is larger than {limit} bytes")
+        _check_length(part.content, 0, part.total)
+        self._pins[name] = part.pin
+        return bytes(part.content)
+
+    def replace(self, name: str, content: bytes) -> None:
+        """Replace a small file unless somebody else did since it was read; raises as Storage."""
+        self._pins[name] = self._storage.replace(name, content, self._pins.get(name, ""))
+
+    def open_payload(self, path: str) -> Ciphertext:
+        """The ciphertext of a model's file; raises as ``SealedFolder``, and StorageError."""
+        name = payload_name(path)
+        head = self._storage.part(name, 0, _HEAD, self._pins.get(name, ""))
+        if head is None:
+            raise IntegrityError(f"{name} is missing", hint="upload the sealed model again")
+        pin = self._pins.setdefault(name, head.pin)
+
+        def fetch(start: int, end: int) -> memoryview:
+            part = self._storage.part(name, start, end, pin)
+            if part is None or part.total != head.total:
+                raise changed(name)
+            _check_length(part.content, start, end)
+            return part.content
+
+        return _RemoteCiphertext(fetch, head)
+
+
+class _RemoteCiphertext:
+    """One payload file, of which each thread asks for as many segments at once as it takes."""
+
+    threads: int | None = _THREADS
+
+    def __init__(self, fetch: Callable[[int, int], memoryview], head: Part) -> None:
+        """``head`` is the beginning of it; ``fetch`` gives what is from here to before there."""
+        self._fetch, self._head = fetch, head
+
+    def length(self) -> int:
+        """Bytes of the file when it was opened; another file in its place is refused."""
+        return self._head.total
+
+    def parts(self) -> _Parts:
+        """Something to read it with, for one thread."""
+        return _Parts(self._fetch, self._head.content)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class _Parts:
+    def __init__(self, fetch: Callable[[int, int], memoryview], head: memoryview) -> None:
+        self._fetch = fetch
+        self._start, self._held = 0, head
+
+    def read(self, offset: int, length: int, until: int = 0) -> memoryview:
+        skip = offset - self._start
+        if skip < 0 or skip + length > len(self._held):
+            self._held = memoryview(b"")  # before the next comes, so that there are never two
+            self._start, skip = offset, 0
+            self._held = self._fetch(offset, max(until, offset + length))
+        return self._held[skip : skip + length]
+
+
+def open_folder(text: str, settings: Remote) -> RemoteFolder:
+    """The sealed model at a location; nothing is asked for yet.
+
+    Raises:
+        ConfigError: it is no location, or a package is not installed, or a secret is not there.
+    """
+    location = Location.parse(text)
+    if location.scheme in ("https", "http"):
+        return RemoteFolder(str(location), WebStorage(location, settings))
+    raise ConfigError(
+        f"no model is opened from {location.scheme}://, where {location} is",
+        hint="copy the model to a folder first",
+    )
+
+
+def _check_length(content: memoryview, start: int, end: int) -> None:
+    if len(content) != end - start:
+        raise StorageUnavailable(
+            f"{len(content)} bytes came in the place of {end - start}",
+            hint="the server, or a proxy on the way, cuts answers short",
+        )
