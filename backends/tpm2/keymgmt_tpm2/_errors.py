@@ -150,7 +150,7 @@ _AUTHORISED: Final[dict[str, tuple[str, ...]]] = {
     **dict.fromkeys(("create", "load"), ("root key",)),
     **dict.fromkeys(("ecdh_zgen", "rsa_decrypt", "sign"), (PIN,)),
     "certify": (PIN, "attestation key"),
-    "activate_credential": ("attestation key",),
+    **dict.fromkeys(("activate_credential", "quote"), ("attestation key",)),
 }
 """Whose authorisation each session of a command proves; a hierarchy is one of its arguments."""
 LOCKOUT_HIERARCHY: Final = "lockout"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 
 import pytest
@@ -125,9 +126,9 @@ def test_a_software_attestation_key_beside_a_genuine_certificate_is_refused(genu
     # So the attacker signs with a secret that he must guess.
     value = answer_value(bytes(32), digest)
     name = sized(asked.key.name)
-    attest = (
-        bytes.fromhex("ff5443478017") + sized(b"") + sized(value) + bytes(25) + name + sized(b"")
-    )
+    signer = u16(0x000B) + hashlib.sha256(u32(0x4000000B) + ak.name).digest()
+    attest = bytes.fromhex("ff5443478017") + sized(signer) + sized(value) + bytes(25)
+    attest += name + sized(b"")
     response = _exchange.write_response(attest, key.sign(attest, ec.ECDSA(hashes.SHA256())))
     with pytest.raises(AttestationError, match="could not open its credential"):
         accept(kept, response, Makers(*roots), ANY)

@@ -167,7 +167,17 @@ def test_what_a_device_says_of_itself_is_not_signed(genuine, enrol):
     assert attributes["name"] == "press 4"
     assert attributes["tpm_attributes"].startswith("fixedTPM")
     assert set(attributes) == {
-        *("attested", "ek", "ek_issuer", "firmware", "maker", "name", "policy", "policy_digest"),
+        *(
+            "ak",
+            "attested",
+            "ek",
+            "ek_issuer",
+            "firmware",
+            "maker",
+            "name",
+            "policy",
+            "policy_digest",
+        ),
         *("serial", "tpm_attributes", "tpm_name"),
     }
 

@@ -322,7 +322,7 @@ def test_an_attestation_key_whose_statements_hide_the_firmware_is_refused(
         answer = tpm.call("create_primary", empty, template, c.ESYS_TR.OWNER)
         return tpm.opened(answer[0])
 
-    monkeypatch.setattr(_device, "_attestation_key", under_the_owner)
+    monkeypatch.setattr(_device, "attestation_key", under_the_owner)
     with pytest.raises(AttestationError, match="not a primary key of the endorsement hierarchy"):
         enrol(device, [maker.root])
 

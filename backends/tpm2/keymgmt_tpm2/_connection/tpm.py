@@ -330,6 +330,16 @@ class Tpm:
         attest, signature = answer[0], answer[1]
         return bytes(attest), _ecdsa(signature)
 
+    def quote(
+        self, ak: Any, value: bytes, pcrs: PcrState, session: Any
+    ) -> tuple[bytes, tuple[int, int]]:
+        """TPMS_ATTEST of what these PCRs hold now, with ``value`` in it, and its signature."""
+        selection = t.TPML_PCR_SELECTION.parse(str(pcrs))
+        scheme = t.TPMT_SIG_SCHEME(scheme=c.TPM2_ALG.NULL)
+        answer = self.call("quote", ak, selection, value, scheme, session1=session)
+        attest, signature = answer[0], answer[1]
+        return bytes(attest), _ecdsa(signature)
+
     # State
 
     def pcrs(self, bank: str, indices: Iterable[int]) -> PcrState:

@@ -32,8 +32,11 @@ from keymgmt_tpm2._templates import AK_ATTRIBUTES
 from keymgmt_tpm2.enroll._certificates import AttestationError
 
 __all__ = [
+    "ATTEST_QUOTE",
+    "Statement",
     "check_ak",
     "check_certification",
+    "check_statement",
     "make_credential",
 ]
 
@@ -41,6 +44,7 @@ _HASHES: Final = {"sha256": hashes.SHA256, "sha384": hashes.SHA384}
 _ENDORSEMENT: Final = 0x4000000B
 _MAGIC: Final = 0xFF544347
 _ATTEST_CERTIFY: Final = 0x8017
+ATTEST_QUOTE: Final = 0x8018
 
 
 def check_ak(ak: s.Public) -> None:
@@ -97,29 +101,65 @@ def _hash(used: hashes.HashAlgorithm, message: bytes) -> bytes:
 
 
 @dataclass(frozen=True)
-class _Attest:
-    """The parts of a TPMS_ATTEST that are looked at (Part 2, 10.12.12)."""
+class Statement:
+    """The parts of a TPMS_ATTEST that are looked at (Part 2, 10.12.12).
+
+    Attributes:
+        kind: what it states: ``ATTEST_QUOTE``, say.
+        signer: the qualified name of the key that signed it.
+        extra: the value that whoever asked for it gave.
+        firmware: the version of the TPM's firmware, its two words in hex as ``keymgmt doctor``
+            prints them.
+        attested: what is stated, as its kind lays it out.
+    """
 
     kind: int
     signer: bytes
     extra: bytes
-    firmware: bytes
-    name: bytes
+    firmware: str
+    attested: bytes
 
     @classmethod
-    def parse(cls, raw: bytes) -> _Attest:
+    def parse(cls, raw: bytes) -> Statement:
+        """Read one; ValueError where it is none."""
         reader = s.Reader(raw)
         if reader.number(4) != _MAGIC:
             raise ValueError("a TPM did not make this statement")
         kind, signer, extra = reader.number(2), reader.sized(), reader.sized()
         reader.take(17)  # clock
-        firmware = reader.take(8)
-        if kind != _ATTEST_CERTIFY:
-            return cls(kind, signer, extra, firmware, b"")
-        name = reader.sized()
-        reader.sized()  # the key's qualified name
-        reader.end()
-        return cls(kind, signer, extra, firmware, name)
+        firmware = f"{reader.number(4):x}.{reader.number(4):x}"
+        return cls(kind, signer, extra, firmware, reader.take(reader.left))
+
+
+def check_statement(attest: bytes, signature: bytes, ak: s.Public, what: str) -> Statement:
+    """Check that the AK signed this, and that it is a primary key of the endorsement hierarchy.
+
+    Args:
+        attest: TPMS_ATTEST.
+        signature: DER ECDSA signature over it.
+        ak: already checked.
+        what: the statement in a word, for messages: "certification".
+
+    Raises:
+        AttestationError: any of it is not so.
+    """
+    public = ak.key()
+    if not isinstance(public, ec.EllipticCurvePublicKey):
+        raise AttestationError("the attestation key is not ECDSA P-256 with SHA-256")
+    try:
+        public.verify(signature, attest, ec.ECDSA(hashes.SHA256()))
+        statement = Statement.parse(attest)
+    except InvalidSignature as error:
+        raise AttestationError(f"the attestation key did not sign the {what}") from error
+    except ValueError as error:
+        raise AttestationError(f"the {what} is malformed: {error}") from error
+    # Elsewhere the TPM hides the firmware version from what it signs (Part 1, 36.7). A primary
+    # key's qualified name is the hash of its hierarchy and its name (Part 1, 16).
+    if statement.signer != s.u16(s.ALG_SHA256) + s.sha256(s.u32(_ENDORSEMENT), ak.name):
+        raise AttestationError(
+            "the attestation key is not a primary key of the endorsement hierarchy"
+        )
+    return statement
 
 
 def check_certification(
@@ -135,34 +175,25 @@ def check_certification(
         extra: what the verifier expects as qualifying data.
 
     Returns:
-        The firmware version of the TPM, its two words in hex as ``keymgmt doctor`` prints them.
+        The firmware version of the TPM.
 
     Raises:
         AttestationError: any of it is not so.
     """
-    public = ak.key()
-    if not isinstance(public, ec.EllipticCurvePublicKey):
-        raise AttestationError("the attestation key is not ECDSA P-256 with SHA-256")
-    try:
-        public.verify(signature, attest, ec.ECDSA(hashes.SHA256()))
-        statement = _Attest.parse(attest)
-    except InvalidSignature as error:
-        raise AttestationError("the attestation key did not sign the certification") from error
-    except ValueError as error:
-        raise AttestationError(f"the certification is malformed: {error}") from error
+    statement = check_statement(attest, signature, ak, "certification")
     if statement.kind != _ATTEST_CERTIFY:
         raise AttestationError("the attestation key signed something other than a certification")
     if not hmac.compare_digest(statement.extra, extra):
         raise AttestationError(
             "the answer is not to this challenge: the device could not open its credential"
         )
-    if statement.name != key.name:
+    try:
+        reader = s.Reader(statement.attested)
+        name = reader.sized()
+        reader.sized()  # the key's qualified name
+        reader.end()
+    except ValueError as error:
+        raise AttestationError(f"the certification is malformed: {error}") from error
+    if name != key.name:
         raise AttestationError("the attestation key certified another key")
-    # Elsewhere the TPM hides the firmware version from what it signs (Part 1, 36.7). A primary
-    # key's qualified name is the hash of its hierarchy and its name (Part 1, 16).
-    if statement.signer != s.u16(s.ALG_SHA256) + s.sha256(s.u32(_ENDORSEMENT), ak.name):
-        raise AttestationError(
-            "the attestation key is not a primary key of the endorsement hierarchy"
-        )
-    high, low = statement.firmware[:4], statement.firmware[4:]
-    return f"{int.from_bytes(high, 'big'):x}.{int.from_bytes(low, 'big'):x}"
+    return statement.firmware

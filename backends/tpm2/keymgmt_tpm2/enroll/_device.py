@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from keymgmt_tpm2._provider import Tpm2Provider
     from keymgmt_tpm2._templates import EkProfile
 
-__all__ = ["make_request", "respond"]
+__all__ = ["attestation_key", "make_request", "respond"]
 
 _SECONDS: Final = 120.0
 # "TCG EK Credential Profile", 2.2.1.4: persistent handles of EKs.
@@ -52,7 +52,7 @@ def make_request(provider: Tpm2Provider, key: str, ek_certificate: bytes | None 
         certificate, ek = _endorsement(tpm, ek_certificate)
         public = tpm.public_of(ek)
         tpm.flush_all()
-        return certificate, read_chain(tpm), public, tpm.public_of(_attestation_key(tpm))
+        return certificate, read_chain(tpm), public, tpm.public_of(attestation_key(tpm))
 
     with provider.service.secret(provider.settings.endorsement_auth) as auth:
         certificate, chain, ek, ak = provider.service.run(
@@ -194,7 +194,7 @@ def _primary(tpm: Tpm, public: Any) -> Any:
     return tpm.opened(answer[0])
 
 
-def _attestation_key(tpm: Tpm) -> Any:
+def attestation_key(tpm: Tpm) -> Any:
     """The AK: a primary key, so that the TPM makes the same one each time."""
     from tpm2_pytss import types as t
 
@@ -205,7 +205,7 @@ def _activate(tpm: Tpm, credential: bytes, seed: bytes, given: bytes | None) -> 
     from tpm2_pytss import constants as c
 
     _, ek = _endorsement(tpm, given)
-    ak = _attestation_key(tpm)
+    ak = attestation_key(tpm)
     # Encrypted, or the secret would be on the bus in clear.
     if tpm.public_of(ek).attributes & USER_WITH_AUTH:
         session = tpm.session()
@@ -235,7 +235,7 @@ def _certify(
 ) -> tuple[bytes, tuple[int, int]]:
     # Certify takes the key's auth value (its ADMIN role), which its policy need not allow.
     session = tpm.session()
-    ak, key = _attestation_key(tpm), tpm.load(version.public, version.private)
+    ak, key = attestation_key(tpm), tpm.load(version.public, version.private)
     if pin is not None:
         tpm.set_pin(key, pin)
     return tpm.certify(key, ak, value, session)

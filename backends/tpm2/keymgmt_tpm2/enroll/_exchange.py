@@ -235,6 +235,7 @@ def accept(state: bytes, response: bytes, makers: Makers, decision: Decision) ->
         )
     attributes = {
         **device.known,
+        "ak": request.ak.name.hex(),
         "attested": "tpm2",
         "ek": device.ek,
         "ek_issuer": maker.issuer,

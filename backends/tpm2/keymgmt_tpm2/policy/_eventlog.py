@@ -10,7 +10,8 @@ to approve the boot state of a machine that one trusts and that was just updated
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -18,7 +19,7 @@ from keymgmt.backend import ConfigError, read_file
 from keymgmt_tpm2._structures import Reader
 from keymgmt_tpm2.policy._policy import PcrState
 
-__all__ = ["read_event_log", "replay"]
+__all__ = ["MAX_LOG", "read_event_log", "read_events", "replay"]
 
 MAX_LOG: Final = 16 << 20
 _BANKS: Final = {"sha1": 0x0004, "sha256": 0x000B, "sha384": 0x000C}
@@ -45,17 +46,38 @@ def read_event_log(path: Path, bank: str, indices: Iterable[int]) -> PcrState:
 
 def replay(content: bytes, bank: str) -> dict[int, bytes]:
     """Values of the PCRs that the log extends in one bank; ValueError where it is malformed."""
+    values: dict[int, bytes] = {}
+    for index, event in read_events(content, bank):
+        if event.locality is not None:
+            # PCR 0 starts with the locality of TPM2_Startup (PC Client profile, 10.4.5.3).
+            values[0] = bytes(len(event.digest) - 1) + event.locality
+        else:
+            start = values.get(index, bytes(len(event.digest)))
+            values[index] = hashlib.new(bank, start + event.digest, usedforsecurity=False).digest()
+    return values
+
+
+@dataclass(frozen=True)
+class Event:
+    """The digest that extended a PCR; or zeros, and the locality at which PCR 0 began."""
+
+    digest: bytes
+    locality: bytes | None = None
+
+
+def read_events(content: bytes, bank: str) -> Iterator[tuple[int, Event]]:
+    """What a log says was measured, in order, as (PCR, event); ValueError where it is malformed."""
     reader = Reader(content)
     reader.take(4)  # the PCR of the first event, which extends none
     kind = reader.number(4, "little")
     reader.take(20)  # its SHA-1, zeros
     first = reader.take(reader.number(4, "little"))
     if kind != _NO_ACTION or first[:16] in _SPEC_ID_12:
-        return _replay_12(content, bank)
+        yield from _read_12(content, bank)
+        return
     sizes = _spec_id(first)
     if _BANKS[bank] not in sizes:
         raise ValueError(f"it has no digests of the bank {bank}")
-    values: dict[int, bytes] = {}
     while reader.left:
         index, kind = reader.number(4, "little"), reader.number(4, "little")
         digest = b""
@@ -66,33 +88,29 @@ def replay(content: bytes, bank: str) -> dict[int, bytes]:
             taken = reader.take(sizes[algorithm])
             digest = taken if algorithm == _BANKS[bank] else digest
         event = reader.take(reader.number(4, "little"))
-        start = bytes(sizes[_BANKS[bank]])
+        zeros = bytes(sizes[_BANKS[bank]])
         if kind != _NO_ACTION:
-            if len(digest) != len(start):
+            if len(digest) != len(zeros):
                 raise ValueError(f"an event of PCR {index} has no digest of the bank {bank}")
-            values[index] = hashlib.new(bank, values.get(index, start) + digest).digest()
+            yield index, Event(digest)
         elif index == 0 and event.startswith(_LOCALITY) and len(event) > len(_LOCALITY):
-            # PCR 0 starts with the locality of TPM2_Startup (PC Client profile, 10.4.5.3).
-            values[0] = start[:-1] + event[len(_LOCALITY) : len(_LOCALITY) + 1]
-    return values
+            yield 0, Event(zeros, event[len(_LOCALITY) : len(_LOCALITY) + 1])
 
 
-def _replay_12(content: bytes, bank: str) -> dict[int, bytes]:
-    reader, values = Reader(content), dict[int, bytes]()
+def _read_12(content: bytes, bank: str) -> Iterator[tuple[int, Event]]:
+    reader = Reader(content)
     while reader.left:
         index, kind = reader.number(4, "little"), reader.number(4, "little")
         digest = reader.take(20)
         reader.take(reader.number(4, "little"))
         if index > 23 and kind != _NO_ACTION:
             raise ValueError(f"an event extends a PCR {index}, which no TPM has")
-        if kind != _NO_ACTION:
-            start = values.get(index, bytes(20))
-            values[index] = hashlib.sha1(start + digest, usedforsecurity=False).digest()
+        if kind != _NO_ACTION and bank == "sha1":
+            yield index, Event(digest)
     if bank != "sha1":
         raise ValueError(
             f"it is in the format of TPM 1.2, whose events have SHA-1 alone and nothing of {bank}"
         )
-    return values
 
 
 def _spec_id(event: bytes) -> dict[int, int]:

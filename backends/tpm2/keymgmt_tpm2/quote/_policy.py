@@ -1,0 +1,252 @@
+"""Whether a quote is of a device that was enrolled, in a boot state that is wanted.
+
+What the enrolment office wrote says which attestation keys are in genuine TPMs: the recipient files
+of ``keymgmt tpm enroll accept``, each with the office's signature beside it. Nothing that a device
+says of itself counts before its quote is by one of these.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Final, Self
+
+from pydantic import Field, model_validator
+
+from keymgmt.backend import (
+    ConfigError,
+    ConfigPath,
+    KeymgmtError,
+    PublicKey,
+    Recipient,
+    Settings,
+    check_trusted,
+    find_signer,
+    read_file,
+)
+from keymgmt_tpm2.enroll._certificates import AttestationError
+from keymgmt_tpm2.enroll._office import parse_ek
+from keymgmt_tpm2.policy._eventlog import MAX_LOG, Event, read_events, replay
+from keymgmt_tpm2.policy._options import read_approver
+from keymgmt_tpm2.policy._policy import Approver, PcrState, compare, parse_pcrs, weakness
+from keymgmt_tpm2.policy._values import read_values
+from keymgmt_tpm2.quote._file import Quote
+
+__all__ = ["DevicePolicy", "Devices"]
+
+log: Final = logging.getLogger("keymgmt.tpm2")
+MAX_PEM: Final = 65536
+
+
+class DevicePolicy(Settings):
+    """Which devices with a TPM are wanted, and in which boot state.
+
+    Of ``pcr_values``, ``approver`` and ``event_logs``, all that are given must hold.
+
+    Attributes:
+        devices: the folder of the recipient files that the enrolment office wrote, with the
+            signature of each beside it (``NAME.recipient``, ``NAME.recipient.sig``).
+        attesters: public key files (PEM) of the office: who states that a device was enrolled.
+        eks: only these of the devices, each by the hash of its endorsement key; all without it.
+        pcr_values: files as ``keymgmt tpm pcrs --json`` prints them; the PCRs that one of the files
+            names have its values.
+        approver: public key file (PEM) of who signs approvals; the device has one of its state.
+        ref: the ref that those approvals carry.
+        counter: an approval with a counter counts while it allows this value or a higher one.
+        event_logs: event logs of machines that are known: each event that a device measured into
+            ``event_pcrs`` was measured on one of these as well, in whatever order and mixture.
+        event_pcrs: which PCRs are compared so, as ``[BANK:]LIST``.
+        any_state: ``true``: any boot state will do, so that a device proves that it is one of
+            yours, and nothing of what runs on it.
+    """
+
+    devices: ConfigPath
+    attesters: Annotated[list[ConfigPath], Field(min_length=1)]
+    eks: list[str] | None = None
+    pcr_values: list[ConfigPath] = Field(default_factory=list)
+    approver: ConfigPath | None = None
+    ref: str = ""
+    counter: Annotated[int, Field(ge=0, lt=1 << 53)] = 0
+    event_logs: list[ConfigPath] = Field(default_factory=list)
+    event_pcrs: str | None = None
+    any_state: bool = False
+
+    @model_validator(mode="after")
+    def _says_which_state(self) -> Self:
+        if bool(self.pcr_values or self.approver or self.event_logs) == self.any_state:
+            raise ValueError(
+                "write which boot state a device is in: pcr_values, approver or event_logs; "
+                "or else any_state = true"
+            )
+        if bool(self.event_logs) != bool(self.event_pcrs):
+            raise ValueError("event_logs and event_pcrs belong together")
+        parse_pcrs(self.event_pcrs or "0")
+        return self
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What known machines measured into some PCRs of a bank, which the operator chooses.
+
+    Firmware leaves banks alone that it does not know, and whoever has the machine writes there what
+    he likes.
+    """
+
+    bank: str
+    events: Mapping[int, frozenset[Event]]
+
+    def check(self, quote: Quote) -> None:
+        if quote.state.bank != self.bank or not self.events.keys() <= quote.state.values.keys():
+            listed = ",".join(map(str, self.events))
+            raise AttestationError(f"the PCRs {self.bank}:{listed} are not all quoted")
+        try:
+            values = replay(quote.event_log, self.bank)
+            events = list(read_events(quote.event_log, self.bank))
+        except ValueError as error:
+            raise AttestationError(f"the device sent no event log: {error}") from error
+        for index in self.events:
+            if values.get(index) != quote.state.values[index]:
+                raise AttestationError(f"the event log is not of what PCR {index} holds")
+        for index, event in events:
+            if index in self.events and event not in self.events[index]:
+                raise AttestationError(
+                    f"an event of PCR {index} is in no known event log: {event.digest.hex()}"
+                )
+
+
+@dataclass(frozen=True)
+class Devices:
+    """A policy with all that its files say.
+
+    Attributes:
+        enrolled: name of an attestation key, and what the office signed of its device.
+        states: boot states, of which one is wanted; any where there are none.
+        approver: who approves boot states, if that is asked for.
+        counter: the least that an approval's counter allows.
+        known: the events that are known, if they are asked for.
+    """
+
+    enrolled: Mapping[str, Mapping[str, str]]
+    states: tuple[PcrState, ...]
+    approver: Approver | None
+    counter: int
+    known: _Known | None
+
+    @classmethod
+    def read(cls, policy: DevicePolicy) -> Devices:
+        """Read the files of a policy; ConfigError where one is missing, not trusted or wrong."""
+        states = {}
+        for path in policy.pcr_values:
+            check_trusted(path, what="table of PCR values", private=False)
+            states[path] = read_values(path)
+            if weak := weakness(states[path]):
+                raise ConfigError(f"{path}: {weak}", hint="name PCRs that are measured, such as 7")
+        approver = read_approver(policy.approver, policy.ref) if policy.approver else None
+        try:
+            enrolled = _enrolled(policy)
+            if approver:
+                approver.check_ecdsa()
+            known = _known(policy, policy.event_pcrs) if policy.event_pcrs else None
+        except ValueError as error:
+            raise ConfigError(f"the policy cannot be used: {error}") from error
+        return cls(enrolled, tuple(states.values()), approver, policy.counter, known)
+
+    def check(self, evidence: bytes, report_data: bytes) -> dict[str, str]:
+        """What is proved of a device, in words for a log.
+
+        Args:
+            evidence: as the evidence ``tpm2`` gives it.
+            report_data: the 32 bytes that were asked for.
+
+        Raises:
+            AttestationError: it is refused, and why.
+            FormatError: this is no evidence of a TPM.
+        """
+        quote = Quote.from_bytes(evidence)
+        firmware, name = quote.check(report_data), quote.ak.name.hex()
+        if name not in self.enrolled:
+            raise AttestationError(f"the attestation key {name} is of no enrolled device")
+        if self.states:
+            reasons = [compare(state, quote.state) for state in self.states]
+            if all(reasons):
+                raise AttestationError(f"another boot state: {' | '.join(reasons)[:500]}")
+        said = {"ek": self.enrolled[name]["ek"], "firmware": firmware}
+        if self.approver is not None:
+            said["approval"] = self._approval(quote, self.approver)
+        if self.known is not None:
+            self.known.check(quote)
+        return said
+
+    def _approval(self, quote: Quote, approver: Approver) -> str:
+        """The id of an approval of this state; AttestationError."""
+        reasons = ["the device sent none of the approver"]
+        for approval in quote.approvals:
+            if approval.approver != approver:
+                continue
+            reason = approval.difference(quote.state)
+            if approval.counter and approval.counter.value < self.counter:
+                reason = f"its counter allows {approval.counter.value}, less than {self.counter}"
+            try:
+                approval.check()
+            except ConfigError as error:
+                reason = str(error)
+            if not reason:
+                return approval.id
+            reasons.append(reason)
+        raise AttestationError(f"no approval of this boot state: {' | '.join(reasons)[:500]}")
+
+
+def _known(policy: DevicePolicy, pcrs: str) -> _Known:
+    bank, indices = parse_pcrs(pcrs)
+    events: dict[int, set[Event]] = {index: set() for index in indices}
+    for path in policy.event_logs:
+        content = read_file(path, what="event log", limit=MAX_LOG, access="trusted")
+        try:
+            for index, event in read_events(bytes(content), bank):
+                events.get(index, set()).add(event)
+        except ValueError as error:
+            raise ConfigError(f"{path} is no event log: {error}") from error
+    for index, found in events.items():
+        if not found:
+            raise ConfigError(f"no event log of the policy has an event of PCR {index}")
+    return _Known(bank, {index: frozenset(found) for index, found in events.items()})
+
+
+def _enrolled(policy: DevicePolicy) -> dict[str, Mapping[str, str]]:
+    wanted = None if policy.eks is None else {parse_ek(each) for each in policy.eks}
+    check_trusted(policy.devices, what="folder of devices", private=False)
+    enrolled = {}
+    for stated in _attested(policy):
+        if wanted is None or stated["ek"] in wanted:
+            enrolled[stated["ak"]] = stated
+    if not enrolled:
+        raise ConfigError(
+            f"{policy.devices} has no device that was enrolled",
+            hint="put the recipient files that the office signed there, each beside its .sig",
+        )
+    return enrolled
+
+
+def _attested(policy: DevicePolicy) -> Iterable[Mapping[str, str]]:
+    """What the office proved of each device; ConfigError where nobody trusted signed one."""
+    trusted = {}
+    for path in policy.attesters:
+        pem = read_file(path, what="public key", limit=MAX_PEM, access="trusted")
+        trusted[str(path)] = PublicKey.from_pem(bytes(pem)).der
+    try:
+        files = sorted(path for path in policy.devices.iterdir() if path.suffix == ".recipient")
+    except OSError as error:
+        raise ConfigError(f"cannot list {policy.devices}: {error.strerror}") from error
+    for file in files:
+        signature = file.with_name(f"{file.name}.sig")
+        try:
+            recipient = Recipient.load(file)
+            content = read_file(signature, what="signature", limit=MAX_PEM, access="any")
+            find_signer(recipient, bytes(content), trusted, attested=True)
+        except KeymgmtError as error:
+            raise ConfigError(f"{file} is refused: {error}", hint=error.hint) from error
+        if recipient.attributes.get("attested") == "tpm2" and "ak" in recipient.attributes:
+            yield recipient.attributes
+        else:
+            log.warning("%s names no attestation key: enrol that device again", file)
