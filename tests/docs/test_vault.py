@@ -153,6 +153,14 @@ def test_its_hints(desk: Any, server: str) -> None:
     desk.fails("keymgmt seal model.xml a.sealed --to site:a")
     desk.follow("backends/vault", "keymgmt keys create PROVIDER:KEY", PROVIDER="site", KEY="a")
     desk.run("keymgmt seal model.xml a.sealed --to site:a")
+    desk.fails("keymgmt keys export site:a --format recipient -o a.recipient")
+    desk.follow(
+        "backends/vault",
+        "keymgmt keys create PROVIDER:KEY --kind rsa-3072",
+        PROVIDER="site",
+        KEY="office",
+    )
+    desk.run("keymgmt keys export site:office --format recipient -o office.recipient")
     desk.fails("keymgmt keys create site:a")
     desk.follow("backends/vault", "keymgmt keys show {}:{}")
     assert "disable_upsert" in desk.run("keymgmt doctor site:a").said

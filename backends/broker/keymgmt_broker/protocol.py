@@ -63,8 +63,8 @@ HEALTH: Final = "keymgmt-broker-health/1"
 REFUSAL: Final = "keymgmt-broker-refusal/1"
 
 NONCE_LENGTH: Final = 56
-MAX_EVIDENCE: Final = 640 * 1024
-"""Bytes of evidence: the event log of a TPM may have 512 KiB, and a quote of SGX or TDX has 5."""
+MAX_EVIDENCE: Final = 400 * 1024
+"""Bytes of evidence: the event log of a TPM may have 256 KiB, and a quote of SGX or TDX has 5."""
 MAX_CONTEXT: Final = 1024
 MAX_PUBLIC: Final = 2048
 MAX_REQUEST: Final = MAX_EVIDENCE * 4 // 3 + 32 * 1024

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from keymgmt.backend import (
+    RSA_OAEP_256,
     AccessDenied,
     ConfigError,
     KeyInfo,
@@ -26,6 +27,7 @@ from keymgmt.backend import (
     ProviderError,
     ProviderUnavailable,
     PublicKey,
+    Recipient,
     Signature,
     UnsupportedOperation,
     check_kind,
@@ -265,6 +267,17 @@ class Keys:
                 with contextlib.suppress(ProviderError):
                     self._write("retire", described.native, "/config", {"deletion_allowed": False})
             raise
+
+    def recipient(self, key: str) -> Recipient:
+        """The public part of the newest version of an RSA key that wraps."""
+        described = self.read(key).alive()
+        if described.kind not in RSA or described.purpose != "wrap":
+            raise UnsupportedOperation(
+                f"the key {key!r} is {described.kind} and has no public part to wrap for",
+                hint="make one of kind rsa-3072: keymgmt keys create PROVIDER:KEY --kind rsa-3072",
+            )
+        newest = str(described.newest)
+        return Recipient(RSA_OAEP_256, "vault", key, newest, described.public_key())
 
     def signing(self, key: str) -> Described:
         """A key that signs; UnsupportedOperation for one that wraps."""

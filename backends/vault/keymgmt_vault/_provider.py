@@ -11,10 +11,12 @@ from keymgmt.backend import (
     KeyInfo,
     KeyProvider,
     ProviderError,
+    Recipient,
     Signature,
     SupportsBatchUnwrap,
     SupportsKeyDeletion,
     SupportsKeyManagement,
+    SupportsOfflineRecipients,
     SupportsSigning,
     WrappedKey,
     bare,
@@ -33,6 +35,7 @@ class VaultProvider(
     KeyProvider[VaultSettings],
     SupportsKeyManagement,
     SupportsKeyDeletion,
+    SupportsOfflineRecipients,
     SupportsSigning,
     SupportsBatchUnwrap,
 ):
@@ -53,7 +56,8 @@ class VaultProvider(
 
     Kinds: ``aes256-gcm96``, ``chacha20-poly1305``, ``xchacha20-poly1305`` wrap, with the context as
     Transit's ``associated_data``; ``rsa-2048``, ``rsa-3072``, ``rsa-4096`` wrap (OAEP, SHA-256),
-    the context bound by the core's InnerKey, or sign where the config says ``purpose = "sign"``;
+    the context bound by the core's InnerKey, also for who seals to their public part offline; or
+    they sign, where the config says ``purpose = "sign"``;
     ``ed25519``, ``ecdsa-p256``, ``ecdsa-p384`` sign.
 
     The data key passes through HTTP and JSON in strings, which Python cannot wipe; their memory is
@@ -120,6 +124,11 @@ class VaultProvider(
     def delete_key(self, key: str) -> None:
         """See SupportsKeyDeletion; the key's deletion is allowed first."""
         self._keys.delete(check_key(key))
+
+    @bare
+    def export_recipient(self, key: str) -> Recipient:
+        """See SupportsOfflineRecipients; RSA keys have a public part."""
+        return self._keys.recipient(check_key(key))
 
     @bare
     def public_key(self, key: str, version: str | None = None) -> bytes:

@@ -15,7 +15,14 @@ from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
-from keymgmt.backend import ConfigPath, KeyName, SecretSource, Settings, is_key
+from keymgmt.backend import (
+    RSA_OAEP_256,
+    ConfigPath,
+    KeyName,
+    SecretSource,
+    Settings,
+    is_key,
+)
 
 __all__ = [
     "AEAD",
@@ -38,7 +45,7 @@ __all__ = [
 AEAD: Final = ("aes256-gcm96", "chacha20-poly1305", "xchacha20-poly1305")
 RSA: Final = ("rsa-2048", "rsa-3072", "rsa-4096")
 INNER: Final = "rsa-oaep-sha256+inner"
-MECHANISMS: Final = (*AEAD, INNER)
+MECHANISMS: Final = (*AEAD, INNER, RSA_OAEP_256)
 KINDS: Final[Mapping[str, Literal["wrap", "sign"]]] = {
     **dict.fromkeys(AEAD, "wrap"),
     **dict.fromkeys(RSA, "wrap"),

@@ -1,8 +1,9 @@
 """Wrapping and unwrapping with Transit, and the ciphertexts that it makes.
 
 A key type with additional data binds the context itself (``associated_data``). RSA has none, so
-there the core's InnerKey does. The blob of an AEAD type is Transit's ciphertext as it stands, so
-``bao write transit/decrypt/NAME ciphertext=... associated_data=...`` opens it.
+there the core's InnerKey does, as in what others sealed to an exported RSA key. The blob of an AEAD
+type is Transit's ciphertext as it stands, so ``bao write transit/decrypt/NAME ciphertext=...
+associated_data=...`` opens it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from keymgmt.backend import (
     DEK_LENGTH,
+    RSA_OAEP_256,
     Dek,
     ProviderError,
     ProviderUnavailable,
@@ -179,11 +181,12 @@ class Wrapping:
                 f"the config does not allow {wrapped.mechanism} for the key {wrapped.key!r}",
                 hint=f"add it to mechanisms of [providers.{self._session.name}.keys.{wrapped.key}]",
             )
-        bound = wrapped.mechanism != INNER
+        bound = wrapped.mechanism in AEAD
         associated = (base64.b64encode(context).decode() or None) if bound else None
-        ciphertext = _ciphertext(wrapped.blob, wrapped.mechanism)
+        ciphertext = _ciphertext(wrapped.blob, wrapped.mechanism, wrapped.version)
+        known = {"pk"} if wrapped.mechanism == RSA_OAEP_256 else set()
         version = _version_of(ciphertext)
-        if version is None or wrapped.params:
+        if version is None or not set(wrapped.params) <= known:
             # It cannot decrypt; the server says whether key and version are there at all.
             ciphertext, associated = f"vault:v{wrapped.version}:{'A' * 80}", None
             version = _version_of(ciphertext)
@@ -199,10 +202,13 @@ def _failure_of(result: Any) -> str:
     return str(result.get("error") or "")[:300]
 
 
-def _ciphertext(blob: bytes, mechanism: str) -> str:
-    """What Transit made of a blob; anything outside its alphabet is what no ciphertext has."""
-    if mechanism == INNER:
+def _ciphertext(blob: bytes, mechanism: str, version: str = "") -> str:
+    """What Transit decrypts of a blob; anything outside its alphabet is what no ciphertext has."""
+    if mechanism not in AEAD:
         blob = blob[2 : 2 + int.from_bytes(blob[:2], "big")]
+    if mechanism == RSA_OAEP_256:
+        # Sealed by somebody with the public key, and so without Transit's prefix.
+        return f"vault:v{version}:{base64.b64encode(blob).decode()}"
     return blob.decode("ascii", "replace")
 
 
@@ -220,6 +226,6 @@ def _finish(wrapped: WrappedKey, context: bytes, data: Mapping[str, Any]) -> Dek
     if len(plain) != DEK_LENGTH:
         raise UnwrapFailed(f"what {wrapped} holds is no data key")
     dek = Dek(plain)
-    if wrapped.mechanism == INNER:
+    if wrapped.mechanism not in AEAD:
         return inner_unwrap(wrapped.blob, context, lambda _: dek)
     return dek

@@ -69,6 +69,12 @@ class TestVault(ProviderContract):
         return "other"
 
     @pytest.fixture
+    def recipient_key(self, provider: Any) -> str:
+        if "rsa" not in [info.key for info in provider.list_keys()]:
+            provider.create_key("rsa", "rsa-2048", {})
+        return "rsa"
+
+    @pytest.fixture
     def denied_factory(self, server: Any, role: tuple[str, str], secret_file: Any) -> Any:
         return self.factory(server, role[0], "not-the-secret-id", secret_file)
 
