@@ -380,7 +380,7 @@ class Config(ForkSafe):
             raise ConfigError(f"the public key {name} is refused: {error}") from error
         content = read_file(
             file,
-            what="public key",
+            label="public key",
             limit=MAX_CONFIG,
             access="trusted",
             hint="export it with: keymgmt keys export PROVIDER:KEY --format pem",

@@ -75,7 +75,7 @@ def read_config(file: Path, *, absent: str = "make one with: keymgmt init") -> d
     """
     content = read_file(
         file,
-        what="config",
+        label="config",
         limit=MAX_CONFIG,
         access="trusted",
         hint=absent if _is_missing(file) else "let this user read it, or name another one: -c FILE",

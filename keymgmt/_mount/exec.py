@@ -144,7 +144,7 @@ class Launch:
                 hint=f"make an empty one: mkdir -p {shlex.quote(str(self.at))}",
             )
         try:
-            check_trusted(self.at, what="folder for the model", private=False)
+            check_trusted(self.at, label="folder for the model", private=False)
         except ConfigError as error:
             # If another user renames the folder outside of the namespace, the mount moves with it,
             # and that user can put another folder at the path that the program reads.

@@ -302,4 +302,4 @@ def _load_rsa(data: bytes) -> rsa.RSAPublicKey:
 
 def read_recipient(path: Path) -> bytes:
     """The bytes of a recipient file or of its signatures; ConfigError where it cannot be read."""
-    return bytes(read_file(path, what="recipient file", limit=MAX_FILE, access="any"))
+    return bytes(read_file(path, label="recipient file", limit=MAX_FILE, access="any"))

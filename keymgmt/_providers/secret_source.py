@@ -169,7 +169,7 @@ def _plain(secret: bytearray, source: str) -> str:
 
 def _read(file: Path, label: str, access: Access, hint: str | None = None) -> bytearray:
     return read_file(
-        file, what=label, limit=MAX_SECRET, access=access, error=ProviderUnavailable, hint=hint
+        file, label=label, limit=MAX_SECRET, access=access, error=ProviderUnavailable, hint=hint
     )
 
 

@@ -22,14 +22,14 @@ _Calls: TypeAlias = "queue.SimpleQueue[tuple[Callable[[], Any], _Answer[Any]]]"
 class Deadline:
     """The moment at which a call is given up, however many steps it takes until then."""
 
-    def __init__(self, seconds: float, what: str) -> None:
+    def __init__(self, seconds: float, label: str) -> None:
         """Begin now.
 
         Args:
             seconds: how long the call may take in all.
-            what: the call in a few words, for the error: "the Vault server".
+            label: the call in a few words, for the error: "the Vault server".
         """
-        self.seconds, self.what = seconds, what
+        self.seconds, self.label = seconds, label
         self._end = time.monotonic() + seconds
 
     @property
@@ -49,7 +49,7 @@ class Deadline:
     def check(self) -> None:
         """ProviderUnavailable if the time is over."""
         if not self.remaining:
-            raise _over(self.what, self.seconds)
+            raise _over(self.label, self.seconds)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -63,10 +63,10 @@ class Deadline:
     def run(self, call: Callable[[], R]) -> R:
         """``within`` the seconds that are left."""
         self.check()
-        return within(self.remaining, self.what, call)
+        return within(self.remaining, self.label, call)
 
 
-def within(seconds: float, what: str, call: Callable[[], R]) -> R:
+def within(seconds: float, label: str, call: Callable[[], R]) -> R:
     """Run ``call`` and give up on it after ``seconds``, leaving its thread behind.
 
     For C libraries that cannot be interrupted: whatever ``call`` uses must not be used again
@@ -80,7 +80,7 @@ def within(seconds: float, what: str, call: Callable[[], R]) -> R:
     try:
         value, failure = answer.get(timeout=seconds)
     except queue.Empty:
-        raise _over(what, seconds) from None
+        raise _over(label, seconds) from None
     if failure is not None:
         try:
             raise failure
@@ -133,8 +133,8 @@ def _outcome(call: Callable[[], R]) -> tuple[R | None, BaseException | None]:
         return None, error
 
 
-def _over(what: str, seconds: float) -> ProviderUnavailable:
+def _over(label: str, seconds: float) -> ProviderUnavailable:
     return ProviderUnavailable(
-        f"{what} gave no answer within {seconds:.3g} seconds",
+        f"{label} gave no answer within {seconds:.3g} seconds",
         hint="look whether the service hangs; the call was abandoned",
     )

@@ -36,7 +36,7 @@ _LINKS: Final = 40  # as many as the kernel follows (path_resolution(7))
 def read_file(
     path: Path,
     *,
-    what: str,
+    label: str,
     limit: int,
     access: Access,
     error: type[KeymgmtError] = ConfigError,
@@ -47,7 +47,7 @@ def read_file(
 
     Args:
         path: the file; links are followed.
-        what: a word for the kind of file, for messages: "config", "key file".
+        label: a word for the kind of file, for messages: "config", "key file".
         limit: bytes that it may have at most.
         access: who may have access to it.
         error: class of the error: ConfigError for a file that the operator named, a ProviderError
@@ -60,15 +60,15 @@ def read_file(
             such as a FileNotFoundError.
     """
     for _ in range(_EXCHANGES):
-        content = _read_once(path, what, limit, access, error, (hint, irregular))
+        content = _read_once(path, label, limit, access, error, (hint, irregular))
         if content is not None:
             return content
-    raise error(f"the {what} {path} was exchanged again and again while it was read")
+    raise error(f"the {label} {path} was exchanged again and again while it was read")
 
 
 def _read_once(
     path: Path,
-    what: str,
+    label: str,
     limit: int,
     access: Access,
     error: type[KeymgmtError],
@@ -80,17 +80,17 @@ def _read_once(
         descriptor = os.open(path, _FLAGS)
     except (OSError, ValueError) as reason:  # ValueError: a NUL in the name
         why = reason.strerror if isinstance(reason, OSError) else "its name has a NUL"
-        raise error(f"cannot read the {what} {path}: {why}", hint=hint) from reason
+        raise error(f"cannot read the {label} {path}: {why}", hint=hint) from reason
     try:
         info = os.fstat(descriptor)
         if not stat.S_ISREG(info.st_mode):
-            raise error(f"the {what} {path} is not a regular file", hint=irregular)
+            raise error(f"the {label} {path} is not a regular file", hint=irregular)
         if access != "any":
-            check_trusted(path, what=what, private=access == "private", error=error)
+            check_trusted(path, label=label, private=access == "private", error=error)
             if not _is_same(path, info):
                 return None
         if info.st_size > limit:
-            raise error(f"the {what} {path} is larger than {limit} bytes")
+            raise error(f"the {label} {path} is larger than {limit} bytes")
         content = bytearray(info.st_size)
         try:
             # One byte more is asked for, to see whether the file grew meanwhile.
@@ -100,24 +100,24 @@ def _read_once(
                 with open(descriptor, "rb", closefd=False) as file:
                     content, count = bytearray(file.read(limit + 1)), 0
         except OSError as reason:
-            raise error(f"cannot read the {what} {path}: {reason.strerror}") from reason
+            raise error(f"cannot read the {label} {path}: {reason.strerror}") from reason
     finally:
         os.close(descriptor)
     if len(content) > limit:
-        raise error(f"the {what} {path} is larger than {limit} bytes")
+        raise error(f"the {label} {path} is larger than {limit} bytes")
     if count != info.st_size:
-        raise error(f"the {what} {path} changed while it was read", hint="try again")
+        raise error(f"the {label} {path} changed while it was read", hint="try again")
     return content
 
 
 def check_trusted(
-    path: Path, *, what: str, private: bool, error: type[KeymgmtError] = ConfigError
+    path: Path, *, label: str, private: bool, error: type[KeymgmtError] = ConfigError
 ) -> None:
     """Refuse a file or folder that others than root and this user could have put there.
 
     Args:
         path: of the file or folder, which exists.
-        what: a word for the kind of file, for messages.
+        label: a word for the kind of file, for messages.
         private: whether others may not even read it.
         error: class of the error.
 
@@ -128,7 +128,7 @@ def check_trusted(
     try:
         steps = _steps(path)
     except OSError as reason:
-        raise error(f"cannot look at the {what} {path}: {reason.strerror}") from reason
+        raise error(f"cannot look at the {label} {path}: {reason.strerror}") from reason
     for index, (step, info) in enumerate(steps):
         last = index == len(steps) - 1
         # In a folder with the sticky bit nobody can exchange an entry of another user (chmod(2));
@@ -140,7 +140,7 @@ def check_trusted(
             else _mode_problem(step, info, last and private)
         )
         if problem is not None:
-            subject = f"the {what} {path}" if last else f"the {what} {path}, in {step},"
+            subject = f"the {label} {path}" if last else f"the {label} {path}, in {step},"
             raise error(
                 f"{subject} is refused: {problem[0]}",
                 hint=problem[1].format(path=step) if problem[1] else None,

@@ -187,7 +187,7 @@ class ReleaseMemory:
         """The states in the file, the newest last; none where there is no file."""
         path = self.path
         try:
-            content = read_file(path, what="release memory", limit=MAX_FILE, access="trusted")
+            content = read_file(path, label="release memory", limit=MAX_FILE, access="trusted")
         except ConfigError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 return []

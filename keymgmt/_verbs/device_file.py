@@ -134,7 +134,7 @@ def _secret(folder: Path) -> bytearray:
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         if not path.exists():
-            check_trusted(folder, what="folder", private=True)
+            check_trusted(folder, label="folder", private=True)
             made = bytearray(_SECRET_LENGTH)
             fill_random(made)
             with contextlib.suppress(FileExistsError):  # another process was faster
@@ -145,8 +145,8 @@ def _secret(folder: Path) -> bytearray:
             f"cannot keep files for this device in {folder}: {error.strerror}",
             hint="name a folder of your own on a local disk, or do without",
         ) from error
-    check_trusted(folder, what="folder", private=True)
-    secret = read_file(path, what="secret", limit=_SECRET_LENGTH, access="private")
+    check_trusted(folder, label="folder", private=True)
+    secret = read_file(path, label="secret", limit=_SECRET_LENGTH, access="private")
     if len(secret) != _SECRET_LENGTH:
         raise ConfigError(f"{path} does not hold a {_SECRET_LENGTH}-byte secret", hint=f"rm {path}")
     return secret

@@ -20,7 +20,7 @@ __all__ = ["choose_file", "file_bytes", "file_memory", "outside_part"]
 
 
 def choose_file(
-    sealed: SealedModel, file: str | None, suffixes: Collection[str], *, what: str, hint: str
+    sealed: SealedModel, file: str | None, suffixes: Collection[str], *, label: str, hint: str
 ) -> str:
     """The path of the file that a loader reads: ``file``, else the main one, else the only one.
 
@@ -28,7 +28,7 @@ def choose_file(
         sealed: an open model.
         file: what the caller asked for.
         suffixes: how the names of such files end, in lower case.
-        what: how an error calls such a file.
+        label: what an error calls such a file.
         hint: of the error where there is none.
 
     Raises:
@@ -46,10 +46,10 @@ def choose_file(
         return manifest.main
     if len(found) > 1:
         raise FormatError(
-            f"{manifest.name} has {len(found)} {what}s", hint=f"say which: file={_listed(found)}"
+            f"{manifest.name} has {len(found)} {label}s", hint=f"say which: file={_listed(found)}"
         )
     if not found:
-        raise FormatError(f"{manifest.name} ({manifest.kind}) has no {what}", hint=hint)
+        raise FormatError(f"{manifest.name} ({manifest.kind}) has no {label}", hint=hint)
     return found[0]
 
 
@@ -87,7 +87,7 @@ def file_memory(sealed: SealedModel, path: str) -> PrivateMemory:
 
 
 def outside_part(
-    sealed: SealedModel, model_path: str, tensor: External, what: str
+    sealed: SealedModel, model_path: str, tensor: External, label: str
 ) -> tuple[str, int]:
     """Where a tensor that the ONNX file ``model_path`` keeps outside is in the sealed model.
 
@@ -97,11 +97,11 @@ def outside_part(
     Raises:
         FormatError: in no file of the model, or beyond the end of it.
     """
-    file = outside_path(model_path, tensor.location, what)
+    file = outside_path(model_path, tensor.location, label)
     if file not in sealed.manifest.by_path:
-        raise FormatError(f"{what} has tensors in {file}, which is no file of it", hint=CONVERT)
+        raise FormatError(f"{label} has tensors in {file}, which is no file of it", hint=CONVERT)
     size = sealed.manifest.file(file).size
     length = tensor.length or size - tensor.offset  # 0 is "all" to runtimes too
     if length <= 0 or tensor.offset + length > size:
-        raise FormatError(f"{what} has tensors beyond the end of {file}")
+        raise FormatError(f"{label} has tensors beyond the end of {file}")
     return file, length

@@ -63,12 +63,12 @@ Visit = Callable[[External], External | None]
 Parts = list[memoryview | bytes]
 
 
-def move_external(model: memoryview, what: str, visit: Visit) -> Parts | None:
+def move_external(model: memoryview, label: str, visit: Visit) -> Parts | None:
     """Show each tensor that is outside of the ModelProto ``model``, and let it be elsewhere.
 
     Args:
         model: the bytes of the .onnx file.
-        what: how an error calls it.
+        label: what an error calls it.
         visit: called with each; returns where else the new model is to say that it is, or None for
             where it was.
 
@@ -79,12 +79,12 @@ def move_external(model: memoryview, what: str, visit: Visit) -> Parts | None:
         FormatError: it is no protobuf message, or contradicts itself.
     """
     try:
-        return _walk(model, "Model", what, 0, visit)
+        return _walk(model, "Model", label, 0, visit)
     except IndexError:
-        raise FormatError(f"{what} is not an ONNX model: it ends in the middle") from None
+        raise FormatError(f"{label} is not an ONNX model: it ends in the middle") from None
 
 
-def outside_path(model_path: str, location: str, what: str) -> str:
+def outside_path(model_path: str, location: str, label: str) -> str:
     """The path, within the sealed model, of a location that the ONNX file ``model_path`` names.
 
     Raises:
@@ -93,12 +93,12 @@ def outside_path(model_path: str, location: str, what: str) -> str:
     path = PurePosixPath(location)
     if not location or path.is_absolute() or ".." in path.parts or {"*", "\0"} & {*location}:
         raise FormatError(
-            f"{what} keeps tensors at {location!r}, which is no file of this model", hint=CONVERT
+            f"{label} keeps tensors at {location!r}, which is no file of this model", hint=CONVERT
         )
     return str(PurePosixPath(model_path).parent / path)
 
 
-def external_files(descriptor: int, path: str, what: str) -> set[str]:
+def external_files(descriptor: int, path: str, label: str) -> set[str]:
     """The paths, within the sealed model, of the files that an open ONNX file needs.
 
     Raises:
@@ -108,15 +108,15 @@ def external_files(descriptor: int, path: str, what: str) -> set[str]:
     if os.fstat(descriptor).st_size:  # nothing is no message, and no mapping either
         content = memoryview(mmap.mmap(descriptor, 0, prot=mmap.PROT_READ))
         move_external(
-            content, what, lambda each: found.add(outside_path(path, each.location, what))
+            content, label, lambda each: found.add(outside_path(path, each.location, label))
         )
     return found
 
 
-def _walk(data: memoryview, message: str, what: str, depth: int, visit: Visit) -> Parts | None:
+def _walk(data: memoryview, message: str, label: str, depth: int, visit: Visit) -> Parts | None:
     """The parts of a message in which something moved; None where nothing did."""
     if depth > MAX_DEPTH:
-        raise FormatError(f"{what}: graphs nested more than {MAX_DEPTH} deep")
+        raise FormatError(f"{label}: graphs nested more than {MAX_DEPTH} deep")
     inner = _FIELDS[message]
     is_tensor = message == "Tensor"
     entries: list[memoryview] = []
@@ -126,14 +126,14 @@ def _walk(data: memoryview, message: str, what: str, depth: int, visit: Visit) -
     end = len(data)
     while position < end:
         start = position
-        tag, position = _varint(data, position, what)
+        tag, position = _varint(data, position, label)
         if tag >> 32:  # parsers cut a tag to 32 bits, and so would see another field
-            raise FormatError(f"{what} is not an ONNX model: field number {tag >> 3}")
+            raise FormatError(f"{label} is not an ONNX model: field number {tag >> 3}")
         field, wire = tag >> 3, tag & 7
         if is_tensor and wire != _WIRES.get(field, wire):
-            raise FormatError(f"{what} is not an ONNX model: wire type {wire} of field {field}")
+            raise FormatError(f"{label} is not an ONNX model: wire type {wire} of field {field}")
         if wire == 0:
-            value, position = _varint(data, position, what)
+            value, position = _varint(data, position, label)
             if is_tensor and field == _DATA_LOCATION:
                 locations.add(value)
         elif wire == 1:
@@ -141,13 +141,13 @@ def _walk(data: memoryview, message: str, what: str, depth: int, visit: Visit) -
         elif wire == 5:
             position += 4
         elif wire == 2:
-            length, position = _varint(data, position, what)
+            length, position = _varint(data, position, label)
             if length > end - position:
                 raise IndexError
             content = data[position : position + length]
             position += length
             if field in inner:
-                moved = _walk(content, inner[field], what, depth + 1, visit)
+                moved = _walk(content, inner[field], label, depth + 1, visit)
                 if moved is not None:
                     size = sum(map(len, moved))
                     parts += [data[kept:start], _number(tag), _number(size), *moved]
@@ -157,15 +157,15 @@ def _walk(data: memoryview, message: str, what: str, depth: int, visit: Visit) -
                 parts.append(data[kept:start])
                 kept = position
         else:  # groups (3, 4) were never in onnx.proto, 6 and 7 are no wire types
-            raise FormatError(f"{what} is not an ONNX model: wire type {wire}")
+            raise FormatError(f"{label} is not an ONNX model: wire type {wire}")
     if position != end:
         raise IndexError
     if entries or locations - {0}:
         if not entries or locations != {1}:  # runtimes would differ in what they make of it
             raise FormatError(
-                f"{what} contradicts itself on whether a tensor is outside", hint=CONVERT
+                f"{label} contradicts itself on whether a tensor is outside", hint=CONVERT
             )
-        place = visit(_external(entries, what))
+        place = visit(_external(entries, label))
         if place is None:
             return None
         parts.append(data[kept:])
@@ -183,33 +183,33 @@ def _walk(data: memoryview, message: str, what: str, depth: int, visit: Visit) -
     return [*parts, data[kept:]] if parts else None
 
 
-def _external(entries: list[memoryview], what: str) -> External:
+def _external(entries: list[memoryview], label: str) -> External:
     """Of StringStringEntryProto messages: 1 is the key and 2 the value, both strings."""
     found: dict[str, str] = {}
     for entry in entries:
         pair: dict[int, str] = {}
         position = 0
         while position < len(entry):
-            tag, position = _varint(entry, position, what)
-            length, position = _varint(entry, position, what)
+            tag, position = _varint(entry, position, label)
+            length, position = _varint(entry, position, label)
             if tag not in (1 << 3 | 2, 2 << 3 | 2) or length > len(entry) - position:
-                raise FormatError(f"{what} is not an ONNX model: wrong external data")
+                raise FormatError(f"{label} is not an ONNX model: wrong external data")
             try:
                 pair[tag >> 3] = str(entry[position : position + length], "utf-8")
             except UnicodeDecodeError:
                 raise FormatError(
-                    f"{what} is not an ONNX model: external data that is no text"
+                    f"{label} is not an ONNX model: external data that is no text"
                 ) from None
             position += length
         key = pair.get(1, "")
         if key in found:
-            raise FormatError(f"{what} names the {key} of a tensor's external data twice")
+            raise FormatError(f"{label} names the {key} of a tensor's external data twice")
         found[key] = pair.get(2, "")
     numbers: dict[str, int | None] = {}
     for key in ("offset", "length"):
         text = found.get(key, "")
         if text and not (text.isascii() and text.isdigit() and len(text) < 20):
-            raise FormatError(f"{what} has external data with the {key} {text[:40]!r}")
+            raise FormatError(f"{label} has external data with the {key} {text[:40]!r}")
         numbers[key] = int(text) if text else None
     return External(found.get("location", ""), numbers["offset"] or 0, numbers["length"])
 
@@ -224,7 +224,7 @@ def _number(value: int) -> bytes:
     return bytes(made)
 
 
-def _varint(data: memoryview, position: int, what: str) -> tuple[int, int]:
+def _varint(data: memoryview, position: int, label: str) -> tuple[int, int]:
     value = 0
     for shift in range(0, 70, 7):
         byte = data[position]
@@ -232,4 +232,4 @@ def _varint(data: memoryview, position: int, what: str) -> tuple[int, int]:
         value |= (byte & 0x7F) << shift
         if not byte & 0x80:
             return value & 0xFFFFFFFFFFFFFFFF, position
-    raise FormatError(f"{what} is not an ONNX model: a number of more than 10 bytes")
+    raise FormatError(f"{label} is not an ONNX model: a number of more than 10 bytes")

@@ -167,7 +167,7 @@ def _ignored(folder: Path) -> list[str]:
     file = folder / IGNORE
     if not os.path.lexists(file):
         return []
-    text = read_file(file, what="ignore file", limit=_MAX_IGNORE, access="any")
+    text = read_file(file, label="ignore file", limit=_MAX_IGNORE, access="any")
     try:
         lines = [line.strip() for line in text.decode("utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:

@@ -120,7 +120,7 @@ from keymgmt._system.trusted_file import check_trusted
 assert enter_mount_namespace()
 assert Path(sys.argv[1]).stat().st_uid == 65534
 try:
-    check_trusted(Path(sys.argv[1]), what="file", private=True)
+    check_trusted(Path(sys.argv[1]), label="file", private=True)
 except keymgmt.errors.ConfigError as error:
     print(error, "|", error.hint)
 """

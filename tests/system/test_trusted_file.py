@@ -183,7 +183,7 @@ def test_a_bind_mount_of_another_owner(tmp_path: Path, file: Path) -> None:
         source, place, file = sys.argv[1:]
         check(libc.mount(source.encode(), place.encode(), None, 1 << 12, None))  # MS_BIND
         try:
-            read_file(Path(file), what="config", limit=100, access="trusted")
+            read_file(Path(file), label="config", limit=100, access="trusted")
         except ConfigError as error:
             print(error)
         """

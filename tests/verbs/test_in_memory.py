@@ -19,7 +19,7 @@ def opened(site):
 
 def test_which_file_is_read(opened):
     def chosen(*suffixes, file=None):
-        return choose_file(opened, file, suffixes, what="model", hint=HINT)
+        return choose_file(opened, file, suffixes, label="model", hint=HINT)
 
     assert chosen(".xml", ".bin") == "model.xml"  # its main one
     assert chosen(".bin") == "model.bin"

@@ -73,7 +73,7 @@ def _found(auth: ProfileAuth | EnvironmentAuth, settings: AwsSettings) -> Any:
     from botocore.session import Session
 
     if isinstance(auth, EnvironmentAuth):
-        found, what, hint = Session().get_credentials(), "the environment", "name a method in auth"
+        found, label, hint = Session().get_credentials(), "the environment", "name a method in auth"
     else:
         files = {
             "config_file": auth.config_file or Path("~/.aws/config").expanduser(),
@@ -83,7 +83,7 @@ def _found(auth: ProfileAuth | EnvironmentAuth, settings: AwsSettings) -> Any:
             if file.exists():
                 # It may name a program that is run.
                 private = name == "credentials_file"
-                check_trusted(file, what=name, private=private, error=ProviderUnavailable)
+                check_trusted(file, label=name, private=private, error=ProviderUnavailable)
         given = {name: str(file) for name, file in files.items()}
         http = http_session(settings)
         given |= {"profile": auth.profile, "region": settings.region}
@@ -92,10 +92,10 @@ def _found(auth: ProfileAuth | EnvironmentAuth, settings: AwsSettings) -> Any:
         for name in _BEYOND_THE_PROFILE:
             resolver.remove(name)
         _bound_programs(resolver, session, settings.timeout)
-        found, what = resolver.load_credentials(), f"the profile {auth.profile!r}"
+        found, label = resolver.load_credentials(), f"the profile {auth.profile!r}"
         hint = "look at " + " and ".join(map(str, files.values()))
     if found is None:
-        raise ProviderUnavailable(f"{what} has no AWS credentials", hint=hint)
+        raise ProviderUnavailable(f"{label} has no AWS credentials", hint=hint)
     return found
 
 
@@ -153,8 +153,10 @@ def _of_instance(auth: InstanceAuth, settings: AwsSettings) -> dict[str, str]:
         soon = datetime.now(UTC) + timedelta(minutes=20)
         return found | {"Expiration": max(found["Expiration"], f"{soon:%Y-%m-%dT%H:%M:%SZ}")}
 
-    what = f"the IMDSv2 service at {auth.endpoint}"
-    return _told(fetch, what, "is this an EC2 instance with a role, and is that reached from here?")
+    label = f"the IMDSv2 service at {auth.endpoint}"
+    return _told(
+        fetch, label, "is this an EC2 instance with a role, and is that reached from here?"
+    )
 
 
 def _of_container(auth: ContainerAuth, settings: AwsSettings) -> dict[str, str]:
@@ -173,7 +175,7 @@ def _of_container(auth: ContainerAuth, settings: AwsSettings) -> dict[str, str]:
     return _told(fetch, "the container's service", hint)
 
 
-def _told(fetch: Callable[[], Any], what: str, hint: str) -> dict[str, str]:
+def _told(fetch: Callable[[], Any], label: str, hint: str) -> dict[str, str]:
     """What a service beside this machine tells of its role.
 
     Of a failure its kind alone is said: in ECS whoever knows the address has the credentials, and
@@ -185,7 +187,7 @@ def _told(fetch: Callable[[], Any], what: str, hint: str) -> dict[str, str]:
         why = "an answer without them"
     except Exception as error:  # noqa: BLE001 - see above
         why = type(error).__name__
-    raise ProviderUnavailable(f"no credentials from {what} ({why})", hint=hint)
+    raise ProviderUnavailable(f"no credentials from {label} ({why})", hint=hint)
 
 
 def _temporary(found: Any, token: str) -> dict[str, str]:

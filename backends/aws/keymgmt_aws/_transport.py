@@ -114,7 +114,7 @@ def _create(
     from botocore.config import Config
 
     if settings.ca_file is not None:
-        check_trusted(settings.ca_file, what="CA file", private=False, error=ProviderUnavailable)
+        check_trusted(settings.ca_file, label="CA file", private=False, error=ProviderUnavailable)
     ours = Config(
         retries={"total_max_attempts": 1, "mode": "standard"},
         user_agent="keymgmt-aws",

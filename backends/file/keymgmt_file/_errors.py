@@ -55,14 +55,14 @@ FAULTS: Final[FaultTable[int]] = FaultTable(
 
 
 @contextlib.contextmanager
-def translated(what: str, operation: str = "") -> Iterator[None]:
+def translated(label: str, operation: str = "") -> Iterator[None]:
     """Turn what the system refused into the errors of ``FAULTS``.
 
     The house's readers are to raise AccessDenied; where the system was the cause, what it said
     counts.
 
     Args:
-        what: the file or directory in question, for messages.
+        label: the file or directory in question, for messages.
         operation: "read" where a file that is missing is a key that is missing.
     """
     try:
@@ -73,9 +73,9 @@ def translated(what: str, operation: str = "") -> Iterator[None]:
             raise
         code = cause.errno or 0
         name = errno.errorcode.get(code, str(code))
-        raise FAULTS.error(code, what, operation, shown=name) from cause
+        raise FAULTS.error(code, label, operation, shown=name) from cause
 
 
-def damaged(what: str) -> ProviderError:
+def damaged(label: str) -> ProviderError:
     """A file whose content cannot be used; what of it is wrong may be secret and is not said."""
-    return ProviderError(f"{what} is damaged or unknown here", hint="put it back from a backup")
+    return ProviderError(f"{label} is damaged or unknown here", hint="put it back from a backup")

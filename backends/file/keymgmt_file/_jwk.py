@@ -256,13 +256,13 @@ def random_key() -> bytearray:
     return key
 
 
-def read_json(content: bytes | bytearray, what: str) -> JsonReader:
+def read_json(content: bytes | bytearray, label: str) -> JsonReader:
     """Read one JSON object in any spelling; ProviderError, which quotes nothing, if it is none."""
     reader = None
     with contextlib.suppress(FormatError):
-        reader = load_json(content, what, MAX_FILE, canonical=False)
+        reader = load_json(content, label, MAX_FILE, canonical=False)
     if reader is None:
-        raise damaged(what)
+        raise damaged(label)
     return reader
 
 

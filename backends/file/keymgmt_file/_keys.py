@@ -279,7 +279,7 @@ class KeyFiles:
         path = self.path / name
         with translated(f"{path}", "read"):
             return read_file(
-                path, what="key file", limit=MAX_FILE, access="private", error=AccessDenied
+                path, label="key file", limit=MAX_FILE, access="private", error=AccessDenied
             )
 
     def _save(self, keys: KeySet, kek: bytearray | None) -> None:
@@ -301,7 +301,7 @@ class KeyFiles:
 
     def _check(self) -> None:
         with translated(f"the key directory {self.path}"):
-            check_trusted(self.path, what="key directory", private=True, error=AccessDenied)
+            check_trusted(self.path, label="key directory", private=True, error=AccessDenied)
 
 
 def _is_locked(reader: JsonReader) -> bool:

@@ -234,7 +234,7 @@ class Connection(ForkSafe):
             place = self._take(call)
             try:
                 serve = functools.partial(self._serve, place, call)
-                return within(deadline.remaining, deadline.what, serve)
+                return within(deadline.remaining, deadline.label, serve)
             except ProviderUnavailable:
                 self._abandon(place, call)
                 raise

@@ -199,12 +199,12 @@ def _key(service: Service, name: str, round_trip: Callable[[str], None] | None) 
 def _holds(service: Service, tpm: Tpm, key: TpmKey) -> None:
     from keymgmt_tpm2.policy._authorize import authorize
 
-    version, what = key.newest, f"the key {key.key!r}"
+    version, label = key.newest, f"the key {key.key!r}"
     session = tpm.session(policy=bool(version.policy.digest))
     tpm.load(version.public, version.private)
     if not version.policy.digest:
         return
-    authorize(tpm, session, version.policy, statements(service, version.policy), what)
+    authorize(tpm, session, version.policy, statements(service, version.policy), label)
     answer = tpm.call("policy_get_digest", session)
     if bytes(answer) != version.public.policy:
-        raise translate(TpmError(POLICY_FAIL), what)
+        raise translate(TpmError(POLICY_FAIL), label)

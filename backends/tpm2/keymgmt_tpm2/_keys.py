@@ -263,13 +263,13 @@ class KeyDirectory:
 
     def _refuse_shared(self) -> None:
         try:
-            check_trusted(self.path, what="key directory", private=True, error=ProviderUnavailable)
+            check_trusted(self.path, label="key directory", private=True, error=ProviderUnavailable)
         except ProviderUnavailable as error:
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise
 
 
-def read_json(path: Path, what: str) -> JsonReader | None:
+def read_json(path: Path, label: str) -> JsonReader | None:
     """A trusted JSON file, or None where there is none.
 
     Raises:
@@ -277,9 +277,9 @@ def read_json(path: Path, what: str) -> JsonReader | None:
     """
     try:
         content = read_file(
-            path, what=what, limit=MAX_FILE, access="trusted", error=ProviderUnavailable
+            path, label=label, limit=MAX_FILE, access="trusted", error=ProviderUnavailable
         )
-        return load_json(content, f"the {what} {path}", MAX_FILE, canonical=False)
+        return load_json(content, f"the {label} {path}", MAX_FILE, canonical=False)
     except ProviderUnavailable as error:
         if isinstance(error.__cause__, FileNotFoundError):
             return None

@@ -101,7 +101,7 @@ class _Refused:
         """What is known of a login; where nothing can be kept, this process alone knows."""
         try:
             data = read_file(
-                note, what="note", limit=4096, access="private", error=ProviderUnavailable
+                note, label="note", limit=4096, access="private", error=ProviderUnavailable
             )
             until, times, reason = _NOTE.validate_json(bytes(data))
         except (ProviderUnavailable, ValueError):
@@ -133,11 +133,11 @@ _kept_here: Final[dict[str, _Refused]] = {}
 """What could not be noted, by the name of the note."""
 
 
-def _note_of(what: str) -> Path:
+def _note_of(label: str) -> Path:
     boot = b""
     with contextlib.suppress(OSError):
         boot = _BOOT.read_bytes()[:64]
-    digest = hashlib.blake2b(what.encode(), key=boot, digest_size=16)
+    digest = hashlib.blake2b(label.encode(), key=boot, digest_size=16)
     return _NOTES / f"keymgmt-{os.geteuid()}-{digest.hexdigest()}"
 
 

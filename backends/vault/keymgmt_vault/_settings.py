@@ -292,13 +292,15 @@ class VaultSettings(Settings):
             raise ValueError("address names 1 to 16 nodes")
         if len(set(addresses)) != len(addresses):
             raise ValueError("address names the same node twice")
-        for what, path in (
+        for label, path in (
             ("mount", self.mount),
             ("namespace", self.namespace),
             ("auth mount", getattr(self.auth, "mount", None)),
         ):
             if path is not None and not is_path(path):
-                raise ValueError(f"{what} {path[:80]!r} is no path: letters, digits, '_', '-', '/'")
+                raise ValueError(
+                    f"{label} {path[:80]!r} is no path: letters, digits, '_', '-', '/'"
+                )
         if (self.client_cert is None) != (self.client_key is None):
             raise ValueError("client_cert and client_key go together")
         if isinstance(self.auth, CertAuth) and self.client_cert is None:

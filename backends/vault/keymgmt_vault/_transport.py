@@ -148,9 +148,9 @@ def _context(settings: VaultSettings) -> ssl.SSLContext:
     return context
 
 
-def _read(path: Path, what: str, *, private: bool) -> bytearray:
+def _read(path: Path, label: str, *, private: bool) -> bytearray:
     access: Any = "private" if private else "trusted"
-    return read_file(path, what=what, limit=_MAX_PEM, access=access, error=ProviderUnavailable)
+    return read_file(path, label=label, limit=_MAX_PEM, access=access, error=ProviderUnavailable)
 
 
 class Node:

@@ -213,7 +213,9 @@ class AcmeHsmProvider(KeyProvider[AcmeHsmSettings]):
     def _connect(self, end: float) -> Session:
         told = self.settings
         # What this machine lacks is the provider's failure: another group may open the model.
-        check_trusted(told.private_key, what="private key", private=True, error=ProviderUnavailable)
+        check_trusted(
+            told.private_key, label="private key", private=True, error=ProviderUnavailable
+        )
         arguments = (told.host, told.port, told.ca_file, told.certificate, told.private_key)
         return Session(*arguments, end)
 

@@ -76,10 +76,10 @@ def load(
     with keymgmt.open(path, name=name, keys=keys) as sealed, contextlib.ExitStack() as stack:
         title = sealed.manifest.name
         hint = "seal an .onnx, or a folder that has one; other formats have loaders of their own"
-        chosen = choose_file(sealed, file, (".onnx",), what=".onnx file", hint=hint)
+        chosen = choose_file(sealed, file, (".onnx",), label=".onnx file", hint=hint)
         data, room = stack.enter_context(file_bytes(sealed, chosen, copies=_COPIES))
         outside = _Outside(sealed, chosen)
-        if parts := move_external(room, outside.what, outside.move):
+        if parts := move_external(room, outside.label, outside.move):
             size = sum(map(len, parts))
             data, target = stack.enter_context(private_bytes(size))
             position = 0
@@ -101,7 +101,7 @@ def load(
             session._model_bytes = None
             return session
     why = "it takes no tensors outside of a nested graph from memory; " if outside.names else ""
-    refusal = KeymgmtError(f"ONNX Runtime cannot read {outside.what}", hint=f"{why}{_BY_PATH}")
+    refusal = KeymgmtError(f"ONNX Runtime cannot read {outside.label}", hint=f"{why}{_BY_PATH}")
     refusal.add_note(f"ONNX Runtime said:\n{whole}")
     raise refusal
 
@@ -113,7 +113,7 @@ class _Outside:
     looks for on the disk, from the working directory on.
 
     Attributes:
-        what: how an error calls the ONNX file.
+        label: what an error calls the ONNX file.
         names: the name of each for ONNX Runtime -> its path in the model.
         memories: path in the model -> its bytes.
         size: of all tensors that were moved, however often the model names the same, in bytes.
@@ -122,14 +122,14 @@ class _Outside:
     def __init__(self, sealed: SealedModel, path: str) -> None:
         self._sealed, self._path = sealed, path
         self._token = secrets.token_hex(16)
-        self.what = f"{path} of {sealed.manifest.name}"
+        self.label = f"{path} of {sealed.manifest.name}"
         self.names: dict[str, str] = {}
         self.memories: dict[str, PrivateMemory] = {}
         self.size = 0
 
     def move(self, tensor: External) -> External:
         """Where ONNX Runtime is to find it; its file is decrypted by then."""
-        file, length = outside_part(self._sealed, self._path, tensor, self.what)
+        file, length = outside_part(self._sealed, self._path, tensor, self.label)
         if file not in self.memories:
             self.memories[file] = file_memory(self._sealed, file)
         name = f"{self._token}-{list(self.memories).index(file)}"

@@ -44,7 +44,7 @@ _KNOWN: Final = (
 )
 
 
-def ask(what: str, call: Callable[..., T], *arguments: object, **options: object) -> T:
+def ask(label: str, call: Callable[..., T], *arguments: object, **options: object) -> T:
     """Call OpenVINO; its refusal is one sentence, and keeps nothing of the arguments alive.
 
     The whole of what OpenVINO said is a note of the error (``__notes__``).
@@ -56,12 +56,12 @@ def ask(what: str, call: Callable[..., T], *arguments: object, **options: object
     # Outside of the handler: a chained exception's frames would hold the graph, so the weights; and
     # an error that its own frame names would hold all frames until the collector comes by.
     del arguments, options
-    raise _refusal(what, whole)
+    raise _refusal(label, whole)
 
 
-def _refusal(what: str, whole: str) -> KeymgmtError:
+def _refusal(label: str, whole: str) -> KeymgmtError:
     said, hint = news(whole)
-    return quoting(KeymgmtError(f"{what}: {said}", hint=hint), whole)
+    return quoting(KeymgmtError(f"{label}: {said}", hint=hint), whole)
 
 
 def quoting(error: E, whole: str) -> E:

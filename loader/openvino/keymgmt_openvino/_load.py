@@ -88,9 +88,9 @@ def load(
             if kept is not None:
                 stack.enter_context(kept)
                 if memory := read_compiled(kept):
-                    what = f"OpenVINO does not take back {kept.path.name}, which it made"
+                    label = f"OpenVINO does not take back {kept.path.name}, which it made"
                     try:
-                        compiled = ask(what, core.import_model, memory.tensor, device, options)
+                        compiled = ask(label, core.import_model, memory.tensor, device, options)
                         return LoadedModel(title, compiled, [memory])
                     except KeymgmtError as error:
                         log.warning("%s; better leave cache= out", str(error))

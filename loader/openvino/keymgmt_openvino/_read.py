@@ -44,12 +44,12 @@ def read_sealed(
         The graph, and the storage of its weights, which the caller hands to ``release``; none
         where OpenVINO keeps copies of its own, or maps private files.
     """
-    path = choose_file(sealed, file, GRAPHS, what="graph", hint=_NO_GRAPH)
+    path = choose_file(sealed, file, GRAPHS, label="graph", hint=_NO_GRAPH)
     suffix = PurePosixPath(path).suffix.lower()
-    what = f"{path} of {sealed.manifest.name}"
-    cannot = f"OpenVINO cannot read {what}"
+    label = f"{path} of {sealed.manifest.name}"
+    cannot = f"OpenVINO cannot read {label}"
     if suffix == ".onnx":
-        return _read_onnx(sealed, core, path, what, cannot), []
+        return _read_onnx(sealed, core, path, label, cannot), []
     if suffix != ".xml":
         with keymgmt.mount(sealed, only=lambda each: _goes_with(each, path)) as folder:
             place = folder / path
@@ -64,13 +64,13 @@ def read_sealed(
         raise
 
 
-def _read_onnx(sealed: SealedModel, core: ov.Core, path: str, what: str, cannot: str) -> ov.Model:
+def _read_onnx(sealed: SealedModel, core: ov.Core, path: str, label: str, cannot: str) -> ov.Model:
     """From memory, also the tensors that are in other files; OpenVINO copies all of them."""
     files: dict[str, Memory] = {}
     copied = 0  # bytes that OpenVINO will copy, however often the model names the same
 
     def in_memory(tensor: External) -> External:
-        file, length = outside_part(sealed, path, tensor, what)
+        file, length = outside_part(sealed, path, tensor, label)
         if file not in files:
             files[file] = read_file(sealed, file)
         nonlocal copied
@@ -80,7 +80,7 @@ def _read_onnx(sealed: SealedModel, core: ov.Core, path: str, what: str, cannot:
     try:
         # The frontend parses a copy and copies each tensor; measured with 1 GiB: four times.
         with file_bytes(sealed, path, copies=4) as (data, room):
-            parts = move_external(room, what, in_memory)
+            parts = move_external(room, label, in_memory)
             if parts is None:
                 return ask(cannot, core.read_model, data)
             check_free_memory(copied, sealed.manifest.name)

@@ -216,7 +216,7 @@ def load_adapter(
     Its memory is wiped when the adapter and the pipelines that use it are gone.
     """
     with keymgmt.open(path, name=name, keys=keys) as sealed:
-        choose_file(sealed, file, (), what="adapter", hint="name it with file=")
+        choose_file(sealed, file, (), label="adapter", hint="name it with file=")
         memory = read_file(sealed, file)
         title = sealed.manifest.name
     try:
@@ -254,9 +254,9 @@ def load_path_pipeline(
         ConfigError, SealedModelError, CannotUnlock: as ``keymgmt_openvino.load``.
     """
     check_pipeline(device, options)
-    what = f"{getattr(pipeline, '__name__', 'the pipeline')} cannot be built"
+    label = f"{getattr(pipeline, '__name__', 'the pipeline')} cannot be built"
     with keymgmt.mount(path, name=name, keys=keys) as directory:
-        return ask(what, pipeline, directory / file, device, **options)
+        return ask(label, pipeline, directory / file, device, **options)
 
 
 def _build(
@@ -279,8 +279,8 @@ def _build(
                 content, _ = stack.enter_context(file_bytes(sealed, path))
                 models[graph] = content, memories[-1].tensor
             config = generation_config or _generation_config(sealed)
-            what = f"OpenVINO GenAI cannot build {title} {where}"
-            pipeline = ask(what, make, models, tokenizer, config)
+            label = f"OpenVINO GenAI cannot build {title} {where}"
+            pipeline = ask(label, make, models, tokenizer, config)
             models.clear()
         return LoadedPipeline(title, pipeline, memories)
     except BaseException:
@@ -314,12 +314,12 @@ def _vision_graphs(sealed: SealedModel) -> dict[str, str]:
     return {found[1]: path for path in paths if (found := _NAMED.fullmatch(path))}
 
 
-def _check_folder(sealed: SealedModel, what: str, graphs: list[str]) -> None:
+def _check_folder(sealed: SealedModel, label: str, graphs: list[str]) -> None:
     manifest = sealed.manifest
     missing = [path for path in (*graphs, _TOKENIZER, _DETOKENIZER) if path not in manifest.by_path]
     if missing:
         raise FormatError(
-            f"{manifest.name} ({manifest.kind}) is no {what}: it lacks {' and '.join(missing)}",
+            f"{manifest.name} ({manifest.kind}) is no {label}: it lacks {' and '.join(missing)}",
             hint="what optimum-cli export openvino makes of a language model has them; models of "
             "other pipelines are opened with load_path_pipeline (docs/genai.md)",
         )

@@ -55,8 +55,8 @@ class Entry:
     count: int
 
 
-def read_header(memory: PrivateMemory, size: int, what: str) -> dict[str, Entry]:
-    """The tensors of a file of ``size`` bytes, which an error calls ``what``, by name.
+def read_header(memory: PrivateMemory, size: int, label: str) -> dict[str, Entry]:
+    """The tensors of a file of ``size`` bytes, which an error calls ``label``, by name.
 
     Raises:
         FormatError: it is not a valid one.
@@ -64,24 +64,24 @@ def read_header(memory: PrivateMemory, size: int, what: str) -> dict[str, Entry]
     length = int.from_bytes(memory[:_PREFIX], "little")
     begin = _PREFIX + length
     if size < _PREFIX or length > _MAX or begin > size:
-        raise FormatError(f"{what} is not a .safetensors file: its header ends beyond its end")
+        raise FormatError(f"{label} is not a .safetensors file: its header ends beyond its end")
     try:
         members = _members(bytes(memory[_PREFIX:begin]))
         _check_metadata([value for name, value in members if name == _METADATA])
         # Of two tensors with one name the last counts, as in the library; both are looked at.
         found = {name: _entry(fields) for name, fields in members if name != _METADATA}
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise FormatError(f"{what} is not a .safetensors file: its header is malformed") from None
+        raise FormatError(f"{label} is not a .safetensors file: its header is malformed") from None
     position = 0
     for name, (entry, end) in sorted(
         found.items(), key=lambda item: (item[1][0].start, item[1][1])
     ):
         bits = entry.count * _BITS[entry.kind]
         if entry.start != position or bits % 8 or end - position != bits // 8:
-            raise FormatError(f"{what} is not a .safetensors file: {name!r} is not where it says")
+            raise FormatError(f"{label} is not a .safetensors file: {name!r} is not where it says")
         position = end
     if position != size - begin:
-        raise FormatError(f"{what} is not a .safetensors file: its tensors do not fill it")
+        raise FormatError(f"{label} is not a .safetensors file: its tensors do not fill it")
     return {name: replace(entry, start=begin + entry.start) for name, (entry, _) in found.items()}
 
 

@@ -79,15 +79,17 @@ def load(
         total = sum(sealed.manifest.file(each).size for each in files)
         check_free_memory(total, sealed.manifest.name)
         for each in files:
-            what = f"{each} of {sealed.manifest.name}"
+            label = f"{each} of {sealed.manifest.name}"
             memory = file_memory(sealed, each)
-            for tensor, entry in read_header(memory, sealed.manifest.file(each).size, what).items():
+            for tensor, entry in read_header(
+                memory, sealed.manifest.file(each).size, label
+            ).items():
                 if tensor in tensors:
-                    raise FormatError(f"{what} has the tensor {tensor!r}, which another file has")
+                    raise FormatError(f"{label} has the tensor {tensor!r}, which another file has")
                 try:
-                    tensors[tensor] = view(memory, entry, f"{tensor!r} in {what}")
+                    tensors[tensor] = view(memory, entry, f"{tensor!r} in {label}")
                 except (ValueError, TypeError, OverflowError, RuntimeError):  # too many dimensions
-                    raise FormatError(f"{what} has no possible shape for {tensor!r}") from None
+                    raise FormatError(f"{label} has no possible shape for {tensor!r}") from None
     return tensors
 
 
@@ -96,19 +98,19 @@ def _files(sealed: SealedModel, file: str | None) -> list[str]:
         indexes = [each for each in sealed.manifest.by_path if each.endswith(_INDEX)]
         file = indexes[0] if len(indexes) == 1 else None
     hint = "seal one, or a folder that has one; other formats have loaders of their own"
-    chosen = choose_file(sealed, file, (_SUFFIX,), what=f"{_SUFFIX} file", hint=hint)
+    chosen = choose_file(sealed, file, (_SUFFIX,), label=f"{_SUFFIX} file", hint=hint)
     if not chosen.endswith(_INDEX):
         return [chosen]
-    what = f"{chosen} of {sealed.manifest.name}"
+    label = f"{chosen} of {sealed.manifest.name}"
     if sealed.manifest.file(chosen).size > _MAX_INDEX:
-        raise FormatError(f"{what} is too long for an index")
+        raise FormatError(f"{label} is too long for an index")
     try:
         names = set(json.loads(sealed.read(chosen))["weight_map"].values())
         found = sorted(str(PurePosixPath(chosen).parent / each) for each in names)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise FormatError(f"{what} is not an index of tensors") from None
+        raise FormatError(f"{label} is not an index of tensors") from None
     if missing := [each for each in found if each not in sealed.manifest.by_path]:
-        raise FormatError(f"{what} names {missing[0]!r}, which is no file of the model")
+        raise FormatError(f"{label} names {missing[0]!r}, which is no file of the model")
     return found
 
 
@@ -117,8 +119,8 @@ def _views(framework: str) -> Callable[[PrivateMemory, Entry, str], Any]:
     if framework == "np":
         import numpy as np
 
-        def array(memory: PrivateMemory, entry: Entry, what: str) -> Any:
-            kind = np.dtype(_known(_NUMPY, entry, what, "numpy", 'take framework="pt"'))
+        def array(memory: PrivateMemory, entry: Entry, label: str) -> Any:
+            kind = np.dtype(_known(_NUMPY, entry, label, "numpy", 'take framework="pt"'))
             return np.ndarray(entry.shape, kind, memory, entry.start)
 
         return array
@@ -131,10 +133,10 @@ def _views(framework: str) -> Callable[[PrivateMemory, Entry, str], Any]:
             f"torch is not installed ({error})", hint='install it, or take framework="np"'
         ) from error
 
-    def tensor(memory: PrivateMemory, entry: Entry, what: str) -> Any:
-        kind = getattr(torch, _known(_TORCH, entry, what, "torch", 'take framework="np"'), None)
+    def tensor(memory: PrivateMemory, entry: Entry, label: str) -> Any:
+        kind = getattr(torch, _known(_TORCH, entry, label, "torch", 'take framework="np"'), None)
         if kind is None:
-            raise ConfigError(f"this torch has no type for {what}", hint="take a newer one")
+            raise ConfigError(f"this torch has no type for {label}", hint="take a newer one")
         if entry.count == 0:
             return torch.empty(entry.shape, dtype=kind)
         made = torch.frombuffer(memory, dtype=kind, count=entry.count, offset=entry.start)
@@ -143,7 +145,7 @@ def _views(framework: str) -> Callable[[PrivateMemory, Entry, str], Any]:
     return tensor
 
 
-def _known(types: dict[str, str], entry: Entry, what: str, library: str, hint: str) -> str:
+def _known(types: dict[str, str], entry: Entry, label: str, library: str, hint: str) -> str:
     if entry.kind not in types:
-        raise ConfigError(f"{library} has no type {entry.kind} for {what}", hint=hint)
+        raise ConfigError(f"{library} has no type {entry.kind} for {label}", hint=hint)
     return types[entry.kind]

@@ -51,7 +51,7 @@ def load(
     """
     with keymgmt.open(path, name=name, keys=keys) as sealed:
         title = sealed.manifest.name
-        choose_file(sealed, file, (), what="tokenizer", hint="")
+        choose_file(sealed, file, (), label="tokenizer", hint="")
         with file_bytes(sealed, file) as (data, _):
             try:
                 check_merges(data)

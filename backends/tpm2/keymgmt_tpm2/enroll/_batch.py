@@ -196,11 +196,11 @@ def _each(paths: list[Path], work: Callable[[Path], Outcome]) -> Iterator[Outcom
 
 def read_any(path: Path) -> bytes:
     """A file that a device or a maker sent; ConfigError."""
-    return bytes(read_file(path, what="file", limit=MAX_FILE, access="any"))
+    return bytes(read_file(path, label="file", limit=MAX_FILE, access="any"))
 
 
 def _read_private(path: Path) -> bytes:
-    return bytes(read_file(path, what="state", limit=MAX_FILE, access="private"))
+    return bytes(read_file(path, label="state", limit=MAX_FILE, access="private"))
 
 
 def _files(folder: Path, ending: str) -> list[Path]:

@@ -127,7 +127,7 @@ def read_inventory(path: Path) -> dict[str, Device]:
     Raises:
         ConfigError: it cannot be read, others can write it, or a line of it is wrong.
     """
-    content = read_file(path, what="inventory", limit=MAX_INVENTORY, access="trusted")
+    content = read_file(path, label="inventory", limit=MAX_INVENTORY, access="trusted")
     devices: dict[str, Device] = {}
     try:
         rows = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)

@@ -176,7 +176,7 @@ def boot_signatures(path: Path, approver: Approver) -> list[BootSignature]:
     try:
         content = read_file(
             path,
-            what="file of signed PCRs",
+            label="file of signed PCRs",
             limit=MAX_FILE,
             access="any",
             error=ProviderUnavailable,

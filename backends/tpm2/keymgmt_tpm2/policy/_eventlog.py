@@ -31,7 +31,7 @@ _LOCALITY: Final = b"StartupLocality\0"
 
 def read_event_log(path: Path, bank: str, indices: Iterable[int]) -> PcrState:
     """The values of some PCRs after everything in the log; ConfigError where it is no log."""
-    content = bytes(read_file(path, what="event log", limit=MAX_LOG, access="any"))
+    content = bytes(read_file(path, label="event log", limit=MAX_LOG, access="any"))
     try:
         values = replay(content, bank)
         return PcrState(bank, {index: values[index] for index in indices})

@@ -20,7 +20,7 @@ _YES_NO: Final = {"yes": True, "no": False}
 
 def read_approver(path: Path, ref: str = "") -> Approver:
     """An approver from a PEM file of its public key; ConfigError where a TPM takes none such."""
-    pem = read_file(path, what="approver", limit=MAX_PEM, access="trusted")
+    pem = read_file(path, label="approver", limit=MAX_PEM, access="trusted")
     try:
         return Approver(PublicKey.from_pem(bytes(pem)).der, ref)
     except (ConfigError, ValueError) as error:

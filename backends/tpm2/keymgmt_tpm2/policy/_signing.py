@@ -73,7 +73,7 @@ def _refuse_publisher(context: typer.Context, key: str, public: bytes) -> None:
 
 
 def _load_private(path: Path) -> ec.EllipticCurvePrivateKey:
-    content = bytes(read_file(path, what="key", limit=MAX_FILE, access="private"))
+    content = bytes(read_file(path, label="key", limit=MAX_FILE, access="private"))
     try:
         try:
             key = load_pem_private_key(content, None)
