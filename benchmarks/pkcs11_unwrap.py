@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from keymgmt_pkcs11 import Pkcs11Provider, Pkcs11Settings
-from keymgmt_pkcs11._cryptoki import Parameters
+from keymgmt_pkcs11._cryptoki import CkMechanism
 from measure import Run, add_json, finish, in_turns, machine, median, spread, table
 from pkcs11 import Attribute, Mechanism
 
@@ -107,7 +107,7 @@ def raw(provider: Pkcs11Provider, wrapped: WrappedKey) -> Callable[[], int]:
     number, pointer = ctypes.c_ulong, ctypes.c_void_p
     begin = ctypes.CFUNCTYPE(number, number, pointer, number)(entries[33])
     decrypt = ctypes.CFUNCTYPE(number, number, pointer, number, pointer, pointer)(entries[34])
-    how = Parameters.gcm(Mechanism.AES_GCM, wrapped.blob[:12], CONTEXT)
+    how = CkMechanism.gcm(Mechanism.AES_GCM, wrapped.blob[:12], CONTEXT)
     given = ctypes.create_string_buffer(wrapped.blob[12:], 48)
     plain, length = ctypes.create_string_buffer(256), ctypes.c_ulong()
 

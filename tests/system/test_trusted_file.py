@@ -20,7 +20,7 @@ root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files 
 
 
 def read(path: Path, access: str = "trusted", **options: object) -> bytearray:
-    arguments = {"what": "config", "limit": 100, "access": access} | options
+    arguments = {"label": "config", "limit": 100, "access": access} | options
     return read_file(path, **arguments)  # type: ignore[arg-type]
 
 

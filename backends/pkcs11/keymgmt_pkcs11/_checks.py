@@ -1,7 +1,7 @@
-"""What ``keymgmt doctor`` says of a token, from the module file up to each key.
+"""The findings of ``keymgmt doctor`` about a token, from the module file up to each key.
 
-The first part needs no login, so that a wrong PIN is explained with the token's flags beside it.
-Nothing is made in the token and nothing is tried out of it: that is ``keymgmt pkcs11 mechanisms``.
+The first part needs no login, so a wrong PIN is reported together with the token's flags. No key is
+created in the token: ``keymgmt pkcs11 mechanisms`` does that.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ _FLAGS: Final = {
 
 
 def examine(name: str, settings: Pkcs11Settings, connection: Connection, key: str | None) -> Health:
-    """Look at everything; with ``key``, at that key instead of all, with a round trip.
+    """Examine module, token and keys; with ``key``, that key only, with a round trip.
 
     Args:
-        name: the operator's word for the provider.
-        settings: of the provider.
+        name: the name of the provider.
+        settings: the settings of the provider.
         connection: its sessions.
-        key: one key, or None for all.
+        key: a key name, or None for all keys.
     """
     findings: list[Finding] = []
     about = "token"
     try:
-        findings += within(settings.timeout, f"the module of {name!r}", lambda: _outside(settings))
+        findings += within(settings.timeout, f"the module of {name!r}", lambda: _module(settings))
         findings += connection.run("checking", lambda s: list(_session(connection, s)))
         if key is None:
             findings += connection.run("reading the keys", lambda s: list(_keys(name, s)))
@@ -59,19 +59,20 @@ def examine(name: str, settings: Pkcs11Settings, connection: Connection, key: st
             about = f"key {key}"
             findings += connection.run("checking", lambda s: list(_named(s, key)))
     except KeymgmtError as error:
-        # Who reads this has called doctor, so that is no way out.
+        # The reader has just run doctor, so a hint to run it is left out.
         hint = None if error.hint and "keymgmt doctor" in error.hint else error.hint
         findings.append(Finding(about, "failed", str(error), hint))
     return Health(tuple(findings))
 
 
-def _outside(settings: Pkcs11Settings) -> list[Finding]:
+def _module(settings: Pkcs11Settings) -> list[Finding]:
+    """The findings that need no login."""
     module = open_module(settings.library, settings.init_args)
     with module.call():
         info = module.info
         text = "{} {}.{} of {}".format(info.description, *info.version, info.manufacturer)
         speaks = "{}.{}".format(*info.speaks)
-        found = [
+        findings = [
             Finding("module", "ok", f"{module.path}: {text}, PKCS#11 {speaks}"),
             Finding("threads", "ok", "initialised with locking")
             if module.locking
@@ -82,50 +83,50 @@ def _outside(settings: Pkcs11Settings) -> list[Finding]:
                 + (
                     "two threads crash this module"
                     if module.quirks.one_at_a_time
-                    else "the module cannot lock, or others initialised it"
+                    else "the module cannot lock, or the application initialised it"
                 ),
             ),
         ]
         if not module.ours:
-            found.append(
+            findings.append(
                 Finding(
                     "recovery",
                     "warning",
                     "the application initialised the module, so a lost HSM is found again only "
-                    "where the module does that by itself",
+                    "if the module reconnects by itself",
                 )
             )
-        found += [Finding("module", "warning", note) for note in module.quirks.notes]
+        findings += [Finding("module", "warning", note) for note in module.quirks.notes]
         try:
             present, others = look_for_tokens(module)
             listed = "; ".join([*map(str, present), *others]) or "none"
-            found.append(Finding("tokens", "ok" if present else "failed", listed))
+            findings.append(Finding("tokens", "ok" if present else "failed", listed))
             token = find_token(module, settings)
         except CkError as error:
             raise translate(error, "listing the tokens") from error
-        found.append(Finding("token", "ok", f"{token}, {token.model}"))
+        findings.append(Finding("token", "ok", f"{token}, {token.model}"))
         flags = [Finding("PIN", *_FLAGS[flag]) for flag in _FLAGS if token.flags & flag]  # type: ignore[arg-type]
-        # The gravest comes first, and the lesser ones follow from it.
-        return [*found, *(flags or [Finding("PIN", "ok", "no flag is raised")])[:1]]
+        # Only the first is shown: _FLAGS has the gravest first, and the others follow from it.
+        return [*findings, *(flags or [Finding("PIN", "ok", "no flag is raised")])[:1]]
 
 
 def _session(connection: Connection, session: Session) -> Iterator[Finding]:
     logged_in = session.ck.logged_in(session.handle)
-    wanted = session.settings.login
+    setting = session.settings.login
     yield Finding(
         "login",
-        "ok" if logged_in or wanted == "none" else "failed",
-        f"logged in ({wanted})" if logged_in else "no login",
+        "ok" if logged_in or setting == "none" else "failed",
+        f"logged in ({setting})" if logged_in else "no login",
     )
     token = session.ck.token_info(session.token.slot)
-    most = "no limit told" if token.max_sessions is None else f"at most {token.max_sessions}"
-    used = "a number that the token does not tell" if token.sessions is None else token.sessions
+    most = "no limit known" if token.max_sessions is None else f"at most {token.max_sessions}"
+    used = "unknown" if token.sessions is None else token.sessions
     ours, limit = connection.sessions
     full = token.max_sessions is not None and (token.sessions or 0) >= token.max_sessions
     yield Finding(
         "sessions",
         "warning" if full else "ok",
-        f"{ours} of {limit} here; of this process with the token {used}, {most}",
+        f"{ours} of {limit} in this provider; the token counts {used} of this process, {most}",
         "set sessions lower" if full else None,
     )
     listed = set(session.ck.mechanisms(token.slot))
@@ -133,16 +134,16 @@ def _session(connection: Connection, session: Session) -> Iterator[Finding]:
     yield Finding(
         "mechanisms",
         "ok" if may else "failed",
-        f"listed for {', '.join(may)}" if may else "none that is of use here is listed",
-        None if may else "this token is not for keymgmt",
+        f"listed for {', '.join(may)}" if may else "the token lists no mechanism of any key kind",
+        None if may else "keymgmt cannot use this token",
     )
 
 
 def try_kind(session: Session, kind: Kind) -> tuple[bool, str]:
-    """Try what a kind of key would do, with a key that lives in this session only.
+    """Try a kind of key with a key that ends with this session.
 
     Returns:
-        Whether it works, and what was tried.
+        Whether the kind works, and a description of each try.
 
     Raises:
         CkError: the token was lost.
@@ -154,7 +155,7 @@ def try_kind(session: Session, kind: Kind) -> tuple[bool, str]:
         if error.passing:
             raise
         return False, f"not made: {error.name}"
-    made = f"made in {_micro(start)}"
+    created = f"made in {_micro(start)}"
     try:
         results = (
             [_timed("sign", lambda: sign(session, key, _MESSAGE))]
@@ -163,28 +164,28 @@ def try_kind(session: Session, kind: Kind) -> tuple[bool, str]:
         )
     finally:
         destroy(session, handles)
-    return any(good for good, _ in results), "; ".join([made, *(text for _, text in results)])
+    return any(good for good, _ in results), "; ".join([created, *(text for _, text in results)])
 
 
 def _keys(provider: str, session: Session) -> Iterator[Finding]:
     settings = session.settings
-    keys, odd = all_keys(session)
-    found, strange = by_name(keys, settings)
+    keys, unreadable = all_keys(session)
+    named, others = by_name(keys, settings)
     for name in settings.keys:
-        if name not in found:
-            yield Finding(f"key {name}", "warning", "the config names it; the token has it not")
-    for versions in found.values():
+        if name not in named:
+            yield Finding(f"key {name}", "warning", "the config names it, and the token lacks it")
+    for versions in named.values():
         yield from _described(versions, settings)
-    if odd:
-        yield Finding("unreadable objects", "warning", "; ".join(odd[:8]))
-    if strange:
+    if unreadable:
+        yield Finding("unreadable objects", "warning", "; ".join(unreadable[:8]))
+    if others:
         yield Finding(
             "other keys",
             "skipped",
-            f"{len(strange)} without a name here: {'; '.join(map(str, strange[:8]))}",
-            "to use one, name it in the table keys of the config",
+            f"{len(others)} without a key name: {'; '.join(map(str, others[:8]))}",
+            "to use such a key, name it in the table keys of the config",
         )
-    if not found:
+    if not named:
         yield Finding("keys", "warning", "none yet", f"keymgmt keys create {provider}:KEY")
 
 
@@ -208,23 +209,23 @@ def _described(versions: Versions, settings: Pkcs11Settings) -> Iterator[Finding
     key = versions.key
     try:
         newest = versions.newest
-        for item in versions.objects:
-            versions.get(item.version)
+        for key_object in versions.objects:
+            versions.get(key_object.version)
     except KeymgmtError as error:
         yield Finding(f"key {key}", "warning", str(error), error.hint)
         return
-    for item in versions.objects:
-        state = "retired" if item.retired else "newest" if item is newest else "old"
-        wrong = {} if item.retired else shortcomings(item, settings, key)
-        notes = list(_notes(item, settings))
-        said = [f"WRONG: {', '.join(wrong.values())}"] if wrong else []
+    for key_object in versions.objects:
+        state = "retired" if key_object.retired else "newest" if key_object is newest else "old"
+        wrong = {} if key_object.retired else shortcomings(key_object, settings, key)
+        notes = list(_notes(key_object, settings))
+        faults = [f"WRONG: {', '.join(wrong.values())}"] if wrong else []
         words = ", ".join(f'"{word}"' for word in wrong)
         yield Finding(
             f"key {key}",
             "failed" if wrong else "warning" if notes else "ok",
-            f"{item.version} {state}, {item.type} {item.bits or ''}: "
-            + "; ".join([*said, *notes, " ".join(sorted(item.flags))]),
-            "make another key and rewrap to it; where only usages are too many: keymgmt pkcs11 "
+            f"{key_object.version} {state}, {key_object.type} {key_object.bits or ''}: "
+            + "; ".join([*faults, *notes, " ".join(sorted(key_object.flags))]),
+            "make another key and rewrap to it; if it only has too many usages: keymgmt pkcs11 "
             f"restrict PROVIDER:{key}; to use it as it is: {key} = {{ allow = [{words}] }}"
             if wrong
             else None,
@@ -235,9 +236,9 @@ def _notes(key: KeyObject, settings: Pkcs11Settings) -> Iterator[str]:
     if settings.create.modifiable and not key.can("modifiable") and not key.retired:
         yield "not CKA_MODIFIABLE, so it can be destroyed but not retired"
     if key.wants_approval and key.can("derive", "unwrap"):
-        yield "wants the PIN for every use, which only decrypting and signing can give"
+        yield "requires the PIN for every use, which is possible for decrypting and signing only"
     if key.version == NO_ID:
-        yield "has no id, so it cannot be rotated well"
+        yield "has no id, so its versions cannot be told apart after a rotation"
 
 
 def _tried(session: Session, key: KeyObject, name: str) -> list[tuple[bool, str]]:

@@ -1,7 +1,7 @@
-"""Which mechanism a key is used with: what its attributes allow, then what really works.
+"""Choosing the mechanism of a key: one that its attributes allow, and that really works.
 
-A module lists mechanisms that it then refuses, so the first use of a key to wrap makes a round trip
-with a random secret, and the answer is remembered for this connection.
+Modules list mechanisms that they then refuse, so before a key wraps for the first time it makes a
+round trip with a random secret; the chosen mechanism is remembered for the connection.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ _CONTEXT = b"keymgmt round trip"
 
 
 def require_promises(key: KeyObject, settings: Pkcs11Settings, name: str) -> None:
-    """Refuse to seal to a key that does not keep what the manual promises of one.
+    """Refuse to wrap with a key that lacks the properties of a safe key.
 
     Raises:
-        UnsupportedOperation: it does not, and the config does not allow it.
+        UnsupportedOperation: the key lacks a property that the config does not waive for it.
     """
     wrong = shortcomings(key, settings, name)
     if wrong:
         words = ", ".join(f'"{word}"' for word in wrong)
         raise UnsupportedOperation(
             f"the key {name!r} ({key}) is not used to wrap: {'; '.join(wrong.values())}",
-            hint="make another key, or where only usages are too many: keymgmt pkcs11 restrict "
+            hint="make another key, or if it only has too many usages: keymgmt pkcs11 restrict "
             f"PROVIDER:{name}; or say in the config: {name} = {{ allow = [{words}] }}",
         )
 
@@ -42,7 +42,7 @@ def require_promises(key: KeyObject, settings: Pkcs11Settings, name: str) -> Non
 def allowed(
     session: Session, key: KeyObject, settings: Pkcs11Settings, name: str
 ) -> dict[str, tuple[Wrapping, int]]:
-    """Every mechanism that ``key`` may be used with here: name -> mechanism and code."""
+    """Every mechanism that ``key`` may be used with: name -> mechanism and the module's code."""
     only = settings.entry(name).mechanism
     if only is not None and only not in MECHANISMS:
         raise ConfigError(
@@ -59,8 +59,8 @@ def choose(
     """The mechanism to wrap with: the first that fits and survives a round trip.
 
     Raises:
-        UnsupportedOperation: none does; the message says why, one by one.
-        KeyRetired: the key may be used for nothing.
+        UnsupportedOperation: none does; the message gives the reason for each.
+        KeyRetired: every usage of the key is switched off.
     """
     remembered = session.cache.get(("choose", key.handle, name))
     if remembered is not None:
@@ -83,7 +83,7 @@ def choose(
         except UnsupportedOperation as error:
             why.append(f"{mechanism.name}: {error}")
         except UnwrapFailed:
-            why.append(f"{mechanism.name}: it does not give back what it took")
+            why.append(f"{mechanism.name}: it does not unwrap what it wrapped")
         else:
             session.cache["choose", key.handle, name] = (mechanism, code)
             return mechanism, code
@@ -102,7 +102,7 @@ def round_trip(session: Session, key: KeyObject, mechanism: Wrapping, code: int)
 
     Raises:
         UnwrapFailed: another secret came back, or another context opened it.
-        CkError: as the module says.
+        CkError: the module refused.
     """
     with Dek.generate() as dek:
         use = KeyInUse(session, key, code)

@@ -1,4 +1,4 @@
-"""What is in a PKCS#11 module: slots and tokens, keys, mechanisms that work."""
+"""Look into a PKCS#11 module: its slots and tokens, their keys, and the mechanisms that work."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Provider = Annotated[
 def slots(
     module: Annotated[Path, typer.Argument(help="The vendor's library (.so).", metavar="MODULE")],
     init_args: Annotated[
-        str | None, typer.Option(help="String for C_Initialize, which NSS takes.")
+        str | None, typer.Option(help="String for C_Initialize, which NSS softokn reads.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -47,13 +47,13 @@ def slots(
         library = open_module(module.absolute(), init_args)
         with library.call():
             try:
-                found = [_row(library, slot) for slot in library.cryptoki.slots()]
+                rows = [_row(library, slot) for slot in library.cryptoki.slots()]
             except CkError as error:
                 raise translate(error, "listing the slots") from error
-        if not any("token_initialized" in row["flags"] for row in found):
+        if not any("token_initialized" in row["flags"] for row in rows):
             why = f"no slot has a token that is ready: {library.quirks.configuration}"
             console(stderr=True).print(why)
-        return found
+        return rows
 
     _show("keymgmt-pkcs11-slots/1", within(_LIMIT, f"the module {module}", look), as_json)
 
@@ -63,7 +63,7 @@ def _row(module: Module, slot: int) -> dict[str, Any]:
     try:
         token = module.cryptoki.token_info(slot)
     except CkError as error:
-        # One token in trouble does not hide the others.
+        # A token that does not answer does not hide the others.
         empty = dict.fromkeys(("token", "serial", "model", "manufacturer"), "")
         return {**row, **empty, "flags": f"no answer: {error.name}"}
     return {
@@ -78,26 +78,26 @@ def _row(module: Module, slot: int) -> dict[str, Any]:
 
 @app.command()
 def keys(context: typer.Context, provider: Provider, as_json: Json = False) -> None:
-    """List every key object of a token, also those that have no name here, with attributes.
+    """List every key object of a token with its attributes, also those without a key name.
 
     Example:
         keymgmt pkcs11 keys hsm
     """
     chosen: Pkcs11Provider = context.obj.provider(provider, Pkcs11Provider)
-    found, odd = chosen.connection.run("reading the keys", all_keys)
-    for each in odd:
+    key_objects, unreadable = chosen.connection.run("reading the keys", all_keys)
+    for each in unreadable:
         console(stderr=True).print(f"skipped: {each}")
     _show(
         "keymgmt-pkcs11-keys/1",
         [
             {
-                "key": chosen.settings.name_of(item.label, item.id) or "-",
-                "label": item.label,
-                "id": item.id.hex(),
-                "type": f"{item.type} {item.bits or ''}".strip(),
-                "attributes": " ".join(sorted(item.flags)),
+                "key": chosen.settings.name_of(key_object.label, key_object.id) or "-",
+                "label": key_object.label,
+                "id": key_object.id.hex(),
+                "type": f"{key_object.type} {key_object.bits or ''}".strip(),
+                "attributes": " ".join(sorted(key_object.flags)),
             }
-            for item in found
+            for key_object in key_objects
         ],
         as_json,
     )
@@ -105,13 +105,13 @@ def keys(context: typer.Context, provider: Provider, as_json: Json = False) -> N
 
 @app.command()
 def mechanisms(context: typer.Context, provider: Provider, as_json: Json = False) -> None:
-    """Try which kinds of key work on a token, with keys that live for this command only.
+    """Try which kinds of key work on a token, with keys that end with this command.
 
     Example:
         keymgmt pkcs11 mechanisms hsm
     """
     chosen: Pkcs11Provider = context.obj.provider(provider, Pkcs11Provider)
-    # Each with a time limit of its own: a slow token makes an RSA key in seconds.
+    # Each kind has a time limit of its own: a slow token takes seconds for an RSA key.
     limit = max(chosen.settings.timeout, GENERATION_LIMIT)
     rows = []
     for kind in KINDS.values():
@@ -134,23 +134,24 @@ def restrict(
         str, typer.Argument(help="Key of a provider.", metavar="PROVIDER:KEY", show_default=False)
     ],
     kind: Annotated[
-        str | None, typer.Option(help="What it is for; by its attributes where left out.")
+        str | None,
+        typer.Option(help="The kind it is to have; by its type and usages where left out."),
     ] = None,
 ) -> None:
-    """Switch every usage of a key off that it does not need, after another tool made it.
+    """Switch off every usage that a key does not need, for a key that another tool created.
 
     Example:
         keymgmt pkcs11 restrict hsm:resnet50
     """
-    name, _, which = key.partition(":")
-    info = context.obj.provider(name, Pkcs11Provider).restrict_key(which, kind)
+    provider, _, name = key.partition(":")
+    info = context.obj.provider(provider, Pkcs11Provider).restrict_key(name, kind)
     console().print(f"{key} is {info.kind} now: {info.detail['attributes']}")
 
 
 def _show(form: str, rows: Sequence[dict[str, Any]], as_json: bool) -> None:
     if as_json:
-        what = form.removeprefix("keymgmt-pkcs11-").removesuffix("/1")
-        print_json({"format": form, what: list(rows)})
+        member = form.removeprefix("keymgmt-pkcs11-").removesuffix("/1")
+        print_json({"format": form, member: list(rows)})
     else:
         columns = list(rows[0]) if rows else ["nothing found"]
         console().print(table(columns, [list(row.values()) for row in rows]))

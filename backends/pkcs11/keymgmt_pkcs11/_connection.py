@@ -1,17 +1,18 @@
 """The connection of one provider: a bounded pool of sessions.
 
 A C call cannot be interrupted, so another thread makes it and the caller only waits, up to the time
-limit (``within``). A call that does not come back keeps its thread and its session: neither is used
-again, and should it come back one day, it closes the session. An interrupt ends the wait the same
-way, except that the session returns to the pool when its call is done.
+limit (``within``). A call that does not return keeps its thread and its session, and neither is
+used again; if the call returns later, the thread closes the session. An interrupt ends the wait the
+same way, except that the session returns to the pool when its call returns.
 
-Sessions are read-only; what changes the token gets another for the time of the call. No session
-logs in or out by itself: the first to open logs the process in, and the token logs it out when the
-last is closed.
+Sessions are read-only; a call that changes the token gets a second, writing session for its
+duration. A login holds for all sessions of a process with a token (PKCS#11 2.40, C_Login): the
+first session logs the process in, and the token logs it out when the last session is closed.
 
-A call that failed for a passing reason is made again, after ever more was made anew: its session;
-every session here, and so the login; the library, by C_Finalize and C_Initialize, where we
-initialised it. Each happens once for a call, and within its time limit.
+A call that failed for a passing reason is repeated, each time after more was replaced: first its
+session; then every session of the connection, and so the login; then the library, by C_Finalize
+and C_Initialize, where this package initialised it. Each step happens once for a call, and within
+its time limit.
 """
 
 from __future__ import annotations
@@ -38,19 +39,19 @@ __all__ = ["Connection", "Session"]
 
 R = TypeVar("R")
 PAD_LIMIT: Final = 300.0
-"""Seconds for a call that a person may give the PIN for at the token's PIN pad."""
+"""Seconds for a call during which a person may have to type the PIN at the token's PIN pad."""
 _PAUSES: Final = (0.01, 0.03, 0.06, 0.1, 0.2)
 
 
 class Session:
-    """An open session, as a call gets it.
+    """An open session, which is given to each call.
 
     Attributes:
         module: the library.
-        token: the token as it was when the connection was made.
-        handle: its number, which ``renew`` changes.
-        cache: shared by all sessions of one connection; empty again after a loss, but for
-            ``again``, which says that there was one and no login since.
+        token: the token as it was when the connection was opened.
+        handle: the session's handle, which ``renew`` changes.
+        cache: shared by all sessions of one connection, and emptied by a loss. Then "after loss"
+            stands in it until the next login.
         typed: the PIN, where somebody typed it for the call that has this session.
     """
 
@@ -77,26 +78,26 @@ class Session:
     def _open(self) -> int:
         handle = self.ck.open_session(self.token.slot, writing=self._writing)
         try:
-            again = self.cache.get("again", False)
-            self._log_in(handle, again=again)
-            self.cache.pop("again", None)
+            after_loss = self.cache.get("after loss", False)
+            self._log_in(handle, after_loss=after_loss)
+            self.cache.pop("after loss", None)
         except BaseException:
             with contextlib.suppress(CkError):
                 self.ck.close_session(handle)
             raise
         return handle
 
-    def _log_in(self, handle: int, **how: bool) -> None:
-        log_in(self.module, self.token, handle, self.settings, typed=self.typed, **how)
+    def _log_in(self, handle: int, **options: bool) -> None:
+        log_in(self.module, self.token, handle, self.settings, typed=self.typed, **options)
 
     def close(self) -> None:
-        # After a C_Initialize the number may be somebody else's session.
+        # After another C_Initialize this handle may be that of a session of somebody else.
         if self.generation == self.module.generation:
             with contextlib.suppress(CkError):
                 self.ck.close_session(self.handle)
 
     def renew(self) -> None:
-        """Another session in place of this one, which a failed call may have left in the middle."""
+        """Replace the session, in which a failed call may have left an operation active."""
         old = self.handle
         try:
             self.handle = self._open()
@@ -111,7 +112,7 @@ class Session:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[Session]:
-        """A session that may change the token, while this one is kept."""
+        """A second session, which may change the token; this one stays open."""
         other = Session(
             self.module, self.token, self.settings, self.cache, self.typed, writing=True
         )
@@ -121,14 +122,14 @@ class Session:
             other.close()
 
     def approve(self) -> None:
-        """Log in for one use of one key, which it wants (CKA_ALWAYS_AUTHENTICATE)."""
+        """Log in for one use of one key that requires it (CKA_ALWAYS_AUTHENTICATE)."""
         self._log_in(self.handle, context=True)
 
     def confirm(self) -> None:
-        """Raise if token or login is gone: no key is seen then, and that must not be the news.
+        """See that token and login are still there, before a key is reported as missing.
 
         Raises:
-            CkError: it is gone.
+            CkError: the token or the login was lost, so that private keys are not seen.
         """
         if self.settings.login != "none" and not self.ck.logged_in(self.handle):
             raise CkError("C_GetSessionInfo", Ckr.USER_NOT_LOGGED_IN)
@@ -137,17 +138,17 @@ class Session:
 
 @dataclass(slots=True, eq=False)
 class _Call(Generic[R]):
-    """What ``run`` was given, until when, and the PIN where somebody typed it for this."""
+    """The arguments of ``run``, its deadline, and the PIN where somebody typed it for this call."""
 
-    doing: str
+    operation: str
     function: Callable[[Session], R]
     changes: bool
     deadline: Deadline
     typed: bytearray | None = None
 
 
-class _Place:
-    """Room for one session, which one ``call`` has at a time."""
+class _PoolEntry:
+    """Holds one session; one ``call`` at a time has it."""
 
     def __init__(self) -> None:
         self.session: Session | None = None
@@ -167,7 +168,7 @@ class Connection(ForkSafe):
     """The sessions of one provider in this process. Every method is safe in any thread.
 
     Attributes:
-        epoch: grows with every loss; sessions of an older one are opened again.
+        epoch: grows with every loss; a session of an older epoch is replaced before its next use.
     """
 
     def __init__(self, settings: Pkcs11Settings) -> None:
@@ -176,20 +177,20 @@ class Connection(ForkSafe):
         super().__init__()
 
     def _renew(self) -> None:
-        # A parent's sessions are only forgotten.
+        # PKCS#11 lets a child use no session of its parent, so they are forgotten and not closed.
         self.epoch += 1
         self._cache: dict[Any, Any] = {}
         self._state = threading.Condition(threading.Lock())
         self._connecting = threading.Lock()
         self._asking = threading.Lock()
-        self._idle: list[_Place] = []
-        self._places: set[_Place] = set()
+        self._idle: list[_PoolEntry] = []
+        self._entries: set[_PoolEntry] = set()
         self._limit = self.settings.sessions
         self._generation = 0
 
     def run(
         self,
-        doing: str,
+        operation: str,
         function: Callable[[Session], R],
         *,
         changes: bool = False,
@@ -198,20 +199,21 @@ class Connection(ForkSafe):
         """Run ``function`` with a session, within the time limit.
 
         Args:
-            doing: words for an error, such as ``unwrapping``.
+            operation: a few words for the error, such as ``unwrapping``.
             function: gets the session.
-            changes: whether it changes the token: then its session may, and it is not run twice.
-            limit: seconds in place of the settings' time limit.
+            changes: whether ``function`` changes the token: then its session is a writing one, and
+                ``function`` is not run twice.
+            limit: seconds, in place of the time limit of the settings.
 
         Raises:
-            KeymgmtError: whatever went wrong, translated.
+            KeymgmtError: the translated error of the module, or any error of ``function``.
         """
         limit = limit or self.settings.timeout
         if self.settings.login == "protected":
-            # In any call: after a loss, and for each use of a key that wants it.
+            # Any call may need the PIN: after a loss, and for a key that requires it at each use.
             limit = max(limit, PAD_LIMIT)
-        deadline = Deadline(limit, f"{doing}: the module")
-        call = _Call(doing, function, changes, deadline)
+        deadline = Deadline(limit, f"{operation}: the module")
+        call = _Call(operation, function, changes, deadline)
         try:
             return self._run(call)
         except PinWanted:
@@ -220,9 +222,9 @@ class Connection(ForkSafe):
             with deadline.paused():
                 stack.enter_context(self._asking)
             try:
-                return self._run(call)  # somebody else may have been asked meanwhile
+                return self._run(call)  # another thread may have asked and logged in meanwhile
             except PinWanted:
-                assert self.settings.pin is not None  # noqa: S101 - it has a prompt
+                assert self.settings.pin is not None  # noqa: S101 - only a prompt raises it
             with deadline.paused():
                 call.typed = self.settings.pin.read()
             stack.callback(wipe, call.typed)
@@ -231,24 +233,24 @@ class Connection(ForkSafe):
     def _run(self, call: _Call[R]) -> R:
         deadline = call.deadline
         while True:
-            place = self._take(call)
+            entry = self._take(call)
             try:
-                serve = functools.partial(self._serve, place, call)
+                serve = functools.partial(self._serve, entry, call)
                 return within(deadline.remaining, deadline.label, serve)
             except ProviderUnavailable:
-                self._abandon(place, call)
+                self._abandon(entry, call)
                 raise
             except CkError as error:
-                if error.code == Ckr.SESSION_COUNT and self._fewer():
+                if error.code == Ckr.SESSION_COUNT and self._shrink():
                     continue
-                raise translate(error, call.doing) from error
+                raise translate(error, call.operation) from error
 
     def close(self) -> None:
         """Close every session; waits for calls in flight, up to the time limit."""
-        places = self._lose(self.epoch)
+        entries = self._lose(self.epoch)
         with self._state:
             self._state.wait_for(
-                lambda: not any(place.call and not place.abandoned for place in places),
+                lambda: not any(entry.call and not entry.abandoned for entry in entries),
                 self.settings.timeout,
             )
 
@@ -256,91 +258,90 @@ class Connection(ForkSafe):
     def sessions(self) -> tuple[int, int]:
         """How many sessions are open, and how many may be."""
         with self._state:
-            return sum(place.session is not None for place in self._places), self._limit
+            return sum(entry.session is not None for entry in self._entries), self._limit
 
-    def _take(self, call: _Call[Any]) -> _Place:
+    def _take(self, call: _Call[Any]) -> _PoolEntry:
         deadline = call.deadline
         with self._state:
             while not self._idle:
-                if len(self._places) < self._limit:
-                    self._idle.append(_Place())
-                    self._places.update(self._idle)
+                if len(self._entries) < self._limit:
+                    self._idle.append(_PoolEntry())
+                    self._entries.update(self._idle)
                     break
                 if not self._state.wait(deadline.remaining) and not deadline.remaining:
                     raise ProviderUnavailable(
-                        f"{call.doing}: all {self._limit} sessions were busy for "
+                        f"{call.operation}: all {self._limit} sessions were busy for "
                         f"{deadline.seconds:g} seconds",
                         hint="set sessions or timeout higher, or see whether the HSM hangs",
                     )
-            place = self._idle.pop()
-            place.call = call
-            return place
+            entry = self._idle.pop()
+            entry.call = call
+            return entry
 
-    def _give_back(self, place: _Place) -> None:
+    def _give_back(self, entry: _PoolEntry) -> None:
         with self._state:
             if (
-                place.session is not None
-                and place.epoch == self.epoch
-                and not place.abandoned
-                and len(self._places) <= self._limit
+                entry.session is not None
+                and entry.epoch == self.epoch
+                and not entry.abandoned
+                and len(self._entries) <= self._limit
             ):
-                place.call = None
-                self._idle.append(place)
+                entry.call = None
+                self._idle.append(entry)
                 self._state.notify()
                 return
-        place.drop()
+        entry.drop()
         with self._state:
-            place.call = None
-            self._places.discard(place)
+            entry.call = None
+            self._entries.discard(entry)
             self._state.notify_all()
 
-    def _fewer(self) -> bool:
-        """Do with the sessions that there are; whether there are any."""
+    def _shrink(self) -> bool:
+        """Limit the pool to the sessions that are open; False where there are none."""
         with self._state:
-            # A call that hangs gives nothing back, but others may.
-            self._limit = max(1, min(self._limit, len(self._places)))
-            return bool(self._places)
+            self._limit = max(1, min(self._limit, len(self._entries)))
+            return bool(self._entries)
 
-    def _abandon(self, place: _Place, call: _Call[Any]) -> None:
-        """Use a place no more, if it is that call's still, which gave no answer."""
-        # It stays among the places, so that a module that hangs takes `sessions` threads at most.
+    def _abandon(self, entry: _PoolEntry, call: _Call[Any]) -> None:
+        """Do not use an entry again whose ``call`` gave no answer, if it still has that call."""
+        # The entry stays in the pool: so a module that hangs takes `sessions` threads at most.
         with self._state:
-            if place.call is not call:
+            if entry.call is not call:
                 return
-            place.abandoned = True
+            entry.abandoned = True
             self._state.notify_all()
-        in_flight = place.in_flight
+        in_flight = entry.in_flight
         if in_flight is not None:
             in_flight.end()
 
-    def _lose(self, epoch: int) -> list[_Place]:
-        """Use no session of that epoch any more; the places of calls that have one."""
+    def _lose(self, epoch: int) -> list[_PoolEntry]:
+        """Do not use a session of ``epoch`` again; return the entries of the whole pool."""
         with self._state:
             if epoch != self.epoch:
                 return []
             self.epoch += 1
             self._cache = {}
             idle, self._idle = self._idle, []
-            for place in idle:
-                place.call = place
-            places = list(self._places)
+            for entry in idle:
+                entry.call = entry
+            entries = list(self._entries)
         if idle:
             # C_CloseSession may take long where the HSM is away.
             threading.Thread(target=self._drop, args=(idle,), daemon=True).start()
-        return places
+        return entries
 
-    def _drop(self, places: list[_Place]) -> None:
-        for place in places:
-            self._give_back(place)
+    def _drop(self, entries: list[_PoolEntry]) -> None:
+        for entry in entries:
+            self._give_back(entry)
 
-    def _serve(self, place: _Place, call: _Call[R]) -> R:
+    def _serve(self, entry: _PoolEntry, call: _Call[R]) -> R:
         step = 0
         try:
             while True:
                 began = False
                 try:
-                    session = self._connected(place, call)
-                    with session.module.call() as place.in_flight:
+                    session = self._connected(entry, call)
+                    with session.module.call() as entry.in_flight:
                         began = True
                         if call.changes:
                             with session.writing() as other:
@@ -349,32 +350,33 @@ class Connection(ForkSafe):
                             answer = call.function(session)
                     session.module.in_vain = 0
                 except PinWanted:
-                    # Perhaps in the middle of an operation.
-                    place.drop()
+                    # An operation may be active in the session: the PIN is asked for between
+                    # C_SignInit and C_Sign.
+                    entry.drop()
                     raise
                 except (CkError, NoToken) as error:
-                    place.drop()
-                    step = self._make_anew(place.epoch, error, step, call, began=began)
+                    entry.drop()
+                    step = self._recover(entry.epoch, error, step, call, began=began)
                 else:
                     return answer
                 finally:
-                    place.in_flight = None
+                    entry.in_flight = None
         finally:
-            self._give_back(place)
+            self._give_back(entry)
 
-    def _connected(self, place: _Place, call: _Call[Any]) -> Session:
-        if place.session is not None and place.epoch == self.epoch:
-            if place.session.generation == place.session.module.generation:
-                place.session.typed = call.typed
-                return place.session
-            # Another provider of this module initialised it anew.
-            self._lose(place.epoch)
-        place.drop()
-        place.epoch = self.epoch
-        place.session = self._connect(place, call)
-        return place.session
+    def _connected(self, entry: _PoolEntry, call: _Call[Any]) -> Session:
+        if entry.session is not None and entry.epoch == self.epoch:
+            if entry.session.generation == entry.session.module.generation:
+                entry.session.typed = call.typed
+                return entry.session
+            # Another provider that uses this module has initialised it again.
+            self._lose(entry.epoch)
+        entry.drop()
+        entry.epoch = self.epoch
+        entry.session = self._connect(entry, call)
+        return entry.session
 
-    def _make_anew(
+    def _recover(
         self,
         epoch: int,
         error: CkError | NoToken,
@@ -383,33 +385,38 @@ class Connection(ForkSafe):
         *,
         began: bool,
     ) -> int:
-        """Make the next thing anew that may help against an error, or raise it; the step after.
+        """Replace the next thing that may help against ``error``, or raise it.
 
         Args:
-            epoch: of the session that saw the error.
+            epoch: the epoch of the session that saw the error.
             error: the error.
-            step: 0 after the first failure: it has a new session already.
-            call: what failed.
-            began: whether it was that, or only the connection.
+            step: 0 after the first failure, for which the session was replaced already.
+            call: the call that failed.
+            began: whether the function of the call ran, and not only the connection failed.
+
+        Returns:
+            The step for the next failure.
         """
         answered = error if isinstance(error, CkError) else None
         if answered and not answered.passing:
             raise error
         login = answered is not None and answered.call == "C_Login"
-        # Only what changes nothing is done twice; and a call has one PIN, whatever was made anew.
+        # A function that changes the token is not repeated; and a call sends its PIN only once,
+        # whatever was replaced.
         final = (call.changes and began) or (
             login and answered is not None and answered.code not in NOT_COMPARED
         )
         if final or not answered or step:
             self._lose(epoch)
-        self._cache["again"] = True
+        self._cache["after loss"] = True
         if final:
             raise error
         if answered and step < 2:
             return step + 1
         step = max(step, 2)
         pause = _PAUSES[min(step - 2, len(_PAUSES) - 1)]
-        # SoftHSM has no PIN, or no answer, for a moment while others log in to the same token.
+        # While others log in to the same token, SoftHSM answers for a moment that the token has no
+        # PIN, or that something failed.
         deadline = call.deadline
         patient = login and deadline.remaining > deadline.seconds / 2
         over = step - 2 >= len(_PAUSES) or (began and step > 2)
@@ -421,14 +428,14 @@ class Connection(ForkSafe):
         time.sleep(pause)
         return step + 1
 
-    def _connect(self, place: _Place, call: _Call[Any]) -> Session:
+    def _connect(self, entry: _PoolEntry, call: _Call[Any]) -> Session:
         with self._connecting:
             module = open_module(self.settings.library, self.settings.init_args)
             self._generation = module.generation
             cache = self._cache
-            with module.call() as place.in_flight:
+            with module.call() as entry.in_flight:
                 token = cache.get("token") or find_token(module, self.settings)
                 session = Session(module, token, self.settings, cache, call.typed)
-            # The next session of this connection need not look for it.
+            # The next session of this connection need not look for the token.
             cache["token"] = token
             return session

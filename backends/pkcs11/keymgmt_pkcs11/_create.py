@@ -1,9 +1,9 @@
-"""Making keys in the token: with the right attributes, proven, or not at all.
+"""Creating keys in the token: a key whose attributes are not proven right is destroyed again.
 
-Every usage that a key does not need is switched off in so many words, since modules differ in their
-defaults. A new key is believed when its attributes read back right and every try to get the secret
-out was refused; otherwise it is destroyed. It stays modifiable, so that a version can be retired;
-the standard lets nobody make a sensitive key readable again (CKA_SENSITIVE, CKA_EXTRACTABLE).
+The template switches every usage off that a key does not need, since modules differ in their
+defaults. A new key is accepted when its attributes read back right and every try to get the secret
+out was refused; otherwise it is destroyed. It stays modifiable, so that a version can be retired.
+That is safe: the standard lets nobody set CKA_SENSITIVE to false or CKA_EXTRACTABLE to true again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pkcs11 import Attribute, KeyType, Mechanism
 
 from keymgmt.backend import UnsupportedOperation, wipe
-from keymgmt_pkcs11._cryptoki import ULONG_SIZE, Parameters
+from keymgmt_pkcs11._cryptoki import ULONG_SIZE, CkMechanism
 from keymgmt_pkcs11._errors import REFUSED_MECHANISM, REFUSED_TEMPLATE, CkError, Ckr
 from keymgmt_pkcs11._keys import CURVES, USAGES, KeyObject, find_versions, session_object
 from keymgmt_pkcs11._kinds import Kind, kind_of, shortcomings
@@ -41,7 +41,7 @@ _SECRET_PARTS: Final = {
     "EC": (Attribute.VALUE,),
     "RSA": (Attribute.PRIVATE_EXPONENT, Attribute.PRIME_1, Attribute.PRIME_2),
 }
-# tpm2-pkcs11 answers a template that is not to its liking with a general error.
+# tpm2-pkcs11 answers CKR_GENERAL_ERROR to a template that it does not accept.
 _REFUSED: Final = REFUSED_TEMPLATE | {Ckr.GENERAL_ERROR, Ckr.ARGUMENTS_BAD}
 _PUBLIC_EXPONENT: Final = b"\x01\x00\x01"
 
@@ -49,18 +49,18 @@ _PUBLIC_EXPONENT: Final = b"\x01\x00\x01"
 def generate(
     session: Session, kind: Kind, bits: int, identifier: bytes, key: str, settings: Pkcs11Settings
 ) -> KeyObject:
-    """Make a key or key pair in the token, and prove it; nothing stays where that fails.
+    """Create a key or key pair in the token, and prove it; a key that fails is destroyed.
 
     Args:
-        session: may change the token.
-        kind: of the new key.
+        session: a writing session.
+        kind: kind of the new key.
         bits: its size.
         identifier: its CKA_ID.
-        key: the operator's name for it.
-        settings: of the token.
+        key: the key name.
+        settings: the settings of the token.
 
     Raises:
-        UnsupportedOperation: the module makes no such key, or makes it otherwise.
+        UnsupportedOperation: the module cannot create such a key, or gave it other attributes.
     """
     entry = settings.entry(key)
     name: Template = {_A.LABEL: (entry.label or key).encode(), _A.ID: identifier}
@@ -70,21 +70,21 @@ def generate(
         if error.code in REFUSED_MECHANISM | REFUSED_TEMPLATE:
             raise UnsupportedOperation(
                 f"the module makes no key of kind {kind.name} ({error.name})",
-                hint="see what it can do: keymgmt pkcs11 mechanisms PROVIDER; where it takes short "
-                f'ids, name them in the table keys: {key} = {{ id = ["01", "02"] }}',
+                hint="see what it can do: keymgmt pkcs11 mechanisms PROVIDER; if it takes only "
+                f'short ids, name them in the table keys: {key} = {{ id = ["01", "02"] }}',
             ) from error
         raise
     try:
-        made = _find(session, key, entry, identifier)
-        _prove(session, kind, made, settings, key)
+        key_object = _find(session, key, entry, identifier)
+        _prove(session, kind, key_object, settings, key)
     except BaseException:
         destroy(session, handles)
         raise
-    return made
+    return key_object
 
 
 def session_key(session: Session, kind: Kind) -> tuple[KeyObject, tuple[int, ...]]:
-    """A key that ends with the session, for a trial; RSA of 2048 bits, to be quick."""
+    """A key for a trial, which ends with the session; an RSA key has 2048 bits, to be quick."""
     bits = 2048 if kind.type is KeyType.RSA else kind.bits
     identifier = os.urandom(12)
     name = {_A.TOKEN: False, _A.LABEL: b"keymgmt trial", _A.ID: identifier}
@@ -93,7 +93,7 @@ def session_key(session: Session, kind: Kind) -> tuple[KeyObject, tuple[int, ...
 
 
 def destroy(session: Session, handles: tuple[int, ...]) -> None:
-    """Destroy objects; those that are not there any more are passed over."""
+    """Destroy objects; errors are ignored."""
     for handle in handles:
         with contextlib.suppress(CkError):
             session.ck.destroy(session.handle, handle)
@@ -102,8 +102,8 @@ def destroy(session: Session, handles: tuple[int, ...]) -> None:
 def _generate(
     session: Session, kind: Kind, bits: int, name: Template, create: CreateSettings | None
 ) -> tuple[int, ...]:
-    """The handles, by the fullest template that the module takes."""
-    how = Parameters(_GENERATE[kind.type])
+    """The handles of a new key, created with the fullest template that the module accepts."""
+    how = CkMechanism(_GENERATE[kind.type])
     templates = list(_templates(kind, bits, name, create))
     for number, (public, secret) in enumerate(templates, 1):
         try:
@@ -122,8 +122,8 @@ def _templates(
 ) -> Iterator[tuple[Template, Template]]:
     """Templates of the public and of the secret or private key, the fullest first.
 
-    Some modules refuse an attribute that is not theirs to choose. What a template leaves out is
-    read back all the same.
+    Some modules refuse a template that sets an attribute which they set themselves. ``_prove``
+    reads the attributes back, also those that a template leaves out.
     """
     secret: Template = {_A.PRIVATE: True, _A.SENSITIVE: True, _A.EXTRACTABLE: False, **name}
     public: Template = dict(name)
@@ -154,18 +154,18 @@ def _templates(
 
 
 def _find(session: Session, key: str, entry: KeyEntry, identifier: bytes) -> KeyObject:
-    made = find_versions(session, key, entry).get(identifier.hex())
-    if made is None:
+    key_object = find_versions(session, key, entry).get(identifier.hex())
+    if key_object is None:
         raise UnsupportedOperation("the module did not keep the label and id of a new key")
-    return made
+    return key_object
 
 
 def _prove(
     session: Session, kind: Kind, key: KeyObject, settings: Pkcs11Settings, name: str
 ) -> None:
     wrong = list(shortcomings(key, settings, name).values())
-    if (found := kind_of(key)) is not kind:
-        wrong.append(f"its usages are those of {found.name if found else 'no kind'}")
+    if (actual := kind_of(key)) is not kind:
+        wrong.append(f"its usages are those of {actual.name if actual else 'no kind'}")
     if missing := {USAGES[usage] for usage in kind.secret} - key.flags:
         wrong.append(f"it may not {', '.join(sorted(missing))}")
     if wrong:
@@ -175,13 +175,13 @@ def _prove(
         )
     if (how := _extraction(session, key)) is not None:
         raise UnsupportedOperation(
-            f"the module gave the secret of a new key away ({how}); the key was destroyed",
+            f"the module let the secret of a new key out ({how}); the key was destroyed",
             hint="do not use this module for secrets",
         )
 
 
 def _extraction(session: Session, key: KeyObject) -> str | None:
-    """Try to get the secret of a key out: how that worked, or None when all was refused."""
+    """Try to get the secret of a key out: a description of the success, or None."""
     for part in _SECRET_PARTS.get(key.type, ()):
         with contextlib.suppress(CkError):
             value = session.ck.read(session.handle, key.handle, part, 4096)
@@ -191,17 +191,17 @@ def _extraction(session: Session, key: KeyObject) -> str | None:
                 return f"{part.name} was read"
     if session.module.quirks.wraps_out:
         return None
-    # A key that wraps, and that the module would let us use to take this one out.
+    # A temporary wrapping key, with which the module must refuse to wrap the new key.
     template = {_A.WRAP: True, _A.UNWRAP: True, _A.TOKEN: False, _A.ENCRYPT: False}
     try:
-        how = Parameters(Mechanism.AES_KEY_GEN)
+        how = CkMechanism(Mechanism.AES_KEY_GEN)
         wrapper = session.ck.generate(session.handle, how, {_A.VALUE_LEN: 32, **template})
     except CkError:
-        return None  # no such wrapping keys here, so nothing to take it out with
+        return None  # the module has no such wrapping keys, so none can wrap the new key
     try:
         for mechanism in (Mechanism.AES_KEY_WRAP, Mechanism.AES_KEY_WRAP_PAD):
             with contextlib.suppress(CkError):
-                session.ck.wrap_key(session.handle, Parameters(mechanism), wrapper, key.handle)
+                session.ck.wrap_key(session.handle, CkMechanism(mechanism), wrapper, key.handle)
                 return f"{mechanism.name} wrapped it"
     finally:
         destroy(session, (wrapper,))

@@ -1,10 +1,10 @@
-"""The functions of a PKCS#11 module, called through its own table.
+"""The functions of a PKCS#11 module, called through its own function table.
 
 Rules: secrets go in and come out in buffers that are wiped; the module's exact return code is kept;
 initialisation asks for locking; the IV is read back, since some tokens make their own; lengths and
-counts that a module reports are not trusted (NSS softokn reports GCM's without the tag). There is
-no other binding: p11-kit gives each caller of C_GetFunctionList a table with sessions of its own.
-ctypes releases the GIL during each call.
+counts that a module reports are not trusted (NSS softokn reports the length of a GCM ciphertext
+without its tag). No second binding calls the module: p11-kit gives each caller of
+C_GetFunctionList a table with sessions of its own. ctypes releases the GIL during each call.
 
 The layout is that of PKCS#11 2.40, pkcs11t.h and pkcs11f.h, for Unix (natural alignment).
 """
@@ -26,7 +26,15 @@ if TYPE_CHECKING:
 
     Template = Mapping[Any, bool | int | Buffer]
 
-__all__ = ["MAX_OUTPUT", "ULONG_SIZE", "Cryptoki", "LibraryInfo", "Parameters", "TokenInfo", "Verb"]
+__all__ = [
+    "MAX_OUTPUT",
+    "ULONG_SIZE",
+    "CkMechanism",
+    "Cryptoki",
+    "LibraryInfo",
+    "TokenInfo",
+    "Verb",
+]
 
 Verb = Literal["Encrypt", "Decrypt", "Sign"]
 _ULONG = ctypes.c_ulong
@@ -34,18 +42,18 @@ _PTR = ctypes.c_void_p
 _char = ctypes.c_char
 ULONG_SIZE: Final = ctypes.sizeof(_ULONG)
 UNKNOWN: Final = _ULONG(-1).value  # CK_UNAVAILABLE_INFORMATION
-_NO_NUMBER: Final = UNKNOWN - 1  # openCryptoki says one less
+_NO_NUMBER: Final = UNKNOWN - 1  # openCryptoki answers this in place of UNKNOWN
 _OS_LOCKING: Final = 2  # CKF_OS_LOCKING_OK
 _RW_SESSION: Final = 2  # CKF_RW_SESSION
 _SERIAL_SESSION: Final = 4  # CKF_SERIAL_SESSION
-MAX_OUTPUT: Final = 1024  # bytes of an RSA key of 8192 bits, the largest that is used
+MAX_OUTPUT: Final = 1024  # bytes: the modulus of an RSA key of 8192 bits, the largest output
 _Output = _char * MAX_OUTPUT
 _ZEROS: Final = bytes(MAX_OUTPUT)
-# Bounds of what a module may answer.
+# The longest lists that are accepted from a module.
 MAX_NUMBERS: Final = 4096
 MAX_OBJECTS: Final = 65536
 
-# Name -> place in CK_FUNCTION_LIST and argument types.
+# Name -> index in CK_FUNCTION_LIST and argument types.
 _CALLS: Final[Mapping[str, tuple[int, tuple[Any, ...]]]] = {
     "C_Initialize": (0, (_PTR,)),
     "C_Finalize": (1, (_PTR,)),
@@ -115,7 +123,7 @@ _SessionInfo: Final = _structure(slot=_ULONG, state=_ULONG, flags=_ULONG, device
 
 @dataclass(frozen=True)
 class LibraryInfo:
-    """CK_INFO: what a module says of itself."""
+    """CK_INFO: the module's own description."""
 
     manufacturer: str
     description: str
@@ -125,7 +133,7 @@ class LibraryInfo:
 
 @dataclass(frozen=True)
 class TokenInfo:
-    """CK_TOKEN_INFO; None where the token does not say."""
+    """CK_TOKEN_INFO; a number that the token does not tell is None."""
 
     slot: int
     label: str
@@ -141,63 +149,63 @@ class TokenInfo:
 
 
 def _text(structure: ctypes.Structure, name: str) -> str:
-    """A padded text of fixed length, with what is not printable made plain."""
+    """A padded text of fixed length; a space stands for each character that is not printable."""
     field = getattr(type(structure), name)
     raw = ctypes.string_at(ctypes.addressof(structure) + field.offset, field.size)
     text = raw.decode("utf-8", "replace").strip("\0 ")
     return "".join(char if char.isprintable() else " " for char in text)
 
 
-class Parameters:
+class CkMechanism:
     """A CK_MECHANISM with its parameter, in one buffer that lives as long as this object does.
 
     Every member of a parameter is as long as a CK_ULONG: a number, or a pointer to bytes, which
     stand behind the structures.
     """
 
-    def __init__(self, mechanism: int, *members: int | bytes) -> None:
+    def __init__(self, code: int, *members: int | bytes) -> None:
         texts = [each for each in members if isinstance(each, bytes)]
         self._head = ULONG_SIZE * (3 + len(members))
         self._buffer = array("B", b"".join((bytes(self._head), *texts)))
         self.pointer = start = self._buffer.buffer_info()[0]
         parameter = start + 3 * ULONG_SIZE if members else 0
-        words = [mechanism, parameter, ULONG_SIZE * len(members)]
-        place = start + self._head
+        words = [code, parameter, ULONG_SIZE * len(members)]
+        address = start + self._head
         for each in members:
             if isinstance(each, bytes):
-                words.append(place if each else 0)
-                place += len(each)
+                words.append(address if each else 0)
+                address += len(each)
             else:
                 words.append(each)
         struct.pack_into(f"{len(words)}N", self._buffer, 0, *words)
 
     @classmethod
-    def gcm(cls, mechanism: int, iv: bytes, aad: bytes) -> Parameters:
+    def gcm(cls, code: int, iv: bytes, aad: bytes) -> CkMechanism:
         """AES-GCM with a tag of 128 bits; the token may write another IV over ``iv``."""
-        return cls(mechanism, iv, len(iv), 8 * len(iv), aad, len(aad), 128)
+        return cls(code, iv, len(iv), 8 * len(iv), aad, len(aad), 128)
 
     @classmethod
-    def oaep(cls, mechanism: int, digest: int, mgf: int, label: bytes) -> Parameters:
+    def oaep(cls, code: int, digest: int, mgf: int, label: bytes) -> CkMechanism:
         """RSA-OAEP (RFC 8017, section 7.1)."""
-        # CKZ_DATA_SPECIFIED is the only source there is.
-        return cls(mechanism, digest, mgf, 1, label, len(label))
+        # 1 is CKZ_DATA_SPECIFIED, the only source of a label that the standard has.
+        return cls(code, digest, mgf, 1, label, len(label))
 
     @classmethod
-    def ecdh(cls, mechanism: int, point: bytes) -> Parameters:
+    def ecdh(cls, code: int, point: bytes) -> CkMechanism:
         """ECDH without a key derivation function (CKD_NULL)."""
-        return cls(mechanism, 1, 0, 0, len(point), point)
+        return cls(code, 1, 0, 0, len(point), point)
 
     def first(self, length: int) -> bytes:
-        """So many bytes of what the first pointer of the parameter points to."""
+        """``length`` bytes from the address in the first pointer of the parameter: GCM's IV."""
         return self._buffer[self._head : self._head + length].tobytes()
 
 
-def _at(place: Any) -> int | None:
-    return None if place is None else ctypes.addressof(place)
+def _at(buffer: Any) -> int | None:
+    return None if buffer is None else ctypes.addressof(buffer)
 
 
-def _place(data: bytes | bytearray) -> Any:
-    """What a call is given for a buffer, without a copy of it."""
+def _argument(data: bytes | bytearray) -> Any:
+    """The ctypes argument for a buffer, which is not copied."""
     return data if isinstance(data, bytes) else (_char * len(data)).from_buffer(data)
 
 
@@ -206,12 +214,12 @@ class _Template:
 
     def __init__(self, attributes: Template) -> None:
         self._values = [bytearray(_pack(value)) for value in attributes.values()]
-        self._places = [(_char * len(value)).from_buffer(value) for value in self._values]
+        self._buffers = [(_char * len(value)).from_buffer(value) for value in self._values]
         self.count = len(self._values)
         self.array = (_Attribute * self.count)(
             *(
-                _Attribute(kind, _at(place), len(value))
-                for kind, place, value in zip(attributes, self._places, self._values, strict=True)
+                _Attribute(kind, _at(buffer), len(value))
+                for kind, buffer, value in zip(attributes, self._buffers, self._values, strict=True)
             )
         )
 
@@ -233,7 +241,7 @@ class Cryptoki:
 
     Raises:
         OSError: the file cannot be loaded.
-        AttributeError: it is no PKCS#11 module.
+        AttributeError: the file is not a PKCS#11 module.
     """
 
     def __init__(self, path: str) -> None:
@@ -257,10 +265,10 @@ class Cryptoki:
             raise CkError(name, code)
 
     def initialize(self, init_args: str | None, *, locking: bool) -> None:
-        """C_Initialize, with OS locking unless the module cannot."""
+        """C_Initialize, with CKF_OS_LOCKING_OK where ``locking`` is true."""
         arguments = _InitArgs(flags=_OS_LOCKING if locking else 0)
         if init_args is not None:
-            # NSS keeps pointers into it in some versions, so it stays.
+            # Some versions of NSS keep pointers into this string, so it is never freed.
             self._init_args = ctypes.create_string_buffer(init_args.encode())
             arguments.reserved = ctypes.addressof(self._init_args)
         plain = init_args is None and not locking
@@ -286,17 +294,18 @@ class Cryptoki:
         return self._numbers("C_GetSlotList", 1)
 
     def mechanisms(self, slot: int) -> list[int]:
-        """C_GetMechanismList, at most 4096; what is listed may be refused all the same."""
+        """C_GetMechanismList, at most 4096; the token may still refuse a listed mechanism."""
         return self._numbers("C_GetMechanismList", slot)
 
     def _numbers(self, name: str, argument: int) -> list[int]:
         count = _ULONG()
-        # Modules look for new tokens when they are asked for the number alone.
+        # A module looks for new tokens only in a call without a buffer (PKCS#11 2.40,
+        # C_GetSlotList).
         self._call(name, argument, None, ctypes.byref(count))
         room = min(count.value + 16, MAX_NUMBERS)
-        found, count = (_ULONG * room)(), _ULONG(room)
-        self._call(name, argument, found, ctypes.byref(count))
-        return list(found[: min(count.value, room)])
+        numbers, count = (_ULONG * room)(), _ULONG(room)
+        self._call(name, argument, numbers, ctypes.byref(count))
+        return list(numbers[: min(count.value, room)])
 
     def slot_texts(self, slot: int) -> tuple[str, str]:
         """Description and manufacturer of C_GetSlotInfo."""
@@ -332,84 +341,84 @@ class Cryptoki:
         self._call("C_CloseSession", session)
 
     def logged_in(self, session: int) -> bool:
-        """Whether a user, of whatever kind, is logged in as this session sees it."""
+        """Whether the state of this session says that a user is logged in, of whatever kind."""
         info = _SessionInfo()
         self._call("C_GetSessionInfo", session, ctypes.byref(info))
         return info.state not in (0, 2)  # CKS_RO_PUBLIC_SESSION, CKS_RW_PUBLIC_SESSION
 
     def login(self, session: int, user: int, pin: bytearray | None) -> None:
-        """C_Login; without a PIN, at the reader's own pad."""
-        place = (_char * len(pin)).from_buffer(pin) if pin else None
-        self._call("C_Login", session, user, _at(place), len(pin or b""))
+        """C_Login; without a PIN, the user types it at the PIN pad of the token."""
+        buffer = (_char * len(pin)).from_buffer(pin) if pin else None
+        self._call("C_Login", session, user, _at(buffer), len(pin or b""))
 
     def apply(
         self,
         verb: Verb,
         session: int,
-        how: Parameters,
+        mechanism: CkMechanism,
         key: int,
         data: Buffer,
         approve: Callable[[], None] | None = None,
     ) -> bytearray:
-        """C_Encrypt, C_Decrypt or C_Sign in one part; the caller wipes what it gets.
+        """C_Encrypt, C_Decrypt or C_Sign in one part; the caller wipes the result.
 
         Args:
-            verb: which of them.
-            session: its handle.
-            how: the mechanism.
+            verb: the operation.
+            session: handle of the session.
+            mechanism: the mechanism.
             key: handle of the key.
-            data: what goes in; it is a secret if it is not bytes.
-            approve: called between the call that begins and the one that does it, for a key that
-                wants a login then.
+            data: the input; anything but ``bytes`` is a secret, of which no copy stays.
+            approve: called between C_*Init and the operation itself, where a key with
+                CKA_ALWAYS_AUTHENTICATE requires the login.
         """
-        given = data if isinstance(data, bytes) else bytearray(data)
+        source = data if isinstance(data, bytes) else bytearray(data)
         output, length = _Output(), _ULONG(MAX_OUTPUT)
         try:
-            self._call(f"C_{verb}Init", session, how.pointer, key)
+            self._call(f"C_{verb}Init", session, mechanism.pointer, key)
             if approve is not None:
                 approve()
             self._call(
-                f"C_{verb}", session, _place(given), len(given), output, ctypes.byref(length)
+                f"C_{verb}", session, _argument(source), len(source), output, ctypes.byref(length)
             )
             return bytearray(memoryview(output)[: length.value])
         finally:
             output.raw = _ZEROS
-            if isinstance(given, bytearray):
-                wipe(given)
+            if isinstance(source, bytearray):
+                wipe(source)
 
     def create(self, session: int, attributes: Template) -> int:
         """C_CreateObject: the handle of a new object."""
-        return self._made("C_CreateObject", attributes, session)
+        return self._new_handle("C_CreateObject", attributes, session)
 
-    def generate(self, session: int, how: Parameters, attributes: Template) -> int:
+    def generate(self, session: int, mechanism: CkMechanism, attributes: Template) -> int:
         """C_GenerateKey: the handle of a new secret key."""
-        return self._made("C_GenerateKey", attributes, session, how.pointer)
+        return self._new_handle("C_GenerateKey", attributes, session, mechanism.pointer)
 
     def generate_pair(
-        self, session: int, how: Parameters, public: Template, private: Template
+        self, session: int, mechanism: CkMechanism, public: Template, private: Template
     ) -> tuple[int, int]:
         """C_GenerateKeyPair: the handles of the public and the private key."""
         halves, first, second = [_Template(public), _Template(private)], _ULONG(), _ULONG()
         self._call(
             "C_GenerateKeyPair",
-            *(session, how.pointer),
+            *(session, mechanism.pointer),
             *(part for half in halves for part in (half.array, half.count)),
             *(ctypes.byref(first), ctypes.byref(second)),
         )
         return first.value, second.value
 
     def unwrap_key(
-        self, session: int, how: Parameters, key: int, blob: bytes, attributes: Template
+        self, session: int, mechanism: CkMechanism, key: int, blob: bytes, attributes: Template
     ) -> int:
-        """C_UnwrapKey: the handle of the key that came out."""
-        arguments = (session, how.pointer, key, blob, len(blob))
-        return self._made("C_UnwrapKey", attributes, *arguments)
+        """C_UnwrapKey: the handle of the unwrapped key."""
+        arguments = (session, mechanism.pointer, key, blob, len(blob))
+        return self._new_handle("C_UnwrapKey", attributes, *arguments)
 
-    def derive(self, session: int, how: Parameters, key: int, attributes: Template) -> int:
+    def derive(self, session: int, mechanism: CkMechanism, key: int, attributes: Template) -> int:
         """C_DeriveKey: the handle of the derived secret."""
-        return self._made("C_DeriveKey", attributes, session, how.pointer, key)
+        return self._new_handle("C_DeriveKey", attributes, session, mechanism.pointer, key)
 
-    def _made(self, name: str, attributes: Template, *arguments: Any) -> int:
+    def _new_handle(self, name: str, attributes: Template, *arguments: Any) -> int:
         template, handle = _Template(attributes), _ULONG()
         try:
             self._call(name, *arguments, template.array, template.count, ctypes.byref(handle))
@@ -424,18 +433,18 @@ class Cryptoki:
     def find(self, session: int, attributes: Template) -> list[int]:
         """The handles of all objects with these attributes, at most 65536."""
         template = _Template(attributes)
-        found: list[int] = []
+        handles: list[int] = []
         batch, count = (_ULONG * 64)(), _ULONG()
         self._call("C_FindObjectsInit", session, template.array, template.count)
         try:
-            while len(found) < MAX_OBJECTS:
+            while len(handles) < MAX_OBJECTS:
                 self._call("C_FindObjects", session, batch, len(batch), ctypes.byref(count))
                 if not count.value:
                     break
-                found += batch[: min(count.value, len(batch))]
-            return found
+                handles += batch[: min(count.value, len(batch))]
+            return handles
         finally:
-            # A failure of the search itself is the one to tell.
+            # Not by _call: an error here would hide that of the search.
             self._calls["C_FindObjectsFinal"](session)
 
     def change(self, session: int, handle: int, attributes: Template) -> None:
@@ -446,11 +455,11 @@ class Cryptoki:
     def read(self, session: int, handle: int, attribute: int, size: int) -> bytearray:
         """One attribute of at most ``size`` bytes; the caller wipes it where it is secret."""
         value = bytearray(size)
-        place = (_char * size).from_buffer(value)
-        entry = _Attribute(attribute, _at(place), size)
+        buffer = (_char * size).from_buffer(value)
+        entry = _Attribute(attribute, _at(buffer), size)
         self._call("C_GetAttributeValue", session, handle, ctypes.byref(entry), 1)
         if entry.length > size:
-            # Some tokens say "unavailable" together with CKR_OK.
+            # Some tokens answer CK_UNAVAILABLE_INFORMATION together with CKR_OK.
             unavailable = entry.length == UNKNOWN
             code = Ckr.ATTRIBUTE_TYPE_INVALID if unavailable else Ckr.BUFFER_TOO_SMALL
             raise CkError("C_GetAttributeValue", code)
@@ -460,37 +469,47 @@ class Cryptoki:
             wipe(value)
 
     def read_many(self, session: int, handle: int, sizes: Mapping[int, int]) -> dict[int, bytes]:
-        """Public attributes in one call: those of ``sizes`` (attribute -> largest length) it tells.
+        """Read several public attributes in one call.
 
-        One that the module did not get to, or says nothing of while the call failed, is missing
-        from the answer: it can be asked for by ``read``.
+        Args:
+            session: handle of the session.
+            handle: handle of the object.
+            sizes: attribute -> largest length of its value, bytes.
+
+        Returns:
+            The values by attribute. An attribute that the module did not write is missing; ``read``
+            may still give it.
         """
-        places = [ctypes.create_string_buffer(_UNTOUCHED * size, size) for size in sizes.values()]
+        buffers = [ctypes.create_string_buffer(_UNTOUCHED * size, size) for size in sizes.values()]
         entries = (_Attribute * len(sizes))(
             *(
-                _Attribute(kind, _at(place), size)
-                for (kind, size), place in zip(sizes.items(), places, strict=True)
+                _Attribute(kind, _at(buffer), size)
+                for (kind, size), buffer in zip(sizes.items(), buffers, strict=True)
             )
         )
         code = self._calls["C_GetAttributeValue"](session, handle, entries, len(entries))
         if code and code not in _PARTIAL:
             raise CkError("C_GetAttributeValue", code)
-        found = {}
-        for entry, place, (kind, size) in zip(entries, places, sizes.items(), strict=True):
-            # A module that stops at the first attribute it has not leaves the others as they were.
-            if not entry.length or (entry.length <= size and place.raw != _UNTOUCHED * size):
-                found[kind] = place.raw[: entry.length]
-        return found
+        values = {}
+        for entry, buffer, (kind, size) in zip(entries, buffers, sizes.items(), strict=True):
+            # Some modules stop at the first attribute that an object does not have, and leave the
+            # buffers of the others untouched.
+            if not entry.length or (entry.length <= size and buffer.raw != _UNTOUCHED * size):
+                values[kind] = buffer.raw[: entry.length]
+        return values
 
-    def wrap_key(self, session: int, how: Parameters, key: int, target: int) -> bytes:
+    def wrap_key(self, session: int, mechanism: CkMechanism, key: int, target: int) -> bytes:
         """C_WrapKey."""
         output, length = (_char * MAX_OUTPUT)(), _ULONG(MAX_OUTPUT)
-        self._call("C_WrapKey", session, how.pointer, key, target, output, ctypes.byref(length))
+        self._call(
+            "C_WrapKey", session, mechanism.pointer, key, target, output, ctypes.byref(length)
+        )
         return output.raw[: length.value]
 
 
 _UNTOUCHED: Final = b"\xa5"
-# C_GetAttributeValue (section 5.7.5): with these, what could be read was read.
+# With these return codes C_GetAttributeValue has still read the other attributes (PKCS#11 2.40,
+# section 5.7.5).
 _PARTIAL: Final = frozenset(
     {
         Ckr.ATTRIBUTE_SENSITIVE,

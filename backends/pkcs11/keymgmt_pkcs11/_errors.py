@@ -1,7 +1,7 @@
-"""What the return codes of a module mean to an operator: one table.
+"""The meaning of a module's return codes for an operator, in one table.
 
-One code means several things on several modules (CKR_GENERAL_ERROR most of all), so whoever asks
-the table has ruled out first what only it can know: a tampered blob, a retired key.
+Modules use the same code for different faults (CKR_GENERAL_ERROR most of all). So a caller first
+rules out the faults that only the caller can know, such as a tampered blob or a retired key.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["FAULTS", "REFUSED_MECHANISM", "REFUSED_TEMPLATE", "CkError", "Ckr", 
 
 
 class Ckr(IntEnum):
-    """Return codes that mean something here (PKCS#11 2.40, pkcs11t.h), without their ``CKR_``."""
+    """The return codes that keymgmt tells apart (PKCS#11 2.40, pkcs11t.h), without ``CKR_``."""
 
     HOST_MEMORY = 0x02
     SLOT_ID_INVALID = 0x03
@@ -90,11 +90,11 @@ class Ckr(IntEnum):
 
 
 class CkError(RuntimeError):
-    """A call answered something other than CKR_OK.
+    """A call returned another code than CKR_OK.
 
     Attributes:
         call: the function, such as ``C_Decrypt``.
-        code: what it answered.
+        code: the return code.
     """
 
     def __init__(self, call: str, code: int) -> None:
@@ -115,12 +115,12 @@ class CkError(RuntimeError):
 
     @property
     def lost(self) -> bool:
-        """Whether it is session, login or object handle that is gone, whatever was asked."""
+        """Whether the session, the login or the object handle was lost."""
         return FAULTS.find(self.code) in (_LOST, _GONE) or self.code == Ckr.USER_NOT_LOGGED_IN
 
     @property
     def damaged(self) -> bool:
-        """Whether the ciphertext is not what this key made."""
+        """Whether the module says that the ciphertext is damaged."""
         return FAULTS.find(self.code) is _DAMAGED
 
 
@@ -132,7 +132,7 @@ REFUSED_MECHANISM: Final = frozenset(
         *(Ckr.KEY_NOT_WRAPPABLE, Ckr.KEY_UNEXTRACTABLE, Ckr.CURVE_NOT_SUPPORTED),
     }
 )
-"""The module does not do this mechanism, or not with these parameters."""
+"""The module does not have this mechanism, or does not accept these parameters."""
 
 REFUSED_TEMPLATE: Final = frozenset(
     {
@@ -140,7 +140,7 @@ REFUSED_TEMPLATE: Final = frozenset(
         *(Ckr.ATTRIBUTE_VALUE_INVALID, Ckr.ATTRIBUTE_READ_ONLY),
     }
 )
-"""The module does not make an object with these attributes."""
+"""The module does not create an object with these attributes."""
 
 _PIN: Final = "correct the PIN at its source; it is not sent again in this process"
 _LOST: Final = Fault(ProviderUnavailable, "the session with the token was lost", None, passing=True)
@@ -153,11 +153,11 @@ _TROUBLE: Final = Fault(
 _REFUSED: Final = Fault(
     UnsupportedOperation,
     "the module refuses this mechanism or its parameters",
-    "see what it does: keymgmt pkcs11 mechanisms PROVIDER",
+    "see what it can do: keymgmt pkcs11 mechanisms PROVIDER",
 )
-_FIXED: Final = Fault(UnsupportedOperation, "the token does not let this object change")
-_GONE: Final = Fault(KeyNotFound, "the key is not there any more", passing=True)
-_DAMAGED: Final = Fault(UnsupportedOperation, "the module does not take this ciphertext")
+_FIXED: Final = Fault(UnsupportedOperation, "the token does not permit changes of this object")
+_GONE: Final = Fault(KeyNotFound, "the key is not in the token any more", passing=True)
+_DAMAGED: Final = Fault(UnsupportedOperation, "the module does not accept this ciphertext")
 
 FAULTS: Final = FaultTable[int](
     {
@@ -186,7 +186,7 @@ FAULTS: Final = FaultTable[int](
         ),
         **dict.fromkeys((Ckr.ACTION_PROHIBITED, Ckr.ATTRIBUTE_READ_ONLY), _FIXED),
         Ckr.PIN_INCORRECT: Fault(AccessDenied, "the PIN is wrong", _PIN),
-        Ckr.PIN_INVALID: Fault(AccessDenied, "the PIN has characters that are not taken", _PIN),
+        Ckr.PIN_INVALID: Fault(AccessDenied, "the PIN has characters that no PIN may have", _PIN),
         Ckr.PIN_LEN_RANGE: Fault(AccessDenied, "the PIN is too short or too long", _PIN),
         Ckr.PIN_EXPIRED: Fault(
             AccessDenied, "the PIN has expired", "set a new one with the vendor's tool"
@@ -204,7 +204,7 @@ FAULTS: Final = FaultTable[int](
             passing=True,
         ),
         Ckr.USER_NOT_LOGGED_IN: Fault(
-            AccessDenied, "the token wants a login", "set login and pin", passing=True
+            AccessDenied, "the token requires a login", "set login and pin", passing=True
         ),
         Ckr.USER_TYPE_INVALID: Fault(
             AccessDenied, "the token has no such kind of user", "set user_type as its vendor says"
@@ -218,7 +218,8 @@ FAULTS: Final = FaultTable[int](
         Ckr.TOKEN_WRITE_PROTECTED: Fault(
             UnsupportedOperation,
             "the token is write-protected",
-            "keys are made and retired where it may be written; all else works as it is",
+            "create, rotate and retire keys where the token may be written; wrapping and unwrapping"
+            " work as it is",
         ),
         Ckr.KEY_FUNCTION_NOT_PERMITTED: Fault(
             UnsupportedOperation,
@@ -228,19 +229,19 @@ FAULTS: Final = FaultTable[int](
         Ckr.SESSION_COUNT: Fault(
             ProviderUnavailable,
             "the token has no free session",
-            "close other applications' sessions, or set sessions lower here and there",
+            "close other applications' sessions, or set sessions lower here and in their configs",
         ),
         Ckr.DEVICE_MEMORY: Fault(
             ProviderUnavailable, "the token is full", "destroy objects that nobody uses"
         ),
     },
-    # What is not known, a vendor's own code too, may be a lost HSM as well as anything else.
+    # An unknown code, such as a vendor's own, may mean a lost HSM, so another try may help.
     unknown=_TROUBLE,
 )
 
 
-def translate(error: CkError, doing: str) -> KeymgmtError:
-    """The error of ours for what a call answered, with ``doing`` in front."""
-    made = FAULTS.error(error.code, doing, error.call, shown=error.name)
-    made.__cause__ = error
-    return made
+def translate(error: CkError, operation: str) -> KeymgmtError:
+    """The KeymgmtError for the return code of a call; its message begins with ``operation``."""
+    translated = FAULTS.error(error.code, operation, error.call, shown=error.name)
+    translated.__cause__ = error
+    return translated

@@ -1,9 +1,9 @@
 """Key objects of a token, and how they make up the versions of a key.
 
 All versions of a key share a CKA_LABEL and each has its own CKA_ID; a version is written as that
-CKA_ID in hex, so what keymgmt says is what ``pkcs11-tool --id`` takes. The CKA_ID that we give is
-``6b6d``, a counter (4 bytes, big-endian), 6 random bytes: the newest version is that of the highest
-counter, and nobody else's CKA_ID is the same. A CKA_ID that others gave counts as older than ours.
+CKA_ID in hex, so that ``pkcs11-tool --id`` takes it. keymgmt gives the CKA_ID ``6b6d``, a counter
+(4 bytes, big-endian) and 6 random bytes: the newest version has the highest counter, and no other
+object has the same CKA_ID. A key with a CKA_ID of another tool counts as older.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ STATES: Final = {
 }
 _U: Final = Attribute
 _SECRET_STATES: Final = tuple(state for state in STATES if state is not _U.ALWAYS_AUTHENTICATE)
-# What each class of object has, so that one call reads it all.
+# The attributes to read of each class of object, in one call.
 _READ: Final[Mapping[ObjectClass, tuple[Attribute, ...]]] = {
     ObjectClass.SECRET_KEY: (_U.KEY_TYPE, _U.LABEL, _U.ID, *USAGES, *_SECRET_STATES, _U.VALUE_LEN),
     ObjectClass.PRIVATE_KEY: (
@@ -75,7 +75,7 @@ _READ: Final[Mapping[ObjectClass, tuple[Attribute, ...]]] = {
     ),
     ObjectClass.PUBLIC_KEY: (_U.KEY_TYPE, _U.LABEL, _U.ID),
 }
-# Of a key pair, by its type; some tokens have them with one half only.
+# The public key of a key pair, by its type. Some tokens give it with one of the two objects only.
 _PUBLIC_PARTS: Final = {
     KeyType.RSA: (_U.MODULUS, _U.PUBLIC_EXPONENT),
     KeyType.EC: (_U.EC_PARAMS, _U.EC_POINT),
@@ -95,13 +95,13 @@ class KeyObject:
     """One secret or private key of the token, as it was read.
 
     Attributes:
-        handle: its number in this connection.
+        handle: the object's handle, valid until the connection is lost.
         label: CKA_LABEL.
         id: CKA_ID.
-        type: ``AES``, ``RSA``, ``EC``, or the module's word for another.
+        type: ``AES``, ``RSA``, ``EC``, or ``type N`` with the number of another CKA_KEY_TYPE.
         bits: size of the key or curve, 0 where the token does not say.
         flags: names of the usages and states that are true.
-        unknown: names of those that the token does not tell.
+        unknown: names of the usages and states that the token does not tell.
         public: the public key of a key pair, where the token has it.
     """
 
@@ -121,27 +121,27 @@ class KeyObject:
 
     @property
     def counter(self) -> int:
-        """The place among versions; 0 for a CKA_ID that others gave."""
+        """The number of the version in the CKA_ID; 0 for a CKA_ID of another tool."""
         ours = len(self.id) == 12 and self.id.startswith(_MARK)
         return int.from_bytes(self.id[2:6], "big") if ours else 0
 
     def can(self, *usages: str) -> bool:
-        """Whether its attributes permit any of the usages."""
+        """Whether any of these usages or states is true."""
         return not self.flags.isdisjoint(usages)
 
     @functools.cached_property
     def wants_approval(self) -> bool:
-        """Whether each single use of it wants a login of its own."""
+        """Whether each use of the key requires a login of its own."""
         return self.can("always_authenticate")
 
     @property
     def retired(self) -> bool:
-        """Whether it may be used for nothing that needs its secret."""
+        """Whether every usage is off that needs the secret part of the key."""
         return not self.can("decrypt", "unwrap", "derive", "sign")
 
     @property
     def point(self) -> bytes:
-        """The uncompressed point of an EC public key; empty where there is none."""
+        """The uncompressed point of an EC public key; empty for other keys."""
         if not isinstance(self.public, ec.EllipticCurvePublicKey):
             return b""
         return self.public.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
@@ -151,7 +151,7 @@ class KeyObject:
         """The public key as DER SubjectPublicKeyInfo.
 
         Raises:
-            UnsupportedOperation: the token has no public key for it.
+            UnsupportedOperation: the token does not have the public key.
         """
         if self.public is None:
             raise UnsupportedOperation(
@@ -162,12 +162,12 @@ class KeyObject:
 
     @property
     def public_bytes(self) -> bytes:
-        """As recipients of its kind have it: an EC key's point, an RSA key's ``der``."""
+        """The public key in the encoding of a Recipient: an EC key's point, an RSA key's DER."""
         return self.point or self.der
 
     @functools.cached_property
     def params(self) -> dict[str, str]:
-        """What a WrappedKey says of it beside label and version: its public key, if it has one."""
+        """The ``params`` of a WrappedKey: the id of the public key, where the token has it."""
         return {"pk": public_key_id(self.public_bytes)} if self.public else {}
 
     def __str__(self) -> str:
@@ -179,31 +179,32 @@ class Versions:
     """The versions of one key, from oldest to newest.
 
     Attributes:
-        key: the operator's name for it.
-        objects: one for each version.
-        told: whether the config says their order.
+        key: the key name.
+        objects: the key object of each version.
+        ordered: whether the config gives their order.
     """
 
     key: str
     objects: tuple[KeyObject, ...]
-    told: bool = False
+    ordered: bool = False
 
     @classmethod
-    def of(cls, key: str, found: Sequence[KeyObject], entry: KeyEntry) -> Versions:
-        """In the order of the ids that the config lists, else of our counters, then of the ids."""
+    def of(cls, key: str, objects: Sequence[KeyObject], entry: KeyEntry) -> Versions:
+        """In the order of the ids in the config; without these, by counter and then by CKA_ID."""
         if entry.ids:
-            return cls(key, tuple(sorted(found, key=lambda i: entry.ids.index(i.id))), told=True)
-        return cls(key, tuple(sorted(found, key=lambda item: (item.counter, item.id))))
+            by_config = sorted(objects, key=lambda each: entry.ids.index(each.id))
+            return cls(key, tuple(by_config), ordered=True)
+        return cls(key, tuple(sorted(objects, key=lambda each: (each.counter, each.id))))
 
     @property
     def newest(self) -> KeyObject:
         """The version for new wraps and signatures.
 
         Raises:
-            UnsupportedOperation: the token does not tell which one it is.
+            UnsupportedOperation: nothing in the token tells which version is the newest.
         """
         last = self.objects[-1]
-        if not self.told and last.counter == 0 and len(self.objects) > 1:
+        if not self.ordered and last.counter == 0 and len(self.objects) > 1:
             raise _ambiguous(self.key, self.objects)
         return last
 
@@ -213,25 +214,25 @@ class Versions:
         Raises:
             UnsupportedOperation: several objects have this label and id.
         """
-        found = [item for item in self.objects if item.version == version]
-        if len(found) > 1:
-            raise _ambiguous(self.key, found)
-        return found[0] if found else None
+        matches = [key_object for key_object in self.objects if key_object.version == version]
+        if len(matches) > 1:
+            raise _ambiguous(self.key, matches)
+        return matches[0] if matches else None
 
     def listed(self) -> tuple[KeyVersion, ...]:
-        """As SupportsKeyManagement tells them."""
+        """The versions in the form that SupportsKeyManagement returns."""
         last = self.objects[-1]
         return tuple(
             KeyVersion(
-                item.version,
-                "retired" if item.retired else "active" if item is last else "old",
+                key_object.version,
+                "retired" if key_object.retired else "active" if key_object is last else "old",
             )
-            for item in self.objects
+            for key_object in self.objects
         )
 
 
 def new_id(counter: int) -> bytes:
-    """A CKA_ID for the version of that counter."""
+    """A new CKA_ID with this counter."""
     return _MARK + counter.to_bytes(4, "big") + os.urandom(6)
 
 
@@ -239,63 +240,68 @@ def find_versions(session: Session, key: str, entry: KeyEntry) -> Versions:
     """The versions of a key in the token.
 
     Raises:
-        KeyNotFound: there is none.
+        KeyNotFound: there is no such key.
         UnsupportedOperation: two objects have the same label and id.
     """
     label = {} if entry.label is None else {Attribute.LABEL: _encoded(entry.label)}
-    found, odd = _read(session, [{**label, Attribute.ID: each} for each in entry.ids] or [label])
-    if not found:
+    objects, unreadable = _read(
+        session, [{**label, Attribute.ID: each} for each in entry.ids] or [label]
+    )
+    if not objects:
         session.confirm()
         words = [] if entry.label is None else [f"label {entry.label!r}"]
         words += [f"id {each.hex()}" for each in entry.ids]
         raise KeyNotFound(
             f"the token {session.token.label!r} has no key {' '.join(words)}"
-            + (f" that can be used: {'; '.join(odd)}" if odd else ""),
+            + (f" that can be used: {'; '.join(unreadable)}" if unreadable else ""),
             hint="see its keys: keymgmt keys list PROVIDER; name others in the table keys of the "
             "config",
         )
-    versions = Versions.of(key, found, entry)
-    for item in found:
-        versions.get(item.version)
+    versions = Versions.of(key, objects, entry)
+    for key_object in objects:
+        versions.get(key_object.version)
     return versions
 
 
 def all_keys(session: Session) -> tuple[list[KeyObject], list[str]]:
-    """Every secret and private key of the token by label and version, and what cannot be read."""
-    found, odd = _read(session, [{}])
-    if not found:
+    """Every secret and private key of the token, and descriptions of those that cannot be read.
+
+    The keys are in the order of label and version.
+    """
+    objects, unreadable = _read(session, [{}])
+    if not objects:
         session.confirm()
-    return found, odd
+    return objects, unreadable
 
 
 def by_name(
     keys: Sequence[KeyObject], settings: Pkcs11Settings
 ) -> tuple[dict[str, Versions], list[KeyObject]]:
-    """The keys that have a name of ours, and those that have none or are of another type."""
-    found: dict[str, list[KeyObject]] = {}
-    strange = []
-    for item in keys:
-        name = settings.name_of(item.label, item.id)
-        if name is None or item.type not in _TYPES.values():
-            strange.append(item)
+    """The keys that have a key name, and those that have none or a type that is not used here."""
+    named: dict[str, list[KeyObject]] = {}
+    others = []
+    for key_object in keys:
+        name = settings.name_of(key_object.label, key_object.id)
+        if name is None or key_object.type not in _TYPES.values():
+            others.append(key_object)
         else:
-            found.setdefault(name, []).append(item)
+            named.setdefault(name, []).append(key_object)
     return {
-        name: Versions.of(name, items, settings.entry(name)) for name, items in found.items()
-    }, strange
+        name: Versions.of(name, objects, settings.entry(name)) for name, objects in named.items()
+    }, others
 
 
 def session_object(session: Session, identifier: bytes) -> KeyObject:
-    """A key of this session only, by its CKA_ID."""
-    found, odd = _read(session, [{Attribute.ID: identifier}], token=False)
-    if not found:
-        raise UnsupportedOperation(f"the module does not show a new key: {'; '.join(odd)}")
-    return found[0]
+    """A session object (not CKA_TOKEN) by its CKA_ID."""
+    objects, unreadable = _read(session, [{Attribute.ID: identifier}], token=False)
+    if not objects:
+        raise UnsupportedOperation(f"the module does not show a new key: {'; '.join(unreadable)}")
+    return objects[0]
 
 
-def find_halves(session: Session, item: KeyObject) -> list[int]:
-    """The key and, beside a private one, its public one."""
-    name = {Attribute.LABEL: _encoded(item.label), Attribute.ID: item.id}
+def find_halves(session: Session, key_object: KeyObject) -> list[int]:
+    """The handles of a key: that of a secret key, or those of the private and the public key."""
+    name = {Attribute.LABEL: _encoded(key_object.label), Attribute.ID: key_object.id}
     return [
         handle
         for kind in (ObjectClass.SECRET_KEY, ObjectClass.PRIVATE_KEY, ObjectClass.PUBLIC_KEY)
@@ -305,13 +311,13 @@ def find_halves(session: Session, item: KeyObject) -> list[int]:
     ]
 
 
-def switch_off(session: Session, item: KeyObject, keep: AbstractSet[Attribute]) -> None:
-    """Set every usage of a key and its public half to false, but for those to keep.
+def switch_off(session: Session, key_object: KeyObject, keep: AbstractSet[Attribute]) -> None:
+    """Set every usage of a key and of its public key to false, except those in ``keep``.
 
     Raises:
-        CkError: the token does not let it change.
+        CkError: the token does not permit the change.
     """
-    for half in find_halves(session, item):
+    for half in find_halves(session, key_object):
         usages = read_attributes(session, half, tuple(USAGES))
         for usage in (usage for usage, may in usages.items() if may and usage not in keep):
             session.ck.change(session.handle, half, {usage: False})
@@ -321,10 +327,13 @@ def switch_off(session: Session, item: KeyObject, keep: AbstractSet[Attribute]) 
 def _read(
     session: Session, templates: Sequence[Mapping[Any, Any]], *, token: bool = True
 ) -> tuple[list[KeyObject], list[str]]:
-    """The keys that fit one, in the order of label and version, and which cannot be read."""
+    """The keys that fit any of the templates, and descriptions of those that cannot be read.
+
+    The keys are in the order of label and version.
+    """
     public: dict[tuple[bytes, bytes], dict[Attribute, Any]] = {}
     secret: list[tuple[int, dict[Attribute, Any]]] = []
-    odd: list[str] = []
+    unreadable: list[str] = []
     for kind, attributes in _READ.items():
         wanted = {Attribute.CLASS: int(kind), Attribute.TOKEN: token}
         handles = [session.ck.find(session.handle, {**wanted, **each}) for each in templates]
@@ -333,22 +342,27 @@ def _read(
                 read = read_attributes(session, handle, attributes)
                 read |= _public_parts(session, handle, read, kind)
             except ValueError as error:
-                odd.append(f"object {handle} of class {kind.name}: {error}")
+                unreadable.append(f"object {handle} of class {kind.name}: {error}")
                 continue
             if kind is ObjectClass.PUBLIC_KEY:
-                place = (read.get(Attribute.LABEL, b""), read.get(Attribute.ID, b""))
-                # Where several have this name, a round trip finds whether the first is the right.
-                public.setdefault(place, read)
+                name = (read.get(Attribute.LABEL, b""), read.get(Attribute.ID, b""))
+                # Of several public keys with this label and id the first is taken; if it is the
+                # wrong one, the round trip of the key fails.
+                public.setdefault(name, read)
             else:
                 secret.append((handle, read))
-    made = []
+    objects = []
     for handle, read in secret:
-        item = _object(handle, read, public)
-        if is_version(item.version):
-            made.append(item)
+        key_object = _object(handle, read, public)
+        if is_version(key_object.version):
+            objects.append(key_object)
         else:
-            odd.append(f"{item.type} label {item.label[:80]!r}: its id is too long")
-    return sorted(made, key=lambda item: (item.label, item.counter, item.id)), odd
+            unreadable.append(
+                f"{key_object.type} label {key_object.label[:80]!r}: its id is too long"
+            )
+    return sorted(
+        objects, key=lambda key_object: (key_object.label, key_object.counter, key_object.id)
+    ), unreadable
 
 
 def _public_parts(
@@ -366,10 +380,10 @@ def read_attributes(
     """Those of the wanted attributes that the object has and the token tells.
 
     Raises:
-        ValueError: one of them is larger than any that is used here.
+        ValueError: an attribute is larger than the largest of any supported key.
         CkError: the object or the session is gone.
     """
-    # NSS takes a number or truth value into a buffer of its exact size only.
+    # NSS writes a number or truth value only into a buffer of exactly its size.
     sizes = {
         int(each): ULONG_SIZE if each in _NUMBERS else 1 if each in _TRUTHS else MAX_OUTPUT
         for each in wanted
@@ -391,17 +405,17 @@ def read_attributes(
                 raise ValueError(f"its {name} is larger than {sizes[each]} bytes") from error
             if error.passing:
                 raise
-    found: dict[Attribute, Any] = {}
+    attributes: dict[Attribute, Any] = {}
     for each in wanted:
         if each in raw:
             value = raw[each]
             if each in _TRUTHS:
-                found[each] = any(value)
+                attributes[each] = any(value)
             elif each in _NUMBERS:
-                found[each] = int.from_bytes(value, sys.byteorder)
+                attributes[each] = int.from_bytes(value, sys.byteorder)
             else:
-                found[each] = value
-    return found
+                attributes[each] = value
+    return attributes
 
 
 def _object(
@@ -439,7 +453,7 @@ def _public(
             curve = CURVES[bytes(read[Attribute.EC_PARAMS])]
             point = bytes(read[Attribute.EC_POINT])
             length = 1 + 2 * ((curve.key_size + 7) // 8)
-            # CKA_EC_POINT is a DER OCTET STRING; some modules leave its header out.
+            # CKA_EC_POINT is the point in a DER OCTET STRING; some modules omit the DER header.
             return ec.EllipticCurvePublicKey.from_encoded_point(curve, point[-length:])
     except (KeyError, ValueError):
         return None
@@ -451,8 +465,8 @@ def _encoded(label: str) -> bytes:
 
 
 def _ambiguous(key: str, candidates: Sequence[KeyObject]) -> UnsupportedOperation:
-    listed = "; ".join(str(item) for item in candidates[:8])
-    same = len({item.id for item in candidates}) < len(candidates)
+    listed = "; ".join(str(key_object) for key_object in candidates[:8])
+    same = len({key_object.id for key_object in candidates}) < len(candidates)
     return UnsupportedOperation(
         f"the key {key!r} is ambiguous in the token: {listed}",
         hint="give each object an id of its own with the vendor's tool, or: pkcs11-tool --module "

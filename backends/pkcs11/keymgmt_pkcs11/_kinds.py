@@ -1,7 +1,8 @@
-"""The kinds of keys, what each is for, and what its attributes must say.
+"""The kinds of keys, the purpose of each, and the attributes that a safe key has.
 
-A key has one purpose. CKA_DECRYPT beside CKA_WRAP would let any extractable key be taken out with
-it, and a key that is not CKA_PRIVATE is used by whoever reaches the token, without a PIN.
+A key has one purpose. Whoever may use a key with both CKA_WRAP and CKA_DECRYPT can wrap any
+extractable key with it and decrypt the result; and whoever reaches the token can use a key that is
+not CKA_PRIVATE, without a PIN.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["KINDS", "Kind", "bits_of", "kind_of", "purpose_of", "shortcomings"]
 
 _RSA_BITS: Final = ("2048", "3072", "4096")
-# Usages by which the secret part of a key of that type does anything; modules that fix the usages
-# themselves say more (tpm2-pkcs11: an EC key decrypts).
+# The usages that mean anything for the secret part of a key of each type. Modules that set usages
+# themselves may set others too: in tpm2-pkcs11 an EC key has CKA_DECRYPT.
 _MEANINGFUL: Final = {
     "AES": frozenset(USAGES.values()),
     "RSA": frozenset({"decrypt", "unwrap", "sign"}),
@@ -33,16 +34,16 @@ _MEANINGFUL: Final = {
 
 @dataclass(frozen=True, eq=False)
 class Kind:
-    """A kind of key that we make.
+    """A kind of key that keymgmt can create.
 
     Attributes:
-        name: the kind in an operator's words.
-        purpose: what it is for, and nothing else.
+        name: the value of ``--kind``.
+        purpose: what a key of this kind is for; it has only one purpose.
         type: CKA_KEY_TYPE.
         secret: usages of the secret or private key.
         public: usages of the public key.
         bits: size of the key or curve; for RSA the default of the option ``bits``.
-        mechanisms: what it is used with.
+        mechanisms: the mechanisms that use the key.
     """
 
     name: str
@@ -72,7 +73,7 @@ KINDS: Final = {
 
 
 def bits_of(kind: Kind, options: Mapping[str, str]) -> int:
-    """The size of a new key; ConfigError for an option that its kind has not."""
+    """The size of a new key; ConfigError for an option that its kind does not have."""
     for name, value in options.items():
         if name != "bits" or kind.type is not KeyType.RSA:
             raise ConfigError(
@@ -80,15 +81,12 @@ def bits_of(kind: Kind, options: Mapping[str, str]) -> int:
                 hint="rsa-oaep and rsa-pss take bits=2048, 3072 or 4096",
             )
         if value not in _RSA_BITS:
-            raise ConfigError(f"bits={value!r} is none of {', '.join(_RSA_BITS)}")
+            raise ConfigError(f"bits={value!r} is not one of {', '.join(_RSA_BITS)}")
     return int(options.get("bits", kind.bits))
 
 
 def kind_of(key: KeyObject) -> Kind | None:
-    """The kind whose key this could be, by type, size and what it is used for; else None.
-
-    A key of one type that both wraps and signs is taken for one that wraps.
-    """
+    """The kind of a key by its type, size and usages, or None; of two kinds, the one that wraps."""
     for kind in KINDS.values():
         if (
             kind.type.name == key.type
@@ -100,7 +98,7 @@ def kind_of(key: KeyObject) -> Kind | None:
 
 
 def purpose_of(key: KeyObject) -> Literal["wrap", "sign"]:
-    """What a key is for, by its kind; where it may do nothing any more, what its type is for."""
+    """What a key is for, by its kind; a retired key has no kind, so there the type decides."""
     kind = kind_of(key)
     if kind is not None:
         return kind.purpose
@@ -108,23 +106,24 @@ def purpose_of(key: KeyObject) -> Literal["wrap", "sign"]:
 
 
 def shortcomings(key: KeyObject, settings: Pkcs11Settings, name: str) -> dict[str, str]:
-    """What is not as it should be: word of ``allow`` -> what is wrong; none that is allowed.
+    """The properties that a safe key has and this key lacks: name in ``allow`` -> a description.
 
-    What the token does not tell is not known to be as it should be.
+    A property that the token does not tell counts as lacking. Those that the config allows for
+    this key are left out.
 
     Args:
         key: the key as read.
-        settings: of the token that it is in.
-        name: the operator's name for it.
+        settings: the settings of its token.
+        name: the key name.
     """
     wanted = {
-        # Without a login nothing private is seen, so there it says nothing.
+        # Without a login the token shows no private object, so every key here is not private.
         **({"private": True} if settings.login != "none" else {}),
         "sensitive": True,
         "always_sensitive": True,
         "extractable": False,
         "never_extractable": True,
-        # A key that cannot change is no worse, unless it is to be retired.
+        # A key that cannot be modified is as safe, but cannot be retired.
         **({} if settings.create.modifiable else {"modifiable": False}),
     }
     wrong = {}

@@ -1,13 +1,14 @@
-"""Logging in, with as few tries of a PIN as can be.
+"""Logging in, with as few tries of a PIN as possible.
 
-Rules, since every wrong try brings the token's lock nearer:
-- A PIN that this token has never accepted in this process is sent once, whatever the answer; only
-  where the code says that no PIN was compared may it be sent again.
-- A PIN that was accepted before is sent once more for each new login, after the token answered
-  C_GetTokenInfo. If the answer then says neither yes nor no, it waits, longer each time.
-- Nothing is sent while the token's flags say that the PIN is locked or that the next wrong one
-  locks it; nothing is sent again, after a loss, while they say that a wrong one was given.
-- Children of this process know what was refused here.
+A token locks itself after a few wrong PINs, so each try counts. The rules:
+- A PIN that this token has never accepted in this process is sent once, whatever the answer; it is
+  sent again only if the return code says that no PIN was compared.
+- A PIN that was accepted before is sent once for each new login, after the token answered
+  C_GetTokenInfo. If the answer to that says neither yes nor no, the next login waits, longer each
+  time.
+- No PIN is sent while the token's flags say that the PIN is locked, or that the next wrong PIN
+  locks it. After a loss, no PIN is sent while they say that a wrong PIN was given.
+- Child processes inherit the memory of refused PINs.
 """
 
 from __future__ import annotations
@@ -39,22 +40,22 @@ __all__ = ["NOT_COMPARED", "PinWanted", "log_in"]
 
 NOT_COMPARED: Final = frozenset(
     {
-        Ckr.CRYPTOKI_NOT_INITIALIZED,  # the call went nowhere
+        Ckr.CRYPTOKI_NOT_INITIALIZED,  # the call did not reach the token
         Ckr.SESSION_HANDLE_INVALID,  # there is no such session to log in from
         Ckr.SESSION_CLOSED,
         Ckr.SESSION_COUNT,
         Ckr.SLOT_ID_INVALID,
-        Ckr.USER_PIN_NOT_INITIALIZED,  # there is none to compare with
+        Ckr.USER_PIN_NOT_INITIALIZED,  # the token has no PIN to compare with
     }
 )
-"""Answers of C_Login that say that no PIN was compared."""
+"""Return codes of C_Login by which no PIN was compared."""
 _WRONG: Final = frozenset({Ckr.PIN_INCORRECT, Ckr.PIN_INVALID, Ckr.PIN_LEN_RANGE})
 _CONTEXT_SPECIFIC: Final = 2  # CKU_CONTEXT_SPECIFIC
 _PAUSES: Final = (1.0, 2.0, 5.0, 10.0, 30.0)
 
 
 class _Pins(ForkSafe):
-    """What the tokens of this process said to PINs; of a PIN, only a keyed hash is kept."""
+    """The tokens' answers to PINs in this process; of a PIN, only a keyed hash is kept."""
 
     def __init__(self) -> None:
         self._salt = os.urandom(32)
@@ -67,52 +68,52 @@ class _Pins(ForkSafe):
         self._tokens: dict[tuple[str, str, str], threading.Lock] = {}
 
     def lock(self, module: Module, token: TokenInfo) -> threading.Lock:
-        """One for each token, so that one that hangs does not hold another up."""
-        return self._tokens.setdefault(_place(module, token), threading.Lock())
+        """The lock of this token; a token that hangs does not delay another."""
+        return self._tokens.setdefault(_token_id(module, token), threading.Lock())
 
-    def mark(self, module: Module, token: TokenInfo, user: int, pin: bytearray) -> bytes:
-        place = "\0".join((*_place(module, token), str(user), ""))
-        digest = hashlib.blake2b(place.encode(), key=self._salt)
+    def pin_hash(self, module: Module, token: TokenInfo, user: int, pin: bytearray) -> bytes:
+        login = "\0".join((*_token_id(module, token), str(user), ""))
+        digest = hashlib.blake2b(login.encode(), key=self._salt)
         digest.update(pin)
         return digest.digest()
 
-    def check(self, mark: bytes, token: TokenInfo, source: object, *, again: bool) -> None:
+    def check(self, pin_hash: bytes, token: TokenInfo, source: object, *, after_loss: bool) -> None:
         """Refuse to send a PIN that must not be sent now."""
-        if mark in self.refused:
+        if pin_hash in self.refused:
             raise AccessDenied(
-                f"the PIN from {source} was not accepted before and is not tried again",
-                hint="correct the PIN at its source; every wrong try brings the lock nearer",
+                f"the PIN from {source} was not accepted before and is not sent again",
+                hint="correct the PIN at its source; after a few wrong PINs the token locks itself",
             )
-        again = again or mark in self.doubtful
-        if again and mark in self.accepted and token.flags & TokenFlag.USER_PIN_COUNT_LOW:
+        after_loss = after_loss or pin_hash in self.doubtful
+        if after_loss and pin_hash in self.accepted and token.flags & TokenFlag.USER_PIN_COUNT_LOW:
             raise AccessDenied(
                 f"a wrong PIN was given to the token {token.label!r} since the last login, "
                 "so after a loss none is sent",
-                hint="log in once by hand with the right one: pkcs11-tool --module LIBRARY.so "
+                hint="log in once by hand with the right PIN: pkcs11-tool --module LIBRARY.so "
                 "--token-label LABEL --login --list-objects",
             )
-        times, since = self.doubtful.get(mark, (0, 0.0))
+        times, since = self.doubtful.get(pin_hash, (0, 0.0))
         pause = _PAUSES[min(times, len(_PAUSES)) - 1] if times else 0.0
         if time.monotonic() < since + pause:
             raise ProviderUnavailable(
-                f"the token {token.label!r} did not say yes or no to the PIN a moment ago; "
-                f"it is sent again after {pause:g} seconds",
-                hint="see whether the HSM is well",
+                f"the token {token.label!r} did not say a moment ago whether the PIN is right; "
+                f"it is sent again {pause:g} seconds after that",
+                hint="see whether the HSM works, with the vendor's tool",
             )
 
-    def answered(self, mark: bytes, error: CkError | None) -> None:
-        """Remember what the token said."""
+    def answered(self, pin_hash: bytes, error: CkError | None) -> None:
+        """Remember the token's answer; ``error`` is None where it accepted the PIN."""
         if error is None:
-            self.accepted.add(mark)
-            self.doubtful.pop(mark, None)
-        elif error.code in _WRONG or mark not in self.accepted:
-            self.refused.add(mark)
+            self.accepted.add(pin_hash)
+            self.doubtful.pop(pin_hash, None)
+        elif error.code in _WRONG or pin_hash not in self.accepted:
+            self.refused.add(pin_hash)
         elif error.passing:
-            times, _ = self.doubtful.get(mark, (0, 0.0))
-            self.doubtful[mark] = times + 1, time.monotonic()
+            times, _ = self.doubtful.get(pin_hash, (0, 0.0))
+            self.doubtful[pin_hash] = times + 1, time.monotonic()
 
 
-def _place(module: Module, token: TokenInfo) -> tuple[str, str, str]:
+def _token_id(module: Module, token: TokenInfo) -> tuple[str, str, str]:
     return module.path, token.serial, token.label
 
 
@@ -120,7 +121,7 @@ _pins = _Pins()
 
 
 class PinWanted(Exception):
-    """A person is to be asked for the PIN, by the thread that called and not by the module's."""
+    """A person must type the PIN; the thread that called the provider asks, not the module's."""
 
 
 def log_in(
@@ -130,34 +131,35 @@ def log_in(
     settings: Pkcs11Settings,
     *,
     typed: bytearray | None = None,
-    again: bool = False,
+    after_loss: bool = False,
     context: bool = False,
 ) -> None:
-    """Log this process in to the token, unless it is already.
+    """Log this process in to the token, unless it is logged in already.
 
     Args:
         module: the library.
         token: the token.
-        session: a session with it.
-        settings: say who logs in, and where the PIN is.
-        typed: what a person typed for this call; the caller wipes it.
-        again: the login that was there is lost.
-        context: log in for one use of one key, which its CKA_ALWAYS_AUTHENTICATE wants; between
-            the call that begins it and the one that does it.
+        session: a session with the token.
+        settings: the user and the source of the PIN.
+        typed: the PIN that a person typed for this call; the caller wipes it.
+        after_loss: whether an earlier login was lost.
+        context: log in for one use of one key with CKA_ALWAYS_AUTHENTICATE, between the C_*Init of
+            that use and the use itself.
 
     Raises:
-        AccessDenied: the PIN is wrong, or was found wrong before.
-        LockedOut: the PIN is locked, or the next wrong one locks it.
+        AccessDenied: the PIN is wrong, or was refused before.
+        LockedOut: the PIN is locked, or the next wrong PIN locks it.
         ProviderUnavailable: the PIN's source cannot be read.
-        CkError: no PIN was compared, or an accepted one was neither taken nor refused.
-        PinWanted: a person has to type it, and did not for this call.
+        CkError: no PIN was compared, or the token said neither yes nor no to a PIN that it had
+            accepted before.
+        PinWanted: a person has to type the PIN, and has not done so for this call.
     """
     if settings.login == "none":
         return
     with _pins.lock(module, token):
         if not context and module.cryptoki.logged_in(session):
             return
-        # The flags in `token` are as old as it is; and a token that does not answer gets no PIN.
+        # The flags in `token` are old; and a token that does not answer now is sent no PIN.
         now = module.cryptoki.token_info(token.slot)
         _refuse_if_locked(now)
         user = _CONTEXT_SPECIFIC if context else settings.user_type
@@ -171,19 +173,19 @@ def log_in(
             return
         assert settings.pin is not None  # noqa: S101 - the settings hold login and pin together
         if settings.pin.prompt is not None and not (typed and any(typed)):
-            # Zeros are what is left of it where nobody waits for this call any more.
+            # A PIN of zeros was wiped, because the caller does not wait for this call any more.
             raise PinWanted
         pin = settings.pin.read() if typed is None else bytearray(typed)
         try:
-            mark = _pins.mark(module, token, settings.user_type, pin)
-            _pins.check(mark, now, settings.pin, again=again)
-            known = mark in _pins.accepted
+            pin_hash = _pins.pin_hash(module, token, settings.user_type, pin)
+            _pins.check(pin_hash, now, settings.pin, after_loss=after_loss)
+            known = pin_hash in _pins.accepted
             try:
                 compared = _send(module, session, user, pin)
             except CkError as error:
                 if error.code in NOT_COMPARED:
                     raise
-                _pins.answered(mark, error)
+                _pins.answered(pin_hash, error)
                 if known and error.passing:
                     raise
                 if not error.passing:
@@ -191,11 +193,11 @@ def log_in(
                 raise AccessDenied(
                     f"logging in to the token {token.label!r}: the answer {error.name} does not "
                     "say whether the PIN is wrong",
-                    hint="see whether PIN and HSM are well; the PIN is not sent again in this "
-                    "process",
+                    hint="see whether the PIN is right and the HSM works; the PIN is not sent "
+                    "again in this process",
                 ) from error
             if compared:
-                _pins.answered(mark, None)
+                _pins.answered(pin_hash, None)
         finally:
             wipe(pin)
 
@@ -208,14 +210,14 @@ def _refuse_if_locked(token: TokenInfo) -> None:
         )
     if token.flags & TokenFlag.USER_PIN_FINAL_TRY:
         raise LockedOut(
-            f"the next wrong PIN locks the token {token.label!r}, so none is tried",
-            hint="log in once by hand with the right one: pkcs11-tool --module LIBRARY.so "
+            f"the next wrong PIN locks the token {token.label!r}, so no PIN is sent",
+            hint="log in once by hand with the right PIN: pkcs11-tool --module LIBRARY.so "
             "--token-label LABEL --login --list-objects",
         )
 
 
 def _send(module: Module, session: int, user: int, pin: bytearray | None) -> bool:
-    """C_Login; whether the PIN was compared, and not only found unneeded."""
+    """C_Login; False where the user was logged in already, so that no PIN was compared."""
     try:
         module.cryptoki.login(session, user, pin)
     except CkError as error:

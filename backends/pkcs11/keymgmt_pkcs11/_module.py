@@ -1,15 +1,16 @@
 """A PKCS#11 library in this process: loaded once, initialised with locking, safe across fork.
 
 Rules:
-- One C_Initialize for each file and process, whoever asks, with CKF_OS_LOCKING_OK: without it a
-  module may switch its mutexes off, and two threads crash the process. A module that cannot lock,
-  or that somebody else initialised in a way that we cannot see, is called by one thread at a time.
-- Every call is counted. A fork waits for calls in flight, for a mutex that is held inside the
-  module would stay held in the child for ever. The child starts anew: PKCS#11 wants C_Initialize
-  there, and handles of the parent are not used.
-- It is never finalised at the end, since others may use it; only to find a lost token again, and
-  only if we initialised it.
-- Nothing here is shared by two modules, so one that hangs does not hold another up.
+- One C_Initialize for each file and process, whichever provider asks, with CKF_OS_LOCKING_OK:
+  without it a module may switch its mutexes off, and two threads crash the process. A module that
+  cannot lock, or that other code initialised with flags that cannot be read back, is called by one
+  thread at a time.
+- Every call is counted. A fork waits for calls in flight, since a mutex that is held inside the
+  module would stay held in the child for ever. PKCS#11 requires the child to call C_Initialize
+  again; handles of the parent are not used there.
+- A module is not finalised at the end of the process, since other code may use it. It is finalised
+  only to find a lost token again, and only if this package initialised it.
+- Two modules share nothing here, so a module that hangs does not delay another.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ __all__ = ["CallInFlight", "Module", "open_module"]
 IDLE_WAIT: Final = 2.0
 """Seconds that a fork or a C_Finalize waits for calls in flight."""
 RESTART_PAUSES: Final = (0.0, 0.0, 0.0, 1.0, 2.0, 4.0)
-"""Seconds until the next C_Finalize, by how many brought nothing; the last is for all more."""
+"""Seconds before the next C_Finalize, by how many had no success; the last one repeats."""
 _USUAL: Final = (
     "/usr/lib/softhsm/libsofthsm2.so",
     "/usr/lib64/pkcs11/libsofthsm2.so",
@@ -49,10 +50,11 @@ _USUAL: Final = (
 
 
 class CallInFlight:
-    """One call that a module has not answered yet; counted in on entry, and out once.
+    """One call that a module has not answered yet: added to a set on entry, and removed once.
 
-    A set changes in one step, so a lock is wanted only where somebody holds calls up: whoever
-    begins says so before it looks for that, and whoever holds up says so before it counts.
+    Python adds to a set and removes from it atomically, so a lock is needed only while a fork or a
+    restart holds calls up. To miss none, a call adds itself before it looks for holders, and a
+    holder announces itself before it counts the calls.
     """
 
     __slots__ = ("_module", "_serial")
@@ -80,7 +82,7 @@ class CallInFlight:
             self._serial.release()
 
     def end(self) -> None:
-        """Count it out: it was answered, or it is given up."""
+        """Remove the call from the set: it was answered, or it is given up."""
         module = self._module
         module._in_flight.discard(self)
         if module._holders:
@@ -89,15 +91,15 @@ class CallInFlight:
 
 
 class Module(ForkSafe):
-    """One library; made by ``open_module``.
+    """One library; ``open_module`` gives it.
 
     Attributes:
         path: the real path of the file.
-        cryptoki: its functions; there once ``start`` came back.
-        info: what it says of itself.
-        quirks: what is known to be different about it.
-        generation: grows with every C_Initialize; handles of an older one are void.
-        ours: whether we initialised it.
+        cryptoki: its functions; set when ``start`` has returned.
+        info: the module's own description.
+        quirks: its known differences from the standard.
+        generation: grows with every C_Initialize; handles of an older generation are void.
+        ours: whether this package initialised it.
         locking: whether several threads may call it at once.
         in_vain: how often it was restarted since a call last succeeded.
     """
@@ -126,10 +128,11 @@ class Module(ForkSafe):
         self._held = False
 
     def start(self) -> None:
-        """Load and initialise it, unless that was done in this process.
+        """Load and initialise the library, unless that was done in this process.
 
         Raises:
-            ProviderUnavailable: it cannot be loaded, is no PKCS#11 module, or does not initialise.
+            ProviderUnavailable: it cannot be loaded, is not a PKCS#11 module, or does not
+                initialise.
         """
         if self._ready:
             return
@@ -147,11 +150,12 @@ class Module(ForkSafe):
         except OSError as error:
             raise ProviderUnavailable(
                 f"cannot load the PKCS#11 module {self.path}: {error}",
-                hint="name the library of your HSM for this kind of machine and its dependencies",
+                hint="see whether the library is for this kind of machine, and whether all "
+                "libraries that it needs are installed",
             ) from error
         except (AttributeError, CkError) as error:
             raise ProviderUnavailable(
-                f"{self.path} is a library, but no PKCS#11 module: it gives no function list",
+                f"{self.path} is a library, but not a PKCS#11 module: it gives no function list",
                 hint=_usual(),
             ) from error
         self._loaded = True
@@ -181,22 +185,22 @@ class Module(ForkSafe):
             if error.code != Ckr.CRYPTOKI_ALREADY_INITIALIZED:
                 raise
             if self._inherited:
-                # What the child inherited is our parent's, and its handles are not used here.
+                # The child inherited the initialised state of its parent, which is of no use here.
                 self.cryptoki.finalize()
                 self.cryptoki.initialize(self.init_args, locking=True)
             else:
                 self.ours = self.locking = False
 
     def call(self) -> CallInFlight:
-        """Hold while calling the module."""
+        """A context manager around each call of the module."""
         return CallInFlight(self)
 
     def _hold(self, seconds: float) -> tuple[bool, bool]:
-        """Let no call begin, and wait for those in flight.
+        """Let no call begin, and wait for the calls in flight.
 
         Returns:
-            Whether calls are held up, in which case ``_let_go`` follows, and whether none is in
-            flight any more.
+            Whether calls are held up now, so that ``_let_go`` must follow; and whether all calls in
+            flight have ended.
         """
         end = time.monotonic() + seconds
         if not self._state.acquire(timeout=seconds):
@@ -211,7 +215,8 @@ class Module(ForkSafe):
         self._state.release()
 
     def _before_fork(self) -> None:
-        # Should a call hang, the child may find a mutex of that module held; the parent goes on.
+        # If a call hangs, the fork happens anyway, and the child may find a mutex of the module
+        # held.
         held, _ = self._hold(IDLE_WAIT)
         self._held = held or self._held
 
@@ -221,13 +226,14 @@ class Module(ForkSafe):
             self._let_go()
 
     def restart(self, seen: int) -> bool:
-        """C_Finalize and C_Initialize, unless somebody did so since generation ``seen``.
+        """C_Finalize and C_Initialize, unless another thread did so since generation ``seen``.
 
-        For a module that looks for its tokens, or connects to its HSM, only then.
+        For modules that look for their tokens, or connect to their HSM, only in C_Initialize.
 
         Returns:
-            Whether it was done, by anybody. Not for a module that others initialised, since their
-            sessions would end; nor while a call is in flight, nor again and again.
+            Whether the module was restarted, by any thread. It is not restarted if other code
+            initialised it, since the sessions of that code would end; nor while a call is in
+            flight; nor within ``RESTART_PAUSES`` of the last time.
         """
         pause = RESTART_PAUSES[min(self.in_vain, len(RESTART_PAUSES) - 1)]
         if not self.ours or time.monotonic() < self._since + pause:
@@ -248,20 +254,21 @@ class Module(ForkSafe):
 
 
 _modules: Final[dict[str, Module]] = {}
-"""Those of this process, by real path."""
+"""The modules of this process, by real path."""
 
 
 def open_module(path: Path, init_args: str | None) -> Module:
     """The module at ``path``, initialised once in this process.
 
     Raises:
-        ProviderUnavailable: no such file, no PKCS#11 module, or it does not initialise.
-        ConfigError: it is open with other ``init_args``.
+        ProviderUnavailable: there is no such file, it is not a PKCS#11 module, or it does not
+            initialise.
+        ConfigError: the module is open with other ``init_args``.
     """
     real = os.path.realpath(path)
     if not Path(real).is_file():
         raise ProviderUnavailable(f"no PKCS#11 module at {path}", hint=_usual())
-    # dict.setdefault is atomic, so that there is one for all threads.
+    # dict.setdefault is atomic, so all threads get the same Module.
     module = _modules.get(real) or _modules.setdefault(real, Module(real, init_args))
     if module.init_args != init_args:
         raise ConfigError(
@@ -273,5 +280,7 @@ def open_module(path: Path, init_args: str | None) -> Module:
 
 
 def _usual() -> str:
-    found = [path for path in _USUAL if Path(path).is_file()]
-    return f"here are: {', '.join(found)}" if found else "install your HSM's PKCS#11 library"
+    present = [path for path in _USUAL if Path(path).is_file()]
+    if present:
+        return f"modules on this machine: {', '.join(present)}"
+    return "install your HSM's PKCS#11 library"

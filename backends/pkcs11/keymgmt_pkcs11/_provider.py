@@ -62,7 +62,7 @@ T = TypeVar("T")
 __all__ = ["GENERATION_LIMIT", "Pkcs11Provider"]
 
 GENERATION_LIMIT: Final = 120.0
-"""Seconds that making a key may take where the time limit is shorter: RSA takes long."""
+"""Seconds that creating a key may take, also where ``timeout`` is shorter: RSA takes long."""
 
 
 class Pkcs11Provider(
@@ -85,21 +85,21 @@ class Pkcs11Provider(
         [providers.hsm.keys]
         resnet50 = { label = "Model KEK 2026" }
 
-    Keys are made in the token, sensitive and never extractable; every use of them happens there.
-    A key named ``K`` is the objects with CKA_LABEL ``K``, or what the table ``keys`` says; each of
-    its versions has a CKA_ID, and the version is that CKA_ID in hex.
+    Keys are generated in the token, sensitive and never extractable; every use of them happens
+    there. A key named ``K`` is the objects with CKA_LABEL ``K``, or with the label and id that the
+    table ``keys`` gives; each of its versions has a CKA_ID, and the version is that CKA_ID in hex.
 
-    Kinds: ``aes256`` (AES-GCM with the context as additional data, the best where it is there),
-    ``aes256-kw``, ``ecdh-p256``, ``ecdh-p384`` and ``rsa-oaep`` wrap; ``ecdsa-p256``,
+    Kinds: ``aes256`` (AES-GCM with the context as additional data, the best where the token has
+    it), ``aes256-kw``, ``ecdh-p256``, ``ecdh-p384`` and ``rsa-oaep`` wrap; ``ecdsa-p256``,
     ``ecdsa-p384`` and ``rsa-pss`` sign. RSA kinds take the option ``bits``. EC and RSA keys that
-    wrap export recipient files. What a module lists is not what it does, so a mechanism is used to
-    wrap after it survived a round trip.
+    wrap export recipient files. Modules list mechanisms that they then refuse, so a mechanism wraps
+    only after a round trip with it succeeded.
 
-    Rotation adds a version. A retired version has its usages switched off in the token, where the
-    token lets them; whoever has the PIN can switch them on again. Deleting a key destroys the
+    Rotation adds a version. The usages of a retired version are switched off in the token, if the
+    token permits that; whoever has the PIN can switch them on again. Deleting a key destroys the
     objects of all its versions, which is final.
 
-    The PIN is read when it is needed and wiped; one that was not accepted is sent once.
+    The PIN is read when it is needed and wiped; a PIN that was not accepted is sent only once.
 
     Attributes:
         connection: the sessions of this process, for the commands of this package.
@@ -117,14 +117,16 @@ class Pkcs11Provider(
         self._finalizer = weakref.finalize(self, self.connection.close)
 
     def wrap(self, key: str, dek: Dek, context: bytes) -> WrappedKey:
-        """See KeyProvider; the newest version, by the first mechanism that works with it."""
+        """See KeyProvider; wraps with the newest version and the first mechanism that works."""
         check_key(key)
 
         def call(session: Session) -> WrappedKey:
-            item = self._versions(session, key).newest
-            mechanism, code = choose(session, item, self.settings, key)
-            blob = mechanism.wrap(KeyInUse(session, item, code), dek, context)
-            return WrappedKey(self.backend, key, item.version, mechanism.name, blob, item.params)
+            key_object = self._versions(session, key).newest
+            mechanism, code = choose(session, key_object, self.settings, key)
+            blob = mechanism.wrap(KeyInUse(session, key_object, code), dek, context)
+            return WrappedKey(
+                self.backend, key, key_object.version, mechanism.name, blob, key_object.params
+            )
 
         return self.connection.run(f"wrapping with {key!r}", call)
 
@@ -135,21 +137,21 @@ class Pkcs11Provider(
         check_key(wrapped.key)
 
         def call(session: Session) -> Dek:
-            item, fits = self._holding(session, wrapped)
+            key_object, fits = self._holding(session, wrapped)
             if wrapped.mechanism not in fits:
-                sha1 = wrapped.mechanism == "RSA-OAEP" and item.type == "RSA"
+                sha1 = wrapped.mechanism == "RSA-OAEP" and key_object.type == "RSA"
                 raise UnsupportedOperation(
-                    f"{item} is not used with the mechanism {wrapped.mechanism!r}",
+                    f"{key_object} is not used with the mechanism {wrapped.mechanism!r}",
                     hint="allow it with allow_oaep_sha1 = true" if sha1 else None,
                 )
-            if wrapped.params != item.params:
-                raise WrongKey(f"{wrapped} was made for another key of this name and version")
+            if wrapped.params != key_object.params:
+                raise WrongKey(f"{wrapped} is for another key of this name and version")
             mechanism, code = fits[wrapped.mechanism]
-            use = KeyInUse(session, item, code)
+            use = KeyInUse(session, key_object, code)
             try:
                 return mechanism.unwrap(use, wrapped.blob, context)
             except CkError as error:
-                return self._try_again(use, mechanism, wrapped, context, error)
+                return self._after_failure(use, mechanism, wrapped, context, error)
 
         return self.connection.run(f"unwrapping with {wrapped.key!r}", call)
 
@@ -157,22 +159,22 @@ class Pkcs11Provider(
         self, session: Session, wrapped: WrappedKey
     ) -> tuple[KeyObject, dict[str, tuple[Wrapping, int]]]:
         """The key object of a version and its mechanisms, remembered for this connection."""
-        place = (wrapped.key, wrapped.version)
-        found = session.cache.get(place)
-        if found is None:
+        version = (wrapped.key, wrapped.version)
+        held = session.cache.get(version)
+        if held is None:
             try:
-                item = self._versions(session, wrapped.key).get(wrapped.version)
+                key_object = self._versions(session, wrapped.key).get(wrapped.version)
             except KeyNotFound as error:
                 raise WrongKey(str(error), hint=error.hint) from error
-            if item is None:
+            if key_object is None:
                 raise not_held(wrapped, self.name)
-            if item.retired:
-                raise _retired(wrapped.key, item)
-            found = (item, allowed(session, item, self.settings, wrapped.key))
-            session.cache[place] = found
-        return found
+            if key_object.retired:
+                raise _retired(wrapped.key, key_object)
+            held = (key_object, allowed(session, key_object, self.settings, wrapped.key))
+            session.cache[version] = held
+        return held
 
-    def _try_again(
+    def _after_failure(
         self,
         use: KeyInUse,
         mechanism: Wrapping,
@@ -180,7 +182,12 @@ class Pkcs11Provider(
         context: bytes,
         error: CkError,
     ) -> Dek:
-        """What an unwrap meant that the module refused: one code has several meanings on most."""
+        """Unwrap again after ``error``, or raise the error that it means.
+
+        On most modules one return code has several meanings. So the same unwrap is tried in a new
+        session, and then a round trip tells whether the key still works: if it does, the fault is
+        in the blob.
+        """
         if error.lost or error.code == Ckr.KEY_FUNCTION_NOT_PERMITTED:
             use.session.cache.pop((wrapped.key, wrapped.version), None)
         if error.lost:
@@ -188,12 +195,11 @@ class Pkcs11Provider(
         if error.code == Ckr.KEY_FUNCTION_NOT_PERMITTED:
             raise _retired(wrapped.key, use.key) from error
         if not error.damaged:
-            # The session may be what is broken, so another one tries, and then wraps itself.
             use.session.renew()
             try:
                 return mechanism.unwrap(use, wrapped.blob, context)
-            except CkError as again:
-                error = again
+            except CkError as second:
+                error = second
             if not error.damaged:
                 use.session.renew()
                 if not mechanism.wraps(use.key):
@@ -201,7 +207,7 @@ class Pkcs11Provider(
                 round_trip(use.session, use.key, mechanism, use.code)
         raise UnwrapFailed(
             f"{wrapped} of {self.name!r} does not authenticate",
-            hint="it was damaged, bound to another model, or made by another key of this name",
+            hint="it was damaged, bound to another model, or wrapped with another key of this name",
         ) from error
 
     def export_recipient(self, key: str) -> Recipient:
@@ -209,28 +215,32 @@ class Pkcs11Provider(
         check_key(key)
 
         def call(session: Session) -> Recipient:
-            item = self._versions(session, key).newest
-            require_promises(item, self.settings, key)
-            fits = allowed(session, item, self.settings, key)
+            key_object = self._versions(session, key).newest
+            require_promises(key_object, self.settings, key)
+            fits = allowed(session, key_object, self.settings, key)
             kind = next((name for name in fits if name in (*HPKE_KINDS, RSA_OAEP_256)), None)
             if kind is None:
                 raise UnsupportedOperation(
-                    f"{item} is no key that others can wrap to with its public part",
+                    f"{key_object} has no public key that others can wrap to",
                     hint="make one: keymgmt keys create PROVIDER:KEY --kind ecdh-p256",
                 )
             mechanism, code = fits[kind]
-            round_trip(session, item, mechanism, code)
+            round_trip(session, key_object, mechanism, code)
             token = session.token
-            said = {
-                "kind": item.type.lower() + str(item.bits),
+            attributes = {
+                "kind": key_object.type.lower() + str(key_object.bits),
                 "token": token.label,
                 "serial": token.serial,
                 "model": token.model,
                 "manufacturer": token.manufacturer,
-                "attributes": " ".join(sorted(item.flags)),
+                "attributes": " ".join(sorted(key_object.flags)),
             }
-            said = {name: text.encode("ascii", "replace").decode() for name, text in said.items()}
-            return Recipient(kind, self.backend, key, item.version, item.public_bytes, said)
+            attributes = {
+                name: text.encode("ascii", "replace").decode() for name, text in attributes.items()
+            }
+            return Recipient(
+                kind, self.backend, key, key_object.version, key_object.public_bytes, attributes
+            )
 
         return self.connection.run(f"exporting {key!r}", call)
 
@@ -242,22 +252,22 @@ class Pkcs11Provider(
         )
 
     def sign(self, key: str, message: bytes) -> Signature:
-        """See SupportsSigning; the token is given a digest, the signature is verified here."""
+        """See SupportsSigning; the token signs a digest, and the signature is verified here."""
         check_key(key)
 
         def call(session: Session) -> Signature:
-            item = self._signing(session, key)
-            return Signature(sign(session, item, message), item.der)
+            key_object = self._signing(session, key)
+            return Signature(sign(session, key_object, message), key_object.der)
 
         return self.connection.run(f"signing with {key!r}", call)
 
     def _signing(self, session: Session, key: str, version: str | None = None) -> KeyObject:
         versions = self._versions(session, key)
-        item = versions.newest if version is None else versions.get(version)
-        if item is None:
+        key_object = versions.newest if version is None else versions.get(version)
+        if key_object is None:
             known = [each.version for each in versions.objects]
             raise no_version(key, str(version), known)
-        return require_signing(item)
+        return require_signing(key_object)
 
     def create_key(self, key: str, kind: str, options: Mapping[str, str]) -> KeyInfo:
         """See SupportsKeyManagement; RSA kinds take ``bits``."""
@@ -281,23 +291,23 @@ class Pkcs11Provider(
     def _generate(
         self, session: Session, key: str, kind: Kind, bits: int, identifier: bytes
     ) -> KeyInfo:
-        made = generate(session, kind, bits, identifier, key, self.settings)
+        key_object = generate(session, kind, bits, identifier, key, self.settings)
         try:
             if kind.purpose == "wrap":
-                choose(session, made, self.settings, key)
+                choose(session, key_object, self.settings, key)
             else:
-                sign(session, made, b"keymgmt check")
+                sign(session, key_object, b"keymgmt check")
         except BaseException:
-            destroy(session, tuple(find_halves(session, made)))
+            destroy(session, tuple(find_halves(session, key_object)))
             raise
         return self._info(session, self._versions(session, key))
 
     def list_keys(self) -> list[KeyInfo]:
-        """See SupportsKeyManagement; keys whose label is no name of ours are left out."""
+        """See SupportsKeyManagement; keys whose label is not a key name are left out."""
 
         def call(session: Session) -> list[KeyInfo]:
-            found, _ = by_name(all_keys(session)[0], self.settings)
-            return [self._info(session, found[name]) for name in sorted(found)]
+            keys, _ = by_name(all_keys(session)[0], self.settings)
+            return [self._info(session, keys[name]) for name in sorted(keys)]
 
         return self.connection.run("listing the keys", call)
 
@@ -318,15 +328,15 @@ class Pkcs11Provider(
             newest = versions.newest
             kind = kind_of(newest)
             if kind is None:
-                raise UnsupportedOperation(f"{newest} is of no kind that is made here")
+                raise UnsupportedOperation(f"{newest} is of no kind that keymgmt can create")
             identifier = new_id(newest.counter + 1)
             if ids := self.settings.entry(key).ids:
-                there = [item.id for item in versions.objects]
-                identifier = next((each for each in ids if each not in there), b"")
+                used = [key_object.id for key_object in versions.objects]
+                identifier = next((each for each in ids if each not in used), b"")
                 if not identifier:
                     listed = ", ".join(f'"{each.hex()}"' for each in ids)
                     raise ConfigError(
-                        f"the key {key!r} is pinned by the config to ids that are all taken",
+                        f"the key {key!r} is pinned by the config to ids that are all in use",
                         hint=f"add the id of the next version: id = [{listed}, ...], or name it "
                         "by its label alone",
                     )
@@ -335,15 +345,15 @@ class Pkcs11Provider(
         return self._change(f"rotating {key!r}", call)
 
     def retire_version(self, key: str, version: str) -> KeyInfo:
-        """See SupportsKeyManagement; its usages are switched off in the token."""
+        """See SupportsKeyManagement; switches the version's usages off in the token."""
         check_key(key)
 
         def call(session: Session) -> KeyInfo:
             versions = self._versions(session, key)
             check_retirable(key, version, [v.version for v in versions.objects], self.name)
-            item = versions.get(version)
-            assert item is not None  # noqa: S101 - it is among them
-            return self._restrict(session, key, item, None)
+            key_object = versions.get(version)
+            assert key_object is not None  # noqa: S101 - check_retirable saw it
+            return self._restrict(session, key, key_object, None)
 
         return self._change(f"retiring {key!r}", call)
 
@@ -352,66 +362,73 @@ class Pkcs11Provider(
         check_key(key)
 
         def call(session: Session) -> None:
-            for item in self._versions(session, key).objects:
-                for handle in find_halves(session, item):
+            for key_object in self._versions(session, key).objects:
+                for handle in find_halves(session, key_object):
                     session.ck.destroy(session.handle, handle)
             session.cache.clear()
 
         self._change(f"deleting {key!r}", call)
 
     def restrict_key(self, key: str, kind: str | None = None) -> KeyInfo:
-        """Switch every usage of the newest version off that its kind does not need.
+        """Switch off every usage of the newest version that its kind does not need.
 
-        For keys that other tools made, which often may do everything. Not undone from here.
+        For keys of other tools, which often have every usage. keymgmt cannot undo this.
 
         Args:
             key: name of the key.
-            kind: what it is to be; by its type and usages where it is left out.
+            kind: the kind that the key is to have; by its type and usages where it is left out.
 
         Raises:
             KeyNotFound: there is no such key.
-            UnsupportedOperation: it is of no such kind, or the token does not let it change.
+            UnsupportedOperation: the key cannot be of this kind, or the token does not permit the
+                change.
         """
         check_key(key)
 
         def call(session: Session) -> KeyInfo:
-            item = self._versions(session, key).newest
-            wanted = KINDS.get(kind) if kind is not None else kind_of(item)
+            key_object = self._versions(session, key).newest
+            wanted = KINDS.get(kind) if kind is not None else kind_of(key_object)
             if wanted is None or (wanted.type.name, wanted.bits) != (
-                item.type,
-                wanted.bits if item.type == "RSA" else item.bits,
+                key_object.type,
+                wanted.bits if key_object.type == "RSA" else key_object.bits,
             ):
-                raise UnsupportedOperation(f"{item} is of no kind {kind or 'that is known'}")
-            return self._restrict(session, key, item, wanted)
+                raise UnsupportedOperation(
+                    f"{key_object} is not of the kind {kind}"
+                    if kind
+                    else f"{key_object} is of no kind that keymgmt knows"
+                )
+            return self._restrict(session, key, key_object, wanted)
 
         return self._change(f"restricting {key!r}", call)
 
-    def _restrict(self, session: Session, key: str, item: KeyObject, kind: Kind | None) -> KeyInfo:
-        switch_off(session, item, kind.secret | kind.public if kind else frozenset())
+    def _restrict(
+        self, session: Session, key: str, key_object: KeyObject, kind: Kind | None
+    ) -> KeyInfo:
+        switch_off(session, key_object, kind.secret | kind.public if kind else frozenset())
         again = self._versions(session, key)
-        left = again.get(item.version)
+        left = again.get(key_object.version)
         if left is not None and (kind_of(left) is not kind if kind else not left.retired):
             raise UnsupportedOperation(
-                f"the token does not let {item} be switched off",
+                f"the token does not permit to switch off usages of {key_object}",
                 hint="destroy it with the vendor's tool when nothing needs it any more",
             )
         return self._info(session, again)
 
     def check(self, key: str | None = None) -> Health:
-        """See KeyProvider; without ``key``, every key of the token is looked at."""
+        """See KeyProvider; without ``key``, the attributes of every key are examined."""
         return examine(self.name, self.settings, self.connection, key)
 
     def close(self) -> None:
-        """Close every session of this process; the next call opens new ones."""
+        """Close every session of this process; the next call opens a new session."""
         self.connection.close()
 
-    def _change(self, doing: str, call: Callable[[Session], T]) -> T:
+    def _change(self, operation: str, call: Callable[[Session], T]) -> T:
         if self.settings.read_only:
             raise UnsupportedOperation(
-                f"{doing}: this provider is read-only", hint="set read_only = false"
+                f"{operation}: this provider is read-only", hint="set read_only = false"
             )
         limit = max(self.settings.timeout, GENERATION_LIMIT)
-        return self.connection.run(doing, call, changes=True, limit=limit)
+        return self.connection.run(operation, call, changes=True, limit=limit)
 
     def _versions(self, session: Session, key: str) -> Versions:
         return find_versions(session, key, self.settings.entry(key))
@@ -434,5 +451,5 @@ class Pkcs11Provider(
         )
 
 
-def _retired(key: str, item: KeyObject) -> KeyRetired:
-    return version_retired(key, item.version, "its attributes permit no use")
+def _retired(key: str, key_object: KeyObject) -> KeyRetired:
+    return version_retired(key, key_object.version, "its attributes permit no use")

@@ -1,6 +1,7 @@
 """Where known modules differ from the standard, as data.
 
-A module is known by what it says of itself (C_GetInfo); what is not listed is found by trying.
+A module is recognised by the manufacturer in C_GetInfo. A difference that is not listed here is
+discovered by trying.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ __all__ = ["Quirks", "quirks_of"]
 
 @dataclass(frozen=True)
 class Quirks:
-    """What is different about a module.
+    """The differences of one module.
 
     Attributes:
-        name: what people call it.
-        manufacturer: how its CK_INFO.manufacturerID begins.
-        codes: our mechanism name -> the CKM_ under which this module has it.
-        broken: our mechanism name -> why it is never used, although the module may list it.
-        before: the library version from which on none of this holds.
-        one_at_a_time: it crashes when two threads call it, whatever it says of locking.
-        configuration: where to look if it shows no token.
-        wraps_out: it lets any key be wrapped out of the token in spite of CKA_EXTRACTABLE, so a
-            new key is not refused for that.
-        notes: what ``doctor`` tells the operator.
+        name: the usual name of the module.
+        manufacturer: the beginning of its CK_INFO.manufacturerID.
+        codes: name of a ``Wrapping`` -> the CKM_ number that this module uses for it.
+        broken: name of a ``Wrapping`` -> why it is never used, although the module may list it.
+        before: the first library version that this entry does not hold for.
+        one_at_a_time: the module crashes when two threads call it, although it accepts locking.
+        configuration: where to look if the module shows no token.
+        wraps_out: the module lets any key be wrapped out of the token in spite of CKA_EXTRACTABLE.
+            Then a new key is not refused because of that.
+        notes: warnings that ``doctor`` shows.
     """
 
     name: str
@@ -48,8 +49,8 @@ class Quirks:
 _SOFTHSM: Final = Quirks(
     "SoftHSM",
     "SoftHSM",
-    # Its CKM_AES_KEY_WRAP_PAD is RFC 5649. It is wrong for lengths that are no multiple of 8;
-    # we only ever wrap 32 bytes.
+    # SoftHSM's CKM_AES_KEY_WRAP_PAD is RFC 5649. It is wrong for lengths that are not a multiple
+    # of 8, but a data key has 32 bytes.
     codes={"AES-KWP": Mechanism.AES_KEY_WRAP_PAD},
     configuration="see directories.tokendir in the file that SOFTHSM2_CONF names",
     notes=("SoftHSM keeps keys in files and never locks a PIN: for tests, not for secrets",),
@@ -67,18 +68,18 @@ _KNOWN: Final = (
     Quirks(
         "NSS softokn",
         "Mozilla",
-        # Seen with 3.87: C_WrapKey takes a key whose CKA_EXTRACTABLE is false.
+        # Seen with NSS 3.87: C_WrapKey wraps a key whose CKA_EXTRACTABLE is false.
         wraps_out=True,
         configuration="see configdir in init_args",
         notes=(
             "NSS keeps keys in files and never locks a PIN: for tests, not for secrets",
-            "NSS lets whoever has the PIN wrap any key out, whatever CKA_EXTRACTABLE says",
+            "whoever has the PIN can wrap any key out of NSS, whatever CKA_EXTRACTABLE says",
         ),
     ),
     Quirks(
         "openCryptoki",
         "IBM",
-        # Seen with 3.8: two threads crash it.
+        # Seen with openCryptoki 3.8: calls of two threads crash it.
         one_at_a_time=True,
         configuration="see whether pkcsslotd runs, and /etc/opencryptoki/opencryptoki.conf",
     ),
@@ -97,7 +98,7 @@ _PLAIN: Final = Quirks("", "")
 
 
 def quirks_of(info: LibraryInfo) -> Quirks:
-    """The quirks of a module; none for one that is not known."""
+    """The quirks of a module; no differences for a module that is not listed."""
     for quirks in _KNOWN:
         if info.manufacturer.startswith(quirks.manufacturer) and (
             quirks.before is None or info.version < quirks.before

@@ -14,7 +14,7 @@ from keymgmt_pkcs11._uri import TOKEN, Pkcs11Uri
 
 __all__ = ["CreateSettings", "KeyEntry", "Pkcs11Settings"]
 
-# What makes a key safe, or is said elsewhere.
+# Attributes that keymgmt sets itself: they make a key safe, or come from another setting.
 _OURS: Final = frozenset(
     {
         *("CLASS", "KEY_TYPE", "TOKEN", "PRIVATE", "SENSITIVE", "EXTRACTABLE", "MODIFIABLE"),
@@ -32,20 +32,20 @@ Promise = Literal[
     "modifiable",
     "usages",
 ]
-"""An attribute of a key that ``allow`` may let be otherwise than it should be."""
+"""A property that every wrapping key should have, and that ``allow`` may waive for one key."""
 
 _Hex = Annotated[str, Field(pattern=r"^(?:[0-9a-fA-F]{2}){1,64}$")]
 
 
 class KeyEntry(Settings):
-    """What one of our key names is called in the token.
+    """The name of one key in the token, and the rules for that key.
 
     Attributes:
         label: CKA_LABEL of every version; the key name itself where it is left out.
         id: CKA_ID in hex, which pins the key to that one version; a new key gets it. Of several,
-            each is a version, from oldest to newest; rotation makes the next that is not there.
+            each is a version, from oldest to newest; rotation makes the next one of the list.
         mechanism: the only mechanism that this key may be used with.
-        allow: attributes that may be otherwise than they should be.
+        allow: properties that this key need not have, although every wrapping key should.
     """
 
     label: Annotated[str, Field(min_length=1, max_length=255)] | None = None
@@ -61,14 +61,14 @@ class KeyEntry(Settings):
 
 
 class CreateSettings(Settings):
-    """What is different about keys that are made here.
+    """Attributes of the keys that this provider creates.
 
     Attributes:
         modifiable: CKA_MODIFIABLE; without it a version can be destroyed, but not retired.
-        allowed_mechanisms: set CKA_ALLOWED_MECHANISMS to what the kind needs.
-        attributes: more of the secret or private key's template, as the HSM's vendor wants it:
-            a name without ``CKA_``, or a number such as ``0x80000101``, with a truth value, a
-            number, or bytes in hex.
+        allowed_mechanisms: set CKA_ALLOWED_MECHANISMS to the mechanisms of the kind.
+        attributes: more attributes for the template of the secret or private key, where the HSM's
+            vendor requires them: a name without ``CKA_``, or a number such as ``0x80000101``, with
+            a truth value, a number, or bytes in hex.
     """
 
     modifiable: bool = True
@@ -80,16 +80,16 @@ class CreateSettings(Settings):
     def _are_additions(cls, attributes: dict[str, Any]) -> dict[str, Any]:
         for name, value in attributes.items():
             if name in _OURS:
-                raise ValueError(f"{name} is not changed by a template")
+                raise ValueError(f"{name} is set by keymgmt and cannot be changed here")
             if name not in Attribute.__members__ and not re.fullmatch(r"0x[0-9a-f]{1,8}", name):
-                raise ValueError(f"{name!r} is no attribute, nor a number like 0x80000101")
+                raise ValueError(f"{name!r} is not an attribute, nor a number like 0x80000101")
             if isinstance(value, str) and not re.fullmatch(r"(?:[0-9a-fA-F]{2})*", value):
                 raise ValueError(f"the value of {name} is not hex")
         return attributes
 
     @property
     def template(self) -> dict[int, bool | int | bytes]:
-        """The additions as a template has them."""
+        """``attributes`` in the form of a PKCS#11 template."""
         return {
             Attribute[name] if name in Attribute.__members__ else int(name, 16): (
                 bytes.fromhex(value) if isinstance(value, str) else value
@@ -99,24 +99,25 @@ class CreateSettings(Settings):
 
 
 class Pkcs11Settings(Settings):
-    """The operator's words for one token; a sealed model never names any of them.
+    """The settings of one token; nothing in a sealed model changes them.
 
     Attributes:
-        module: path of the PKCS#11 library (``.so``) that the HSM's vendor gives.
+        module: path of the PKCS#11 library (``.so``) of the HSM's vendor.
         uri: an RFC 7512 URI that names the token, in place of ``token``, ``serial`` and ``slot``.
         token: CKA label of the token.
         serial: its serial number.
         slot: its slot's number. Some modules number slots anew; prefer the serial.
-        pin: where the PIN comes from.
+        pin: the source of the PIN.
         login: ``user``; ``protected`` for a PIN pad or card reader; ``none`` for no login.
-        user_type: CKU_ number of who logs in: 1 for the user, or one of the vendor's.
-        read_only: make, rotate and retire nothing.
+        user_type: the CKU_ number of the user who logs in: 1 for the normal user, or a number of
+            the vendor.
+        read_only: refuse to create, rotate, restrict, retire and delete keys.
         timeout: seconds that any call may take, 0.1 to 600.
         sessions: how many sessions are open at most, 1 to 256.
         allow_oaep_sha1: let RSA keys unwrap by OAEP with SHA-1 where the module has nothing else.
-        create: what is different about keys that are made here.
-        keys: our key name -> label and id in the token.
-        init_args: string for C_Initialize (pReserved), which only NSS softokn takes.
+        create: attributes of the keys that this provider creates.
+        keys: key name -> label and id in the token.
+        init_args: string for C_Initialize (pReserved), which only NSS softokn reads.
     """
 
     module: ConfigPath | None = None
@@ -145,11 +146,11 @@ class Pkcs11Settings(Settings):
         except ConfigError as error:
             raise ValueError(str(error)) from None
         if "pin-value" in uri.query or "pin-source" in uri.query:
-            raise ValueError('a PIN is not written in the URI; set pin = { file = "PATH" }')
+            raise ValueError('the URI must not hold a PIN; set pin = { file = "PATH" }')
         if "module-name" in uri.query:
-            raise ValueError("module-name says no path; use module-path, or the setting module")
+            raise ValueError("module-name is not a path; use module-path, or the setting module")
         if uri.id is not None or not set(uri.path) <= TOKEN:
-            raise ValueError("this URI names the token; keys are named in the table keys")
+            raise ValueError("this URI must name the token only; name keys in the table keys")
         if uri.vendor:
             raise ValueError(f"the attribute {next(iter(uri.vendor))!r} is not known")
         return text
@@ -164,14 +165,14 @@ class Pkcs11Settings(Settings):
         if (self.module is None) == ("module-path" not in uri.query):
             raise ValueError("name the library once: module, or module-path in the uri")
         if "module-path" in uri.query and not uri.query["module-path"].startswith("/"):
-            raise ValueError("module-path in the uri is an absolute path")
+            raise ValueError("module-path in the uri must be an absolute path")
         if (self.login == "user") != (self.pin is not None):
-            raise ValueError("a pin goes with login = 'user', and login = 'user' needs a pin")
+            raise ValueError("login = 'user' needs a pin, and any other login has no pin")
         return self
 
     @property
     def selector_uri(self) -> Pkcs11Uri:
-        """The parsed ``uri``, empty where there is none."""
+        """The parsed ``uri``, without attributes where the settings have no ``uri``."""
         return Pkcs11Uri.parse(self.uri or "pkcs11:")
 
     @property
@@ -181,7 +182,7 @@ class Pkcs11Settings(Settings):
 
     @property
     def selector(self) -> dict[str, str]:
-        """What the token must be: RFC 7512 attribute -> value; empty for the only token."""
+        """Attributes that select the token: RFC 7512 name -> value; empty for the only token."""
         if self.uri is not None:
             return dict(self.selector_uri.path)
         parts = {"token": self.token, "serial": self.serial}
@@ -190,14 +191,14 @@ class Pkcs11Settings(Settings):
         return {name: value for name, value in parts.items() if value is not None}
 
     def entry(self, key: str) -> KeyEntry:
-        """What ``key`` is called in the token."""
+        """The entry of ``key`` in the table ``keys``; without one, its label is the key name."""
         entry = self.keys.get(key, KeyEntry())
         if entry.label is None and entry.id is None:
             return entry.model_copy(update={"label": key})
         return entry
 
     def name_of(self, label: str, identifier: bytes) -> str | None:
-        """Our name for an object of the token, or None where we have none for it."""
+        """The key name of an object in the token, or None where it has no key name."""
         for name, entry in self.keys.items():
             if (entry.id is None or identifier in entry.ids) and (
                 (entry.label or (name if entry.id is None else label)) == label

@@ -1,9 +1,9 @@
-"""Signatures of token keys in the encodings that verifiers know.
+"""Signatures of token keys in the encodings that verifiers expect.
 
 ECDSA on P-256 with SHA-256 and P-384 with SHA-384, as DER Ecdsa-Sig-Value (RFC 3279); a token gives
 the two numbers side by side (PKCS#11, CKM_ECDSA). RSA-PSS with SHA-256, MGF1-SHA-256 and 32 bytes
-of salt (RFC 8017). The digest is made here: every token that signs at all signs a digest. Each
-signature is verified before it is handed out.
+of salt (RFC 8017). The digest is computed here, since every token that signs can sign a digest.
+Each signature is verified before it is returned.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import Prehashed, encode_ds
 from pkcs11 import MGF, Mechanism
 
 from keymgmt.backend import ProviderUnavailable, UnsupportedOperation
-from keymgmt_pkcs11._cryptoki import Parameters
+from keymgmt_pkcs11._cryptoki import CkMechanism
 from keymgmt_pkcs11._wrapping import KeyInUse
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _SALT: Final = 32
 
 
 def can_sign(key: KeyObject) -> bool:
-    """Whether the key is of a kind that signs here, and its attributes allow it."""
+    """Whether the key is of a kind that can sign, and its attributes allow it."""
     if not key.can("sign"):
         return False
     if isinstance(key.public, rsa.RSAPublicKey):
@@ -52,7 +52,7 @@ def sign(session: Session, key: KeyObject, message: bytes) -> bytes:
     """Sign ``message`` with a private key of the token, by an open ``session``.
 
     Raises:
-        UnsupportedOperation: the key is of no kind that signs here.
+        UnsupportedOperation: the key is of no kind that can sign.
         ProviderUnavailable: the token gave a signature that its public key does not verify.
     """
     public = require_signing(key).public
@@ -62,12 +62,12 @@ def sign(session: Session, key: KeyObject, message: bytes) -> bytes:
     hashed = digest.finalize()
     try:
         if isinstance(public, rsa.RSAPublicKey):
-            how = Parameters(Mechanism.RSA_PKCS_PSS, Mechanism.SHA256, MGF.SHA256, _SALT)
-            signature = bytes(KeyInUse(session, key).apply("Sign", how, hashed))
+            mechanism = CkMechanism(Mechanism.RSA_PKCS_PSS, Mechanism.SHA256, MGF.SHA256, _SALT)
+            signature = bytes(KeyInUse(session, key).apply("Sign", mechanism, hashed))
             pss = padding.PSS(padding.MGF1(algorithm), _SALT)
             public.verify(signature, hashed, pss, Prehashed(algorithm))
         elif isinstance(public, ec.EllipticCurvePublicKey):
-            raw = KeyInUse(session, key).apply("Sign", Parameters(Mechanism.ECDSA), hashed)
+            raw = KeyInUse(session, key).apply("Sign", CkMechanism(Mechanism.ECDSA), hashed)
             half = len(raw) // 2
             signature = encode_dss_signature(
                 int.from_bytes(raw[:half], "big"), int.from_bytes(raw[half:], "big")
@@ -75,7 +75,7 @@ def sign(session: Session, key: KeyObject, message: bytes) -> bytes:
             public.verify(signature, hashed, ec.ECDSA(Prehashed(algorithm)))
     except InvalidSignature as error:
         raise ProviderUnavailable(
-            f"the token signed with {key}, and its public key does not verify that",
+            f"the token signed with {key}, and its public key does not verify the signature",
             hint="see whether two key pairs share this label and id",
         ) from error
     return signature

@@ -1,6 +1,6 @@
-"""The operator's token in a module, found by what the settings say.
+"""Finding the token that the settings select.
 
-A token that is not there is unavailable; several that fit are told, and none is taken.
+If several tokens fit, none is used, and the error lists them.
 """
 
 from __future__ import annotations
@@ -21,48 +21,48 @@ __all__ = ["NoToken", "find_token", "look_for_tokens"]
 
 
 class NoToken(ProviderUnavailable):
-    """The token is not seen; only its kind is told outside this package."""
+    """The module does not show the token. A caller may replace the connection and look again."""
 
 
 def look_for_tokens(module: Module) -> tuple[list[TokenInfo], list[str]]:
-    """Every token that is ready, and in words what else is in the slots.
+    """Every initialised token, and descriptions of the slots with any other token.
 
     Raises:
         CkError: the module does not list its slots.
     """
-    found, others = [], []
+    tokens, others = [], []
     for slot in module.cryptoki.slots():
         try:
             token = module.cryptoki.token_info(slot)
         except CkError as error:
-            # One token in trouble says nothing of the others.
+            # A token that does not answer does not hide the others.
             others.append(f"slot {slot} answers {error.name}")
             continue
         if token.flags & TokenFlag.TOKEN_INITIALIZED:
-            found.append(token)
+            tokens.append(token)
         else:
             others.append(f"slot {slot} has a token that is not initialised")
-    return found, others
+    return tokens, others
 
 
 def find_token(module: Module, settings: Pkcs11Settings) -> TokenInfo:
-    """The one token that the settings mean.
+    """The token that the settings select.
 
     Raises:
-        ProviderUnavailable: it is not there, or the settings do not tell several apart.
+        ProviderUnavailable: no token fits the settings, or several do.
         CkError: the module does not list its slots.
     """
     wanted = settings.selector
     present, others = look_for_tokens(module)
-    found = [token for token in present if _is(token, module, wanted)]
-    if len(found) == 1:
-        return found[0]
+    fitting = [token for token in present if _fits(token, module, wanted)]
+    if len(fitting) == 1:
+        return fitting[0]
     words = " ".join(f"{name}={value!r}" for name, value in wanted.items()) or "any"
-    listed = "; ".join([*map(str, found or present), *others])
-    if found:
+    listed = "; ".join([*map(str, fitting or present), *others])
+    if fitting:
         raise ProviderUnavailable(
-            f"{len(found)} tokens are {words}: {listed}",
-            hint='name the one you mean: serial = "..."',
+            f"{len(fitting)} tokens are {words}: {listed}",
+            hint='name the token that you mean: serial = "..."',
         )
     raise NoToken(
         f"no token is {words} in {module.path}",
@@ -72,7 +72,7 @@ def find_token(module: Module, settings: Pkcs11Settings) -> TokenInfo:
     )
 
 
-def _is(token: TokenInfo, module: Module, wanted: dict[str, str]) -> bool:
+def _fits(token: TokenInfo, module: Module, wanted: dict[str, str]) -> bool:
     library = module.info
     have = {
         "token": token.label,

@@ -1,7 +1,7 @@
-"""RFC 7512 ``pkcs11:`` URIs, read strictly: what the grammar does not allow is an error.
+"""RFC 7512 ``pkcs11:`` URIs, read strictly: anything outside of the grammar is an error.
 
 Attribute names are case-sensitive, none occurs twice, text is UTF-8, ``id`` is bytes. Attributes
-of vendors are read and kept, so that the caller can refuse them by name.
+of vendors are kept, so that the caller can refuse them by name.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ TOKEN: Final = frozenset(
         *("slot-manufacturer", "slot-description", "slot-id"),
     }
 )
-"""Attributes that say which token is meant."""
+"""Attributes that select a token."""
 _PATH: Final = TOKEN | {"object", "type", "id"}
 _QUERY: Final = frozenset({"pin-source", "pin-value", "module-name", "module-path"})
-# What a value must be, and an example of it.
+# The grammar of a value, and an example of it.
 _VALUES: Final = {
     "type": ("public|private|cert|secret-key|data", "private"),
     "slot-id": ("[0-9]{1,20}", "7"),
     "library-version": (r"[0-9]{1,3}(\.[0-9]{1,3})?", "3.1"),
 }
 _NAME: Final = re.compile(r"[A-Za-z0-9_-]+")
-# pk11-pchar and pk11-qchar of RFC 7512, section 2.3, with what stands between two attributes.
+# The separator of two attributes, and pk11-pchar or pk11-qchar (RFC 7512, section 2.3).
 _ESCAPE: Final = r"%[0-9A-Fa-f]{2}"
 _PARTS: Final = {
     "path": (";", re.compile(rf"(?:[A-Za-z0-9._~:\[\]@!$'()*+,=&-]|{_ESCAPE})*")),
@@ -50,8 +50,8 @@ class Pkcs11Uri:
         path: name -> text of the attributes before ``?``, without ``id``.
         id: CKA_ID, or None where the URI has none.
         query: name -> text of the attributes after ``?``.
-        vendor: attributes that RFC 7512 does not know, from both parts; a name may have several
-            values in the query.
+        vendor: attributes that RFC 7512 does not define, from both parts; in the query a name may
+            have several values.
     """
 
     path: Mapping[str, str] = field(default_factory=dict)
@@ -61,31 +61,31 @@ class Pkcs11Uri:
 
     @classmethod
     def parse(cls, text: str) -> Pkcs11Uri:
-        """Read a URI; ConfigError says what is not of the grammar, and never repeats a PIN."""
+        """Read a URI; the ConfigError for a wrong URI never repeats a value, which may be a PIN."""
         if len(text) > MAX_LENGTH:
             raise _wrong(f"it is longer than {MAX_LENGTH} characters")
         scheme, colon, rest = text.partition(":")
         if not colon or scheme.lower() != "pkcs11":
             raise _wrong("it does not begin with 'pkcs11:'")
         before, _, after = rest.partition("?")
-        found: dict[str, dict[str, str]] = {"path": {}, "query": {}}
+        values: dict[str, dict[str, str]] = {"path": {}, "query": {}}
         identifier: bytes | None = None
         vendor: dict[str, tuple[str, ...]] = {}
         for part, name, raw in (*_attributes("path", before), *_attributes("query", after)):
             home = "path" if name in _PATH else "query" if name in _QUERY else None
             if home not in (part, None):
                 raise _wrong(f"{name!r} belongs {'before' if home == 'path' else 'after'} '?'")
-            # What a vendor adds to the query may come several times.
-            if name in found[part] or (home is None and part == "path" and name in vendor):
+            # RFC 7512 lets a vendor's attribute occur several times in the query.
+            if name in values[part] or (home is None and part == "path" and name in vendor):
                 raise _wrong(f"{name!r} occurs twice")
             if name == "id":
                 identifier = unquote_to_bytes(raw)
-                found[part][name] = ""
+                values[part][name] = ""
             elif home is None:
                 vendor[name] = (*vendor.get(name, ()), _text(name, raw))
             else:
-                found[part][name] = _text(name, raw)
-        path, query = found["path"], found["query"]
+                values[part][name] = _text(name, raw)
+        path, query = values["path"], values["query"]
         path.pop("id", None)
         for name, (grammar, words) in _VALUES.items():
             if not re.fullmatch(grammar, path.get(name, words)):
@@ -119,5 +119,5 @@ def _text(name: str, raw: str) -> str:
 def _wrong(reason: str) -> ConfigError:
     return ConfigError(
         f"not a pkcs11: URI (RFC 7512): {reason}",
-        hint="such as pkcs11:token=Model%20Keys;serial=0123456789abcdef",
+        hint="an example is pkcs11:token=Model%20Keys;serial=0123456789abcdef",
     )

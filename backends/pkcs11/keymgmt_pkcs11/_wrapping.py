@@ -1,4 +1,4 @@
-"""How a token wraps: one class for each mechanism, and which of them a key may be used with.
+"""Wrapping in a token: a class for each mechanism, and which mechanisms a key may be used with.
 
     name            key and usage         binds the context by   blob
     AES-GCM         AES decrypt           additional data        IV (12, 16), ciphertext, tag (16)
@@ -9,7 +9,7 @@
     RSA-OAEP        RSA decrypt           InnerKey               SHA-1, MGF1-SHA-1; by opt-in only
     hpke-p256/384   EC derive             HPKE info              RFC 9180, by CKM_ECDH1_DERIVE
 
-The first that fits a key and survives a round trip is used to wrap; any that fits may unwrap.
+The first mechanism that fits a key and survives a round trip wraps; any that fits may unwrap.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from keymgmt.backend import (
     open_with_ecdh,
     wipe,
 )
-from keymgmt_pkcs11._cryptoki import Cryptoki, Parameters, Verb
+from keymgmt_pkcs11._cryptoki import CkMechanism, Cryptoki, Verb
 from keymgmt_pkcs11._errors import REFUSED_TEMPLATE, CkError, Ckr
 
 if TYPE_CHECKING:
@@ -68,27 +68,27 @@ class KeyInUse:
 
     @property
     def ck(self) -> Cryptoki:
-        """The calls."""
+        """The functions of the module."""
         return self.session.ck
 
-    def apply(self, verb: Verb, how: Parameters, data: Buffer) -> bytearray:
-        """Encrypt, decrypt or sign; with a login for this use, where the key wants one."""
+    def apply(self, verb: Verb, mechanism: CkMechanism, data: Buffer) -> bytearray:
+        """Encrypt, decrypt or sign; with a login for this use, where the key requires it."""
         approve = self.session.approve if self.key.wants_approval else None
-        return self.ck.apply(verb, self.session.handle, how, self.key.handle, data, approve)
+        return self.ck.apply(verb, self.session.handle, mechanism, self.key.handle, data, approve)
 
 
 class Wrapping(ABC):
-    """One mechanism; ``name`` is what a WrappedKey says."""
+    """One mechanism; ``name`` is the mechanism of a WrappedKey."""
 
     name: ClassVar[str]
     code: ClassVar[Mechanism]
 
     @abstractmethod
     def fits(self, key: KeyObject) -> bool:
-        """Whether the type and attributes of ``key`` allow it to unwrap so."""
+        """Whether the type and attributes of ``key`` allow it to unwrap with this mechanism."""
 
     def wraps(self, key: KeyObject) -> bool:
-        """Whether it may also wrap; with a public key, anybody may."""
+        """Whether ``key`` may also wrap; with a public key, anybody may."""
         return key.public is not None
 
     @abstractmethod
@@ -97,15 +97,16 @@ class Wrapping(ABC):
 
     @abstractmethod
     def unwrap(self, use: KeyInUse, blob: bytes, context: bytes) -> Dek:
-        """Reverse ``wrap``; UnwrapFailed where the blob cannot be of this kind at all."""
+        """Reverse ``wrap``; UnwrapFailed where the blob cannot come from this mechanism."""
 
 
 class AesGcm(Wrapping):
     """AES-256-GCM inside the token, the context as additional data.
 
-    Who makes the IV differs: most tokens take ours, CloudHSM wants zeros and writes its own over
-    them, Luna in FIPS mode wants none and appends its own to the ciphertext. The first way that a
-    token does not refuse is remembered for the connection.
+    Tokens differ in who makes the IV: most use the IV that they are given; AWS CloudHSM requires
+    zeros and writes its own IV over them; Luna in FIPS mode requires an empty IV and appends its
+    own to the ciphertext. The first variant that a token does not refuse is remembered for the
+    connection.
     """
 
     name = "AES-GCM"
@@ -119,32 +120,32 @@ class AesGcm(Wrapping):
 
     def wrap(self, use: KeyInUse, dek: Dek, context: bytes) -> bytes:
         def encrypt(iv: bytes) -> bytes:
-            how = Parameters.gcm(use.code, iv, context)
-            sealed = bytes(use.apply("Encrypt", how, dek.view()))
+            mechanism = CkMechanism.gcm(use.code, iv, context)
+            sealed = bytes(use.apply("Encrypt", mechanism, dek.view()))
             body, appended = sealed[: DEK_LENGTH + _TAG], sealed[DEK_LENGTH + _TAG :]
-            # Read after the call: some tokens make the IV and write it here.
-            used = appended or how.first(len(iv))
+            # Read after the call: CloudHSM has written its own IV over ours.
+            used = appended or mechanism.first(len(iv))
             if len(used) not in _IV_LENGTHS or (not any(iv) and used == iv):
-                raise UnsupportedOperation("the token took an IV of zeros as it was, or none")
+                raise UnsupportedOperation("the token encrypted with an IV of zeros, or without IV")
             return used + body
 
-        return _by_first_way(use, "IV", _IVS, lambda make: encrypt(make()))
+        return _first_accepted(use, "IV", _IVS, lambda new_iv: encrypt(new_iv()))
 
     def unwrap(self, use: KeyInUse, blob: bytes, context: bytes) -> Dek:
         iv, body = blob[: -DEK_LENGTH - _TAG], blob[-DEK_LENGTH - _TAG :]
         if len(iv) not in _IV_LENGTHS:
-            raise UnwrapFailed(f"the wrapped key has {len(blob)} bytes, and no IV fits in them")
+            raise UnwrapFailed(f"the wrapped key has {len(blob)} bytes, too few or many for its IV")
 
         def decrypt(appended: bool) -> Dek:
-            how = Parameters.gcm(use.code, b"" if appended else iv, context)
-            given = body + iv if appended else body
-            return _taken(use.apply("Decrypt", how, given))
+            mechanism = CkMechanism.gcm(use.code, b"" if appended else iv, context)
+            ciphertext = body + iv if appended else body
+            return _to_dek(use.apply("Decrypt", mechanism, ciphertext))
 
-        return _by_first_way(use, "IV appended", (False, True), decrypt)
+        return _first_accepted(use, "IV appended", (False, True), decrypt)
 
 
 class AesKeyWrap(Wrapping):
-    """RFC 3394 by C_WrapKey and C_UnwrapKey: the inner key is a session object for a moment."""
+    """RFC 3394 by C_WrapKey and C_UnwrapKey, for which the inner key becomes a session object."""
 
     name = "AES-KW"
     code = Mechanism.AES_KEY_WRAP
@@ -158,31 +159,35 @@ class AesKeyWrap(Wrapping):
     def wrap(self, use: KeyInUse, dek: Dek, context: bytes) -> bytes:
         def inside(inner: Dek) -> bytes:
             template = _secret_template() | {Attribute.VALUE: inner.view()}
-            with _passing(
-                use, lambda given: use.ck.create(use.session.handle, given), (template,)
+            with _session_object(
+                use, lambda accepted: use.ck.create(use.session.handle, accepted), (template,)
             ) as handle:
-                how = Parameters(use.code)
-                return use.ck.wrap_key(use.session.handle, how, use.key.handle, handle)
+                mechanism = CkMechanism(use.code)
+                return use.ck.wrap_key(use.session.handle, mechanism, use.key.handle, handle)
 
         return inner_wrap(dek, context, inside)
 
     def unwrap(self, use: KeyInUse, blob: bytes, context: bytes) -> Dek:
         def inside(wrapped: bytes) -> Dek:
-            _length(wrapped, DEK_LENGTH + 8)
-            return _unwrapped(use, Parameters(use.code), wrapped)
+            _check_length(wrapped, DEK_LENGTH + 8)
+            return _unwrapped(use, CkMechanism(use.code), wrapped)
 
         return inner_unwrap(blob, context, inside)
 
 
 class AesKeyWrapPadded(AesKeyWrap):
-    """RFC 5649, under the code that means it without doubt."""
+    """RFC 5649, by CKM_AES_KEY_WRAP_KWP.
+
+    CKM_AES_KEY_WRAP_PAD is used only for a module of ``_quirks``: modules disagree whether it means
+    RFC 5649, or RFC 3394 with PKCS #7 padding.
+    """
 
     name = "AES-KWP"
     code = Mechanism.AES_KEY_WRAP_KWP
 
 
 class RsaOaepLabel(Wrapping):
-    """RSA-OAEP with the context as its label; encrypted outside, with the public key."""
+    """RSA-OAEP with the context as its label; encrypted here, with the public key."""
 
     name = "RSA-OAEP-256-L"
     code = Mechanism.RSA_PKCS_OAEP
@@ -200,20 +205,20 @@ class RsaOaepLabel(Wrapping):
         return self._decrypt(use, blob, context)
 
     def _encrypt(self, key: KeyObject, secret: Dek, label: bytes | None) -> bytes:
-        assert isinstance(key.public, rsa.RSAPublicKey)  # noqa: S101 - wraps() said so
+        assert isinstance(key.public, rsa.RSAPublicKey)  # noqa: S101 - see wraps()
         oaep = padding.OAEP(padding.MGF1(self.hash), self.hash, label)
         return key.public.encrypt(bytes(secret.view()), oaep)
 
     def _decrypt(self, use: KeyInUse, blob: bytes, label: bytes) -> Dek:
-        _length(blob, (use.key.bits + 7) // 8)
-        how = Parameters.oaep(use.code, self.hash_code, self.mgf_code, label)
+        _check_length(blob, (use.key.bits + 7) // 8)
+        mechanism = CkMechanism.oaep(use.code, self.hash_code, self.mgf_code, label)
         if not use.key.can("decrypt"):
-            return _unwrapped(use, how, blob)
-        return _taken(use.apply("Decrypt", how, blob))
+            return _unwrapped(use, mechanism, blob)
+        return _to_dek(use.apply("Decrypt", mechanism, blob))
 
 
 class RsaOaep256(RsaOaepLabel):
-    """What recipient files of RSA keys say: an InnerKey under OAEP with SHA-256."""
+    """The mechanism of recipient files with RSA keys: an InnerKey under OAEP with SHA-256."""
 
     name = RSA_OAEP_256
 
@@ -225,7 +230,7 @@ class RsaOaep256(RsaOaepLabel):
 
 
 class RsaOaepSha1(RsaOaep256):
-    """For tokens that have nothing better. OAEP does not need SHA-1 to resist collisions."""
+    """For tokens without OAEP with SHA-256. OAEP stays secure although SHA-1 has collisions."""
 
     name = "RSA-OAEP"
     hash = hashes.SHA1()  # noqa: S303 - RFC 8017's default; by the operator's opt-in
@@ -234,7 +239,7 @@ class RsaOaepSha1(RsaOaep256):
 
 
 class HpkeP256(Wrapping):
-    """HPKE to the public key; the token gives only the ECDH result."""
+    """HPKE to the public key; the token computes only the ECDH shared secret."""
 
     name = "hpke-p256"
     code = Mechanism.ECDH1_DERIVE
@@ -249,16 +254,16 @@ class HpkeP256(Wrapping):
     def unwrap(self, use: KeyInUse, blob: bytes, context: bytes) -> Dek:
         enc, ciphertext = hpke_split(self.name, blob)
         length = self.bits // 8
-        how = Parameters.ecdh(use.code, enc)
+        mechanism = CkMechanism.ecdh(use.code, enc)
         template = _secret_template(KeyType.GENERIC_SECRET)
         sized = template | {Attribute.VALUE_LEN: length}
 
         def derive(attributes: dict[int, Any]) -> int:
-            return use.ck.derive(use.session.handle, how, use.key.handle, attributes)
+            return use.ck.derive(use.session.handle, mechanism, use.key.handle, attributes)
 
-        with _passing(use, derive, (sized, template)) as handle:
+        with _session_object(use, derive, (sized, template)) as handle:
             z = use.ck.read(use.session.handle, handle, Attribute.VALUE, length)
-        # A token may leave zeros in front out.
+        # Some tokens leave out leading zeros of the shared secret.
         padded = bytearray(length - len(z)) + z
         try:
             return open_with_ecdh(self.name, padded, enc, use.key.point, ciphertext, context)
@@ -268,15 +273,15 @@ class HpkeP256(Wrapping):
 
 
 class HpkeP384(HpkeP256):
-    """The same on P-384."""
+    """HPKE with P-384."""
 
     name = "hpke-p384"
     bits = 384
 
 
 MECHANISMS: Final = {
-    made.name: made
-    for made in (
+    wrapping.name: wrapping
+    for wrapping in (
         AesGcm(),
         AesKeyWrapPadded(),
         AesKeyWrap(),
@@ -297,9 +302,9 @@ def fitting(
 
     Args:
         key: the key as read.
-        quirks: what the module is known to do otherwise.
+        quirks: where the module differs from the standard.
         sha1: whether the operator allows OAEP with SHA-1.
-        only: the one mechanism that the operator fixed for this key.
+        only: the mechanism that the operator fixed for this key, if any.
     """
     return {
         name: (mechanism, quirks.codes.get(name, mechanism.code))
@@ -316,7 +321,7 @@ def _aes256(key: KeyObject) -> bool:
 
 
 def _secret_template(kind: KeyType = KeyType.AES) -> dict[int, Any]:
-    # Only what is neither sensitive nor unextractable can be read; it lives in this session only.
+    # It must be readable, so it is neither sensitive nor unextractable; it ends with this session.
     return {
         Attribute.CLASS: int(ObjectClass.SECRET_KEY),
         Attribute.KEY_TYPE: int(kind),
@@ -327,12 +332,12 @@ def _secret_template(kind: KeyType = KeyType.AES) -> dict[int, Any]:
 
 
 @contextlib.contextmanager
-def _passing(
+def _session_object(
     use: KeyInUse, make: Callable[[dict[int, Any]], int], templates: Sequence[dict[int, Any]]
 ) -> Iterator[int]:
     """A session object, by the first template that is not refused; destroyed at the end."""
     lengths = tuple(Attribute.VALUE_LEN in template for template in templates)
-    handle = _by_first_way(
+    handle = _first_accepted(
         use,
         f"template {lengths}",
         templates,
@@ -345,23 +350,23 @@ def _passing(
         use.ck.destroy(use.session.handle, handle)
 
 
-def _by_first_way(
+def _first_accepted(
     use: KeyInUse,
     name: str,
-    ways: Sequence[W],
+    variants: Sequence[W],
     call: Callable[[W], R],
     refused: frozenset[int] = _REFUSED_IV,
 ) -> R:
-    """Call with the first of the ways that the module does not refuse, from the last that worked.
+    """Call with the first variant that the module does not refuse, and remember it as ``name``.
 
-    A session that saw a failed call is not used for the next: some modules keep the operation.
+    After a refusal the session is renewed: some modules keep a failed operation active in it.
     """
     start = use.session.cache.get(name, 0)
-    for number in range(start, len(ways)):
+    for number in range(start, len(variants)):
         try:
-            answer = call(ways[number])
+            answer = call(variants[number])
         except CkError as error:
-            if error.code not in refused or number == len(ways) - 1:
+            if error.code not in refused or number == len(variants) - 1:
                 raise
             use.session.renew()
         else:
@@ -370,26 +375,27 @@ def _by_first_way(
     raise AssertionError("unreachable")
 
 
-def _unwrapped(use: KeyInUse, how: Parameters, blob: bytes) -> Dek:
+def _unwrapped(use: KeyInUse, mechanism: CkMechanism, blob: bytes) -> Dek:
     template = _secret_template()
     sized = template | {Attribute.VALUE_LEN: DEK_LENGTH}
 
     def unwrap(attributes: dict[int, Any]) -> int:
-        return use.ck.unwrap_key(use.session.handle, how, use.key.handle, blob, attributes)
+        return use.ck.unwrap_key(use.session.handle, mechanism, use.key.handle, blob, attributes)
 
-    with _passing(use, unwrap, (template, sized)) as handle:
-        return _taken(use.ck.read(use.session.handle, handle, Attribute.VALUE, 256))
+    with _session_object(use, unwrap, (template, sized)) as handle:
+        return _to_dek(use.ck.read(use.session.handle, handle, Attribute.VALUE, 256))
 
 
-def _taken(plain: bytearray) -> Dek:
+def _to_dek(plain: bytearray) -> Dek:
+    """The data key, and ``plain`` is wiped."""
     try:
         if len(plain) != DEK_LENGTH:
-            raise UnwrapFailed("what was wrapped is no data key")
+            raise UnwrapFailed(f"the wrapped secret has {len(plain)} bytes and is not a data key")
         return Dek(plain)
     finally:
         wipe(plain)
 
 
-def _length(blob: bytes, length: int) -> None:
+def _check_length(blob: bytes, length: int) -> None:
     if len(blob) != length:
         raise UnwrapFailed(f"the wrapped key has {len(blob)} bytes, not {length}")

@@ -1,4 +1,4 @@
-"""What the commands have in common: their arguments, and the provider that these name."""
+"""The common arguments of the commands, and the providers that they name."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def find_provider(context: typer.Context, name: str) -> Tpm2Provider:
-    """The TPM provider called ``name``; ConfigError where it is of another backend."""
-    found: Tpm2Provider = context.obj.provider(name, Tpm2Provider)
-    return found
+    """The TPM provider of this name; ConfigError if it is of another backend."""
+    provider: Tpm2Provider = context.obj.provider(name, Tpm2Provider)
+    return provider
 
 
 def find_key(context: typer.Context, reference: str) -> tuple[Tpm2Provider, str]:
@@ -28,7 +28,7 @@ def find_key(context: typer.Context, reference: str) -> tuple[Tpm2Provider, str]
 
 
 def find_signer(context: typer.Context, reference: str) -> tuple[SupportsSigning, str]:
-    """The provider, of any backend that signs, and the key of ``PROVIDER:KEY``."""
+    """The provider, of any backend that can sign, and the key of ``PROVIDER:KEY``."""
     name, key = _split(reference)
     provider: Any = context.obj.config().provider(name)
     if not isinstance(provider, SupportsSigning):

@@ -1,4 +1,4 @@
-"""What ``keymgmt doctor`` says of a TPM: who made it, what it holds, what opens now and why not."""
+"""The findings of ``keymgmt doctor`` about a TPM: its maker, its state, and what opens now."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def examine(service: Service, key: str | None, round_trip: Callable[[str], None]
 
     Args:
         service: the TPM and its key directory.
-        key: the one to try, or None to look at all of them.
+        key: the key to try, or None to examine all keys.
         round_trip: wraps and unwraps, or signs, with a key.
     """
     findings: list[Finding] = []
@@ -44,7 +44,7 @@ def examine(service: Service, key: str | None, round_trip: Callable[[str], None]
         names = service.keys.names() if key is None else [key]
         if key is None and not names:
             service.keys.check_there()
-            make = f"make one with: keymgmt keys create {service.name}:KEY"
+            make = f"create a key with: keymgmt keys create {service.name}:KEY"
             where = f"{service.keys.path}: no keys yet"
             findings.append(Finding("key directory", "warning", where, make))
     except KeymgmtError as error:
@@ -53,7 +53,7 @@ def examine(service: Service, key: str | None, round_trip: Callable[[str], None]
         where = service.settings.anchor_index
         try:
             if check_anchor(service) == ANCHOR_START:
-                unbound = f"{where}, nothing is bound to it yet: an old file would be taken"
+                unbound = f"{where}, no file is bound to it yet: an old file would be accepted"
                 findings.append(
                     Finding("anchor", "warning", unbound, "the next model that opens binds it")
                 )
@@ -102,7 +102,7 @@ def _pcr_banks(tpm: Tpm) -> Finding:
     listed = ", ".join(names) or "none"
     if "sha256" in names:
         return Finding("PCR banks", "ok", listed)
-    hint = "name one of them where PCRs are named, such as --option pcr=sha384:7"
+    hint = "name a bank of these with the PCRs, such as --option pcr=sha384:7"
     return Finding("PCR banks", "warning", listed, hint if names else None)
 
 
@@ -116,18 +116,18 @@ def _root_key(service: Service, tpm: Tpm) -> Finding:
             return _failed(name, translate(error, f"nothing at {settings.srk}"))
         make = f"make it with: keymgmt tpm setup {service.name} --create"
         return Finding(name, "failed", f"nothing at {settings.srk}", make)
-    found = tpm.name_of(handle).hex()
+    actual = tpm.name_of(handle).hex()
     if settings.srk_name is None:
-        line = f'add to [providers.{service.name}]: srk_name = "{found}"'
-        return Finding(name, "failed", f"{settings.srk} is {found}, and no name is pinned", line)
-    if found != settings.srk_name:
+        line = f'add to [providers.{service.name}]: srk_name = "{actual}"'
+        return Finding(name, "failed", f"{settings.srk} is {actual}, and no name is pinned", line)
+    if actual != settings.srk_name:
         return Finding(
             name,
             "failed",
-            f"{settings.srk} is {found}, and the config pins {settings.srk_name}",
-            "this is another TPM, it was cleared, or something stands between",
+            f"{settings.srk} is {actual}, and the config pins {settings.srk_name}",
+            "this is another TPM, it was cleared, or a device on the bus replaces it",
         )
-    return Finding(name, "ok", f"{settings.srk} is {found}, as pinned")
+    return Finding(name, "ok", f"{settings.srk} is {actual}, as pinned")
 
 
 def _lockout(values: dict[int, int]) -> Finding:
@@ -142,24 +142,25 @@ def _lockout(values: dict[int, int]) -> Finding:
 
 
 def _endorsement(tpm: Tpm) -> Finding:
-    """Whether the TPM holds what its maker states of it, which enrolment needs."""
+    """The certificates of its endorsement keys that the TPM holds, which enrolment needs."""
     from keymgmt_tpm2.enroll._certificates import load_certificate
     from keymgmt_tpm2.enroll._nv import certificates, read_chain
 
-    name, said, problem = "endorsement key certificate", [], ""
+    name, descriptions, problem = "endorsement key certificate", [], ""
     for profile, content in certificates(tpm):
         try:
-            found = load_certificate(content)
-            issuer = found.issuer.rfc4514_string()
-            said.append(f"{profile} by {issuer}, until {found.not_valid_after_utc:%Y-%m-%d}")
+            certificate = load_certificate(content)
+            issuer, end = certificate.issuer.rfc4514_string(), certificate.not_valid_after_utc
+            descriptions.append(f"{profile} by {issuer}, until {end:%Y-%m-%d}")
         except ValueError as error:
-            said.append(f"{profile}: {error}")
-            problem = "give the one that its maker publishes with --ek-certificate"
-    if not said:
-        return Finding(name, "ok", "none here: enrolment takes --ek-certificate FILE of the maker")
+            descriptions.append(f"{profile}: {error}")
+            problem = "give the certificate that its maker publishes with --ek-certificate"
+    if not descriptions:
+        text = "none in the TPM: enrolment takes --ek-certificate FILE of the maker"
+        return Finding(name, "ok", text)
     if chain := read_chain(tpm):
-        said.append(f"with {len(chain)} bytes of the chain")
-    return Finding(name, "warning" if problem else "ok", "; ".join(said), problem or None)
+        descriptions.append(f"with {len(chain)} bytes of the chain")
+    return Finding(name, "warning" if problem else "ok", "; ".join(descriptions), problem or None)
 
 
 def _slots(service: Service, values: dict[int, int]) -> Finding:
@@ -171,7 +172,7 @@ def _slots(service: Service, values: dict[int, int]) -> Finding:
         "with a resource manager" if managed else "without a resource manager"
     )
     if objects < 2 or sessions < 1:
-        free = f"free what crashed programs left with: keymgmt tpm flush {service.name}"
+        free = f"free the objects of crashed programs with: keymgmt tpm flush {service.name}"
         return Finding("slots", "warning", detail, free)
     return Finding("slots", "ok", detail)
 
@@ -179,24 +180,24 @@ def _slots(service: Service, values: dict[int, int]) -> Finding:
 def _key(service: Service, name: str, round_trip: Callable[[str], None] | None) -> Finding:
     key = service.keys.read(name)
     policy = key.newest.policy
-    said = f"{key.kind}, version {key.newest.version}, policy {policy}"
+    detail = f"{key.kind}, version {key.newest.version}, policy {policy}"
     start = time.perf_counter()
     if round_trip is None:
         if name in service.refused:
             raise AccessDenied(f"the TPM refused the PIN of {name!r}", hint="correct its source")
-        service.run(f"{service.name}:{name}", lambda tpm: _holds(service, tpm, key))
-        asked = "its policy holds now" + (", the PIN was not tried" if policy.pin else "")
-        said = f"{said}: {asked}"
+        service.run(f"{service.name}:{name}", lambda tpm: _check_policy(service, tpm, key))
+        holds = "its policy holds now" + (", the PIN was not tried" if policy.pin else "")
+        detail = f"{detail}: {holds}"
     else:
         round_trip(name)
         took = (time.perf_counter() - start) * 1000
-        said = f"{said}: {key.purpose}s, in {took:.0f} ms"
+        detail = f"{detail}: {key.purpose}s, in {took:.0f} ms"
     if policy.pcrs and (weak := weakness(policy.pcrs)):
-        return Finding(f"key {name}", "warning", f"{said}; {weak}", WEAK_HINT)
-    return Finding(f"key {name}", "ok", said)
+        return Finding(f"key {name}", "warning", f"{detail}; {weak}", WEAK_HINT)
+    return Finding(f"key {name}", "ok", detail)
 
 
-def _holds(service: Service, tpm: Tpm, key: TpmKey) -> None:
+def _check_policy(service: Service, tpm: Tpm, key: TpmKey) -> None:
     from keymgmt_tpm2.policy._authorize import authorize
 
     version, label = key.newest, f"the key {key.key!r}"

@@ -1,4 +1,4 @@
-"""Set up a TPM, approve boot states, enrol devices: what only the TPM backend has."""
+"""Set up a TPM, approve boot states, and enrol devices."""
 
 from __future__ import annotations
 
@@ -31,15 +31,17 @@ def setup(
     context: typer.Context,
     provider: Provider,
     create: Annotated[
-        bool, typer.Option("--create", help="Make the storage root key where there is none.")
+        bool, typer.Option("--create", help="Create the storage root key if it is missing.")
     ] = False,
-    rsa: Annotated[bool, typer.Option("--rsa", help="Make it RSA, for chips without ECC.")] = False,
+    rsa: Annotated[
+        bool, typer.Option("--rsa", help="Create an RSA key, for chips without ECC.")
+    ] = False,
     tries: Annotated[
-        int | None, typer.Option(min=2, max=1000, help="Lock the TPM after so many wrong PINs.")
+        int | None, typer.Option(min=2, max=1000, help="Lock the TPM after this many wrong PINs.")
     ] = None,
     recovery: Annotated[
         int | None,
-        typer.Option(min=1, max=MAX_SECONDS, help="Seconds after which a try is given back."),
+        typer.Option(min=1, max=MAX_SECONDS, help="Seconds after which a wrong PIN is forgotten."),
     ] = None,
     lockout_recovery: Annotated[
         int | None,
@@ -48,21 +50,21 @@ def setup(
         ),
     ] = None,
     clear_lockout: Annotated[
-        bool, typer.Option("--clear-lockout", help="Forget the wrong tries that were counted.")
+        bool, typer.Option("--clear-lockout", help="Forget the counted wrong PINs now.")
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Show the storage root key, the line that pins it, and when wrong PINs lock the TPM.
 
-    The dictionary-attack protection is changed where that is asked for, and concerns every key of
-    this TPM that has a PIN, whoever made it.
+    The options that change this lockout concern every key of this TPM that has a PIN, whichever
+    program created it.
 
     Example:
         keymgmt tpm setup tpm --create
     """
-    found = find_provider(context, provider)
+    chosen = find_provider(context, provider)
     change = LockoutChange(tries, recovery, lockout_recovery, clear_lockout)
-    key = set_up(found, create=create, kind="rsa" if rsa else "ecc", change=change)
+    key = set_up(chosen, create=create, kind="rsa" if rsa else "ecc", change=change)
     if as_json:
         lockout = key.lockout.to_json()
         print_json(
@@ -76,11 +78,11 @@ def setup(
         )
         return
     done = "made" if key.made else "found"
-    out, pinned = console(), found.settings.srk_name
+    out, pinned = console(), chosen.settings.srk_name
     out.print(f"{done} the {key.algorithm} storage root key at {key.handle}")
     out.print(f"wrong PINs: {key.lockout}; the TPM locks at {key.lockout.limit}")
     if pinned == key.name:
-        out.print("its name is the one that the config pins")
+        out.print("its name is the pinned name of the config")
         return
     if pinned is not None:
         console(stderr=True).print(f"the config pins another name: {pinned}")
@@ -121,19 +123,19 @@ def flush(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Free every loaded object and session of a bare TPM, whoever left or uses them.
+    """Free every loaded object and session of a TPM without resource manager, of any program.
 
     Example:
         keymgmt tpm flush tpm
     """
-    found = find_provider(context, provider)
+    chosen = find_provider(context, provider)
     if not yes:
         typer.confirm(
             "Programs that use this TPM now will fail. Free all objects and sessions?",
             abort=True,
             err=as_json,
         )
-    count = found.service.run("freeing slots", lambda tpm: tpm.free_all(), pinned=False)
+    count = chosen.service.run("freeing slots", lambda tpm: tpm.free_all(), pinned=False)
     if as_json:
         print_json({"format": "keymgmt-tpm-flush/1", "freed": count})
         return

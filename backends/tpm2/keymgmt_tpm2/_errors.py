@@ -1,11 +1,12 @@
-"""What a TPM answers, in the words of keymgmt's errors.
+"""The response codes of a TPM as keymgmt's errors.
 
 Response codes are those of Part 2, 6.6; the layer of a resource manager and, for format-one codes,
 the number of the handle, parameter or session are taken off before they are looked up. Codes of
 libtss2 itself keep their layer (tss2_common.h).
 
-A refused authorisation has one code whoever it is of. What was refused follows from the command and
-the number of the session in the code; only the PIN of a key is ever called the PIN.
+A TPM answers with the same code whether it refuses a PIN or the password of a hierarchy or of the
+root key. Which of them it refused follows from the command and from the number of the session in
+the code; only the PIN of a key is ever called the PIN.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ NO_CONNECTION: Final = 0xA0008
 BUSY: Final = frozenset({0x902, 0x903, 0x904, 0x905, 0x906, 0x908, 0x90A, 0x920, 0x922, 0x923})
 """Codes after which the same command may work: memory, yielded, testing, NV rate, retry."""
 NO_SUCH_KEYS: Final = frozenset({0x083, 0x084, 0x087, 0x096, 0x0A6})
-"""What a TPM says that cannot make a template's keys: hash, value, key size, symmetric, curve."""
+"""Codes of a TPM that cannot create a template's keys: hash, value, key size, symmetric, curve."""
 REFUSED: Final = frozenset({AUTH_FAIL, BAD_AUTH})
-"""A wrong auth value: of something that counts wrong tries, and of something that does not."""
+"""A wrong auth value of an object that counts wrong tries, and of an object that does not."""
 _RESET: Final = range(0x910, 0x919)
-"""A handle or session of ours is gone, because the TPM was reset underneath."""
+"""A handle or session of the connection is gone, because the TPM was reset meanwhile."""
 _RESOURCE_MANAGER: Final = (0xB0000, 0xC0000)
 
 _SLOTS: Final = (
@@ -77,7 +78,7 @@ _FAULTS: Final[dict[int, Fault]] = {
         _RESET,
         Fault(
             ProviderUnavailable,
-            "the TPM was not reached: it was restarted underneath",
+            "the TPM was not reached: it was restarted meanwhile",
             _UNREACHED,
             passing=True,
         ),
@@ -85,7 +86,7 @@ _FAULTS: Final[dict[int, Fault]] = {
     AUTH_FAIL: Fault(AccessDenied, "the TPM refused an auth value"),
     BAD_AUTH: Fault(AccessDenied, "the TPM refused an auth value"),
     HIERARCHY: Fault(ProviderUnavailable, "a hierarchy of the TPM is disabled", _ENABLE),
-    0x120: Fault(ProviderUnavailable, "the TPM has that command disabled", _ENABLE),
+    0x120: Fault(ProviderUnavailable, "this command of the TPM is disabled", _ENABLE),
     LOCKOUT: Fault(LockedOut, "the TPM is locked after too many wrong PINs"),
     POLICY_FAIL: Fault(AccessDenied, "the policy of the key does not hold"),
     POLICY_NV: Fault(
@@ -96,24 +97,24 @@ _FAULTS: Final[dict[int, Fault]] = {
     PCR_CHANGED: Fault(
         AccessDenied, "a PCR changed while the key was being used", "try again", passing=True
     ),
-    0x12F: Fault(AccessDenied, "the key is used by its policy only"),
+    0x12F: Fault(AccessDenied, "the key can be used only with its policy"),
     NV_AUTHORIZATION: Fault(
-        AccessDenied, "the TPM lets only somebody else do that with the NV index"
+        AccessDenied, "the TPM does not allow this use of the NV index with this authorisation"
     ),
     0x14B: Fault(
         ProviderUnavailable,
-        "the TPM has no room for another NV index",
-        "its owner takes away an index that nobody uses any more (tpm2_nvundefine)",
+        "the TPM has no space for another NV index",
+        "its owner can remove an index that is not used any more (tpm2_nvundefine)",
     ),
     0x09B: Fault(AccessDenied, "the TPM refused the signature of an approval"),
     0x09F: Fault(
         KeyNotFound,
-        "the TPM refuses the key: its file was damaged or is of another or a cleared TPM",
+        "the TPM refuses the key: its file was damaged, or belongs to another or a cleared TPM",
         "restore the key directory of this TPM, or make a new version of the key (keys rotate) and "
         "rewrap",
     ),
     HANDLE: Fault(KeyNotFound, "the TPM has nothing at that handle"),
-    0x0A7: Fault(UnwrapFailed, "the wrapped key carries no point of the curve"),
+    0x0A7: Fault(UnwrapFailed, "the wrapped key holds no point of the curve"),
     0x100: Fault(
         ProviderUnavailable,
         "the TPM was not started",
@@ -123,7 +124,7 @@ _FAULTS: Final[dict[int, Fault]] = {
     0xA0005: Fault(ProviderUnavailable, "the TPM was not reached: no permission", _UNREACHED),
     NO_CONNECTION: Fault(
         ProviderUnavailable,
-        "the TPM was not reached: nobody answers, or a broker (tpm2-abrmd) has all its clients",
+        "the TPM was not reached: nobody answers, or tpm2-abrmd serves as many clients as it can",
         _UNREACHED,
         passing=True,
     ),
@@ -134,14 +135,14 @@ _FAULTS: Final[dict[int, Fault]] = {
         passing=True,
     ),
 }
-# Where libtss2 itself fails, the connection is of no use any more; which code says so depends on
-# the way to the TPM.
+# After an error of libtss2 itself the connection cannot be used any more; the code depends on the
+# TCTI.
 _LIBRARY: Final = Fault(
     ProviderUnavailable, "the TPM was not reached: libtss2 failed", _UNREACHED, passing=True
 )
 _UNKNOWN: Final = Fault(
     ProviderUnavailable,
-    "the TPM gave an answer that is not known",
+    "the TPM answered with an unknown code",
     "look its code up with: tpm2_rc_decode CODE",
 )
 
@@ -152,7 +153,7 @@ _AUTHORISED: Final[dict[str, tuple[str, ...]]] = {
     "certify": (PIN, "attestation key"),
     **dict.fromkeys(("activate_credential", "quote"), ("attestation key",)),
 }
-"""Whose authorisation each session of a command proves; a hierarchy is one of its arguments."""
+"""The authorisation that each session of a command proves; that of a hierarchy is an argument."""
 LOCKOUT_HIERARCHY: Final = "lockout"
 _HIERARCHIES: Final = {
     0x101: "owner",
@@ -180,16 +181,16 @@ _BY_AUTHORITY: Final[dict[tuple[str, int], Fault]] = {
         "root key",
         Fault(
             AccessDenied,
-            "the storage root key has a password, which whoever made it knows",
+            "the storage root key has a password, and keymgmt uses only root keys without one",
             'name another handle in the config, such as srk = "0x81000010"; then: '
             "keymgmt tpm setup PROVIDER",
         ),
     ),
     **_refused("attestation key", Fault(AccessDenied, "the TPM refused the attestation key")),
     **{
-        place: fault
+        refusal: fault
         for hierarchy in _HIERARCHIES.values()
-        for place, fault in {
+        for refusal, fault in {
             **_refused(hierarchy, _password(hierarchy)),
             (hierarchy, HIERARCHY): Fault(
                 ProviderUnavailable, f"the {hierarchy} hierarchy of the TPM is disabled", _ENABLE
@@ -207,7 +208,7 @@ class TpmError(Exception):
     Args:
         raw: the response code.
         command: the function of ESAPI that it answered.
-        arguments: what that was given; of these, hierarchies say whose authorisation it took.
+        arguments: the arguments of that function, in which a hierarchy may stand.
 
     ``code`` is the base code; ``whose`` the authorisation that was refused, empty if unknown;
     ``fault`` the meaning; ``lost`` says that the connection is gone and a new one may work;
@@ -225,20 +226,20 @@ class TpmError(Exception):
 
     @property
     def refused_pin(self) -> bool:
-        """Whether the TPM took the PIN for a wrong one."""
+        """Whether the TPM says that the PIN of a key is wrong."""
         return self.code in REFUSED and self.whose == PIN
 
     @property
     def refused_lockout(self) -> bool:
-        """Whether the TPM took the lockout password for a wrong one, and takes none for a while."""
+        """Whether the TPM says that the lockout password is wrong; then it accepts none for now."""
         return self.code in REFUSED and self.whose == LOCKOUT_HIERARCHY
 
 
 def _whose(raw: int, command: str, arguments: tuple[object, ...]) -> str:
-    for given in arguments:
-        # Only handles of ESAPI count: the same number may stand for something else.
-        if isinstance(given, int) and type(given).__name__ == "ESYS_TR":
-            hierarchy = _HIERARCHIES.get(int(given))
+    for argument in arguments:
+        # Only a handle of ESAPI counts: another argument may be the same number.
+        if isinstance(argument, int) and type(argument).__name__ == "ESYS_TR":
+            hierarchy = _HIERARCHIES.get(int(argument))
             if hierarchy:
                 return hierarchy
     session = raw >> 8 & 0x7 if raw & 0x880 == 0x880 else 1
@@ -247,7 +248,7 @@ def _whose(raw: int, command: str, arguments: tuple[object, ...]) -> str:
 
 
 def base_code(raw: int) -> int:
-    """Take a resource manager's layer and the parameter, handle or session number off a code."""
+    """The code without a resource manager's layer and a parameter, handle or session number."""
     if raw >= 0x10000 and raw & 0xFF0000 not in _RESOURCE_MANAGER:
         return raw
     code = raw & 0xFFFF
@@ -255,5 +256,5 @@ def base_code(raw: int) -> int:
 
 
 def translate(error: TpmError, doing: str) -> ProviderError:
-    """The error of keymgmt for a TPM's answer; its ``__cause__`` is set by the caller."""
+    """The error of keymgmt for a TPM's answer; the caller sets its ``__cause__``."""
     return error.table.error(error.code, doing, error.whose, shown=f"{error.raw:#x}")

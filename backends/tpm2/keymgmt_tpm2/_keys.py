@@ -1,13 +1,13 @@
 """The key directory: one JSON file per key, with all its versions, and the approvals.
 
     keys/NAME.json              public and private parts as the TPM gave them, and the policy
-    keys/approvals/HEX.json     approved boot states, found by what they approve
-    keys/.lock, keys/.next      held while keys change or a bare TPM is used, and by who is next
-    keys/.loaded-HEX            what an operation has loaded in a bare TPM
+    keys/approvals/HEX.json     approved boot states; HEX is a digest of the approved state
+    keys/.lock, keys/.next      locked by who uses the directory or a bare TPM, and by who is next
+    keys/.loaded-HEX            the objects that an operation has loaded in a bare TPM
 
-The private parts are encrypted under the TPM's storage root key and useless elsewhere; the
-directory is still private, because whoever can change it can put a weaker key in place of one. What
-a file says of a key is compared with the key's public area when it is read.
+The private parts are encrypted under the TPM's storage root key, so no other machine can use them.
+The directory is private all the same, because whoever can change it can replace a key by a weaker
+one. On reading, kind and policy in a file are compared with the key's public area.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ State = Literal["active", "old", "retired"]
 
 @dataclass(frozen=True)
 class TpmKeyVersion:
-    """One key in the TPM: its public area, its private part under the storage root key, policy."""
+    """One version of a key: public area, private part under the storage root key, and policy."""
 
     version: str
     created: str
@@ -63,7 +63,7 @@ class TpmKeyVersion:
     retired: bool = False
 
     def public_key(self) -> bytes:
-        """As recipients carry it: the point of an ECC key, DER SubjectPublicKeyInfo for RSA."""
+        """In the encoding of recipients: an ECC key's point, an RSA key's SubjectPublicKeyInfo."""
         return self.public.der() if self.public.curve is None else self.public.point
 
 
@@ -86,7 +86,7 @@ class TpmKey:
         return self.versions[-1]
 
     def find(self, version: str) -> TpmKeyVersion | None:
-        """The version of that number, if it is there."""
+        """The version of that number, or None."""
         return next((v for v in self.versions if v.version == version), None)
 
     def with_version(self, private: bytes, public: Public, policy: Policy) -> TpmKey:
@@ -106,7 +106,7 @@ class TpmKey:
         )
 
     def info(self) -> KeyInfo:
-        """What ``keys show`` prints."""
+        """The key as a KeyInfo."""
 
         def state(version: TpmKeyVersion) -> State:
             if version.retired:
@@ -139,7 +139,7 @@ class TpmKey:
 
     @classmethod
     def read(cls, file: JsonReader, key: str) -> TpmKey:
-        """Read the file of ``key``; FormatError or ValueError where it is wrong."""
+        """Read the file of ``key``; FormatError or ValueError if it is wrong."""
         file.version(FORMAT, "a newer keymgmt may have written it")
         kind = file.text("kind", limit=32)
         if kind not in KINDS:
@@ -155,7 +155,7 @@ class TpmKey:
             public = Public.parse(version.base64("public", limit=MAX_PART))
             if problem := problem_with(public, kind, policy):
                 raise ValueError(f"version {number} is refused: {problem}")
-            public.key()  # a point off the curve is refused here
+            public.key()  # refuses a point off the curve
             created, private = (
                 version.text("created", limit=64),
                 version.base64("private", limit=MAX_PART),
@@ -168,9 +168,9 @@ class TpmKey:
 
 
 class KeyDirectory:
-    """The directory of one provider; nothing is read before it is asked for.
+    """The directory of one provider; nothing is read before it is needed.
 
-    Whatever is wrong with it is ProviderUnavailable: another group may open the model.
+    Every fault of the directory is ProviderUnavailable: another group may open the model.
     """
 
     def __init__(self, path: Path, provider: str) -> None:
@@ -178,7 +178,7 @@ class KeyDirectory:
         self._provider = provider
 
     def names(self) -> list[str]:
-        """Names of the keys in it, sorted; none where the directory is missing."""
+        """Names of the keys in it, sorted; empty where the directory is missing."""
         try:
             files = list(self.path.iterdir())
         except FileNotFoundError:
@@ -193,7 +193,8 @@ class KeyDirectory:
 
         Raises:
             KeyNotFound: no such key.
-            ProviderUnavailable: the file is not private, or not of its format, or not what it says.
+            ProviderUnavailable: the file is not private, not of its format, or contradicts the
+                public area of its key.
         """
         self._refuse_shared()
         path = self.path / f"{key}.json"
@@ -212,7 +213,7 @@ class KeyDirectory:
             ) from error
 
     def check_there(self) -> None:
-        """ProviderUnavailable where the directory is missing: nobody knows what was in it."""
+        """ProviderUnavailable where the directory is missing: it may have held the key."""
         if not os.path.lexists(self.path):
             raise ProviderUnavailable(
                 f"the key directory {self.path} does not exist",
@@ -235,7 +236,7 @@ class KeyDirectory:
 
     @contextlib.contextmanager
     def changing(self, seconds: float) -> Iterator[None]:
-        """Hold the directory for a change; it is made if it is missing."""
+        """Hold the directory for a change; a missing directory is created."""
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
@@ -249,7 +250,8 @@ class KeyDirectory:
         self._refuse_shared()
         with contextlib.ExitStack() as stack:
             try:
-                # Whoever waits is next, also while another process works in a loop.
+                # The second lock makes the first fair: a waiting process comes before one that
+                # works in a loop.
                 with lock_file(self.path / ".next", seconds):
                     stack.enter_context(lock_file(self.path / ".lock", seconds))
             except TimeoutError as error:
@@ -270,10 +272,10 @@ class KeyDirectory:
 
 
 def read_json(path: Path, label: str) -> JsonReader | None:
-    """A trusted JSON file, or None where there is none.
+    """A trusted JSON file, or None where the file is missing.
 
     Raises:
-        ProviderUnavailable: others can write it, or it is no JSON object of at most 1 MiB.
+        ProviderUnavailable: others can write it, or it is not a JSON object of at most 1 MiB.
     """
     try:
         content = read_file(
@@ -292,7 +294,7 @@ _HEX: Final = re.compile(r"[0-9a-f]{64}\.json")
 
 
 def approval_files(directory: Path) -> list[Path]:
-    """The files of installed approvals; none where there is no such directory."""
+    """The files of installed approvals; empty where their directory is missing."""
     folder = directory / "approvals"
     try:
         return sorted(path for path in folder.iterdir() if _HEX.fullmatch(path.name))

@@ -1,10 +1,9 @@
 """Wrong PINs: how many the TPM has counted, when it locks itself, and when a PIN is not sent.
 
-Rule (TPM 2.0 Library, Part 1, 19.8): the TPM has one counter for all keys that have a PIN,
-whichever process used them. Each wrong try raises it, and so does each loss of power between the
-use of such a key and an orderly shutdown; at its limit the TPM locks. So the counter is asked
-before a PIN is sent, and the last try is kept for whoever knows better, unless the config says
-otherwise.
+The TPM has one counter for all keys that have a PIN, whichever process used them (TPM 2.0 Library,
+Part 1, 19.8). Each wrong try raises it, and so does each loss of power between the use of such a
+key and an orderly shutdown; at its limit the TPM locks. So the counter is read before a PIN is
+sent, and the last try is left to a person, unless the config sets ``use_last_try``.
 """
 
 from __future__ import annotations
@@ -65,29 +64,29 @@ class Lockout:
 
     @property
     def given_back(self) -> str:
-        """When a try is given back, in words."""
+        """When the TPM forgets a wrong try, in words."""
         if not self.interval:
             return "none is given back by time"
         return f"one is given back every {self.interval} seconds"
 
     @property
     def barred(self) -> str:
-        """What a wrong lockout password leads to, in words (Part 1, 19.8)."""
+        """The consequence of a wrong lockout password, in words (Part 1, 19.8)."""
         how_long = f"for {self.recovery} seconds" if self.recovery else "until it is restarted"
-        return f"after a wrong lockout password the TPM takes none {how_long}"
+        return f"after a wrong lockout password the TPM accepts none {how_long}"
 
     @property
     def causes(self) -> str:
-        """What the counted tries may have been, in words."""
+        """The possible causes of the counted tries, in words."""
         if self.orderly:
             return "a wrong PIN counts, and a power cut after a PIN was used"
         return (
-            "the TPM lost power without a shutdown, which counts like a wrong PIN where one was "
+            "the TPM lost power without a shutdown, which counts like a wrong PIN if a PIN was "
             "used before, so the PIN need not have been wrong"
         )
 
     def locked_out(self, doing: str) -> LockedOut:
-        """The error where the TPM is locked."""
+        """The error for a locked TPM."""
         return LockedOut(
             f"{doing}: the TPM is locked: {self.counted} of {self.limit} tries are counted; "
             f"{self.causes}",
@@ -95,15 +94,15 @@ class Lockout:
         )
 
     def check(self, *, use_last: bool) -> None:
-        """LockedOut where a PIN must not be sent now: it might be the try that locks the TPM."""
+        """LockedOut if no PIN must be sent now, since a wrong PIN would lock the TPM."""
         if self.locked:
             raise self.locked_out("the PIN was not sent")
         if self.limit - self.counted <= 1 and not use_last:
             raise LockedOut(
                 f"the PIN was not sent: {self.counted} of {self.limit} tries are counted, and the "
                 f"last one is kept; {self.causes}",
-                hint=f"correct the PIN in its source and wait, {self.given_back}; where it is "
-                f"right, use_last_try = true in the provider's table; {CLEAR}",
+                hint=f"correct the PIN in its source and wait, {self.given_back}; if the PIN is "
+                f"right, set use_last_try = true in the provider's table; {CLEAR}",
             )
 
     def to_json(self) -> dict[str, Any]:

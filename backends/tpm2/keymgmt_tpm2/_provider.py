@@ -1,4 +1,4 @@
-"""Tpm2Provider: wrap with the public part of a key, unwrap and sign with the TPM that holds it."""
+"""Tpm2Provider: wraps with the public part of a key; the TPM that holds it unwraps and signs."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Tpm2Provider(
     SupportsOfflineRecipients,
     SupportsAnchor,
 ):
-    """Keys that live in this machine's TPM 2.0 and open only here, in the boot state they ask for.
+    """Keys of this machine's TPM 2.0, which open only here, in the boot state that they require.
 
     Example::
 
@@ -76,25 +76,26 @@ class Tpm2Provider(
         srk_name = "000b..."              # keymgmt tpm setup tpm
         pins = { dev = { credential = "tpm-pin" } }
 
-    A key is made in the TPM under its storage root key and cannot leave it (fixedTPM, fixedParent).
-    The key directory holds public parts and encrypted private parts, useless on any other machine.
-    Kinds: ``ecc-p256`` and, for chips without ECDH, ``rsa-2048`` wrap; ``ecdsa-p256`` signs.
+    A key is created in the TPM under its storage root key and cannot leave it (fixedTPM,
+    fixedParent). The key directory holds public parts and encrypted private parts, which no other
+    machine can use. Kinds: ``ecc-p256`` and, for chips without ECDH, ``rsa-2048`` wrap;
+    ``ecdsa-p256`` signs.
 
     Wrapping is HPKE with DHKEM(P-256) (``hpke-p256``), or RSA-OAEP with SHA-256 around an InnerKey:
-    it takes the public part only, so a build machine without a TPM seals to a recipient file.
-    Unwrapping loads the key and asks the TPM for one ECDH (or one RSA decryption) in a session that
-    is salted to the storage root key and encrypts parameters; the data key itself is never on the
-    bus with ``hpke-p256``. Each operation has its own connection, so nothing is held in the TPM
-    between operations.
+    it needs the public part only, so a build machine without a TPM seals to a recipient file.
+    Unwrapping loads the key and makes the TPM compute one ECDH (or one RSA decryption) in a session
+    that is salted to the storage root key and encrypts parameters; with ``hpke-p256`` the data key
+    itself never goes over the bus. Each operation has its own connection, so nothing stays loaded
+    in the TPM between operations.
 
     Options of ``keys create``, which together are the key's policy:
 
-    ``pcr=[BANK:]0,2,7``  opens only while these PCRs are as they are now;
+    ``pcr=[BANK:]0,2,7``  opens only while these PCRs have their present values;
     ``approver=PEM``      opens in every boot state that this ECDSA P-256 key approved, see
                           ``keymgmt tpm policy``, or whose kernel this RSA key signed, see
                           ``pcr_signatures``; ``ref=TEXT`` narrows it to approvals of that ref;
-                          PCRs beside it hold whatever is approved;
-    ``pin=yes``           also asks for the PIN of the config; wrong ones count towards a lockout.
+                          ``pcr`` beside it holds in every approved state;
+    ``pin=yes``           also requires the PIN of the config; wrong PINs count towards a lockout.
 
     A key without a policy opens for whoever may use this TPM. Whoever can use the machine as the
     user that opens models can open them too: a TPM binds to a device and a state, not to a person.
@@ -110,7 +111,7 @@ class Tpm2Provider(
         self.service = Service(name, settings, self.keys)
 
     def wrap(self, key: str, dek: Dek, context: bytes) -> WrappedKey:
-        """See KeyProvider; it needs no TPM."""
+        """See KeyProvider; needs no TPM."""
         return wrap_for(self.export_recipient(key), dek, context)
 
     def unwrap(self, wrapped: WrappedKey, context: bytes) -> Dek:
@@ -131,28 +132,27 @@ class Tpm2Provider(
         return unwrap_with(self.service, key, version, wrapped, context)
 
     def public_key(self, key: str, version: str | None = None) -> bytes:
-        """See SupportsSigning; it needs no TPM."""
-        found = self._find(key, "sign")
-        wanted = found.newest if version is None else found.find(version)
-        if wanted is None:
-            raise no_version(key, str(version), [each.version for each in found.versions])
-        return wanted.public.der()
+        """See SupportsSigning; needs no TPM."""
+        tpm_key = self._find(key, "sign")
+        key_version = tpm_key.newest if version is None else tpm_key.find(version)
+        if key_version is None:
+            raise no_version(key, str(version), [each.version for each in tpm_key.versions])
+        return key_version.public.der()
 
     def sign(self, key: str, message: bytes) -> Signature:
         """See SupportsSigning; ECDSA P-256 with SHA-256."""
-        found = self._find(key, "sign")
-        version, digest = found.newest, sha256(message)
+        version, digest = self._find(key, "sign").newest, sha256(message)
         r, s = use_key(
             self.service, key, version, lambda tpm, h, session: tpm.sign(h, digest, session)
         )
         return Signature(encode_dss_signature(r, s), version.public.der())
 
     def export_recipient(self, key: str) -> Recipient:
-        """See SupportsOfflineRecipients; it needs no TPM."""
+        """See SupportsOfflineRecipients; needs no TPM."""
         return recipient_of(self.backend, self._find(key, "wrap"))
 
     def holds(self, wrapped: WrappedKey) -> bool:
-        """See SupportsOfflineRecipients; it needs no TPM."""
+        """See SupportsOfflineRecipients; needs no TPM."""
         try:
             key = self._find(wrapped.key, "wrap")
             version = key.find(wrapped.version)
@@ -166,32 +166,32 @@ class Tpm2Provider(
         """See SupportsKeyManagement; the options are those of the class."""
         check_key(key)
         check_kind(kind, KINDS, "tpm2")
-        wanted = KeyOptions.parse(options)
+        key_options = KeyOptions.parse(options)
         self._refuse_existing(key)
-        private, public, policy = self._make(key, kind, wanted)
+        private, public, policy = self._make(key, kind, key_options)
         with self.keys.changing(self.settings.timeout):
             self._refuse_existing(key)
-            made = TpmKey(key, kind, ()).with_version(private, public, policy)
-            self.keys.write(made)
-        return made.info()
+            created = TpmKey(key, kind, ()).with_version(private, public, policy)
+            self.keys.write(created)
+        return created.info()
 
     def _refuse_existing(self, key: str) -> None:
         if key in self.keys.names():
             raise key_exists(key, self.keys.path, self.name)
 
-    def _make(self, key: str, kind: str, wanted: KeyOptions) -> tuple[bytes, Public, Policy]:
+    def _make(self, key: str, kind: str, options: KeyOptions) -> tuple[bytes, Public, Policy]:
         def operation(tpm: Tpm, pin: bytearray | None) -> tuple[bytes, Public, Policy]:
-            policy = wanted.policy(tpm.pcrs)
+            policy = options.policy(tpm.pcrs)
             if policy.pcrs and (weak := weakness(policy.pcrs)):
                 log.warning("%s:%s: %s", self.name, key, weak)
             private, public = tpm.create(key_template(kind, policy), pin or bytearray())
             if problem := problem_with(public, kind, policy):
-                raise ProviderUnavailable(f"the TPM made another key than was asked for: {problem}")
-            tpm.load(public, private)  # a key that cannot be loaded again is not kept
+                raise ProviderUnavailable(f"the TPM created another key than requested: {problem}")
+            tpm.load(public, private)  # see that the key can be loaded again
             return private, public, policy
 
         seconds = max(self.settings.timeout, CREATE_SECONDS)
-        with self.service.pin(key, wanted=wanted.pin) as pin:
+        with self.service.pin(key, wanted=options.pin) as pin:
             return self.service.run(
                 f"making {self.name}:{key}", lambda tpm: operation(tpm, pin), seconds=seconds
             )
@@ -201,14 +201,13 @@ class Tpm2Provider(
         return [self.keys.read(key).info() for key in self.keys.names()]
 
     def describe_key(self, key: str) -> KeyInfo:
-        """See SupportsKeyManagement; the policy is in words."""
+        """See SupportsKeyManagement; the policy is described in words."""
         return self._find(key).info()
 
     def rotate_key(self, key: str) -> KeyInfo:
-        """See SupportsKeyManagement; the same policy, PCR values as they are now."""
+        """See SupportsKeyManagement; keeps the policy, with the present PCR values."""
         old = self._find(key)
-        wanted = KeyOptions.of(old.newest.policy)
-        private, public, policy = self._make(key, old.kind, wanted)
+        private, public, policy = self._make(key, old.kind, KeyOptions.of(old.newest.policy))
         with self.keys.changing(self.settings.timeout):
             rotated = self._find(key).with_version(private, public, policy)
             self.keys.write(rotated)
@@ -218,14 +217,14 @@ class Tpm2Provider(
         """See SupportsKeyManagement; retiring a retired version changes nothing."""
         self._find(key)
         with self.keys.changing(self.settings.timeout):
-            found = self._find(key)
-            check_retirable(key, version, [v.version for v in found.versions], self.name)
-            found = found.with_retired(version)
-            self.keys.write(found)
-        return found.info()
+            tpm_key = self._find(key)
+            check_retirable(key, version, [v.version for v in tpm_key.versions], self.name)
+            tpm_key = tpm_key.with_retired(version)
+            self.keys.write(tpm_key)
+        return tpm_key.info()
 
     def delete_key(self, key: str) -> None:
-        """See SupportsKeyDeletion; a copy of the key directory still has it, for this TPM."""
+        """See SupportsKeyDeletion; with a copy of the key directory this TPM still has the key."""
         self._find(key)
         with self.keys.changing(self.settings.timeout):
             self._find(key)
@@ -236,11 +235,11 @@ class Tpm2Provider(
         return read_anchor(self.service)
 
     def move_anchor(self, value: bytes, step: bytes) -> None:
-        """See SupportsAnchor; in the machine state that the anchor was made for."""
+        """See SupportsAnchor; only in the machine state that the anchor was created for."""
         move_anchor(self.service, value, step)
 
     def check(self, key: str | None = None) -> Health:
-        """See KeyProvider: the TPM, its root key, its lockout, its slots, and what opens now."""
+        """See KeyProvider: the TPM, root key, lockout, slots, and whether each key can be used."""
         return examine(self.service, key, self._round_trip)
 
     def _round_trip(self, key: str) -> None:
@@ -249,7 +248,7 @@ class Tpm2Provider(
             return
         with Dek.generate() as dek, self.unwrap(self.wrap(key, dek, b""), b"") as again:
             if dek != again:
-                raise UnwrapFailed(f"the key {key!r} does not give back what it wrapped")
+                raise UnwrapFailed(f"the key {key!r} does not unwrap what it wrapped")
 
     def close(self) -> None:
         """See KeyProvider; no connection is held."""
@@ -257,25 +256,25 @@ class Tpm2Provider(
 
     def pcrs(self, bank: str, indices: Iterable[int]) -> PcrState:
         """Present PCR values; KeyNotFound where the TPM has no such bank."""
-        wanted = tuple(indices)
-        return self.service.run("reading PCRs", lambda tpm: tpm.pcrs(bank, wanted))
+        selected = tuple(indices)
+        return self.service.run("reading PCRs", lambda tpm: tpm.pcrs(bank, selected))
 
     @property
     def key_directory(self) -> Path:
-        """Where the key files and approvals are."""
+        """The directory of key files and approvals."""
         return self.keys.path
 
     def _find(self, key: str, purpose: str | None = None) -> TpmKey:
         try:
-            found = self.keys.read(check_key(key))
+            tpm_key = self.keys.read(check_key(key))
         except KeyNotFound as error:
             near = difflib.get_close_matches(key, self.keys.names(), n=1)
             if near:
                 error.hint = f"did you mean {self.name}:{near[0]}?"
             raise
-        if purpose not in (None, found.purpose):
+        if purpose not in (None, tpm_key.purpose):
             raise UnsupportedOperation(
-                f"the key {key!r} is {found.kind}, which does not {purpose}",
-                hint="a key has one purpose; make another one for this",
+                f"the key {key!r} is {tpm_key.kind}, which does not {purpose}",
+                hint="a key has one purpose; create another key for this",
             )
-        return found
+        return tpm_key

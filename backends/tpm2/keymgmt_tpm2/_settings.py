@@ -31,24 +31,25 @@ class Tpm2Settings(Settings):
 
     Attributes:
         keys: the key directory; relative to the config file.
-        tcti: how the TPM is reached, as tpm2-tools write it: ``device:/dev/tpmrm0`` (the kernel's
+        tcti: the path to the TPM, as tpm2-tools write it: ``device:/dev/tpmrm0`` (the kernel's
             resource manager), ``tabrmd``, ``swtpm:host=...,port=...``, ``mssim:...``.
         srk: persistent handle of the storage root key.
-        srk_name: its name in hex; ``keymgmt tpm setup`` shows it. Pin it: with another one
-            nothing is opened.
-        pin: where the PIN of every key with a PIN is.
-        pins: the same for single keys.
-        use_last_try: whether a PIN is sent also where a wrong one would lock the TPM.
-        owner_auth: where the owner hierarchy's password is, if it has one; for set-up only.
-        endorsement_auth: where the endorsement hierarchy's password is, if it has one; for
+        srk_name: name of the storage root key in hex; ``keymgmt tpm setup`` shows it. It must be
+            set: if the key at ``srk`` has another name, nothing is opened.
+        pin: the source of the PIN, for every key with a PIN.
+        pins: key -> the source of its PIN, where it is another.
+        use_last_try: whether a PIN is sent although a wrong PIN would lock the TPM.
+        owner_auth: the source of the owner hierarchy's password, if it has one; for set-up only.
+        endorsement_auth: the source of the endorsement hierarchy's password, if it has one; for
             enrolment only.
-        lockout_auth: the same for the lockout hierarchy.
+        lockout_auth: the source of the lockout hierarchy's password, if it has one; for set-up
+            only.
         anchor: the name in hex of the NV index that is the anchor of ``remember_releases``;
             ``keymgmt tpm anchor create`` shows it.
         anchor_index: the number of that index.
         pcr_signatures: the signed PCR policies of a unified kernel image, such as
             ``/run/systemd/tpm2-pcr-signature.json``: approvals that come with each kernel.
-        timeout: seconds within which every call ends, not counting those before it in line.
+        timeout: seconds within which every call ends, without the time that it waits for others.
     """
 
     keys: ConfigPath
@@ -88,8 +89,8 @@ class Tpm2Settings(Settings):
         length = _NAME_HASHES.get(value[:4], 0)
         if not length or not re.fullmatch(rf"[0-9a-f]{{{4 + 2 * length}}}", value):
             raise ValueError(
-                "a name is 000b and 64 hex digits, or another hash's number and as many digits as "
-                "it has; see it with: keymgmt tpm setup PROVIDER"
+                "a name is 000b and the 64 hex digits of a SHA-256 digest, or the number and "
+                "digest of another hash; see it with: keymgmt tpm setup PROVIDER"
             )
         return value
 

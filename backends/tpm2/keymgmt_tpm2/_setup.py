@@ -1,4 +1,4 @@
-"""Getting a TPM ready: the storage root key at its handle, and when wrong PINs lock the TPM."""
+"""Setting up a TPM: the storage root key at its handle, and when wrong PINs lock the TPM."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SECONDS: Final = 120.0
 
 @dataclass(frozen=True)
 class RootKey:
-    """The storage root key: handle, name in hex, algorithm, whether it was made just now.
+    """The storage root key: handle, name in hex, algorithm, and whether it was created just now.
 
     ``lockout`` says when wrong PINs lock its TPM.
     """
@@ -38,11 +38,11 @@ class RootKey:
 
 @dataclass(frozen=True)
 class LockoutChange:
-    """What the owner changes of the dictionary-attack protection; None leaves it.
+    """Changes of the dictionary-attack protection; None leaves a value as it is.
 
-    ``tries`` that lock the TPM; ``recovery``: seconds after which one is given back;
-    ``lockout_recovery``: seconds until a wrong lockout password may be tried again; ``clear``
-    forgets the tries that were counted and unlocks.
+    ``tries``: wrong tries that lock the TPM; ``recovery``: seconds after which one of them is
+    forgotten; ``lockout_recovery``: seconds until another lockout password is accepted after a
+    wrong one; ``clear`` forgets the counted tries and unlocks.
     """
 
     tries: int | None = None
@@ -61,31 +61,32 @@ def set_up(
     kind: str = "ecc",
     change: LockoutChange | None = None,
 ) -> RootKey:
-    """Look at the storage root key; with ``create``, make it where there is none.
+    """Examine the storage root key; with ``create``, create it if it is missing.
 
-    A root key that was there is tried, so that one with a password is found here.
+    An existing root key is tried, so that a root key with a password is reported here.
 
     Args:
-        provider: its settings say handle and, for ``create``, the owner's password.
-        create: make it from the template of the TCG's provisioning guidance.
+        provider: its settings have the handle and, for ``create``, the owner's password.
+        create: create it from the template of the TCG's provisioning guidance.
         kind: ``ecc``, or ``rsa`` for chips without ECC.
-        change: of the dictionary-attack protection, with the lockout password of the settings.
+        change: change of the dictionary-attack protection, with the lockout password of the
+            settings.
 
     Raises:
-        KeyNotFound: there is none, and ``create`` was not given.
-        UnsupportedOperation: what is there is no storage key.
-        AccessDenied: a hierarchy or the root key has a password, and it was not or wrongly given.
-        ConfigError: a lockout password is given and there is none, or so few tries are wanted that
-            the TPM would lock at once.
+        KeyNotFound: there is no root key, and ``create`` was not given.
+        UnsupportedOperation: another object than a storage root key is at the handle.
+        AccessDenied: a hierarchy or the root key has a password, which is missing or wrong.
+        ConfigError: a lockout password is given, but the TPM has none; or the new number of tries
+            is so small that the TPM would lock at once.
         LockedOut: the root key counts wrong passwords, and one more might lock the TPM; or a
-            lockout password was wrong, and none is taken for a while.
+            lockout password was wrong, and none is accepted for a while.
     """
     settings, service = provider.settings, provider.service
 
     def operation(tpm: Tpm, owner: bytearray | None, lockout: bytearray | None) -> RootKey:
         if change:
             _change_lockout(tpm, change, lockout)
-        handle, made = tpm.persistent(settings.srk_handle), False
+        handle, created = tpm.persistent(settings.srk_handle), False
         if handle is None:
             tpm.check_owner_enabled()
             if not create:
@@ -94,19 +95,19 @@ def set_up(
                     hint=f"make it with: keymgmt tpm setup {provider.name} --create",
                 )
             _make(tpm, settings.srk_handle, kind, owner)
-            handle, made = tpm.persistent(settings.srk_handle), True
+            handle, created = tpm.persistent(settings.srk_handle), True
         answer = tpm.call("read_public", handle)
         public = answer[0]
-        kind_found = root_key_kind(bytes(public.publicArea.marshal()))
-        if kind_found is None:
+        actual = root_key_kind(bytes(public.publicArea.marshal()))
+        if actual is None:
             raise UnsupportedOperation(
-                f"what is at {settings.srk} is no storage root key",
+                f"the object at {settings.srk} is not a storage root key",
                 hint='name another handle in the config, such as srk = "0x81000010"',
             )
-        algorithm, counts_tries = kind_found
+        algorithm, counts_tries = actual
         _try(tpm, counts_tries=counts_tries)
         name = tpm.name_of(handle).hex()
-        return RootKey(settings.srk, name, algorithm, made, tpm.lockout())
+        return RootKey(settings.srk, name, algorithm, created, tpm.lockout())
 
     with contextlib.ExitStack() as stack:
         owner = stack.enter_context(service.secret(settings.owner_auth if create else None))
@@ -134,7 +135,7 @@ def _make(tpm: Tpm, persistent: int, kind: str, auth: bytearray | None) -> None:
 
 
 def _try(tpm: Tpm, *, counts_tries: bool) -> None:
-    """Make something small under the root key, which takes its password: it must be empty."""
+    """Create a small object under the root key, which fails if the root key has a password."""
     from tpm2_pytss import types as t
 
     if counts_tries:
@@ -145,7 +146,7 @@ def _try(tpm: Tpm, *, counts_tries: bool) -> None:
 
 
 def _check_change(now: Lockout, change: LockoutChange, *, given: bool) -> None:
-    """Before anything is sent: one wrong password bars the hierarchy, an empty one as well."""
+    """Check a change before anything is sent: one wrong or empty password bars the hierarchy."""
     if now.password and not given:
         raise AccessDenied(
             "the lockout hierarchy has a password, so nothing was sent without it",
@@ -153,7 +154,7 @@ def _check_change(now: Lockout, change: LockoutChange, *, given: bool) -> None:
         )
     if given and not now.password:
         raise ConfigError(
-            "the lockout hierarchy has no password, so the one of lockout_auth was not sent",
+            "the lockout hierarchy has no password, so that of lockout_auth was not sent",
             hint="take lockout_auth out of the provider's table, or give the hierarchy that "
             "password first",
         )
@@ -161,7 +162,7 @@ def _check_change(now: Lockout, change: LockoutChange, *, given: bool) -> None:
         raise ConfigError(
             f"{now.counted} wrong tries are counted, so a limit of {change.tries} would lock the "
             "TPM at once",
-            hint="more tries, or --clear-lockout as well, which forgets those that are counted",
+            hint="give a larger number, or --clear-lockout as well, which forgets counted tries",
         )
 
 

@@ -1,9 +1,9 @@
-"""TPM structures as bytes: what is needed to check a TPM's statements without having a TPM.
+"""TPM structures as bytes, for checking a TPM's statements without a TPM.
 
-Strategy: only ``cryptography`` and arithmetic, so a build machine or an enrolment server runs it
-without libtss2. Structures are those of "Trusted Platform Module Library, Part 2" (TCG, 1.59); all
-integers are big-endian and a ``TPM2B`` is a 2-byte length and its content. Whatever is parsed here
-came from outside: ValueError for anything that is not exactly one structure.
+It needs only ``cryptography``, so a build machine or an enrolment server runs it without libtss2.
+Structures are those of "Trusted Platform Module Library, Part 2" (TCG, 1.59); all integers are
+big-endian, and a ``TPM2B`` is a 2-byte length and its content. The bytes are not trusted: any input
+that is not exactly one structure is a ValueError.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def sized(content: bytes) -> bytes:
 
 
 def ecdsa_pair(signature: bytes) -> tuple[bytes, bytes]:
-    """A DER signature on P-256 as a TPM takes it: r and s, 32 bytes each; ValueError."""
+    """The numbers r and s of a DER signature on P-256, 32 bytes each; else ValueError."""
     r, s = decode_dss_signature(signature)
     if max(r, s) >> 256:
         raise ValueError("the signature is not of a key on P-256")
@@ -142,7 +142,7 @@ class Reader:
     def end(self) -> None:
         """ValueError unless all was read."""
         if self.left:
-            raise ValueError("the structure has bytes behind its end")
+            raise ValueError("the structure has bytes after its end")
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Public:
     """A TPMT_PUBLIC of an RSA or ECC key.
 
     ``unique`` is (x, y) in the curve's length, or (modulus,). ``raw`` is the marshalled structure,
-    ``head`` what is in front of ``unique`` in it.
+    ``head`` its part before ``unique``.
     """
 
     raw: bytes
@@ -220,7 +220,7 @@ class Public:
 
     @property
     def name_hash(self) -> str:
-        """The name algorithm as ``hashlib`` calls it; ValueError for one that is not used here."""
+        """The ``hashlib`` name of the name algorithm; ValueError if it is not used here."""
         if self.name_alg not in _HASHES:
             raise ValueError(f"a name algorithm that is not used here: {self.name_alg:#06x}")
         return _HASHES[self.name_alg]
@@ -233,12 +233,12 @@ class Public:
         return b"\x04" + b"".join(self.unique)
 
     def key(self) -> ec.EllipticCurvePublicKey | rsa.RSAPublicKey:
-        """The public key; ValueError where it is none (a point off its curve, say)."""
+        """The public key; ValueError if it is not valid, such as a point off its curve."""
         if self.curve is not None:
             return ec.EllipticCurvePublicKey.from_encoded_point(_CURVES[self.curve], self.point)
         modulus = int.from_bytes(self.unique[0], "big")
         if modulus.bit_length() != self.bits or self.bits not in _RSA_BITS:
-            raise ValueError(f"an RSA key whose modulus has not {self.bits} bits")
+            raise ValueError(f"an RSA key whose modulus does not have {self.bits} bits")
         return rsa.RSAPublicNumbers(self.exponent, modulus).public_key()
 
     def der(self) -> bytes:
@@ -247,14 +247,14 @@ class Public:
 
 
 def root_key_kind(raw: bytes) -> tuple[str, bool] | None:
-    """Algorithm of a storage root key, whatever its curve and hash, and whether it counts tries.
+    """Algorithm of a storage root key of any curve and hash, and whether it counts wrong tries.
 
-    None where the TPMT_PUBLIC is not one of a storage root key.
+    None where the TPMT_PUBLIC is not that of a storage root key.
     """
     reader = Reader(raw)
     kind, _, attributes = reader.number(2), reader.number(2), reader.number(4)
-    wanted = FIXED_TPM | FIXED_PARENT | SENSITIVE_DATA_ORIGIN | RESTRICTED | DECRYPT
-    if attributes & (wanted | SIGN) != wanted or kind not in (ALG_RSA, ALG_ECC):
+    required = FIXED_TPM | FIXED_PARENT | SENSITIVE_DATA_ORIGIN | RESTRICTED | DECRYPT
+    if attributes & (required | SIGN) != required or kind not in (ALG_RSA, ALG_ECC):
         return None
     return "RSA" if kind == ALG_RSA else "ECC", not attributes & NO_DA
 
@@ -274,7 +274,7 @@ def verifier_public(key: object) -> Public:
     if isinstance(key, rsa.RSAPublicKey) and key.key_size in _RSA_BITS:
         numbers, bits = key.public_numbers(), key.key_size
         if numbers.e >> 32:
-            raise ValueError("an RSA key whose exponent is larger than a TPM has room for")
+            raise ValueError("an RSA key whose exponent has more than the 32 bits of a TPM")
         exponent = 0 if numbers.e == 65537 else numbers.e
         head = u16(ALG_RSA) + u16(ALG_SHA256) + attributes + sized(b"") + null + null
         modulus = numbers.n.to_bytes(bits // 8, "big")

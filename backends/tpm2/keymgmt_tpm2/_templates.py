@@ -1,7 +1,8 @@
-"""The keys that are made here: their public areas, exactly.
+"""The exact public areas of the keys that keymgmt creates.
 
-A key whose attributes differ in one bit is refused before it is used: userWithAuth on a policy key,
-say, would let the empty auth value in (Part 1, 19.7).
+A key whose attributes differ in one bit is refused before it is used. For example, a key with a
+policy and userWithAuth could be used with the empty auth value and without its policy (Part 1,
+19.7).
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ _AES_128_CFB: Final = s.u16(0x0006) + s.u16(128) + s.u16(0x0043)
 
 
 def attributes_for(kind: str, policy: Policy) -> int:
-    """TPMA_OBJECT of a key: userWithAuth without a policy only, noDA without a PIN only."""
+    """TPMA_OBJECT of a key: userWithAuth only without a policy, noDA only without a PIN."""
     use = s.DECRYPT if KINDS[kind] == "wrap" else s.SIGN
     auth = 0 if policy.digest else s.USER_WITH_AUTH
     return _BORN_HERE | use | auth | (0 if policy.pin else s.NO_DA)
 
 
 def key_template(kind: str, policy: Policy) -> bytes:
-    """The TPMT_PUBLIC to create a key from."""
+    """The TPMT_PUBLIC from which a key is created."""
     if kind == "rsa-2048":
         rest = _NULL + _OAEP_SHA256 + s.u16(2048) + s.u32(0) + s.sized(b"")
     else:
@@ -73,9 +74,9 @@ class EkProfile:
 
     Attributes:
         index: NV index of its certificate.
-        template: from which the TPM makes it, unless an index of the maker's holds another.
-        nonce_at, template_at: NV indices of what replaces the template's unique field, and of the
-            maker's template.
+        template: the TPM creates the key from this, unless the maker stored another template.
+        nonce_at: NV index of the maker's nonce, which replaces the template's unique field.
+        template_at: NV index of the maker's template.
     """
 
     index: int
@@ -85,7 +86,7 @@ class EkProfile:
 
     @property
     def public(self) -> s.Public:
-        """The template as a public area; its unique field is of no key."""
+        """The template as a public area; its unique field is not that of a key."""
         return s.Public.parse(self.template)
 
 
@@ -97,7 +98,9 @@ _POLICY_B: Final = {
     s.ALG_SHA384: "b26e7d28d11a50bc53d882bcf5fd3a1a074148bb35d3b4e4cb1c0ad9bde419ca"
     "cb47ba09699646150f9fc000f3f80e12",
 }
-"""PolicyA, or what an NV index of the maker authorizes (B.6.5); the empty auth value does too."""
+"""PolicyA, or a policy that an NV index of the maker authorizes (B.6.5).
+
+Keys with this policy also have userWithAuth, so the empty auth value suffices."""
 
 
 def _low(rest: bytes) -> bytes:
@@ -140,15 +143,15 @@ EK_PROFILES: Final = {
         0x01C0001F,
     ),
 }
-"""By the name of the template, in the order in which their certificates are looked for."""
+"""Template name -> profile, in the order in which the certificates are looked for."""
 
 
 def follows_a_profile(ek: s.Public) -> bool:
-    """Whether an endorsement key is used in a way that the profile knows, and no other."""
+    """Whether an endorsement key has exactly the algorithms, attributes and policy of a profile."""
 
     def use(public: s.Public) -> tuple[object, ...]:
-        how = public.symmetric, public.symmetric_bits, public.scheme
-        return public.name_alg, public.attributes, public.policy, *how
+        algorithms = public.symmetric, public.symmetric_bits, public.scheme
+        return public.name_alg, public.attributes, public.policy, *algorithms
 
     return use(ek) in [use(profile.public) for profile in EK_PROFILES.values()]
 
@@ -163,24 +166,24 @@ def srk_template(kind: str) -> bytes:
 
 
 def trial_template() -> bytes:
-    """Some sealed bytes, which take a TPM no time to make."""
+    """A sealed data object, which a TPM creates at once."""
     attributes = s.FIXED_TPM | s.FIXED_PARENT | s.USER_WITH_AUTH | s.NO_DA
     return _head(s.ALG_KEYEDHASH, attributes, b"") + _NULL + s.sized(b"")
 
 
 def problem_with(public: s.Public, kind: str, policy: Policy) -> str | None:
-    """Why a public area is not what ``key_template`` makes, or None if it is."""
-    wanted = s.Public.parse(key_template(kind, policy))
-    if public.attributes != wanted.attributes:
+    """How a public area differs from ``key_template``, in words; None if it does not."""
+    template = s.Public.parse(key_template(kind, policy))
+    if public.attributes != template.attributes:
         return (
             f"its attributes are {s.describe_attributes(public.attributes)}, "
-            f"not {s.describe_attributes(wanted.attributes)}"
+            f"not {s.describe_attributes(template.attributes)}"
         )
-    if public.policy != wanted.policy:
-        return "its policy is another one than its file says"
+    if public.policy != template.policy:
+        return "its policy is not the policy in its file"
     fields = ("kind", "name_alg", "symmetric", "scheme", "scheme_hash", "curve", "bits", "exponent")
     for name in fields:
-        if getattr(public, name) != getattr(wanted, name):
+        if getattr(public, name) != getattr(template, name):
             return f"its {name.replace('_', ' ')} is not that of {kind}"
     return None
 

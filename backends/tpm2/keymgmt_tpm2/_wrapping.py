@@ -1,4 +1,4 @@
-"""Using a key: its policy is satisfied, it is loaded, and the TPM does one thing with it."""
+"""Using a key: load it, satisfy its policy, and run one operation of the TPM with it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _RSA_BYTES: Final = 256
 
 
 def recipient_of(backend: str, key: TpmKey) -> Recipient:
-    """What a device exports of the newest version of a key."""
+    """The recipient of the newest version of a key, which a device exports."""
     version = key.newest
     return Recipient(
         _MECHANISMS[key.kind],
@@ -57,30 +57,30 @@ def recipient_of(backend: str, key: TpmKey) -> Recipient:
 
 
 def check_wrapped(wrapped: WrappedKey, key: TpmKey, version: TpmKeyVersion) -> None:
-    """Refuse what this version did not wrap, without asking the TPM.
+    """Refuse a wrapped key that is not for this version, without asking the TPM.
 
     Raises:
         UnsupportedOperation: the mechanism is not that of the key.
-        UnwrapFailed: it is malformed.
-        WrongKey: it was sealed to another key of that name.
+        UnwrapFailed: the wrapped key is malformed.
+        WrongKey: the wrapped key is for another key of that name.
     """
     if wrapped.mechanism != _MECHANISMS[key.kind]:
         raise UnsupportedOperation(
-            f"the key {wrapped.key!r} is {key.kind} and unwraps no {wrapped.mechanism}"
+            f"the key {wrapped.key!r} is {key.kind} and does not unwrap {wrapped.mechanism}"
         )
     if set(wrapped.params) != {"pk"}:
-        raise UnwrapFailed(f"what was wrapped by {wrapped} is malformed")
+        raise UnwrapFailed(f"{wrapped} is malformed")
     if wrapped.params["pk"] != public_key_id(version.public_key()):
         raise WrongKey(
-            f"{wrapped} was sealed to another key of that name",
-            hint="each device has its own; seal to the recipient file of this one too",
+            f"{wrapped} is for another key of that name",
+            hint="each device has its own key; seal to the recipient file of this device too",
         )
 
 
 def unwrap_with(
     service: Service, key: TpmKey, version: TpmKeyVersion, wrapped: WrappedKey, context: bytes
 ) -> Dek:
-    """Unwrap what ``check_wrapped`` let through."""
+    """Unwrap a wrapped key that ``check_wrapped`` accepted."""
     if key.kind == "rsa-2048":
         return inner_unwrap(
             wrapped.blob, context, lambda blob: _unwrap_rsa(service, key, version, blob)
@@ -95,14 +95,14 @@ def unwrap_with(
 
 def _unwrap_rsa(service: Service, key: TpmKey, version: TpmKeyVersion, blob: bytes) -> Dek:
     if len(blob) != _RSA_BYTES:
-        raise UnwrapFailed("the wrapped key has not the length of its kind")
+        raise UnwrapFailed(f"the wrapped key has {len(blob)} bytes, not {_RSA_BYTES}")
 
     def decrypt(tpm: Tpm, handle: Any, session: Any) -> bytearray:
         try:
             return tpm.rsa_decrypt(handle, blob, session)
         except TpmError as error:
-            # Bad padding is a value on a chip and a failure on libtpms, which goes on working; a
-            # TPM that really failed fails here again.
+            # For bad padding a chip answers TPM_RC_VALUE, and libtpms (swtpm) TPM_RC_FAILURE,
+            # although it goes on working. A TPM that has really failed also fails at get_random.
             if error.code == FAILURE:
                 tpm.call("get_random", 1)
             elif error.code not in (VALUE, SIZE):
@@ -119,7 +119,7 @@ def _unwrap_rsa(service: Service, key: TpmKey, version: TpmKeyVersion, blob: byt
 
 
 def statements(service: Service, policy: Policy) -> list[Statement]:
-    """What its approver said of boot states: approvals, and signatures of the booted kernel."""
+    """The statements of its approver: installed approvals, and signatures of the booted kernel."""
     if policy.approver is None:
         return []
     ours = [each for each in installed(service.keys.path) if each.approver == policy.approver]
@@ -129,7 +129,7 @@ def statements(service: Service, policy: Policy) -> list[Statement]:
     except ProviderUnavailable as error:
         if not ours:
             raise
-        log.warning("the signatures of the booted kernel are passed over: %s", error)
+        log.warning("the signatures of the booted kernel cannot be used: %s", error)
         return list(ours)
 
 
@@ -138,7 +138,7 @@ def use_key(
 ) -> R:
     """Load a version of a key, satisfy its policy and call ``use(tpm, handle, session)``."""
     policy = version.policy
-    said = statements(service, policy)
+    approvals = statements(service, policy)
 
     def operation(tpm: Tpm, pin: bytearray | None) -> R:
         from keymgmt_tpm2.policy._authorize import authorize
@@ -147,8 +147,8 @@ def use_key(
         handle = tpm.load(version.public, version.private)
         if pin is not None:
             tpm.set_pin(handle, pin)
-        # Last, because a PCR that moves between this and the use makes both in vain.
-        authorize(tpm, session, policy, said, f"the key {key!r}")
+        # The last step before the use: if a PCR changes between the two, both must be repeated.
+        authorize(tpm, session, policy, approvals, f"the key {key!r}")
         return use(tpm, handle, session)
 
     doing = f"{service.name}:{key}@{version.version}"

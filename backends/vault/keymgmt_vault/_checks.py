@@ -1,4 +1,4 @@
-"""What ``keymgmt doctor`` says of a Vault: each address, the login, the policy, a round trip."""
+"""The findings of ``keymgmt doctor`` about a Vault: addresses, login, policy, round trip."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _HEALTH: Final = (
 
 
 def check(session: Session, keys: Keys, wrapping: Wrapping, key: str | None) -> Health:
-    """Look at everything once; what fails becomes a finding, and what hangs on it is left out."""
+    """Check everything once; after a failure the checks that depend on it are skipped."""
     return Health(tuple(_findings(session, keys, wrapping, key)))
 
 
@@ -42,9 +42,9 @@ def _findings(
 ) -> Iterator[Finding]:
     nodes = session.connection.nodes.candidates()
     with ThreadPoolExecutor(len(nodes)) as pool:
-        found = list(itertools.chain(*pool.map(lambda node: list(_node(session, node)), nodes)))
-    yield from sorted(found, key=lambda finding: finding.name.startswith(_CERTIFICATE))
-    if not any(f.status == "ok" and not f.name.startswith(_CERTIFICATE) for f in found):
+        per_node = list(itertools.chain(*pool.map(lambda node: list(_node(session, node)), nodes)))
+    yield from sorted(per_node, key=lambda finding: finding.name.startswith(_CERTIFICATE))
+    if not any(f.status == "ok" and not f.name.startswith(_CERTIFICATE) for f in per_node):
         yield Finding("login", "skipped", "no address can be used")
         return
     try:
@@ -124,7 +124,7 @@ def _token(session: Session) -> Finding:
     if not ttl:
         return Finding("login", "ok", f"{text}, the token does not expire")
     if method == "token" and not data.get("renewable"):
-        hint = "nobody renews it: use an auth method that logs in, or a renewable token"
+        hint = "it cannot be renewed: use an auth method that logs in, or a renewable token"
         return Finding("login", "warning", f"{text}, the token ends in {ttl} s", hint)
     return Finding("login", "ok", f"{text}, the token lives {ttl} s and is renewed or replaced")
 
@@ -135,7 +135,7 @@ def _key(session: Session, keys: Keys, wrapping: Wrapping, key: str) -> Iterator
     try:
         described = keys.read(check_key(key)).info()
     except AccessDenied:
-        yield Finding("key", "skipped", f"the policy does not let us look at {key}")
+        yield Finding("key", "skipped", f"the policy does not allow to read the key {key}")
     except KeymgmtError as error:
         yield _failed("key", error)
         return
@@ -145,22 +145,24 @@ def _key(session: Session, keys: Keys, wrapping: Wrapping, key: str) -> Iterator
             "key",
             "warning" if exportable else "ok",
             f"{key}: {described.kind}, version {described.newest}",
-            "the server gives it away; make another that is not exportable" if exportable else None,
+            "the server lets the key out; create another key that is not exportable"
+            if exportable
+            else None,
         )
         yield from _upsert(session)
     if described is not None and described.purpose == "sign":
         yield _signs(keys, key)
         return
     yield from _grants(session, key)
-    doing = "wrap"
+    step = "wrap"
     try:
         with Dek.generate() as dek:
             wrapped = wrapping.wrap(key, dek, context)
-            doing = "unwrap"
+            step = "unwrap"
             with wrapping.unwrap(wrapped, context) as again:
                 same = again == dek
     except AccessDenied:
-        yield Finding("round trip", "skipped", f"the policy does not let us {doing}")
+        yield Finding("round trip", "skipped", f"the policy does not allow to {step}")
     except KeymgmtError as error:
         yield _failed("round trip", error)
     else:
@@ -172,14 +174,14 @@ def _signs(keys: Keys, key: str) -> Finding:
     try:
         keys.sign(key, b"keymgmt doctor")
     except AccessDenied:
-        return Finding("signature", "skipped", "the policy does not let us sign")
+        return Finding("signature", "skipped", "the policy does not allow to sign")
     except KeymgmtError as error:
         return _failed("signature", error)
     return Finding("signature", "ok", "signed")
 
 
 def _grants(session: Session, key: str) -> Iterator[Finding]:
-    """What the policy grants on the key, if it lets us ask (the policy ``default`` does)."""
+    """The policy's grants on the key; none where it does not allow to ask (``default`` does)."""
     native, mount = session.settings.native(key), session.settings.mount
     paths = {verb: f"{mount}/{verb}/{native}" for verb in ("encrypt", "decrypt")}
     try:
@@ -215,12 +217,12 @@ def _upsert(session: Session) -> Iterator[Finding]:
     try:
         data = session.call("read", "", lambda: session.connection.get(path))
     except KeymgmtError:
-        # Few policies grant this look; the key is looked at before each wrap anyway.
+        # Few policies grant this. It is not needed, since each wrap reads the key first.
         return
     if data.get("disable_upsert") is False:
         yield Finding(
             "upsert",
             "warning",
-            "Transit creates a key that is encrypted with and is not there",
+            "Transit creates a key that does not exist when something is encrypted with it",
             f"bao write {session.settings.mount}/config/keys disable_upsert=true",
         )

@@ -19,10 +19,10 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
 @app.callback()
 def _commands() -> None:
-    """One command alone would be run without its name."""
+    """Without a callback, typer would run an only command without its name."""
 
 
-# `dev` is a distribution of its own, keymgmt-vault-dev, which devices do not install.
+# `dev` is in a distribution of its own, keymgmt-vault-dev, which devices do not install.
 for entry in entry_points(group="keymgmt_vault.commands"):
     app.command(entry.name)(entry.load())
 
@@ -32,7 +32,8 @@ def policy(
     context: typer.Context,
     role: Annotated[_Role, typer.Argument(help="What the machine does.", show_default=False)],
     reference: Annotated[
-        str, typer.Argument(metavar="PROVIDER:KEY", help="With which key.", show_default=False)
+        str,
+        typer.Argument(metavar="PROVIDER:KEY", help="The key that it uses.", show_default=False),
     ],
 ) -> None:
     """Print the least policy for a machine, to pipe into `bao policy write NAME -`.

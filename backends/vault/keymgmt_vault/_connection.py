@@ -1,11 +1,11 @@
 """The nodes of one Vault as one service: an hvac adapter that knows several addresses.
 
-Strategy: ask the node that answered last. If it is dead, sealed or stalled, ask the next one at
-once; if all are and waiting may help, wait (doubling, with jitter, or as the server asks) and go
-round again until the time is over. The time is divided so that every node gets its turn. What a
-node answers about a key or a right is final only if the node is the leader: a standby may not have
-heard yet, and then the leader is asked. A request that changes something is repeated only where it
-was certainly not carried out.
+Strategy: ask the node that answered last. If it is dead, sealed or stalled, ask the next node at
+once; if all nodes are, and waiting may help, wait (doubling, with jitter, or as the server asks)
+and ask them all again until the time is over. The time is divided so that every node gets its turn.
+A node's answer about a key or a right is final only if the node is the leader: a standby may lag
+behind, so then the leader is asked. A request that changes something is repeated only if it was
+certainly not carried out.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _STALE: Final = (b"encryption key not found", b"version is too new", b"signing k
 _PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 1.0
 _MAX_INDEX: Final = 1024
-# Seconds for what changes something and is asked once: making an RSA key takes some.
+# Seconds for a request that changes something, which is sent once: creating an RSA key is slow.
 _SLOW: Final = 30.0
-_LEADS_FOR: Final = 5.0  # seconds for which a node that led is taken for the leader
+_LEADS_FOR: Final = 5.0  # seconds for which the answer about who leads is reused
 _to_json: Final = jsonlib.JSONEncoder(separators=(",", ":")).encode
 _CREDENTIALS: Final = {"jwt", "plaintext", "role_id", "secret_id", "token"}
 
@@ -58,7 +58,7 @@ class _Request:
 
     @property
     def secrets(self) -> Iterator[str]:
-        """What must not come back in the words of an answer."""
+        """The secrets of the request, which an error must not repeat from the answer."""
         if token := self.headers.get("X-Vault-Token"):
             yield token
         yield from _secrets(self.json)
@@ -76,14 +76,14 @@ _BOUNDED: Final = contextlib.nullcontext()
 
 
 class Connection(Adapter, ForkSafe):  # type: ignore[misc]
-    """What hvac's API classes send through: ``request`` returns the answer's JSON.
+    """The adapter through which hvac's API classes send: ``request`` returns the answer's JSON.
 
     Thread-safe and fork-safe. ``token`` goes with every request that is not a login; ``login_as``
-    says whether the credentials of the next login may serve once.
+    says whether the credentials of the next login can be used only once.
     """
 
     def __init__(self, settings: VaultSettings) -> None:
-        # hvac's own __init__ would make a requests session, which is not used here.
+        # hvac's __init__ is not called: it would open a session of ``requests``.
         self._settings = settings
         self._tls = Tls(settings)
         self._index: str | None = None
@@ -93,7 +93,7 @@ class Connection(Adapter, ForkSafe):  # type: ignore[misc]
         ForkSafe.__init__(self)
 
     def _renew(self) -> None:
-        # The sockets of a parent are the parent's too.
+        # A child shares the sockets of its parent, so it must not use them.
         self.nodes = Nodes(self._settings, self._tls)
         self._leads: dict[Node, float] = {}
         self._thread = _Thread()
@@ -105,7 +105,7 @@ class Connection(Adapter, ForkSafe):  # type: ignore[misc]
         return self._thread.deadline
 
     def operation(self, seconds: float | None = None) -> contextlib.AbstractContextManager[None]:
-        """Bound all requests of this thread inside by ``seconds`` together; the outermost wins."""
+        """Limit all requests of this thread inside to ``seconds`` together; the outermost wins."""
         return _BOUNDED if self._thread.deadline else self._bound(seconds or self._settings.timeout)
 
     @contextlib.contextmanager
@@ -117,7 +117,7 @@ class Connection(Adapter, ForkSafe):  # type: ignore[misc]
             self._thread.deadline = None
 
     def get_login_token(self, response: Any) -> str:
-        """The token of a login's answer; ProviderUnavailable if it has none."""
+        """The token of a login's answer; ProviderUnavailable if it has no token."""
         auth = response.get("auth") if isinstance(response, dict) else None
         token = auth.get("client_token") if isinstance(auth, dict) else None
         if not isinstance(token, str) or not token.isascii() or not token.isprintable():
@@ -142,50 +142,51 @@ class Connection(Adapter, ForkSafe):  # type: ignore[misc]
         token: str | None = None,
         **_: Any,
     ) -> Any:
-        """Send one request to the cluster and return its JSON, or None if there is none.
+        """Send one request to the cluster and return the JSON of the answer, or None without body.
 
         Args:
             method: HTTP method; hvac's ``list`` is Vault's LIST.
             url: path from ``/v1/`` on, made of checked parts.
             headers: more headers.
-            raise_exception: always, here.
+            raise_exception: ignored; errors are always raised.
             json: body.
-            operation: what repeating would do; a login carries no token.
-            fresh: the leader's answer and no standby's.
-            token: in place of the one that is held.
-            _: nothing else of hvac's reaches a connection.
+            operation: whether the request may be repeated; a login carries no token.
+            fresh: require the answer of the leader, and not of a standby.
+            token: sent in place of ``self.token``.
+            _: other options of hvac, which are ignored.
 
         Raises:
             ProviderUnavailable: no answer in time.
             Refusal: the service refused.
         """
-        sent = {"X-Vault-Request": "true", "User-Agent": "keymgmt", **(headers or {})}
+        all_headers = {"X-Vault-Request": "true", "User-Agent": "keymgmt", **(headers or {})}
         token = None if operation.endswith("login") else token or self.token
         if token:
-            sent["X-Vault-Token"] = token
+            all_headers["X-Vault-Token"] = token
         if self.namespace:
-            sent["X-Vault-Namespace"] = self.namespace
+            all_headers["X-Vault-Namespace"] = self.namespace
         if self._index:
-            # A standby that has not caught up with what we wrote passes this on to the leader.
-            sent["X-Vault-Index"] = self._index
-            sent["X-Vault-Inconsistent"] = "forward-active-node"
+            # A standby that has not received our last change yet forwards the request to the
+            # leader (Vault Enterprise's eventual consistency).
+            all_headers["X-Vault-Index"] = self._index
+            all_headers["X-Vault-Inconsistent"] = "forward-active-node"
         body = None
         if json is not None:
             body = _to_json(json).encode()
-            sent["Content-Type"] = "application/json"
-        request = _Request(method.upper(), url, body, sent, operation, fresh, json)
+            all_headers["Content-Type"] = "application/json"
+        request = _Request(method.upper(), url, body, all_headers, operation, fresh, json)
         with self.operation():
             return _decode(request, self._send(request))
 
     def login(self, url: str, use_token: bool = True, **kwargs: Any) -> Any:  # noqa: ARG002
-        """Send a login, without the token that is held; hvac's ``use_token`` has no meaning."""
+        """Send a login, without ``self.token``; hvac's ``use_token`` is ignored."""
         return self.request("post", url, operation=self.login_as, **kwargs)
 
     def ask_node(self, node: Node, path: str) -> tuple[int, Any]:
         """GET a public path of one node, in the root namespace: its status and JSON.
 
         Raises:
-            NodeFailure: it gave no answer.
+            NodeFailure: the node gave no answer.
         """
         with self.operation():
             seconds = self.deadline.share(1, most=self._settings.call_timeout)
@@ -197,29 +198,29 @@ class Connection(Adapter, ForkSafe):  # type: ignore[misc]
             return answer.status, None
 
     def _send(self, request: _Request) -> Answer:
-        # Of each node the failure of its longest try: the last millisecond's says nothing.
-        worst: dict[str, NodeFailure] = {}
+        # The failure of each node's longest try: a try in the last millisecond says nothing.
+        longest: dict[str, NodeFailure] = {}
         pause, deadline = _PAUSE, self.deadline
         while True:
-            answer, failures = self._round(request, worst)
+            answer, failures = self._round(request, longest)
             if answer is not None:
                 return answer
-            asked = min((each.after for each in failures if each.after), default=0.0)
-            wait = max(asked, pause * (1 + random.random()))  # noqa: S311 - jitter
+            retry_after = min((each.after for each in failures if each.after), default=0.0)
+            wait = max(retry_after, pause * (1 + random.random()))  # noqa: S311 - jitter
             passing = any(each.fault.passing for each in failures)
-            if not passing or asked > deadline.remaining or deadline.remaining < _PAUSE / 2:
-                raise _unavailable(worst, asked)
-            time.sleep(min(wait, deadline.remaining if asked else deadline.remaining / 2))
+            if not passing or retry_after > deadline.remaining or deadline.remaining < _PAUSE / 2:
+                raise _unavailable(longest, retry_after)
+            time.sleep(min(wait, deadline.remaining if retry_after else deadline.remaining / 2))
             pause = min(_LONGEST_PAUSE, pause * 2)
 
     def _round(
-        self, request: _Request, worst: dict[str, NodeFailure]
+        self, request: _Request, longest: dict[str, NodeFailure]
     ) -> tuple[Answer | None, list[NodeFailure]]:
         nodes, failures = self.nodes, list[NodeFailure]()
         waiting, seen = nodes.candidates(), set[Node | Address]()
         fair = min(self._settings.call_timeout, self.deadline.seconds / len(waiting))
-        # Once a node has failed, its reason says more than that the time is over.
-        while waiting and (self.deadline.remaining or not worst):
+        # When the time is over and a node has failed, that failure is reported, and not the time.
+        while waiting and (self.deadline.remaining or not longest):
             each = waiting.pop(0)
             if each in seen:
                 continue
@@ -235,9 +236,9 @@ class Connection(Adapter, ForkSafe):  # type: ignore[misc]
                 failure.seconds = time.monotonic() - begun
                 failures.append(failure)
                 hasty = failure.kind == "stalled" and seconds < fair * 0.9
-                known = worst.get(str(each))
+                known = longest.get(str(each))
                 if known is None or (not hasty and failure.seconds >= known.seconds):
-                    worst[str(each)] = failure
+                    longest[str(each)] = failure
                 nodes.failed(each, failure, rest=failure.kind != "limited" and not hasty)
             else:
                 nodes.current = each
@@ -245,11 +246,17 @@ class Connection(Adapter, ForkSafe):  # type: ignore[misc]
         return None, failures
 
     def _try(self, request: _Request, node: Node, seconds: float) -> Answer:
-        """One node's answer, if it is one of Vault's; ``seconds`` is not for all of a slow one."""
+        """The answer of one node, if it comes from a Vault.
+
+        Args:
+            request: the request.
+            node: the node.
+            seconds: for the connection, and for the answer to a request that may be repeated.
+        """
         limits = {
             "ask": None,
             "change": _SLOW,
-            # It may have to wait for an election, and each one that is sent leaves a token.
+            # The node may have to wait for an election, and a repeated login leaves a second token.
             "login": max(seconds, self.deadline.remaining / 2),
             "single-use login": self.deadline.remaining,
         }
@@ -267,7 +274,7 @@ class Connection(Adapter, ForkSafe):  # type: ignore[misc]
             _judge(answer, request.secrets)
         except NodeFailure as failure:
             fault = NODE_FAULTS.find("lost", request.operation)
-            # What a node says of its own failure to log us in is an answer.
+            # An error status says that a login failed, so it is known not to have been carried out.
             answered = request.login and failure.kind == "status"
             if failure.sent and not answered and fault is not _UNKNOWN:
                 raise fault.error(
@@ -282,7 +289,7 @@ class Connection(Adapter, ForkSafe):  # type: ignore[misc]
         return answer
 
     def _settle(self, request: _Request, node: Node, answer: Answer) -> Answer:
-        """Ask the leader where ``node`` may only not have heard yet of a key, version or right."""
+        """Ask the leader if ``node`` may be a standby that lags in a key, version or right."""
         if not _may_be_stale(request, answer):
             return answer
         leader = None
@@ -297,13 +304,13 @@ class Connection(Adapter, ForkSafe):  # type: ignore[misc]
             with contextlib.suppress(NodeFailure):
                 answer = self._try(request, leader, seconds)
                 if _may_be_stale(request, answer):
-                    # What else is refused is refused here, and asked once.
+                    # The leader's refusal is final; the next requests go to the leader directly.
                     self.nodes.current = leader
             return answer
         if answer.status == 403:
             return answer
-        # The leader is not one of ours by name: behind a load balancer, say. Standbys were seen to
-        # lag by up to 100 ms.
+        # The leader's address is not in the config, for example behind a load balancer. Standbys
+        # were seen to lag by up to 100 ms.
         for pause in (0.05, 0.1, 0.2, 0.4):
             time.sleep(min(pause, self.deadline.remaining))
             for other in self.nodes.candidates():
@@ -318,19 +325,20 @@ class Connection(Adapter, ForkSafe):  # type: ignore[misc]
     def _settle_login(
         self, request: _Request, node: Node, answer: Answer, leader: Node | None
     ) -> Answer:
-        """What the leader says of a login that a standby refused, which may lag behind it.
+        """The leader's answer to a login that a standby refused.
 
-        A refusal is final, and noted for a while, so it must be the leader's: while there is none,
-        a standby may lag for long. It is waited for, and the login is sent once more only: the
-        server counts bad ones, and after five it locks the role for everybody.
+        A refused login is not sent again for a while (``_login``), so the refusal must come from
+        the leader: a standby may lag behind it, and for long while the cluster has no leader. So
+        the leader is waited for, and the login is sent only once more, since the server counts bad
+        logins and locks the role for everybody after five.
         """
         pause, elsewhere = _PAUSE, False
         while True:
             nodes = [each for each in self.nodes.candidates() if isinstance(each, Node)]
-            for each in sorted(nodes, key=lambda one: one is not leader):
+            for each in sorted(nodes, key=lambda node: node is not leader):
                 with contextlib.suppress(NodeFailure):
                     leads = self._leader(each, known=False)
-                    # The leader is not one of ours by name: behind a load balancer, say.
+                    # The leader's address is not in the config, as behind a load balancer.
                     elsewhere = elsewhere or leads is None
                     if leads is each:
                         self.nodes.current = each
@@ -342,7 +350,7 @@ class Connection(Adapter, ForkSafe):  # type: ignore[misc]
                 return answer
             if self.deadline.remaining < _PAUSE / 2:
                 raise ProviderUnavailable(
-                    f"{node} refuses the login, and there is no leader that may know better",
+                    f"{node} is a standby and refuses the login, and no leader can be asked",
                     hint=NODE_FAULTS.find("standby").hint,
                 )
             time.sleep(min(pause * (1 + random.random()), self.deadline.remaining))  # noqa: S311
@@ -352,12 +360,14 @@ class Connection(Adapter, ForkSafe):  # type: ignore[misc]
         return self._try(request, node, self.deadline.share(1, most=self._settings.call_timeout))
 
     def _leader(self, node: Node, *, known: bool) -> Node | None:
-        """The node that ``node`` says leads, maybe ``node`` itself; None for one that is not ours.
+        """The leader according to ``node``; None for a leader whose address is not in the config.
 
-        ``known``: whether what it said a moment ago will do.
+        Args:
+            node: the node to ask, which may be the leader itself.
+            known: whether an answer of the last ``_LEADS_FOR`` seconds is good enough.
 
         Raises:
-            NodeFailure: it knows of none, or does not answer.
+            NodeFailure: it knows no leader, or does not answer.
         """
         if known and self._leads.get(node, 0.0) > time.monotonic():
             return node
@@ -366,7 +376,7 @@ class Connection(Adapter, ForkSafe):  # type: ignore[misc]
         except ProviderUnavailable:
             raise NodeFailure("stalled", sent=False) from None
         if not isinstance(answer, dict):
-            return None  # a proxy keeps that path to itself
+            return None  # a proxy does not let this path through
         if not answer.get("ha_enabled") or answer.get("is_self"):
             self._leads = {node: time.monotonic() + _LEADS_FOR}
             return node
@@ -384,14 +394,14 @@ class Connection(Adapter, ForkSafe):  # type: ignore[misc]
 _UNKNOWN: Final = NODE_FAULTS.find("")
 
 
-def _unavailable(worst: Mapping[str, NodeFailure], asked: float) -> ProviderUnavailable:
-    kinds = [failure.kind for failure in worst.values()]
+def _unavailable(longest: Mapping[str, NodeFailure], retry_after: float) -> ProviderUnavailable:
+    kinds = [failure.kind for failure in longest.values()]
     kind = max(set(kinds), key=kinds.count) if kinds else "stalled"
-    said = "; ".join(f"{place}: {failure}" for place, failure in worst.items())
+    failures = "; ".join(f"{node}: {failure}" for node, failure in longest.items())
     hint = NODE_FAULTS.find(kind).hint
-    if asked:
-        hint = f"the server asks to try again in {asked:.3g} s"
-    return ProviderUnavailable(f"no answer from {said}", hint=hint)
+    if retry_after:
+        hint = f"the server asks to try again in {retry_after:.3g} s"
+    return ProviderUnavailable(f"no answer from {failures}", hint=hint)
 
 
 def _secrets(body: Any) -> Iterator[str]:
@@ -409,21 +419,21 @@ def _secrets(body: Any) -> Iterator[str]:
 def _may_be_stale(request: _Request, answer: Answer) -> bool:
     if request.fresh or (answer.status == 404 and request.method == "GET"):
         return True
-    # A secret id, a token or a right that was given a moment ago is not known to a standby.
+    # A standby may not know a secret id, a token or a right that was given a moment ago.
     if answer.status == 403 or (request.login and answer.status == 400):
         return True
-    # 200 is a batch in which single items failed.
+    # A batch in which single items failed has the status 200.
     return answer.status in (200, 400) and any(text in answer.data for text in _STALE)
 
 
 def _is_answered(answer: Answer) -> bool:
-    """Whether the service did what was asked, or says of each item of a batch why not."""
-    # A batch of which every item failed is status 400, whatever code was asked for.
+    """Whether the service carried the request out, or gives a reason for each item of a batch."""
+    # A batch of which every item failed has status 400, whatever status the request asks for.
     return 200 <= answer.status < 300 or (answer.status == 400 and _BATCH_RESULTS in answer.data)
 
 
 def _judge(answer: Answer, secrets: Iterator[str]) -> None:
-    """NodeFailure where another node should be asked, because this answer does not count."""
+    """Raise NodeFailure if the answer says something of the node only, so another one is asked."""
     status = answer.status
     if _is_answered(answer):
         return
@@ -447,7 +457,7 @@ def _judge(answer: Answer, secrets: Iterator[str]) -> None:
 
 
 def _words(answer: Answer, secrets: Iterator[str]) -> list[str] | None:
-    """The service's own reasons, short and printable; None where it is no Vault's answer."""
+    """The service's own reasons, short and printable; None if the answer is not from a Vault."""
     try:
         errors = jsonlib.loads(answer.data)["errors"]
         words = [str(text) for text in errors]
@@ -470,6 +480,6 @@ def _decode(request: _Request, answer: Answer) -> Any:
         raise Refusal(answer.status, _words(answer, request.secrets) or [])
     with contextlib.suppress(ValueError, RecursionError):
         return jsonlib.loads(answer.data) if answer.data else None
-    # Not while the decoder's error is handled, which holds the whole answer.
+    # Raised outside of a handler: the decoder's error as __context__ would hold the whole answer.
     fault = NODE_FAULTS.find("json")
     raise ProviderUnavailable(fault.message, hint=fault.hint)

@@ -1,9 +1,9 @@
-"""What goes wrong, as two tables: with a node, and with what the service refuses.
+"""Two tables of faults: failures of a node, and refusals of the service.
 
-A node's failure says whether waiting may help (``passing``) and never whether another node should
-be asked: that is always done. What Vault refuses comes as a status and a sentence; the sentences
-here were seen from OpenBao 2.7, whose Transit comes from HashiCorp Vault's. An answer that is none
-of Vault's is never taken for a refusal, whatever its status is.
+The table of node failures says whether waiting may help (``passing``); another node is asked after
+any failure. Vault refuses with a status and a sentence; the sentences here were seen from OpenBao
+2.7, whose Transit engine comes from HashiCorp Vault. An answer that does not come from a Vault is
+never taken for a refusal, whatever its status is.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 __all__ = ["NODE_FAULTS", "NodeFailure", "Operation", "Refusal", "Verb", "refused"]
 
 Operation = Literal["ask", "change", "login", "single-use login"]
-"""How a request may be sent: to ask again changes nothing; ``change`` and a login whose credential
-may serve once are never repeated where the node may have carried them out."""
+"""Whether a request may be repeated: ``ask`` changes nothing; ``change`` and a login with a
+credential for a single use are never repeated if the node may have carried them out."""
 
 Verb = Literal["encrypt", "decrypt", "sign", "rotate", "read", "create", "retire", "list", "delete"]
 
@@ -45,16 +45,18 @@ _NO_VAULT: Final = "look whether this is the address of a Vault or OpenBao serve
 NODE_FAULTS: Final = FaultTable[str](
     {
         "name": _node(
-            "its name is not known", "look at the address, and at the name service", passing=False
+            "its name cannot be resolved",
+            "look at the address, and at the name service",
+            passing=False,
         ),
         "look-up": _node("the name service gives no answer", "look at this machine's name service"),
         "refused": _node("no connection: {}", "look whether the server runs, and at the address"),
         "stalled": _node(
-            "no answer in {} s", "look whether the server hangs or a firewall drops what is sent"
+            "no answer in {} s", "look whether the server hangs, or a firewall drops packets"
         ),
         "certificate": _node(
             "its certificate is refused: {}",
-            "name in ca_file who issued the server's certificate",
+            "name in ca_file the authority that issued the server's certificate",
             passing=False,
         ),
         "expired": _node(
@@ -69,11 +71,11 @@ NODE_FAULTS: Final = FaultTable[str](
             "no TLS: {}", "look at the address, and whether client_cert is asked for", passing=False
         ),
         "https": _node(
-            "it speaks https, and is asked in http", "write https:// in address", passing=False
+            "it speaks https, and the address says http", "write https:// in address", passing=False
         ),
         "broken": _node("the connection broke", "look at the log of the server or its balancer"),
         "oversized": _node("an answer of more than {} bytes", _NO_VAULT, passing=False),
-        "json": _node("the server's answer is no JSON", _NO_VAULT, passing=False),
+        "json": _node("the server's answer is not JSON", _NO_VAULT, passing=False),
         "sealed": _node(
             "it is sealed or not initialised", "unseal it, with vault or with: bao operator unseal"
         ),
@@ -88,37 +90,39 @@ NODE_FAULTS: Final = FaultTable[str](
         "standby": _node("it is a standby and knows no leader", "look at the cluster's health"),
         "status": _node("it answered with status {}", "look at the server's log"),
         "page": _node(
-            "a proxy, and no Vault, answered with status {}",
+            "a proxy answered in place of Vault, with status {}",
             "look whether the server behind the proxy or balancer runs",
         ),
         "stranger": _node(
-            "what answered with status {} is no Vault",
-            f"a proxy, gateway or another service is there: {_NO_VAULT}",
+            "another service than Vault answered with status {}",
+            f"a proxy, a gateway or another service is at this address: {_NO_VAULT}",
             passing=False,
         ),
     },
     unknown=_node("it failed in an unknown way", "look at the server's log", passing=False),
     operations={
         ("change", "lost"): _node(
-            "what was asked may have been done",
+            "the change may have been carried out",
             "look with: keymgmt keys show PROVIDER:KEY",
             passing=False,
         ),
         ("single-use login", "lost"): _node(
-            "the login may have used up the secret id", "give this machine a new one", passing=False
+            "the login may have used up the secret id",
+            "give this machine a new secret id",
+            passing=False,
         ),
     },
 )
 
 
 class NodeFailure(Exception):
-    """No answer that can be used from one node.
+    """One node gave no usable answer.
 
     Attributes:
-        kind: what is wrong, as NODE_FAULTS has it.
-        sent: whether the node may have carried out what it was asked.
-        seconds: how long it was tried.
-        after: seconds that the node asks us to wait (RFC 9110, Retry-After).
+        kind: the fault, a key of NODE_FAULTS.
+        sent: whether the node may have carried out the request.
+        seconds: how long the node was tried.
+        after: seconds that the node asks to wait (RFC 9110, Retry-After).
     """
 
     seconds = 0.0
@@ -135,7 +139,7 @@ class NodeFailure(Exception):
 
 
 class Refusal(Exception):
-    """The service answered and refused; ``words`` are its own, without what we had sent."""
+    """The service refused; ``words`` are its reasons, without secrets of the request."""
 
     def __init__(self, status: int, words: Sequence[str]) -> None:
         self.words: Final = "; ".join(words)
@@ -168,7 +172,8 @@ _WORDS: Final = (
 
 def _code(status: int, words: str) -> str:
     if status in (401, 403) and words == "permission denied":
-        # A policy's no is worded as a list: "1 error occurred: * permission denied".
+        # Vault says "permission denied" alone for a token that it does not know. A refusal by a
+        # policy is a list: "1 error occurred: * permission denied".
         return "dead token"
     for text, code in _WORDS:
         if text in words:
@@ -189,15 +194,15 @@ _REFUSALS: Final = FaultTable[str](
         "dead token": Fault(
             AccessDenied,
             "the token has expired, was revoked, or is of another server or namespace",
-            "replace it where the config takes it from, or use an auth method that logs in itself; "
-            "where it lives, look at the addresses that it is bound to",
+            "replace it at the source that the config names, or use an auth method that logs in by "
+            "itself; if the token is still valid, look at the addresses that it is bound to",
         ),
         "denied": Fault(
             AccessDenied,
             "the policy does not allow {capability} on {path}",
             'if it should, grant it: path "{path}" {{ capabilities = ["{capability}"] }}; where '
             "it is granted, look at allowed_parameters, the mount, the key name and the "
-            "namespace: Vault refuses what is not there with the same words",
+            "namespace: Vault uses the same words for a path that does not exist",
         ),
         "no mount": _NO_MOUNT,
         "absent": _NO_MOUNT,
@@ -209,7 +214,8 @@ _REFUSALS: Final = FaultTable[str](
         "retired": Fault(
             KeyRetired,
             "that version of the Transit key {place} is retired",
-            "rewrap the model elsewhere, or lower min_decryption_version for a while",
+            "rewrap the model where another group opens it, or lower min_decryption_version for a "
+            "while",
         ),
         "soft-deleted": Fault(
             KeyRetired,
@@ -224,7 +230,7 @@ _REFUSALS: Final = FaultTable[str](
         ("read", "absent"): _NO_KEY,
         ("decrypt", "no key"): Fault(WrongKey, "there is no Transit key {place}"),
         ("decrypt", "other type"): Fault(
-            WrongKey, "the Transit key {place} is of another type than this blob's"
+            WrongKey, "the Transit key {place} is of another type than the wrapped key needs"
         ),
         ("decrypt", "tampered"): Fault(
             UnwrapFailed,

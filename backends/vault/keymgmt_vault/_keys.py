@@ -57,7 +57,7 @@ log: Final = logging.getLogger("keymgmt.vault")
 
 @dataclass(frozen=True)
 class Described:
-    """A Transit key as the server describes it."""
+    """The server's description of a Transit key."""
 
     settings: VaultSettings
     key: str
@@ -72,7 +72,7 @@ class Described:
     detail: Mapping[str, str]
 
     def info(self) -> KeyInfo:
-        """The key in the core's words."""
+        """The key as a KeyInfo."""
         versions = tuple(
             KeyVersion(str(number), self._state(number), _created(self.versions.get(str(number))))
             for number in range(self.oldest, self.newest + 1)
@@ -102,13 +102,13 @@ class Described:
                 return raw.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
             return PublicKey.from_pem(text.encode()).der
         except (ValueError, ConfigError) as error:
-            raise ProviderUnavailable("the server's answer is no public key") from error
+            raise ProviderUnavailable("the server's answer is not a public key") from error
 
 
 class Keys:
     """Transit's key endpoints for one provider; every ``key`` has matched its grammar.
 
-    Each call has its own time: making an RSA key may take longer than an operation may.
+    Each request has a time limit of its own: creating an RSA key may take longer than ``timeout``.
     """
 
     def __init__(self, session: Session) -> None:
@@ -116,9 +116,15 @@ class Keys:
         self._settings = session.settings
 
     def read(self, key: str, *, fresh: bool = False) -> Described:
-        """One key; KeyNotFound if it is not there, UnsupportedOperation if it is no use to us.
+        """Read one key.
 
-        ``fresh`` asks the leader, where a standby would not do.
+        Args:
+            key: the key name.
+            fresh: ask the leader, since a standby may lag behind.
+
+        Raises:
+            KeyNotFound: there is no such key.
+            UnsupportedOperation: the key is of a type that keymgmt does not use.
         """
         native = self._settings.native(key)
         path = f"/v1/{self._settings.mount}/keys/{native}"
@@ -128,8 +134,8 @@ class Keys:
         kind, versions = data.get("type"), data.get("keys")
         if str(kind) not in KINDS or not isinstance(versions, dict) or data.get("derived"):
             raise UnsupportedOperation(
-                f"the Transit key {native!r} is {str(kind)[:40]}, or derived, and has no use here",
-                hint=f"kinds that have: {', '.join(KINDS)}; not derived",
+                f"the Transit key {native!r} is {str(kind)[:40]}, or derived, and is not usable",
+                hint=f"keymgmt uses keys that are not derived, of the kinds {', '.join(KINDS)}",
             )
         return self._describe(key, native, str(kind), data)
 
@@ -161,17 +167,17 @@ class Keys:
         )
 
     def create(self, key: str, kind: str, options: Mapping[str, str]) -> KeyInfo:
-        """Make a key that cannot be exported; ConfigError if there is one."""
+        """Create a key that cannot be exported; ConfigError if the key exists."""
         check_kind(kind, KINDS, "vault")
         unknown = set(options) - {"auto-rotate"}
         period = options.get("auto-rotate")
         if unknown or (period is not None and not _PERIOD.fullmatch(period)):
             raise ConfigError(
-                f"no option {min(unknown)!r}" if unknown else f"{period!r} is no period",
+                f"no option {min(unknown)!r}" if unknown else f"{period!r} is not a period",
                 hint="known: auto-rotate, such as auto-rotate=2160h",
             )
         native = self._settings.native(key)
-        # Transit answers success, and changes nothing, where the key exists.
+        # For a key that exists, Transit answers success and changes nothing, so look first.
         with contextlib.suppress(KeyNotFound):
             with contextlib.suppress(UnsupportedOperation):
                 self.read(key)
@@ -194,14 +200,14 @@ class Keys:
         )
 
     def list(self) -> list[KeyInfo]:
-        """Every key that we can use and may read, by name; the others are named in the log."""
+        """Every usable key that may be read, by name; the log names those that may not be read."""
         session = self._session
         try:
             data = session.call(
                 "list", "", lambda: session.transit.list_keys(mount_point=self._settings.mount)
             )
         except ProviderError as error:
-            # Transit answers 404, and gives no reason, where there is no key yet.
+            # Transit answers 404 without a reason while it has no key at all.
             if isinstance(error.__cause__, Refusal) and error.__cause__.code == "absent":
                 return []
             raise
@@ -209,14 +215,14 @@ class Keys:
         keys = map(self._settings.ours, map(str, names if isinstance(names, list) else []))
         ours = sorted({key for key in keys if key is not None and self._settings.may_hold(key)})
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            found = list(pool.map(self._look, ours))
-        closed = [key for key, info in zip(ours, found, strict=True) if info is False]
-        if closed:
-            log.warning("the policy does not let us look at: %s", ", ".join(closed))
-        return [info for info in found if isinstance(info, KeyInfo)]
+            results = list(pool.map(self._look, ours))
+        denied = [key for key, info in zip(ours, results, strict=True) if info is False]
+        if denied:
+            log.warning("the policy does not allow to read the keys %s", ", ".join(denied))
+        return [info for info in results if isinstance(info, KeyInfo)]
 
     def _look(self, key: str) -> KeyInfo | bool:
-        """The key; False where it may not be read, True where it is of no use."""
+        """The key; False where it may not be read, True where it is not usable."""
         try:
             return self.read(key).info()
         except AccessDenied:
@@ -232,7 +238,7 @@ class Keys:
 
     def retire(self, key: str, version: str) -> KeyInfo:
         """Raise ``min_decryption_version`` past the oldest version that is in use."""
-        # The floor of a standby that lags would lower the real one.
+        # A standby that lags may answer with an older floor, which would lower the present floor.
         before = self.read(key, fresh=True).alive()
         known = {entry.version: entry.state for entry in before.info().versions}
         check_retirable(key, version, list(known), self._session.name)
@@ -241,15 +247,15 @@ class Keys:
         floor = max(before.floor, before.oldest)
         if int(version) != floor:
             raise ConfigError(
-                f"retiring version {version} would retire those before it too",
-                hint=f"Transit has only a floor: retire {floor} first",
+                f"retiring version {version} would retire the versions before it too",
+                hint=f"Transit retires all versions below a floor: retire {floor} first",
             )
         body = {"min_decryption_version": int(version) + 1}
         self._write("retire", before.native, "/config", body)
         return self.read(key).info()
 
     def delete(self, key: str) -> None:
-        """Allow the key's deletion, which Transit refuses by itself, and delete it."""
+        """Set ``deletion_allowed``, without which Transit refuses, and delete the key."""
         described = self.read(key, fresh=True)
         path = f"/v1/{self._settings.mount}/keys/{described.native}"
         connection = self._session.connection
@@ -285,7 +291,7 @@ class Keys:
         if described.purpose != "sign":
             raise UnsupportedOperation(
                 f"the key {key!r} is {described.kind} and wraps; it does not sign",
-                hint="an RSA key signs where the config says so: "
+                hint="an RSA key signs if the config says so: "
                 f'[providers.{self._session.name}.keys.{key}] purpose = "sign"'
                 if described.kind in RSA
                 else "a key that signs is of kind ed25519, ecdsa-p256 or ecdsa-p384",
@@ -309,7 +315,9 @@ class Keys:
             )
         match = _SIGNATURE.fullmatch(text_of(data, "signature"))
         if match is None or int(match[1]) != described.newest:
-            raise ProviderUnavailable("the server's answer is no signature of the newest version")
+            raise ProviderUnavailable(
+                "the server's answer is not a signature of the newest version"
+            )
         return Signature(binascii.a2b_base64(match[2]), public)
 
 

@@ -1,4 +1,4 @@
-"""Logging in: the credentials of each method, read anew each time, and what a refusal means."""
+"""Logging in with the credentials of each method, which are read again for each login."""
 
 from __future__ import annotations
 
@@ -42,13 +42,16 @@ __all__ = ["LOGIN_HINTS", "Lease", "Login", "text_of"]
 
 _MachineAuth = AppRoleAuth | CertAuth | JwtAuth | KubernetesAuth
 
-_FIRST_LOOK: Final = 1.0  # a short command never looks a token up, which costs one of its uses
-# The server counts bad logins, and after five in fifteen minutes locks the role for everybody.
+# Seconds until a given token is looked up. A look-up costs a token with ``num_uses`` one of its
+# uses, so a short command does without.
+_FIRST_LOOK: Final = 1.0
+# Seconds until refused credentials are sent again, doubled with each refusal. Vault locks a role
+# for everybody after five bad logins in fifteen minutes (its user lockout).
 _BACK_OFF: Final = 60.0
 _LONGEST_BACK_OFF: Final = 960.0
-_FORGOTTEN: Final = 86400.0  # seconds after which a note of credentials that nobody uses is removed
+_FORGOTTEN: Final = 86400.0  # seconds after which the note of unused credentials is removed
 
-# Gone when the machine starts, as the times are that are kept there.
+# Notes hold times of CLOCK_MONOTONIC, which a boot resets; a boot also empties /dev/shm.
 _NOTES: Final = Path("/dev/shm")  # noqa: S108 - files of this user alone, read as secrets are
 _BOOT: Final = Path("/proc/sys/kernel/random/boot_id")
 LOGIN_HINTS: Final = {
@@ -62,7 +65,7 @@ LOGIN_HINTS: Final = {
 
 @dataclass
 class Lease:
-    """A token, how long it lives, and whether it is for us to revoke."""
+    """A token, how long it lives, and whether this process is to revoke it (``ours``)."""
 
     token: str = field(repr=False)
     ends: float = float("inf")
@@ -72,7 +75,7 @@ class Lease:
     ours: bool = False
 
     def plan(self, seconds: object, renewable: object) -> None:
-        """Take in what the server says of it."""
+        """Set the times from the server's answer: seconds to live, and whether it is renewable."""
         self.seconds = float(seconds) if isinstance(seconds, int) else 0.0
         self.renewable = renewable is True
         now = time.monotonic()
@@ -81,14 +84,14 @@ class Lease:
 
 
 @dataclass
-class _Refused:
-    """Until when a login that was refused is not sent again, by any process of this user.
+class _RefusedLogin:
+    """A login that was refused, and until when no process of this user sends it again.
 
     Attributes:
-        note: the file that says so; its name is a digest of place and credentials.
-        until: by the clock that no process sets (CLOCK_MONOTONIC).
-        times: how often it was refused.
-        reason: what the server said.
+        note: the file that holds this; its name is a digest of the server and the credentials.
+        until: in seconds of CLOCK_MONOTONIC, which no process can set.
+        times: how often the login was refused.
+        reason: the server's reason.
     """
 
     note: Path
@@ -97,40 +100,40 @@ class _Refused:
     reason: str = ""
 
     @classmethod
-    def read(cls, note: Path) -> _Refused:
-        """What is known of a login; where nothing can be kept, this process alone knows."""
+    def read(cls, note: Path) -> _RefusedLogin:
+        """Read a note; from memory where this process could not write it."""
         try:
             data = read_file(
                 note, label="note", limit=4096, access="private", error=ProviderUnavailable
             )
             until, times, reason = _NOTE.validate_json(bytes(data))
         except (ProviderUnavailable, ValueError):
-            return _kept_here.get(note.name, cls(note))
+            return _unwritten.get(note.name, cls(note))
         return cls(note, min(until, time.monotonic() + _LONGEST_BACK_OFF), times, reason)
 
-    def again(self, reason: str) -> None:
-        """Note that it was refused once more."""
+    def add(self, reason: str) -> None:
+        """Note another refusal."""
         wait = min(_LONGEST_BACK_OFF, _BACK_OFF * 2 ** min(self.times, 9))
         self.until, self.times, self.reason = time.monotonic() + wait, self.times + 1, reason
         try:
             content = _NOTE.dump_json((self.until, self.times, reason))
             replace_file(self.note, content, mode=0o600)
         except OSError:
-            _kept_here[self.note.name] = self
+            _unwritten[self.note.name] = self
         else:
-            _kept_here.pop(self.note.name, None)
+            _unwritten.pop(self.note.name, None)
             _remove_old_notes()
 
     def forget(self) -> None:
-        """It was not refused."""
-        _kept_here.pop(self.note.name, None)
+        """Remove the note after a successful login."""
+        _unwritten.pop(self.note.name, None)
         with contextlib.suppress(OSError):
             self.note.unlink()
 
 
 _NOTE: Final = TypeAdapter(tuple[float, int, str])
-_kept_here: Final[dict[str, _Refused]] = {}
-"""What could not be noted, by the name of the note."""
+_unwritten: Final[dict[str, _RefusedLogin]] = {}
+"""Refused logins whose note could not be written, by the name of the note."""
 
 
 def _note_of(label: str) -> Path:
@@ -142,17 +145,17 @@ def _note_of(label: str) -> Path:
 
 
 @contextlib.contextmanager
-def _alone(note: Path, seconds: float) -> Iterator[None]:
+def _one_at_a_time(note: Path, seconds: float) -> Iterator[None]:
     """Keep other processes and threads of this user from the same login, where files can be locked.
 
-    The lock stays: another user who saw its name and found it removed could take its place.
+    The lock file stays: if it were removed, another user who knows its name could create it.
     """
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(lock_file(note.with_name(f"{note.name}.lock"), seconds))
         except TimeoutError as error:
             raise ProviderUnavailable(
-                "another process of this user had no answer to the same login in that time",
+                "another process of this user sent the same login and had no answer in time",
                 hint="look whether the server hangs",
             ) from error
         except OSError:
@@ -161,30 +164,30 @@ def _alone(note: Path, seconds: float) -> Iterator[None]:
 
 
 def _remove_old_notes() -> None:
-    """Remove the notes of credentials that were replaced long ago, and whatever lock they have."""
+    """Remove the notes of credentials that were replaced long ago, and their locks."""
     for note in _NOTES.glob(f"keymgmt-{os.geteuid()}-{'[0-9a-f]' * 32}"):
-        old = _Refused.read(note)
+        old = _RefusedLogin.read(note)
         if old.times and old.until < time.monotonic() - _FORGOTTEN:
             with contextlib.suppress(OSError), lock_file(Path(f"{note}.lock"), 0, remove=True):
                 note.unlink(missing_ok=True)
 
 
 class Login:
-    """How one provider gets its token; one thread at a time."""
+    """Gets the token of one provider; for one thread at a time."""
 
     def __init__(self, settings: VaultSettings, connection: Connection) -> None:
         self._settings, self._connection = settings, connection
-        # The token that wrapped a secret id, and the secret id.
+        # A wrapping token, and the secret id that it held.
         self._unwrapped: tuple[str, bytearray] | None = None
-        # Credentials that served before are not for a single use.
+        # The note of the last successful credentials: these are not for a single use.
         self._served = ""
 
     def get(self) -> Lease:
-        """A token: read where somebody else made it, else by a login.
+        """A token: read from its source where the method gives one, else by a login.
 
         Raises:
             AccessDenied: the login was refused.
-            ProviderUnavailable: no answer to the login, or a secret that is not there.
+            ProviderUnavailable: there was no answer to the login, or a secret cannot be read.
         """
         auth = self._settings.auth
         if isinstance(auth, TokenAuth):
@@ -201,7 +204,7 @@ class Login:
         return lease
 
     def is_replaced(self, lease: Lease) -> bool:
-        """Whether a token that was given to us is another one at its source by now."""
+        """Whether the source of a given token holds another token by now."""
         auth = self._settings.auth
         if not isinstance(auth, TokenAuth) or self.asks_a_person:
             return False
@@ -209,23 +212,23 @@ class Login:
 
     @property
     def asks_a_person(self) -> bool:
-        """Whether somebody types a secret for it, who is not asked from a thread of ours."""
+        """Whether a person types a secret for the login; no background thread may ask for it."""
         sources = vars(self._settings.auth).values()
         return any(isinstance(each, SecretSource) and each.prompt is not None for each in sources)
 
     def close(self) -> None:
-        """Wipe the secret id that was unwrapped."""
+        """Wipe the unwrapped secret id."""
         if self._unwrapped:
             wipe(self._unwrapped[1])
             self._unwrapped = None
 
     def _read(self, source: SecretSource) -> str:
-        """A secret; how long a person takes to type it is not the server's fault."""
+        """A secret; the time in which a person types it does not count."""
         with self._connection.deadline.paused():
             return source.read_text()
 
     def _wait_for_sink(self, auth: AgentAuth) -> str:
-        assert auth.sink is not None  # noqa: S101 - needs_token says so
+        assert auth.sink is not None  # noqa: S101 - see Session.needs_token
         while True:
             try:
                 return auth.sink.read_text()
@@ -238,16 +241,16 @@ class Login:
 
     def _send_login(self, auth: _MachineAuth) -> Any:
         credentials = self._credentials(auth)
-        place = (self._settings.address, self._settings.namespace, auth.mount, credentials)
-        note = _note_of(repr(place))
+        login = (self._settings.address, self._settings.namespace, auth.mount, credentials)
+        note = _note_of(repr(login))
         if not isinstance(auth, AppRoleAuth):
-            return self._send_once(auth, credentials, _Refused(note))
-        # Workers that start together learn from the first that it was refused.
-        with _alone(note, self._connection.deadline.remaining):
-            return self._send_once(auth, credentials, _Refused.read(note))
+            return self._send_once(auth, credentials, _RefusedLogin(note))
+        # Of workers that start together, the first logs in; the others read its note of a refusal.
+        with _one_at_a_time(note, self._connection.deadline.remaining):
+            return self._send_once(auth, credentials, _RefusedLogin.read(note))
 
     def _send_once(
-        self, auth: _MachineAuth, credentials: tuple[str | None, ...], refused: _Refused
+        self, auth: _MachineAuth, credentials: tuple[str | None, ...], refused: _RefusedLogin
     ) -> Any:
         left = refused.until - time.monotonic()
         if left > 0:
@@ -255,7 +258,7 @@ class Login:
                 f"the login by {auth.method} was refused: {refused.reason}; the same is not sent "
                 f"again for {left:.0f} s",
                 hint=f"{LOGIN_HINTS[auth.method]}; five bad logins lock a role for everybody; "
-                f"if the server was mended: rm {refused.note}",
+                f"if the fault was at the server and is gone: rm {refused.note}",
             )
         served = refused.note.name
         once = isinstance(auth, AppRoleAuth) and bool(auth.secret_id) and served != self._served
@@ -265,7 +268,7 @@ class Login:
         except Refusal as refusal:
             reason = refusal.words[:200] or "no reason given"
             if isinstance(auth, AppRoleAuth):
-                refused.again(reason)
+                refused.add(reason)
             raise AccessDenied(
                 f"the login by {auth.method} was refused: {reason}",
                 hint=self._login_hint(auth, refusal, credentials[-1] or ""),
@@ -276,15 +279,15 @@ class Login:
         if isinstance(answer, dict) and (answer.get("auth") or {}).get("mfa_requirement"):
             raise AccessDenied(
                 f"the login by {auth.method} asks for a second factor",
-                hint="a machine has none: exempt its role from the MFA enforcement",
+                hint="a machine has no second factor: exempt its role from the MFA enforcement",
             )
         return answer
 
-    def _login_hint(self, auth: _MachineAuth, no: Refusal, sent: str) -> str:
+    def _login_hint(self, auth: _MachineAuth, refusal: Refusal, secret: str) -> str:
         hint = LOGIN_HINTS[auth.method]
-        if isinstance(auth, AppRoleAuth) and sent.startswith(("hvs.", "s.", "hvb.")):
+        if isinstance(auth, AppRoleAuth) and secret.startswith(("hvs.", "s.", "hvb.")):
             hint = "secret_id is a token: if it wraps one, write { wrapped = { file = ... } }"
-        if no.status == 403:
+        if refusal.status == 403:
             hint += (
                 f"; look whether the method is enabled at auth/{auth.mount}, and whether "
                 "bad logins locked the role (a lockout ends after fifteen minutes)"
@@ -309,7 +312,7 @@ class Login:
         if source.wrapped is None:
             return token
         if self._unwrapped is None or self._unwrapped[0] != token:
-            # The token serves once, so what it held is kept for the next login.
+            # The token can be used only once, so its secret id is kept for the next login.
             try:
                 answer = self._connection.request(
                     "post", "/v1/sys/wrapping/unwrap", operation="change", token=token
@@ -317,8 +320,8 @@ class Login:
             except Refusal as refusal:
                 raise AccessDenied(
                     f"the token from {source.wrapped} unwraps no secret id",
-                    hint="it serves once and for a while: give this machine a new one; if it was "
-                    "not this machine that used it, somebody else has the secret id",
+                    hint="such a token can be used once, and for a limited time: give this machine "
+                    "a new one; if another machine used it, somebody else has the secret id",
                 ) from refusal
             data = answer.get("data") if isinstance(answer, dict) else None
             self._unwrapped = token, bytearray(text_of(data or {}, "secret_id").encode())
@@ -332,13 +335,13 @@ class Login:
             return JWT(connection).jwt_login(*credentials, path=auth.mount)
         if isinstance(auth, KubernetesAuth):
             return Kubernetes(connection).login(*credentials, mount_point=auth.mount)
-        # Not hvac's Cert, which wants to read the files itself; the connection has them.
+        # hvac's Cert is not used, since it reads the certificate files itself.
         body = {"name": auth.role} if auth.role else {}
         return connection.login(f"/v1/auth/{auth.mount}/login", json=body)
 
 
 def text_of(data: Mapping[str, Any], name: str) -> str:
-    """A member of an answer that is ASCII text; ProviderUnavailable if it is not there."""
+    """A member of an answer that is ASCII text; ProviderUnavailable if it is missing."""
     value = data.get(name)
     if not isinstance(value, str) or not value.isascii():
         raise ProviderUnavailable(f"the server's answer has no {name}")

@@ -1,4 +1,4 @@
-"""The least that each kind of machine needs, as docs/backends/vault.md has it, in HCL."""
+"""The least policy for each kind of machine, in HCL; docs/backends/vault.md explains them."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The session of one provider: a token that is kept alive, and given back at the end.
+"""The session of one provider: a token that is kept alive, and revoked at the end.
 
-A token that we got is renewed when two thirds of its time are over, or replaced by a new login
-where it can no longer be renewed, by a thread of its own, so that no caller waits for it. A token
-that the server no longer knows is replaced once by the call that finds out. ``close`` revokes what
-this process logged in for, and nothing that was given to it.
+A thread of the session renews the token when two thirds of its time are over, or logs in again
+where it can no longer be renewed, so that no caller waits for that. If the server does not know a
+token any more, the call that learns it logs in again, once. ``close`` revokes the tokens for which
+this process logged in, and no token that was given to it.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Session", "unbound"]
 
-_LOGOUT: Final = 1.0
-_FRUITLESS: Final = 60.0
+_LOGOUT: Final = 1.0  # seconds for revoking all tokens
+_NO_NEW_LOGIN: Final = 60.0  # seconds without a new login, after a new token was refused too
 log: Final = logging.getLogger("keymgmt.vault")
 
 
 class Session(ForkSafe):
-    """Transit of one provider; thread-safe and fork-safe, and raises only keymgmt's errors."""
+    """The Transit engine of one provider; thread-safe and fork-safe; raises only our errors."""
 
     def __init__(self, name: str, settings: VaultSettings) -> None:
         self.name = name
@@ -52,27 +52,27 @@ class Session(ForkSafe):
         self._lock = threading.Lock()
         self._running: set[object] = set()
         self._keeper: threading.Event | None = None
-        # What a parent logged in for is its own to revoke.
+        # A parent's tokens are revoked by the parent.
         self._ours: list[Lease] = []
-        self._fruitless = 0.0
+        self._no_login_until = 0.0
 
     @property
     def needs_token(self) -> bool:
-        """Whether requests carry a token of ours; an agent's listener adds its own."""
+        """Whether requests carry a token of the session; the listener of an agent adds its own."""
         return not (isinstance(self._auth, AgentAuth) and self._auth.sink is None)
 
     def call(self, verb: Verb, native: str, action: Callable[[], Any]) -> dict[str, Any]:
         """Run ``action`` logged in, once more if the token had died, and return its ``data``.
 
         Args:
-            verb: what it does, as ``_errors.refused`` names it.
-            native: the key's name in Transit; empty for none.
+            verb: what ``action`` does, for ``_errors.refused``.
+            native: the key's name in Transit; empty where it concerns no key.
             action: one request through ``connection``.
 
         Raises:
-            AccessDenied: expired or not allowed; the message says which.
+            AccessDenied: the token has expired, or its policy does not allow this.
             ProviderUnavailable: no answer that can be used.
-            ProviderError: any other refusal, as ``_errors.refused``.
+            ProviderError: any other refusal, see ``_errors.refused``.
         """
         with self.connection.operation(), self._running_call():
             lease = self.log_in()
@@ -83,11 +83,11 @@ class Session(ForkSafe):
                     raise self._refused(refusal, verb, native) from refusal
                 try:
                     answer = action()
-                except Refusal as again:
-                    if again.code == "dead token" and not isinstance(self._auth, TokenAuth):
-                        # What is refused with a new token is not cured by one login for each call.
-                        self._fruitless = time.monotonic() + _FRUITLESS
-                    raise self._refused(again, verb, native) from again
+                except Refusal as second:
+                    if second.code == "dead token" and not isinstance(self._auth, TokenAuth):
+                        # A new token was refused too, so more logins would not help for now.
+                        self._no_login_until = time.monotonic() + _NO_NEW_LOGIN
+                    raise self._refused(second, verb, native) from second
         if not isinstance(answer, dict):
             return {}
         warnings = answer.get("warnings")
@@ -106,19 +106,19 @@ class Session(ForkSafe):
         return refused(refusal.code, verb, native, self.settings, refusal.words)
 
     def _patiently(self, action: Callable[[], Any]) -> Any:
-        """Run ``action``; at boot an agent that we ask through may not have logged in yet."""
+        """Run ``action``, and wait for an agent that has not logged in yet, as during a boot."""
         while True:
             try:
                 return action()
             except Refusal as refusal:
-                late = refusal.code == "dead token" and not self.needs_token
-                if not late or self.connection.deadline.remaining < 1:
+                agent_is_late = refusal.code == "dead token" and not self.needs_token
+                if not agent_is_late or self.connection.deadline.remaining < 1:
                     raise
             time.sleep(0.25)
 
     @contextlib.contextmanager
     def _running_call(self) -> Iterator[None]:
-        # Adding to a set and taking from it are each one step for other threads.
+        # Adding to a set and discarding from it are atomic in Python, so no lock is needed.
         self._running.add(call := object())
         try:
             yield
@@ -126,11 +126,14 @@ class Session(ForkSafe):
             self._running.discard(call)
 
     def log_in(self) -> Lease | None:
-        """Have a token that lives, and somebody who keeps it alive; None where an agent has it.
+        """Make sure that the session has a valid token and a thread that renews it.
+
+        Returns:
+            The token's lease; None where the listener of an agent adds its own token.
 
         Raises:
             AccessDenied: the login was refused.
-            ProviderUnavailable: no answer to the login, or a secret that is not there.
+            ProviderUnavailable: there was no answer to the login, or a secret cannot be read.
         """
         if not self.needs_token:
             return None
@@ -148,18 +151,18 @@ class Session(ForkSafe):
         return lease
 
     def _replace(self, dead: Lease | None) -> bool:
-        """Replace a token that the server does not know; False where only the operator can."""
-        if dead is None or time.monotonic() < self._fruitless:
+        """Replace a token that the server does not know; False where a login gives no other."""
+        if dead is None or time.monotonic() < self._no_login_until:
             return False
         with self._turn():
-            # None where another thread closed the provider meanwhile.
+            # The lease is None if another thread closed the provider meanwhile.
             if self._lease is dead or self._lease is None:
                 self._log_in()
             return self._lease is not None and self._lease.token != dead.token
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
-        """Hold the lock; a thread that waits for another's login still ends in time."""
+        """Hold the lock; waiting for the login of another thread ends by the deadline."""
         lock = self._lock
         if not lock.acquire(timeout=self.connection.deadline.remaining):
             raise ProviderUnavailable("the login of another thread gave no answer in time")
@@ -174,7 +177,11 @@ class Session(ForkSafe):
         self._lease, self.connection.token = lease, lease.token
 
     def tend(self) -> float | None:
-        """Do what is due for the token; seconds until it is to be asked again, None for never."""
+        """Renew or replace the token if that is due.
+
+        Returns:
+            Seconds until this is to be called again; None for never.
+        """
         lease = self._lease
         if lease is None or lease.renew_at is None:
             self._keeper = None
@@ -182,7 +189,7 @@ class Session(ForkSafe):
         due = lease.renew_at - time.monotonic()
         if due > 0:
             return due
-        # A callers' call that finds it dead must not wait for us for long.
+        # This holds the lock, for which a caller with a dead token would have to wait.
         patience = max(self.settings.call_timeout, (lease.ends - time.monotonic()) / 2)
         try:
             with (
@@ -197,7 +204,7 @@ class Session(ForkSafe):
                 end = "and has ended, so the next call logs in"
             log.warning("the token of %s was not renewed, %s: %s", self.name, end, error)
             wait = min(60.0, max(1.0, left / 4))
-            # A dead token is dead for ever.
+            # A token that has ended cannot be renewed.
             lease.renew_at = time.monotonic() + wait if left > 0 else None
         return 0.0
 
@@ -212,7 +219,7 @@ class Session(ForkSafe):
             try:
                 answer = api.lookup_self()
             except Refusal:
-                # It may not look itself up: it is used as it is, and never renewed.
+                # A token that may not look itself up is used as it is, and never renewed.
                 lease.renew_at = None
                 return
             data = (answer.get("data") if isinstance(answer, dict) else None) or {}
@@ -226,7 +233,8 @@ class Session(ForkSafe):
             auth = answer.get("auth") if isinstance(answer, dict) else None
             if isinstance(auth, dict):
                 lease.plan(auth.get("lease_duration"), auth.get("renewable"))
-        # A lease that shrinks nears its greatest age: better log in while it still lives.
+        # Vault grants less time as the token nears its max TTL. Then a login replaces the token
+        # while it is still valid.
         if lease.renewable and lease.seconds > before * 0.9:
             return
         if not given and not self._login.asks_a_person:
@@ -239,7 +247,7 @@ class Session(ForkSafe):
         lease.renew_at = time.monotonic() + max(1.0, left / 3)
 
     def close(self) -> None:
-        """Log out, within a second, and close the connections; it may be used again."""
+        """Log out, within a second, and close the connections; the session may be used again."""
         keeper, self._keeper = self._keeper, None
         if keeper is not None:
             keeper.set()
@@ -251,7 +259,7 @@ class Session(ForkSafe):
         self._lease = None
         self.connection.token = None
         for lease in ours:
-            # Not one that a call of another thread still uses.
+            # A token that a call of another thread still uses is not revoked.
             if quiet and deadline.remaining:
                 self._revoke(lease, deadline.remaining)
         self._login.close()
@@ -281,7 +289,7 @@ def _start_keeper(session: Session, stop: threading.Event) -> None:
 
 
 def unbound() -> ProviderError:
-    """The server ignores the context, so what is wrapped for one model would open another."""
+    """The error for a server that ignores the context: any wrap would open under another model."""
     return ProviderUnavailable(
         "the server does not bind what it encrypts to its context (associated_data)",
         hint="HashiCorp Vault does so from 1.13 on; use an RSA key, or a newer server",

@@ -1,7 +1,6 @@
-"""The ``[providers.NAME]`` table of a Vault provider: where it is, how to log in, which keys.
+"""The ``[providers.NAME]`` table of a Vault provider: its addresses, login and keys.
 
-Addresses come from here and from nowhere else. TLS is required, except on loopback and on sockets
-of this machine.
+Addresses come from this table only. TLS is required, except on loopback and on Unix sockets.
 """
 
 from __future__ import annotations
@@ -53,16 +52,16 @@ KINDS: Final[Mapping[str, Literal["wrap", "sign"]]] = {
     "ecdsa-p256": "sign",
     "ecdsa-p384": "sign",
 }
-"""Transit key types that are of use: what each is for, if the config says nothing else."""
+"""The Transit key types that keymgmt uses, and the purpose of each, which the config may change."""
 
-# Each of these becomes part of a URL, in which a client or server may collapse dot segments.
+# A segment becomes part of a URL, where a client or server may collapse ``..``: so no two dots.
 _SEGMENT: Final = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]|\.(?!\.)){0,126}[A-Za-z0-9_-]|[A-Za-z0-9_]"
 _PATH: Final = rf"^(?:{_SEGMENT})(?:/(?:{_SEGMENT})){{0,7}}$"
 _SERVICE_ACCOUNT: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 
 
 def _no_slash_at_the_end(value: object) -> object:
-    # As `vault secrets list` shows a mount.
+    # `vault secrets list` shows a mount as "transit/".
     return value.strip("/") if isinstance(value, str) else value
 
 
@@ -78,7 +77,7 @@ def is_path(text: str) -> bool:
 class Address(NamedTuple):
     """One configured address: scheme ``https``, ``http`` (loopback only) or ``unix``.
 
-    ``path`` is what a gateway has before ``/v1``.
+    ``path`` is the prefix of a gateway before ``/v1``.
     """
 
     scheme: Literal["https", "http", "unix"]
@@ -88,31 +87,31 @@ class Address(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Address:
-        """Read an address; ValueError says what is wrong with it, ready to be shown."""
+        """Read an address; the message of the ValueError is ready to be shown."""
         try:
             parts = urlsplit(text)
             port = parts.port
         except ValueError as error:
-            raise ValueError(f"{text[:200]!r} is no address: {error}") from None
+            raise ValueError(f"{text[:200]!r} is not an address: {error}") from None
         if parts.username is not None or parts.password is not None:
-            # Not repeated: what stands before the @ may be a password.
+            # The address is not repeated, since it may hold a password.
             raise ValueError("an address holds no user name or password; use auth")
         if parts.query or parts.fragment:
             raise ValueError(f"{text[:200]!r} has more than scheme, host, port and path")
         if parts.scheme == "unix":
             if parts.netloc or not parts.path.startswith("/"):
-                raise ValueError(f"{text[:200]!r} is no socket: write unix:/path/of/the/socket")
+                raise ValueError(f"{text[:200]!r} is not a socket: write unix:/path/of/the/socket")
             return cls("unix", parts.path, 0)
         if parts.scheme not in ("https", "http") or not parts.hostname:
-            raise ValueError(f"{text[:200]!r} is no address: write https://host:8200")
+            raise ValueError(f"{text[:200]!r} is not an address: write https://host:8200")
         path = parts.path.strip("/")
         if path and not is_path(path):
-            raise ValueError(f"{text[:200]!r} has a path that is none")
+            raise ValueError(f"{text[:200]!r} has a path with other than letters, digits, _ - / .")
         if path == "v1" or path.endswith("/v1"):
-            raise ValueError(f"{text[:200]!r} ends in /v1, which is added: leave it out")
+            raise ValueError(f"{text[:200]!r} ends in /v1, which keymgmt adds: leave it out")
         if parts.scheme == "http" and not _is_loopback(parts.hostname):
             raise ValueError(
-                f"{text[:200]!r} is not protected: use https, http is for loopback addresses only"
+                f"{text[:200]!r} is not protected: use https; http is for loopback addresses only"
             )
         secure = parts.scheme == "https"
         return cls(
@@ -124,7 +123,7 @@ class Address(NamedTuple):
 
     @property
     def netloc(self) -> str:
-        """Host and port as HTTP's ``Host`` has them."""
+        """Host and port in the form of HTTP's ``Host`` header."""
         if self.scheme == "unix":
             return "localhost"
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
@@ -139,14 +138,14 @@ def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        # What the name resolves to is checked again when it is connected to.
+        # The address that the name resolves to is checked after the connection is made.
         return host == "localhost"
 
 
 class TokenAuth(Settings):
-    """``{ method = "token", token = SECRET }``: a token that somebody else made.
+    """``{ method = "token", token = SECRET }``: a token that was issued outside of keymgmt.
 
-    It is renewed in time, which costs it a use or two; ``renew = false`` leaves it alone.
+    It is renewed before it ends, which costs it a use or two; ``renew = false`` does not renew it.
     """
 
     method: Literal["token"]
@@ -155,9 +154,9 @@ class TokenAuth(Settings):
 
 
 class SecretId(SecretSource):
-    """A secret id: where it is, or ``{ wrapped = SECRET }`` where a token that wraps it is.
+    """The source of a secret id, or ``{ wrapped = SECRET }``, that of a token that wraps it.
 
-    Such a token serves once (Vault's response wrapping), as in Vault's agent.
+    Such a token can be used once (Vault's response wrapping), as in Vault's agent.
     """
 
     wrapped: SecretSource | None = None
@@ -166,7 +165,7 @@ class SecretId(SecretSource):
 class AppRoleAuth(Settings):
     """``{ method = "approle", role_id = SECRET, secret_id = SECRET }``; ``mount`` as enabled.
 
-    ``secret_id = { wrapped = SECRET }`` has it from a token that wraps it and serves once.
+    ``secret_id = { wrapped = SECRET }`` gets it from a wrapping token, which can be used once.
     """
 
     method: Literal["approle"]
@@ -176,7 +175,7 @@ class AppRoleAuth(Settings):
 
 
 class CertAuth(Settings):
-    """``{ method = "cert" }``: the client certificate of the provider; ``role`` narrows it."""
+    """``{ method = "cert" }``: by ``client_cert`` and ``client_key``; ``role`` picks one role."""
 
     method: Literal["cert"]
     role: Role | None = None
@@ -186,7 +185,7 @@ class CertAuth(Settings):
 class JwtAuth(Settings):
     """``{ method = "jwt", role = "NAME", jwt = SECRET }``; for OIDC's mount, ``mount = "oidc"``.
 
-    A file that others can read is taken too: that is how pods have it, as for ``kubernetes``.
+    Other users may read a file with it, since a pod's volume has that mode, as for ``kubernetes``.
     """
 
     method: Literal["jwt"]
@@ -198,9 +197,9 @@ class JwtAuth(Settings):
 class KubernetesAuth(Settings):
     """``{ method = "kubernetes", role = "NAME" }``: the service account of this pod.
 
-    ``token_file`` is written by the kubelet, with the mode that the pod asked for (0440 or 0644,
-    in a folder of this pod alone); it is refused only where others can write it. It is read anew
-    for each login because it is replaced while the pod runs.
+    The kubelet writes ``token_file`` with the mode that the pod asked for (0440 or 0644, in a
+    folder of this pod alone), so it is refused only if others can write it. The kubelet replaces it
+    while the pod runs, so it is read again for each login.
     """
 
     method: Literal["kubernetes"]
@@ -210,11 +209,11 @@ class KubernetesAuth(Settings):
 
 
 class AgentAuth(Settings):
-    """A Vault agent (or proxy) logs in for us.
+    """A Vault agent (or proxy) on this machine logs in.
 
     ``{ method = "agent", sink = { file = "PATH" } }`` reads the token that its sink writes.
     ``{ method = "agent" }`` sends no token: the address is the agent's own listener on this
-    machine, which adds it (``use_auto_auth_token``).
+    machine, which adds its token (``use_auto_auth_token``).
     """
 
     method: Literal["agent"]
@@ -228,11 +227,11 @@ Auth = Annotated[
 
 
 class KeyEntry(Settings):
-    """What one key is called in Transit, and how it may have been wrapped.
+    """The name of one key in Transit, and the mechanisms by which it may unwrap.
 
     Attributes:
-        name: the native name, where it is not the key's own.
-        purpose: what an RSA key is for, which Transit does not know; ``wrap`` if not said.
+        name: the name in Transit, where it is not the key name.
+        purpose: what an RSA key is for, which Transit does not know; ``wrap`` if left out.
         mechanisms: the only mechanisms that unwrap; all that this backend knows, if empty.
     """
 
@@ -243,7 +242,7 @@ class KeyEntry(Settings):
     @model_validator(mode="after")
     def _known(self) -> KeyEntry:
         if self.name is not None and not re.fullmatch(_SEGMENT, self.name):
-            raise ValueError(f"name {self.name[:80]!r} is none that Transit has")
+            raise ValueError(f"name {self.name[:80]!r} is not a possible name in Transit")
         for mechanism in self.mechanisms:
             if mechanism not in MECHANISMS:
                 raise ValueError(f"no mechanism {mechanism!r}; known: {', '.join(MECHANISMS)}")
@@ -256,19 +255,20 @@ class VaultSettings(Settings):
     Attributes:
         address: one address, or the list of all nodes of a cluster.
         auth: how to log in.
-        ca_file: PEM of the authorities that may vouch for the server; without it, the public ones
-            of ``certifi``.
-        client_cert: PEM of our certificate (and its chain), where the server asks for one.
-        client_key: PEM of its private key, a private file.
-        client_key_password: of that key.
-        server_name: what the server's certificate must be for, if not the host of the address.
-        namespace: of Vault Enterprise or OpenBao.
+        ca_file: PEM of the authorities that may issue the server's certificate; without it, the
+            public authorities of ``certifi``.
+        client_cert: PEM of the client certificate (and its chain), where the server requires one.
+        client_key: PEM of its private key, in a private file.
+        client_key_password: the password of that private key.
+        server_name: the name that the server's certificate must have, if not the host of the
+            address.
+        namespace: the namespace in Vault Enterprise or OpenBao.
         mount: where the Transit engine is mounted.
         timeout: seconds for a whole operation, with its retries and logins.
         call_timeout: seconds for one call to one node.
-        keys: key -> native name and mechanisms, for keys that are called otherwise in Transit.
-        keys_prefix: how the names of our keys begin; all others are other machines', and cost no
-            request.
+        keys: key -> name in Transit and mechanisms, for keys with another name in Transit.
+        keys_prefix: how the names of this provider's keys begin; no request is made for any other
+            key.
     """
 
     address: str | list[str]
@@ -299,7 +299,7 @@ class VaultSettings(Settings):
         ):
             if path is not None and not is_path(path):
                 raise ValueError(
-                    f"{label} {path[:80]!r} is no path: letters, digits, '_', '-', '/'"
+                    f"{label} {path[:80]!r} is not a path: letters, digits, '_', '-', '/'"
                 )
         if (self.client_cert is None) != (self.client_key is None):
             raise ValueError("client_cert and client_key go together")
@@ -308,9 +308,9 @@ class VaultSettings(Settings):
         if isinstance(self.auth, AgentAuth) and self.auth.sink is None:
             for address in addresses:
                 if address.scheme == "https" and not _is_loopback(address.host):
-                    raise ValueError(f"{address} is no agent of this machine; name its sink")
+                    raise ValueError(f"{address} is not an agent of this machine; name its sink")
         if self.keys_prefix is not None and not is_key(f"{self.keys_prefix}0"):
-            raise ValueError(f"keys_prefix {self.keys_prefix!r} begins no key name")
+            raise ValueError(f"no key name can begin with keys_prefix {self.keys_prefix!r}")
         return self
 
     @property
@@ -320,21 +320,21 @@ class VaultSettings(Settings):
         return tuple(Address.parse(text) for text in texts)
 
     def native(self, key: str) -> str:
-        """What ``key`` is called in Transit; ``key`` has matched its grammar."""
+        """The name of ``key`` in Transit; ``key`` has matched its grammar."""
         entry = self.keys.get(key)
         return entry.name if entry and entry.name else key
 
     def ours(self, native: str) -> str | None:
-        """The key that is called ``native`` in Transit, or None where no key can be."""
+        """The key whose name in Transit is ``native``, or None where no key can have it."""
         for key, entry in self.keys.items():
             if entry.name == native:
                 return key
-        # A key that the table calls otherwise is not reached by its own name.
+        # If the table gives a key another name in Transit, its key name reaches no other key there.
         shadowed = native in self.keys and self.keys[native].name not in (None, native)
         return native if is_key(native) and not shadowed else None
 
     def may_hold(self, key: str) -> bool:
-        """Whether ``key`` may be one of ours, by ``keys_prefix``."""
+        """Whether ``key`` may be a key of this provider, by ``keys_prefix``."""
         return key.startswith(self.keys_prefix or "")
 
     def allows(self, key: str, mechanism: str) -> bool:

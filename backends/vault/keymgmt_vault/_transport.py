@@ -1,10 +1,10 @@
-"""One call to one node, over kept connections that the environment and the server cannot steer.
+"""One call to one node, over reused connections that neither environment nor server can redirect.
 
 Rules: no proxy, no netrc, no CA bundle and no key log from the environment (http.client reads none
-of it, and the TLS context is made here); no redirect is followed; an answer has at most
+of them, and the TLS context is built here); no redirect is followed; an answer has at most
 ``MAX_ANSWER`` bytes and is never decompressed; a call ends by its deadline even if the server sends
-a byte now and then. Certificates and authorities are read anew for the next connection when their
-files changed.
+a byte now and then. When the file of a certificate or an authority changes, the next connection
+reads it again.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ from keymgmt_vault._errors import NodeFailure
 if TYPE_CHECKING:
     from keymgmt_vault._settings import Address, VaultSettings
 
-__all__ = ["MAX_ANSWER", "Answer", "Node", "Place", "Tls"]
+__all__ = ["MAX_ANSWER", "Answer", "Endpoint", "Node", "Tls"]
 
 MAX_ANSWER: Final = 4 << 20
 _MAX_PEM: Final = 4 << 20
-_KEPT: Final = 64
-_IDLE: Final = 30.0  # seconds after which something on the way may have forgotten a connection
+_KEPT: Final = 64  # idle connections
+_IDLE: Final = 30.0  # seconds; a firewall may forget a connection that is idle for longer
 _CLOSED: Final = (http.client.RemoteDisconnected, ConnectionError, ssl.SSLEOFError)
 _VERIFY: Final = {9: "clock", 10: "expired"}  # X509_V_ERR_CERT_NOT_YET_VALID, _HAS_EXPIRED
 log: Final = logging.getLogger("keymgmt.vault")
 
 
-class Place(NamedTuple):
-    """Where to connect to: what a name resolved to."""
+class Endpoint(NamedTuple):
+    """The socket address that a name resolved to."""
 
     family: int
     where: Any
 
 
 class Answer(NamedTuple):
-    """What a node answered, whatever its status; ``data`` may hold a secret."""
+    """The answer of a node, with any status; ``data`` may hold a secret."""
 
     status: int
     headers: Message
@@ -58,7 +58,7 @@ class Answer(NamedTuple):
 
 
 class _Timed:
-    """A socket whose reads all end by the deadline of the call, not so long after the last byte."""
+    """A socket whose timeout is what is left of the call's deadline, and starts not again."""
 
     deadline: Deadline
 
@@ -79,31 +79,31 @@ class _TlsSocket(_Timed, ssl.SSLSocket):
 
 
 class Tls:
-    """The TLS of a provider: its own authorities and certificate, TLS 1.2 or newer."""
+    """The TLS context of a provider: its own authorities and certificate, TLS 1.2 or newer."""
 
     def __init__(self, settings: VaultSettings) -> None:
         self._settings = settings
-        self._made: tuple[object, ssl.SSLContext] | None = None
+        self._current: tuple[object, ssl.SSLContext] | None = None
 
     def context(self) -> ssl.SSLContext:
-        """What the files say now; while they are being replaced, what they said before.
+        """The context from the present files; the last good one while they are being replaced.
 
         Raises:
-            ProviderUnavailable: a file is missing, not private, or not what it should be.
+            ProviderUnavailable: a file is missing, not private, or not PEM.
         """
         files = self._settings.ca_file, self._settings.client_cert, self._settings.client_key
         state = [_state(path) for path in files if path]
-        made = self._made
-        if made is None or made[0] != state:
+        current = self._current
+        if current is None or current[0] != state:
             try:
-                made = state, _context(self._settings)
+                current = state, _context(self._settings)
             except ProviderError as error:
-                if made is None:
+                if current is None:
                     raise
-                log.warning("what was read before is used, because %s", error)
+                log.warning("the certificates that were read before are used, because %s", error)
             else:
-                self._made = made
-        return made[1]
+                self._current = current
+        return current[1]
 
 
 def _state(path: Path) -> tuple[int, int, int] | None:
@@ -115,7 +115,7 @@ def _state(path: Path) -> tuple[int, int, int] | None:
 
 
 def _context(settings: VaultSettings) -> ssl.SSLContext:
-    # Not ssl.create_default_context: that follows SSL_CERT_FILE and SSLKEYLOGFILE.
+    # ssl.create_default_context would follow SSL_CERT_FILE and SSLKEYLOGFILE of the environment.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.sslsocket_class = _TlsSocket
@@ -140,7 +140,7 @@ def _context(settings: VaultSettings) -> ssl.SSLContext:
         context.load_cert_chain(certificate, key, password=password)
     except (ssl.SSLError, OSError, ValueError) as error:
         raise ProviderUnavailable(
-            f"{certificate} and {key} are no certificate and its private key in PEM",
+            f"{certificate} and {key} are not a certificate and its private key in PEM",
             hint="if the key has a password, name it as client_key_password",
         ) from error
     finally:
@@ -154,12 +154,12 @@ def _read(path: Path, label: str, *, private: bool) -> bytearray:
 
 
 class Node:
-    """One place of one configured address, and the connections to it; shared between threads."""
+    """One endpoint of one configured address, and the connections to it; shared between threads."""
 
-    def __init__(self, address: Address, place: Place, tls: Tls, name: str | None) -> None:
-        """``name`` is whom the server's certificate must be for, if not the host of the address."""
+    def __init__(self, address: Address, endpoint: Endpoint, tls: Tls, name: str | None) -> None:
+        """``name`` is the name in the server's certificate, if not the host of the address."""
         self.address: Final = address
-        self._place, self._tls, self._name = place, tls, name or address.host
+        self._endpoint, self._tls, self._name = endpoint, tls, name or address.host
         self._idle: deque[tuple[float, socket.socket]] = deque()
 
     def __str__(self) -> str:
@@ -176,39 +176,40 @@ class Node:
         answer: float | None = None,
         fresh: bool = False,
     ) -> Answer:
-        """Send one request and read its whole answer, whatever its status.
+        """Send one request and read its whole answer, with any status.
 
         Args:
             method: HTTP method.
             path: from ``/v1/`` on.
             body: JSON, or None.
-            headers: all but ``Host``.
+            headers: all headers but ``Host``.
             seconds: for the connection and the answer together.
-            answer: for the answer from when it is sent, if not what is left of ``seconds``.
-            fresh: connect anew, so that a frozen node is noticed before anything is sent.
+            answer: seconds for sending and the answer, in place of the rest of ``seconds``.
+            fresh: open a new connection, which fails before the request is sent if the node hangs.
 
         Raises:
             NodeFailure: no whole answer of allowed size in that time.
-            ProviderUnavailable: the files of TLS cannot be used.
+            ProviderUnavailable: the files for TLS cannot be used.
         """
         deadline = Deadline(seconds, str(self))
         data = self._encode(method, path, body, headers)
         if not fresh and (kept := self._take()):
             with contextlib.suppress(*_CLOSED):
-                # What fails like that was closed while it was idle; it is sent again.
+                # With these errors the connection was closed while it was idle, so the request is
+                # sent again.
                 return self._exchange(kept, method, data, deadline)
-        made = self._connect(deadline)
+        connection = self._connect(deadline)
         if answer is not None:
             deadline = Deadline(answer, str(self))
         try:
-            return self._exchange(made, method, data, deadline)
+            return self._exchange(connection, method, data, deadline)
         except _CLOSED as error:
             raise NodeFailure("broken") from error
 
     def _encode(
         self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
     ) -> bytes:
-        """The request as it is sent, in one piece (RFC 9112); nothing in it can end a line."""
+        """The request as it is sent, in one piece (RFC 9112); no value can hold a line end."""
         fields = {**headers, "Host": self.address.netloc, "Content-Length": str(len(body or b""))}
         lines = [f"{method} {self.address.path}{path} HTTP/1.1"]
         lines += [f"{name}: {value}" for name, value in fields.items()]
@@ -217,15 +218,15 @@ class Node:
             raise NodeFailure("broken", sent=False)
         return "\r\n".join((*lines, "\r\n")).encode() + (body or b"")
 
-    def _exchange(self, made: Any, method: str, data: bytes, deadline: Deadline) -> Answer:
+    def _exchange(self, connection: Any, method: str, data: bytes, deadline: Deadline) -> Answer:
         kept = False
-        made.deadline = deadline
+        connection.deadline = deadline
         try:
-            made.settimeout(max(0.001, deadline.remaining))
-            made.sendall(data)
-            with http.client.HTTPResponse(made, method=method) as response:
+            connection.settimeout(max(0.001, deadline.remaining))
+            connection.sendall(data)
+            with http.client.HTTPResponse(connection, method=method) as response:
                 response.begin()
-                # Without a length, an answer that was cut off looks like a whole one.
+                # Without a length, a truncated answer looks like a whole one.
                 endless = response.length is None and not response.chunked
                 content = response.read(MAX_ANSWER + 1)
                 if len(content) > MAX_ANSWER or (response.length or 0) > MAX_ANSWER:
@@ -240,10 +241,10 @@ class Node:
             raise _failure(error, deadline, sent=True) from error
         finally:
             if kept and len(self._idle) < _KEPT:
-                self._idle.append((time.monotonic(), made))
+                self._idle.append((time.monotonic(), connection))
             else:
-                # What is left of this answer must never be taken for the next one.
-                made.close()
+                # The unread rest of this answer must never be read as the next answer.
+                connection.close()
 
     def _take(self) -> socket.socket | None:
         while True:
@@ -258,34 +259,34 @@ class Node:
     def _connect(self, deadline: Deadline) -> socket.socket:
         secure = self.address.scheme == "https"
         context = self._tls.context() if secure else None
-        family, where = self._place
-        made: socket.socket = _Socket(family, socket.SOCK_STREAM)
+        family, where = self._endpoint
+        connection: socket.socket = _Socket(family, socket.SOCK_STREAM)
         try:
-            made.settimeout(max(0.001, deadline.remaining))
-            made.connect(where)
+            connection.settimeout(max(0.001, deadline.remaining))
+            connection.connect(where)
             if family != socket.AF_UNIX:
-                made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self.address.scheme == "http":
-                _check_loopback(made)
+                _check_loopback(connection)
             if context:
-                made.settimeout(max(0.001, deadline.remaining))
-                made = context.wrap_socket(made, server_hostname=self._name)
+                connection.settimeout(max(0.001, deadline.remaining))
+                connection = context.wrap_socket(connection, server_hostname=self._name)
         except OSError as error:
-            made.close()
+            connection.close()
             raise _failure(error, deadline, sent=False) from error
         except BaseException:
-            made.close()
+            connection.close()
             raise
-        return made
+        return connection
 
     def certificate(self, seconds: float) -> dict[str, Any] | None:
         """The server's certificate as ``SSLSocket.getpeercert`` gives it; None without TLS."""
         if self.address.scheme != "https":
             return None
         try:
-            with self._connect(Deadline(seconds, str(self))) as made:
-                found: dict[str, Any] | None = made.getpeercert()  # type: ignore[attr-defined]
-                return found
+            with self._connect(Deadline(seconds, str(self))) as connection:
+                certificate: dict[str, Any] | None = connection.getpeercert()  # type: ignore[attr-defined]
+                return certificate
         except (NodeFailure, ProviderError):
             return None
 
@@ -297,15 +298,15 @@ class Node:
 
 
 def _readable(idle: socket.socket) -> bool:
-    """Whether a connection that nothing was asked on has something to read: its end, say."""
+    """Whether an idle connection has something to read, such as its end: then it is not reused."""
     poll = select.poll()
     poll.register(idle, select.POLLIN)
     return bool(poll.poll(0))
 
 
-def _check_loopback(made: socket.socket) -> None:
-    # The name localhost may resolve to anything; nothing is sent in clear to elsewhere.
-    if not ipaddress.ip_address(made.getpeername()[0]).is_loopback:
+def _check_loopback(connection: socket.socket) -> None:
+    # The name localhost may resolve to any address; without TLS only loopback is used.
+    if not ipaddress.ip_address(connection.getpeername()[0]).is_loopback:
         raise NodeFailure("refused", "the address is not on loopback", sent=False)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from keymgmt_pkcs11._cryptoki import Parameters
+from keymgmt_pkcs11._cryptoki import CkMechanism
 from pkcs11 import Attribute, Mechanism
 
 from keymgmt.backend import Dek, KeyNotFound, ProviderUnavailable, UnwrapFailed
@@ -117,7 +117,7 @@ def test_an_odd_object_is_skipped_and_named(faulty: Any, faults: Any, key: str) 
 
     def odd(session: Any) -> int:
         name = {Attribute.TOKEN: True, Attribute.LABEL: b"o" * 1500, Attribute.ID: b"\x01"}
-        how = Parameters(Mechanism.AES_KEY_GEN)
+        how = CkMechanism(Mechanism.AES_KEY_GEN)
         template = {**name, Attribute.VALUE_LEN: 32}
         return int(session.ck.generate(session.handle, how, template))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from keymgmt_pkcs11 import Pkcs11Settings
-from keymgmt_pkcs11._cryptoki import Parameters
+from keymgmt_pkcs11._cryptoki import CkMechanism
 from keymgmt_pkcs11._errors import CkError, Ckr
 from keymgmt_pkcs11._settings import KeyEntry
 from pkcs11 import Attribute, Mechanism, ObjectClass
@@ -52,7 +52,7 @@ def foreign_key(
     }
 
     def make(session: Any) -> None:
-        how = Parameters(Mechanism.AES_KEY_GEN)
+        how = CkMechanism(Mechanism.AES_KEY_GEN)
         session.ck.generate(session.handle, how, template)
 
     provider.connection.run("making a foreign key", make, changes=True)
@@ -268,7 +268,7 @@ def test_options_of_new_keys(softhsm_token: Any) -> None:
     ):
         with pytest.raises(ConfigError) as caught:
             provider.create_key("never", kind, options)
-        assert caught.value.hint or "none of" in str(caught.value)
+        assert caught.value.hint or "one of" in str(caught.value)
     with pytest.raises(KeyNotFound):
         provider.describe_key("never")
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from keymgmt_pkcs11 import _login
-from keymgmt_pkcs11._cryptoki import Parameters
+from keymgmt_pkcs11._cryptoki import CkMechanism
 from keymgmt_pkcs11._settings import KeyEntry
 from pkcs11 import Attribute, Mechanism
 
@@ -172,7 +172,7 @@ def test_a_key_that_wants_the_pin_for_every_use(faulty: Any, faults: Any) -> Non
     def make(session: Any) -> None:
         curve = {Attribute.EC_PARAMS: bytes.fromhex("06082a8648ce3d030107")}
         private = {**name, **usages, Attribute.PRIVATE: True, Attribute.ALWAYS_AUTHENTICATE: True}
-        how = Parameters(Mechanism.EC_KEY_PAIR_GEN)
+        how = CkMechanism(Mechanism.EC_KEY_PAIR_GEN)
         session.ck.generate_pair(session.handle, how, {**name, **curve}, private)
 
     provider = faulty.provider()

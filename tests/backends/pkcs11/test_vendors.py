@@ -110,7 +110,7 @@ def test_ids_of_one_byte_are_the_versions_that_the_config_lists(
         fresh = faulty.provider(keys={name: {"id": [first, second]}})
         assert fresh.unwrap(old, b"c") == dek
         assert fresh.unwrap(new, b"c") == dek
-        with pytest.raises(ConfigError, match="ids that are all taken") as full:
+        with pytest.raises(ConfigError, match="ids that are all in use") as full:
             provider.rotate_key(name)
         assert f'id = ["{first}", "{second}", ...]' in str(full.value.hint)
         fresh.retire_version(name, first)

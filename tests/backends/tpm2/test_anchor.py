@@ -383,7 +383,7 @@ def test_models_share_one_anchor(commands, tmp_path):
         options = ["--name", name, "--release", release, "--sign", "local:publisher"]
         run("seal", "model", f"{name}-{release}.sealed", "--to", "local:models", *options)
     assert "nothing is bound" in run("tpm", "anchor", "show", "tpm")
-    assert "an old file would be taken" in run("doctor")
+    assert "an old file would be accepted" in run("doctor")
     run("verify", "one-1.sealed")
     old = (home / "releases.json").read_bytes()
     run("verify", "one-2.sealed")

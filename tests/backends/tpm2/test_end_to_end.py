@@ -68,7 +68,7 @@ class Site:
         assert "made the ECC storage root key at 0x81000001" in made.out
         name = made.out.splitlines()[-1].partition(" = ")[2]
         self.configure(srk_name=name)
-        assert "the one that the config pins" in self.run("tpm", "setup", "tpm").out
+        assert "the pinned name of the config" in self.run("tpm", "setup", "tpm").out
 
     def model(self) -> Path:
         folder = self.home / "model"

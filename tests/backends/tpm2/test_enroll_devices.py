@@ -333,7 +333,7 @@ def test_doctor_looks_for_the_certificate(device, maker):
         return found["endorsement key certificate"]
 
     assert said().status == "ok"
-    assert "none here: enrolment takes --ek-certificate" in said().detail
+    assert "none in the TPM: enrolment takes --ek-certificate" in said().detail
     store(device, EK_PROFILES["L-2"].index, maker.certify(ek_of(device, "L-2").key(), "sub"))
     store(device, 0x01C00100, maker.sub)
     tomorrow = datetime.now(UTC) + timedelta(days=1)

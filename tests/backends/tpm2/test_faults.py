@@ -91,7 +91,7 @@ def test_what_is_no_tpm_device(provider, wrapped, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with (
         changed(provider, tcti=f"device:{tmp_path}/file") as none,
-        pytest.raises(ProviderUnavailable, match="is no device"),
+        pytest.raises(ProviderUnavailable, match="is not a device"),
     ):
         none.unwrap(wrapped, CONTEXT)
 

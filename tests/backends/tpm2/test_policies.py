@@ -203,7 +203,7 @@ def test_empty_auth_opens_no_policy_key(provider, dek):
             chosen = c.ESYS_TR.PASSWORD if session == "password" else tpm.session()
             return tpm.ecdh(handle, point, chosen)
 
-        with pytest.raises(AccessDenied, match="used by its policy only") as caught:
+        with pytest.raises(AccessDenied, match="used only with its policy") as caught:
             provider.service.run("attack", attack)
         assert isinstance(caught.value.__cause__, TpmError)
 
@@ -230,7 +230,10 @@ def test_pin(with_pin, settings, dek, tmp_path):
     assert info.detail["dictionary_attack_protection"] == "yes"
     wrapped = with_pin.wrap("dev", dek, CONTEXT)
     assert opens(with_pin, wrapped)
-    with Tpm2Provider("tpm", settings) as without, pytest.raises(AccessDenied, match="wants a PIN"):
+    with (
+        Tpm2Provider("tpm", settings) as without,
+        pytest.raises(AccessDenied, match="requires a PIN"),
+    ):
         without.unwrap(wrapped, CONTEXT)
 
 
@@ -304,7 +307,10 @@ def test_an_approval_needs_its_pin_all_the_same(with_pin, settings, dek, approve
     wrapped = with_pin.wrap("dev", dek, CONTEXT)
     _approval.install(with_pin.key_directory, approve(with_pin.pcrs("sha256", [7])))
     assert opens(with_pin, wrapped)
-    with Tpm2Provider("tpm", settings) as without, pytest.raises(AccessDenied, match="wants a PIN"):
+    with (
+        Tpm2Provider("tpm", settings) as without,
+        pytest.raises(AccessDenied, match="requires a PIN"),
+    ):
         without.unwrap(wrapped, CONTEXT)
 
 

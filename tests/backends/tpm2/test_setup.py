@@ -111,7 +111,7 @@ def test_what_lies_at_the_handle_must_be_a_root_key(bare):
         tpm.call("flush_context", answer[0])
 
     bare.service.run("occupying", occupy, pinned=False)
-    with pytest.raises(UnsupportedOperation, match="no storage root key") as caught:
+    with pytest.raises(UnsupportedOperation, match="not a storage root key") as caught:
         set_up(bare, create=True)
     assert "another handle" in str(caught.value.hint)
     with Tpm2Provider("tpm", bare.settings.model_copy(update={"srk": "0x81000010"})) as provider:
@@ -253,11 +253,11 @@ def test_a_wrong_lockout_password_is_barred_and_that_is_said(bare, password):
     with Tpm2Provider("tpm", named) as provider:
         with pytest.raises(AccessDenied, match="refused the password of the lockout") as caught:
             set_up(provider, change=LockoutChange(tries=10))
-        assert "takes none for 777 seconds" in str(caught.value)
+        assert "accepts none for 777 seconds" in str(caught.value)
         assert not isinstance(caught.value, LockedOut)
         password.write_text("another")
         for change in (LockoutChange(tries=10), LockoutChange(clear=True)):
-            with pytest.raises(LockedOut, match="takes none for 777 seconds") as caught:
+            with pytest.raises(LockedOut, match="accepts none for 777 seconds") as caught:
                 set_up(provider, change=change)
             assert "--clear-lockout" not in f"{caught.value} {caught.value.hint}"
 

@@ -91,7 +91,7 @@ def test_wrong_address(make: Any, bao: Any, wrapped: WrappedKey, free_port: int)
 
 def test_unknown_name_is_not_tried_for_long(make: Any, bao: Any, wrapped: WrappedKey) -> None:
     provider = make(bao, address="https://no-such-host.invalid:8200", timeout=60.0)
-    with pytest.raises(ProviderUnavailable, match="name is not known"):
+    with pytest.raises(ProviderUnavailable, match="name cannot be resolved"):
         provider.unwrap(wrapped, b"c")
 
 
@@ -149,24 +149,24 @@ def test_missing_authority_file(make: Any, bao: Any, tmp_path: Path, wrapped: Wr
         ({"address": "http://127.0.0.1.example:8200"}, "not protected"),
         ({"address": "https://user:secret-word@vault.example"}, "no user name"),
         ({"address": "https://vault.example/v1/"}, "leave it out"),
-        ({"address": "https://vault.example/a/../b"}, "a path that is none"),
-        ({"keys_prefix": "../x"}, "begins no key name"),
+        ({"address": "https://vault.example/a/../b"}, "has a path with other than"),
+        ({"keys_prefix": "../x"}, "no key name can begin"),
         ({"address": "https://vault.example?x=1"}, "more than scheme"),
-        ({"address": "ftp://vault.example"}, "no address"),
-        ({"address": "https://vault.example:99999"}, "no address"),
-        ({"address": "unix:relative.sock"}, "no socket"),
+        ({"address": "ftp://vault.example"}, "not an address"),
+        ({"address": "https://vault.example:99999"}, "not an address"),
+        ({"address": "unix:relative.sock"}, "not a socket"),
         ({"address": []}, "1 to 16"),
         ({"address": ["https://a.example", "https://a.example:443"]}, "twice"),
-        ({"mount": "../auth/token"}, "no path"),
-        ({"mount": "transit/../sys"}, "no path"),
-        ({"mount": "a?b"}, "no path"),
-        ({"namespace": "a/../b"}, "no path"),
-        ({"auth": {"method": "approle", "role_id": {"env": "X"}, "mount": "../x"}}, "no path"),
+        ({"mount": "../auth/token"}, "not a path"),
+        ({"mount": "transit/../sys"}, "not a path"),
+        ({"mount": "a?b"}, "not a path"),
+        ({"namespace": "a/../b"}, "not a path"),
+        ({"auth": {"method": "approle", "role_id": {"env": "X"}, "mount": "../x"}}, "not a path"),
         ({"auth": {"method": "cert"}}, "client_cert"),
-        ({"auth": {"method": "agent"}}, "no agent of this machine"),
+        ({"auth": {"method": "agent"}}, "not an agent of this machine"),
         ({"auth": {"method": "token", "token": "s.secret-word"}}, "not written here"),
         ({"client_cert": "x.pem"}, "go together"),
-        ({"keys": {"model": {"name": "../../sys/seal"}}}, "none that Transit has"),
+        ({"keys": {"model": {"name": "../../sys/seal"}}}, "not a possible name in Transit"),
         ({"keys": {"model": {"mechanisms": ["rot13"]}}}, "no mechanism"),
         ({"keys": {"../x": {}}}, "not a key name"),
         ({"timeout": 0}, "timeout: not above 0"),

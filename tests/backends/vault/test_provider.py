@@ -130,7 +130,7 @@ def test_what_create_makes(make: Any, bao: Any) -> None:
     assert bao.api("DELETE", "transit/keys/careful")[0] == 400
     with pytest.raises(ConfigError, match="already"):
         provider.create_key("careful", "chacha20-poly1305", {})
-    with pytest.raises(ConfigError, match="no period"):
+    with pytest.raises(ConfigError, match="not a period"):
         provider.create_key("careless", "aes256-gcm96", {"auto-rotate": "often"})
     bao.transit("transit", "foreign", kind="aes128-gcm96")
     with pytest.raises(ConfigError, match="already"):
@@ -228,7 +228,7 @@ def test_doctor_warns(make: Any, bao: Any, new_bao: Callable[..., Any]) -> None:
     found = findings(make(short, token=token), "model")
     assert found["policy"].status == "warning"
     assert "update only" in found["policy"].hint
-    assert "nobody renews it" in found["login"].hint
+    assert "it cannot be renewed" in found["login"].hint
 
 
 def test_doctor_of_every_bad_day(make: Any, bao: Any, new_bao: Callable[..., Any]) -> None:

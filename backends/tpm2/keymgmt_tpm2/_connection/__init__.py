@@ -1,1 +1,1 @@
-"""Reaching a TPM: in time, in turn, and what is asked of it."""
+"""The connection to a TPM: one operation at a time, each within a time limit."""

@@ -1,9 +1,10 @@
-"""What an operation has loaded in a bare TPM, written down where the next one looks.
+"""The objects that an operation has loaded in a bare TPM, noted in a file for the next operation.
 
-A bare TPM keeps what a killed process loaded, and has three slots. Each operation has a file of its
-own in the key directory, which is gone when all that it loaded is; so whoever holds the directory
-finds files of operations that were killed or given up. Handles mean nothing after a restart of the
-machine, so each line names the boot.
+A TPM without a resource manager keeps the objects of a killed process, and has three slots for all.
+So each operation notes its objects in a file of its own in the key directory, and removes the file
+when all of them are freed. An operation that holds the directory then finds only files of
+operations that were killed or given up, and frees their objects. Handles are void after a restart
+of the machine, so each line names the boot.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ _PREFIX: Final = ".loaded-"
 
 
 class Journal:
-    """The file of one operation; with no directory, behind a resource manager, nothing is kept."""
+    """The file of one operation; without a directory (with a resource manager) none is written."""
 
     def __init__(self, directory: Path | None) -> None:
         self.kept = directory is not None
         self._path = (directory or Path()) / f"{_PREFIX}{secrets.token_hex(8)}"
 
     def add(self, handle: int) -> None:
-        """Write down that a handle of the TPM is in use."""
+        """Note that a handle of the TPM is in use."""
         if not self.kept:
             return
-        # Where it cannot be written, what this process leaves is freed by `keymgmt tpm flush`.
+        # If the file cannot be written, `keymgmt tpm flush` frees the objects of a killed process.
         with contextlib.suppress(OSError):
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
             descriptor = os.open(self._path, flags, 0o600)
@@ -41,14 +42,14 @@ class Journal:
                 os.close(descriptor)
 
     def end(self) -> None:
-        """Everything was freed."""
+        """Remove the file after everything was freed."""
         if self.kept:
             with contextlib.suppress(OSError):
                 self._path.unlink(missing_ok=True)
 
 
 def left_loaded(directory: Path) -> list[int]:
-    """Handles that operations before this one left in the TPM; the caller holds the directory."""
+    """Handles that earlier operations left in the TPM; the caller holds the directory."""
     handles: list[int] = []
     with contextlib.suppress(OSError):
         for path in directory.glob(f"{_PREFIX}*"):

@@ -1,10 +1,11 @@
-"""Running one operation on a TPM: in turn, in time, and again where that is right.
+"""Running one operation on a TPM: one at a time, within a time limit, and repeated if that is safe.
 
-Rules: one operation at a time in a process. Between processes that share the key directory too, on
-a bare TPM, because that has three slots for everybody, and where a PIN is used, so that no other
-process uses up tries between the look at their number and the PIN. Waiting in line is not the
-operation's own time, and ends for all who wait when the TPM gives no answer. A busy TPM, and one
-whose PCRs move, is asked again until half of the time is over; a lost connection once.
+Rules: a process runs one operation at a time. Processes that share the key directory take turns in
+two cases: on a TPM without a resource manager, because it has only three slots for all; and where a
+PIN is used, so that no other process spends a try between the look at the counter and the PIN.
+Waiting for other operations does not count towards an operation's time limit, and ends for all
+waiters when the TPM gives no answer. While the TPM is busy or its PCRs change, the operation is
+repeated until half of its time is over; after a lost connection it is repeated once.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ __all__ = ["CREATE_SECONDS", "Service"]
 R = TypeVar("R")
 MAX_PIN: Final = 32
 CREATE_SECONDS: Final = 120.0
-"""Making an RSA key takes a slow chip a minute."""
+"""A slow chip needs a minute for an RSA key."""
 _IN_LINE: Final = 8
-"""How many times the limit of a call it may wait for others before it."""
+"""An operation may wait for others this many times its own time limit."""
 _FORK_SECONDS: Final = 5.0
 _EXPLAIN_SECONDS: Final = 5.0
 
@@ -67,13 +68,12 @@ class Service(ForkSafe):
         super().__init__()
 
     def _renew(self) -> None:
-        # Of the TPM and of who is next, and of the terminal.
+        # They guard the TPM, the first place in line, and the terminal.
         self._lock, self._next, self._asking = (threading.Lock() for _ in range(3))
         self._forking: list[threading.Lock] = []
 
     def _before_fork(self) -> None:
-        # A child would inherit the connection of a call that is under way, and keep it open for
-        # ever.
+        # A child would inherit the connection of an operation that is running, and keep it open.
         if self._next.acquire(timeout=_FORK_SECONDS):
             if self._lock.acquire(timeout=_FORK_SECONDS):
                 self._forking.append(self._lock)
@@ -92,18 +92,18 @@ class Service(ForkSafe):
         pinned: bool = True,
         alone: bool = False,
     ) -> R:
-        """Run ``operation`` on a fresh connection, in a thread that is left behind when time is up.
+        """Run ``operation`` on a new connection, in a thread that is abandoned when time is up.
 
         Args:
-            doing: what is done, for messages.
-            operation: may be called again; TpmError means what the TPM answered.
-            seconds: time limit of all of it; the settings' if None.
+            doing: a few words for messages, such as "reading PCRs".
+            operation: may be called again; raises TpmError for an answer of the TPM.
+            seconds: time limit of the whole; None for that of the settings.
             pinned: whether the storage root key must be the pinned one.
-            alone: whether no other process that shares the key directory may use the TPM meanwhile.
+            alone: whether other processes that share the key directory must wait meanwhile.
 
         Raises:
-            ProviderUnavailable: not reached, busy, or no answer in time.
-            KeymgmtError: as ``translate`` says, or as ``operation`` raised it.
+            ProviderUnavailable: the TPM was not reached, was busy, or gave no answer in time.
+            KeymgmtError: the translated TpmError, or an error of ``operation``.
         """
         settings = self.settings
         if pinned and settings.srk_name is None:
@@ -122,7 +122,8 @@ class Service(ForkSafe):
                     if error.code in BUSY or error.code == PCR_CHANGED or self._is_full(error):
                         again = deadline.remaining > deadline.seconds / 2
                     else:
-                        # Without an answer, a second try of a PIN may be counted as one.
+                        # If the answer to a PIN was lost, sending it again may count as a second
+                        # wrong try.
                         again = (
                             once and error.fault.passing and not (error.lost and error.auth_sent)
                         )
@@ -145,7 +146,7 @@ class Service(ForkSafe):
         name = bytes.fromhex(settings.srk_name) if pinned and settings.srk_name else None
         look_for_device(settings.tcti)
         directory = None if self._managed() or not self.keys.path.is_dir() else self.keys.path
-        # Nobody else uses them now: processes that share the directory wait for their turn.
+        # No process uses these objects: those that share the directory wait for their turn.
         left = left_loaded(directory) if directory else []
 
         def attempt() -> R:
@@ -163,8 +164,8 @@ class Service(ForkSafe):
         try:
             return deadline.run(attempt)
         finally:
-            # Before the caller wipes its secrets: an operation that goes on without it, after an
-            # interrupt too, sends nothing more and frees what it loaded.
+            # Set before the caller wipes its secrets. If the thread is still running, after a
+            # timeout or an interrupt, it sends no further command and frees its objects.
             given_up.set()
 
     @contextlib.contextmanager
@@ -172,12 +173,12 @@ class Service(ForkSafe):
         line = Deadline(seconds, "the TPM")
         began = time.monotonic()
         with contextlib.ExitStack() as stack:
-            # Whoever waits is next, also while another thread works in a loop.
+            # ``_next`` makes the lock fair: a waiting thread comes before one that works in a loop.
             with _acquired(self._next, line.remaining, self.name):
                 stack.enter_context(_acquired(self._lock, line.remaining, self.name))
             if self._unanswered > began:
                 raise ProviderUnavailable(
-                    f"the TPM of {self.name!r} gave no answer to whoever was before in line",
+                    f"the TPM of {self.name!r} gave no answer to the operation before this one",
                     hint="look whether it hangs; the next call asks it again",
                 )
             if alone and os.path.isdir(self.keys.path):  # noqa: PTH112 - never raises
@@ -189,12 +190,12 @@ class Service(ForkSafe):
             stack.enter_context(self.keys.locked(seconds))
         except ProviderUnavailable as error:
             cause = error.__cause__
-            # Where nobody can write, nobody can take turns, and a model opens all the same.
+            # On a read-only file system no process can lock, and a model must open all the same.
             if not isinstance(cause, OSError) or cause.errno != errno.EROFS:
                 raise
 
     def _is_full(self, error: TpmError) -> bool:
-        """Whether a broker may serve as many clients as it can: it says no more than that."""
+        """Whether tpm2-abrmd may have all its clients: its refusal does not give the reason."""
         return error.code == NO_CONNECTION and self.settings.tcti.startswith("tabrmd")
 
     def _managed(self) -> bool:
@@ -224,7 +225,7 @@ class Service(ForkSafe):
 
     @contextlib.contextmanager
     def secret(self, source: SecretSource | None) -> Iterator[bytearray | None]:
-        """What is in a source, wiped at the end; None where no source is configured."""
+        """The secret of a source, wiped at the end; None where no source is configured."""
         value = self._read(source) if source is not None else None
         try:
             yield value
@@ -237,11 +238,12 @@ class Service(ForkSafe):
 
         Args:
             key: name of the key.
-            wanted: whether the key has a PIN; where it has none, there is None.
+            wanted: whether the key has a PIN; for a key without, the result is None.
 
         Raises:
-            AccessDenied: no source is configured, or its PIN has more than 32 bytes.
-            ProviderUnavailable: the source has none.
+            AccessDenied: no source is configured, its PIN has more than 32 bytes, or ``with`` ended
+                because the TPM refused the PIN.
+            ProviderUnavailable: the source cannot be read.
         """
         if not wanted:
             yield None
@@ -249,11 +251,11 @@ class Service(ForkSafe):
         source = self.settings.pins.get(key, self.settings.pin)
         if source is None:
             raise AccessDenied(
-                f"the key {key!r} wants a PIN, and [providers.{self.name}] names no source of it",
+                f"the key {key!r} requires a PIN, and [providers.{self.name}] names no source",
                 hint=f'add to that table: pins = {{ {key} = {{ file = "PATH" }} }}',
             )
         with self.secret(source) as pin:
-            assert pin is not None  # noqa: S101 - there is a source
+            assert pin is not None  # noqa: S101 - source is not None
             if len(pin) > MAX_PIN:
                 raise AccessDenied(
                     f"the PIN from {source} has more than {MAX_PIN} bytes",
@@ -271,14 +273,14 @@ class Service(ForkSafe):
     def _read(self, source: SecretSource) -> bytearray:
         if source.prompt is None:
             return source.read()
-        # A person is asked once, by whichever thread comes first. He may take his time.
+        # A person is asked once, by the first thread that needs the PIN, without a time limit.
         with self._asking:
             if str(source) not in self._typed:
                 self._typed[str(source)] = source.read()
             return bytearray(self._typed[str(source)])
 
     def forget(self) -> None:
-        """Wipe what was typed."""
+        """Wipe the PINs that were typed."""
         with self._asking:
             while self._typed:
                 wipe(self._typed.popitem()[1])
@@ -286,11 +288,11 @@ class Service(ForkSafe):
 
 @contextlib.contextmanager
 def _acquired(lock: threading.Lock, seconds: float, name: str) -> Iterator[None]:
-    # As an argument, so that a child forked meanwhile releases what it took, not its new lock.
+    # The lock is an argument, since a child has new locks and must release the one it acquired.
     if not lock.acquire(timeout=max(0.0, seconds)):
         raise ProviderUnavailable(
             f"the TPM of {name!r} was in use by other threads all the time",
-            hint="a TPM does one thing after the other; a larger timeout lets more wait",
+            hint="a TPM runs one operation at a time; with a larger timeout, more of them can wait",
         )
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a TCTI, the way to a TPM, says before it is used; and that libtss2 is there to use it."""
+"""Checks of a TCTI (the path to a TPM) before it is used, and the import of libtss2."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from keymgmt.backend import AccessDenied, ProviderUnavailable
 
-# libtss2 prints every refusal of the TPM on stderr, even those that are answers here.
+# libtss2 prints every refusal of the TPM on stderr, also those that keymgmt expects.
 os.environ.setdefault("TSS2_LOG", "all+NONE")
 try:
     from tpm2_pytss import ESAPI, TSS2_Exception
@@ -24,16 +24,16 @@ __all__ = ["ESAPI", "TCTILdr", "TSS2_Exception", "is_resource_managed", "look_fo
 
 
 def is_resource_managed(tcti: str) -> bool:
-    """Whether somebody behind this TCTI frees what a client leaves behind."""
+    """Whether a resource manager behind this TCTI frees the objects of a client that ended."""
     return tcti.startswith(("device:/dev/tpmrm", "tabrmd"))
 
 
 def look_for_device(tcti: str) -> None:
-    """Say plainly why a device cannot be used, which libtss2 does not.
+    """Raise if the device of a TCTI cannot be used; libtss2 would not give the reason.
 
     Raises:
-        ProviderUnavailable: it is not there, or is no device.
-        AccessDenied: this user may not use it.
+        ProviderUnavailable: the path does not exist, or is not a device.
+        AccessDenied: this user may not use the device.
     """
     kind, _, conf = tcti.partition(":")
     if kind != "device":
@@ -49,7 +49,7 @@ def look_for_device(tcti: str) -> None:
     except OSError as error:
         raise AccessDenied(f"no permission to look at {path}") from error
     if not stat.S_ISCHR(mode):
-        raise ProviderUnavailable(f"no TPM: {path} is no device", hint="name another tcti")
+        raise ProviderUnavailable(f"no TPM: {path} is not a device", hint="name another tcti")
     if not os.access(path, os.R_OK | os.W_OK, effective_ids=True):
         raise AccessDenied(
             f"no permission to use {path}",

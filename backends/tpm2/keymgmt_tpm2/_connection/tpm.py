@@ -1,9 +1,9 @@
-"""What is asked of a TPM: load, ECDH, decrypt, sign, read. One object serves one operation.
+"""The commands of a TPM that keymgmt uses. A ``Tpm`` object serves one operation.
 
 Rules: every transient object and session is flushed on every path; every command that carries a
 secret runs in a session that is salted to the storage root key and encrypts parameters; the root
-key's name is compared with the pinned one first, so that whoever sits on the bus cannot offer its
-own. Nothing of libtss2 leaves this module except handles.
+key's name is first compared with the pinned name, so that an attacker on the bus cannot substitute
+a root key. Nothing of libtss2 leaves this module except handles.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ def _aes() -> Any:
 
 
 class Tpm:
-    """A connection and what was loaded over it. A context manager that flushes and closes.
+    """A connection and the objects that were loaded over it; the end of ``with`` frees and closes.
 
     Args:
-        tcti: the way to the TPM.
+        tcti: the path to the TPM.
         srk_handle: persistent handle of the storage root key.
-        srk_name: its pinned name, or None to take whatever is there (set-up and doctor only).
-        given_up: set by whoever no longer waits for this operation; no command is sent after it
-            but those that free what was loaded.
-        use_last_try: whether a PIN may be sent where a wrong one would lock the TPM.
-        journal: where to write down what is loaded.
+        srk_name: its pinned name, or None to accept any (set-up and doctor only).
+        given_up: set when the caller no longer waits for this operation. Then only commands that
+            free loaded objects are sent.
+        use_last_try: whether a PIN may be sent although a wrong PIN would lock the TPM.
+        journal: notes the loaded objects.
 
     Raises:
-        TpmError: not reached.
+        TpmError: the TPM was not reached.
     """
 
     def __init__(
@@ -104,12 +104,12 @@ class Tpm:
     def call(self, name: str, *args: Any, **options: Any) -> Any:
         """Call a function of ESAPI by its name.
 
-        What it returns must stay referenced while parts of it are read: a chained read returns
-        freed memory.
+        The caller must keep the result in a variable while it reads parts of it: a chained read
+        such as ``call(...)[0].buffer`` returns freed memory (tpm2-pytss).
 
         Raises:
             TpmError: a response code that is not success, or a connection that broke.
-            ProviderUnavailable: nobody waits for the answer any more.
+            ProviderUnavailable: the caller does not wait for the answer any more.
         """
         if self._given_up.is_set():
             raise ProviderUnavailable("the operation was given up")
@@ -121,22 +121,22 @@ class Tpm:
     # Handles
 
     def opened(self, handle: Any) -> Any:
-        """Take over a transient object or session, to be flushed at the end."""
+        """Register a transient object or session, which is flushed at the end."""
         self._open.append(handle)
         if self._journal.kept:
             self._journal.add(int(self._esapi.tr_get_tpm_handle(handle)))
         return handle
 
     def flush(self, handle: Any) -> None:
-        """Free a transient object or session, also where nobody waits any more.
+        """Free a transient object or session, also after the operation was given up.
 
-        Where it was written down, whoever is next may have freed it already and loaded another one
-        in its place: then it is left to them.
+        An object in the journal of a given-up operation is left alone: the next operation frees it,
+        and may already have loaded another object under the same handle.
         """
         self._open.remove(handle)
         if self._journal.kept and self._given_up.is_set():
             return
-        # Where the connection broke there is nothing to be done: a TPM that was reset has freed it.
+        # If the connection broke, the error is ignored: a TPM that was reset has freed everything.
         with contextlib.suppress(TSS2_Exception):
             self._esapi.flush_context(handle)
 
@@ -148,7 +148,7 @@ class Tpm:
             self._journal.end()
 
     def load(self, public: Public, private: bytes) -> Any:
-        """Load a key under the storage root key; the TPM checks that the two parts belong."""
+        """Load a key under the storage root key; the TPM checks that its parts belong together."""
         return self.opened(
             self.call(
                 "load",
@@ -159,8 +159,9 @@ class Tpm:
         )
 
     def load_verifier(self, public: Public) -> Any:
-        """Load a public key to verify with, where its tickets count for PolicyAuthorize."""
-        # In the NULL hierarchy, the default, the ticket would be empty.
+        """Load a public key that verifies signatures for PolicyAuthorize."""
+        # PolicyAuthorize needs the ticket of the verification, which is empty in the NULL
+        # hierarchy, the default.
         blob = t.TPM2B_PUBLIC.unmarshal(sized(public.raw))[0]
         handle = self.call("load_external", blob, hierarchy=c.ESYS_TR.OWNER)
         return self.opened(handle)
@@ -170,7 +171,7 @@ class Tpm:
 
         Raises:
             KeyNotFound: nothing is at its handle.
-            WrongKey: its name is not the pinned one.
+            ProviderUnavailable: its name is not the pinned one.
         """
         if self._srk is None:
             handle = self.persistent(self._srk_handle)
@@ -180,19 +181,18 @@ class Tpm:
                     f"the TPM has no storage root key at {self._srk_handle:#010x}",
                     hint=_SETUP_HINT,
                 )
-            name = self.call("tr_get_name", handle)
-            found = bytes(name)
-            if self._srk_name is not None and found != self._srk_name:
+            name = self.name_of(handle)
+            if self._srk_name is not None and name != self._srk_name:
                 raise ProviderUnavailable(
-                    f"the storage root key at {self._srk_handle:#010x} is {found.hex()}, "
+                    f"the storage root key at {self._srk_handle:#010x} is {name.hex()}, "
                     f"and the config pins {self._srk_name.hex()}",
-                    hint="this is another TPM, it was cleared, or something stands between",
+                    hint="this is another TPM, it was cleared, or a device on the bus replaces it",
                 )
             self._srk = handle
         return self._srk
 
     def persistent(self, handle: int) -> Any:
-        """A persistent object or NV index, or None where nothing is there."""
+        """A persistent object or NV index, or None where nothing is at this handle."""
         try:
             return self.call("tr_from_tpmpublic", handle)
         except TpmError as error:
@@ -201,7 +201,7 @@ class Tpm:
             raise
 
     def check_owner_enabled(self) -> None:
-        """TpmError where the owner hierarchy is disabled, and with it every persistent key."""
+        """TpmError if the owner hierarchy is disabled, and with it every persistent key."""
         if not self.properties(0x200).get(_STARTUP_CLEAR, 0) & _OWNER_ENABLED:
             raise TpmError(HIERARCHY, arguments=(c.ESYS_TR.OWNER,))
 
@@ -221,8 +221,8 @@ class Tpm:
     def session(self, *, policy: bool = False, salted: bool = True, once: bool = False) -> Any:
         """A session salted to the storage root key that encrypts the first parameter both ways.
 
-        Unsalted, before there is a root key, it only keeps an auth value off the wire. With
-        ``once`` the TPM ends it after the first command that uses it and succeeds: ``use_once``.
+        Without salt, for use before there is a root key, it only keeps an auth value off the bus.
+        With ``once`` the TPM ends the session after the first successful command: see ``use_once``.
         """
         kind = c.TPM2_SE.POLICY if policy else c.TPM2_SE.HMAC
         session = self.opened(
@@ -242,13 +242,13 @@ class Tpm:
         return session
 
     def use_once(self, session: Any, name: str, *args: Any, **options: Any) -> Any:
-        """``call`` with a session that ends with it, which saves the command to flush it."""
+        """``call`` with a session that ends with the call, which saves the command to flush it."""
         answer = self.call(name, *args, session1=session, **options)
         self._open.remove(session)
         return answer
 
     def set_auth(self, handle: Any, auth: bytearray) -> None:
-        """Give ESAPI the auth value of an object; it goes into HMACs and never onto the wire."""
+        """Give ESAPI the auth value of an object, for HMACs; it never goes over the bus."""
         self._auth_set = True
         value = t.TPM2B_AUTH(bytes(auth))
         try:
@@ -257,28 +257,28 @@ class Tpm:
             _wipe(value)
 
     def set_pin(self, handle: Any, pin: bytearray) -> None:
-        """Give ESAPI the PIN of a key that is used next.
+        """Give ESAPI the PIN of the key that is used next.
 
         Raises:
-            LockedOut: a wrong one would lock the TPM, or it is locked.
+            LockedOut: a wrong PIN would lock the TPM, or the TPM is locked.
         """
         self.lockout().check(use_last=self._use_last_try)
         self.set_auth(handle, pin)
 
     def set_owner_auth(self, auth: bytearray | None) -> None:
-        """Give ESAPI the owner hierarchy's password, if there is one."""
+        """Give ESAPI the owner hierarchy's password, unless it is None."""
         if auth is not None:
             self.set_auth(c.ESYS_TR.OWNER, auth)
 
     def set_endorsement_auth(self, auth: bytearray | None) -> None:
-        """The same of the endorsement hierarchy."""
+        """Give ESAPI the endorsement hierarchy's password, unless it is None."""
         if auth is not None:
             self.set_auth(c.ESYS_TR.ENDORSEMENT, auth)
 
     # Keys
 
     def create(self, template: bytes, auth: bytearray) -> tuple[bytes, Public]:
-        """Make a key under the storage root key; returns its private part and public area."""
+        """Create a key under the storage root key; returns its private part and public area."""
         sensitive = t.TPM2B_SENSITIVE_CREATE(t.TPMS_SENSITIVE_CREATE(userAuth=bytes(auth)))
         try:
             answer = self.call(
@@ -297,12 +297,13 @@ class Tpm:
         """The x coordinate of private key times point, 32 bytes; the caller wipes it."""
         half = len(point) // 2
         x, y = point[1 : half + 1], point[half + 1 :]
-        given = t.TPM2B_ECC_POINT(t.TPMS_ECC_POINT(x=x, y=y))
-        answer = self.use_once(session, "ecdh_zgen", key, given)
-        taken = _take(answer.point.x)
+        ecc_point = t.TPM2B_ECC_POINT(t.TPMS_ECC_POINT(x=x, y=y))
+        answer = self.use_once(session, "ecdh_zgen", key, ecc_point)
+        coordinate = _take(answer.point.x)
         _wipe(answer.point.y)
-        z = bytearray(half - len(taken)) + taken
-        wipe(taken)
+        # A TPM may leave out leading zeros of a coordinate.
+        z = bytearray(half - len(coordinate)) + coordinate
+        wipe(coordinate)
         return z
 
     def rsa_decrypt(self, key: Any, ciphertext: bytes, session: Any) -> bytearray:
@@ -324,7 +325,7 @@ class Tpm:
     def certify(
         self, key: Any, ak: Any, value: bytes, session: Any
     ) -> tuple[bytes, tuple[int, int]]:
-        """TPMS_ATTEST of a key by an attestation key, with ``value`` in it, and its signature."""
+        """The TPMS_ATTEST of a key by an attestation key, which holds ``value``; its signature."""
         scheme = t.TPMT_SIG_SCHEME(scheme=c.TPM2_ALG.NULL)
         answer = self.call("certify", key, ak, value, scheme, session1=session)
         attest, signature = answer[0], answer[1]
@@ -343,11 +344,11 @@ class Tpm:
     # State
 
     def pcrs(self, bank: str, indices: Iterable[int]) -> PcrState:
-        """Present values; KeyNotFound where the TPM has no such bank."""
+        """Present values of PCRs; KeyNotFound where the TPM has no such bank."""
         wanted = sorted(indices)
         values: dict[int, bytes] = {}
         while missing := [index for index in wanted if index not in values]:
-            # A TPM answers at most eight values at once.
+            # One PCR_Read answers at most eight values (Part 2, TPML_DIGEST).
             chosen = missing[:8]
             selection = t.TPML_PCR_SELECTION.parse(f"{bank}:{','.join(map(str, chosen))}")
             answer = self.call("pcr_read", selection)
@@ -369,7 +370,7 @@ class Tpm:
         return KeyNotFound(f"the TPM keeps no PCRs in the bank {bank}", hint=hint)
 
     def banks(self) -> list[str]:
-        """The PCR banks that are on, by name, or as a number where there is none."""
+        """The names of the active PCR banks; the number of a hash that has no name here."""
         answer = self.call("get_capability", c.TPM2_CAP.PCRS, 0, 16)
         capability = answer[1]
         data = capability.data
@@ -383,21 +384,21 @@ class Tpm:
         return names
 
     def lockout(self) -> Lockout:
-        """Wrong tries, and how many lock the TPM."""
+        """The number of wrong tries, and how many of them lock the TPM."""
         return Lockout.of(self.properties(0x200))
 
     def properties(self, *groups: int) -> dict[int, int]:
-        """TPM_PT values by number: of the fixed ones (0x100) and the variable ones (0x200)."""
-        found: dict[int, int] = {}
+        """TPM_PT values by number: the fixed group (0x100), the variable group (0x200), or both."""
+        values: dict[int, int] = {}
         for start in groups or (0x100, 0x200):
             answer = self.call("get_capability", c.TPM2_CAP.TPM_PROPERTIES, start, 64)
             capability = answer[1]
             data = capability.data
             listed = data.tpmProperties
             for position in range(len(listed)):
-                item = listed[position]
-                found[int(item.property)] = int(item.value)
-        return found
+                tagged = listed[position]
+                values[int(tagged.property)] = int(tagged.value)
+        return values
 
     def handles(self, first: int) -> list[int]:
         """Handles in use in the range that begins at ``first``."""
@@ -408,7 +409,7 @@ class Tpm:
         return [int(listed[position]) for position in range(len(listed))]
 
     def free(self, handles: Iterable[int]) -> int:
-        """Flush transient objects and sessions, whoever loaded them; how many there were."""
+        """Flush transient objects and sessions of any process; returns how many were flushed."""
         count = 0
         for number in handles:
             with contextlib.suppress(TpmError):
@@ -417,7 +418,7 @@ class Tpm:
         return count
 
     def free_all(self) -> int:
-        """Flush every transient object and session, loaded and saved, whoever uses them."""
+        """Flush every transient object and session, loaded and saved, of any process."""
         ranges = (_TRANSIENT, _LOADED_SESSIONS, _SAVED_SESSIONS)
         return sum(self.free(self.handles(first)) for first in ranges)
 
@@ -432,9 +433,9 @@ def _ecdsa(answer: Any) -> tuple[int, int]:
 def _take(value: Any) -> bytearray:
     """Copy the content of a TPM2B into a wipeable buffer and clear the TPM2B."""
     cdata = value._cdata
-    taken = bytearray(ffi.buffer(cdata.buffer, cdata.size))
+    content = bytearray(ffi.buffer(cdata.buffer, cdata.size))
     _wipe(value)
-    return taken
+    return content
 
 
 def _wipe(value: Any) -> None:
