@@ -141,7 +141,7 @@ def _docker_login(file: Path | None, host: str) -> _Credentials | None:
     file = file or Path.home() / ".docker" / "config.json"
     hint = f"docker login {host}, or name the file that it wrote: docker_config"
     content = read_file(
-        file, what="docker config", limit=_LIMIT, access="private", error=StorageDenied, hint=hint
+        file, label="docker config", limit=_LIMIT, access="private", error=StorageDenied, hint=hint
     )
     try:
         said = load_json(content, str(file), _LIMIT, canonical=False).rest()

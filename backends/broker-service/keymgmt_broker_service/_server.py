@@ -149,7 +149,7 @@ def _tls(path: Path) -> ssl.SSLContext:
         raise ConfigError(
             f"{path}: certificate was taken out", hint="stop the service and start it again"
         )
-    wipe(read_file(private_key, what="private key", limit=_MAX_PEM, access="private"))
+    wipe(read_file(private_key, label="private key", limit=_MAX_PEM, access="private"))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     try:

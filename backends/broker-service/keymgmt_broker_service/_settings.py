@@ -155,7 +155,7 @@ def load_service_settings(path: Path) -> ServiceSettings:
 
 def read_nonce_key(path: Path) -> bytes:
     """The key under which nonces are made; ConfigError where the file is not one."""
-    key = bytes(read_file(path, what="nonce key", limit=4096, access="private"))
+    key = bytes(read_file(path, label="nonce key", limit=4096, access="private"))
     if len(key) != NONCE_KEY_LENGTH:
         raise ConfigError(
             f"the nonce key {path} has {len(key)} bytes, not {NONCE_KEY_LENGTH}",

@@ -137,7 +137,7 @@ def _context(ca_file: Path | None) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     assert ca_file is not None  # noqa: S101 - the settings require it with https
     pem = read_file(
-        ca_file, what="ca_file", limit=_MAX_PEM, access="trusted", error=ProviderUnavailable
+        ca_file, label="ca_file", limit=_MAX_PEM, access="trusted", error=ProviderUnavailable
     )
     try:
         context.load_verify_locations(cadata=pem.decode("ascii", "replace"))

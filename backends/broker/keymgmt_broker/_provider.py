@@ -91,7 +91,7 @@ class BrokerProvider(KeyProvider[BrokerSettings]):
             )
         content = read_file(
             path,
-            what="recipient file",
+            label="recipient file",
             limit=_MAX_RECIPIENT,
             access="trusted",
             error=ProviderUnavailable,

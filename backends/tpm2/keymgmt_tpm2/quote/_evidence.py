@@ -78,7 +78,7 @@ class TpmEvidence(Evidence[TpmEvidenceSettings]):
             log = bytes(
                 read_file(
                     settings.event_log,
-                    what="event log",
+                    label="event log",
                     limit=MAX_LOG,
                     access="any",
                     error=ProviderUnavailable,

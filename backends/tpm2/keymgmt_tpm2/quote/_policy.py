@@ -138,7 +138,7 @@ class Devices:
         """Read the files of a policy; ConfigError where one is missing, not trusted or wrong."""
         states = {}
         for path in policy.pcr_values:
-            check_trusted(path, what="table of PCR values", private=False)
+            check_trusted(path, label="table of PCR values", private=False)
             states[path] = read_values(path)
             if weak := weakness(states[path]):
                 raise ConfigError(f"{path}: {weak}", hint="name PCRs that are measured, such as 7")
@@ -201,7 +201,7 @@ def _known(policy: DevicePolicy, pcrs: str) -> _Known:
     bank, indices = parse_pcrs(pcrs)
     events: dict[int, set[Event]] = {index: set() for index in indices}
     for path in policy.event_logs:
-        content = read_file(path, what="event log", limit=MAX_LOG, access="trusted")
+        content = read_file(path, label="event log", limit=MAX_LOG, access="trusted")
         try:
             for index, event in read_events(bytes(content), bank):
                 events.get(index, set()).add(event)
@@ -215,7 +215,7 @@ def _known(policy: DevicePolicy, pcrs: str) -> _Known:
 
 def _enrolled(policy: DevicePolicy) -> dict[str, Mapping[str, str]]:
     wanted = None if policy.eks is None else {parse_ek(each) for each in policy.eks}
-    check_trusted(policy.devices, what="folder of devices", private=False)
+    check_trusted(policy.devices, label="folder of devices", private=False)
     enrolled = {}
     for stated in _attested(policy):
         if wanted is None or stated["ek"] in wanted:
@@ -232,7 +232,7 @@ def _attested(policy: DevicePolicy) -> Iterable[Mapping[str, str]]:
     """What the office proved of each device; ConfigError where nobody trusted signed one."""
     trusted = {}
     for path in policy.attesters:
-        pem = read_file(path, what="public key", limit=MAX_PEM, access="trusted")
+        pem = read_file(path, label="public key", limit=MAX_PEM, access="trusted")
         trusted[str(path)] = PublicKey.from_pem(bytes(pem)).der
     try:
         files = sorted(path for path in policy.devices.iterdir() if path.suffix == ".recipient")
@@ -242,7 +242,7 @@ def _attested(policy: DevicePolicy) -> Iterable[Mapping[str, str]]:
         signature = file.with_name(f"{file.name}.sig")
         try:
             recipient = Recipient.load(file)
-            content = read_file(signature, what="signature", limit=MAX_PEM, access="any")
+            content = read_file(signature, label="signature", limit=MAX_PEM, access="any")
             find_signer(recipient, bytes(content), trusted, attested=True)
         except KeymgmtError as error:
             raise ConfigError(f"{file} is refused: {error}", hint=error.hint) from error
