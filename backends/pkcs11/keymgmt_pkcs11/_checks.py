@@ -135,7 +135,7 @@ def _session(connection: Connection, session: Session) -> Iterator[Finding]:
         "mechanisms",
         "ok" if may else "failed",
         f"listed for {', '.join(may)}" if may else "the token lists no mechanism of any key kind",
-        None if may else "keymgmt cannot use this token",
+        None if may else "this token cannot be used with keymgmt",
     )
 
 

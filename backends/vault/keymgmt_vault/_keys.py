@@ -135,7 +135,7 @@ class Keys:
         if str(kind) not in KINDS or not isinstance(versions, dict) or data.get("derived"):
             raise UnsupportedOperation(
                 f"the Transit key {native!r} is {str(kind)[:40]}, or derived, and is not usable",
-                hint=f"keymgmt uses keys that are not derived, of the kinds {', '.join(KINDS)}",
+                hint=f"usable are keys that are not derived, of the kinds {', '.join(KINDS)}",
             )
         return self._describe(key, native, str(kind), data)
 
