@@ -30,7 +30,7 @@ class Access(Settings):
         secret: its password; for S3 the secret access key, for Azure the account's key, for
             Google the JSON of a service account's key.
         token: a bearer token; for S3 the session token.
-        endpoint: address of a server that speaks S3, Google's or Azure's protocol.
+        endpoint: address of a server that speaks S3 or Azure's protocol.
         region: of an S3 bucket.
         token_server: host, with its port, to which a registry may send us for a token, such as
             ``auth.docker.io``; otherwise to itself alone.

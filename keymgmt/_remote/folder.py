@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from keymgmt._remote.location import Location
+from keymgmt._remote.bucket import bucket_storage
+from keymgmt._remote.location import BUCKETS, Location
 from keymgmt._remote.storage import changed
-from keymgmt._remote.web import WebStorage
+from keymgmt._remote.web import web_storage
 from keymgmt.errors import ConfigError, FormatError, IntegrityError, StorageUnavailable
 from keymgmt.sealed.folder import ModelFolder, payload_name
 
@@ -114,12 +115,13 @@ def open_folder(text: str, settings: Remote) -> RemoteFolder:
         ConfigError: it is no location, or a package is not installed, or a secret is not there.
     """
     location = Location.parse(text)
-    if location.scheme in ("https", "http"):
-        return RemoteFolder(str(location), WebStorage(location, settings))
-    raise ConfigError(
-        f"no model is opened from {location.scheme}://, where {location} is",
-        hint="copy the model to a folder first",
-    )
+    if location.scheme == "oci":
+        raise ConfigError(
+            f"no model is opened from a registry, where {location} is",
+            hint="pull it to a folder first",
+        )
+    make = bucket_storage if location.scheme in BUCKETS else web_storage
+    return RemoteFolder(str(location), make(location, settings))
 
 
 def _check_length(content: memoryview, start: int, end: int) -> None:

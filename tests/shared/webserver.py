@@ -105,7 +105,7 @@ def files_of(root: Path, quirk: Quirk | None = None) -> Answer:
 
 
 def serve_range(request: Seen, handler: Any, content: bytes) -> None:
-    etag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
+    etag = etag_of(content)
     if request.headers.get("if-match", etag) != etag:
         reply(handler, 412, ETag=etag)
         return
@@ -116,3 +116,7 @@ def serve_range(request: Seen, handler: Any, content: bytes) -> None:
     start, last = int(asked[1]), min(int(asked[2]), len(content) - 1)
     headers = {"Content-Range": f"bytes {start}-{last}/{len(content)}", "ETag": etag}
     reply(handler, 206, content[start : last + 1], **headers)
+
+
+def etag_of(content: bytes) -> str:
+    return f'"{hashlib.sha256(content).hexdigest()[:16]}"'
