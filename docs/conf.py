@@ -23,6 +23,7 @@ napoleon_use_rtype = False
 
 html_theme = "furo"
 html_static_path = ["static"]
+html_css_files = ["keymgmt.css"]
 html_favicon = "static/key.svg"
 html_use_index = False
 html_domain_indices = False
@@ -36,4 +37,5 @@ pygments_dark_style = "monokai"
 linkcheck_anchors = False
 linkcheck_timeout = 30
 linkcheck_retries = 2
-linkcheck_ignore = [r"https://github\.com/keymgmt/keymgmt"]
+# Ours are there once there is a release.
+linkcheck_ignore = [r"https://github\.com/keymgmt/keymgmt", r"https://pypi\.org/project/keymgmt"]

@@ -34,7 +34,11 @@ LINK: Final = re.compile(r"(?<=\[)([^\]]*)\]\(([^)\s]+)(?=\))")
 FENCE: Final = re.compile(r"(^ *```.*?^ *```$)", re.MULTILINE | re.DOTALL)
 
 # The pages that are below a page in the navigation.
-BELOW: Final = {"cli.md": ["schemas", "commands/*"], "python.md": ["python/*"]}
+BELOW: Final = {
+    "cli.md": ["schemas", "commands/*"],
+    "decisions/README.md": ["*"],
+    "python.md": ["python/*"],
+}
 
 
 # Pages
@@ -58,14 +62,17 @@ def rewritten(page: Path, pages: set[Path]) -> str:
     """The text of a page, with its links as they are on the site."""
 
     def link(match: re.Match[str]) -> str:
+        words = match[1]
         path, hash_, anchor = match[2].partition("#")
         file = (page.parent / path).resolve()
         if file in pages:
+            # Empty words are the title of the page: a reader of the site sees no file.
+            words = "" if words.endswith(".md") else words
             path = os.path.relpath(position(file), position(page).parent)
         elif path and "://" not in path and file.suffix != ".svg":
             kind = "tree" if file.is_dir() else "blob"
             path = f"{REPOSITORY}/{kind}/main/{file.relative_to(ROOT)}"
-        return f"{match[1]}]({path}{hash_}{anchor}"
+        return f"{words}]({path}{hash_}{anchor}"
 
     parts = FENCE.split(shown(page, page.read_text("utf-8")))
     parts[::2] = [LINK.sub(link, part) for part in parts[::2]]
@@ -206,8 +213,8 @@ def write(folder: Path) -> None:
     made["schemas.md"] = schemas()
     for page in pages:
         made[str(position(page))] = rewritten(page, pages)
-    for page, entries in (BELOW | {"decisions/README.md": ["*"]}).items():
-        made[page] += contents(entries)
+    for name, entries in BELOW.items():
+        made[name] += contents(entries)
     for caption, titles in listed.items():
         entries = [f"{title} </{position(page)}>" for page, title in titles.items()]
         made["index.md"] += contents(entries, caption)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -144,6 +145,12 @@ def test_the_picture_is_that_of_the_demo() -> None:
 
 @pytest.mark.nightly
 def test_links_to_other_hosts(built: Path, tmp_path: Path) -> None:
+    try:
+        socket.getaddrinfo("github.com", 443)
+    except OSError:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip("other hosts are not reached from here")
     source = os.environ["KEYMGMT_TEST_SITE_SOURCE"]
     done = subprocess.run(
         [sys.executable, "-m", "sphinx", "-b", "linkcheck", "-q", "-c", DOCS, source, tmp_path],
