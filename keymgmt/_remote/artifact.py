@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +24,7 @@ from keymgmt.sealed.manifest import FORMAT, Manifest
 if TYPE_CHECKING:
     from keymgmt.sealed.ciphertext import Ciphertext
 
-__all__ = ["MEDIA_TYPE", "Artifact", "Blob", "Meter", "blob_of", "hash_file"]
+__all__ = ["MEDIA_TYPE", "Artifact", "Blob", "blob_of", "hash_file"]
 
 MEDIA_TYPE: Final = "application/vnd.oci.image.manifest.v1+json"
 # https://github.com/modelpack/model-spec
@@ -61,21 +60,6 @@ def hash_file(source: Ciphertext, told: Callable[[int], object]) -> Blob:
         digest.update(part)
         told(len(part))
     return Blob(f"sha256:{digest.hexdigest()}", size)
-
-
-class Meter:
-    """Adds up what several threads have done, for a progress of bytes done and bytes in all."""
-
-    def __init__(self, progress: Callable[[int, int], object] | None, total: int) -> None:
-        self._progress, self._total, self._done = progress, total, 0
-        self._lock = threading.Lock()
-
-    def __call__(self, count: int) -> None:
-        """So many bytes more; fewer than 0 where something begins anew."""
-        if self._progress is not None:
-            with self._lock:
-                self._done += count
-                self._progress(max(0, min(self._done, self._total)), self._total)
 
 
 @dataclass(frozen=True)

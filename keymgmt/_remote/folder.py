@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Final
 
 from keymgmt._remote.bucket import bucket_storage
 from keymgmt._remote.location import BUCKETS, Location
+from keymgmt._remote.registry import RegistryStorage
 from keymgmt._remote.storage import changed
 from keymgmt._remote.web import web_storage
-from keymgmt.errors import ConfigError, FormatError, IntegrityError, StorageUnavailable
+from keymgmt.errors import FormatError, IntegrityError, StorageUnavailable
 from keymgmt.sealed.folder import ModelFolder, payload_name
 
 if TYPE_CHECKING:
@@ -116,10 +117,7 @@ def open_folder(text: str, settings: Remote) -> RemoteFolder:
     """
     location = Location.parse(text)
     if location.scheme == "oci":
-        raise ConfigError(
-            f"no model is opened from a registry, where {location} is",
-            hint="pull it to a folder first",
-        )
+        return RemoteFolder(str(location), RegistryStorage(location, settings))
     make = bucket_storage if location.scheme in BUCKETS else web_storage
     return RemoteFolder(str(location), make(location, settings))
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import random
 import ssl
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -162,6 +163,13 @@ class Http(ForkSafe):
 
     def _renew(self) -> None:
         self._pools.clear()  # a child must not write to its parent's connections
+        self._closed = threading.Event()
+
+    def close(self) -> None:
+        """Try nothing again, in any thread, and end connections that nobody uses."""
+        self._closed.set()
+        for pool in list(self._pools.values()):
+            pool.clear()
 
     def request(
         self,
@@ -239,9 +247,12 @@ class Http(ForkSafe):
                     best, tries, end = came(), 0, time.monotonic() + self._settings.deadline
                 tries += 1
                 pause = max(again.after, min(_MAX_WAIT, 0.1 * 2**tries) * random.uniform(0.5, 1))  # noqa: S311
-                if tries == _TRIES or time.monotonic() + pause >= end:
+                if tries == _TRIES or time.monotonic() + pause >= end or self._wait(pause):
                     raise again.error from again.__cause__
-                time.sleep(pause)
+
+    def _wait(self, seconds: float) -> bool:
+        """Wait; at once true where this is closed."""
+        return self._closed.wait(seconds)
 
     @contextlib.contextmanager
     def exchange(

@@ -6,25 +6,28 @@ https://github.com/opencontainers/distribution-spec/blob/v1.1.0/spec.md
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self
 
 from keymgmt._remote.artifact import MAX_ARTIFACT, MEDIA_TYPE, Artifact, Blob
 from keymgmt._remote.http import Body, Http, Sink, redirected
 from keymgmt._remote.login import Login
+from keymgmt._remote.storage import Part
+from keymgmt._remote.web import total_of
 from keymgmt.errors import ConfigError, IntegrityError, StorageUnavailable
 
 if TYPE_CHECKING:
     from keymgmt._config.remote import Remote
     from keymgmt._remote.location import Location
 
-__all__ = ["Registry"]
+__all__ = ["Registry", "RegistryStorage"]
 
 _INDEX: Final = "application/vnd.oci.image.index.v1+json"
 
 
 class Registry:
-    """The repository of a location; any thread may ask."""
+    """The repository of a location; any thread may ask. A context manager that closes it."""
 
     def __init__(self, location: Location, settings: Remote, *, push: bool = False) -> None:
         """Make a client; nothing is sent yet. ConfigError where the config is wrong."""
@@ -34,6 +37,12 @@ class Registry:
         self._base = f"{scheme}://{location.host}/v2/{location.path}"
         login = Login(location, settings, access, "pull,push" if push else "pull")
         self._http = Http(self._base, settings, access, login)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
 
     def find(self) -> Artifact | None:
         """The artifact at the location now; None where there is none.
@@ -104,6 +113,26 @@ class Registry:
                 raise self.missing(name) from None
             raise
 
+    def part(self, blob: Blob, start: int, end: int, name: str) -> memoryview:
+        """The bytes of a blob from ``start`` to before ``end``; only all of it is compared.
+
+        Raises:
+            IntegrityError: it is missing, or another.
+            StorageError: it is not to be had, or not in ranges.
+        """
+        end = min(end, blob.size)
+        if not start and end == blob.size:
+            return memoryview(self.read(blob, end, name))
+        headers = {"Range": f"bytes={start}-{end - 1}"}
+        reply = self._http.request(
+            "GET", self._blob(blob), headers=headers, good=(200, 206, 404), limit=end - start
+        )
+        if reply.status == 404:
+            raise self.missing(name)
+        if total_of(reply, start, end) != blob.size:
+            raise self.another(name)
+        return reply.body
+
     def has(self, blob: Blob) -> bool:
         """Whether the repository has a blob."""
         reply = self._http.request("HEAD", self._blob(blob), good=(200, 404), limit=0)
@@ -169,3 +198,39 @@ class Registry:
 
     def _blob(self, blob: Blob) -> str:
         return f"{self._base}/blobs/{blob.digest}"
+
+
+class RegistryStorage:
+    """A model in a registry, read from there: the tag is looked up once, so it cannot move."""
+
+    def __init__(self, location: Location, settings: Remote) -> None:
+        """Make a client; nothing is sent yet. ConfigError where the config is wrong."""
+        self._registry = Registry(location, settings)
+        self._location = location
+        self._lock = threading.Lock()
+        self._artifact: Artifact | None = None
+
+    def part(self, name: str, start: int, end: int, pin: str = "") -> Part | None:  # noqa: ARG002
+        """A part of a file, as ``Storage.part``; ConfigError where nothing is at the location."""
+        with self._lock:
+            if self._artifact is None:
+                self._artifact = self._registry.find()
+            artifact = self._artifact
+        if artifact is None:
+            raise self._registry.nothing()
+        blob = artifact.files.get(name)
+        if blob is None:
+            return None
+        content = self._registry.part(blob, start, end, name)
+        return Part(content, blob.size, blob.digest)
+
+    def replace(self, name: str, content: bytes, pin: str) -> str:  # noqa: ARG002
+        """Nothing is changed in a registry but by a push.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            f"{self._location} is in a registry, where nothing is changed",
+            hint="pull the model, change it, and push it",
+        )

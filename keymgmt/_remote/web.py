@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from keymgmt._remote.http import Reply
     from keymgmt._remote.location import Location
 
-__all__ = ["WebStorage", "web_storage"]
+__all__ = ["WebStorage", "total_of", "web_storage"]
 
 _RANGE: Final = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 _OK, _PARTIAL, _NOT_FOUND, _GONE, _CONFLICT, _CHANGED, _NO_SUCH_RANGE = (
@@ -61,7 +61,7 @@ class WebStorage:
             return None
         if reply.status not in (_OK, _PARTIAL):
             raise changed(shown(url))
-        total = _total(reply, start, end)
+        total = total_of(reply, start, end)
         found = reply.headers.get("etag") or reply.headers.get("last-modified") or ""
         if pin and found != pin:
             raise changed(shown(url))
@@ -97,7 +97,7 @@ def web_storage(location: Location, settings: Remote) -> WebStorage:
     return WebStorage(http, lambda _, name: f"{url}/{quote(name)}")
 
 
-def _total(reply: Reply, start: int, end: int) -> int:
+def total_of(reply: Reply, start: int, end: int) -> int:
     """How many bytes the file has, of which the asked ones came."""
     where = shown(reply.url)
     if reply.status == _PARTIAL:

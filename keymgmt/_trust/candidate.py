@@ -111,7 +111,11 @@ class Candidate:
             ConfigError: there is no such folder; or it is a location, and ``remote`` is None.
             StorageError: it is not to be had from there.
         """
-        folder = _folder(path, remote)
+        return cls.of(_folder(path, remote))
+
+    @classmethod
+    def of(cls, folder: ModelFolder) -> Candidate:
+        """What is in a folder that is open, and closed where this raises, as ``read`` does."""
         try:
             data = folder.read(MANIFEST, MAX_MANIFEST)
             manifest = Manifest.from_bytes(data)

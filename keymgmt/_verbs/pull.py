@@ -12,17 +12,19 @@ import hashlib
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from keymgmt import floe
 from keymgmt._config.config import use_config
-from keymgmt._remote.artifact import Artifact, Blob, Meter, blob_of, hash_file
+from keymgmt._remote.artifact import Artifact, Blob, blob_of, hash_file
+from keymgmt._remote.folder import RemoteFolder
 from keymgmt._remote.origin import Origin
+from keymgmt._remote.parallel import Parallel
 from keymgmt._remote.registry import Registry
+from keymgmt._remote.storage import Part
 from keymgmt._system.audit import audit
 from keymgmt._system.files import (
     make_folder,
@@ -33,7 +35,7 @@ from keymgmt._system.files import (
 )
 from keymgmt._system.refused import translate
 from keymgmt._trust.candidate import Candidate
-from keymgmt._verbs.push import THREADS, registry_location
+from keymgmt._verbs.push import registry_location
 from keymgmt._verbs.seal import replaceable
 from keymgmt.errors import ConfigError, FormatError, KeymgmtError, RollbackError, SealedModelError
 from keymgmt.sealed.folder import (
@@ -134,8 +136,7 @@ def pull(
             f"the folder {target.parent} for {target.name} does not exist",
             hint=f"make it with: mkdir -p {shlex.quote(str(target.parent))}",
         )
-    with use_config(keys) as config:
-        registry = Registry(place, config.remote)
+    with use_config(keys) as config, Registry(place, config.remote) as registry:
         artifact = registry.find()
         if artifact is None:
             raise registry.nothing()
@@ -162,18 +163,16 @@ class _Pull:
         registry: Registry,
         folder: Path,
     ) -> None:
-        self._target, self._artifact, self._registry = target, artifact, registry
+        self._place, self._target = place, target
+        self._artifact, self._registry = artifact, registry
         self._folder = folder
         self._origin = Origin.of(place, artifact).to_bytes()
         self.received = 0
 
     def admit(self, config: Config, name: str | None) -> None:
         """Let the config decide by the small files, and see that the artifact has all others."""
-        make_folder(self._folder / PAYLOAD)
         self._small = self._read_small()
-        for each, content in self._small.items():
-            replace_file(self._folder / each, content)
-        with Candidate.read(self._folder) as candidate:
+        with Candidate.of(RemoteFolder(str(self._place), _Read(self._small))) as candidate:
             candidate.trust(config, name)
             candidate.policy()
             self.manifest = candidate.manifest
@@ -211,7 +210,8 @@ class _Pull:
         self, force: bool, progress: Progress | None
     ) -> Literal["new", "replaced", "updated", "current"]:
         """Get what is not here, and put it in place."""
-        self._meter = Meter(progress, sum(blob.size for blob in self._payload.values()))
+        size = sum(blob.size for blob in self._payload.values())
+        self._transfers = Parallel(progress, size)
         if not os.path.lexists(self._target):
             self._fetch(set())
             self._put_in_place(None)
@@ -274,7 +274,7 @@ class _Pull:
 
             def told(count: int) -> None:
                 read[0] += count
-                self._meter(count)
+                self._transfers.told(count)
 
             try:
                 with contextlib.closing(old.open_payload(path)) as source:
@@ -282,15 +282,11 @@ class _Pull:
                         return True
             except SealedModelError:
                 pass
-            self._meter(-read[0])
+            self._transfers.told(-read[0])
             return False
 
-        with ThreadPoolExecutor(THREADS) as pool:
-            return {
-                path
-                for path, same in zip(self._payload, pool.map(whole, self._payload), strict=True)
-                if same
-            }
+        looked_at = zip(self._payload, self._transfers.map(whole, self._payload), strict=True)
+        return {path for path, same in looked_at if same}
 
     def _keep(self, here: set[str]) -> set[str]:
         """Give payload files of the old folder a second name in the new one, where that goes."""
@@ -316,6 +312,7 @@ class _Pull:
         return "updated" if changed else "current"
 
     def _fetch(self, kept: set[str]) -> None:
+        make_folder(self._folder / PAYLOAD)
         left = [path for path in self._payload if path not in kept]
         missing = sum(self._payload[path].size for path in left)
         there = sum(
@@ -327,26 +324,20 @@ class _Pull:
                 f"{self._target} needs {missing - there} bytes more, and the disk has {free}",
                 hint="make room there, and run it again: what came so far is kept",
             )
-        with ThreadPoolExecutor(THREADS) as pool:
-            for future in [pool.submit(self._fetch_one, path) for path in left]:
-                try:
-                    future.result()
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
+        self.received += sum(self._transfers.map(self._fetch_one, left))
 
-    def _fetch_one(self, path: str) -> None:
+    def _fetch_one(self, path: str) -> int:
         name = payload_name(path)
         file = self._folder / to_system(name)
         make_folder(file.parent)
-        with _open_download(file, self._payload[path], self._meter) as download:
-            resumed = download.done > 0
+        with _open_download(file, self._payload[path], self._transfers.told) as download:
+            resumed, received = download.done > 0, 0
             while True:
                 before = download.done
                 self._registry.fetch(self._payload[path], download, name)
-                self.received += download.done - before
+                received += download.done - before
                 if download.whole:
-                    return
+                    return received
                 download.restart()
                 if not resumed:
                     file.unlink()
@@ -355,9 +346,25 @@ class _Pull:
 
     def _put_in_place(self, look: Callable[[Path], object] | None) -> None:
         with new_directory(self._target, replaceable=look) as made:
-            for name in (PAYLOAD, *self._small):
-                (self._folder / name).rename(made / name)
-            replace_file(made / ORIGIN, self._origin)
+            (self._folder / PAYLOAD).rename(made / PAYLOAD)
+            for name, content in (*self._small.items(), (ORIGIN, self._origin)):
+                replace_file(made / name, content)
+
+
+class _Read:
+    """Small files that were read from a registry, as a ``Storage``."""
+
+    def __init__(self, small: Mapping[str, bytes]) -> None:
+        self._small = small
+
+    def part(self, name: str, start: int, end: int, pin: str = "") -> Part | None:
+        content = self._small.get(name)
+        if content is None:
+            return None
+        return Part(memoryview(content)[start:end], len(content), pin)
+
+    def replace(self, name: str, content: bytes, pin: str) -> str:
+        raise NotImplementedError
 
 
 class _Download:
@@ -383,14 +390,15 @@ class _Download:
         return f"sha256:{self._hash.hexdigest()}" == self._blob.digest
 
     def write(self, part: bytes) -> None:
+        self._told(0)
         written = 0
         while written < len(part):
             written += os.pwrite(self._descriptor, part[written:], self.done + written)
         self._take(part)
 
     def restart(self) -> None:
-        os.ftruncate(self._descriptor, 0)
         self._told(-self.done)
+        os.ftruncate(self._descriptor, 0)
         self.done, self._hash = 0, hashlib.sha256()
 
 

@@ -6,16 +6,16 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from keymgmt import floe
 from keymgmt._config.config import use_config
-from keymgmt._remote.artifact import Artifact, Blob, Meter, blob_of, hash_file
+from keymgmt._remote.artifact import Artifact, Blob, blob_of, hash_file
 from keymgmt._remote.location import Location
 from keymgmt._remote.origin import Origin
+from keymgmt._remote.parallel import Parallel
 from keymgmt._remote.registry import Registry
 from keymgmt._system.audit import audit
 from keymgmt._system.refused import translate
@@ -30,11 +30,10 @@ if TYPE_CHECKING:
     from keymgmt._config.config import Config
     from keymgmt.sealed.ciphertext import Ciphertext
 
-__all__ = ["THREADS", "Pushed", "push", "registry_location"]
+__all__ = ["Pushed", "push", "registry_location"]
 
 log = logging.getLogger("keymgmt")
 Progress = Callable[[int, int], object]
-THREADS: Final = 4
 
 
 @dataclass(frozen=True)
@@ -103,21 +102,26 @@ def push(
             f"{place} is a digest, and a model is pushed to a tag",
             hint="write oci://HOST/REPOSITORY:TAG",
         )
-    with use_config(keys) as config, Candidate.read(path) as candidate:
+    with (
+        use_config(keys) as config,
+        Candidate.read(path) as candidate,
+        Registry(place, config.remote, push=True) as registry,
+    ):
         candidate.policy()
-        registry = Registry(place, config.remote, push=True)
         before = registry.digest()
         upload = _Upload(candidate, registry, progress)
         artifact = upload.artifact
         origin = Origin.read(candidate.folder)
-        sent, moved = 0, before != artifact.digest
+        moved = before != artifact.digest
+        allowed = {None, artifact.digest, origin.at(place) if origin else None}
+        if before not in allowed and not force:
+            raise _moved(place, before, origin)
+        # Also where the tag is the same: the registry may have lost something of it.
+        sent = upload.run()
         if moved:
-            allowed = {None, origin.at(place) if origin else None}
-            if before not in allowed and not force:
-                raise _moved(place, before, origin)
-            sent = upload.run()
-            if registry.digest() != before and not force:
-                raise _moved(place, registry.digest(), origin)
+            now = registry.digest()
+            if now != before and not force:
+                raise _moved(place, now, origin)
             registry.tag(artifact)
         try:
             candidate.folder.replace(ORIGIN, Origin.of(place, artifact).to_bytes())
@@ -129,8 +133,8 @@ def push(
             )
         manifest = candidate.manifest
         audit("push", model=manifest.id.hex(), name=manifest.name, digest=artifact.digest)
-    refused = refusal(path, config)
-    return Pushed(manifest, str(place), artifact.digest, sent, moved, refused)
+        refused = refusal(path, config)
+        return Pushed(manifest, str(place), artifact.digest, sent, moved, refused)
 
 
 def registry_location(location: str) -> Location:
@@ -164,10 +168,10 @@ class _Upload:
         size = sum(
             floe.ciphertext_length(entry.size, manifest.segment_length) for entry in manifest.files
         )
-        self._meter = Meter(progress, 2 * size + sum(map(len, self._small.values())))
+        self._transfers = Parallel(progress, 2 * size + sum(map(len, self._small.values())))
         blobs = {name: blob_of(content) for name, content in self._small.items()}
-        with ThreadPoolExecutor(THREADS) as pool:
-            blobs |= zip(self._paths, pool.map(self._hash, manifest.files), strict=True)
+        hashed = self._transfers.map(self._hash, manifest.files)
+        blobs |= zip(self._paths, hashed, strict=True)
         self.artifact = Artifact.make(manifest, blobs)
 
     def _hash(self, entry: FileEntry) -> Blob:
@@ -178,7 +182,7 @@ class _Upload:
                     f"{payload_name(entry.path)} has {source.length()} bytes, and not {expected}",
                     hint="it was damaged: fetch or seal the model again",
                 )
-            return hash_file(source, self._meter)
+            return hash_file(source, self._transfers.told)
 
     @contextlib.contextmanager
     def _open(self, path: str) -> Iterator[Ciphertext]:
@@ -192,8 +196,7 @@ class _Upload:
         """Send what the registry does not have; how many bytes that were."""
         files = self.artifact.files
         config = blob_of(self.artifact.config)
-        with ThreadPoolExecutor(THREADS) as pool:
-            sent = sum(pool.map(self._put, files))
+        sent = sum(self._transfers.map(self._put, files))
         if not self._registry.has(config):
             self._registry.put(config, partial(_Content, self.artifact.config, lambda _: None))
         return sent
@@ -201,13 +204,13 @@ class _Upload:
     def _put(self, name: str) -> int:
         blob = self.artifact.files[name]
         if self._registry.has(blob):
-            self._meter(blob.size)
+            self._transfers.told(blob.size)
             return 0
         if name in self._small:
-            self._registry.put(blob, partial(_Content, self._small[name], self._meter))
+            self._registry.put(blob, partial(_Content, self._small[name], self._transfers.told))
         else:
             with self._open(self._paths[name]) as source:
-                self._registry.put(blob, partial(_File, source, blob.size, self._meter))
+                self._registry.put(blob, partial(_File, source, blob.size, self._transfers.told))
         return blob.size
 
 

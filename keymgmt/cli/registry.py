@@ -49,7 +49,7 @@ def push(
     if as_json:
         print_json({"format": "keymgmt-push/1", **pushed.to_json()})
         return
-    did = f"{_size(pushed.sent)} sent" if pushed.moved else "it was there already"
+    did = f"{_size(pushed.sent)} sent" + ("" if pushed.moved else ", the tag was right already")
     said = f"{clean(pushed.manifest.name)}, release {pushed.manifest.release}: {did}"
     console().print(f"{said}\n{clean(pushed.location)} is {pushed.digest}", soft_wrap=True)
 

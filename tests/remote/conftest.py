@@ -58,7 +58,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     from keymgmt._remote import http
 
     waited: list[float] = []
-    monkeypatch.setattr(http.time, "sleep", waited.append)
+    monkeypatch.setattr(http.Http, "_wait", lambda _, seconds: waited.append(seconds))
     return waited
 
 

@@ -27,6 +27,7 @@ from keymgmt._remote.location import Location
 from keymgmt._remote.registry import Registry
 from keymgmt.errors import ConfigError, KeymgmtError, ProviderUnavailable, StorageDenied
 
+pytestmark = pytest.mark.once
 PASSWORD = "27182818"
 # htpasswd -nbB me 27182818
 USERS = "me:$2b$05$abcdefghijklmnopqrstuu0GDhat5MLhQKpV4OowbtCI5jUAuoKNG\n"

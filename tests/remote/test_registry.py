@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,3 +231,39 @@ def test_a_payload_of_another_length_is_not_pushed(place: Place) -> None:
     with pytest.raises(IntegrityError, match=r"model\.bin\.floe has"):
         place.push(sealed)
     assert not place.registry.requests(f"PUT /v2/{place.repository}/manifests")
+
+
+def test_what_the_registry_lost_is_said_and_pushed_again(place: Place) -> None:
+    sealed = place.site.seal()
+    place.push(sealed)
+    payload = (sealed / "payload" / "model.bin.floe").read_bytes()
+    layers = place.registry.root / "docker/registry/v2/repositories" / place.repository / "_layers"
+    shutil.rmtree(layers / "sha256" / hashlib.sha256(payload).hexdigest())
+    with pytest.raises(IntegrityError, match=r"lacks its payload/model\.bin\.floe"):
+        place.pull()
+    assert not (place.site.root / "pulled").exists()
+    again = place.push(sealed)
+    assert (again.moved, again.sent) == (False, len(payload))
+    assert place.pull().state == "new"
+
+
+def test_it_opens_where_it_lies(place: Place) -> None:
+    sealed = place.site.seal()
+    place.push(sealed)
+    with keymgmt.open(place.at(), keys=place.config()) as model:
+        # The tag is looked up once: what is pushed meanwhile is another model.
+        place.push(place.site.seal(target="n.sealed"), force=True)
+        assert bytes(model.read("model.bin")) == (place.site.plain / "model.bin").read_bytes()
+        with model.open("model.bin") as file:
+            file.seek(1_500_000)
+            assert file.read(7) == (place.site.plain / "model.bin").read_bytes()[1_500_000:][:7]
+    assert keymgmt.verify(place.at(), keys=place.config()).findings
+    assert keymgmt.inspect(place.at(), keys=place.config()).manifest.name
+    with pytest.raises(ConfigError, match="is not there"):
+        keymgmt.open(place.at("none"), keys=place.config())
+
+
+def test_a_stranger_opens_nowhere(place: Place) -> None:
+    place.push(place.site.seal(sign="local:stranger"))
+    with pytest.raises(UntrustedPublisher):
+        keymgmt.open(place.at(), keys=place.config())
