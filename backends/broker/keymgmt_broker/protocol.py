@@ -18,6 +18,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Final
 
 from keymgmt.backend import (
@@ -107,7 +108,7 @@ class Request:
     kind: str
     evidence: bytes = field(default=b"", repr=False)
 
-    @property
+    @cached_property
     def report_data(self) -> bytes:
         """The 32 bytes that the evidence signs: SHA-256 over every part with its length before it.
 

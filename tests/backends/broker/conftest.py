@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
-import importlib.util
 import os
 import signal
 import ssl
@@ -17,23 +15,16 @@ from typing import Any
 
 import pytest
 from loopback import free_port
+from quotes import MRENCLAVE, World
 
 from keymgmt import load_config
 from keymgmt.backend import ConfigPath, Evidence, KeyProvider, Settings
 
 KEYS = ("model", "other")
-POLICY = 'evidence = "sgx"\n'
 
 
-# pytest imports no module that stands beside a test.
-PROGRAM = Path(__file__).with_name("made_policy.py")
-_spec = importlib.util.spec_from_file_location("keymgmt_tests_made_policy", PROGRAM)
-assert _spec is not None
-assert _spec.loader is not None
-_module = sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
-with contextlib.suppress(ImportError):  # then each test skips itself
-    _spec.loader.exec_module(_module)
-made_evidence = getattr(_module, "evidence_of", None)
+WORLD = World()
+POLICY = f'evidence = "sgx"\nmrenclave = ["{MRENCLAVE.hex()}"]\n'
 
 
 class MadeSettings(Settings):
@@ -44,7 +35,7 @@ class MadeSettings(Settings):
 
 
 class MadeEvidence(Evidence[MadeSettings]):
-    """Evidence that the test makes; the service verifies it as any."""
+    """A quote of a root of our own; the service verifies it as any."""
 
     kind = "sgx"
     Settings = MadeSettings
@@ -52,7 +43,7 @@ class MadeEvidence(Evidence[MadeSettings]):
     def quote(self, report_data: bytes) -> bytes:
         if self.settings.proves == "too much":
             return bytes(1 << 20)
-        return made_evidence(report_data if self.settings.proves == "this" else bytes(32))
+        return WORLD.sgx(report_data if self.settings.proves == "this" else bytes(32))
 
 
 class Service:
@@ -85,7 +76,8 @@ class Service:
         new = self.config.with_suffix(".new")
         new.write_text(
             f'listen = "{host}:{self.port}"\nconfig = "keymgmt.toml"\n'
-            f'workers = {workers}\nrate = {rate}\nnonce_key = "nonce.key"\n{more}\n'
+            f'workers = {workers}\nrate = {rate}\nnonce_key = "nonce.key"\n'
+            f'collateral = "collateral"\nunsafe_root = "root.der"\n{more}\n'
             f"[policies.press]\n{POLICY}{keys}"
         )
         new.rename(self.config)
@@ -93,7 +85,7 @@ class Service:
     def start(self) -> None:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, PROGRAM, "broker", "serve", "--config", self.config],
+                [sys.executable, "-m", "keymgmt", "broker", "serve", "--config", self.config],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -163,6 +155,7 @@ def make_site(folder: Path) -> Path:
     from keymgmt_broker_service._commands import export_recipient
 
     folder.mkdir(mode=0o700)
+    WORLD.write(folder / "collateral")
     (folder / "keymgmt.toml").write_text('[providers.site]\nbackend = "file"\npath = "keys"\n')
     with load_config(folder / "keymgmt.toml") as config:
         provider: Any = config.provider("site")
@@ -212,7 +205,7 @@ def make_service(module_site: Path) -> Iterator[Make]:
 @pytest.fixture
 def prove() -> Callable[[bytes], bytes]:
     """Evidence that the policy of the tests accepts."""
-    return made_evidence
+    return WORLD.sgx
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from keymgmt_broker.protocol import STATUS, Request
 from keymgmt_broker_service._decide import Broker, Refusal
 from keymgmt_broker_service._settings import load_service_settings
 from loopback import Authority
+from quotes import MRENCLAVE
 
 from keymgmt import load_settings
 from keymgmt.backend import (
@@ -55,7 +57,9 @@ def broker(tmp_path: Path, install: Callable[..., Path], module_site: Path) -> B
     (tmp_path / "keymgmt.toml").write_text('[providers.site]\nbackend = "behind"\n')
     file = tmp_path / "broker.toml"
     file.write_text(
-        'config = "keymgmt.toml"\n[policies.press]\nevidence = "sgx"\n'
+        f'config = "keymgmt.toml"\ncollateral = "{module_site}/collateral"\n'
+        f'unsafe_root = "{module_site}/root.der"\n[policies.press]\nevidence = "sgx"\n'
+        f'mrenclave = ["{MRENCLAVE.hex()}"]\n'
         '[keys.model]\nkey = "site:native"\nallow = ["press"]\n'
     )
     return Broker.load(load_service_settings(file), bytes(32))
@@ -90,11 +94,14 @@ def test_a_failure_behind_the_broker_is_told_in_one_word_and_logged_in_full(
     assert f"refused={word}" in caplog.text
 
 
-def test_evidence_that_cannot_be_judged_now_is_no_refusal_for_good(broker: Broker) -> None:
+def test_evidence_that_cannot_be_judged_now_is_no_refusal_for_good(
+    broker: Broker, prove: Any
+) -> None:
+    broker = replace(broker, collateral=None)
     wrapped = WrappedKey("broker", "model", "1", "hpke-p256", b"blob")
     request = Request(broker.nonces.make(), "hpke-p384", b"", wrapped, b"", "sgx")
     with pytest.raises(Refusal) as raised:
-        broker.answer(request.with_evidence(b"the collateral is old").to_bytes(), "192.0.2.1")
+        broker.answer(request.with_evidence(prove(request.report_data)).to_bytes(), "192.0.2.1")
     assert raised.value.word == "not-ready"
 
 
@@ -103,6 +110,7 @@ GOOD = {
     "config": '"keymgmt.toml"',
     "[policies.press]": "",
     "evidence": '"sgx"',
+    "mrenclave": f'["{MRENCLAVE.hex()}"]',
     "[keys.model]": "",
     "key": '"site:model"',
     "allow": '["press"]',
@@ -149,9 +157,8 @@ def test_what_is_wrong_in_the_config_is_said_before_anything_begins(
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    program = Path(__file__).with_name("made_policy.py")
     return subprocess.run(
-        [sys.executable, program, *arguments], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "keymgmt", *arguments], capture_output=True, text=True, timeout=60
     )
 
 
