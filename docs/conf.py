@@ -6,6 +6,8 @@ project = "keymgmt"
 html_title = f"keymgmt {importlib.metadata.version('keymgmt')}"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 
+# A block of code says its language, or is shown as it is.
+highlight_language = "text"
 # A heading has the anchor that forges give it.
 myst_heading_anchors = 4
 myst_enable_extensions = ["deflist"]
@@ -29,6 +31,7 @@ html_use_index = False
 html_domain_indices = False
 html_copy_source = False
 html_show_sourcelink = False
+html_show_copyright = False
 html_theme_options = {"top_of_page_buttons": []}
 pygments_style = "friendly"
 pygments_dark_style = "monokai"

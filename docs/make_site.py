@@ -69,7 +69,7 @@ def rewritten(page: Path, pages: set[Path]) -> str:
             # Empty words are the title of the page: a reader of the site sees no file.
             words = "" if words.endswith(".md") else words
             path = os.path.relpath(position(file), position(page).parent)
-        elif path and "://" not in path and file.suffix != ".svg":
+        elif path and file.exists() and file.suffix != ".svg":
             kind = "tree" if file.is_dir() else "blob"
             path = f"{REPOSITORY}/{kind}/main/{file.relative_to(ROOT)}"
         return f"{words}]({path}{hash_}{anchor}"
@@ -151,7 +151,12 @@ def reference(name: str) -> str:
     explained = [
         e for e, value in values.items() if inspect.isclass(value) or inspect.isroutine(value)
     ]
-    lines = [f".. automodule:: {name}", f"   :members: {', '.join(explained)}"]
+    lines = [
+        ".. highlight:: default",
+        "",
+        f".. automodule:: {name}",
+        f"   :members: {', '.join(explained)}",
+    ]
     lines += ["   :show-inheritance:"] * (module is errors)
     for each in sorted(values.keys() - explained):
         lines += ["", f".. py:data:: {each}"]
