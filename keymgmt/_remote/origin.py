@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from keymgmt._system.strict_json import dump, load_json
 from keymgmt.errors import FormatError
-from keymgmt.sealed.folder import KEYS, ORIGIN, SIGNATURES
+from keymgmt.sealed.folder import KEYS, MAX_ORIGIN, ORIGIN, SIGNATURES
 
 if TYPE_CHECKING:
     from keymgmt._remote.artifact import Artifact
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["Origin"]
 
 _FORMAT: Final = "keymgmt-origin/1"
-_LIMIT: Final = 4096
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
 
 
@@ -50,11 +49,11 @@ class Origin:
     @classmethod
     def read(cls, folder: ModelFolder) -> Origin | None:
         """The origin of a folder; None where it has none, or one that is of no use."""
-        content = folder.read(ORIGIN, _LIMIT, optional=True)
+        content = folder.read(ORIGIN, MAX_ORIGIN, optional=True)
         if not content:
             return None
         try:
-            reader = load_json(content, ORIGIN, _LIMIT)
+            reader = load_json(content, ORIGIN, MAX_ORIGIN)
             reader.version(_FORMAT, "another version of keymgmt wrote it")
             origin = cls(
                 reader.text("repository", limit=1024),

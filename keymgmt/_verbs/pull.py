@@ -41,6 +41,7 @@ from keymgmt.errors import ConfigError, FormatError, KeymgmtError, RollbackError
 from keymgmt.sealed.folder import (
     KEYS,
     MANIFEST,
+    MAX_ORIGIN,
     ORIGIN,
     PAYLOAD,
     SIGNATURES,
@@ -307,7 +308,7 @@ class _Pull:
             if content is not None and content != old.read(name, _LIMITS[name], optional=True):
                 old.replace(name, content)
                 changed = True
-        if old.read(ORIGIN, MAX_MANIFEST, optional=True) != self._origin:
+        if old.read(ORIGIN, MAX_ORIGIN, optional=True) != self._origin:
             old.replace(ORIGIN, self._origin)
         return "updated" if changed else "current"
 

@@ -17,7 +17,7 @@ from keymgmt._config.config import use_config
 from keymgmt._crypto.dek import Dek
 from keymgmt._remote.location import need_folder
 from keymgmt._system.audit import audit
-from keymgmt._system.files import new_directory
+from keymgmt._system.files import new_directory, replace_file
 from keymgmt._trust.candidate import Candidate, refusal
 from keymgmt._trust.recipients import resolve_groups
 from keymgmt._verbs.inspect import Inspection, inspect
@@ -25,6 +25,7 @@ from keymgmt._verbs.open import open_model
 from keymgmt._verbs.seal import Content, check_target, exists, replaceable, write_sealed
 from keymgmt._verbs.sign import Signer, expiry_text
 from keymgmt.errors import ConfigError
+from keymgmt.sealed.folder import MAX_ORIGIN, ORIGIN
 from keymgmt.sealed.times import utc_text
 
 if TYPE_CHECKING:
@@ -119,6 +120,9 @@ def reseal(
                     progress=progress,
                 )
                 if target is None:
+                    # What it was pulled from stays known to the push that follows.
+                    if origin := place.read(ORIGIN, MAX_ORIGIN, optional=True):
+                        replace_file(folder / ORIGIN, origin)
                     place.check_place()
         except FileExistsError as error:
             raise exists(output) from error

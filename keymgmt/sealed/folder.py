@@ -29,6 +29,7 @@ __all__ = [
     "KEYS",
     "LOCK",
     "MANIFEST",
+    "MAX_ORIGIN",
     "ORIGIN",
     "PAYLOAD",
     "SIGNATURES",
@@ -43,6 +44,7 @@ SIGNATURES: Final = "signatures.json"
 PAYLOAD: Final = "payload"
 LOCK: Final = ".keymgmt.lock"
 ORIGIN: Final = ".keymgmt.origin"
+MAX_ORIGIN: Final = 4096
 _NAMED_WRONGLY: Final = (errno.ENOENT, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG)
 _WAIT: Final = 60.0
 _FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW

@@ -158,6 +158,14 @@ def test_a_strangers_tag_is_not_moved(place: Place) -> None:
     assert place.push(other, force=True).moved
 
 
+def test_what_was_resealed_is_pushed_to_its_tag(place: Place) -> None:
+    place.push(place.site.seal())
+    place.pull()
+    pulled = place.site.root / "pulled"
+    keymgmt.reseal(pulled, to=["local:a"], keys=place.config())
+    assert place.push(pulled).moved
+
+
 def test_another_release_takes_the_place(place: Place, tree_of: Tree) -> None:
     place.push(place.site.seal(release=1))
     place.pull()
@@ -267,3 +275,12 @@ def test_a_stranger_opens_nowhere(place: Place) -> None:
     place.push(place.site.seal(sign="local:stranger"))
     with pytest.raises(UntrustedPublisher):
         keymgmt.open(place.at(), keys=place.config())
+
+
+def test_nothing_is_changed_in_a_registry_but_by_a_push(place: Place) -> None:
+    place.push(place.site.seal())
+    before = place.registry.bytes()
+    with pytest.raises(ConfigError) as refused:
+        keymgmt.rewrap(place.at(), add=["local:b"], keys=place.config())
+    assert "pull" in str(refused.value.hint)
+    assert place.registry.bytes() == before
