@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
 from keymgmt.backend import Recipient, SupportsOfflineRecipients, UnsupportedOperation
-from keymgmt.console import clean, print_json
+from keymgmt.console import clean, console, print_json, table
 from keymgmt.errors import ConfigError
 
 __all__ = ["app"]
 
 # What a broker needs is imported when it is used, so that help and completion stay fast.
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+MAX_QUOTE: Final = 65536
+_STATES: Final = ((0, "expired"), (7, "old"), (math.inf, "ok"))
+"""Days that are left, at most, and what is said then; Intel's collateral lasts 30."""
 _Config = Annotated[
     Path | None,
     typer.Option("--config", "-c", metavar="FILE", help="The broker's config, broker.toml."),
@@ -93,3 +97,51 @@ def export(
         )
     else:
         typer.echo(clean(f"{output}: {recipient}, fingerprint {recipient.fingerprint}"))
+
+
+@app.command()
+def collateral(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="As the broker's config names it.")],
+    quote: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="A quote of a machine that is to be served."),
+    ] = None,
+) -> None:
+    """List what a folder has of Intel's collateral, and until when; exit code 6 if a part expired.
+
+    With --quote, also where the collateral of that machine's platform is missing.
+
+    Example:
+        keymgmt broker collateral /var/lib/keymgmt/collateral
+    """
+    import time
+    from datetime import UTC, datetime
+
+    from keymgmt.backend import read_file
+    from keymgmt_broker_service._verify._collateral import load_collateral, platform_of
+
+    entries = load_collateral(folder).entries
+    left = {each: (entry.until - time.time()) / 86400 for each, entry in entries.items()}
+    found = [
+        {
+            **platform._asdict(),
+            "file": entry.path.name,
+            "until": datetime.fromtimestamp(entry.until, UTC).isoformat(),
+            "state": next(word for days, word in _STATES if left[platform] <= days),
+        }
+        for platform, entry in sorted(entries.items())
+    ]
+    for path in quote or []:
+        read = read_file(path, label="quote", limit=MAX_QUOTE, access="any")
+        platform = platform_of(bytes(read))
+        if platform not in entries:
+            found.append({**platform._asdict(), "file": None, "until": None, "state": "missing"})
+    if context.obj.as_json:
+        print_json({"format": "keymgmt-broker-collateral/1", "platforms": found})
+    else:
+        columns = ("kind", "fmspc", "ca", "file", "until", "state")
+        rows = [[each[name] or "-" for name in columns] for each in found]
+        console().print(table(columns, rows))
+    if any(each["state"] in ("expired", "missing") for each in found):
+        raise typer.Exit(6)

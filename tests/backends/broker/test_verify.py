@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -40,6 +42,18 @@ ADAPTER: TypeAdapter = TypeAdapter(AnyPolicy)
 @pytest.fixture(scope="module")
 def world() -> World:
     return World()
+
+
+@pytest.fixture
+def run_keymgmt(tmp_path):
+    def run(*arguments, code=0) -> str:
+        command = [sys.executable, "-m", "keymgmt", *map(str, arguments)]
+        home = {**os.environ, "HOME": str(tmp_path), "COLUMNS": "120"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=home)
+        assert done.returncode == code, done.stderr + done.stdout
+        return done.stdout
+
+    return run
 
 
 def judge(world, evidence, policy, folder, *, asked=ASKED, now=None, **members):
@@ -290,6 +304,28 @@ def test_the_newer_of_two_files_counts(tmp_path):
     entries = load_collateral(folder, root).entries
     assert len(entries) == 2
     assert all(entry.until > now + 49 * DAY for entry in entries.values())
+
+
+def test_the_command_says_what_is_old_or_missing(tmp_path, run_keymgmt, check_output):
+    """Collateral of other days and of a machine that is to be served."""
+    folder = tmp_path / "c"
+    worlds = {days: World(days=days, fmspc=bytes([days]) * 6) for days in (30, 5)}
+    for each in worlds.values():
+        each.write(folder, ["sgx"])
+    quotes = {days: tmp_path / f"quote{days}" for days in (30, 9)}
+    quotes[30].write_bytes(worlds[30].sgx(ASKED))
+    quotes[9].write_bytes(World(fmspc=b"\x09" * 6).tdx(ASKED))
+    said = run_keymgmt("broker", "collateral", folder, "--quote", quotes[30])
+    assert "old" in said
+    assert "expired" not in said
+    out = run_keymgmt("--json", "broker", "collateral", folder, "--quote", quotes[9], code=6)
+    check_output(out)
+    states = {each["fmspc"]: each["state"] for each in json.loads(out)["platforms"]}
+    assert states == {"1E" * 6: "ok", "05" * 6: "old", "09" * 6: "missing"}
+    World(now=int(time.time()) - 40 * DAY, fmspc=bytes(6)).write(folder, ["tdx"])
+    assert "expired" in run_keymgmt("broker", "collateral", folder, code=6)
+    run_keymgmt("broker", "collateral", folder, "--quote", folder / "sgx-050505050505.json", code=5)
+    run_keymgmt("broker", "collateral", tmp_path, code=3)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ client, and who signed it is looked at when the folder is loaded.
 from __future__ import annotations
 
 import json
-import time
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from cryptography import x509
-from dcap_qvl import QuoteCollateralV3, QuoteVerifier
+from dcap_qvl import QuoteCollateralV3, QuoteVerifier, parse_quote
 
 from keymgmt.backend import AccessDenied, ConfigError, check_trusted, read_file
 
 __all__ = ["Collateral", "Entry", "NotReady", "Platform", "Refused", "load_collateral"]
 
 MAX_FILE: Final = 4 << 20
+_FMSPC: Final = re.compile(r"[0-9A-F]{12}")
+_AUTHORITIES: Final = ("processor", "platform")
 _SIGNER: Final = "Intel SGX TCB Signing"
 _FETCH: Final = "fetch it anew, from Intel's PCS or from your PCCS"
 
@@ -93,6 +95,18 @@ class Collateral:
         return entry.content
 
 
+def platform_of(quote: bytes) -> Platform:
+    """Which collateral a quote needs, by its own words; Refused where it is no quote."""
+    try:
+        parsed = parse_quote(quote)
+        kind, fmspc, ca = parsed.quote_type().lower(), parsed.fmspc().upper(), parsed.ca()
+    except ValueError as error:
+        raise Refused(f"no quote: {error!s:.200}") from error
+    if not _FMSPC.fullmatch(fmspc) or ca not in _AUTHORITIES:
+        raise Refused("the quote is of an unknown kind of platform")
+    return Platform(kind, fmspc, ca)
+
+
 def load_collateral(folder: Path, unsafe_root: Path | None = None) -> Collateral:
     """Read a folder of collateral.
 
@@ -137,7 +151,7 @@ def _read(path: Path) -> tuple[Platform, Entry]:
         crls = [x509.load_der_x509_crl(crl) for crl in (collateral.root_ca_crl, collateral.pck_crl)]
         issuer = _common_name(crls[1].issuer)
         # "Intel SGX PCK Processor CA", "Intel SGX PCK Platform CA"
-        ca = next(word for word in ("processor", "platform") if word in issuer.lower())
+        ca = next(word for word in _AUTHORITIES if word in issuer.lower())
         platform = Platform(tcb["id"].lower(), tcb["fmspc"].upper(), ca)
         ends = [_moment(each["nextUpdate"]) for each in (tcb, qe)]
         ends += [crl.next_update_utc.timestamp() for crl in crls if crl.next_update_utc]
@@ -168,8 +182,3 @@ def _moment(text: str) -> float:
     if moment.tzinfo is None:
         raise ValueError(f"no time zone in {text!r:.40}")
     return moment.timestamp()
-
-
-def days_left(entry: Entry) -> float:
-    """Days from now until it counts no more."""
-    return (entry.until - time.time()) / 86400

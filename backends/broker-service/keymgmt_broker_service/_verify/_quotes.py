@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hmac
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
-from dcap_qvl import QuotePolicy, parse_quote
+from dcap_qvl import QuotePolicy
 from keymgmt_tpm2.quote import AttestationError, Devices
 
 from keymgmt.backend import FormatError
-from keymgmt_broker_service._verify._collateral import Collateral, NotReady, Platform, Refused
+from keymgmt_broker_service._verify._collateral import Collateral, NotReady, Refused, platform_of
 from keymgmt_broker_service._verify._policies import (
     RTMRS,
     PlatformPolicy,
@@ -28,7 +27,6 @@ Ready: TypeAlias = SgxPolicy | TdxPolicy | Devices
 """A policy with what its files say."""
 
 _REPORT_DATA: Final = 64
-_FMSPC: Final = re.compile(r"[0-9A-F]{12}")
 _FLAGS: Final = {
     "smt": "smt_enabled",
     "dynamic_platform": "dynamic_platform",
@@ -75,17 +73,10 @@ def verify(
     if collateral is None:
         raise NotReady("the service has no folder of collateral")
     kind = policy.evidence
-    try:
-        quote = parse_quote(evidence)
-        found = quote.quote_type().lower(), quote.fmspc().upper(), quote.ca()
-    except ValueError as error:
-        raise Refused(f"no quote: {error!s:.200}") from error
-    if found[0] != kind:
-        raise Refused(f"a quote of {found[0]} and not of {kind}")
-    # What chooses the collateral is not verified yet.
-    if not _FMSPC.fullmatch(found[1]) or found[2] not in ("processor", "platform"):
-        raise Refused("the quote is of an unknown kind of platform")
-    content = collateral.find(Platform(*found), now)
+    platform = platform_of(evidence)
+    if platform.kind != kind:
+        raise Refused(f"a quote of {platform.kind} and not of {kind}")
+    content = collateral.find(platform, now)
     try:
         result = collateral.verifier.verify_with_policy(
             evidence, content, now, QuotePolicy.claims_only(now)
