@@ -64,11 +64,12 @@ def work(case: str, home: Path, count: int) -> int:
     tree = home / "tree"
     with keymgmt.load_config(home / "keymgmt.toml") as config:
         if case == "seal":
-            plain = home / "model.bin"
+            plain = home / "plain"
+            plain.mkdir()
             for number in range(count):
                 folder = tree / f"{number % 100:02}"
                 folder.mkdir(parents=True, exist_ok=True)
-                plain.write_bytes(os.urandom(4096))
+                (plain / "model.bin").write_bytes(os.urandom(4096))
                 keymgmt.seal(plain, folder / f"m{number}.sealed", to=["site:kek"], keys=config)
             return count
         if case == "usage":

@@ -129,6 +129,8 @@ def printable(text: str) -> str:
     Names come from files that others wrote: a line end in one would forge a line of a log, and a
     control character would reach a terminal.
     """
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from keymgmt._crypto.dek import Dek
-from keymgmt._providers.contract import SupportsBatchUnwrap
+from keymgmt._providers.contract import SupportsBatchUnwrap, SupportsBatchWrap
 from keymgmt.errors import (
     ConfigError,
     KeymgmtError,
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from keymgmt._providers.contract import KeyProvider
     from keymgmt._providers.data import WrappedKey
 
-__all__ = ["Answers", "call_provider", "require", "unwrap_many"]
+__all__ = ["Answers", "call_provider", "has_ability", "require", "unwrap_many", "wrap_many"]
 
 # What providers answered, many in one call: (provider, blob, context) -> its answer.
 Answers = dict[tuple[str, bytes, bytes], Dek | ProviderError]
@@ -51,26 +51,41 @@ def require(config: Config, name: str, ability: type[Any], what: str) -> Any:
     return provider
 
 
-def unwrap_many(config: Config, name: str, items: Sequence[tuple[WrappedKey, bytes]]) -> Answers:
-    """Unwrap many recipients in one call, where the provider can; else nothing.
+def has_ability(config: Config, name: str, ability: type[Any]) -> bool:
+    """Whether a provider has an ability; False where it cannot be made."""
+    try:
+        return bool(call_provider(config, name, lambda provider: isinstance(provider, ability)))
+    except ProviderError:
+        return False
+
+
+def unwrap_many(
+    config: Config, name: str, items: Sequence[tuple[WrappedKey, bytes]]
+) -> Sequence[Dek | ProviderError]:
+    """Unwrap many recipients in one call, where the provider can; else no answer at all.
 
     A service that is not reached answers for all. Whatever else goes wrong as a whole is found
     again, and told, when a recipient is asked for alone.
     """
+    if not items or not has_ability(config, name, SupportsBatchUnwrap):
+        return ()
+    return _many(config, name, len(items), lambda provider: provider.unwrap_batch(items))
 
-    def ask(provider: Any) -> Answers:
-        if not isinstance(provider, SupportsBatchUnwrap):
-            return {}
-        answers = provider.unwrap_batch(items)
-        return {
-            (name, wrapped.blob, context): answer
-            for (wrapped, context), answer in zip(items, answers, strict=True)
-        }
 
+def wrap_many(
+    config: Config, name: str, key: str, items: Sequence[tuple[Dek, bytes]]
+) -> Sequence[WrappedKey | ProviderError]:
+    """Wrap many data keys under one key; as ``unwrap_many``."""
+    if not items or not has_ability(config, name, SupportsBatchWrap):
+        return ()
+    return _many(config, name, len(items), lambda provider: provider.wrap_batch(key, items))
+
+
+def _many(config: Config, name: str, count: int, call: Any) -> Sequence[Any]:
     try:
-        found: Answers = call_provider(config, name, ask)
+        answers: list[Any] = call_provider(config, name, lambda provider: list(call(provider)))
     except ProviderUnavailable as error:
-        return {(name, wrapped.blob, context): error for wrapped, context in items}
+        return [error] * count
     except ProviderError:
-        return {}
-    return found
+        return ()
+    return answers if len(answers) == count else ()

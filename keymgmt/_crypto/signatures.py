@@ -73,7 +73,10 @@ def verify_signature(public_key: bytes, message: bytes, signature: bytes) -> boo
     Raises:
         ConfigError: ``public_key`` is of a kind that cannot sign here.
     """
-    key = _load(public_key)[1]
+    return _verify(_load(public_key)[1], message, signature)
+
+
+def _verify(key: Any, message: bytes, signature: bytes) -> bool:
     try:
         if isinstance(key, ec.EllipticCurvePublicKey):
             key.verify(signature, message, ec.ECDSA(_HASHES[key.curve.name]))
@@ -95,22 +98,30 @@ class PublicKey:
         der: DER SubjectPublicKeyInfo (RFC 5280), in the one encoding that the library writes. A key
             that was encoded otherwise (a compressed point, other parameters) is encoded again, so
             that equal keys have equal bytes and one ``id``.
+        algorithm: the signature algorithm of this key.
+        id: SHA-384 of ``der`` in hex.
     """
 
     der: bytes = field(repr=False)
+    algorithm: str = field(init=False, repr=False, compare=False)
+    id: str = field(init=False, repr=False, compare=False)
+    _key: Any = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "der", _encode(_load(self.der)[1]))
+        algorithm, key = _load(self.der)
+        der = _encode(key)
+        made = {
+            "der": der,
+            "algorithm": algorithm,
+            "id": hashlib.sha384(der).hexdigest(),
+            "_key": key,
+        }
+        for name, value in made.items():
+            object.__setattr__(self, name, value)
 
-    @property
-    def algorithm(self) -> str:
-        """The signature algorithm of this key."""
-        return algorithm_of(self.der)
-
-    @property
-    def id(self) -> str:
-        """SHA-384 of ``der`` in hex."""
-        return hashlib.sha384(self.der).hexdigest()
+    def verifies(self, message: bytes, signature: bytes) -> bool:
+        """``verify_signature`` with this key, which is parsed once."""
+        return _verify(self._key, message, signature)
 
     @classmethod
     def from_pem(cls, pem: bytes) -> PublicKey:

@@ -37,6 +37,7 @@ __all__ = [
     "KeyProvider",
     "Settings",
     "SupportsBatchUnwrap",
+    "SupportsBatchWrap",
     "SupportsKeyDeletion",
     "SupportsKeyManagement",
     "SupportsOfflineRecipients",
@@ -242,3 +243,16 @@ class SupportsBatchUnwrap(ABC):
         self, items: Sequence[tuple[WrappedKey, bytes]]
     ) -> Sequence[Dek | ProviderError]:
         """One answer for each ``(wrapped, context)``, in order; one bad item fails alone."""
+
+
+class SupportsBatchWrap(ABC):
+    """A provider that wraps many data keys in one call to its service."""
+
+    @abstractmethod
+    def wrap_batch(
+        self, key: str, items: Sequence[tuple[Dek, bytes]]
+    ) -> Sequence[WrappedKey | ProviderError]:
+        """Wrap each ``(dek, context)`` under the newest version of ``key``; one answer each.
+
+        Raises as ``wrap`` where nothing can be wrapped under that key.
+        """

@@ -26,10 +26,13 @@ def _one_word(value: object) -> str:
 
 def audit(event: str, *, error: BaseException | None = None, **pairs: object) -> None:
     """Log one event at INFO, or at WARNING with the class of ``error`` as its outcome."""
+    level = logging.INFO if error is None else logging.WARNING
+    if not _LOGGER.isEnabledFor(level):
+        return
     outcome = "ok" if error is None else type(error).__name__
     fields = {"event": event, **pairs, "outcome": outcome}
     _LOGGER.log(
-        logging.INFO if error is None else logging.WARNING,
+        level,
         "%s",
         " ".join(f"{name}={_one_word(value)}" for name, value in fields.items()),
         extra={"audit": fields},

@@ -338,7 +338,13 @@ def _keep_readers(path: Path, descriptor: int) -> None:
 
 def left_behind(target: Path) -> list[Path]:
     """Temporary files and folders of ``target``: those in use, and what killed processes left."""
-    return [path for path in target.parent.iterdir() if target_of(path.name) == _stem(target)]
+    stem = _stem(target)
+    prefix = f".{stem}."
+    return [
+        target.parent / name
+        for name in os.listdir(target.parent)  # noqa: PTH208 - thousands, and few are ours
+        if name.startswith(prefix) and target_of(name) == stem
+    ]
 
 
 def target_of(name: str) -> str | None:

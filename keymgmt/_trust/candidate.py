@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
     from keymgmt._config.config import Config
     from keymgmt._config.remote import Remote
-    from keymgmt._trust.policy import Vouched
+    from keymgmt._trust.policy import Publisher, Vouched
     from keymgmt._trust.release_memory import Known, ReleaseMemory
 
 __all__ = ["Candidate", "admit", "refusal", "step"]
@@ -143,10 +143,18 @@ class Candidate:
         policy.check_profile(self.manifest)
         return policy
 
-    def trust(self, config: Config, name: str | None = None, *, ask: bool = True) -> Trust:
+    def trust(
+        self,
+        config: Config,
+        name: str | None = None,
+        *,
+        ask: bool = True,
+        publishers: list[Publisher] | None = None,
+    ) -> Trust:
         """Check signature, expiry, name and release, in this order.
 
         Without ``ask`` no key service is asked, so a release memory with an anchor is left out.
+        ``publishers`` are those of the config where somebody has read them already.
 
         Raises:
             UntrustedPublisher, ModelExpired, RollbackError, ConfigError: as the config demands.
@@ -154,11 +162,9 @@ class Candidate:
         """
         vouched, memory, known, policy = None, None, None, config.policy
         if policy.require_signature:
-            manifest, signatures, publishers = (
-                self.manifest,
-                self.signatures,
-                load_publishers(config),
-            )
+            manifest, signatures = self.manifest, self.signatures
+            if publishers is None:
+                publishers = load_publishers(config)
             count = policy.signatures.get(manifest.name, 1)
             signed = check_signature(manifest, self.data, signatures, publishers, count)
             memory = release_memory(config)
@@ -217,12 +223,15 @@ def step(
 
 
 def admit(
-    path: str | os.PathLike[str], config: Config, name: str | None
+    path: str | os.PathLike[str],
+    config: Config,
+    name: str | None,
+    publishers: list[Publisher] | None = None,
 ) -> tuple[Candidate, Trust]:
     """Read a sealed model and check that this config lets it in; else close it and raise."""
     candidate = Candidate.read(path, config.remote)
     try:
-        return candidate, candidate.trust(config, name)
+        return candidate, candidate.trust(config, name, publishers=publishers)
     except BaseException:
         candidate.folder.close()
         raise

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from keymgmt._config.calls import call_provider
-from keymgmt._crypto.signatures import PublicKey, verify_signature
+from keymgmt._crypto.signatures import PublicKey
 from keymgmt._providers.names import is_key
 from keymgmt._system.audit import audit
 from keymgmt.errors import ConfigError, ModelExpired, RollbackError, UntrustedPublisher
@@ -136,7 +136,7 @@ def check_signature(
     known |= {p.key.id: p for p in publishers if p.key.id in signed and p.may_publish(name)}
     allowed = [p for p in known.values() if p.key.algorithm in manifest.rules.signatures]
     message = signed_bytes(data)
-    valid = [p for p in allowed if verify_signature(p.key.der, message, signed[p.key.id])]
+    valid = [p for p in allowed if p.key.verifies(message, signed[p.key.id])]
     good = [publisher for publisher in valid if publisher.may_publish(name)]
     if len(good) >= count:
         return good
@@ -210,7 +210,7 @@ def check_expiry(
             problems.append(f"{publisher.file.name} did not say until when")
             continue
         message = expiry_bytes(digest, expires)
-        if not verify_signature(publisher.key.der, message, stated.signature):
+        if not publisher.key.verifies(message, stated.signature):
             raise UntrustedPublisher(
                 f"the expiry of {publisher.file.name} on {name} is not valid",
                 hint="signatures.json was changed; fetch the sealed model again",

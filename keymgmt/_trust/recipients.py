@@ -19,7 +19,7 @@ from keymgmt._providers.recipient_file import (
     wrap_for,
 )
 from keymgmt._system.audit import audit
-from keymgmt.errors import ConfigError, KeymgmtError, UntrustedPublisher
+from keymgmt.errors import ConfigError, KeymgmtError, ProviderError, UntrustedPublisher
 from keymgmt.sealed.profiles import PROFILES, Profile
 
 if TYPE_CHECKING:
@@ -48,10 +48,23 @@ class ProviderKey:
                 self.config, self.provider, lambda p: p.wrap(self.key, dek, context)
             )
         except KeymgmtError as error:
-            audit("wrap", error=error, provider=self.provider, key=self.key)
+            self._audit(error)
             raise
-        audit("wrap", provider=self.provider, key=self.key, version=wrapped.version)
+        self._audit(wrapped)
         return wrapped
+
+    def answered(self, answer: WrappedKey | ProviderError) -> WrappedKey:
+        """As a call that was answered so; the provider was asked ahead, for many."""
+        self._audit(answer)
+        if isinstance(answer, ProviderError):
+            raise answer
+        return answer
+
+    def _audit(self, answer: WrappedKey | KeymgmtError) -> None:
+        if isinstance(answer, KeymgmtError):
+            audit("wrap", error=answer, provider=self.provider, key=self.key)
+        else:
+            audit("wrap", provider=self.provider, key=self.key, version=answer.version)
 
 
 @dataclass(frozen=True)

@@ -338,8 +338,6 @@ class Unlocker:
             self._check_bounds(name)
             if index is not None:
                 self._ask_ahead(name, wrapped.key, index)
-        # Looked up and removed in one step: another thread, which opens a copy of this model, may
-        # take the answer at this moment.
         answer = self._answers.pop(question, None)
         if isinstance(answer, Dek):
             return answer
@@ -402,9 +400,10 @@ class Unlocker:
                 break
             items += own
             self._asked_ahead[name, key] = position + 1
-        answers = unwrap_many(self._config, name, items) if len(items) > 1 else {}
+        answers = unwrap_many(self._config, name, items) if len(items) > 1 else ()
         self._requests += bool(answers)
-        self._answers.update(answers)
+        for (wrapped, context), answer in zip(items, answers, strict=False):
+            self._answers[name, wrapped.blob, context] = answer
 
     def _note(
         self,

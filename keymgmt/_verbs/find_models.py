@@ -5,9 +5,12 @@ What could not be looked at is told as a Failure: not seen is not the same as no
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
+import operator
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,11 +27,21 @@ from keymgmt.sealed.manifest import MAX_MANIFEST
 if TYPE_CHECKING:
     from keymgmt.sealed.keys import UnlockPolicy
 
-__all__ = ["Failure", "Link", "find_models", "is_model", "over_models", "read_models"]
+__all__ = [
+    "Failure",
+    "Link",
+    "Shard",
+    "find_models",
+    "guarded",
+    "is_model",
+    "over_models",
+    "read_models",
+]
 
 CHUNK: Final = 128
 _THREADS: Final = 8
 _OURS: Final = b'"keymgmt-'
+_NAME: Final = operator.attrgetter("name")
 T = TypeVar("T")
 Trees = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -53,21 +66,61 @@ class Link:
     target: str
 
 
-def find_models(trees: Trees, links: list[Link] | None = None) -> Iterator[Path | Failure]:
+@dataclass(frozen=True)
+class Shard:
+    """One of several parts of a tree, into which its models fall by their paths.
+
+    A model is in the part ``1 + h mod count``, where h is the number that the first 8 bytes of the
+    SHA-256 of its path are, big-endian, and the path is that of its folder below the tree.
+
+    Attributes:
+        number: which part, from 1.
+        count: how many there are.
+    """
+
+    number: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """Read ``2/8``; ConfigError where it is not that."""
+        match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text, re.ASCII)
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            raise ConfigError(
+                f"{text[:40]!r} is no part of a tree",
+                hint="the first of eight parts is 1/8, and the last is 8/8",
+            )
+        return cls(int(match[1]), int(match[2]))
+
+    def has(self, tree: Path, path: Path) -> bool:
+        """Whether a folder of the tree is in this part; the tree itself is in every one."""
+        if path == tree:
+            return True
+        digest = hashlib.sha256(os.fsencode(path.relative_to(tree))).digest()
+        return int.from_bytes(digest[:8], "big") % self.count == self.number - 1
+
+
+def find_models(
+    trees: Trees, links: list[Link] | None = None, shard: Shard | None = None
+) -> Iterator[Path | Failure]:
     """Every sealed model at or below the ``trees``, each once, however many ways lead to it.
 
     Links to folders are followed, and told in ``links``. A Failure is a folder that cannot be read,
     a link that leads nowhere, and a tree without any model. A folder counts as a model also where
     half of it is missing or damaged, so that whoever opens it finds out; one model may lie inside
-    of another. A ``manifest.json`` of some other program hides nothing.
+    of another. A ``manifest.json`` of some other program hides nothing. With a ``shard`` only what
+    falls into it, and what is wrong with a tree as a whole.
     """
     seen: set[tuple[int, int]] = set()
     links = links if links is not None else []
-    for tree in [trees] if isinstance(trees, (str, os.PathLike)) else trees:
+    for tree in map(Path, [trees] if isinstance(trees, (str, os.PathLike)) else trees):
         found = False
-        for item in _walk(Path(tree), seen, links, frozenset(seen)):
+        for item in _walk(tree, seen, links, frozenset(seen)):
             found = True
-            if item is not None:
+            if item is not None and (
+                shard is None
+                or shard.has(tree, item if isinstance(item, Path) else Path(item.path))
+            ):
                 yield item
         if not found:
             message = f"there is no sealed model at or below {tree}"
@@ -78,39 +131,45 @@ def _walk(
     tree: Path, seen: set[tuple[int, int]], links: list[Link], before: frozenset[tuple[int, int]]
 ) -> Iterator[Path | Failure | None]:
     """What is at or below ``tree``; None for a folder that an earlier tree, in ``before``, had."""
-    # Not os.walk, which recurses: folders may be nested deeper than Python's stack.
-    waiting = [tree]
+    # Not os.walk, which recurses: folders may be nested deeper than Python's stack. Texts and not
+    # Paths, since a folder may hold a million models.
+    waiting = [str(tree)]
     while waiting:
         folder = waiting.pop()
         try:
-            info = folder.stat()
+            info = os.stat(folder)  # noqa: PTH116 - a text
             place = (info.st_dev, info.st_ino)
             if place in seen:
                 if place in before:
                     yield None
                 continue
             with os.scandir(folder) as entries:
-                found = sorted(entries, key=lambda entry: entry.name, reverse=True)
+                found = sorted(entries, key=_NAME, reverse=True)
         except OSError as error:
             # A tree that is not there was named wrongly; a folder in it may be damaged.
-            yield _unreadable(folder, error, ConfigError if folder == tree else SealedModelError)
+            kind = ConfigError if folder == str(tree) else SealedModelError
+            yield _unreadable(Path(folder), error, kind)
             continue
-        seen.add(place)
         below = []
         for entry in found:
-            path = folder / entry.name
             try:
-                # Unlike DirEntry.is_dir, this fails where a link leads nowhere.
-                is_folder = stat.S_ISDIR(entry.stat().st_mode)
+                is_folder = entry.is_dir(follow_symlinks=False)
+                if entry.is_symlink():
+                    # Unlike DirEntry.is_dir, this fails where a link leads nowhere.
+                    is_folder = stat.S_ISDIR(entry.stat().st_mode)
+                    if is_folder:
+                        links.append(Link(str(Path(entry.path)), os.path.realpath(entry.path)))
             except OSError as error:
-                yield _unreadable(path, error)
+                yield _unreadable(Path(entry.path), error)
                 continue
-            if is_folder and entry.is_symlink():
-                links.append(Link(str(path), os.path.realpath(path)))
             if is_folder:
-                below.append(path)
-        if _is_model(folder, {entry.name for entry in found}):
-            yield folder
+                below.append(entry.path)
+        model = _is_model(Path(folder), {entry.name for entry in found})
+        if model or below:
+            # Nothing is lost by looking twice at a folder with nothing in it, and there are many.
+            seen.add(place)
+        if model:
+            yield Path(folder)
         waiting += below
 
 
@@ -129,6 +188,8 @@ def is_model(folder: Path) -> bool:
 
 def _is_model(folder: Path, names: set[str]) -> bool:
     ours = names & {MANIFEST, KEYS, SIGNATURES, PAYLOAD}
+    if not ours:
+        return False
     if ours >= {MANIFEST, KEYS, PAYLOAD}:
         return True
     if any(_says_so(folder / name, alone=len(ours) == 1) for name in ours - {PAYLOAD}):
@@ -185,10 +246,10 @@ def over_models(
         while chunk := list(itertools.islice(found, CHUNK)):
             yield from (item for item in chunk if isinstance(item, Failure))
             paths = [item for item in chunk if isinstance(item, Path)]
-            yield from pool.map(_guarded(prepare(paths), doing), paths)
+            yield from pool.map(guarded(prepare(paths), doing), paths)
 
 
-def _guarded(work: Callable[[Path], T], doing: str) -> Callable[[Path], T | Failure]:
+def guarded(work: Callable[[Path], T], doing: str) -> Callable[[Path], T | Failure]:
     def one(path: Path) -> T | Failure:
         try:
             return work(path)
@@ -208,6 +269,6 @@ def read_models(found: Iterable[Path | Failure]) -> Iterator[tuple[Path, UnlockP
         with Candidate.read(path) as candidate:
             return path, candidate.policy()
 
-    guarded = _guarded(read, "read")
+    one = guarded(read, "read")
     for item in found:
-        yield item if isinstance(item, Failure) else guarded(item)
+        yield item if isinstance(item, Failure) else one(item)

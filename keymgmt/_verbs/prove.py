@@ -48,16 +48,13 @@ def ask_many(
 
     Nothing is asked after the service was once not reached, or refused.
     """
-    known = unwrap_many(config, name, items) if len(items) > 1 else {}
+    known = unwrap_many(config, name, items) if len(items) > 1 else ()
+    if known:
+        return list(known)
     answers: list[Dek | ProviderError] = []
     for wrapped, context in items:
-        answer = known.get((name, wrapped.blob, context))
         try:
-            if answer is None:
-                ask = partial(_unwrap, wrapped, context)
-                answers.append(call_provider(config, name, ask))
-            else:
-                answers.append(answer)
+            answers.append(call_provider(config, name, partial(_unwrap, wrapped, context)))
         except _FINAL as error:
             return answers + [error] * (len(items) - len(answers))
         except ProviderError as error:

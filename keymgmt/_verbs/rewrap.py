@@ -7,17 +7,21 @@ written is read back and opened again, before it takes its place and after.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
-from keymgmt._config.calls import Answers
+from keymgmt._config.calls import Answers, has_ability
 from keymgmt._config.config import use_config
 from keymgmt._crypto.dek import Dek
+from keymgmt._providers.contract import SupportsBatchUnwrap, SupportsBatchWrap
 from keymgmt._system.audit import audit
 from keymgmt._trust.candidate import admit
+from keymgmt._trust.policy import load_publishers
 from keymgmt._trust.recipients import ProviderKey, resolve_groups
 from keymgmt._trust.unlock import Unlocker
 from keymgmt.errors import (
@@ -34,17 +38,20 @@ from keymgmt.errors import (
     WrongKey,
 )
 from keymgmt.sealed.folder import KEYS
-from keymgmt.sealed.keys import MAX_KEYS, Group, UnlockPolicy, recipient_name, wrap_group
+from keymgmt.sealed.keys import MAX_KEYS, Group, NewGroup, UnlockPolicy, recipient_name
 
 if TYPE_CHECKING:
     from keymgmt._config.config import Config
     from keymgmt._providers.data import WrappedKey
     from keymgmt._trust.candidate import Candidate
+    from keymgmt._trust.policy import Publisher
     from keymgmt.errors import Attempt, KeymgmtError
     from keymgmt.sealed.keys import Wrap
 
-__all__ = ["GroupChange", "Rewrapped", "Task", "rewrap"]
+__all__ = ["GroupChange", "Rewrapped", "Task", "Wanted", "rewrap"]
 
+# Who has more recipients asks for them in batches of its own, and not together with other models.
+_FEW: Final = 64
 _MEMBER: Final = re.compile(r"([^@#]+)(?:@([^#]+))?(?:#(.+))?")
 
 State = Literal[
@@ -89,6 +96,11 @@ class GroupChange:
             "hint": error.hint if error else None,
         }
 
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> GroupChange:
+        """One that ``to_json`` made, where nothing was wrong with it."""
+        return cls(value["group"], value["state"], value["tested"], value["note"])
+
 
 @dataclass(frozen=True)
 class Rewrapped:
@@ -124,6 +136,37 @@ class Rewrapped:
             "left": list(self.left),
         }
 
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Rewrapped:
+        """One that ``to_json`` made, where nothing was wrong with it."""
+        groups = tuple(map(GroupChange.from_json, value["groups"]))
+        return cls(value["path"], value["name"], value["changed"], groups, tuple(value["left"]))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What one model will ask of providers, and their answers where somebody asked them for it.
+
+    Whoever works on many models asks for all of them in few calls. What was not answered ahead is
+    asked for alone.
+
+    Attributes:
+        unwraps: provider, recipient and context of each.
+        wraps: provider, key, data key or share, and context.
+        unwrapped: answers, taken by whoever unwraps.
+        wrapped: (provider, key, context) -> answer.
+        writes: nothing more is asked: what follows writes to the disk, and waits for it.
+    """
+
+    unwraps: Sequence[tuple[str, WrappedKey, bytes]] = ()
+    wraps: Sequence[tuple[str, str, Dek, bytes]] = ()
+    unwrapped: Answers = field(default_factory=dict)
+    wrapped: dict[tuple[str, str, bytes], WrappedKey | ProviderError] = field(default_factory=dict)
+    writes: bool = False
+
+
+Steps = Generator[Wanted, None, "Rewrapped"]
+
 
 @dataclass(frozen=True)
 class Task:
@@ -153,6 +196,44 @@ class Task:
     tree: bool = False
     dropped: set[str] = field(default_factory=set)
     down: dict[str, ProviderError] = field(default_factory=dict)
+
+    @functools.cached_property
+    def publishers(self) -> list[Publisher]:
+        """Those of the config, read once for all models."""
+        return load_publishers(self.config) if self.config.policy.require_signature else []
+
+    @functools.cached_property
+    def unwrapping(self) -> dict[str, list[str]]:
+        """Of each backend the providers that unwrap many recipients in one call."""
+        found: dict[str, list[str]] = {}
+        for name in self.config.provider_names:
+            if has_ability(self.config, name, SupportsBatchUnwrap):
+                found.setdefault(self.config.backend_of(name), []).append(name)
+        return found
+
+    @functools.cached_property
+    def wrapping(self) -> frozenset[str]:
+        """The providers that wrap many data keys in one call."""
+        names = self.config.provider_names
+        return frozenset(n for n in names if has_ability(self.config, n, SupportsBatchWrap))
+
+    @property
+    def in_few_calls(self) -> bool:
+        """Whether every provider does many in one call, so that no model waits for its own."""
+        unwrapping = {name for names in self.unwrapping.values() for name in names}
+        return unwrapping & self.wrapping >= set(self.config.provider_names)
+
+    def wanted(self, policy: UnlockPolicy, groups: Iterable[Group]) -> Wanted:
+        """What will be unwrapped of some groups, as far as a provider can do many at once."""
+        if not self.tree:
+            return Wanted()
+        found = [
+            (name, wrapped, group.context(policy.manifest, member))
+            for group in groups
+            for member, wrapped in enumerate(group.recipients)
+            for name in self.unwrapping.get(wrapped.backend, ())
+        ]
+        return Wanted(found if len(found) <= _FEW else ())
 
     @classmethod
     def make(
@@ -237,23 +318,36 @@ def rewrap(
         return rewrap_one(path, task, name)
 
 
-def rewrap_one(
+def rewrap_one(path: str | os.PathLike[str], task: Task, name: str | None = None) -> Rewrapped:
+    """Rewrap one model; raises as ``rewrap``."""
+    steps = rewrap_steps(path, task, name)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            done: Rewrapped = end.value
+            return done
+
+
+def rewrap_steps(
     path: str | os.PathLike[str],
     task: Task,
     name: str | None = None,
-    answers: Answers | None = None,
-) -> Rewrapped:
-    """Rewrap one model; raises as ``rewrap``.
+    *,
+    wait: bool = True,
+) -> Steps:
+    """Rewrap one model step by step: before each it says what it wants of providers.
 
-    ``answers`` holds data keys that were unwrapped ahead, many in one call.
+    Raises as ``rewrap``; TimeoutError where ``wait`` is False and somebody else changes the model.
     """
-    candidate, _ = admit(path, task.config, name)
+    candidate, _ = admit(path, task.config, name, task.publishers)
     with candidate:
         if not task.dry_run:
-            candidate.folder.lock()
+            candidate.folder.lock(wait=wait)
             candidate.folder.clean(KEYS)
         policy, manifest = candidate.policy(), candidate.manifest
-        unlocker = Unlocker(task.config, manifest, policy, answers, down=task.down)
+        yield (wanted := task.wanted(policy, policy.groups))
+        unlocker = Unlocker(task.config, manifest, policy, wanted.unwrapped, down=task.down)
         try:
             dek, opened = unlocker.unlock()
         except CannotUnlock:
@@ -264,21 +358,28 @@ def rewrap_one(
                 for index, group in enumerate(policy.groups)
             )
             return Rewrapped(str(path), manifest.name, changed=False, groups=states)
-        with dek:
-            work = _Work(task, candidate, policy.groups, unlocker, dek, opened)
+        with dek, _Work(task, candidate, policy.groups, unlocker, dek, opened) as work:
             if not task.add and not task.drop:
-                work.refresh()
+                work.look()
             left = work.drop()
+            work.split()
+            yield work.wanted()
+            work.refresh()
             work.add()
             if not work.groups:
                 raise ConfigError(
                     f"no group that opens {path} would be left, so nobody could ever open it",
                     hint="delete the folder instead, if that is what is wanted",
                 )
-            data = work.new_keys() if work.changed else b""
+            data = b""
+            if work.changed:
+                data, made = work.new_keys()
+                yield (wanted := task.wanted(made, work.to_test()))
+                work.test(made, wanted.unwrapped)
             if not task.force:
                 work.check_opens_here(str(path))
             if work.changed and not task.dry_run:
+                yield Wanted(writes=True)
                 _replace_keys(candidate, data)
                 audit("rewrap", model=manifest.id.hex(), name=manifest.name)
             states = tuple(work.states.values())
@@ -319,7 +420,10 @@ def _not_opened(group: Group, index: int, unlocker: Unlocker, *, authentic: bool
 
 
 class _Work:
-    """The groups of one model while they are changed; ``states`` is in the order of the result."""
+    """The groups of one model while they are changed; ``states`` is in the order of the result.
+
+    A context manager that wipes the shares of the new groups.
+    """
 
     def __init__(
         self,
@@ -339,6 +443,16 @@ class _Work:
             for index, group in self.groups.items()
         }
         self.changed = False
+        self._again: dict[int, tuple[bool, list[ProviderKey]]] = {}
+        self._new: list[tuple[Sequence[Wrap], NewGroup]] = []
+        self._wanted = Wanted()
+        self._held = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
 
     def check_opens_here(self, path: str) -> None:
         """Refuse to leave no group that opens with this config, or of which nobody knows.
@@ -376,25 +490,52 @@ class _Work:
         dek.wipe()
         return True
 
-    def refresh(self) -> None:
-        """Wrap again every group whose keys are here and of which one has a newer version.
+    def look(self) -> None:
+        """Find the groups that are to be wrapped again: those whose keys are here.
 
         Also where an older version opens no more: the group is that of who sealed, and the key is
         this provider's own.
         """
-        for index, group in list(self.groups.items()):
+        for index, group in self.groups.items():
             opened = self._opens(index)
             names = self._unlocker.providers(index) if opened else self._unlocker.holders(index)
             if not opened:
                 self.states[index] = _not_opened(group, index, self._unlocker, authentic=True)
-            if names is None:
-                continue
+            if names is not None:
+                wraps = [
+                    ProviderKey(self._task.config, provider, wrapped.key)
+                    for provider, wrapped in zip(names, group.recipients, strict=True)
+                ]
+                self._again[index] = opened, wraps
+
+    def split(self) -> None:
+        """Make fresh shares for every group that is wrapped again or added."""
+        again: list[Sequence[Wrap]] = [wraps for _, wraps in self._again.values()]
+        for wraps in (*again, *self._task.add):
+            group = NewGroup(self._dek, self._hash, len(wraps))
+            self._new.append((wraps, self._held.enter_context(group)))
+
+    def wanted(self) -> Wanted:
+        """What will be wrapped, as far as a provider can do many at once."""
+        if self._task.tree:
             wraps = [
-                ProviderKey(self._task.config, provider, wrapped.key)
-                for provider, wrapped in zip(names, group.recipients, strict=True)
+                (wrap.provider, wrap.key, share, context)
+                for wraps, group in self._new
+                for wrap, share, context in zip(wraps, group.shares, group.contexts, strict=True)
+                if isinstance(wrap, ProviderKey) and wrap.provider in self._task.wrapping
             ]
+            self._wanted = Wanted(wraps=wraps)
+        return self._wanted
+
+    def refresh(self) -> None:
+        """Wrap again what ``look`` found, and move every group of which a key has a newer version.
+
+        What is wrapped by the version that it has already is left as it is.
+        """
+        for index, (opened, _) in self._again.items():
+            group = self.groups[index]
             try:
-                fresh = self._wrap(wraps)
+                fresh = self._next()
             except ProviderError as error:
                 state = _state_of(error, authentic=False)
                 if state == "foreign":
@@ -414,19 +555,23 @@ class _Work:
         self.states[index] = GroupChange(str(fresh), "moved", tested=True, note=f"was {was}")
         self.changed = True
 
-    def _wrap(self, wraps: Sequence[Wrap]) -> Group:
-        return wrap_group(self._dek, self._hash, [self._careful(wrap) for wrap in wraps])
+    def _next(self) -> Group:
+        wraps, group = self._new.pop(0)
+        return group.wrap([self._careful(wrap) for wrap in wraps])
 
     def _careful(self, wrap: Wrap) -> Wrap:
         """One that does not ask a service which another model found not to answer."""
         down = self._task.down
+        if not isinstance(wrap, ProviderKey):
+            return wrap
+        name, key = wrap.provider, wrap.key
 
         def call(dek: Dek, context: bytes) -> WrappedKey:
-            name = wrap.provider if isinstance(wrap, ProviderKey) else ""
-            if name in down:
+            answer = self._wanted.wrapped.pop((name, key, context), None)
+            if answer is None and name in down:
                 raise down[name]
             try:
-                return wrap(dek, context)
+                return wrap(dek, context) if answer is None else wrap.answered(answer)
             except ProviderUnavailable as error:
                 down[name] = error
                 raise
@@ -509,7 +654,7 @@ class _Work:
         """
         wanted: set[int] = set()
         for wraps in self._task.add:
-            fresh = self._wrap(wraps)
+            fresh = self._next()
             same = [i for i, group in self.groups.items() if self._is(group, fresh, wraps)]
             older = [i for i, group in self.groups.items() if self._is_older(i, fresh, wraps)]
             if not same and older:
@@ -550,22 +695,35 @@ class _Work:
             return False
         return self._opens(index) and self._unlocker.providers(index) == names
 
-    def new_keys(self) -> bytes:
-        """The new keys.json, after every new group in it that opens here was opened from it.
-
-        Raises:
-            ProviderError: a group was wrapped and does not unwrap to the same data key.
-        """
+    def new_keys(self) -> tuple[bytes, UnlockPolicy]:
+        """The new keys.json, and what a reader finds in it."""
         manifest = self._manifest
         groups = list(self.groups.values())
         data = UnlockPolicy.make(self._dek, manifest, self._hash, groups).to_bytes()
         policy = UnlockPolicy.from_bytes(data)
         policy.check_mac(self._dek, manifest.id)
-        unlocker = Unlocker(self._task.config, manifest, policy, bounded=False)
-        for position, index in enumerate(self.groups):
+        return data, policy
+
+    def to_test(self) -> list[Group]:
+        """The new groups that open here."""
+        return [self.groups[index] for _, index in self._untested()]
+
+    def _untested(self) -> list[tuple[int, int]]:
+        return [
+            (position, index)
+            for position, index in enumerate(self.groups)
+            if self.states[index].tested and self.states[index].state in ("moved", "added")
+        ]
+
+    def test(self, policy: UnlockPolicy, answers: Answers) -> None:
+        """Open every new group that opens here, from the new keys.json.
+
+        Raises:
+            ProviderError: a group was wrapped and does not unwrap to the same data key.
+        """
+        unlocker = Unlocker(self._task.config, self._manifest, policy, answers, bounded=False)
+        for position, index in self._untested():
             state = self.states[index]
-            if not state.tested or state.state not in ("moved", "added"):
-                continue
             found = unlocker.open_group(position)
             if found is not None:
                 found.wipe()
@@ -580,7 +738,6 @@ class _Work:
             # Who may wrap need not be who may unwrap.
             note = f"written, not tested: {reason}"
             self.states[index] = replace(state, tested=False, note=note)
-        return data
 
 
 def _identity(wrapped: WrappedKey) -> tuple[str, str, str]:

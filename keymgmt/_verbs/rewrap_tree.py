@@ -1,25 +1,38 @@
-"""Rewrap of many sealed models: in parallel, and with few calls to a key service."""
+"""Rewrap of many sealed models: in step, with few calls to a key service and many writes at once.
+
+Models of a chunk go step by step together, so that what all of them ask of a provider is asked in
+one call. Writing is mostly waiting for the disk: threads do that, for one chunk while the next is
+at its steps. No writing waits for a lock. So a model that somebody else changes at this moment is
+left until all locks that are held here belong to models that are being written: then two runs over
+one tree never wait for each other in a circle.
+"""
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+import resource
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
-from keymgmt._config.calls import Answers, call_provider, unwrap_many
+from keymgmt._config.calls import unwrap_many, wrap_many
 from keymgmt._config.config import use_config
-from keymgmt._providers.contract import SupportsBatchUnwrap
-from keymgmt._providers.data import WrappedKey
-from keymgmt._trust.candidate import Candidate
-from keymgmt._verbs.find_models import Failure, find_models, over_models
-from keymgmt._verbs.rewrap import Rewrapped, Task, rewrap_one
-from keymgmt.errors import ConfigError, KeymgmtError, ProviderError
+from keymgmt._verbs.find_models import CHUNK, Failure, find_models, guarded
+from keymgmt._verbs.rewrap import Rewrapped, Task, Wanted, rewrap_one, rewrap_steps
+from keymgmt.errors import ConfigError
 
 if TYPE_CHECKING:
     from keymgmt._config.config import Config
+    from keymgmt._crypto.dek import Dek
+    from keymgmt._providers.data import WrappedKey
 
 __all__ = ["rewrap_tree"]
+
+_THREADS: Final = 16
+Result = Rewrapped | Failure
 
 
 def rewrap_tree(
@@ -33,8 +46,8 @@ def rewrap_tree(
     fingerprints: Sequence[str] = (),
     force: bool = False,
     dry_run: bool = False,
-) -> Iterator[Rewrapped | Failure]:
-    """Rewrap every sealed model below ``tree``, in parallel, and tell of each as it is done.
+) -> Iterator[Result]:
+    """Rewrap every sealed model below ``tree``, many at once, and tell of each as it is done.
 
     A model with which something is wrong comes as a Failure and stops no other; one that does not
     open here comes with the reason in the states of its groups. A key service that was not reached
@@ -57,12 +70,7 @@ def rewrap_tree(
             dry_run=dry_run,
             tree=True,
         )
-
-        def prepare(paths: Sequence[Path]) -> Callable[[Path], Rewrapped]:
-            answers = _ask_ahead(paths, config, task.down)
-            return lambda path: rewrap_one(path, task, answers=answers)
-
-        yield from over_models(find_models(tree), prepare, "rewrap")
+        yield from _in_chunks(find_models(tree), task)
         for text in drop:
             if text not in task.dropped:
                 # Dropped by an earlier run, or misspelt: then nobody has lost access.
@@ -70,38 +78,114 @@ def rewrap_tree(
                 yield Failure(str(tree), ConfigError(message))
 
 
-def _ask_ahead(paths: Sequence[Path], config: Config, down: dict[str, ProviderError]) -> Answers:
-    """Unwrap the recipients of many models in one call, where a provider can and is not ``down``.
-
-    Whatever goes wrong here is found again, and told, when the model itself is opened.
-    """
-    batching = {
-        name: config.backend_of(name)
-        for name in config.provider_names
-        if name not in down and _can_batch(config, name)
-    }
-    items: dict[str, list[tuple[WrappedKey, bytes]]] = {name: [] for name in batching}
-    for path in paths if batching else ():
+def _in_chunks(found: Iterable[Path | Failure], task: Task) -> Iterator[Result]:
+    """The results of each chunk, in the order of the tree, while it and the next are at work."""
+    found = iter(found)
+    # A model holds two files open, and two chunks of them are under way.
+    size = min(CHUNK, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8))
+    with ThreadPoolExecutor(_THREADS, "keymgmt rewrap") as pool:
+        before = _Chunk([], task, pool)
         try:
-            with Candidate.read(path) as candidate:
-                candidate.trust(config)
-                policy = candidate.policy()
-        except (KeymgmtError, OSError):
-            continue
-        for group in policy.groups:
-            for index, wrapped in enumerate(group.recipients):
-                for name, backend in batching.items():
-                    if wrapped.backend == backend:
-                        context = group.context(policy.manifest, index)
-                        items[name].append((wrapped, context))
-    answers: Answers = {}
-    for name, asked in items.items():
-        answers |= unwrap_many(config, name, asked) if asked else {}
-    return answers
+            while chunk := list(itertools.islice(found, size)):
+                now = _Chunk(chunk, task, pool)
+                try:
+                    now.begin()
+                    yield from before.results()
+                except BaseException:
+                    now.close()
+                    raise
+                before = now
+            yield from before.results()
+        finally:
+            before.close()
 
 
-def _can_batch(config: Config, name: str) -> bool:
-    try:
-        return bool(call_provider(config, name, lambda p: isinstance(p, SupportsBatchUnwrap)))
-    except ProviderError:
-        return False
+class _Model:
+    """One model of a chunk: the steps that are left of it, or what became of it."""
+
+    def __init__(self, path: Path, task: Task) -> None:
+        self.path = path
+        self.wanted: Wanted | None = None
+        self.future: Future[None] | None = None
+        self.steps = rewrap_steps(path, task, wait=False)
+        self._result: Result | None = None
+        self._next = guarded(self._advance, "rewrap")
+
+    def step(self) -> None:
+        """Go on to where something is wanted again, or to the end."""
+        self._result = self._next(self.path)
+
+    def _advance(self, _: Path) -> Any:
+        begun, self.wanted = self.wanted is not None, None
+        try:
+            self.wanted = next(self.steps)
+        except StopIteration as end:
+            return end.value
+        except TimeoutError:
+            if begun:
+                raise
+        return None
+
+    def result(self, task: Task) -> Result:
+        """What became of it; waits for the disk, or for whoever else changes it."""
+        if self.future is not None:
+            self.future.result()
+        return self._result or guarded(partial(rewrap_one, task=task), "rewrap")(self.path)
+
+
+class _Chunk:
+    """Some models that go step by step together."""
+
+    def __init__(
+        self, found: Sequence[Path | Failure], task: Task, pool: ThreadPoolExecutor
+    ) -> None:
+        self._task, self._pool = task, pool
+        self._models = [_Model(each, task) if isinstance(each, Path) else each for each in found]
+
+    def begin(self) -> None:
+        """Take every model as far as it goes without waiting for the disk or for another run."""
+        task, pool = self._task, self._pool
+        # Who asks for one at a time is asked for several models at the same time.
+        each = map if task.in_few_calls else pool.map
+        waiting = [model for model in self._models if isinstance(model, _Model)]
+        while waiting:
+            list(each(_Model.step, waiting))
+            for model in waiting:
+                if model.wanted is not None and model.wanted.writes:
+                    model.future = pool.submit(model.step)
+            waiting = [model for model in waiting if model.wanted and not model.wanted.writes]
+            _ask(task, [model.wanted for model in waiting if model.wanted])
+
+    def results(self) -> Iterator[Result]:
+        """What became of each, in order."""
+        for model in self._models:
+            yield model.result(self._task) if isinstance(model, _Model) else model
+
+    def close(self) -> None:
+        """Leave every model that is not done as it was, unlocked."""
+        models = [model for model in self._models if isinstance(model, _Model)]
+        for model in models:
+            if model.future is not None and not model.future.cancel():
+                wait([model.future])
+            model.steps.close()
+
+
+def _ask(task: Task, wanted: Sequence[Wanted]) -> None:
+    """Ask providers for what all of these want, and give each its answers."""
+    unwraps: dict[str, list[tuple[Wanted, WrappedKey, bytes]]] = {}
+    wraps: dict[tuple[str, str], list[tuple[Wanted, Dek, bytes]]] = {}
+    for each in wanted:
+        for name, wrapped, context in each.unwraps:
+            unwraps.setdefault(name, []).append((each, wrapped, context))
+        for name, key, dek, context in each.wraps:
+            wraps.setdefault((name, key), []).append((each, dek, context))
+    for name, recipients in unwraps.items():
+        if name not in task.down:
+            opened = unwrap_many(task.config, name, [item[1:] for item in recipients])
+            for (each, wrapped, context), share in zip(recipients, opened, strict=False):
+                each.unwrapped[name, wrapped.blob, context] = share
+    for (name, key), shares in wraps.items():
+        if name not in task.down:
+            made = wrap_many(task.config, name, key, [item[1:] for item in shares])
+            for (each, _, context), recipient in zip(shares, made, strict=False):
+                each.wrapped[name, key, context] = recipient

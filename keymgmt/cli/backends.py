@@ -96,6 +96,7 @@ def _describe(name: str, distribution: str) -> dict[str, Any]:
     from keymgmt._providers.anchor import SupportsAnchor
     from keymgmt._providers.contract import (
         SupportsBatchUnwrap,
+        SupportsBatchWrap,
         SupportsKeyDeletion,
         SupportsKeyManagement,
         SupportsOfflineRecipients,
@@ -113,6 +114,7 @@ def _describe(name: str, distribution: str) -> dict[str, Any]:
         "sign": SupportsSigning,
         "recipients": SupportsOfflineRecipients,
         "batch-unwrap": SupportsBatchUnwrap,
+        "batch-wrap": SupportsBatchWrap,
         "anchor": SupportsAnchor,
     }
     return {

@@ -98,7 +98,7 @@ class ModelFolder(ABC):
     def close(self) -> None:  # noqa: B027
         """Close the handle; may be called again."""
 
-    def lock(self) -> None:  # noqa: B027
+    def lock(self, *, wait: bool = True) -> None:  # noqa: B027
         """Wait until nobody else changes this folder."""
 
     def check_place(self) -> None:  # noqa: B027
@@ -219,12 +219,13 @@ class SealedFolder(ModelFolder):
                 hint="somebody sealed or resealed it meanwhile; run this again if it is needed",
             )
 
-    def lock(self) -> None:
+    def lock(self, *, wait: bool = True) -> None:
         """Wait until nobody else changes this folder; the lock ends when the folder is closed.
 
         While it is held there is a file ``.keymgmt.lock`` in the folder.
 
         Raises:
+            TimeoutError: somebody else changes it at this moment, and ``wait`` is False.
             ConfigError: somebody has changed it for a minute, or this user cannot write there.
             IntegrityError: another folder is at the path by now.
         """
@@ -235,9 +236,17 @@ class SealedFolder(ModelFolder):
         file = Path(f"/proc/self/fd/{self._fd}") / LOCK
         try:
             self._held.enter_context(
-                lock_file(file, _WAIT, mode=0o600 | shared, like=os.fstat(self._fd), remove=True)
+                lock_file(
+                    file,
+                    _WAIT if wait else 0,
+                    mode=0o600 | shared,
+                    like=os.fstat(self._fd),
+                    remove=True,
+                )
             )
         except TimeoutError as error:
+            if not wait:
+                raise
             raise ConfigError(
                 f"somebody else has changed {self.path} for {_WAIT:g} seconds",
                 hint="a rewrap, sign, reseal or seal --force is at work there; try again "
@@ -318,7 +327,10 @@ class SealedFolder(ModelFolder):
     def check_listing(self, manifest: Manifest) -> None:
         """FormatError where payload/ holds anything that the manifest does not list."""
         files = {payload_name(entry.path) for entry in manifest.files}
-        folders = {str(parent) for name in files for parent in Path(name).parents}
+        folders = set()
+        for name in files:
+            while (name := name.rpartition("/")[0]) and name not in folders:
+                folders.add(name)
         try:
             for name, is_folder in self._walk(PAYLOAD, self._fd):
                 if name not in (folders if is_folder else files):

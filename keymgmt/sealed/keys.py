@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self
 
 from keymgmt._providers.data import MAX_BLOB, WrappedKey
 from keymgmt._system.strict_json import base64_bytes, dump
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from keymgmt._crypto.dek import Dek
     from keymgmt.sealed.manifest import Manifest
 
-__all__ = ["MAX_KEYS", "Group", "UnlockPolicy", "wrap_group"]
+__all__ = ["MAX_KEYS", "Group", "NewGroup", "UnlockPolicy", "wrap_group"]
 
 FORMAT: Final = "keymgmt-keys/1"
 MAX_KEYS: Final = 64 << 20
@@ -56,25 +56,40 @@ def recipient_name(wrapped: WrappedKey) -> str:
     return f"{wrapped}#{public[:16]}" if public else str(wrapped)
 
 
+class NewGroup:
+    """A group to be: fresh shares of a data key, each with the context that binds it to its place.
+
+    A context manager that wipes the shares.
+    """
+
+    def __init__(self, dek: Dek, manifest_hash: bytes, count: int) -> None:
+        self.nonce = os.urandom(NONCE)
+        self.contexts = [
+            wrap_context(manifest_hash, self.nonce, count, index) for index in range(count)
+        ]
+        self.shares = dek.split(count)
+
+    def wrap(self, wraps: Sequence[Wrap]) -> Group:
+        """The group, once each share was wrapped; raises as a wrap does."""
+        parts = zip(wraps, self.shares, self.contexts, strict=True)
+        return Group(self.nonce, tuple(wrap(share, context) for wrap, share, context in parts))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for share in self.shares:
+            share.wipe()
+
+
 def wrap_group(dek: Dek, manifest_hash: bytes, wraps: Sequence[Wrap]) -> Group:
     """Split ``dek`` into fresh shares and wrap each, bound to its position in the new group.
 
     Raises:
         ProviderError: a provider cannot wrap.
     """
-    nonce = os.urandom(NONCE)
-    shares = dek.split(len(wraps))
-    try:
-        return Group(
-            nonce,
-            tuple(
-                wrap(share, wrap_context(manifest_hash, nonce, len(wraps), index))
-                for index, (wrap, share) in enumerate(zip(wraps, shares, strict=True))
-            ),
-        )
-    finally:
-        for share in shares:
-            share.wipe()
+    with NewGroup(dek, manifest_hash, len(wraps)) as group:
+        return group.wrap(wraps)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from keymgmt.backend import (
     Signature,
     SupportsAnchor,
     SupportsBatchUnwrap,
+    SupportsBatchWrap,
     SupportsKeyDeletion,
     SupportsKeyManagement,
     SupportsOfflineRecipients,
@@ -412,6 +413,47 @@ class AbilityChecks(ContractFixtures):
                 type(answer) is type(alone),
                 f"{subject} is {type(answer).__name__}, alone it is {type(alone).__name__}",
             )
+
+    def test_batch_of_wraps(self, provider: KeyProvider[Any], wrap_key: str) -> None:
+        """wrap_batch() wraps each item for its own context, all under the newest version, because a
+        rotation wraps for thousands of models; look at how the answers are matched to the items.
+        """
+        if not isinstance(provider, SupportsBatchWrap):
+            self.skip("this provider does not claim SupportsBatchWrap")
+        items = [(Dek.generate(), b"%d" % number) for number in range(12)]
+        self.demand.that(
+            list(self.demand.works(partial(provider.wrap_batch, wrap_key, []), "an empty batch"))
+            == [],
+            "an empty batch has answers",
+        )
+        call = partial(provider.wrap_batch, wrap_key, items)
+        answers = list(self.demand.works(call, "wrap_batch()"))
+        self.demand.that(
+            len(answers) == len(items), f"{len(items)} items have {len(answers)} answers"
+        )
+        alone = self.demand.works(partial(provider.wrap, wrap_key, *items[0]), "wrap()")
+        made: list[WrappedKey] = []
+        for number, (answer, (dek, context)) in enumerate(zip(answers, items, strict=True)):
+            what = f"item {number} of a batch"
+            if not isinstance(answer, WrappedKey):
+                self.demand.fail(f"{what} failed although it is good: {describe(answer)}")
+            self.demand.that(
+                (answer.key, answer.version) == (wrap_key, alone.version),
+                f"{what} is {answer}, alone it is {alone}",
+            )
+            unwrap = partial(provider.unwrap, answer, context)
+            self.demand.same_key(self.demand.works(unwrap, f"unwrap() of {what}"), dek, what)
+            made.append(answer)
+        self.demand.refused(
+            partial(provider.unwrap, made[1], items[2][1]),
+            "unwrap() of item 1 of a batch with the context of item 2",
+            UnwrapFailed,
+        )
+        self.demand.refused(
+            partial(provider.wrap_batch, f"kit-missing-{secrets.token_hex(6)}", items),
+            "wrap_batch() under a key that is not there",
+            KeyNotFound,
+        )
 
     # Anchors.
 

@@ -41,6 +41,7 @@ from keymgmt.backend import (
     Signature,
     SupportsAnchor,
     SupportsBatchUnwrap,
+    SupportsBatchWrap,
     SupportsKeyDeletion,
     SupportsKeyManagement,
     SupportsSigning,
@@ -130,6 +131,7 @@ class MemoryProvider(
     SupportsKeyDeletion,
     SupportsSigning,
     SupportsBatchUnwrap,
+    SupportsBatchWrap,
     SupportsAnchor,
 ):
     """A provider of a MemoryService. For tests only: it protects nothing."""
@@ -219,6 +221,12 @@ class MemoryProvider(
             except ProviderError as error:
                 answers.append(error)
         return answers
+
+    def wrap_batch(
+        self, key: str, items: Sequence[tuple[Dek, bytes]]
+    ) -> Sequence[WrappedKey | ProviderError]:
+        """See SupportsBatchWrap."""
+        return [self.wrap(key, dek, context) for dek, context in items]
 
     def anchor(self) -> bytes:
         """See SupportsAnchor."""

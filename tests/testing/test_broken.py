@@ -125,7 +125,7 @@ def caught_by(*checks: str) -> Callable[[type[MemoryProvider]], type[MemoryProvi
 # What is bound and what is refused.
 
 
-@caught_by("test_context_is_bound")
+@caught_by("test_context_is_bound", "test_batch_of_wraps")
 class IgnoresContext(MemoryProvider):
     def wrap(self, key: str, dek: Dek, context: bytes) -> WrappedKey:
         return super().wrap(key, dek, b"")
@@ -263,7 +263,7 @@ class TakesOnlyShortContexts(MemoryProvider):
         return super().wrap(key, dek, context)
 
 
-@caught_by("test_wrapped_key_names_the_key")
+@caught_by("test_wrapped_key_names_the_key", "test_batch_of_wraps")
 class RenamesTheKey(MemoryProvider):
     def wrap(self, key: str, dek: Dek, context: bytes) -> WrappedKey:
         made = super().wrap(key.removesuffix("-alias"), dek, context)
@@ -353,7 +353,7 @@ class SignsForAnyName(MemoryProvider):
             raise
 
 
-@caught_by("test_missing_key_is_not_made", "test_deletion")
+@caught_by("test_missing_key_is_not_made", "test_deletion", "test_batch_of_wraps")
 class MakesMissingKeys(MemoryProvider):
     def wrap(self, key: str, dek: Dek, context: bytes) -> WrappedKey:
         if check_key(key) not in self.service.keys:
@@ -609,6 +609,14 @@ class FailsTheWholeBatch(MemoryProvider):
         answers = super().unwrap_batch(items)
         failed = [answer for answer in answers if isinstance(answer, ProviderError)]
         return failed[:1] * len(items) if failed else answers
+
+
+@caught_by("test_batch_of_wraps")
+class WrapsABatchForItsFirstContext(MemoryProvider):
+    def wrap_batch(
+        self, key: str, items: Sequence[tuple[Dek, bytes]]
+    ) -> Sequence[WrappedKey | ProviderError]:
+        return super().wrap_batch(key, [(dek, items[0][1]) for dek, _ in items])
 
 
 @caught_by("test_anchor")

@@ -233,6 +233,7 @@ def test_what_cannot_be_tried_is_unknown(site, tree, monkeypatch, error):
 
     shutil.copytree(tree / "m.sealed", tree / "n.sealed")
     monkeypatch.setattr(type(config.provider("local")), "unwrap", refuse)
+    monkeypatch.setattr("keymgmt._verbs.prove.unwrap_many", lambda *_: ())  # one at a time
     need = keymgmt.needs("local:a@1", tree, keys=config)
     assert need.verdict == "unknown"
     with pytest.raises(errors.ConfigError, match="not today") as caught:

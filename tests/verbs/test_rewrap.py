@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,6 @@ import pytest
 import keymgmt
 from keymgmt import Config, errors
 from keymgmt._providers.contract import SupportsBatchUnwrap
-from keymgmt._verbs.rewrap import Task, rewrap_one
 
 
 def groups(path):
@@ -430,17 +432,34 @@ def test_a_key_of_that_name_in_another_key_service_is_another_key(site, tmp_path
     assert len(groups(path)) == 2
 
 
-def test_a_tree_with_the_same_model_twice(site, tree, monkeypatch):
-    """What was unwrapped ahead for one may be taken by the other at that moment."""
+def test_a_tree_with_the_same_model_twice(site, tree):
+    """What is asked ahead for one is not taken by the other, though the questions are the same."""
+    for number in range(3):
+        shutil.copytree(tree / "d0" / "m0.sealed", tree / f"copy{number}.sealed")
+    site.provider.rotate_key("a")
+    done = list(keymgmt.rewrap_tree(tree, keys=site.config()))
+    assert [(item.changed, item.exit_code) for item in done] == [(True, 0)] * 8
 
-    class Taken(dict):
-        def __contains__(self, key):
-            return True
 
+def test_two_rotations_of_one_tree_at_once(site, tree, monkeypatch):
+    """They take turns at each model, do not wait for each other in a circle, do nothing twice."""
+    monkeypatch.setattr("keymgmt._verbs.rewrap_tree.CHUNK", 16)
+    monkeypatch.setattr("keymgmt.sealed.folder._WAIT", 20)
+    for number in range(59):
+        shutil.copytree(tree / "d0" / "m0.sealed", tree / f"copy{number}.sealed")
+    site.provider.rotate_key("a")
     config = site.config()
-    path = tree / "d0" / "m0.sealed"
-    done = rewrap_one(path, Task(config), answers=Taken())
-    assert not done.changed
+    begin = threading.Barrier(2)
+
+    def rotate(_):
+        begin.wait()
+        return list(keymgmt.rewrap_tree(tree, keys=config))
+
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(rotate, range(2))
+    assert {(type(item), item.exit_code) for item in one + other} == {(keymgmt.Rewrapped, 0)}
+    assert sorted(a.changed + b.changed for a, b in zip(one, other, strict=True)) == [1] * 64
+    assert not list(tree.rglob(".*"))
 
 
 def test_a_plugin_that_answers_a_batch_wrongly_stops_no_tree(site, tree, monkeypatch):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Literal
 
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -14,8 +15,11 @@ from keymgmt.backend import (
     KeyInfo,
     KeyNotFound,
     KeyProvider,
+    ProviderError,
     Recipient,
     Signature,
+    SupportsBatchUnwrap,
+    SupportsBatchWrap,
     SupportsKeyDeletion,
     SupportsKeyManagement,
     SupportsOfflineRecipients,
@@ -45,6 +49,8 @@ class FileProvider(
     SupportsKeyDeletion,
     SupportsSigning,
     SupportsOfflineRecipients,
+    SupportsBatchUnwrap,
+    SupportsBatchWrap,
 ):
     """Keys in private files of this machine; no server, no hardware.
 
@@ -96,20 +102,55 @@ class FileProvider(
         """See KeyProvider; always the newest version."""
         return _wrapping.wrap(self.key_files.current(key, "wrap"), dek, context)
 
+    def wrap_batch(self, key: str, items: Sequence[tuple[Dek, bytes]]) -> Sequence[WrappedKey]:
+        """See SupportsBatchWrap; the key file is read once."""
+        keys = self.key_files.current(key, "wrap")
+        return [_wrapping.wrap(keys, dek, context) for dek, context in items]
+
     def unwrap(self, wrapped: WrappedKey, context: bytes) -> Dek:
         """See KeyProvider."""
+        return self._unwrap(wrapped, context, self._look_up, self.key_files.had)
+
+    def unwrap_batch(
+        self, items: Sequence[tuple[WrappedKey, bytes]]
+    ) -> Sequence[Dek | ProviderError]:
+        """See SupportsBatchUnwrap; each key file is read once."""
+        look_up, had = functools.cache(self._look_up), functools.cache(self.key_files.had)
+        answers: list[Dek | ProviderError] = []
+        for wrapped, context in items:
+            try:
+                answers.append(self._unwrap(wrapped, context, look_up, had))
+            except ProviderError as error:
+                answers.append(error)
+        return answers
+
+    def _look_up(self, key: str) -> KeySet | ProviderError:
+        """A key that wraps, or why it cannot be had; so that a batch finds out once."""
+        try:
+            return self.key_files.read(key).require("wrap")
+        except ProviderError as error:
+            return error
+
+    def _unwrap(
+        self,
+        wrapped: WrappedKey,
+        context: bytes,
+        look_up: Callable[[str], KeySet | ProviderError],
+        had: Callable[[str, str], bool],
+    ) -> Dek:
         if wrapped.backend != self.backend:
             raise WrongKey(f"{wrapped} is of another backend")
-        try:
-            keys = self.key_files.read(wrapped.key).require("wrap")
-        except KeyNotFound as error:
-            if self.key_files.had(wrapped.key, wrapped.version):
+        keys = look_up(wrapped.key)
+        if isinstance(keys, KeyNotFound):
+            if had(wrapped.key, wrapped.version):
                 raise KeyNotFound(
                     f"the key file of {wrapped.key!r} is gone, and version {wrapped.version} of "
                     "that key was here before",
                     hint="put it back from a backup; or rewrap what it opened, with --drop",
-                ) from error
-            raise WrongKey(str(error)) from error
+                ) from keys
+            raise WrongKey(str(keys)) from keys
+        if isinstance(keys, ProviderError):
+            raise keys
         if wrapped.version not in keys.numbers:
             raise not_held(wrapped, self.name)
         if keys.is_retired(wrapped.version):

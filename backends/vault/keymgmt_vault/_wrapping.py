@@ -67,39 +67,74 @@ class Wrapping:
 
     def wrap(self, key: str, dek: Dek, context: bytes) -> WrappedKey:
         """See KeyProvider; two calls, since the key is looked at before."""
-        with self._session.connection.operation():
-            described = self._keys.read(key).alive()
-            mechanism = INNER if described.kind in RSA else described.kind
-            if described.purpose != "wrap" or mechanism not in MECHANISMS:
-                kinds = ", ".join(kind for kind, purpose in KINDS.items() if purpose == "wrap")
-                raise UnsupportedOperation(
-                    f"the key {key!r} is {described.kind} and does not wrap",
-                    hint=f"a key that wraps is of kind {kinds}",
-                )
-            if mechanism in AEAD:
-                blob = self._encrypt(described.native, dek, context)
-            else:
-                blob = inner_wrap(
-                    dek, context, lambda inner: self._encrypt(described.native, inner, b"")
-                )
-        version = _version_of(_ciphertext(blob, mechanism))
-        return WrappedKey("vault", key, str(version), mechanism, blob)
+        (answer,) = self.wrap_batch(key, [(dek, context)])
+        if isinstance(answer, ProviderError):
+            raise answer
+        return answer
 
-    def _encrypt(self, native: str, dek: Dek, context: bytes) -> bytes:
-        items = [{"plaintext": base64.b64encode(dek.view()).decode()}]
-        if context:
-            items[0]["associated_data"] = base64.b64encode(context).decode()
+    def wrap_batch(
+        self, key: str, items: Sequence[tuple[Dek, bytes]]
+    ) -> list[WrappedKey | ProviderError]:
+        """See SupportsBatchWrap; an RSA key, which has an inner key for each, takes them singly."""
+        answers: list[WrappedKey | ProviderError] = []
+        step = _BATCH - 1  # and one for the proof
+        for start in range(0, len(items), step):
+            with self._session.connection.operation():
+                described = self._keys.read(key).alive()
+                mechanism = INNER if described.kind in RSA else described.kind
+                if described.purpose != "wrap" or mechanism not in MECHANISMS:
+                    kinds = ", ".join(kind for kind, purpose in KINDS.items() if purpose == "wrap")
+                    raise UnsupportedOperation(
+                        f"the key {key!r} is {described.kind} and does not wrap",
+                        hint=f"a key that wraps is of kind {kinds}",
+                    )
+                part = items[start : start + step]
+                for blob in self._blobs(described.native, mechanism, part):
+                    if isinstance(blob, ProviderError):
+                        answers.append(blob)
+                    else:
+                        version = _version_of(_ciphertext(blob, mechanism))
+                        answers.append(WrappedKey("vault", key, str(version), mechanism, blob))
+        return answers
+
+    def _blobs(
+        self, native: str, mechanism: str, items: Sequence[tuple[Dek, bytes]]
+    ) -> list[bytes | ProviderError]:
+        if mechanism in AEAD:
+            return self._encrypt(native, items)
+
+        def encrypt(inner: Dek) -> bytes:
+            (blob,) = self._encrypt(native, [(inner, b"")])
+            if isinstance(blob, ProviderError):
+                raise blob
+            return blob
+
+        return [inner_wrap(dek, context, encrypt) for dek, context in items]
+
+    def _encrypt(
+        self, native: str, items: Sequence[tuple[Dek, bytes]]
+    ) -> list[bytes | ProviderError]:
+        batch = []
+        for dek, context in items:
+            batch.append({"plaintext": base64.b64encode(dek.view()).decode()})
+            if context:
+                batch[-1]["associated_data"] = base64.b64encode(context).decode()
+        bound = any(context for _, context in items)
+        if bound:
             # The proof that the server reads associated_data at all: it refuses what is no base64.
             # Older ones ignore the member, and then another context opens what was wrapped.
-            items.append({"plaintext": "AAAA", "associated_data": "!"})
-        first, *proof = self._batch("encrypt", native, items)
-        if proof and not _failure_of(proof[0]):
+            batch.append({"plaintext": "AAAA", "associated_data": "!"})
+        results = self._batch("encrypt", native, batch)
+        if bound and not _failure_of(results.pop()):
             raise unbound()
-        if words := _failure_of(first):
-            raise self._refused("encrypt", native, words)
-        text = text_of(first, "ciphertext")
+        return [self._encrypted(native, result) for result in results]
+
+    def _encrypted(self, native: str, result: Any) -> bytes | ProviderError:
+        if words := _failure_of(result):
+            return self._refused("encrypt", native, words)
+        text = text_of(result, "ciphertext")
         if _version_of(text) is None:
-            raise ProviderUnavailable("the server's answer is no Transit ciphertext")
+            return ProviderUnavailable("the server's answer is no Transit ciphertext")
         return text.encode()
 
     def _refused(self, verb: Verb, native: str, words: str) -> ProviderError:

@@ -55,6 +55,12 @@ def test_every_kind_binds_its_context(make: Any, bao: Any, kind: str, mechanism:
         assert answers[0] == dek
         assert isinstance(answers[1], UnwrapFailed)
         assert answers[2] == dek
+        made = provider.wrap_batch(key, [(dek, b"first"), (dek, b"second")])
+        assert [one.version for one in made] == ["2", "2"]
+        for one, context in zip(made, (b"first", b"second"), strict=True):
+            assert provider.unwrap(one, context) == dek
+        with pytest.raises(UnwrapFailed):
+            provider.unwrap(made[0], b"second")
 
 
 def test_the_servers_own_command_opens_a_blob(make: Any, bao: Any) -> None:
@@ -99,6 +105,21 @@ def test_a_large_batch_over_two_keys(make: Any, bao: Any) -> None:
         else:
             assert answer == deks[number], number
     assert provider.unwrap_batch([]) == []
+
+
+def test_a_large_batch_of_wraps(make: Any, bao: Any) -> None:
+    """More than one request takes; each data key comes back in its place, for its context alone."""
+    provider = make(bao)
+    bao.transit("transit", "many")
+    items = [(Dek.generate(), f"context {number}".encode()) for number in range(405)]
+    made = provider.wrap_batch("many", items)
+    opened = provider.unwrap_batch(
+        [(one, context) for one, (_, context) in zip(made, items, strict=True)]
+    )
+    assert list(opened) == [dek for dek, _ in items]
+    assert provider.wrap_batch("many", []) == []
+    with pytest.raises(KeyNotFound):
+        provider.wrap_batch("absent", items[:2])
 
 
 def test_native_names(make: Any, bao: Any) -> None:
