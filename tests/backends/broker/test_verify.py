@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from pydantic import TypeAdapter
 from keymgmt.backend import AccessDenied, ConfigError
 
 pytest.importorskip("keymgmt_broker_service")
+from keymgmt_broker._settings import BrokerSettings
 from keymgmt_broker_service._verify._collateral import NotReady, Refused, load_collateral
 from keymgmt_broker_service._verify._policies import AnyPolicy
 from keymgmt_broker_service._verify._quotes import prepare, verify
@@ -347,6 +350,19 @@ def test_the_command_says_what_is_old_or_missing(tmp_path, run_keymgmt, check_ou
 def test_policies_that_say_nothing_certain(policy, reason):
     with pytest.raises(ValueError, match=reason):
         ADAPTER.validate_python(policy)
+
+
+def test_what_the_page_shows_is_understood():
+    """Its policies are policies, its providers are providers, and no kind is left out."""
+    page = (Path(__file__).parents[3] / "docs" / "broker-policies.md").read_text()
+    blocks = [tomllib.loads(text) for text in re.findall(r"```ini\n(.*?)```", page, re.DOTALL)]
+    policies = [each for block in blocks for each in block.get("policies", {}).values()]
+    assert {ADAPTER.validate_python(each).evidence for each in policies} == {"sgx", "tdx", "tpm2"}
+    providers = [each for block in blocks for each in block.get("providers", {}).values()]
+    for each in providers:
+        assert each.pop("backend") == "broker"
+        BrokerSettings.model_validate(each)
+    assert [each["evidence"] for each in providers] == ["sgx", "tdx"]
 
 
 @pytest.fixture(scope="module")
