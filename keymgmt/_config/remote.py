@@ -77,6 +77,9 @@ class Remote(Settings):
     Attributes:
         timeout: seconds without a byte, after which a request is made again.
         deadline: seconds for one part of a file, at most 8 MiB, with all that is tried again.
+        cache: folder that keeps parts of payloads, as ciphertext, private to this user; without it
+            none are kept.
+        cache_limit: bytes that it may hold; what was used longest ago goes first.
         ca_file: certificates (PEM) that each server's must come from; else those of the system.
         proxy: address of a proxy for all of them, ``http://HOST:PORT``.
         access: who we are at a host or bucket: ``"https://HOST"``, ``"s3://BUCKET"``,
@@ -85,6 +88,8 @@ class Remote(Settings):
 
     timeout: Annotated[float, Field(gt=0, le=3600, strict=False)] = 30.0
     deadline: Annotated[float, Field(gt=0, le=86400, strict=False)] = 300.0
+    cache: ConfigPath | None = None
+    cache_limit: Annotated[int, Field(ge=1 << 26)] = 10_000_000_000
     ca_file: ConfigPath | None = None
     proxy: str | None = None
     access: dict[str, Access] = Field(default_factory=dict)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from keymgmt._remote.bucket import bucket_storage
+from keymgmt._remote.cache import CachedStorage
 from keymgmt._remote.location import BUCKETS, Location
 from keymgmt._remote.registry import RegistryStorage
 from keymgmt._remote.storage import changed
@@ -116,10 +118,15 @@ def open_folder(text: str, settings: Remote) -> RemoteFolder:
         ConfigError: it is no location, or a package is not installed, or a secret is not there.
     """
     location = Location.parse(text)
+    storage: Storage
     if location.scheme == "oci":
-        return RemoteFolder(str(location), RegistryStorage(location, settings))
-    make = bucket_storage if location.scheme in BUCKETS else web_storage
-    return RemoteFolder(str(location), make(location, settings))
+        storage = RegistryStorage(location, settings)
+    else:
+        make = bucket_storage if location.scheme in BUCKETS else web_storage
+        storage = make(location, settings)
+    if settings.cache is not None:
+        storage = CachedStorage(storage, str(location), Path(settings.cache), settings.cache_limit)
+    return RemoteFolder(str(location), storage)
 
 
 def _check_length(content: memoryview, start: int, end: int) -> None:
