@@ -39,11 +39,22 @@ class MadeEvidence(Evidence[MadeSettings]):
 
     kind = "sgx"
     Settings = MadeSettings
+    make = WORLD.sgx
 
     def quote(self, report_data: bytes) -> bytes:
         if self.settings.proves == "too much":
             return bytes(1 << 20)
-        return WORLD.sgx(report_data if self.settings.proves == "this" else bytes(32))
+        return type(self).make(report_data if self.settings.proves == "this" else bytes(32))
+
+
+class MadeGuest(MadeEvidence):
+    """The same of a TDX guest."""
+
+    kind = "tdx"
+    make = WORLD.tdx
+
+
+MADE = {each.kind: each for each in (MadeEvidence, MadeGuest)}
 
 
 class Service:
@@ -70,6 +81,7 @@ class Service:
         more: str = "",
         keys: str | None = None,
         host: str = "127.0.0.1",
+        policy: str = POLICY,
     ) -> None:
         if keys is None:
             keys = "".join(f'[keys.{key}]\nkey = "site:{key}"\nallow = ["press"]\n' for key in KEYS)
@@ -78,7 +90,7 @@ class Service:
             f'listen = "{host}:{self.port}"\nconfig = "keymgmt.toml"\n'
             f'workers = {workers}\nrate = {rate}\nnonce_key = "nonce.key"\n'
             f'collateral = "collateral"\nunsafe_root = "root.der"\n{more}\n'
-            f"[policies.press]\n{POLICY}{keys}"
+            f"[policies.press]\n{policy}{keys}"
         )
         new.rename(self.config)
 
@@ -203,6 +215,12 @@ def make_service(module_site: Path) -> Iterator[Make]:
 
 
 @pytest.fixture
+def world() -> World:
+    """The root of the tests' own, which the service trusts."""
+    return WORLD
+
+
+@pytest.fixture
 def prove() -> Callable[[bytes], bytes]:
     """Evidence that the policy of the tests accepts."""
     return WORLD.sgx
@@ -221,7 +239,7 @@ def client(
     """Make a provider of the backend broker whose evidence is made by the test."""
     from keymgmt_broker import BrokerProvider, BrokerSettings, _settings
 
-    monkeypatch.setattr(_settings, "load_evidence", lambda _kind: MadeEvidence)
+    monkeypatch.setattr(_settings, "load_evidence", MADE.__getitem__)
 
     def make(*addresses: str, **more: Any) -> KeyProvider[Any]:
         settings = BrokerSettings.model_validate(
