@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 import ssl
 import threading
 import time
@@ -38,6 +39,7 @@ _MOVED: Final = frozenset({301, 302, 303, 307, 308})
 _REDIRECTS: Final = 5
 _CHUNK: Final = 1 << 18
 _PART: Final = 8 << 20
+_CODE: Final = re.compile(rb'(?:"code"\s*:\s*"|<Code>)([A-Za-z_]{2,40})["<]')  # registries, S3
 _MAX_WAIT: Final = 10.0
 _REFUSED_BODY: Final = 1 << 16
 T = TypeVar("T")
@@ -278,8 +280,10 @@ class Http(ForkSafe):
                     yield answer
                     return
                 challenge = answer.headers.get("www-authenticate")
+                said_why = b""
                 with contextlib.suppress(_Again):
-                    next(answer.parts(_REFUSED_BODY, end), None)  # so that the connection serves on
+                    # Also so that the connection serves on.
+                    said_why = next(answer.parts(_REFUSED_BODY, end), b"")
             finally:
                 answer.close()
             if answer.status == 401 and challenge and home and self._login and not asked:
@@ -287,9 +291,9 @@ class Http(ForkSafe):
             elif answer.status in _MOVED and method in ("GET", "HEAD"):
                 url = redirected(url, answer.headers.get("location", ""))
             elif answer.status in _BUSY:
-                raise _Again(_refusal(answer, method), _retry_after(answer.headers))
+                raise _Again(_refusal(answer, method, said_why), _retry_after(answer.headers))
             else:
-                raise _refusal(answer, method)
+                raise _refusal(answer, method, said_why)
         raise StorageUnavailable(f"{shown(url)} redirects again and again")
 
     def _send(
@@ -392,9 +396,12 @@ def redirected(url: str, location: str) -> str:
     )
 
 
-def _refusal(answer: Answer, method: str) -> KeymgmtError:
+def _refusal(answer: Answer, method: str, body: bytes) -> KeymgmtError:
+    """The error for a status; of what the server says, only a word that is a code of an error."""
+    code = _CODE.search(body)
     doing = "read" if method in ("GET", "HEAD") else "write to"
     said = f"cannot {doing} {shown(answer.url)}: the server says {answer.status}"
+    said += f" ({code[1].decode()})" if code else ""
     if answer.status in (401, 403):
         return StorageDenied(
             said, hint='who we are is said in the config: [remote.access."SCHEME://HOST"]'

@@ -147,7 +147,12 @@ class Registry:
         begin = f"{self._base}/blobs/uploads/"
 
         def work(end: float) -> None:
-            with self._http.exchange("POST", begin, end, body=b"", good=(202,)) as answer:
+            with self._http.exchange("POST", begin, end, body=b"", good=(202, 404)) as answer:
+                if answer.status == 404:
+                    raise StorageUnavailable(
+                        f"{self._location.origin} has no repository {self._location.path}",
+                        hint="make it there: some registries make none by themselves",
+                    )
                 place = redirected(begin, answer.headers.get("location", ""))
                 list(answer.parts(0, end))
             joint = "&" if "?" in place else "?"

@@ -137,6 +137,8 @@ def pull(
             f"the folder {target.parent} for {target.name} does not exist",
             hint=f"make it with: mkdir -p {shlex.quote(str(target.parent))}",
         )
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"{target} exists and is no folder", hint="name another one")
     with use_config(keys) as config, Registry(place, config.remote) as registry:
         artifact = registry.find()
         if artifact is None:
@@ -221,6 +223,8 @@ class _Pull:
         with SealedFolder(self._target) as old:
             old.lock()
             same = old.read(MANIFEST, MAX_MANIFEST, optional=True) == self._small[MANIFEST]
+            if not same:
+                look(self._target)
             if not force:
                 self._check_unchanged(old)
             if same:
@@ -231,7 +235,6 @@ class _Pull:
                 self._fetch(self._keep(here))
                 self._put_in_place(look)
                 return "updated"
-            look(self._target)
             if not force:
                 self._check_succession()
             self._fetch(set())
@@ -331,6 +334,9 @@ class _Pull:
         name = payload_name(path)
         file = self._folder / to_system(name)
         make_folder(file.parent)
+        # From a pull that was killed, a second name of a file of the old model: not to be written.
+        if file.exists() and file.lstat().st_nlink > 1:
+            file.unlink()
         with _open_download(file, self._payload[path], self._transfers.told) as download:
             resumed, received = download.done > 0, 0
             while True:

@@ -81,7 +81,7 @@ def test_a_wrong_login(place: str, s3: S3, config: Any, access: Access) -> None:
     keys = config(access=access(s3.address, secret="another-s3cr3t"))
     with pytest.raises(StorageDenied, match="says 403") as refused:
         keymgmt.open(f"s3://models/{place}", keys=keys)
-    assert "Signature" not in str(refused.value)
+    assert "Signature=" not in str(refused.value)
     assert "s3cr3t" not in str(refused.value)
 
 

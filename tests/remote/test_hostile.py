@@ -544,6 +544,33 @@ def test_an_upload_that_breaks_is_made_again(fake: Fake, quick: list[float]) -> 
     assert all(done <= total for done, total in told)
 
 
+def test_a_registry_that_makes_no_repository_is_named(fake: Fake) -> None:
+    fake.bend = lambda request, handler: reply(handler, 404) or True
+    with pytest.raises(StorageUnavailable, match="no repository models/resnet50"):
+        keymgmt.push(fake.site.root / "m.sealed", fake.place, keys=fake.write_config())
+
+
+def test_a_file_of_the_old_model_is_not_written(fake: Fake) -> None:
+    """An interrupted repair left a second name of a file; a program may have it open."""
+    fake.pull()
+    file = fake.target / "payload" / "model.bin.floe"
+    whole = file.read_bytes()
+    (fake.target / "payload" / "model.xml.floe").unlink()
+    digest = fake.digest("payload/model.xml.floe")
+    kept = fake.blobs.pop(digest)
+    fake.refused(IntegrityError)
+    (staged_folder,) = staged(fake)
+    assert (staged_folder / "payload" / "model.bin.floe").samefile(file)
+    file.write_bytes(b"damaged" + whole[7:])
+    inode = file.stat().st_ino
+    held = file.open("rb")
+    fake.blobs[digest] = kept
+    assert fake.pull().state == "updated"
+    assert held.read() == b"damaged" + whole[7:]
+    assert file.read_bytes() == whole
+    assert file.stat().st_ino != inode
+
+
 @pytest.mark.parametrize("place", ["http://models.example/upload", "", "https://[/"])
 def test_an_upload_is_sent_nowhere_else(fake: Fake, place: str) -> None:
     def keep(request: Seen, handler: Any) -> bool:

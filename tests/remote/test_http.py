@@ -99,6 +99,22 @@ def test_a_no_is_not_asked_again(
     assert len(web.seen) == 1
 
 
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"errors": [{"code": "DENIED", "message": "27182818"}]}', r"403 \(DENIED\)$"),
+        (b"<Error><Code>AccessDenied</Code><Message>27182818</Message>", r"403 \(AccessDenied\)$"),
+        (b"<html>27182818", "403$"),
+    ],
+)
+def test_of_what_a_server_says_a_code_is_told(
+    serve: Serve, settings: Settings, body: bytes, said: str
+) -> None:
+    web = serve(lambda _, handler: reply(handler, 403, body))
+    with pytest.raises(StorageDenied, match=said):
+        client(settings, web.url).request("GET", web.url, limit=9)
+
+
 def test_nobody_there_is_said(settings: Settings, quick: list[float]) -> None:
     with pytest.raises(StorageUnavailable, match="not reached"):
         client(settings, "http://127.0.0.1:1").request("GET", "http://127.0.0.1:1/a", limit=9)

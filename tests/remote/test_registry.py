@@ -166,6 +166,17 @@ def test_what_was_resealed_is_pushed_to_its_tag(place: Place) -> None:
     assert place.push(pulled).moved
 
 
+def test_what_was_sealed_elsewhere_is_not_lost(place: Place, tree_of: Tree) -> None:
+    """A model that was never pulled, of the same name, is replaced only if that is meant."""
+    place.push(place.site.seal(name="resnet50", release=2))
+    mine = place.site.seal(target="pulled", name="resnet50", release=1)
+    before = tree_of(mine)
+    with pytest.raises(ConfigError, match=r"keys\.json of .* was changed here"):
+        place.pull()
+    assert tree_of(mine) == before
+    assert place.pull(force=True).state == "replaced"
+
+
 def test_another_release_takes_the_place(place: Place, tree_of: Tree) -> None:
     place.push(place.site.seal(release=1))
     place.pull()
@@ -200,6 +211,21 @@ def test_what_is_damaged_here_comes_again(place: Place, tree_of: Tree) -> None:
     assert place.pull().state == "updated"
     assert tree_of(pulled) == whole
     assert (pulled / "payload" / "model.bin.floe").stat().st_ino == inode
+
+
+def test_what_is_no_model_is_not_replaced(place: Place, tree_of: Tree) -> None:
+    place.push(place.site.seal())
+    folder = place.site.root / "pulled"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="is no sealed model, so it is not replaced"):
+        place.pull(force=True)
+    assert tree_of(folder) == {"mine.txt": b"mine"}
+    file = place.site.root / "file"
+    file.write_text("mine")
+    with pytest.raises(ConfigError, match="is no folder"):
+        place.pull("file", force=True)
+    assert file.read_text() == "mine"
 
 
 def test_who_is_not_trusted_is_not_pulled(place: Place) -> None:
