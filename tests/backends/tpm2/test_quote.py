@@ -21,52 +21,23 @@ from keymgmt_tpm2._structures import Public, sized, u16, u32
 from keymgmt_tpm2.enroll._device import attestation_key, make_request, respond
 from keymgmt_tpm2.enroll._exchange import Makers, accept, challenge
 from keymgmt_tpm2.enroll._office import Decision
-from keymgmt_tpm2.policy._approval import Approval, install
-from keymgmt_tpm2.policy._policy import Approver, Counter, PcrState
+from keymgmt_tpm2.policy._approval import install
+from keymgmt_tpm2.policy._policy import Counter, PcrState
 from keymgmt_tpm2.quote import AttestationError, DevicePolicy, Devices
 from keymgmt_tpm2.quote._evidence import TpmEvidence, TpmEvidenceSettings
 from keymgmt_tpm2.quote._file import Quote
+from office import Signer, boot
 
 from keymgmt.backend import (
     ConfigError,
     FormatError,
     ProviderUnavailable,
-    Signature,
     load_evidence,
-    recipient_message,
-    signatures_file,
 )
 
 BOOTED = [(4, b"a kernel"), (7, b"secure boot")]
 ASKED = hashlib.sha256(b"a request").digest()
 OTHER = hashlib.sha256(b"another request").digest()
-
-
-class Signer:
-    """A key of an office or of an approver."""
-
-    def __init__(self, path) -> None:
-        self.key = ec.generate_private_key(ec.SECP256R1())
-        public = self.key.public_key()
-        self.der = public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        self.pem = path
-        path.write_bytes(public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
-
-    def sign(self, message: bytes) -> bytes:
-        return self.key.sign(message, ec.ECDSA(hashes.SHA256()))
-
-    def state(self, recipient, file, *, attested=True) -> None:
-        """Write a recipient file with a signature beside it."""
-        file.parent.mkdir(exist_ok=True)
-        file.write_bytes(recipient.to_bytes())
-        signature = self.sign(recipient_message(recipient, attested=attested))
-        signed = signatures_file([Signature(signature, self.der)])
-        file.with_name(f"{file.name}.sig").write_bytes(signed)
-
-    def approve(self, state, counter=None) -> Approval:
-        approver = Approver(self.der)
-        message = Approval.message(state, counter, approver)
-        return Approval(state, counter, approver, self.sign(message))
 
 
 @pytest.fixture
@@ -125,21 +96,6 @@ def values_file(tmp_path):
 
 def change(evidence: bytes, **members) -> bytes:
     return json.dumps(json.loads(evidence) | members).encode()
-
-
-def boot(genuine, *measured: tuple[int, bytes]) -> None:
-    """Measure events into the TPM as firmware does."""
-    from tpm2_pytss import constants as c
-    from tpm2_pytss import types as t
-
-    def extend(tpm):
-        for index, data in measured:
-            digest = t.TPMT_HA(hashAlg=c.TPM2_ALG.SHA256)
-            digest.digest.sha256 = hashlib.sha256(data).digest()
-            listed = t.TPML_DIGEST_VALUES([digest])
-            tpm.call("pcr_extend", c.ESYS_TR.parse(f"pcr{index}"), listed)
-
-    genuine.service.run("measuring", extend)
 
 
 def twin(quote: Quote):
