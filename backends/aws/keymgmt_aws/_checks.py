@@ -1,4 +1,4 @@
-"""What ``keymgmt doctor`` says of AWS KMS: who we are, the key, what we may, the context."""
+"""The findings of ``keymgmt doctor`` about AWS KMS: identity, key, rights and context."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 __all__ = ["findings"]
 
-# It decrypts with nobody's key: AWS looks whether we may before it looks at this.
+# No key decrypts this. AWS checks the permission before it looks at the ciphertext.
 _SENSELESS: Final = bytes(64)
 _NO_ALIAS: Final = "alias/keymgmt-doctor-asks"
 
 
 def _refused(name: str, error: KeymgmtError, *, may_lack: bool = False) -> Finding:
-    """A finding of a failure; a right that a machine ``may_lack`` is no fault of it."""
+    """The finding for a failure; a missing right that a machine ``may_lack`` is not a fault."""
     skipped = may_lack and isinstance(error, AccessDenied)
     return Finding(name, "skipped" if skipped else "failed", str(error), error.hint)
 
@@ -50,7 +50,7 @@ def findings(
     connection: Connection,
     key: str | None,
 ) -> Iterator[Finding]:
-    """Look at everything once; what fails becomes a finding, and what hangs on it is left out."""
+    """Check everything once; after a failure the checks that depend on it are skipped."""
     method, known = connection.settings.auth.method, True
     try:
         who = connection.run(lambda kms: kms.identify())
@@ -58,9 +58,9 @@ def findings(
         yield _refused("login", error)
         return
     except KeymgmtError as error:
-        # A private network may have a way to AWS KMS, and none to AWS STS.
+        # A private network may have a route to AWS KMS, and none to AWS STS.
         known = False
-        yield Finding("login", "warning", f"by {method}; who we are is not known: {error}")
+        yield Finding("login", "warning", f"by {method}; the identity is not known: {error}")
     else:
         yield Finding("login", "ok", f"by {method}: {who}")
     if key is None:
@@ -70,7 +70,7 @@ def findings(
         info = describe(key)
         usable(info, info.purpose)
     except AccessDenied:
-        yield Finding("key", "skipped", f"we may not look at {key}; wrapping needs it")
+        yield Finding("key", "skipped", f"this login may not describe {key}; wrapping needs it")
         yield from _decrypts(connection, key)
         return
     except KeymgmtError as error:
@@ -88,28 +88,28 @@ def findings(
 
 
 def _reached(connection: Connection, known: bool) -> Finding:
-    """Whether AWS KMS answers; an alias that nobody has is asked for, which changes nothing."""
+    """Whether AWS KMS answers to a request for an alias that does not exist."""
     settings = connection.settings
     why = _failure(
         lambda: connection.run(
             lambda kms: kms("describe", _NO_ALIAS, "describe_key", KeyId=_NO_ALIAS)
         )
     )
-    # Those whom AWS STS knows may lack that right; of others it is not known.
+    # A login that AWS STS knows may lack the right to describe keys; an unknown login may be wrong.
     if why is None or isinstance(why, KeyNotFound) or (known and isinstance(why, AccessDenied)):
-        place = settings.endpoint or f"AWS KMS in {settings.region}"
-        return Finding("service", "ok", f"{place} answers")
+        service = settings.endpoint or f"AWS KMS in {settings.region}"
+        return Finding("service", "ok", f"{service} answers")
     return _refused("service", why)
 
 
 def _decrypts(connection: Connection, key: str) -> Iterator[Finding]:
-    """Whether we may unwrap, and whether a policy asks for what should stand in the context."""
+    """Whether this login may unwrap, and whether a policy requires keymgmt's encryption context."""
     settings = connection.settings
     whole = {**settings.context, CONTEXT: "0" * 64}
     native = settings.native(key)
 
     def asked(pairs: dict[str, str]) -> KeymgmtError | None:
-        """Why nothing can be decrypted with these pairs; UnwrapFailed: only the blob is wrong."""
+        """The error of Decrypt with these pairs; UnwrapFailed means that only the blob is wrong."""
         request = {"KeyId": native, "CiphertextBlob": _SENSELESS, "EncryptionContext": pairs}
         return _failure(
             lambda: connection.run(lambda kms: kms("decrypt", native, "decrypt", **request))
@@ -117,22 +117,22 @@ def _decrypts(connection: Connection, key: str) -> Iterator[Finding]:
 
     why = asked(whole)
     if not isinstance(why, UnwrapFailed):
-        odd = UnwrapFailed("the service opened what nobody wrapped")
+        odd = UnwrapFailed("the service decrypted random bytes")
         yield _refused("unwrap", why or odd, may_lack=True)
         return
     yield Finding("unwrap", "ok", "kms:Decrypt is granted")
     for name in (CONTEXT, *settings.context):
         why = asked({each: value for each, value in whole.items() if each != name})
         if isinstance(why, AccessDenied):
-            yield Finding("policy", "ok", f"it asks for {name} in the encryption context")
+            yield Finding("policy", "ok", f"it requires {name} in the encryption context")
         elif why is not None and not isinstance(why, UnwrapFailed):
             yield _refused("policy", why)
         else:
             yield Finding(
                 "policy",
                 "warning",
-                f"no policy asks for {name} in the encryption context, so this login may decrypt "
-                "whatever else the key encrypted",
+                f"no policy requires {name} in the encryption context, so this login may decrypt "
+                "everything else that the key encrypted",
                 "add the condition that keymgmt aws policy prints",
             )
 
@@ -151,7 +151,7 @@ def _round_trip(provider: KeyProvider[Any], key: str) -> Iterator[Finding]:
     yield Finding("round trip", "ok" if same else "failed", text)
     why = _failure(lambda: provider.unwrap(wrapped, os.urandom(32)).wipe())
     if isinstance(why, UnwrapFailed):
-        yield Finding("context", "ok", "another one is refused")
+        yield Finding("context", "ok", "another context is refused")
     else:
-        opened = Finding("context", "failed", "the service opens with another one")
+        opened = Finding("context", "failed", "the service opens with another context")
         yield _refused("context", why) if why else opened

@@ -18,7 +18,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
 @app.callback()
 def _commands() -> None:
-    """One command alone would be run without its name."""
+    """Without a callback, typer would run an only command without its name."""
 
 
 @app.command()
@@ -26,14 +26,15 @@ def policy(
     context: typer.Context,
     role: Annotated[_Role, typer.Argument(help="What the machine does.", show_default=False)],
     reference: Annotated[
-        str, typer.Argument(metavar="PROVIDER:KEY", help="With which key.", show_default=False)
+        str,
+        typer.Argument(metavar="PROVIDER:KEY", help="The key that it uses.", show_default=False),
     ],
     principal: Annotated[
         str | None,
         typer.Option(metavar="ARN", help="Print a key policy's statements for this role or user."),
     ] = None,
 ) -> None:
-    """Print the least policy for a machine: of IAM, or of the key where a principal is named.
+    """Print the least policy for a machine: for IAM, or for the key with --principal.
 
     Example:
         keymgmt aws policy open cloud:resnet50

@@ -1,9 +1,9 @@
-"""The connection of one provider: a client that is logged in, and what a call does with failures.
+"""The connection of one provider: a client that is logged in, and the handling of failures.
 
 A whole operation, with its login, retries and waiting for another thread's login, runs within
-``timeout`` in a thread that is left behind where botocore does not come back. A session that AWS
-calls expired is replaced once. What may pass is asked again, more slowly each time; what changes
-something is not, unless it was certainly not carried out.
+``timeout`` in a thread that is abandoned if botocore does not return. An expired session is
+replaced once. After a passing failure the request is repeated, with a longer pause each time; a
+request that changes something is repeated only if it was certainly not carried out.
 """
 
 from __future__ import annotations
@@ -30,26 +30,27 @@ _LONGEST_PAUSE: Final = 2.0
 
 
 class Connection(ForkSafe):
-    """AWS KMS as one provider reaches it; thread-safe and fork-safe."""
+    """The connection of one provider to AWS KMS; thread-safe and fork-safe."""
 
     def __init__(self, settings: AwsSettings) -> None:
         self.settings = settings
         super().__init__()
 
     def _renew(self) -> None:
-        # The sockets of a parent are the parent's too, and so is who refreshes its credentials.
+        # A child shares sockets with its parent, and a lock may be held by a thread of the parent
+        # that refreshes credentials.
         self._lock = threading.Lock()
         self._clients: dict[str, Client] = {}
 
     def run(self, work: Callable[[Service], R], seconds: float = 0.0) -> R:
-        """Run ``work`` with the service, within the settings' time limit, or longer ``seconds``."""
+        """Run ``work`` with the service, within ``timeout``, or ``seconds`` if that is longer."""
         prepare()
         deadline = Deadline(max(seconds, self.settings.timeout), "AWS KMS")
         try:
             return deadline.run(lambda: self._run(work, deadline))
         finally:
             if not deadline.remaining:
-                # The thread that was left behind may hold the lock, and uses what it uses.
+                # The abandoned thread may hold the lock and goes on using its clients.
                 self._renew()
 
     def _run(self, work: Callable[[Service], R], deadline: Deadline) -> R:
@@ -72,7 +73,7 @@ class Connection(ForkSafe):
         return client
 
     def forget(self, client: Client | None = None) -> None:
-        """Log in anew at the next call; with ``client`` only if it is still one in use."""
+        """Log in again at the next call; with ``client`` only if it is still in use."""
         with self._lock:
             old = list(self._clients.values())
             if client in (None, *old):
@@ -87,17 +88,19 @@ class Service:
     def __init__(self, connection: Connection, deadline: Deadline) -> None:
         self._connection, self._deadline = connection, deadline
 
-    def __call__(self, verb: Verb, place: str, operation: str, **arguments: Any) -> dict[str, Any]:
+    def __call__(
+        self, verb: Verb, subject: str, operation: str, **arguments: Any
+    ) -> dict[str, Any]:
         """Call an operation of AWS KMS.
 
         Args:
             verb: what it does, by which ``_errors`` tells answers apart.
-            place: the key or alias, or what else it is done with, for messages.
+            subject: the key or alias that it concerns, or "this login", for messages.
             operation: its name in botocore.
-            arguments: as the API reference of AWS KMS has them.
+            arguments: its arguments, named as in the API reference of AWS KMS.
 
         Raises:
-            ConfigError: what should be made is there.
+            ConfigError: the key or alias to be created exists.
             ProviderError: any other refusal or failure.
         """
         pause, replaced = _PAUSE, False
@@ -107,27 +110,27 @@ class Service:
                 client = self._connection.client("sts" if verb == "identify" else "kms")
                 return client(operation, **arguments)
             except KeymgmtError:
-                # Of a login, which botocore hands through.
+                # An error of the login, which botocore passes on.
                 raise
             except Exception as error:  # noqa: BLE001 - translated, and raised below
-                failure, fault, again = failure_of(error, verb, place)
+                failure, fault, again = failure_of(error, verb, subject)
             if fault is EXPIRED and client is not None and not replaced:
                 replaced = True
                 self._connection.forget(client)
                 continue
             if not again or self._deadline.remaining <= pause:
                 raise failure
-            # Jitter, so that a fleet that was throttled does not come back as one.
+            # Jitter, so that the machines of a throttled fleet do not all repeat at the same time.
             time.sleep(pause * random.uniform(0.5, 1))  # noqa: S311
             pause = min(_LONGEST_PAUSE, pause * 2)
 
     def identify(self) -> str:
-        """The ARN of who we are (STS GetCallerIdentity, which needs no permission)."""
+        """The ARN of this login (STS GetCallerIdentity, which needs no permission)."""
         return member(self("identify", "this login", "get_caller_identity"), "Arn", str)
 
 
 def member(answer: dict[str, Any], name: str, kind: type[R]) -> R:
-    """A member of an answer; ProviderUnavailable if it is not there or of another kind."""
+    """A member of an answer; ProviderUnavailable if it is missing or of another type."""
     value = answer.get(name)
     if not isinstance(value, kind) or not value:
         raise ProviderUnavailable(

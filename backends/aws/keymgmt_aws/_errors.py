@@ -1,8 +1,8 @@
-"""What AWS KMS, AWS STS and botocore say when something goes wrong, as one table.
+"""The errors of AWS KMS, AWS STS and botocore, in one table.
 
-A code is the service's own (API reference of AWS KMS, "Common errors" and each operation's), or the
-name of botocore's exception where there was no answer; with hyphens it is ours. An answer that is
-none of the service's is never taken for a refusal, whatever its status is.
+A code is that of the service (API reference of AWS KMS, "Common errors" and each operation's), or
+the name of botocore's exception if there was no answer; codes with hyphens are made here. An answer
+that does not come from AWS is never taken for a refusal, whatever its status is.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _UNSPEAKABLE: Final = (
     "JSONDecodeError",
     "TimeoutExpired",
 )
-"""Exceptions that repeat an answer, or what a program said: it may hold a secret."""
+"""Exceptions whose text repeats an answer or the output of a program, which may hold a secret."""
 
 
 def _unreached(message: str, hint: str | None = None, *, passing: bool = True) -> Fault:
@@ -59,7 +59,7 @@ _CODES: Final = {
     Fault(
         KeyRetired,
         "the key is pending deletion",
-        "cancel its deletion in AWS KMS while there is time, or rewrap where another group opens",
+        "cancel its deletion in AWS KMS before it is deleted, or rewrap where another group opens",
     ): "pending-deletion",
     _unreached(
         "the key cannot be used now", "look at its state in AWS KMS", passing=False
@@ -75,10 +75,10 @@ _CODES: Final = {
     Fault(
         KeyNotFound,
         "the endpoint is of another region than the key",
-        "write the region of the endpoint, and for a multi-Region key its replica's ARN there",
+        "write the region of the endpoint, and for a multi-Region key the ARN of its replica there",
     ): "wrong-region",
     Fault(WrongKey, "it was wrapped by another key of AWS KMS"): "IncorrectKeyException",
-    Fault(UnsupportedOperation, "the key is not for that"): "InvalidKeyUsageException "
+    Fault(UnsupportedOperation, "the key has another purpose"): "InvalidKeyUsageException "
     "UnsupportedOperationException",
     Fault(
         UnsupportedOperation, "a limit of AWS is reached", "see AWS KMS quotas"
@@ -110,21 +110,22 @@ _CODES: Final = {
     Fault(AccessDenied, "the account may not use this region or service"): "OptInRequired",
     _THROTTLED: "ThrottlingException KMSThrottlingException Throttling RequestLimitExceeded "
     "TooManyRequestsException",
-    _unreached("the service has trouble of its own", "try again later"): "KMSInternalException "
+    _unreached("AWS reports an internal fault", "try again later"): "KMSInternalException "
     "DependencyTimeoutException InternalFailure InternalServerError ServiceUnavailable "
     "ServiceUnavailableException IDPCommunicationError status-5xx",
     _unreached("something else is changing the key", "try again later"): "ConflictException",
     _unreached(
-        "what answered is no service of AWS",
-        "a proxy, gateway or redirect is there, and none is followed: look at the endpoint",
+        "another service than AWS answered",
+        "a proxy, gateway or redirect is at the endpoint, and no redirect is followed: look at it",
         passing=False,
     ): "no-answer-of-AWS ResponseParserError UnicodeDecodeError",
     _UNCONNECTED: "EndpointConnectionError ConnectTimeoutError ProxyConnectionError",
     _unreached("no answer in time"): "ReadTimeoutError",
     _unreached("the connection broke"): "ConnectionClosedError HTTPClientError ProtocolError",
     _unreached(
-        "no TLS, or a certificate that is not vouched for",
-        "name in ca_file who issued the endpoint's certificate; look at this machine's clock",
+        "no TLS, or a certificate of an unknown authority",
+        "name in ca_file the authority that issued the endpoint's certificate; look at this "
+        "machine's clock",
         passing=False,
     ): "SSLError",
     _unreached("there are no credentials", "look at auth", passing=False): "NoCredentialsError "
@@ -133,7 +134,7 @@ _CODES: Final = {
 }
 _FAULTS: Final = FaultTable[str](
     {code: fault for fault, codes in _CODES.items() for code in codes.split()},
-    unknown=Fault(ProviderError, "AWS refused, or gave an answer that is not known here"),
+    unknown=Fault(ProviderError, "AWS answered with an unknown error"),
     operations={
         ("decrypt", "NotFoundException"): Fault(WrongKey, "there is no such key or alias"),
         ("decrypt", "InvalidCiphertextException"): Fault(
@@ -145,7 +146,7 @@ _FAULTS: Final = FaultTable[str](
             UnsupportedOperation, "this region has no keys of that kind"
         ),
         ("delete", "AccessDeniedException"): Fault(
-            AccessDenied, "denied", "grant kms:ScheduleKeyDeletion on it to who may delete keys"
+            AccessDenied, "denied", "grant kms:ScheduleKeyDeletion to whoever may delete the key"
         ),
         ("login", "ValidationError"): Fault(
             AccessDenied, "the login is refused", "look at role_arn, external_id and session_name"
@@ -158,7 +159,7 @@ _FAULTS: Final = FaultTable[str](
     },
 )
 _SIGNATURE: Final = "InvalidSignatureException|SignatureDoesNotMatch"
-# A code that means two things, told apart by the service's words.
+# Codes with two meanings, which the service's message tells apart.
 _WORDS: Final = (
     (_SIGNATURE, "signature expired|signature not yet current", "clock-skew"),
     (_SIGNATURE, "scoped to a valid region", "wrong-region"),
@@ -168,37 +169,38 @@ _WORDS: Final = (
 
 
 def failure_of(
-    error: Exception, verb: Verb, place: str
+    error: Exception, verb: Verb, subject: str
 ) -> tuple[ProviderError | ConfigError, Fault, bool]:
-    """Our error for one of botocore's, what it means, and whether the same may be asked again.
+    """Our error for an error of botocore, its fault, and whether the request may be repeated.
 
-    The service's own words stand in it; of what is not known here, its name alone.
+    The message shows the service's words; of an unknown exception only its name.
     """
     login = getattr(error, "operation_name", "") in _LOGINS
-    doing: Verb = "login" if login else verb
+    operation: Verb = "login" if login else verb
     code, words = _code_of(error)
-    fault = _FAULTS.find(code, doing)
+    fault = _FAULTS.find(code, operation)
     shown = f"{code}: {words[:400]}" if words else code
     failure: ProviderError | ConfigError
     if code == "AlreadyExistsException":
-        failure = ConfigError(f"there is {place} already", hint="choose another name")
+        failure = ConfigError(f"{subject} exists already", hint="choose another name")
     else:
-        failure = _FAULTS.error(code, f"cannot {doing} with {place}", doing, shown=shown)
+        failure = _FAULTS.error(code, f"cannot {operation} with {subject}", operation, shown=shown)
     if words or hasattr(error, "response"):
         failure.__cause__ = error
-    # What changes something is not repeated where the service may have carried it out.
-    certain = doing not in get_args(_Change) or fault in (_THROTTLED, _UNCONNECTED)
+    # A change is not repeated if the service may have carried it out.
+    certain = operation not in get_args(_Change) or fault in (_THROTTLED, _UNCONNECTED)
     return failure, fault, fault.passing and certain
 
 
 def _code_of(error: Exception) -> tuple[str, str]:
-    """The code of an answer, or of why there was none, and the service's words."""
+    """The code of an answer, or the name of the exception; and the service's words."""
     answer: Any = getattr(error, "response", None)
     if not isinstance(answer, dict):
         name = type(error).__name__
         return name, str(error) if name in _FAULTS and name not in _UNSPEAKABLE else ""
-    said = answer.get("Error", {})
-    code, words = str(said.get("Code", "")), str(said.get("Message") or said.get("message") or "")
+    stated = answer.get("Error", {})
+    code = str(stated.get("Code", ""))
+    words = str(stated.get("Message") or stated.get("message") or "")
     if code.isdigit() or not code:
         status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         return ("status-5xx" if status in range(500, 600) else "no-answer-of-AWS"), words

@@ -1,7 +1,8 @@
 """Looking after keys of AWS KMS, and signing with them.
 
-What AWS rotates inside of a key is invisible and opens what it ever opened, so a key has one
-version here: its id, which all replicas of a multi-Region key share.
+AWS rotates key material inside of a key and shows nothing of it, and the key still decrypts all old
+ciphertexts. So a key has one version here: its key id, which all replicas of a multi-Region key
+share.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ __all__ = ["KINDS", "Keys", "usable"]
 
 _Purpose: TypeAlias = Literal["wrap", "sign"]
 _RSA: Final = (2048, 3072, 4096)
-# kind -> its purpose, its KeySpec, and for one that signs its SigningAlgorithm.
+# kind -> its purpose, its KeySpec, and for a signing kind its SigningAlgorithm.
 _SPECS: Final[Mapping[str, tuple[_Purpose, str, str]]] = {
     "symmetric": ("wrap", SYMMETRIC, ""),
     **{f"rsa-{bits}": ("wrap", f"RSA_{bits}", "") for bits in _RSA},
@@ -49,14 +50,20 @@ _SPECS: Final[Mapping[str, tuple[_Purpose, str, str]]] = {
 }
 KINDS: Final[Mapping[str, _Purpose]] = {kind: purpose for kind, (purpose, *_) in _SPECS.items()}
 _ML_DSA: Final = {"ml-dsa-65": 1952, "ml-dsa-87": 2592}
-"""The size of the key itself, which ends its SubjectPublicKeyInfo (RFC 9881)."""
+"""The length in bytes of the raw key, which is the end of its SubjectPublicKeyInfo (RFC 9881)."""
 _USAGES: Final = {"wrap": "ENCRYPT_DECRYPT", "sign": "SIGN_VERIFY"}
 _RETIRED: Final = ("Disabled", "PendingDeletion", "PendingReplicaDeletion")
 log: Final = logging.getLogger("keymgmt.aws")
 
 
 def usable(info: KeyInfo, purpose: str) -> KeyInfo:
-    """The key itself, where it is for that and can be used now; else what it is or its state."""
+    """The key itself, if it is for ``purpose`` and can be used now.
+
+    Raises:
+        UnsupportedOperation: it has another purpose.
+        KeyRetired: it is disabled or will be deleted.
+        ProviderUnavailable: it is in another state.
+    """
     if info.purpose != purpose:
         kinds = ", ".join(name for name, does in KINDS.items() if does == purpose)
         raise UnsupportedOperation(
@@ -65,11 +72,11 @@ def usable(info: KeyInfo, purpose: str) -> KeyInfo:
         )
     state, ends = info.detail["state"], info.detail.get("deletion")
     if state in _RETIRED:
-        how = "disabled" if state == "Disabled" else "pending deletion"
-        how += f" on {ends}" if ends else ""
+        condition = "disabled" if state == "Disabled" else "pending deletion"
+        condition += f" on {ends}" if ends else ""
         raise KeyRetired(
-            f"the key {info.key!r} is {how} ({info.detail['arn']})",
-            hint="enable it, or cancel its deletion, in AWS KMS, if it should be used again",
+            f"the key {info.key!r} is {condition} ({info.detail['arn']})",
+            hint="to use it again, enable it or cancel its deletion in AWS KMS",
         )
     if state not in ("Enabled", "Updating"):
         raise ProviderUnavailable(
@@ -86,28 +93,28 @@ class Keys:
         self._name, self._settings = name, settings
 
     def describe(self, kms: Service, key: str) -> KeyInfo:
-        """One key; KeyNotFound if it is not there, UnsupportedOperation if it is no use to us."""
+        """One key; KeyNotFound if there is none, UnsupportedOperation if it is not usable."""
         native = self._settings.native(key)
         return _described(key, native, kms("describe", native, "describe_key", KeyId=native))
 
     def create(self, kms: Service, key: str, kind: str, options: Mapping[str, str]) -> KeyInfo:
-        """Make a key and its alias; ConfigError if there is one."""
+        """Create a key and its alias; ConfigError if the alias exists."""
         check_kind(kind, KINDS, "aws")
         multi_region = {"yes": True, "no": False}.get(options.get("multi-region", "no"))
         if set(options) - {"multi-region"} or multi_region is None:
-            said = ", ".join(f"{name}={value}"[:80] for name, value in options.items())
-            raise ConfigError(f"no such option: {said}", hint="known: multi-region=yes")
+            given = ", ".join(f"{name}={value}"[:80] for name, value in options.items())
+            raise ConfigError(f"no such option: {given}", hint="known: multi-region=yes")
         alias = self._settings.native(key)
         if not alias.startswith("alias/"):
             raise ConfigError(
-                f"the config says which key {key!r} is: {alias}", hint="choose another name"
+                f"the config already gives {key!r} a key: {alias}", hint="choose another name"
             )
         try:
             self.describe(kms, key)
         except KeyNotFound:
             pass
         except UnsupportedOperation as error:
-            raise ConfigError(f"{alias} is there already, and no use here") from error
+            raise ConfigError(f"{alias} exists already, and is not usable") from error
         else:
             raise ConfigError(
                 f"there is a key {alias} already",
@@ -115,32 +122,33 @@ class Keys:
             )
         purpose, spec, _ = _SPECS[kind]
         about = {"KeySpec": spec, "KeyUsage": _USAGES[purpose], "MultiRegion": multi_region}
-        made = kms("create", alias, "create_key", Description=f"keymgmt {key}", **about)
-        # Not asked by the alias, which AWS KMS may not know for a while.
-        info = _described(key, alias, made)
+        created = kms("create", alias, "create_key", Description=f"keymgmt {key}", **about)
+        # The key is not described by its alias, which AWS KMS may not know yet (it is eventually
+        # consistent).
+        info = _described(key, alias, created)
         try:
             kms("create", alias, "create_alias", AliasName=alias, TargetKeyId=info.newest)
         except Exception:
             arn = info.detail["arn"]
-            log.warning("the key %s was made, and has no alias: give it one, or delete it", arn)
+            log.warning("the key %s was made without an alias: give it an alias, or delete it", arn)
             raise
         return info
 
     def list(self, kms: Service) -> list[KeyInfo]:
-        """Every key that we can use and may look at, by name; others are named in the log."""
+        """Every usable key that may be described, by name; the log names the others."""
         names = {*self._settings.keys, *filter(None, map(self._settings.ours, _aliases(kms)))}
-        found: list[KeyInfo] = []
+        keys: list[KeyInfo] = []
         for key in sorted(names):
             try:
-                found.append(self.describe(kms, key))
+                keys.append(self.describe(kms, key))
             except AccessDenied:
-                log.warning("we may not look at %s", key)
+                log.warning("this login may not describe the key %s", key)
             except (UnsupportedOperation, KeyNotFound) as error:
                 log.info("left out: %s", error)
-        return found
+        return keys
 
     def rotate(self, kms: Service, key: str) -> KeyInfo:
-        """Ask AWS to rotate the key material now; what it rotated stays in the key."""
+        """Have AWS rotate the key material now; the old material stays in the key."""
         info = self.describe(kms, key)
         if info.kind != "symmetric" or "origin" in info.detail:
             raise UnsupportedOperation(
@@ -151,29 +159,29 @@ class Keys:
         return self.describe(kms, key)
 
     def refuse_to_retire(self, kms: Service, key: str, version: str) -> KeyInfo:
-        """Say why nothing is retired; KeyNotFound where there is no such version."""
+        """Raise UnsupportedOperation with a hint; KeyNotFound if there is no such version."""
         info = self.describe(kms, key)
         if version != info.newest:
             raise no_version(key, version, [info.newest])
         raise UnsupportedOperation(
-            f"AWS KMS retires no version of a key: {key!r} opens all that it ever wrapped",
+            f"AWS KMS cannot retire a version of a key: {key!r} opens all that it ever wrapped",
             hint="make a new key: keymgmt keys create PROVIDER:NEW; move to it: keymgmt rewrap "
             f"MODEL --add PROVIDER:NEW --drop aws:{key}@{version}; then disable the old one in AWS",
         )
 
     def delete(self, kms: Service, key: str) -> str:
-        """Have the key deleted after 30 days, the most that AWS KMS waits; the time of it.
+        """Have the key deleted after 30 days, the longest delay of AWS KMS; returns the time.
 
-        Its alias stays, so that a key whose deletion is cancelled is found again.
+        Its alias stays, so that the key has its name again if the deletion is cancelled.
         """
         info = self.describe(kms, key)
         if ends := info.detail.get("deletion"):
             return ends
-        there = info.detail.get("replicas")
-        if there and info.detail["multi-Region"] == "primary":
+        replicas = info.detail.get("replicas")
+        if replicas and info.detail["multi-Region"] == "primary":
             raise UnsupportedOperation(
-                f"the key {key!r} has replicas, after which AWS KMS would delete it: {there}",
-                hint="have AWS KMS delete the replicas first",
+                f"AWS KMS does not delete the key {key!r} before its replicas in {replicas}",
+                hint="delete the replicas in AWS KMS first",
             )
         request = {"KeyId": info.newest, "PendingWindowInDays": 30}
         answer = kms("delete", info.detail["arn"], "schedule_key_deletion", **request)
@@ -203,29 +211,29 @@ class Keys:
         return info, self.public_key(kms, info)
 
     def sign(self, kms: Service, key: str, message: bytes) -> Signature:
-        """Sign a digest that is made here, whatever the message's size."""
+        """Sign a digest that is computed here, so the message may have any size."""
         info, public = self.signer(kms, key, None)
         arn = info.detail["arn"]
         kind, digest = _digest(info.kind, public, message)
-        how = {"MessageType": kind, "SigningAlgorithm": _SPECS[info.kind][2]}
-        answer = kms("sign", arn, "sign", KeyId=arn, Message=digest, **how)
+        algorithm = {"MessageType": kind, "SigningAlgorithm": _SPECS[info.kind][2]}
+        answer = kms("sign", arn, "sign", KeyId=arn, Message=digest, **algorithm)
         return Signature(member(answer, "Signature", bytes), public)
 
 
 def _described(key: str, native: str, answer: dict[str, Any]) -> KeyInfo:
-    """The key of an answer that has KeyMetadata; its one version is its id."""
+    """The key of an answer that has KeyMetadata; its only version is its key id."""
     data = member(answer, "KeyMetadata", dict)
-    told = data.get("KeySpec"), data.get("KeyUsage")
-    kinds = (kind for kind, (does, spec, _) in _SPECS.items() if (spec, _USAGES[does]) == told)
+    stated = data.get("KeySpec"), data.get("KeyUsage")
+    kinds = (kind for kind, (does, spec, _) in _SPECS.items() if (spec, _USAGES[does]) == stated)
     kind = next(kinds, None)
     if kind is None:
         raise UnsupportedOperation(
-            f"{native} is {told[0]} for {told[1]}: of no use here",
-            hint=f"kinds that are: {', '.join(KINDS)}",
+            f"{native} is {stated[0]} for {stated[1]}, and is not usable",
+            hint=f"usable kinds are: {', '.join(KINDS)}",
         )
     detail = {"arn": member(data, "Arn", str), "state": member(data, "KeyState", str)}
-    found = key_id(detail["arn"])
-    if found is None:
+    identifier = key_id(detail["arn"])
+    if identifier is None:
         raise ProviderUnavailable("the answer of AWS has no ARN of a key")
     if data.get("Origin", "AWS_KMS") != "AWS_KMS":
         detail["origin"] = str(data["Origin"])
@@ -237,7 +245,7 @@ def _described(key: str, native: str, answer: dict[str, Any]) -> KeyInfo:
     if ends := _time(data.get("DeletionDate")):
         detail["deletion"] = ends
     state: Literal["active", "retired"] = "retired" if detail["state"] in _RETIRED else "active"
-    version = KeyVersion(found, state, _time(data.get("CreationDate")))
+    version = KeyVersion(identifier, state, _time(data.get("CreationDate")))
     return KeyInfo(key, KINDS[kind], kind, (version,), detail)
 
 
@@ -253,10 +261,10 @@ def _aliases(kms: Service) -> Iterator[str]:
 
 
 def _digest(kind: str, public: bytes, message: bytes) -> tuple[str, bytes]:
-    """The MessageType and what is sent for ``message``, which may be longer than AWS KMS takes."""
+    """The MessageType and the digest for a message, which AWS KMS would limit to 4096 bytes."""
     if kind not in _ML_DSA:
-        make = hashlib.sha384 if kind == "ecdsa-p384" else hashlib.sha256
-        return "DIGEST", make(message).digest()
+        algorithm = hashlib.sha384 if kind == "ecdsa-p384" else hashlib.sha256
+        return "DIGEST", algorithm(message).digest()
     # FIPS 204, algorithm 7, line 6, with an empty context.
     identity = hashlib.shake_256(public[-_ML_DSA[kind] :]).digest(64)
     return "EXTERNAL_MU", hashlib.shake_256(identity + b"\0\0" + message).digest(64)

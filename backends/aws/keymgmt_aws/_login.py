@@ -1,7 +1,7 @@
-"""Logging in: botocore's credentials for each method, and nothing that the method does not name.
+"""Logging in: botocore's credentials for each method, and from no source that it does not name.
 
-Temporary credentials are made anew by the call that finds them near their end, within its time.
-What is read from a file or another secret source is read at each login, and not kept beside.
+A call that finds temporary credentials near their end gets new ones, within its time limit. Files
+and other secret sources are read at each login, and not kept.
 """
 
 from __future__ import annotations
@@ -36,16 +36,17 @@ _POD_AGENT: Final = "http://169.254.170.23/v1/credentials"
 _POD_TOKEN: Final = Path(
     "/var/run/secrets/pods.eks.amazonaws.com/serviceaccount/eks-pod-identity-token"
 )
-# Where a profile that has no credentials would be completed from elsewhere.
+# Sources by which botocore would complete a profile that has no credentials.
 _BEYOND_THE_PROFILE: Final = ("ec2-credentials-file", "boto-config", "container-role", "iam-role")
 
 
 def log_in(auth: Auth, settings: AwsSettings) -> Any:
-    """The credentials of ``auth``; those that expire renew themselves when a request is signed.
+    """The credentials of ``auth``; expiring credentials are renewed when a request is signed.
 
     Raises:
-        ProviderUnavailable: a file, secret, profile or variable that it needs is not here.
-        Exception: what botocore raises; of a login that is made here, or later where it is used.
+        ProviderUnavailable: a file, secret, profile or variable is missing.
+        Exception: any error of botocore for a login that happens now; a later login raises it when
+            the credentials are used.
     """
     from botocore.credentials import Credentials, DeferredRefreshableCredentials
 
@@ -54,7 +55,7 @@ def log_in(auth: Auth, settings: AwsSettings) -> Any:
         secret = auth.secret_access_key.read_text()
         return Credentials(auth.access_key_id.read_text(), secret, token)
     if isinstance(auth, ProfileAuth | EnvironmentAuth):
-        return _found(auth, settings)
+        return _by_botocore(auth, settings)
     source = log_in(auth.source, settings) if isinstance(auth, RoleAuth) else None
 
     def renew() -> dict[str, str]:
@@ -67,13 +68,14 @@ def log_in(auth: Auth, settings: AwsSettings) -> Any:
     return DeferredRefreshableCredentials(renew, auth.method)
 
 
-def _found(auth: ProfileAuth | EnvironmentAuth, settings: AwsSettings) -> Any:
-    """What botocore itself finds: for a profile in its files, else in whatever is around."""
+def _by_botocore(auth: ProfileAuth | EnvironmentAuth, settings: AwsSettings) -> Any:
+    """The credentials that botocore finds: by a profile, or in the environment."""
     from botocore.credentials import create_credential_resolver
     from botocore.session import Session
 
     if isinstance(auth, EnvironmentAuth):
-        found, label, hint = Session().get_credentials(), "the environment", "name a method in auth"
+        credentials, label = Session().get_credentials(), "the environment"
+        hint = "name a method in auth"
     else:
         files = {
             "config_file": auth.config_file or Path("~/.aws/config").expanduser(),
@@ -81,26 +83,26 @@ def _found(auth: ProfileAuth | EnvironmentAuth, settings: AwsSettings) -> Any:
         }
         for name, file in files.items():
             if file.exists():
-                # It may name a program that is run.
+                # A profile may name a program that is run, so others must not write these files.
                 private = name == "credentials_file"
                 check_trusted(file, label=name, private=private, error=ProviderUnavailable)
-        given = {name: str(file) for name, file in files.items()}
+        variables = {name: str(file) for name, file in files.items()}
         http = http_session(settings)
-        given |= {"profile": auth.profile, "region": settings.region}
-        session = new_session(settings, lambda request, **_: http.send(request), **given)
+        variables |= {"profile": auth.profile, "region": settings.region}
+        session = new_session(settings, lambda request, **_: http.send(request), **variables)
         resolver = create_credential_resolver(session, region_name=settings.region)
         for name in _BEYOND_THE_PROFILE:
             resolver.remove(name)
         _bound_programs(resolver, session, settings.timeout)
-        found, label = resolver.load_credentials(), f"the profile {auth.profile!r}"
+        credentials, label = resolver.load_credentials(), f"the profile {auth.profile!r}"
         hint = "look at " + " and ".join(map(str, files.values()))
-    if found is None:
+    if credentials is None:
         raise ProviderUnavailable(f"{label} has no AWS credentials", hint=hint)
-    return found
+    return credentials
 
 
 def _bound_programs(resolver: Any, session: Any, seconds: float) -> None:
-    """End every program of a profile, or of one that it builds on, that goes on for ``seconds``."""
+    """End a program of a profile, or of a profile that it is based on, after ``seconds``."""
     from botocore.credentials import ProcessProvider
 
     class Program(subprocess.Popen[bytes]):
@@ -135,8 +137,8 @@ def _assumed(
 def _of_instance(auth: InstanceAuth, settings: AwsSettings) -> dict[str, str]:
     from botocore.awsrequest import AWSRequest
 
-    http, words = http_session(settings), "x-aws-ec2-metadata-token"
-    place = "meta-data/iam/security-credentials/"
+    http, header = http_session(settings), "x-aws-ec2-metadata-token"
+    roles = "meta-data/iam/security-credentials/"
 
     def ask(method: str, path: str, headers: dict[str, str]) -> str:
         request = AWSRequest(method, f"{auth.endpoint}/latest/{path}", headers)
@@ -146,16 +148,17 @@ def _of_instance(auth: InstanceAuth, settings: AwsSettings) -> dict[str, str]:
         return str(answer.text)
 
     def fetch() -> Any:
-        token = {words: ask("PUT", "api/token", {f"{words}-ttl-seconds": "300"})}
-        role = ask("GET", place, token).split("\n")[0]
-        found = json.loads(ask("GET", place + role, token))
-        # In an outage EC2 tells old ones, and AWS takes them; they are asked for again in a while.
-        soon = datetime.now(UTC) + timedelta(minutes=20)
-        return found | {"Expiration": max(found["Expiration"], f"{soon:%Y-%m-%dT%H:%M:%SZ}")}
+        token = {header: ask("PUT", "api/token", {f"{header}-ttl-seconds": "300"})}
+        role = ask("GET", roles, token).split("\n")[0]
+        credentials = json.loads(ask("GET", roles + role, token))
+        # In an outage EC2 returns credentials that have expired, and AWS accepts them (its "static
+        # stability"). They are used, and asked for again after 20 minutes.
+        soon = f"{datetime.now(UTC) + timedelta(minutes=20):%Y-%m-%dT%H:%M:%SZ}"
+        return credentials | {"Expiration": max(credentials["Expiration"], soon)}
 
     label = f"the IMDSv2 service at {auth.endpoint}"
-    return _told(
-        fetch, label, "is this an EC2 instance with a role, and is that reached from here?"
+    return _from_service(
+        fetch, label, "is this an EC2 instance with a role, and can this process reach the service?"
     )
 
 
@@ -168,18 +171,18 @@ def _of_container(auth: ContainerAuth, settings: AwsSettings) -> dict[str, str]:
     headers = {"Authorization": read_projected(file, "token")} if file else {}
 
     def fetch() -> Any:
-        place = fetcher.full_url(uri) if uri.startswith("/") else uri
-        return fetcher.retrieve_full_uri(place, headers)
+        url = fetcher.full_url(uri) if uri.startswith("/") else uri
+        return fetcher.retrieve_full_uri(url, headers)
 
     hint = "look at uri and token_file, and whether this container has a role"
-    return _told(fetch, "the container's service", hint)
+    return _from_service(fetch, "the container's service", hint)
 
 
-def _told(fetch: Callable[[], Any], label: str, hint: str) -> dict[str, str]:
-    """What a service beside this machine tells of its role.
+def _from_service(fetch: Callable[[], Any], label: str, hint: str) -> dict[str, str]:
+    """The credentials from a metadata service of this machine.
 
-    Of a failure its kind alone is said: in ECS whoever knows the address has the credentials, and
-    botocore's errors repeat it.
+    An error shows only the class of botocore's error, since its text repeats the address: in ECS
+    whoever knows the address can get the credentials.
     """
     try:
         return _temporary(fetch(), "Token")
@@ -190,11 +193,11 @@ def _told(fetch: Callable[[], Any], label: str, hint: str) -> dict[str, str]:
     raise ProviderUnavailable(f"no credentials from {label} ({why})", hint=hint)
 
 
-def _temporary(found: Any, token: str) -> dict[str, str]:
-    """Credentials as a service tells them, in botocore's words."""
+def _temporary(answer: Any, token: str) -> dict[str, str]:
+    """The credentials in a service's answer, under botocore's names."""
     names = {"access_key": "AccessKeyId", "secret_key": "SecretAccessKey", "token": token}
-    if not isinstance(found, dict) or not all(found.get(name) for name in names.values()):
+    if not isinstance(answer, dict) or not all(answer.get(name) for name in names.values()):
         raise ProviderUnavailable("the answer to the login has no credentials")
-    ends = found.get("Expiration")
-    told = ends.isoformat() if isinstance(ends, datetime) else str(ends)
-    return {ours: str(found[name]) for ours, name in names.items()} | {"expiry_time": told}
+    ends = answer.get("Expiration")
+    expiry = ends.isoformat() if isinstance(ends, datetime) else str(ends)
+    return {ours: str(answer[name]) for ours, name in names.items()} | {"expiry_time": expiry}

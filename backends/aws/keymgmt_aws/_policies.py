@@ -1,8 +1,8 @@
-"""The least that each kind of machine needs, as IAM and key policies have it, in JSON.
+"""The least policy for each kind of machine, for IAM or as a key policy, in JSON.
 
-A policy names a key by its ARN; one that the settings name by alias is told by the condition
-``kms:ResourceAliases``. What unwraps or wraps is bound to our pair of the encryption context, and
-to those of the settings.
+A policy names a key by its ARN; a key that the settings name by alias is selected by the condition
+``kms:ResourceAliases``. Permissions to wrap and unwrap require keymgmt's pair of the encryption
+context, and the pairs of the settings.
 """
 
 from __future__ import annotations
@@ -29,42 +29,42 @@ def policy_of(role: str, settings: AwsSettings, key: str, principal: str | None)
 
     Args:
         role: ``open``, ``seal``, ``publish`` or ``operate``.
-        settings: of the provider.
-        key: its name, which has matched its grammar.
-        principal: the ARN of a role or user, for a statement of the key's own policy; else the
-            policy is one of IAM, and ``operate`` may also make keys and list them.
+        settings: the settings of the provider.
+        key: the key name, which has matched its grammar.
+        principal: the ARN of a role or user, for statements of the key's own policy; without it the
+            result is an IAM policy, in which ``operate`` may also create and list keys.
     """
     native = settings.native(key)
-    place: dict[str, Any]
+    target: dict[str, Any]
     condition: dict[str, Any] = {}
     if principal is not None:
-        place = {"Principal": {"AWS": principal}, "Resource": "*"}
+        target = {"Principal": {"AWS": principal}, "Resource": "*"}
     elif key_id(native) is not None:
-        place = {"Resource": native}
+        target = {"Resource": native}
     else:
         alias = "alias/" + native.partition("alias/")[2]
         account = native.split(":")[4] if native.startswith("arn:") else "*"
-        place = {"Resource": _keys_of(settings, native, account)}
+        target = {"Resource": _keys_of(settings, native, account)}
         condition = {"ForAnyValue:StringEquals": {"kms:ResourceAliases": alias}}
     symmetric = SYMMETRIC in settings.allowed(key)
     bound = _bound(settings) if role in ("open", "seal") and symmetric else {}
     statements = []
-    # With an RSA key one seals by its public part alone.
+    # Sealing for an RSA key needs only its public part.
     if role in _USES and (role != "seal" or symmetric):
-        statements.append(_statement("Use", [_USES[role]], place, condition | bound))
+        statements.append(_statement("Use", [_USES[role]], target, condition | bound))
     if role != "open":
         look = _OPERATE if role == "operate" else _LOOK
-        statements.append(_statement("Look", look, place, condition))
+        statements.append(_statement("Look", look, target, condition))
     if role == "operate" and principal is None:
         statements += _makes_keys(settings, native)
     return json.dumps({"Version": "2012-10-17", "Statement": statements}, indent=2) + "\n"
 
 
 def _statement(
-    name: str, actions: list[str], place: dict[str, Any], condition: dict[str, Any]
+    name: str, actions: list[str], target: dict[str, Any], condition: dict[str, Any]
 ) -> dict[str, Any]:
-    made = {"Sid": f"Keymgmt{name}", "Effect": "Allow", "Action": actions, **place}
-    return made | ({"Condition": condition} if condition else {})
+    statement = {"Sid": f"Keymgmt{name}", "Effect": "Allow", "Action": actions, **target}
+    return statement | ({"Condition": condition} if condition else {})
 
 
 def _bound(settings: AwsSettings) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def _bound(settings: AwsSettings) -> dict[str, Any]:
 
 
 def _makes_keys(settings: AwsSettings, native: str) -> list[dict[str, Any]]:
-    """Making a key, which has no ARN yet, naming it by our prefix, and all that has such a name."""
+    """Creating keys (which have no ARN yet), giving them our prefix, and operating such keys."""
     ours, anything = f"alias/{settings.alias_prefix}*", {"Resource": "*"}
     keys = _keys_of(settings, native, "*")
     named = {"Resource": [keys.removesuffix("key/*") + ours, keys]}
@@ -87,7 +87,7 @@ def _makes_keys(settings: AwsSettings, native: str) -> list[dict[str, Any]]:
 
 
 def _keys_of(settings: AwsSettings, native: str, account: str) -> str:
-    """All keys that an account has in the region, in the partition that ``native`` is of."""
+    """The ARN of all keys of an account in the region, in the partition of ``native``."""
     from botocore.exceptions import UnknownRegionError
 
     region, parts = settings.region, native.split(":")
@@ -96,7 +96,7 @@ def _keys_of(settings: AwsSettings, native: str, account: str) -> str:
         partition = known or new_session(settings, print).get_partition_for_region(region)
     except UnknownRegionError as error:
         raise ConfigError(
-            f"in which partition of AWS {region} is, is not known here",
+            f"the AWS partition of the region {region} is not known",
             hint="write the key's ARN in the config, or install a newer botocore",
         ) from error
     return f"arn:{partition}:kms:{region}:{account}:key/*"

@@ -51,11 +51,11 @@ class AwsProvider(
         [providers.cloud.keys]
         resnet50 = { arn = "arn:aws:kms:eu-central-1:111122223333:key/mrk-..." }
 
-    What a machine must be allowed: ``kms:Decrypt`` to unwrap; ``kms:DescribeKey`` and
-    ``kms:Encrypt`` to wrap. The whole policies, by role: ``keymgmt aws policy``.
+    A machine needs ``kms:Decrypt`` to unwrap; ``kms:DescribeKey`` and ``kms:Encrypt`` to wrap.
+    ``keymgmt aws policy`` prints the whole policy for each role.
 
     The data key passes through HTTP and JSON in strings, which Python cannot wipe; their memory is
-    reused, not kept. The login lives in this process until ``close``.
+    freed and used again. The login is kept in this process until ``close``.
     """
 
     backend: ClassVar[str] = "aws"
@@ -71,37 +71,37 @@ class AwsProvider(
 
     @bare
     def wrap(self, key: str, dek: Dek, context: bytes) -> WrappedKey:
-        """See KeyProvider; two calls, since the key is looked at before."""
+        """See KeyProvider; takes two calls, since the key is described first."""
         return self._of(key, lambda kms: self._wrapping.wrap(kms, key, dek, context))
 
     @bare
     def unwrap(self, wrapped: WrappedKey, context: bytes) -> Dek:
-        """See KeyProvider; one call."""
+        """See KeyProvider; takes one call."""
         return self._connection.run(lambda kms: self._wrapping.unwrap(kms, wrapped, context))
 
     @bare
     def create_key(self, key: str, kind: str, options: Mapping[str, str]) -> KeyInfo:
-        """See SupportsKeyManagement; the option ``multi-region=yes`` makes one for replicas."""
+        """See SupportsKeyManagement; ``multi-region=yes`` creates a key that can have replicas."""
         return self._of(key, lambda kms: self._keys.create(kms, key, kind, options), SLOW)
 
     @bare
     def list_keys(self) -> list[KeyInfo]:
-        """See SupportsKeyManagement; what we may not look at is named in the log."""
+        """See SupportsKeyManagement; the log names keys that may not be described."""
         return self._connection.run(self._keys.list, SLOW)
 
     @bare
     def describe_key(self, key: str) -> KeyInfo:
-        """See SupportsKeyManagement; the one version is the key's id."""
+        """See SupportsKeyManagement; a key has one version, its key id."""
         return self._of(key, lambda kms: self._keys.describe(kms, key))
 
     @bare
     def rotate_key(self, key: str) -> KeyInfo:
-        """See SupportsKeyManagement; AWS rotates inside of the key, and nothing of it is seen."""
+        """See SupportsKeyManagement; AWS rotates inside of the key and shows no versions."""
         return self._of(key, lambda kms: self._keys.rotate(kms, key), SLOW)
 
     @bare
     def retire_version(self, key: str, version: str) -> KeyInfo:
-        """See SupportsKeyManagement; always UnsupportedOperation, with the way out."""
+        """See SupportsKeyManagement; always raises UnsupportedOperation, with a hint."""
         return self._of(key, lambda kms: self._keys.refuse_to_retire(kms, key, version))
 
     @bare
@@ -111,7 +111,7 @@ class AwsProvider(
 
     @bare
     def export_recipient(self, key: str) -> Recipient:
-        """See SupportsOfflineRecipients; RSA keys have a public part."""
+        """See SupportsOfflineRecipients; only RSA keys have a public part."""
         return self._of(key, lambda kms: self._keys.recipient(kms, self._keys.describe(kms, key)))
 
     @bare
@@ -121,7 +121,7 @@ class AwsProvider(
 
     @bare
     def sign(self, key: str, message: bytes) -> Signature:
-        """See SupportsSigning; the message is hashed here, and its digest is sent."""
+        """See SupportsSigning; the message is hashed here, and only its digest is sent."""
         return self._of(key, lambda kms: self._keys.sign(kms, key, message))
 
     def _of(self, key: str, work: Callable[[Service], R], seconds: float = 0.0) -> R:
@@ -129,10 +129,10 @@ class AwsProvider(
         return self._connection.run(work, seconds)
 
     def check(self, key: str | None = None) -> Health:
-        """See KeyProvider; who we are, then the key, what we may with it, and the context."""
-        found = _checks.findings(self, self.describe_key, self.sign, self._connection, key)
-        return Health(tuple(found))
+        """See KeyProvider; the identity, then the key, the rights on it, and the context."""
+        findings = _checks.findings(self, self.describe_key, self.sign, self._connection, key)
+        return Health(tuple(findings))
 
     def close(self) -> None:
-        """See KeyProvider; it may be used again, and then logs in again."""
+        """See KeyProvider; the provider may be used again, and then logs in again."""
         self._connection.forget()

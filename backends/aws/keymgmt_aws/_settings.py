@@ -1,6 +1,6 @@
-"""The ``[providers.NAME]`` table of an AWS KMS provider: where it is, how to log in, which keys.
+"""The ``[providers.NAME]`` table of an AWS KMS provider: its region, login and keys.
 
-Region, keys and endpoints come from here and from nowhere else: no environment, no ``~/.aws``.
+Region, keys and endpoints come from this table only, and not from the environment or ``~/.aws``.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ __all__ = ["CONTEXT", "MECHANISMS", "SYMMETRIC", "Auth", "AwsSettings", "key_id"
 SYMMETRIC: Final = "SYMMETRIC_DEFAULT"
 MECHANISMS: Final = (SYMMETRIC, RSA_OAEP_256)
 CONTEXT: Final = "keymgmt-context"
-"""The pair of the encryption context that holds the SHA-256 of ours, in hex."""
+"""The name in the encryption context of AWS under which keymgmt's context stands, as SHA-256."""
 
 _ALIAS: Final = r"alias/[A-Za-z0-9_-][A-Za-z0-9/_-]{0,249}"
 _KEY_ID: Final = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,126}[A-Za-z0-9])?"
 _ARN: Final = re.compile(
     rf"arn:aws[a-z-]{{0,16}}:kms:([a-z0-9-]{{1,32}}):[0-9]{{12}}:(?:key/{_KEY_ID}|{_ALIAS})"
 )
-# What the AWS tools take credentials from, or find them by.
+# The environment variables in which AWS tools find credentials, or the place of credentials.
 _VARIABLES: Final = frozenset(
     f"AWS_{name}"
     for name in (
@@ -39,29 +39,29 @@ _VARIABLES: Final = frozenset(
 
 
 def key_id(arn: str) -> str | None:
-    """The id of the KMS key that an ARN names; None where it names an alias, or is none."""
+    """The id of the KMS key that an ARN names; None for an alias and for other text."""
     match = _ARN.fullmatch(arn)
     return arn.rpartition(":key/")[2] if match and ":key/" in arn else None
 
 
-def _place(text: str) -> str:
+def _key_reference(text: str) -> str:
     if not _ARN.fullmatch(text) and not re.fullmatch(_ALIAS, text):
-        raise ValueError(f"{text[:200]!r} is no ARN of AWS KMS and no alias/NAME")
+        raise ValueError(f"{text[:200]!r} is neither an ARN of AWS KMS nor alias/NAME")
     return text
 
 
 def _endpoint(text: str, *others: str) -> str:
-    """An endpoint without a slash at its end; ``others`` are hosts to which http may go."""
+    """An endpoint without a slash at its end; ``others`` are hosts for which http is allowed."""
     try:
         parts = urlsplit(text)
         host, _ = parts.hostname or "", parts.port
     except ValueError as error:
-        raise ValueError(f"{text[:200]!r} is no address: {error}") from None
+        raise ValueError(f"{text[:200]!r} is not an address: {error}") from None
     if parts.username is not None or parts.password is not None:
-        # Not repeated: what stands before the @ may be a password.
+        # The endpoint is not repeated, since it may hold a password.
         raise ValueError("an endpoint holds no user name or password; use auth")
     if parts.scheme not in ("https", "http") or not host:
-        raise ValueError(f"{text[:200]!r} is no endpoint: write https://host")
+        raise ValueError(f"{text[:200]!r} is not an endpoint: write https://host")
     if parts.path.strip("/") or parts.query or parts.fragment:
         raise ValueError(f"{text[:200]!r} has more than scheme, host and port")
     if parts.scheme == "http" and host not in others and not _is_loopback(host):
@@ -70,7 +70,7 @@ def _endpoint(text: str, *others: str) -> str:
 
 
 def _is_loopback(host: str) -> bool:
-    # An address alone: what a name means, others choose.
+    # Only IP addresses count: others choose the address of a host name.
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -83,10 +83,10 @@ def _metadata_endpoint(text: str) -> str:
 
 def _not_asked_for(source: SecretSource) -> SecretSource:
     if source.prompt is not None:
-        # A call that ran out of time would leave the question behind, and it the terminal.
+        # A call that ran out of time would leave the question on the terminal.
         raise ValueError(
-            "nobody is asked within a call's time limit: name a file, a credential, "
-            "an environment variable or a keyring's entry"
+            "a prompt is not possible within a call's time limit: name a file, a credential, "
+            "an environment variable or an entry of the keyring"
         )
     return source
 
@@ -102,8 +102,8 @@ SessionName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_+=,.@-]{2,6
 class StaticAuth(Settings):
     """``{ method = "static", access_key_id = SECRET, secret_access_key = SECRET }``.
 
-    ``session_token = SECRET`` for temporary ones. They are read anew when AWS says that they have
-    expired, so something else may replace them while a process runs.
+    ``session_token = SECRET`` for temporary credentials. They are read again when AWS says that
+    they have expired, so another program may replace them while a process runs.
     """
 
     method: Literal["static"]
@@ -115,12 +115,12 @@ class StaticAuth(Settings):
 class ProfileAuth(Settings):
     """``{ method = "profile", profile = "NAME" }``: a profile of the AWS command line.
 
-    ``config_file`` and ``credentials_file`` are those of ``~/.aws``, if not said. What the profile
-    names is done: another profile, a role, a login by SSO, or a program that is run. Where AWS STS
-    is, and how it is reached, is still said by the settings.
+    ``config_file`` and ``credentials_file`` are by default those of ``~/.aws``. The profile may
+    name another profile, a role, a login by SSO, or a program to run. The address of AWS STS and
+    the way to it are still those of these settings.
     """
 
-    # A profile may name the environment as its source.
+    # A profile may name the environment as the source of its credentials.
     secret_variables: ClassVar = _VARIABLES
 
     method: Literal["profile"]
@@ -132,8 +132,8 @@ class ProfileAuth(Settings):
 class WebIdentityAuth(Settings):
     """``{ method = "web-identity", role_arn = "ARN", token_file = "PATH" }``: an OIDC token.
 
-    As a Kubernetes pod has it. It is read anew for each login because it is replaced while the pod
-    runs; it is refused only where others can write it.
+    For a Kubernetes pod. The token is replaced while the pod runs, so it is read again for each
+    login; the file is refused only if others can write it.
     """
 
     method: Literal["web-identity"]
@@ -145,7 +145,7 @@ class WebIdentityAuth(Settings):
 class InstanceAuth(Settings):
     """``{ method = "instance" }``: the role of this EC2 instance, by IMDSv2 only.
 
-    ``endpoint`` where its metadata service is not at 169.254.169.254.
+    ``endpoint``: the metadata service, if it is not at 169.254.169.254.
     """
 
     method: Literal["instance"]
@@ -155,9 +155,9 @@ class InstanceAuth(Settings):
 class ContainerAuth(Settings):
     """``{ method = "container" }``: the role of this pod, by the EKS Pod Identity agent.
 
-    In ECS its address is a secret of the task, which only the environment has:
-    ``uri = { env = "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI" }``. ``token_file`` holds what the
-    agent asks for, if it asks.
+    In ECS the address is a secret of the task, which only the environment has:
+    ``uri = { env = "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI" }``. ``token_file`` holds the
+    authorization token, if the service requires one.
     """
 
     method: Literal["container"]
@@ -166,11 +166,11 @@ class ContainerAuth(Settings):
 
 
 class EnvironmentAuth(Settings):
-    """``{ method = "environment" }``: whatever the AWS tools would find, in their order.
+    """``{ method = "environment" }``: the credentials that the AWS tools would find, in order.
 
-    Variables, ``~/.aws``, container, instance: it is the one method that lets the environment say
-    who this process is, and where a role that is found there is asked for. Where the keys are is
-    still said by the config.
+    That is variables, ``~/.aws``, container, instance. Only with this method does the environment
+    decide which identity this process has, and where a role is assumed. The keys and their address
+    are still those of the config.
     """
 
     secret_variables: ClassVar = _VARIABLES
@@ -186,8 +186,8 @@ _Source = (
 class RoleAuth(Settings):
     """``{ method = "role", role_arn = "ARN", source = AUTH }``: a role that another login assumes.
 
-    ``external_id`` is what the role's owner told us (it is no secret); ``session_name`` stands in
-    CloudTrail.
+    ``external_id`` is the external id that the role's owner requires (it is not a secret);
+    CloudTrail shows ``session_name``.
     """
 
     method: Literal["role"]
@@ -201,7 +201,7 @@ Auth = Annotated[_Source | RoleAuth, Field(discriminator="method")]
 
 
 class KeyEntry(Settings):
-    """What one key is in AWS KMS, and how it may have been wrapped.
+    """The ARN or alias of one key, and the mechanisms by which it may unwrap.
 
     Attributes:
         arn: the ARN of a key or an alias, or ``alias/NAME`` of this account; a multi-Region key's
@@ -209,7 +209,7 @@ class KeyEntry(Settings):
         mechanisms: the only mechanisms that unwrap; all that this backend knows, if empty.
     """
 
-    arn: Annotated[str, AfterValidator(_place)]
+    arn: Annotated[str, AfterValidator(_key_reference)]
     mechanisms: list[Literal["SYMMETRIC_DEFAULT", "RSA-OAEP-256"]] = Field(default_factory=list)
 
 
@@ -217,17 +217,17 @@ class AwsSettings(Settings):
     """Settings of the backend ``aws``.
 
     Attributes:
-        region: where the keys are, such as ``eu-central-1``.
+        region: the region of the keys, such as ``eu-central-1``.
         auth: how to log in.
         keys: key -> its ARN or alias, and mechanisms.
-        alias_prefix: a key that is not in ``keys`` has the alias ``alias/PREFIXKEY``, a dot of its
-            name written as a slash; ``keys create`` and ``keys list`` go by it.
-        context: pairs that each encryption context of a symmetric key has beside ours, for
-            conditions in policies; what was wrapped with others does not open.
-        endpoint: of AWS KMS, where it is not the region's public one (a private link).
-        sts_endpoint: of AWS STS, likewise.
-        ca_file: PEM of the authorities that may vouch for an endpoint; without it, the public ones
-            that botocore carries.
+        alias_prefix: a key that is not in ``keys`` has the alias ``alias/PREFIXKEY``, with a slash
+            for each dot of its name; ``keys create`` and ``keys list`` use these aliases.
+        context: further pairs in the encryption context of symmetric keys, for conditions in
+            policies; a wrap with other pairs does not open.
+        endpoint: the endpoint of AWS KMS, if not the region's public endpoint (a private link).
+        sts_endpoint: the endpoint of AWS STS, likewise.
+        ca_file: PEM of the authorities that may issue the certificate of an endpoint; without it,
+            the public authorities of botocore.
         timeout: seconds for a whole operation, with its retries and logins.
         call_timeout: seconds for one connection, and for one answer.
     """
@@ -252,15 +252,15 @@ class AwsSettings(Settings):
             if match and match[1] != self.region:
                 raise ValueError(
                     f"keys: {key} is in {match[1]}, and region is {self.region!r}; for a "
-                    "multi-Region key write the ARN of its replica there"
+                    "multi-Region key write the ARN of its replica in that region"
                 )
         if self.alias_prefix.startswith("aws/"):
-            raise ValueError("alias_prefix: aliases under aws/ are of keys that AWS manages")
+            raise ValueError("alias_prefix: aliases under aws/ belong to keys that AWS manages")
         for name, value in self.context.items():
             if name == CONTEXT or name.startswith("aws:") or not 1 <= len(name) <= 128:
-                raise ValueError(f"context: {name[:80]!r} is no name for a pair")
+                raise ValueError(f"context: {name[:80]!r} is not a possible name of a pair")
             if not 1 <= len(value) <= 512 or not (name + value).isprintable():
-                raise ValueError(f"context: {name} has 1 to 512 printable characters")
+                raise ValueError(f"context: {name} must have 1 to 512 printable characters")
         return self
 
     def native(self, key: str) -> str:
@@ -272,7 +272,7 @@ class AwsSettings(Settings):
         """The key that has this alias by its prefix, or None where no key can have it."""
         start = f"alias/{self.alias_prefix}"
         key = alias.removeprefix(start).replace("/", ".")
-        # A key that the table calls otherwise is not reached by its own name.
+        # If the table gives a key another ARN or alias, its key name reaches no other key.
         return key if alias.startswith(start) and is_key(key) and key not in self.keys else None
 
     def allowed(self, key: str) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
-"""botocore's clients, without what botocore takes from its surroundings.
+"""botocore's clients, cut off from the environment and files that botocore reads by itself.
 
-Nothing here reads the environment, ``~/.aws``, ``/etc/boto.cfg`` or a proxy's setting: a session is
-given constants where it would look, no handlers, plugins or data of others, and HTTP of its own.
+Nothing here reads the environment, ``~/.aws``, ``/etc/boto.cfg`` or a proxy setting: a session gets
+constants in place of every look-up, no handlers, plugins or data of others, and its own HTTP.
 botocore is imported by the first call, and not before.
 """
 
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 __all__ = ["SLOW", "Client", "http_session", "is_ours", "new_session", "prepare"]
 
 SLOW: Final = 30.0
-"""Seconds for what changes something and is asked once: making an RSA key takes some."""
+"""Seconds for a request that changes something, which is sent once: creating RSA keys is slow."""
 
 _MAX_ANSWER: Final = 1 << 20
 _SLOWLY: Final = ("CreateKey", "CreateAlias", "RotateKeyOnDemand")
 is_ours: Final = threading.local()
-"""``active`` while a thread is inside a call of ours."""
+"""``active`` while a thread is inside a call of keymgmt."""
 
 
 class _Hidden(logging.Filter):
-    """Drops what botocore logs of our calls below a warning: bodies with keys, and tokens.
+    """Drops botocore's log records of our calls below a warning: they show keys and tokens.
 
-    A warning goes without its exception, which may repeat an answer that was not understood. What
-    other code of this process does with botocore is logged as before.
+    A warning is logged without its exception, which may repeat an answer. The calls of other code
+    in this process are logged as before.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -52,13 +52,13 @@ _hidden: Final = _Hidden()
 def _hide() -> None:
     for name in list(logging.root.manager.loggerDict):
         if name.partition(".")[0] in ("botocore", "urllib3"):
-            # Adding it again changes nothing.
+            # A logger keeps the same filter only once.
             logging.getLogger(name).addFilter(_hidden)
 
 
 @functools.cache
 def _loader() -> Any:
-    """The service models that botocore carries, and none of ``~/.aws/models``; read once."""
+    """A loader of botocore's own service models, without ``~/.aws/models``; read once."""
     from botocore.loaders import Loader
 
     return Loader(extra_search_paths=[Loader.BUILTIN_DATA_PATH], include_default_search_paths=False)
@@ -66,20 +66,20 @@ def _loader() -> Any:
 
 @functools.cache
 def prepare() -> None:
-    """Import botocore and read what it says of AWS KMS: once, for no call's time."""
+    """Import botocore and read its model of AWS KMS, once; this counts for no call's time limit."""
     import botocore.client
     import botocore.session  # noqa: F401
 
-    # The first login is logged by what was just imported.
+    # The loggers exist only after the import, and the first login would be logged.
     _hide()
     for part in ("service-2", "endpoint-rule-set-1"):
         _loader().load_service_model("kms", part)
 
 
 def new_session(settings: AwsSettings, send: Callable[..., Any], **given: str) -> Any:
-    """A botocore session that looks nowhere, and whose clients go where the settings say.
+    """A botocore session without look-ups, whose clients use the endpoints of the settings.
 
-    They send by ``send``; ``given`` are session variables, such as ``profile``.
+    The clients send by ``send``; ``given`` are session variables, such as ``profile``.
     """
     from botocore.configprovider import ConfigValueStore, ConstantProvider
     from botocore.plugin import PluginContext, set_plugin_context
@@ -87,7 +87,7 @@ def new_session(settings: AwsSettings, send: Callable[..., Any], **given: str) -
     from botocore.tokens import TokenProviderChain
 
     set_plugin_context(PluginContext(plugins="DISABLED"))
-    # The handlers that come with it add headers from the environment; AWS KMS needs none of them.
+    # botocore's own handlers add headers from the environment; AWS KMS needs none of them.
     session = Session(include_builtin_handlers=False, profile=given.get("profile"))
     values = {name: variable[2] for name, variable in session.SESSION_VARIABLES.items()}
     values |= {"config_file": os.devnull, "credentials_file": os.devnull, "s3": {}}
@@ -96,8 +96,10 @@ def new_session(settings: AwsSettings, send: Callable[..., Any], **given: str) -
     session.register_component("config_store", ConfigValueStore(mapping=constants))
     session.register_component("data_loader", _loader())
     session.register_component("token_provider", TokenProviderChain(providers=[]))
-    make = session.create_client
-    session.create_client = lambda *service, **more: _create(make, settings, send, *service, **more)
+    create = session.create_client
+    session.create_client = lambda *service, **more: _create(
+        create, settings, send, *service, **more
+    )
     return session
 
 
@@ -126,7 +128,7 @@ def _create(
     client = make(service, verify=True, **given)
     client.meta.events.register("before-send", send)
     if config and config.signature_version is UNSIGNED:
-        # For some operations botocore leaves that to a handler that is left out here.
+        # botocore does this in a handler for some operations, and its handlers are not used here.
         client.meta.events.register("choose-signer", lambda **_: UNSIGNED)
     return client
 
@@ -134,13 +136,13 @@ def _create(
 def http_session(settings: AwsSettings, *, answer: float | None = None) -> Any:
     """HTTP without proxies, redirects, retries or endless answers; TLS 1.2, and names are checked.
 
-    ``call_timeout`` is for a connection, and for an answer where ``answer`` does not say otherwise.
+    ``call_timeout`` limits a connection, and also an answer unless ``answer`` gives other seconds.
     """
     from botocore.httpsession import URLLib3Session
 
     class Http(URLLib3Session):  # type: ignore[misc]
         def _get_ssl_context(self) -> ssl.SSLContext:
-            # botocore's would write the session keys to where SSLKEYLOGFILE says.
+            # botocore's own context would write session keys to the file of SSLKEYLOGFILE.
             return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
         def send(self, request: Any) -> Any:
@@ -163,7 +165,8 @@ def http_session(settings: AwsSettings, *, answer: float | None = None) -> Any:
 class Client:
     """A client of one service, ``kms`` or ``sts``; thread-safe, not to be used after a fork.
 
-    A call raises what botocore raises. ``credentials`` are botocore's; None to sign nothing.
+    A call raises botocore's errors. ``credentials`` are botocore's; without them (None) requests
+    are not signed.
     """
 
     def __init__(self, service: str, settings: AwsSettings, credentials: Any) -> None:
@@ -183,7 +186,7 @@ class Client:
         _hide()
 
     def __call__(self, operation: str, **arguments: Any) -> dict[str, Any]:
-        """Call an operation by its name in botocore; its answer."""
+        """Call an operation by its name in botocore; returns its answer."""
         answer: dict[str, Any] = getattr(self._client, operation)(**arguments)
         return answer
 

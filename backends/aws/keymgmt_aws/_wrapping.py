@@ -1,8 +1,8 @@
 """Wrapping and unwrapping with AWS KMS.
 
-A symmetric key binds the context itself: its SHA-256 stands in the encryption context, with the
-pairs of the settings. RSA has none, so there the core's InnerKey binds it, and wrapping is done
-here with the public key, as anybody does who has the key's recipient file.
+A symmetric key binds keymgmt's context itself: its SHA-256 stands in the encryption context, with
+the pairs of the settings. RSA has no encryption context, so the core's InnerKey binds it; wrapping
+is done here with the public key, as by anybody who has the key's recipient file.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Wrapping:
         self._name, self._settings, self._keys = name, settings, keys
 
     def wrap(self, kms: Service, key: str, dek: Dek, context: bytes) -> WrappedKey:
-        """See KeyProvider; two calls, since the key is looked at before."""
+        """See KeyProvider; takes two calls, since the key is described first."""
         info = usable(self._keys.describe(kms, key), "wrap")
         if info.kind != "symmetric":
             return wrap_for(self._keys.recipient(kms, info), dek, context)
@@ -51,7 +51,7 @@ class Wrapping:
         return WrappedKey("aws", key, info.newest, SYMMETRIC, blob)
 
     def unwrap(self, kms: Service, wrapped: WrappedKey, context: bytes) -> Dek:
-        """See KeyProvider; one call, and none where the settings tell that it is another key's."""
+        """See KeyProvider; one call, or none if by the settings the wrap is of another key."""
         key, mechanism = wrapped.key, wrapped.mechanism
         if wrapped.backend != "aws" or not is_key(key):
             raise WrongKey(f"{wrapped} was not wrapped by AWS KMS")
@@ -72,8 +72,8 @@ class Wrapping:
                 wrapped.blob, context, lambda blob: self._decrypt(kms, wrapped, blob, _OAEP)
             )
         except (UnwrapFailed, UnsupportedOperation) as error:
-            # Where an alias is now another key's, that is why. Devices may be allowed nothing but
-            # Decrypt: then the first answer stands.
+            # If the alias belongs to another key by now, that is the reason. A device that may only
+            # decrypt cannot describe the key; there the first error is raised.
             if key_id(native) is None and self._newest(kms, key) not in (None, wrapped.version):
                 raise not_held(wrapped, self._name) from error
             raise
@@ -83,17 +83,19 @@ class Wrapping:
         pairs = {**self._settings.context, CONTEXT: hashlib.sha256(context).hexdigest()}
         return {"EncryptionContext": pairs}
 
-    def _decrypt(self, kms: Service, wrapped: WrappedKey, blob: bytes, how: dict[str, Any]) -> Dek:
+    def _decrypt(
+        self, kms: Service, wrapped: WrappedKey, blob: bytes, parameters: dict[str, Any]
+    ) -> Dek:
         if len(blob) > _MAX_CIPHERTEXT or not set(wrapped.params) <= _PARAMS[wrapped.mechanism]:
-            raise UnwrapFailed(f"{wrapped} is too long, or has parameters that its kind has not")
+            raise UnwrapFailed(f"{wrapped} is too long, or has parameters of another mechanism")
         native = self._settings.native(wrapped.key)
-        answer = kms("decrypt", native, "decrypt", KeyId=native, CiphertextBlob=blob, **how)
+        answer = kms("decrypt", native, "decrypt", KeyId=native, CiphertextBlob=blob, **parameters)
         if key_id(member(answer, "KeyId", str)) != wrapped.version:
             raise not_held(wrapped, self._name)
         try:
             return Dek(member(answer, "Plaintext", bytes))
         except ValueError as error:
-            raise UnwrapFailed(f"what {wrapped} holds is no data key") from error
+            raise UnwrapFailed(f"the content of {wrapped} is not a data key") from error
 
     def _newest(self, kms: Service, key: str) -> str | None:
         try:

@@ -1,4 +1,4 @@
-"""What ``keymgmt doctor`` says of a key directory: its access, its locks, every key in it."""
+"""The findings of ``keymgmt doctor`` about a key directory: access, locks, and every key."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["check"]
 
 
 def check(provider: KeyProvider[Any], files: KeyFiles, key: str | None) -> Health:
-    """Look at the directory and read every key file in it, or try the one key ``key``."""
+    """Check the directory and read every key file in it, or try only ``key``."""
     try:
         findings = [_directory(files)]
         names = files.names() if key is None else [key]
@@ -33,8 +33,8 @@ def check(provider: KeyProvider[Any], files: KeyFiles, key: str | None) -> Healt
         except KeymgmtError as error:
             findings.append(Finding(f"key {name}", "failed", str(error), error.hint))
         else:
-            done = "" if key is None else f", {info.purpose}s"
-            detail = f"{info.kind}, version {info.newest}{done}"
+            use = "" if key is None else f", {info.purpose}s"
+            detail = f"{info.kind}, version {info.newest}{use}"
             findings.append(Finding(f"key {name}", "ok", detail))
     return Health(tuple(findings))
 
@@ -42,7 +42,7 @@ def check(provider: KeyProvider[Any], files: KeyFiles, key: str | None) -> Healt
 def _directory(files: KeyFiles) -> Finding:
     name, states = "key directory", files.locked_keys().values()
     if not states:
-        make = f"make one with: keymgmt keys create {files.provider}:KEY"
+        make = f"create a key with: keymgmt keys create {files.provider}:KEY"
         return Finding(name, "warning", f"{files.path}: no keys yet", make)
     detail = f"{files.path}: private, {len(states)} keys, {sum(states)} locked with a passphrase"
     if not all(states) and (any(states) or files.passphrase.source is not None):
@@ -57,4 +57,4 @@ def _try(provider: KeyProvider[Any], key: str, purpose: str) -> None:
         return
     with Dek.generate() as dek, provider.unwrap(provider.wrap(key, dek, b""), b"") as again:
         if dek != again:
-            raise UnwrapFailed(f"the key {key!r} does not give back what it wrapped")
+            raise UnwrapFailed(f"the key {key!r} does not unwrap what it wrapped")

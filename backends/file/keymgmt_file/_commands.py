@@ -19,11 +19,11 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
 Provider = Annotated[
     str | None,
-    typer.Argument(help="Provider in the config; may be left out where only one is of `file`."),
+    typer.Argument(help="Provider in the config; may be left out if only one has this backend."),
 ]
 
 Weak = Annotated[
-    bool, typer.Option("--weak", help="Take a passphrase of fewer than 15 characters too.")
+    bool, typer.Option("--weak", help="Accept a passphrase of fewer than 15 characters.")
 ]
 
 
@@ -40,7 +40,7 @@ def lock(context: typer.Context, provider: Provider = None, weak: Weak = False) 
     _say(f"locked {count} key files in {files.path}")
     if count:
         _say(
-            "What stood there before may still be found on the disk and in backups; "
+            "The unlocked files may still be on the disk and in backups; "
             "rotate the keys if that matters.",
             note=True,
         )
@@ -57,8 +57,8 @@ def unlock(context: typer.Context, provider: Provider = None) -> None:
     _say(f"unlocked {files.unlock()} key files in {files.path}")
     if files.passphrase.source is not None:
         _say(
-            f"The config still names a passphrase; take it out of [providers.{files.provider}], "
-            "or the next key that is made or rotated is locked again.",
+            f"The config still names a passphrase; remove it from [providers.{files.provider}], "
+            "or the next key that is created or rotated is locked again.",
             note=True,
         )
 
@@ -68,7 +68,8 @@ def passwd(
     context: typer.Context,
     provider: Provider = None,
     new_file: Annotated[
-        Path | None, typer.Option(help="Private file with the new passphrase; else it is asked.")
+        Path | None,
+        typer.Option(help="Private file with the new passphrase; without it, keymgmt asks."),
     ] = None,
     weak: Weak = False,
 ) -> None:
@@ -78,14 +79,14 @@ def passwd(
         keymgmt file passwd local
     """
     files = _find(context, provider)
-    asked = SecretSource(file=new_file) if new_file else SecretSource(prompt="New passphrase")
-    new = Passphrase(asked, files.provider, "passwd")
+    new_source = SecretSource(file=new_file) if new_file else SecretSource(prompt="New passphrase")
+    new = Passphrase(new_source, files.provider, "passwd")
     new.weak = weak
     files.change_passphrase(new)
     _say(f"changed the passphrase of {files.path}")
     source = files.passphrase.source
     if source is not None and not source.prompt:
-        _say(f"Put the new one where the config looks for it: {source}", note=True)
+        _say(f"Put the new passphrase into its source in the config: {source}", note=True)
 
 
 @app.command()
@@ -93,9 +94,10 @@ def accept(
     context: typer.Context,
     key: Annotated[str, typer.Argument(metavar="PROVIDER:KEY", help="The key whose file it is.")],
 ) -> None:
-    """Go on from a key file that is not the newest of its key: make a new version of it.
+    """Accept a key file that is not the newest of its key, and add a new version to it.
 
-    Its number is above all that were ever here. Models of the versions that it lacks stay closed.
+    The number of the new version is above all that were ever used. Models that need a version which
+    the file lacks do not open.
 
     Example:
         keymgmt file accept local:models
@@ -117,9 +119,9 @@ def _find(context: typer.Context, name: str | None) -> KeyFiles:
     if name is None:
         names = [each for each in config.provider_names if config.backend_of(each) == "file"]
         if len(names) != 1:
-            found = ", ".join(names) or "none"
+            listed = ", ".join(names) or "none"
             raise ConfigError(
-                "which provider?", hint=f"providers with the backend file: {found}; name one"
+                "the provider must be named", hint=f"providers with the backend file: {listed}"
             )
         name = names[0]
     provider: FileProvider = context.obj.provider(name, FileProvider)

@@ -1,4 +1,4 @@
-"""What the file system's answers mean, and how damage is said."""
+"""Errors of the file system, and of damaged files, as keymgmt's errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ _DENIED: Final = Fault(
     AccessDenied, "permission denied", "run as the owner of the key directory, who may write in it"
 )
 _NO_DIRECTORY: Final = Fault(ProviderUnavailable, "it is not a directory", "correct `path`")
-_FULL: Final = Fault(ProviderUnavailable, "there is no room for it", "make room and try again")
+_FULL: Final = Fault(
+    ProviderUnavailable, "there is no room for it", "free some space and try again"
+)
 FAULTS: Final[FaultTable[int]] = FaultTable(
     {
         errno.EACCES: _DENIED,
@@ -30,7 +32,7 @@ FAULTS: Final[FaultTable[int]] = FaultTable(
         errno.EROFS: Fault(
             AccessDenied,
             "its file system is read-only",
-            "mount it so that it can be written, or correct `path`",
+            "mount it writable, or correct `path`",
         ),
         errno.ENOSPC: _FULL,
         errno.EDQUOT: _FULL,
@@ -45,7 +47,7 @@ FAULTS: Final[FaultTable[int]] = FaultTable(
         errno.ETIMEDOUT: Fault(
             ProviderUnavailable,
             "another process has been changing its keys all the time",
-            "fuser(1) says which process has the file .lock in it open",
+            "fuser(1) shows which process has the file .lock of the directory open",
             passing=True,
         ),
     },
@@ -56,14 +58,11 @@ FAULTS: Final[FaultTable[int]] = FaultTable(
 
 @contextlib.contextmanager
 def translated(label: str, operation: str = "") -> Iterator[None]:
-    """Turn what the system refused into the errors of ``FAULTS``.
-
-    The house's readers are to raise AccessDenied; where the system was the cause, what it said
-    counts.
+    """Turn an OSError, or an AccessDenied that an OSError caused, into an error of ``FAULTS``.
 
     Args:
-        label: the file or directory in question, for messages.
-        operation: "read" where a file that is missing is a key that is missing.
+        label: the file or directory, for messages.
+        operation: "read" for a key file, of which a missing file is KeyNotFound.
     """
     try:
         yield
@@ -77,5 +76,7 @@ def translated(label: str, operation: str = "") -> Iterator[None]:
 
 
 def damaged(label: str) -> ProviderError:
-    """A file whose content cannot be used; what of it is wrong may be secret and is not said."""
-    return ProviderError(f"{label} is damaged or unknown here", hint="put it back from a backup")
+    """The error for a file with unusable content; the fault is not quoted, as it may be secret."""
+    return ProviderError(
+        f"{label} is damaged, or of an unknown kind", hint="put it back from a backup"
+    )

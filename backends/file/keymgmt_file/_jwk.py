@@ -1,13 +1,13 @@
-"""One key as a JWK Set: all its versions, oldest first, and nothing but bytes in and out.
+"""One key as a JWK Set with all its versions, oldest first; this module opens no file.
 
 The members are those of RFC 7517 (JWK), RFC 7518 (``oct``), RFC 8037 (``OKP``) and, for ML-DSA,
-``AKP`` with the seed as ``priv``. ``kid`` is the version, counted from 1; ``iat`` is when
-it was made and ``revoked`` that it was retired, both as OpenID Federation 1.0 uses them in a JWK
-Set. Members that are not known here are kept when the file is rewritten.
+``AKP`` with the seed as ``priv``. ``kid`` is the version, counted from 1; ``iat`` is the time when
+it was created, and ``revoked`` says that it was retired, both as in a JWK Set of OpenID Federation
+1.0. Unknown members are kept when the file is rewritten.
 
-What Python keeps: JSON text and the base64 strings in it are immutable ``str``, so a copy of the
-secrets stays in freed memory until something else overwrites it. What is decoded from them lives
-in a ``bytearray`` that its user wipes.
+JSON text and the base64 strings in it are immutable ``str``, so a copy of the secrets stays in
+freed memory until other data overwrites it. Decoded secrets are in a ``bytearray``, which its user
+wipes.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ SigningKey = Ed25519PrivateKey | MLDSA65PrivateKey | MLDSA87PrivateKey
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of key: what it is for, and how its JWK looks.
+    """A kind of key: its purpose, and the members of its JWK.
 
     Attributes:
-        name: the kind in an operator's words.
-        purpose: what a key of it may be used for, and nothing else.
-        marks: the members by which a JWK is known to be of it.
+        name: the value of ``--kind``.
+        purpose: what a key of this kind is for; it has only one purpose.
+        marks: the members by which a JWK is recognised as of this kind.
         secret: the member that holds the secret.
         length: bytes of the secret.
     """
@@ -70,7 +70,7 @@ class Kind:
 
     @property
     def is_hpke(self) -> bool:
-        """Whether others can wrap for it with its public key alone."""
+        """Whether others can wrap for the key with its public key."""
         return self.name in HPKE_KINDS
 
     @property
@@ -81,8 +81,8 @@ class Kind:
         return ["deriveKey"] if self.is_hpke else ["wrapKey", "unwrapKey"]
 
 
-# The `alg` of a wrapping key is the mechanism of its wraps: a name of our own, as RFC 7517 allows,
-# since the registered ones mean something else (A256GCM would be a key that encrypts directly).
+# The `alg` of a wrapping key is the mechanism of its wraps. It is not a registered name, which
+# RFC 7517 allows: the registered A256GCM is a key that encrypts content directly.
 _KINDS: Final = (
     Kind("aes256", "wrap", {"kty": "oct", "alg": "HKDF-SHA384-A256GCM"}, "k"),
     Kind("hpke-p256", "wrap", {"kty": "EC", "crv": "P-256", "alg": "hpke-p256"}, "d"),
@@ -129,7 +129,7 @@ def _stated_public(kind: Kind, jwk: Mapping[str, Any]) -> bytes | None:
 
 @dataclass
 class KeySet:
-    """All versions of one key as they stand in its file."""
+    """All versions of one key, as in its file."""
 
     key: str
     kind: Kind
@@ -141,20 +141,21 @@ class KeySet:
         """Read a JWK Set.
 
         Raises:
-            ProviderError: it is damaged, empty, of mixed kinds or of a kind unknown here.
+            ProviderError: the set is damaged, empty, of mixed kinds or of an unknown kind.
         """
-        # Raised outside of the frames that hold secrets: error trackers show their variables.
-        found = _parse(key, reader)
-        if found is None:
+        # The error is raised outside of the frames that hold secrets, since error trackers show
+        # the variables of all frames of a traceback.
+        keys = _parse(key, reader)
+        if keys is None:
             raise damaged(f"the key file of {key!r}")
-        return found
+        return keys
 
     def dump(self) -> bytearray:
-        """The JWK Set as the file holds it; the caller wipes it."""
+        """The content of the file; the caller wipes it."""
         return bytearray(json.dumps({**self.extra, "keys": self.versions}, indent=1).encode())
 
     def add_version(self, after: int) -> None:
-        """Make the version above ``after`` and all others; new wraps and signatures use it."""
+        """Add the version for new wraps and signatures, numbered above ``after`` and all others."""
         last = max(after, *map(int, self.numbers), 0)
         secret = hpke_generate(self.kind.name) if self.kind.is_hpke else random_key()
         try:
@@ -172,11 +173,11 @@ class KeySet:
             wipe(secret)
 
     def require(self, purpose: str | None) -> KeySet:
-        """This key, if it is for ``purpose``; UnsupportedOperation if it is for another."""
+        """The key itself; UnsupportedOperation if it has another purpose than ``purpose``."""
         if purpose not in (None, self.kind.purpose):
             raise UnsupportedOperation(
                 f"the key {self.key!r} is {self.kind.name}, which does not {purpose}",
-                hint="a key has one purpose; make another one for this",
+                hint="a key has one purpose; create another key for this",
             )
         return self
 
@@ -192,7 +193,7 @@ class KeySet:
 
     @contextlib.contextmanager
     def secret(self, version: str) -> Iterator[bytearray]:
-        """The secret bytes of one version that is there, for as long as the block lasts."""
+        """The secret bytes of an existing version, wiped at the end of the block."""
         secret = bytearray(_decode(self._find(version)[self.kind.secret]))
         try:
             yield secret
@@ -203,33 +204,33 @@ class KeySet:
         """The public key of one version of an HPKE kind, derived from its secret.
 
         Raises:
-            ProviderError: it is not the public key that the file states.
+            ProviderError: the file states another public key.
         """
         public = None
         with contextlib.suppress(ValueError), self.secret(version) as secret:
             public = hpke_public(self.kind.name, secret)
-        # Whatever is sealed to a public key that is not the secret's would never open again.
+        # A model that is sealed to a public key without its secret would never open again.
         if public is None or public != self.stated_public(version):
             raise damaged(f"the key file of {self.key!r}")
         return public
 
     def stated_public(self, version: str) -> bytes:
-        """The public key that the file states, which costs nothing to derive."""
+        """The public key in the file, which need not be derived."""
         public = _stated_public(self.kind, self._find(version))
         if public is None:
             raise damaged(f"the key file of {self.key!r}")
         return public
 
     def is_retired(self, version: str) -> bool:
-        """Whether a version that is there may not be used any more."""
+        """Whether an existing version is retired."""
         return "revoked" in self._find(version)
 
     def retire(self, version: str) -> None:
-        """Mark one version as retired; its material stays, so that it can be undone by hand."""
+        """Mark one version as retired; its material stays, so that this can be undone by hand."""
         self._find(version).setdefault("revoked", {"revoked_at": int(time.time())})
 
     def info(self) -> KeyInfo:
-        """What may be said of the key."""
+        """The key as a KeyInfo, without secrets."""
         return KeyInfo(
             key=self.key,
             purpose=self.kind.purpose,
@@ -257,7 +258,7 @@ def random_key() -> bytearray:
 
 
 def read_json(content: bytes | bytearray, label: str) -> JsonReader:
-    """Read one JSON object in any spelling; ProviderError, which quotes nothing, if it is none."""
+    """Read a JSON object, canonical or not; else ProviderError, which quotes nothing."""
     reader = None
     with contextlib.suppress(FormatError):
         reader = load_json(content, label, MAX_FILE, canonical=False)

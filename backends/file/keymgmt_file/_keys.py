@@ -1,13 +1,13 @@
-"""The directory of key files: private or refused, changed under one lock, never half written.
+"""The directory of key files: refused unless it is private, changed under a lock, file by file.
 
 Rules: ``NAME.jwks`` holds one key with all its versions. Reading takes no lock, since every change
-replaces a whole file. Changing takes ``.lock`` and reads again under it, so that several processes
-and threads add versions one after the other. Nothing is cached, so what another process changed is
+replaces a whole file. A change takes ``.lock`` and reads again under it, so that several processes
+and threads add versions one after the other. Nothing is cached, so a change by another process is
 seen at once, and a fork shares nothing.
 
-Each key file says itself whether it is locked, and readers take both. ``passphrase.json`` is there
-before the first file is locked and goes after the last was unlocked, so whoever is killed in
-between leaves keys that all open, and the next run does the rest.
+Each key file says itself whether it is locked, and readers accept both. ``passphrase.json`` is
+written before the first file is locked, and removed after the last file is unlocked. So if a
+process is killed in between, all keys still open, and the next run does the rest.
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ class KeyFiles:
         """
         self._check()
         with translated(f"the key directory {self.path}"):
-            found = [each.stem for each in self.path.iterdir() if each.suffix == SUFFIX]
-        return sorted(filter(is_key, found))
+            names = [each.stem for each in self.path.iterdir() if each.suffix == SUFFIX]
+        return sorted(filter(is_key, names))
 
     def read(self, key: str) -> KeySet:
         """All versions of one key.
 
         Raises:
-            ConfigError: that is no name of a key.
+            ConfigError: ``key`` is not a key name.
             KeyNotFound: there is no such file.
             ProviderUnavailable: there is no such directory, or the disk fails.
             AccessDenied: it may not be read, others have access to it, or it is locked with another
@@ -88,12 +88,13 @@ class KeyFiles:
             try:
                 return KeySet.parse(key, self._unlocked(key, held))
             except ProviderError:
-                # Locking, unlocking or another passphrase may have come between the two files.
+                # Another process may have locked, unlocked or changed the passphrase between the
+                # reading of the two files.
                 if self._optional(KEK_FILE) == held:
                     raise
 
     def find(self, key: str, purpose: str | None = None) -> KeySet:
-        """``read`` for whoever asks by name; UnsupportedOperation if it is for another purpose."""
+        """``read`` with a hint for a misspelt name; UnsupportedOperation for another purpose."""
         try:
             keys = self.read(key)
         except KeyNotFound as error:
@@ -107,22 +108,22 @@ class KeyFiles:
         """``find`` for new wraps, signatures and versions.
 
         Raises:
-            ProviderError: the key file is not the newest of its key that was here.
+            ProviderError: the key file was replaced by an older or another one.
         """
-        # Read before the key file, and written after it: what is known is never ahead of a file
-        # that somebody is changing.
+        # ``versions.json`` is read before the key file, and written after it. So it never names a
+        # version that a file which is being changed does not have yet.
         known = self._known().get(key, {})
         keys = self.find(key, purpose)
         if problem := _versions.problem(known, _versions.identities(keys)):
             raise ProviderError(
                 f"the key file of {key!r} was replaced by an older or another one: {problem}",
-                hint="put the newest one back, or make a new version of what is here with: "
+                hint="put the newest file back, or make a new version from this file with: "
                 f"keymgmt file accept {self.provider}:{key}",
             )
         return keys
 
     def had(self, key: str, version: str) -> bool:
-        """Whether that version of a key was in this directory before."""
+        """Whether this version of a key was in the directory before."""
         return version in self._known().get(key, {})
 
     def locked_keys(self) -> dict[str, bool]:
@@ -134,7 +135,7 @@ class KeyFiles:
         """Hold the directory's lock; ``create`` makes the directory first.
 
         Raises:
-            ProviderUnavailable: somebody else held the lock for 30 seconds.
+            ProviderUnavailable: another process held the lock for 30 seconds.
         """
         with contextlib.ExitStack() as stack:
             with translated(f"the key directory {self.path}"):
@@ -144,21 +145,21 @@ class KeyFiles:
             with translated(f"the key directory {self.path}"):
                 stack.enter_context(lock_file(self.path / LOCK, LOCK_SECONDS))
                 for left in self.path.iterdir():
-                    # Whoever writes holds the lock, so a temporary file found under it was left by
-                    # a process that was killed. Nobody will ever need the key material in it.
+                    # Only a holder of the lock writes, so a temporary file that is here now was
+                    # left by a process that was killed. Nobody needs the key material in it.
                     if (target_of(left.name) or "").endswith((SUFFIX, KEK_FILE, VERSIONS)):
                         left.unlink()
             yield
 
     def add_version(self, keys: KeySet) -> None:
-        """Make a version whose number was never here, and write it; only inside ``changing``."""
+        """Add a version whose number was never used, and write it; only inside ``changing``."""
         keys.add_version(max(map(int, self._known().get(keys.key, {})), default=0))
         self.write(keys)
 
     def write(self, keys: KeySet) -> None:
         """Replace the file of one key; only inside ``changing``.
 
-        It is written locked where the directory is, or where a passphrase is configured.
+        It is written locked if the directory is locked, or if a passphrase is configured.
         """
         known = self._known()
         with self._kek(make=self.passphrase.source is not None) as kek:
@@ -168,7 +169,7 @@ class KeyFiles:
             self._replace(VERSIONS, _versions.dump(now))
 
     def remove(self, key: str) -> None:
-        """Delete the file of one key; only inside ``changing``. Its numbers stay taken."""
+        """Delete the file of one key; only inside ``changing``. Its numbers are not used again."""
         with translated(f"{self.path / (key + SUFFIX)}"):
             (self.path / (key + SUFFIX)).unlink()
             sync_directory(self.path)
@@ -177,13 +178,13 @@ class KeyFiles:
         """Lock the key files that are not locked yet; returns how many that were.
 
         Raises:
-            ConfigError: no passphrase is configured, so that nothing could open them again.
+            ConfigError: no passphrase is configured.
             AccessDenied: the directory is locked with another passphrase.
         """
         if self.passphrase.source is None:
             raise ConfigError(
                 f"[providers.{self.provider}] has no passphrase",
-                hint='say where it is, such as: passphrase = { prompt = "Passphrase" }',
+                hint='name its source, such as: passphrase = { prompt = "Passphrase" }',
             )
         with self.changing(), self._kek(make=True) as kek:
             plain = [key for key, locked in self.locked_keys().items() if not locked]
@@ -196,7 +197,7 @@ class KeyFiles:
 
         Raises:
             AccessDenied: the passphrase is wrong.
-            ProviderError: a key file is damaged, and so the passphrase stays.
+            ProviderError: a key file is damaged; the passphrase stays.
         """
         with self.changing(), self._kek(make=False):
             locked = [key for key, locked in self.locked_keys().items() if locked]
@@ -208,7 +209,7 @@ class KeyFiles:
             return len(locked)
 
     def change_passphrase(self, new: Passphrase) -> None:
-        """Lock the directory with another passphrase, which rewrites one small file.
+        """Lock the directory with another passphrase, which rewrites only ``passphrase.json``.
 
         Raises:
             ConfigError: the directory is not locked.
@@ -224,7 +225,7 @@ class KeyFiles:
 
     @contextlib.contextmanager
     def _kek(self, *, make: bool) -> Iterator[bytearray | None]:
-        """The key-encryption key; None where there is none and it is not to be made."""
+        """The key-encryption key, made if ``make`` is true; None if the directory has none."""
         held = self._optional(KEK_FILE)
         if held is not None:
             kek = self.passphrase.open(held)

@@ -1,18 +1,18 @@
-"""A passphrase around a key directory: it opens one small file, whose key opens the key files.
+"""A passphrase for a key directory: it opens ``passphrase.json``, whose key opens the key files.
 
-A *locked file* is encrypted with AES-256-GCM under some key. Its name is additional data, so that a
-file put under another name does not open; ``sealed`` is nonce, ciphertext and tag in base64:
+A *locked file* is encrypted with AES-256-GCM. Its name is additional data, so that a renamed file
+does not open; ``sealed`` is nonce, ciphertext and tag in base64:
 
     {"format": "keymgmt-file-locked/1", "sealed": ...}
 
-``passphrase.json`` is one. Its content is the *key-encryption key*, 32 random bytes; its key is
-Argon2id of the passphrase with the parameters in its further member ``kdf``:
+``passphrase.json`` is such a file. Its content is the *key-encryption key*, 32 random bytes, under
+which the key files are encrypted. It is itself encrypted under Argon2id of the passphrase, with the
+parameters in its further member ``kdf``:
 
     {"name": "argon2id", "salt": ..., "memory_kib": ..., "passes": ..., "lanes": ...}
 
-Parameters read from a file are bounded before they are used. The key-encryption key is kept for the
-life of the provider, because deriving what opens it takes a good part of a second; the passphrase
-is not.
+Parameters from a file are bounded before they are used. Argon2id takes a good part of a second, so
+the key-encryption key is kept for the life of the provider; the passphrase is not kept.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ FORMAT: Final = "keymgmt-file-locked/1"
 # with 2 passes; the first choice of the RFC, 2 GiB, is more than a small machine has.
 NEW_KDF: Final = (64 << 10, 3, 4)
 MAX_KDF: Final = (1 << 20, 10, 4)
-# NIST SP 800-63B-4, 3.1.1.2: characters of a password that is the only factor, as one is here for
-# whoever holds a copy of the directory.
+# The least characters of a password that is the only factor (NIST SP 800-63B-4, 3.1.1.2), as this
+# passphrase is against somebody with a copy of the directory.
 LEAST: Final = 15
-# One open may try thousands of recipients: a wrong passphrase is neither asked for nor derived from
-# for each of them, and yet a person who mistyped it is asked again.
+# One open may try thousands of recipients. So for some seconds a wrong passphrase is neither asked
+# for nor derived again; after that, a person who mistyped it is asked again.
 ASK_AGAIN_SECONDS: Final = 3.0
 _NONCE: Final = 12
 _TAG: Final = 16
@@ -64,12 +64,13 @@ class Passphrase(ForkSafe):
     """A passphrase, and the key-encryption key that it opened, for threads and forks alike.
 
     Args:
-        source: where the passphrase is fetched when it is needed; None where none is configured.
-        provider: the operator's name for the provider, for messages.
-        command: of ``keymgmt file``: what takes a short passphrase with ``--weak``.
+        source: the source of the passphrase; None where none is configured.
+        provider: the name of the provider, for messages.
+        command: the command of ``keymgmt file`` that accepts ``--weak``, for messages.
 
     Attributes:
-        weak: whether keys may be locked with fewer than ``LEAST`` characters; opening takes any.
+        weak: whether keys may be locked with fewer than ``LEAST`` characters. Opening accepts any
+            passphrase.
     """
 
     def __init__(self, source: SecretSource | None, provider: str, command: str = "lock") -> None:
@@ -77,7 +78,7 @@ class Passphrase(ForkSafe):
         self.weak = False
         self._provider = provider
         self._command = command
-        # What passphrase.json held, and what that opened to, or when it did not.
+        # The content of passphrase.json with the key in it, or with the time of a wrong passphrase.
         self._opened: tuple[bytes, bytearray] | None = None
         self._refused: tuple[bytes, float] | None = None
         super().__init__()
@@ -86,7 +87,7 @@ class Passphrase(ForkSafe):
         self._lock = threading.Lock()
 
     def open(self, content: bytes) -> bytearray:
-        """The key-encryption key in what ``passphrase.json`` holds; the caller wipes it.
+        """The key-encryption key in the ``content`` of ``passphrase.json``; the caller wipes it.
 
         Raises:
             AccessDenied: no passphrase is configured, or it is wrong.
@@ -107,15 +108,15 @@ class Passphrase(ForkSafe):
                     self._refused = content, time.monotonic()
                     raise _wrong()
                 self._opened = content, kek
-            # A copy, so that a close in another thread cannot turn a key in use into zeros.
+            # A copy, since a close in another thread wipes the original.
             return bytearray(self._opened[1])
 
     def make(self, kek: bytearray) -> bytes:
-        """What ``passphrase.json`` is to hold so that this passphrase opens it to ``kek``.
+        """The content of a ``passphrase.json`` that holds ``kek`` under this passphrase.
 
         Raises:
             AccessDenied: no passphrase is configured.
-            ConfigError: it is too short, or was typed differently the second time.
+            ConfigError: the passphrase is too short, or the second one that was typed differs.
         """
         kdf: dict[str, Any] = dict(zip(("memory_kib", "passes", "lanes"), NEW_KDF, strict=True))
         kdf |= {"name": "argon2id", "salt": base64.b64encode(os.urandom(16)).decode()}
@@ -141,7 +142,7 @@ class Passphrase(ForkSafe):
         if self.source is None:
             raise AccessDenied(
                 f"the keys of {self._provider!r} are locked with a passphrase",
-                hint=f"say where it is, in [providers.{self._provider}]: "
+                hint=f"name its source in [providers.{self._provider}]: "
                 'passphrase = { prompt = "Passphrase" }',
             )
         return self.source.read()
@@ -156,15 +157,15 @@ class Passphrase(ForkSafe):
         return secret
 
     def _check_new(self, secret: bytearray) -> None:
-        # Bytes that go on with a character of UTF-8 do not count.
+        # Continuation bytes of UTF-8 are not counted, so this is the number of characters.
         if not self.weak and sum(byte & 0xC0 != 0x80 for byte in secret) < LEAST:
             raise ConfigError(
                 f"the passphrase is shorter than {LEAST} characters",
-                hint="take several words; to lock with this one all the same: "
+                hint="use several words; to lock with this passphrase all the same: "
                 f"keymgmt file {self._command} {self._provider} --weak",
             )
         if self.source is not None and self.source.prompt:
-            # Nothing can tell a mistyped passphrase yet.
+            # A mistyped new passphrase would lock the keys for ever, so it is typed twice.
             second = SecretSource(prompt=f"{self.source.prompt}, again").read()
             same = hmac.compare_digest(secret, second)
             wipe(second)
@@ -183,7 +184,7 @@ def encrypt_file(name: str, content: bytearray, key: bytearray, **members: Any) 
 
 
 def decrypt_file(name: str, reader: JsonReader, key: bytearray) -> bytearray | None:
-    """Decrypt the file ``name``; None where it does not open. The caller wipes it."""
+    """Decrypt the file ``name``; None if it does not open. The caller wipes the content."""
     try:
         reader.version(FORMAT, "")
         sealed = reader.base64("sealed", limit=MAX_FILE)
@@ -191,13 +192,13 @@ def decrypt_file(name: str, reader: JsonReader, key: bytearray) -> bytearray | N
         content = bytearray(len(sealed) - _NONCE - _TAG)
         bound = f"{FORMAT} {name}".encode()
         AESGCM(key).decrypt_into(sealed[:_NONCE], sealed[_NONCE:], bound, content)
-    except (FormatError, InvalidTag, ValueError):  # ValueError: it is too short
+    except (FormatError, InvalidTag, ValueError):  # ValueError: too short for nonce and tag
         return None
     return content
 
 
 def _kdf(reader: JsonReader) -> Argon2id:
-    """Read the member ``kdf``; ProviderError where it is not of its grammar or out of bounds."""
+    """Read the member ``kdf``; ProviderError if it is malformed or out of bounds."""
     try:
         members = JsonReader(reader.members("kdf"), "kdf")
         name, salt = members.text("name", limit=16), members.base64("salt", limit=64)
@@ -210,19 +211,21 @@ def _kdf(reader: JsonReader) -> Argon2id:
                 salt=salt, length=32, iterations=passes, lanes=lanes, memory_cost=memory
             )
     except UnsupportedAlgorithm as error:
-        raise ProviderUnavailable("there is no Argon2id here", hint="another OpenSSL") from error
+        raise ProviderUnavailable(
+            "the OpenSSL of this Python has no Argon2id", hint="install a newer cryptography"
+        ) from error
     except FormatError as error:
         raise damaged(f"{KEK_FILE} ({error})") from error
     raise damaged(KEK_FILE)
 
 
 def _derive(kdf: Argon2id, secret: bytearray) -> bytearray:
-    """The 32-byte key of a passphrase, which is wiped; the caller wipes the key."""
+    """The 32-byte key of the passphrase ``secret``, which is wiped; the caller wipes the key."""
     key = bytearray(32)
     try:
         kdf.derive_into(secret, key)  # type: ignore[arg-type]  # any buffer will do
     except MemoryError as error:
-        raise ProviderUnavailable("there is not enough memory for Argon2id here") from error
+        raise ProviderUnavailable("there is not enough memory for Argon2id") from error
     finally:
         wipe(secret)
     return key
@@ -231,5 +234,5 @@ def _derive(kdf: Argon2id, secret: bytearray) -> bytearray:
 def _wrong() -> AccessDenied:
     return AccessDenied(
         "the key directory does not open with this passphrase",
-        hint=f"try the right one; a {KEK_FILE} that was damaged looks the same",
+        hint=f"look at the passphrase; with a damaged {KEK_FILE} the error is the same",
     )

@@ -12,7 +12,7 @@ class FileSettings(Settings):
 
     Attributes:
         path: the key directory; relative to the config file.
-        passphrase: where the passphrase of locked key files is; see ``keymgmt file lock``.
+        passphrase: the source of the passphrase of locked key files; see ``keymgmt file lock``.
     """
 
     path: ConfigPath

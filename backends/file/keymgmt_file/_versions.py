@@ -1,10 +1,10 @@
-"""Which versions of each key a directory has had, so that a restored key file is noticed.
+"""The versions that each key of a directory has had, so that a restored key file is noticed.
 
     {"format": "keymgmt-file-versions/1", "keys": {"release": {"1": IDENTITY, "2": IDENTITY}}}
 
-An *identity* follows from the secret of a version (HKDF-Expand-SHA-384, 16 bytes, in hex) and says
-nothing of it. Without this file, a key file from before the last rotation would be rotated to a
-second version of the same number, and nobody could tell the two apart.
+An *identity* is derived from the secret of a version (HKDF-Expand-SHA-384, 16 bytes, in hex) and
+reveals nothing of it. Without this file, an old key file that was put back would be rotated to a
+second version with the number of a lost one, and nobody could tell the two apart.
 """
 
 from __future__ import annotations
@@ -31,33 +31,33 @@ Known = dict[str, dict[str, str]]
 
 def identities(keys: KeySet) -> dict[str, str]:
     """Version -> identity, of all versions in a key file."""
-    found = {}
+    derived = {}
     for version in keys.numbers:
         with keys.secret(version) as secret:
-            found[version] = HKDFExpand(SHA384(), 16, _LABEL).derive(secret).hex()
-    return found
+            derived[version] = HKDFExpand(SHA384(), 16, _LABEL).derive(secret).hex()
+    return derived
 
 
-def problem(known: Mapping[str, str], found: Mapping[str, str]) -> str | None:
-    """Say how a key file is not the newest of its key that was here, or None if it is.
+def problem(known: Mapping[str, str], present: Mapping[str, str]) -> str | None:
+    """How a key file is older than, or another than, the newest known file; None if it is not.
 
     Args:
-        known: version -> identity, of what was here before.
-        found: the same of the key file; it may have newer versions, and may lack old ones.
+        known: version -> identity, of all versions that were in the directory before.
+        present: the same of the key file; it may have newer versions, and may lack old ones.
     """
-    for version, identity in found.items():
+    for version, identity in present.items():
         if known.get(version, identity) != identity:
             return f"its version {version} is another one than the version {version} of before"
     newest = max(known, key=int, default="0")
-    if int(newest) > max(map(int, found)):
+    if int(newest) > max(map(int, present)):
         return f"it lacks version {newest}, which was here before"
-    if known and not known.keys() & found.keys():
+    if known and not known.keys() & present.keys():
         return "it has none of the versions that were here before"
     return None
 
 
 def parse(content: bytes) -> Known:
-    """Read ``versions.json``; ProviderError where it is damaged, never taken for an empty one."""
+    """Read ``versions.json``; a damaged file is a ProviderError, and never counts as empty."""
     reader = read_json(content, "versions.json")
     try:
         reader.version(FORMAT, "")

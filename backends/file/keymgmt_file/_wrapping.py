@@ -1,4 +1,4 @@
-"""Wrapping under one version of a key; the mechanisms are in the core's SPEC.md, section 5."""
+"""Wrapping under one version of a key; SPEC.md of the core, section 5, specifies the mechanisms."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def wrap(keys: KeySet, dek: Dek, context: bytes) -> WrappedKey:
     version, salt = keys.newest, os.urandom(_SALT)
     derived = _derive(keys, version, salt, context)
     try:
-        # The nonce may be fixed: the key was derived for this one message.
+        # A fixed nonce is safe, because the derived key encrypts only this message.
         sealed = AESGCM(derived).encrypt(bytes(12), dek.view(), context)
     finally:
         wipe(derived)
@@ -56,30 +56,31 @@ def wrap(keys: KeySet, dek: Dek, context: bytes) -> WrappedKey:
 
 
 def unwrap(keys: KeySet, wrapped: WrappedKey, context: bytes) -> Dek:
-    """Unwrap with the version that ``wrapped`` names, which ``keys`` have.
+    """Unwrap with the version that ``wrapped`` names, which must be in ``keys``.
 
     Raises:
-        UnsupportedOperation: it was wrapped by another mechanism than that of the key.
-        WrongKey: it was wrapped under another key of that name.
-        UnwrapFailed: it does not authenticate.
+        UnsupportedOperation: the mechanism is not that of the key.
+        WrongKey: the wrap is for another key of that name.
+        UnwrapFailed: the wrap does not authenticate.
     """
     if wrapped.mechanism != keys.kind.marks["alg"]:
         raise UnsupportedOperation(
-            f"the key {wrapped.key!r} is {keys.kind.name} and unwraps no {wrapped.mechanism}"
+            f"the key {wrapped.key!r} is {keys.kind.name} and does not unwrap {wrapped.mechanism}"
         )
     if set(wrapped.params) != {"pk" if keys.kind.is_hpke else "recogniser"}:
-        raise UnwrapFailed(f"what was wrapped by {wrapped} is malformed")
+        raise UnwrapFailed(f"{wrapped} is malformed")
     return (_unwrap_hpke if keys.kind.is_hpke else _unwrap_aes)(keys, wrapped, context)
 
 
 def _unwrap_aes(keys: KeySet, wrapped: WrappedKey, context: bytes) -> Dek:
     if len(wrapped.blob) != _BLOB:
-        raise UnwrapFailed(f"what was wrapped by {wrapped} is malformed")
+        raise UnwrapFailed(f"{wrapped} is malformed")
     salt, sealed = wrapped.blob[:_SALT], wrapped.blob[_SALT:]
     if wrapped.params["recogniser"] != _recogniser(keys, wrapped.version, salt):
         raise WrongKey(
             f"{wrapped} was wrapped by another key of that name",
-            hint="each directory has its own; put the right key file here, or seal to this key too",
+            hint="each directory has its own key; put the right key file here, or seal to this key "
+            "too",
         )
     plain = bytearray(DEK_LENGTH)
     derived = _derive(keys, wrapped.version, salt, context)
@@ -88,28 +89,29 @@ def _unwrap_aes(keys: KeySet, wrapped: WrappedKey, context: bytes) -> Dek:
         return Dek(plain)
     except InvalidTag as error:
         raise UnwrapFailed(
-            f"what was wrapped by {wrapped} does not authenticate",
+            f"{wrapped} does not authenticate",
             hint="it was damaged, or bound to another model",
         ) from error
     finally:
-        # decrypt_into leaves unverified bytes behind on failure, and the key on success.
+        # After a failure decrypt_into leaves unverified bytes in ``plain``.
         wipe(plain)
         wipe(derived)
 
 
 def _unwrap_hpke(keys: KeySet, wrapped: WrappedKey, context: bytes) -> Dek:
-    # The stated public key will do: thousands may be asked about, and most are of other devices.
+    # The stated public key is compared, and not a derived one: a model may have thousands of
+    # recipients, most of them other devices.
     if wrapped.params["pk"] != public_key_id(keys.stated_public(wrapped.version)):
         raise WrongKey(
-            f"{wrapped} was sealed to another key of that name",
-            hint="each device has its own; seal to the recipient file of this one too",
+            f"{wrapped} is for another key of that name",
+            hint="each device has its own key; seal to the recipient file of this device too",
         )
     with keys.secret(wrapped.version) as secret:
         return hpke_open(keys.kind.name, secret, wrapped.blob, context)
 
 
 def _recogniser(keys: KeySet, version: str, salt: bytes) -> str:
-    """What tells whoever has the key that a wrap is his, and tells nobody else anything."""
+    """A value by which the holder of the key recognises its wraps; to others it looks random."""
     with keys.secret(version) as secret:
         return HKDFExpand(SHA384(), 8, _RECOGNISER + salt).derive(secret).hex()
 
@@ -117,7 +119,7 @@ def _recogniser(keys: KeySet, version: str, salt: bytes) -> str:
 def _derive(keys: KeySet, version: str, salt: bytes, context: bytes) -> bytearray:
     info = bytearray(_LABEL)
     for part in (keys.key.encode(), version.encode(), context):
-        # The length of each part before it, so that no two lists of parts read the same.
+        # Each part has its length in front, so that no two lists of parts give the same bytes.
         info += len(part).to_bytes(4, "big") + part
     derived = bytearray(32)
     with keys.secret(version) as secret:

@@ -143,7 +143,7 @@ class AcmeHsmProvider(KeyProvider[AcmeHsmSettings]):
 
             def decrypt(blob: bytes) -> Dek:
                 if len(blob) != BLOCK + DEK_LENGTH:
-                    raise UnwrapFailed(f"what was wrapped by {wrapped} is malformed")
+                    raise UnwrapFailed(f"{wrapped} is malformed")
                 inner = session.decrypt(version.uid, blob, end)
                 try:
                     return Dek(inner)

@@ -254,16 +254,20 @@ BOMB = gzip.compress(bytes(1 << 22))
 @pytest.mark.parametrize(
     ("answer", "kind", "words"),
     [
-        (says("KMSInternalException", status=500), ProviderUnavailable, "trouble"),
-        ((503, {"Content-Type": "text/html"}, PAGE), ProviderUnavailable, "trouble"),
+        (says("KMSInternalException", status=500), ProviderUnavailable, "internal fault"),
+        ((503, {"Content-Type": "text/html"}, PAGE), ProviderUnavailable, "internal fault"),
         ((200, {"Content-Type": "text/html"}, PAGE), ProviderUnavailable, "no Key"),
-        ((403, {"Content-Type": "text/html"}, PAGE), ProviderUnavailable, "no service of AWS"),
+        (
+            (403, {"Content-Type": "text/html"}, PAGE),
+            ProviderUnavailable,
+            "another service than AWS",
+        ),
         ((200, JSON, b"{}"), ProviderUnavailable, "no Key"),
         ((200, JSON, b"[]"), ProviderError, "cannot|no Key"),
         (False, ProviderUnavailable, "connection broke"),
         ((200, JSON, b'"' + bytes(1 << 20)), ProviderUnavailable, "more than 1048576 bytes"),
-        ((200, JSON | {"Content-Encoding": "gzip"}, BOMB), ProviderUnavailable, "no service"),
-        (says("DependencyTimeoutException", status=503), ProviderUnavailable, "trouble"),
+        ((200, JSON | {"Content-Encoding": "gzip"}, BOMB), ProviderUnavailable, "another service"),
+        (says("DependencyTimeoutException", status=503), ProviderUnavailable, "internal fault"),
         (says("KeyUnavailableException", status=500), ProviderUnavailable, "not available"),
         (says("NobodyHeardOfThisException"), ProviderError, "NobodyHeardOfThis"),
         (says("OptInRequired", status=403), AccessDenied, "region"),
@@ -294,7 +298,7 @@ def test_what_answers_with_no_data_key(kms: Any, make: Any, dek: Dek) -> None:
         JSON,
         json.dumps({"KeyId": key.arn, "Plaintext": "AAAA"}).encode(),
     )
-    with pytest.raises(UnwrapFailed, match="no data key"):
+    with pytest.raises(UnwrapFailed, match="not a data key"):
         provider.unwrap(wrapped, b"c")
 
 
@@ -302,7 +306,7 @@ def test_a_redirect_is_not_followed(kms: Any, make: Any, dek: Dek, simulate: Any
     kms.make("model")
     elsewhere = simulate("eu-central-1")
     kms.before = lambda *_: (307, {"Location": f"{elsewhere.address}/"}, b"")
-    with pytest.raises(ProviderUnavailable, match="no service of AWS"):
+    with pytest.raises(ProviderUnavailable, match="another service than AWS"):
         make().wrap("model", dek, b"c")
     assert not elsewhere.seen
 
@@ -356,7 +360,7 @@ def test_a_key_without_an_alias_is_told(
     with pytest.raises(AccessDenied):
         make().create_key("model", "symmetric", {})
     (key,) = kms.keys.values()
-    assert f"the key {key.arn} was made, and has no alias" in caplog.text
+    assert f"the key {key.arn} was made without an alias" in caplog.text
 
 
 def test_more_rotations_than_aws_allows(kms: Any, make: Any) -> None:
@@ -374,9 +378,9 @@ def test_what_does_not_rotate_and_what_is_no_use(kms: Any, make: Any, dek: Dek) 
     provider = make()
     with pytest.raises(UnsupportedOperation, match="rotates symmetric keys"):
         provider.rotate_key("rsa")
-    with pytest.raises(UnsupportedOperation, match="of no use here"):
+    with pytest.raises(UnsupportedOperation, match="is not usable"):
         provider.wrap("mac", dek, b"c")
-    with pytest.raises(ConfigError, match="no use here"):
+    with pytest.raises(ConfigError, match="not usable"):
         provider.create_key("mac", "symmetric", {})
     assert [info.key for info in provider.list_keys()] == ["rsa"]
 
@@ -406,8 +410,8 @@ def test_only_what_is_allowed_for_a_key_unwraps(kms: Any, make: Any, dek: Dek) -
     [
         ({"region": "Frankfurt"}, "region"),
         ({"keys": {"m": {"arn": "arn:aws:kms:us-east-1:111122223333:key/a"}}}, "replica"),
-        ({"keys": {"m": {"arn": "arn:aws:s3:::bucket"}}}, "no ARN of AWS KMS"),
-        ({"keys": {"m": {"arn": "1234abcd-12ab-34cd-56ef-1234567890ab"}}}, "no ARN"),
+        ({"keys": {"m": {"arn": "arn:aws:s3:::bucket"}}}, "neither an ARN of AWS KMS"),
+        ({"keys": {"m": {"arn": "1234abcd-12ab-34cd-56ef-1234567890ab"}}}, "neither an ARN"),
         ({"keys": {"..": {"arn": "alias/a"}}}, "not a key name"),
         ({"keys": {"m": {"arn": "alias/a", "mechanisms": ["none"]}}}, "RSA-OAEP-256"),
         ({"endpoint": "http://kms.eu-central-1.amazonaws.com"}, "not protected"),
@@ -415,8 +419,8 @@ def test_only_what_is_allowed_for_a_key_unwraps(kms: Any, make: Any, dek: Dek) -
         ({"endpoint": "https://user:secret@host"}, "no user name"),
         ({"endpoint": "http://169.254.169.254"}, "not protected"),
         ({"endpoint": "https://host/path"}, "more than"),
-        ({"endpoint": "https://host:port"}, "no address"),
-        ({"context": {"keymgmt-context": "x"}}, "no name for a pair"),
+        ({"endpoint": "https://host:port"}, "not an address"),
+        ({"context": {"keymgmt-context": "x"}}, "not a possible name"),
         ({"context": {"fleet": ""}}, "printable"),
         ({"context": {str(n): "x" for n in range(9)}}, "at most 8|context"),
         ({"alias_prefix": "aws/"}, "manages"),
@@ -429,9 +433,9 @@ def test_only_what_is_allowed_for_a_key_unwraps(kms: Any, make: Any, dek: Dek) -
                     "secret_access_key": {"prompt": "key"},
                 }
             },
-            "secret_access_key\n.*nobody is asked",
+            "secret_access_key\n.*a prompt is not possible",
         ),
-        ({"auth": {"method": "container", "uri": {"prompt": "uri"}}}, "nobody is asked"),
+        ({"auth": {"method": "container", "uri": {"prompt": "uri"}}}, "a prompt is not possible"),
         ({"auth": {"method": "role", "role_arn": "arn:aws:iam::1:role/x"}}, "role_arn|source"),
         ({"surprise": 1}, "surprise"),
     ],

@@ -93,7 +93,7 @@ def test_a_model_by_the_command_line(kms: Any, site: Run, tmp_path: Path) -> Non
 
     # What takes the place of retiring a version: a new key.
     said = site("keys", "retire", f"cloud:resnet50@{key.id}", code=1)
-    assert "AWS KMS retires no version" in said
+    assert "AWS KMS cannot retire a version" in said
     hint = " ".join(said.split()).replace("PROVIDER:NEW", "cloud:resnet50-2027")
     for command in re.findall(r"keymgmt ([^;]*)", hint):
         site(*command.replace("MODEL", "resnet50.sealed").split())
@@ -102,7 +102,7 @@ def test_a_model_by_the_command_line(kms: Any, site: Run, tmp_path: Path) -> Non
     assert "disabled" in site("doctor", "cloud:resnet50", code=1)
 
     # AWS waits, and what is waited for is said, also the second time.
-    assert "nobody has looked" in site("keys", "delete", "cloud:resnet50-2027", "--yes", code=3)
+    assert "it was not checked" in site("keys", "delete", "cloud:resnet50-2027", "--yes", code=3)
     delete = ("keys", "delete", "cloud:resnet50-2027", "--tree", ".", "--yes")
     assert "opens 1 model" in site(*delete, code=3)
     said = site(*delete[:3], "--force", "--yes")
@@ -290,7 +290,7 @@ def test_doctor_says_whether_a_policy_asks_for_the_context(kms: Any, make: Any) 
 
     def policies() -> dict[str, str]:
         found = [f for f in provider.check("model").findings if f.name == "policy"]
-        return {f.detail.split(" asks for ")[1].split()[0]: f.status for f in found}
+        return {f.detail.split(" requires ")[1].split()[0]: f.status for f in found}
 
     assert policies() == {"keymgmt-context": "warning", "fleet": "warning"}
 

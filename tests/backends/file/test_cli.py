@@ -96,7 +96,7 @@ def test_lock_change_unlock(site: Path) -> None:
     secret_file(site, "new", "another battery staple")
     result = run(site, "passwd", "--new-file", str(site / "new"))
     assert result.returncode == 0
-    assert "Put the new one" in result.stderr
+    assert "Put the new passphrase" in result.stderr
     result = run(site, "unlock")
     assert result.returncode == 5, "a wrong passphrase is denied"
     assert "does not open with this passphrase" in result.stderr
@@ -106,7 +106,7 @@ def test_lock_change_unlock(site: Path) -> None:
     add_passphrase(site, '{ file = "new" }')
     result = run(site, "unlock")
     assert (result.returncode, is_locked(site)) == (0, {False})
-    assert "take it out" in result.stderr
+    assert "remove it" in result.stderr
     result = run(site, "passwd", "--new-file", str(site / "old"))
     assert result.returncode == 3
     assert "keymgmt file lock local" in result.stderr
