@@ -10,8 +10,8 @@
 
 import os
 
-# ONNX Runtime's telemetry writes below the home directory when `onnxruntime` is imported, and sends
-# what it wrote. It looks at this then; where it was imported before, `load` stops it.
+# When `onnxruntime` is imported, its telemetry writes below the home directory and sends data,
+# unless this is set. If it was imported before, `load` switches the telemetry off.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 from keymgmt_onnxruntime._load import load  # after the line above

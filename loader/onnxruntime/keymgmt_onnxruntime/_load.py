@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 __all__ = ["load"]
 
-# Ours, and two of ONNX Runtime's: what it read, and what it packs; measured with 512 MiB.
+# Our copy, and two of ONNX Runtime: as read, and packed for its kernels; measured with 512 MiB.
 _COPIES: Final = 3
 _BY_PATH: Final = "open it by path: keymgmt.private_folder, keymgmt exec (docs/exec.md)"
-# What writes compiled or optimised graphs, with their weights, has such words in its name, or its
-# value: that of OpenVINO's load_config is JSON.
+# Options that write compiled or optimised graphs, with their weights, have such words in the name,
+# or in the value: OpenVINO's load_config has JSON as its value.
 _WRITES: Final = ("cache", "dump", "ep_context", "save")
 
 Provider = str | tuple[str, Mapping[str, Any]]
@@ -49,24 +49,24 @@ def load(
     keys: str | os.PathLike[str] | Config | None = None,
     file: str | None = None,
 ) -> onnxruntime.InferenceSession:
-    """Open a sealed model, and make a session of an ONNX file of it.
+    """Open a sealed model, and make a session of one of its ONNX files.
 
-    ONNX Runtime copies all that it reads. What was decrypted is wiped before this returns; the
-    runtime's copies are given back with the session, and wiped by nobody.
+    ONNX Runtime copies everything that it reads. The decrypted bytes are wiped before this returns;
+    the copies of the runtime are freed with the session, and not wiped.
 
     Args:
         path: the sealed model.
-        sess_options: as for ``InferenceSession``; what would write the model to a disk is refused.
-        providers: as for ``InferenceSession``, which cannot change them later.
-        provider_options: as for ``InferenceSession``; what would write to a disk is refused.
+        sess_options: as for ``InferenceSession``; an option that writes to a disk is refused.
+        providers: as for ``InferenceSession``; they cannot be changed later.
+        provider_options: as for ``InferenceSession``; an option that writes to a disk is refused.
         name: the model that is expected; another one is refused.
         keys: a loaded config, or the path of one; else the one that ``keymgmt.load_config`` finds.
-        file: the .onnx, where the model has several.
+        file: the .onnx file, if the model has several.
 
     Raises:
-        ConfigError: an option or a variable that has plaintext written to a disk, or
-            ``sess_options`` that has providers of its own.
-        FormatError: there is no such file, or it keeps tensors outside of the model.
+        ConfigError: an option or a variable would write plaintext to a disk, or ``sess_options``
+            has providers of its own.
+        FormatError: there is no such file, or its tensors are outside of the model.
         SealedModelError, CannotUnlock, ConfigError: as ``keymgmt.open``.
         KeymgmtError: too little memory, or ONNX Runtime refused the model.
     """
@@ -75,7 +75,7 @@ def load(
     _check_options(options, providers or (), provider_options or ())
     with keymgmt.open(path, name=name, keys=keys) as sealed, contextlib.ExitStack() as stack:
         title = sealed.manifest.name
-        hint = "seal an .onnx, or a folder that has one; other formats have loaders of their own"
+        hint = "seal an .onnx file, or a folder with it; other formats have their own loaders"
         chosen = choose_file(sealed, file, (".onnx",), label=".onnx file", hint=hint)
         data, room = stack.enter_context(file_bytes(sealed, chosen, copies=_COPIES))
         outside = _Outside(sealed, chosen)
@@ -93,30 +93,31 @@ def load(
             options.add_external_initializers_from_files_in_memory(names, memories, sizes)
         try:
             session = onnxruntime.InferenceSession(data, options, providers, provider_options)
-        except Exception as error:  # noqa: BLE001 - its errors have no base of their own
+        except Exception as error:  # noqa: BLE001 - its errors have no common base class
             whole = str(error)
         else:
-            # It keeps the bytes, to make itself anew of them, and they are wiped.
+            # The session keeps the bytes to build itself again with other providers; they are
+            # wiped, so this is switched off.
             session.disable_fallback()
             session._model_bytes = None
             return session
-    why = "it takes no tensors outside of a nested graph from memory; " if outside.names else ""
+    why = "from memory it does not read tensors of nested graphs; " if outside.names else ""
     refusal = KeymgmtError(f"ONNX Runtime cannot read {outside.label}", hint=f"{why}{_BY_PATH}")
     refusal.add_note(f"ONNX Runtime said:\n{whole}")
     raise refusal
 
 
 class _Outside:
-    """The files of a sealed model that an ONNX file keeps tensors in, decrypted.
+    """The decrypted files of a sealed model in which an ONNX file keeps tensors.
 
-    ONNX Runtime knows each by a name that nobody could guess: what it does not take from memory, it
-    looks for on the disk, from the working directory on.
+    ONNX Runtime looks for a file that it does not have in memory on the disk, from the working
+    directory on. So each file has a random name for ONNX Runtime, which no file on a disk has.
 
     Attributes:
         label: what an error calls the ONNX file.
-        names: the name of each for ONNX Runtime -> its path in the model.
+        names: random name for ONNX Runtime -> path in the model.
         memories: path in the model -> its bytes.
-        size: of all tensors that were moved, however often the model names the same, in bytes.
+        size: bytes of all moved tensors, counting each time that the model names the same bytes.
     """
 
     def __init__(self, sealed: SealedModel, path: str) -> None:
@@ -128,7 +129,7 @@ class _Outside:
         self.size = 0
 
     def move(self, tensor: External) -> External:
-        """Where ONNX Runtime is to find it; its file is decrypted by then."""
+        """The new location of a tensor for ONNX Runtime, whose file is decrypted here."""
         file, length = outside_part(self._sealed, self._path, tensor, self.label)
         if file not in self.memories:
             self.memories[file] = file_memory(self._sealed, file)
@@ -143,26 +144,26 @@ def _check_options(
     providers: Sequence[Provider],
     provider_options: Sequence[Mapping[str, Any]],
 ) -> None:
-    """ConfigError where an option would have the model written to a disk, or cannot be seen."""
+    """ConfigError if an option would write the model to a disk, or options cannot be read."""
     if options.has_providers():
         raise ConfigError(
-            "sess_options has providers, whose options cannot be looked at",
+            "sess_options has providers, whose options cannot be read",
             hint="give them to load: providers=, provider_options=",
         )
     wrong = ["optimized_model_filepath"] if options.optimized_model_filepath else []
     with contextlib.suppress(Exception):  # not set
         if options.get_session_config_entry("ep.context_enable") == "1":
             wrong.append("ep.context_enable")
-    # Providers have variables for their options, ORT_TENSORRT_ENGINE_CACHE_ENABLE say.
+    # Providers also read options from variables, such as ORT_TENSORRT_ENGINE_CACHE_ENABLE.
     wrong += [name for name in os.environ if name.startswith("ORT_") and _writes(name)]
-    given = [each[1] for each in providers if not isinstance(each, str)]
-    for each in (*given, *provider_options):
+    paired = [each[1] for each in providers if not isinstance(each, str)]
+    for each in (*paired, *provider_options):
         wrong += [name for name, value in each.items() if _writes(f"{name} {value}")]
     if wrong:
         raise ConfigError(
-            f"{wrong[0]} has the model written to a disk, in plaintext",
-            hint="leave it out; it is said of every option and variable (ORT_...) with "
-            f"{', '.join(_WRITES)} in its name, and of every option with one in its value",
+            f"{wrong[0]} may write the model to a disk, in plaintext",
+            hint="leave it out; refused are options and variables (ORT_...) with "
+            f"{', '.join(_WRITES)} in the name, and options with one of these in the value",
         )
 
 

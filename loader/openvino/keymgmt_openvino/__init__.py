@@ -10,8 +10,9 @@
 
 import sys
 
-# OpenVINO's telemetry writes below the home directory and asks the name service when `openvino` is
-# imported; it takes a missing package as "not wanted". Nothing is changed where it is in already.
+# When `openvino` is imported, its telemetry writes below the home directory and resolves a host
+# name. Without the package of the telemetry it does not. A package that is imported already is left
+# alone.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 from keymgmt_openvino._load import load, read  # noqa: E402 - after the line above

@@ -1,4 +1,4 @@
-"""Calls of OpenVINO, whose errors are pages of source locations, as errors of ours."""
+"""Calling OpenVINO, whose errors are pages of source locations, and shortening its errors."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from keymgmt.errors import KeymgmtError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["ask", "news", "quoting"]
+__all__ = ["ask", "quoting", "reason_of"]
 
 E = TypeVar("E", bound=KeymgmtError)
 T = TypeVar("T")
 
-# The line that says what is wrong, where it is not the last one, and the way out.
+# A line with the reason that is not the last line of OpenVINO's text, and the hint for it.
 _KNOWN: Final = (
     (
         re.compile(
@@ -45,35 +45,37 @@ _KNOWN: Final = (
 
 
 def ask(label: str, call: Callable[..., T], *arguments: object, **options: object) -> T:
-    """Call OpenVINO; its refusal is one sentence, and keeps nothing of the arguments alive.
+    """Call OpenVINO; an error of OpenVINO becomes a KeymgmtError of one sentence.
 
-    The whole of what OpenVINO said is a note of the error (``__notes__``).
+    The error keeps none of the arguments alive. The whole text of OpenVINO is a note of the error
+    (``__notes__``).
     """
     try:
         return call(*arguments, **options)
     except RuntimeError as error:
         whole = str(error).strip()
-    # Outside of the handler: a chained exception's frames would hold the graph, so the weights; and
-    # an error that its own frame names would hold all frames until the collector comes by.
+    # Raised outside of the handler: the frames of a chained exception would hold the graph, and so
+    # the weights. And an error in a variable of its own frame would be a cycle, which keeps all
+    # frames until the garbage collector runs.
     del arguments, options
     raise _refusal(label, whole)
 
 
 def _refusal(label: str, whole: str) -> KeymgmtError:
-    said, hint = news(whole)
-    return quoting(KeymgmtError(f"{label}: {said}", hint=hint), whole)
+    reason, hint = reason_of(whole)
+    return quoting(KeymgmtError(f"{label}: {reason}", hint=hint), whole)
 
 
 def quoting(error: E, whole: str) -> E:
-    """The same error, and as a note of it the whole of what OpenVINO said."""
+    """The same error, with the whole text of OpenVINO as a note."""
     error.add_note(f"OpenVINO said:\n{whole.strip()}")
     return error
 
 
-def news(whole: str) -> tuple[str, str | None]:
-    """What an error of OpenVINO says after the places in its source, and the way out if known."""
+def reason_of(whole: str) -> tuple[str, str | None]:
+    """The reason in a text of OpenVINO, without source locations, and a hint if there is one."""
     for pattern, hint in _KNOWN:
-        if found := pattern.search(whole):
-            return found[0].strip(), hint
+        if match := pattern.search(whole):
+            return match[0].strip(), hint
     lines = [line.strip() for line in whole.splitlines() if line.strip()]
     return (lines[-1] if lines else "no reason given"), None

@@ -1,7 +1,7 @@
 """From a sealed model to OpenVINO: everything that can be refused is refused before work starts.
 
 Order: the environment, the caller's options and device; the signature and policy
-(``keymgmt.open``); room for the weights; then the bytes, verified as they are decrypted; then
+(``keymgmt.open``); memory for the weights; then the bytes, verified as they are decrypted; then
 OpenVINO.
 """
 
@@ -49,23 +49,23 @@ def load(
     """Open a sealed model in memory and compile it.
 
     Args:
-        path: the sealed model, with any file inside that ``Core.read_model`` reads. What is
-            neither IR nor ONNX is read through private files (``keymgmt.mount``).
+        path: the sealed model, with any file inside that ``Core.read_model`` reads. A format other
+            than IR and ONNX is read through private files (``keymgmt.mount``).
         device: an OpenVINO device, such as ``CPU`` or ``AUTO``.
         ov_config: as for ``Core.compile_model``; a model cache is refused.
         name: the model that is expected; another one is refused.
         keys: config, or its path; else the one that ``keymgmt.load_config`` finds.
         core: the Core to use; else a new one. It must have no model cache set.
-        cache: a folder of this user alone, to keep the compiled model in, sealed to this device;
-            for devices that export what they compiled, such as CPU and HETERO. The next load takes
-            it from there and compiles nothing.
-        file: which graph, where the sealed folder has several; else its main one.
+        cache: a folder of this user alone, in which the compiled model is kept, sealed to this
+            device; for devices that can export compiled models, such as CPU and HETERO. The next
+            load takes the compiled model from there.
+        file: which graph, if the sealed folder has several; else its main one.
 
     Returns:
         The model; a context manager whose end wipes it.
 
     Raises:
-        ConfigError: a model cache, a device that is not there, or the config.
+        ConfigError: a model cache, a device that does not exist, or a fault in the config.
         SealedModelError: damaged, untrusted, too old, or not a model for OpenVINO.
         CannotUnlock: no key of this config opens it.
         KeymgmtError: too little memory, or OpenVINO refused the model.
@@ -96,9 +96,9 @@ def load(
                         log.warning("%s; better leave cache= out", str(error))
                         log.debug("%s", "".join(error.__notes__))
                         release(memory)
-                        kept = None  # another one would be the same
+                        kept = None  # a new export would be refused in the same way
             size = sealed.manifest.size
-            _say_if_tight(size, title)
+            _warn_if_tight(size, title)
             model, memories = read_sealed(sealed, core, file)
         try:
             compiled = ask(
@@ -111,19 +111,19 @@ def load(
             if kept is not None:
                 keep_compiled(kept, compiled, size)
         except BaseException:
-            # The error's traceback holds this frame, which must not hold the graph.
+            # The traceback of the error holds this frame, which must not hold the graph.
             del model
             for memory in memories:
                 release(memory)
             raise
-        del model  # what the compiled model does not need can be wiped already
+        del model  # so that weights which the compiled model does not need are wiped now
         return LoadedModel(title, compiled, memories)
 
 
-def _say_if_tight(size: int, title: str) -> None:
+def _warn_if_tight(size: int, title: str) -> None:
     try:
         check_free_memory(2 * size, title)
-    except KeymgmtError as error:  # whether there is room for one copy is asked by who makes it
+    except KeymgmtError as error:  # memory for one copy is checked where the copy is made
         log.warning(
             "%s, counting the copy that OpenVINO makes of most weights at the first inference; "
             "the system may end this process then",
@@ -139,10 +139,10 @@ def read(
     core: ov.Core | None = None,
     file: str | None = None,
 ) -> ov.Model:
-    """Open a sealed model as an ``openvino.Model``, to look at, reshape or preprocess.
+    """Open a sealed model as an ``openvino.Model``, to examine, reshape or preprocess it.
 
-    The weights are wiped when the model and all that was compiled from it are gone. What is saved
-    or cached from it is plaintext, and that is the caller's doing.
+    The weights are wiped when the model and everything that was compiled from it are gone. Files
+    that the caller saves or caches from it are plaintext.
 
     Raises:
         SealedModelError, CannotUnlock, ConfigError, KeymgmtError: as ``load``.

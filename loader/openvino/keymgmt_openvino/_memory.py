@@ -1,14 +1,14 @@
-"""Plaintext in memory that OpenVINO owns, and its end.
+"""Plaintext in memory that OpenVINO owns, and when it is wiped.
 
 Rules:
-* The bytes live in an ``ov.Tensor`` whose storage OpenVINO allocated: every graph, compiled model
-  and request made from it holds the storage alive, and reads it until its own end. So dropping our
-  reference is always safe, and wiping is safe only when ours is the last one.
-* Whether ours is the last one is asked of the storage itself: the use count of its shared pointer.
-  Python's own references cannot tell, since an ``AsyncInferQueue`` or a request of another thread
-  holds the storage from C++ alone.
-* Where the count cannot be read (another OpenVINO with another layout) nothing is ever wiped by
-  us: a wipe too early gives silently wrong answers, and that is the greater harm.
+* The bytes are in an ``ov.Tensor`` whose storage OpenVINO allocated. Every graph, compiled model
+  and request made from it keeps the storage alive and reads it until its own end. So dropping our
+  reference is always safe, and wiping is safe only if our reference is the last one.
+* The use count of the storage's shared pointer tells whether it is the last one. Python's own
+  reference counts do not: an ``AsyncInferQueue`` or a request of another thread holds the storage
+  from C++ alone.
+* Where the use count cannot be read (another OpenVINO with another layout) the memory is freed and
+  not wiped: a wipe too early gives silently wrong answers, which is the greater harm.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ _WORD: Final = ctypes.sizeof(ctypes.c_void_p)
 
 
 class Memory:
-    """Room for ``size`` bytes of plaintext in storage that OpenVINO owns.
+    """A buffer of ``size`` bytes for plaintext, in storage that OpenVINO owns.
 
-    Out of core dumps (MADV_DONTDUMP) and, within the limit of the process, kept from swap.
+    It is out of core dumps (MADV_DONTDUMP) and, within the limit of the process, kept from swap.
 
     Attributes:
         tensor: u8 tensor of shape [size]; hand it to OpenVINO, and keep no reference to it.
         size: bytes.
-        address: of the first one.
+        address: address of the first byte.
         locked: whether it is kept from swap (mlock2).
-        gone: whether it was let go of.
+        gone: whether our reference was dropped.
     """
 
-    gone = True  # until there is something
+    gone = True  # until __init__ has succeeded
 
     def __init__(self, size: int) -> None:
-        """Allocate; nothing is touched yet.
+        """Allocate, without touching the pages yet.
 
         Raises:
-            KeymgmtError: the system refuses that much.
+            KeymgmtError: the system does not give that much memory.
         """
         try:
             self.tensor = ov.Tensor(ov.Type.u8, ov.Shape([size]))
@@ -76,16 +76,19 @@ class Memory:
         return memoryview(self.tensor.data)
 
     def in_use(self) -> bool:
-        """Whether anything but this object holds the storage; True where that cannot be known."""
+        """Whether anything but this object holds the storage; True if that cannot be known."""
         if self.gone:
             return False
         try:
             return not _counting_works() or _use_count(self.tensor) != 1
-        except OSError:  # out of descriptors, say: asked again later
+        except OSError:  # such as no free descriptor: the caller asks again later
             return True
 
     def wipe(self) -> None:
-        """Overwrite with zeros and let go. Only while ``in_use`` is false; may be called again."""
+        """Overwrite with zeros and drop our reference; only while ``in_use`` is false.
+
+        May be called again.
+        """
         if self.gone:
             return
         self.gone = True
@@ -95,20 +98,20 @@ class Memory:
         del self.tensor
 
     def drop(self) -> None:
-        """Let go without overwriting; whoever still reads the storage keeps it."""
+        """Drop our reference without overwriting; readers of the storage keep it alive."""
         if not self.gone:
             self.gone = True
             del self.tensor
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        # Whoever let it go without a word, an owner's end or an interrupt between two lines: the
-        # rules hold all the same. At the interpreter's own end nobody is left to wait for.
+        # A memory may be dropped without ``release``, as by an interrupt between two lines; the
+        # rules hold all the same. At the end of the interpreter nothing is waited for.
         if not self.gone and not ending():
             release(self)
 
 
 def filled(size: int, name: str, fill: Callable[[memoryview], object]) -> Memory:
-    """New memory, with what ``fill`` writes into all of it; wiped where that fails.
+    """New memory, which ``fill`` writes as a whole; wiped if ``fill`` fails.
 
     Raises:
         KeymgmtError: too little memory is free for ``name``.
@@ -125,7 +128,7 @@ def filled(size: int, name: str, fill: Callable[[memoryview], object]) -> Memory
 
 
 def _read_word(address: int) -> int:
-    # The kernel copies it: with another layout than expected this is an error, never a crash.
+    # The kernel reads the address: if the layout is not as expected, that is an error and no crash.
     reader, writer = os.pipe()
     try:
         if libc.write(writer, address, _WORD) != _WORD:
@@ -154,19 +157,19 @@ def _counting_works() -> bool:
         works = (alone, shared, _use_count(tensor)) == (1, 2, 1)
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
-            raise  # which is not remembered
+            raise  # so that functools.cache does not remember a result
         works = False
     if not works:
         log.warning(
-            "OpenVINO %s does not let us see who uses a model's memory: "
-            "it is given back at the end, but not overwritten",
+            "the use count of a model's memory cannot be read in OpenVINO %s: "
+            "the memory is freed at the end, but not overwritten",
             ov.__version__,
         )
     return works
 
 
 class _Wiper:
-    """Wipes what was released as soon as its last user is gone."""
+    """Wipes released memories as soon as the last user of each is gone."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -184,9 +187,10 @@ class _Wiper:
                 self._thread.start()
 
     def sweep(self) -> bool:
-        """Wipe what nobody uses; whether nothing is left."""
+        """Wipe memories without users; True if none is left."""
         with self._changed:
-            # In place: the collector may end another memory, and so add it, anywhere in here.
+            # The list is changed in place: anywhere in here the garbage collector may end another
+            # memory and so add it.
             for memory in tuple(self._waiting):
                 if not memory.in_use():
                     memory.wipe()
@@ -195,7 +199,8 @@ class _Wiper:
             return not self._waiting
 
     def _run(self) -> None:
-        # Nothing tells that a C++ owner ended, so it is asked: often at first, then once a second.
+        # There is no notice when a C++ owner ends, so the use counts are polled: often at first,
+        # then once a second.
         pause = 0.01
         with self._changed:
             while not self.sweep():
@@ -207,8 +212,7 @@ _wiper = _Wiper()
 
 
 def _forget() -> None:
-    # A forked child has no such thread, and its copies of the pages are its own: wiping them would
-    # copy them first.
+    # A forked child does not have the thread; and to wipe its pages, the kernel would copy them.
     global _wiper
     _wiper = _Wiper()
 
@@ -218,10 +222,10 @@ os.register_at_fork(after_in_child=_forget)
 
 
 def release(memory: Memory) -> None:
-    """Wipe ``memory`` now, or, while anything made from it lives, when the last of it dies."""
+    """Wipe ``memory`` now, or, if anything made from it is alive, when the last user is gone."""
     try:
         works = _counting_works()
-    except OSError:  # out of descriptors: the wiper asks again
+    except OSError:  # such as no free descriptor: the wiper asks again
         works = True
     if works:
         _wiper.add(memory)

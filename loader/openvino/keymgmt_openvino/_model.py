@@ -1,4 +1,4 @@
-"""What ``load`` returns: it is used like OpenVINO's own object, and ends with its memory wiped."""
+"""The result of ``load``: it is used like OpenVINO's own object, and its end wipes the memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger("keymgmt.openvino")
 
 
 class _Compiled(ov.CompiledModel):  # type: ignore[misc]
-    """A CompiledModel that remembers its requests, so that an error can name what still lives."""
+    """A CompiledModel that remembers its requests, so that an error can name its users."""
 
     def __init__(self, other: ov.CompiledModel) -> None:
         super().__init__(other)
@@ -36,9 +36,9 @@ class _Compiled(ov.CompiledModel):  # type: ignore[misc]
 class Owner:
     """An OpenVINO object and the memory that it reads from.
 
-    ``close()``, or leaving the ``with`` block, wipes the memory; so does the end of the last thing
-    that uses it, if that is later. Not for use in a process forked after loading: OpenVINO's
-    threads do not survive a fork.
+    ``close()``, or leaving the ``with`` block, wipes the memory. If something still uses it, it is
+    wiped when the last user is gone. Not for use in a process that was forked after loading:
+    OpenVINO's threads do not survive a fork.
 
     Attributes:
         name: name of the model, verified.
@@ -50,18 +50,19 @@ class Owner:
         self.name = name
         self.locked = bool(memories) and all(memory.locked for memory in memories)
         self._inner: Any = inner
-        # Compiling may leave nobody who reads it: f16 weights were expanded to f32, say.
+        # After compiling, nothing may read a storage any more, as when f16 weights were expanded to
+        # f32. It is wiped at once.
         for memory in memories:
             if not memory.in_use():
                 release(memory)
         self._memories = tuple(memory for memory in memories if not memory.gone)
         self._process = os.getpid()
         for memory in self._memories:
-            # Where nobody calls close(); what is still in use then is wiped when it ends.
+            # For an owner on which nobody calls close().
             weakref.finalize(self, release, memory).atexit = False
 
     def _use(self) -> Any:
-        """The OpenVINO object; raises where it must not be used."""
+        """The OpenVINO object; raises if it is closed, or was loaded before a fork."""
         if self._process != os.getpid():
             raise KeymgmtError(
                 f"{self.name} was loaded before this process was forked",
@@ -72,20 +73,21 @@ class Owner:
         return self._inner
 
     def _users(self) -> str:
-        """What was made from it and is still alive, for the message that says so."""
+        """The objects that were made from it and are still alive, in words for a message."""
         return ""
 
     def close(self, *, strict: bool = False) -> None:
         """End the model and wipe its weights; may be called again.
 
-        Whatever was made from it and is still held, a request, an output, a queue, stays right. The
-        weights are wiped when the last of that is gone, and the log says that they wait.
+        A request, an output or a queue that was made from it and is still held stays usable. The
+        weights are then wiped when the last of these is gone, which is logged as a warning.
 
         Args:
-            strict: raise instead of saying so.
+            strict: raise in place of the warning.
 
         Raises:
-            ModelInUse: with ``strict``; the weights are wiped all the same when nobody is left.
+            ModelInUse: with ``strict``; the weights are wiped all the same when the last user is
+                gone.
         """
         self._inner = None
         for memory in self._memories:
@@ -96,8 +98,8 @@ class Owner:
         if strict:
             raise ModelInUse(
                 users,
-                hint="drop all that was made from it, then close it; until then its weights stay "
-                "in memory, and they are wiped when the last of it is gone",
+                hint="drop everything that was made from it, then close it; its weights stay in "
+                "memory until the last of these is gone, and are wiped then",
             )
         log.warning("%s; its weights are wiped when that is gone", users)
 
@@ -128,7 +130,7 @@ class LoadedModel(Owner):
     right for as long as it is held.
     """
 
-    # What editors and type checkers know of a CompiledModel; it answers itself, as to all else.
+    # Declared for editors and type checkers; __getattr__ gives the CompiledModel's own.
     inputs: list[ov.ConstOutput]
     outputs: list[ov.ConstOutput]
     input: Callable[..., ov.ConstOutput]
@@ -143,14 +145,14 @@ class LoadedModel(Owner):
     release_memory: Callable[[], None]
 
     def __init__(self, name: str, compiled: ov.CompiledModel, memories: Sequence[Memory]) -> None:
-        """Take over ``memories``, the storage of the weights; none where OpenVINO copied them."""
+        """Take over ``memories``, the storage of the weights; empty where OpenVINO copied them."""
         inner = _Compiled(compiled)
         self._made, self._alive = inner.made, weakref.ref(inner)
         super().__init__(name, inner, memories)
 
     @property
     def compiled(self) -> ov.CompiledModel:
-        """The CompiledModel inside. Whatever is made from it delays the wipe until it is gone."""
+        """The CompiledModel inside. Every object made from it delays the wipe until it is gone."""
         return self._use()
 
     def __call__(
@@ -169,14 +171,15 @@ class LoadedModel(Owner):
         return self.compiled(inputs, share_inputs, share_outputs, decode_strings=decode_strings)
 
     def _pybind11_conduit_v1_(self, *arguments: object) -> object:
-        # How C++ made with pybind11 (2.13 on) asks an object for the C++ one that it stands for.
+        # By this method C++ code with pybind11 2.13 or newer asks an object for the C++ object
+        # behind it; so openvino.AsyncInferQueue accepts a LoadedModel.
         return self.compiled._pybind11_conduit_v1_(*arguments)
 
     def _users(self) -> str:
         compiled = self._alive()
         own = None if compiled is None else compiled._infer_request
         requests = sum(request is not own for request in self._made)
-        found = [f"{requests} inference request{'s' * (requests != 1)}"] if requests else []
+        users = [f"{requests} inference request{'s' * (requests != 1)}"] if requests else []
         if compiled is not None:
-            found.append("the compiled model")
-        return " and ".join(found)
+            users.append("the compiled model")
+        return " and ".join(users)

@@ -52,9 +52,9 @@ def read_sealed(
         return _read_onnx(sealed, core, path, label, cannot), []
     if suffix != ".xml":
         with keymgmt.mount(sealed, only=lambda each: _goes_with(each, path)) as folder:
-            place = folder / path
-            place = place.parent if place.name == _SAVED_MODEL else place
-            return ask(cannot, core.read_model, place), []
+            target = folder / path
+            target = target.parent if target.name == _SAVED_MODEL else target
+            return ask(cannot, core.read_model, target), []
     memory = read_weights(sealed, path)
     try:
         with file_bytes(sealed, path) as (data, _):
@@ -65,9 +65,9 @@ def read_sealed(
 
 
 def _read_onnx(sealed: SealedModel, core: ov.Core, path: str, label: str, cannot: str) -> ov.Model:
-    """From memory, also the tensors that are in other files; OpenVINO copies all of them."""
+    """Read an ONNX graph from memory, with tensors in other files; OpenVINO copies all tensors."""
     files: dict[str, Memory] = {}
-    copied = 0  # bytes that OpenVINO will copy, however often the model names the same
+    copied = 0  # bytes that OpenVINO will copy, counting each time the model names the same bytes
 
     def in_memory(tensor: External) -> External:
         file, length = outside_part(sealed, path, tensor, label)
@@ -78,7 +78,8 @@ def _read_onnx(sealed: SealedModel, core: ov.Core, path: str, label: str, cannot
         return External(_ADDRESS, files[file].address + tensor.offset, length)
 
     try:
-        # The frontend parses a copy and copies each tensor; measured with 1 GiB: four times.
+        # OpenVINO's frontend parses a copy and copies each tensor: measured with 1 GiB, four times
+        # the size in all.
         with file_bytes(sealed, path, copies=4) as (data, room):
             parts = move_external(room, label, in_memory)
             if parts is None:
@@ -105,10 +106,10 @@ def _goes_with(path: str, graph: str) -> bool:
 
 def read_weights(sealed: SealedModel, graph: str) -> Memory:
     """Decrypt the .bin beside the .xml ``graph``; an empty storage where there is none."""
-    wanted = str(PurePosixPath(graph).with_suffix(".bin")).casefold()
-    found = [path for path in sealed.manifest.by_path if path.casefold() == wanted]
-    # Paths are unique under case folding.
-    return read_file(sealed, found[0]) if found else Memory(0)
+    weights = str(PurePosixPath(graph).with_suffix(".bin")).casefold()
+    # Paths of a sealed model are unique under case folding.
+    matches = [path for path in sealed.manifest.by_path if path.casefold() == weights]
+    return read_file(sealed, matches[0]) if matches else Memory(0)
 
 
 def read_file(sealed: SealedModel, path: str) -> Memory:

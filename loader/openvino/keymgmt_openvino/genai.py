@@ -1,8 +1,8 @@
 """OpenVINO GenAI pipelines from sealed folders.
 
 Language models are built from memory: graph, weights, tokenizer, chat template and generation
-config straight from the decrypted bytes. Pipelines that take nothing but a path get one that is on
-no disk (``keymgmt.mount``). Which is which, and what stays in memory: docs/genai.md.
+config straight from the decrypted bytes. Pipelines that take only a path get a path that is not on
+a disk (``keymgmt.mount``). docs/genai.md lists both, and what stays in memory.
 """
 
 from __future__ import annotations
@@ -66,15 +66,15 @@ _TEMPLATES: Final = (
 
 
 class LoadedPipeline(Owner):
-    """A GenAI pipeline from a sealed folder; used like one, and closed like a loaded model.
+    """A GenAI pipeline from a sealed folder; used like the pipeline, closed like a loaded model.
 
-    All of the pipeline is there: ``generate``, ``start_chat`` and so on. A generation that runs in
-    another thread when it is closed ends undisturbed, and the weights are wiped after it.
+    It has all members of the pipeline: ``generate``, ``start_chat`` and so on. A generation that
+    runs in another thread when it is closed ends normally, and the weights are wiped after it.
     """
 
     @property
     def pipeline(self) -> Any:
-        """The pipeline inside. Whatever holds it delays the wipe until it is gone."""
+        """The pipeline inside. The weights are not wiped while something holds it."""
         return self._use()
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
@@ -105,8 +105,8 @@ def load_llm(
         keys: config, or its path; else the one that ``keymgmt.load_config`` finds.
         generation_config: a ``GenerationConfig``; else that of the folder.
         draft_model: for speculative decoding: what ``load_draft_model`` returns.
-        trust_draft_model: take a ready-made ``openvino_genai.draft_model`` too. It was read and
-            compiled with whatever options it was given, a plaintext cache among them.
+        trust_draft_model: accept a ready-made ``openvino_genai.draft_model`` too, whose options are
+            not known: it may have a plaintext cache.
         **pipeline_options: as for ``LLMPipeline``, such as ``ATTENTION_BACKEND``,
             ``scheduler_config`` or ``adapters`` (of ``load_adapter``).
 
@@ -114,9 +114,9 @@ def load_llm(
         The pipeline's owner; a context manager whose end wipes the weights.
 
     Raises:
-        FormatError: no graph, tokenizer or detokenizer in it.
-        KeymgmtError: too little memory, or OpenVINO GenAI refused the model: among other things
-            a tokenizer that another version made.
+        FormatError: it has no graph, tokenizer or detokenizer.
+        KeymgmtError: too little memory, or OpenVINO GenAI refused the model, such as a tokenizer of
+            another version.
         ConfigError, SealedModelError, CannotUnlock: as ``keymgmt_openvino.load``.
     """
     check_pipeline(device, pipeline_options)
@@ -151,7 +151,7 @@ def load_vlm(
     Arguments and result are those of ``load_llm``; the options are of ``VLMPipeline``.
 
     Raises:
-        FormatError: no tokenizer, or no graph for language, text embeddings or images in it.
+        FormatError: it has no tokenizer, or no graph for language, text embeddings or images.
         KeymgmtError: as ``load_llm``, or this system cannot keep the small files to this process.
         ConfigError, SealedModelError, CannotUnlock: as ``keymgmt_openvino.load``.
     """
@@ -187,8 +187,8 @@ def load_draft_model(
     **options: Any,
 ) -> DraftModel:
     """Open a sealed folder as an ``openvino_genai.draft_model``; as ``load_path_pipeline``."""
-    made = load_path_pipeline(ov_genai.draft_model, path, device, name=name, keys=keys, **options)
-    return DraftModel(made)
+    draft = load_path_pipeline(ov_genai.draft_model, path, device, name=name, keys=keys, **options)
+    return DraftModel(draft)
 
 
 def _draft(model: Any, trusted: bool) -> dict[str, Any]:
@@ -237,8 +237,8 @@ def load_path_pipeline(
 ) -> T:
     """Build a pipeline that takes only a path: ``pipeline(directory, device, **options)``.
 
-    The directory is ``keymgmt.mount``'s, so this process becomes non-dumpable. The files' memory
-    is given back when the pipeline is gone.
+    The directory comes from ``keymgmt.mount``, so this process becomes non-dumpable. The memory of
+    the files is freed when the pipeline is gone.
 
     Args:
         pipeline: a class such as ``openvino_genai.TextEmbeddingPipeline``, or any callable.
@@ -246,7 +246,7 @@ def load_path_pipeline(
         device: an OpenVINO device.
         name: the model that is expected; another one is refused.
         keys: config, or its path; else the one that ``keymgmt.load_config`` finds.
-        file: the file to name instead of the directory, for a pipeline that is one (GGUF).
+        file: the file to name in place of the directory, for a pipeline in one file (GGUF).
         **options: for the pipeline.
 
     Raises:
@@ -266,7 +266,7 @@ def _build(
     where: str,
     make: Callable[[dict[str, tuple[bytes, Any]], Any, Any], Any],
 ) -> LoadedPipeline:
-    """Decrypt the graphs (a name for each, and its path) and hand them to ``make``."""
+    """Decrypt the graphs (name -> path) and hand them to ``make``."""
     title = sealed.manifest.name
     memories: list[Memory] = []
     models: dict[str, tuple[bytes, Any]] = {}
@@ -284,7 +284,7 @@ def _build(
             models.clear()
         return LoadedPipeline(title, pipeline, memories)
     except BaseException:
-        # The error's traceback holds this frame, which must not hold what it built.
+        # The traceback of the error holds this frame, which must not hold pipeline and graphs.
         tokenizer = pipeline = None
         models.clear()
         for memory in memories:
@@ -293,7 +293,7 @@ def _build(
 
 
 def _language_model(sealed: SealedModel) -> str:
-    """The path of the main graph; FormatError where a part of a language model is missing."""
+    """The path of the main graph; FormatError if a part of a language model is missing."""
     main = sealed.manifest.main
     if main == _GRAPH.format("language"):
         raise FormatError(
@@ -307,11 +307,11 @@ def _language_model(sealed: SealedModel) -> str:
 
 
 def _vision_graphs(sealed: SealedModel) -> dict[str, str]:
-    """Name, as GenAI calls it, and path of each graph of a vision language model."""
+    """GenAI's name -> path, for each graph of a vision language model."""
     needed = [_GRAPH.format(name) for name in ("language", "text_embeddings", "vision_embeddings")]
     _check_folder(sealed, "vision language model", needed)
     paths = sealed.manifest.by_path
-    return {found[1]: path for path in paths if (found := _NAMED.fullmatch(path))}
+    return {match[1]: path for path in paths if (match := _NAMED.fullmatch(path))}
 
 
 def _check_folder(sealed: SealedModel, label: str, graphs: list[str]) -> None:
@@ -319,8 +319,8 @@ def _check_folder(sealed: SealedModel, label: str, graphs: list[str]) -> None:
     missing = [path for path in (*graphs, _TOKENIZER, _DETOKENIZER) if path not in manifest.by_path]
     if missing:
         raise FormatError(
-            f"{manifest.name} ({manifest.kind}) is no {label}: it lacks {' and '.join(missing)}",
-            hint="what optimum-cli export openvino makes of a language model has them; models of "
+            f"{manifest.name} ({manifest.kind}) is not a {label}: it lacks {' and '.join(missing)}",
+            hint="optimum-cli export openvino writes these files for a language model; models of "
             "other pipelines are opened with load_path_pipeline (docs/genai.md)",
         )
 
@@ -354,29 +354,29 @@ def _tokenizer(sealed: SealedModel, memories: list[Memory]) -> Any:
 
 
 def _special_ids(sealed: SealedModel) -> dict[str, bytes]:
-    """The special tokens that config.json knows, each as an element of a graph's rt_info."""
+    """The special tokens of config.json, each as an element of a graph's rt_info."""
     if _CONFIG not in sealed.manifest.by_path:
         return {}
     text = sealed.read(_CONFIG).decode(errors="replace")
-    found = {name: _member(text, _CONFIG, name) for name in _IDS}
+    ids = {name: _member(text, _CONFIG, name) for name in _IDS}
     return {
         name: f'<{name} value="{number}" />'.encode()
-        for name, number in found.items()
+        for name, number in ids.items()
         if type(number) is int
     }
 
 
 def _add_ids(graph: bytes, room: memoryview, size: int, ids: Mapping[str, bytes]) -> None:
-    """Add those ids that the graph of ``size`` bytes lacks; spaces fill the rest of its room.
+    """Add the ids that the graph of ``size`` bytes lacks; spaces fill the rest of its room.
 
-    GenAI looks into config.json for them only where it builds a tokenizer by path. Without the end
-    token a generation would not end, and the others are missing from chat templates.
+    GenAI reads the ids of config.json only if it builds a tokenizer by path. Without the end token
+    a generation would not end, and chat templates need the others.
     """
     room[size:] = b" " * (len(room) - size)
-    if found := _INFO_ENDS.search(graph):
+    if match := _INFO_ENDS.search(graph):
         lacking = (element for name, element in ids.items() if f"<{name} ".encode() not in graph)
-        tail = b"".join(lacking) + found[0].rstrip()
-        room[found.start() : found.start() + len(tail)] = tail
+        tail = b"".join(lacking) + match[0].rstrip()
+        room[match.start() : match.start() + len(tail)] = tail
 
 
 def _chat_template(sealed: SealedModel) -> str:
@@ -384,14 +384,14 @@ def _chat_template(sealed: SealedModel) -> str:
         if path not in sealed.manifest.by_path:
             continue
         text = sealed.read(path).decode(errors="replace")
-        found = text if path.endswith(".jinja") else _member(text, path, "chat_template")
-        if isinstance(found, list):  # several, each with its name
-            named = (each for each in found if isinstance(each, dict))
-            found = next(
+        template = text if path.endswith(".jinja") else _member(text, path, "chat_template")
+        if isinstance(template, list):  # several templates, each with its name
+            named = (each for each in template if isinstance(each, dict))
+            template = next(
                 (each.get("template") for each in named if each.get("name") == "default"), ""
             )
-        if isinstance(found, str) and found:
-            return found
+        if isinstance(template, str) and template:
+            return template
     return ""
 
 

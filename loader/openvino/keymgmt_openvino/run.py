@@ -1,7 +1,9 @@
-"""Run a sealed model once and show what it answers."""
+"""Run a sealed model once and show its answer."""
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,7 +24,7 @@ __all__ = ["app"]
 
 app = typer.Typer(help=__doc__, add_completion=False)
 
-DYNAMIC = 8  # what an open dimension becomes for random inputs; the first one becomes 1
+DYNAMIC = 8  # the length of an open dimension of a random input; the first dimension becomes 1
 
 
 @app.command()
@@ -37,7 +39,7 @@ def run(
             "-i",
             metavar="[NAME=]FILE",
             help="A .npy for one input, or a .npz with arrays named as the inputs. "
-            "What is not given is random.",
+            "Inputs that are not given are random.",
         ),
     ] = None,
     output: Annotated[
@@ -47,7 +49,7 @@ def run(
     seed: Annotated[int, typer.Option(help="Seed of random inputs.")] = 0,
     file: Annotated[
         str | None,
-        typer.Option(metavar="PATH", help="Which graph, where the sealed folder has several."),
+        typer.Option(metavar="PATH", help="Which graph, if the sealed folder has several."),
     ] = None,
     cache: Annotated[
         Path | None,
@@ -58,7 +60,7 @@ def run(
     ] = None,
     prompt: Annotated[
         str | None,
-        typer.Option("--prompt", "-p", help="For a language model; else it is read from stdin."),
+        typer.Option("--prompt", "-p", help="For a language model; without it, stdin is read."),
     ] = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="For a language model: the longest answer.")
@@ -75,7 +77,7 @@ def run(
         keymgmt run resnet50.sealed --input image.npy
         keymgmt run llama.sealed --prompt "Once upon a time"
     """
-    # What is said here is not verified yet; it only chooses between two loaders, which verify.
+    # The kind is not verified yet. It only chooses between two loaders, and both verify.
     if file is None and keymgmt.inspect(path).manifest.kind == "openvino-genai":
         from keymgmt_openvino._run_llm import run_llm
 
@@ -93,7 +95,7 @@ def run(
         )
         return
     if prompt is not None:
-        raise ConfigError("--prompt is for language models alone", hint="leave it out")
+        raise ConfigError("--prompt is only for language models", hint="leave it out")
     arrays = _read_arrays(given or [])
     started = time.perf_counter()
     with load(path, device, name=name, keys=context.obj.config(), cache=cache, file=file) as model:
@@ -119,7 +121,11 @@ def run(
                 key: {**_shape(value), "from": sources[key]} for key, value in inputs.items()
             },
             "outputs": {
-                key: {**_shape(value), "top": _top(value, top)} for key, value in outputs.items()
+                key: {
+                    **_shape(value),
+                    "top": [(at, _json_number(number)) for at, number in _top(value, top)],
+                }
+                for key, value in outputs.items()
             },
         }
         print_json(report)
@@ -155,33 +161,33 @@ def run(
 
 
 def _read_arrays(given: list[str]) -> dict[str, NDArray[Any]]:
-    """Input name -> array; the key "" is an array that named no input."""
+    """Input name -> array; the key "" is an array without the name of an input."""
     arrays: dict[str, NDArray[Any]] = {}
-    for item in given:
-        name, equals, file = item.partition("=")
-        if not equals or Path(item).exists():
-            name, file = "", item
+    for option in given:
+        name, equals, file = option.partition("=")
+        if not equals or Path(option).exists():
+            name, file = "", option
         try:
             loaded = np.load(file, allow_pickle=False)
-            found = dict(loaded) if isinstance(loaded, np.lib.npyio.NpzFile) else {name: loaded}
+            named = dict(loaded) if isinstance(loaded, np.lib.npyio.NpzFile) else {name: loaded}
         except (OSError, ValueError, EOFError) as error:
-            said = error.strerror if isinstance(error, OSError) else error
+            reason = error.strerror if isinstance(error, OSError) else error
             raise ConfigError(
-                f"cannot read the input {file}: {said}", hint="numpy.save writes such a file"
+                f"cannot read the input {file}: {reason}", hint="numpy.save writes such a file"
             ) from error
-        if again := arrays.keys() & found.keys():
+        if repeated := arrays.keys() & named.keys():
             raise ConfigError(
-                f"{item}: the input {min(again)!r} is given twice",
+                f"{option}: the input {min(repeated)!r} is given twice",
                 hint="say which input it is: --input NAME=FILE",
             )
-        arrays |= found
+        arrays |= named
     return arrays
 
 
 def _inputs(
     ports: list[ov.ConstOutput], arrays: dict[str, NDArray[Any]], random: np.random.Generator
 ) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
-    """An array for every input, and where it came from."""
+    """An array for every input, and its source: file or random."""
     names = {_name(port, number): port for number, port in enumerate(ports)}
     arrays = dict(arrays)
     if "" in arrays:
@@ -196,7 +202,7 @@ def _inputs(
         raise ConfigError(
             f"the model has no input {min(unknown)!r}", hint=f"its inputs are {', '.join(names)}"
         )
-    found: dict[str, NDArray[Any]] = {}
+    inputs: dict[str, NDArray[Any]] = {}
     for name, port in names.items():
         kind = port.element_type.to_dtype()
         if name in arrays:
@@ -212,10 +218,10 @@ def _inputs(
                     f"and the file {list(array.shape)}",
                     hint="a '?' in a shape takes any length; the number of dimensions is fixed",
                 )
-            found[name] = array.astype(kind, copy=False)
+            inputs[name] = array.astype(kind, copy=False)
         else:
-            found[name] = _random(port, kind, random)
-    return found, {name: "file" if name in arrays else "random" for name in names}
+            inputs[name] = _random(port, kind, random)
+    return inputs, {name: "file" if name in arrays else "random" for name in names}
 
 
 def _partial(array: NDArray[Any]) -> ov.PartialShape:
@@ -223,19 +229,19 @@ def _partial(array: NDArray[Any]) -> ov.PartialShape:
 
 
 def _random(port: ov.ConstOutput, kind: Any, random: np.random.Generator) -> NDArray[Any]:
-    shape = [_length(dimension, place) for place, dimension in enumerate(port.partial_shape)]
+    shape = [_length(dimension, axis) for axis, dimension in enumerate(port.partial_shape)]
     if np.issubdtype(kind, np.floating):
         return random.standard_normal(shape).astype(kind)
-    # Indices of a vocabulary or a mask, most likely: 0 and 1 are valid in both.
+    # Most likely these are indices of a vocabulary, or a mask: 0 and 1 are valid for both.
     return random.integers(0, 2, shape).astype(kind)
 
 
-def _length(dimension: ov.Dimension, place: int) -> int:
+def _length(dimension: ov.Dimension, axis: int) -> int:
     if dimension.is_static:
         return int(dimension.get_length())
-    wanted = DYNAMIC if place else 1
-    limit = dimension.max_length  # -1 where there is none
-    return max(int(dimension.min_length), min(wanted, limit) if limit > 0 else wanted)
+    length = DYNAMIC if axis else 1
+    limit = dimension.max_length  # -1 for no limit
+    return max(int(dimension.min_length), min(length, limit) if limit > 0 else length)
 
 
 def _name(port: ov.ConstOutput, number: int) -> str:
@@ -246,14 +252,19 @@ def _shape(array: NDArray[Any]) -> dict[str, Any]:
     return {"type": str(array.dtype), "shape": list(array.shape)}
 
 
+def _json_number(number: float) -> float | str:
+    """A number, or the text "NaN", "Infinity" or "-Infinity", which JSON has no numbers for."""
+    return number if math.isfinite(number) else json.dumps(number)
+
+
 def _top(array: NDArray[Any], count: int) -> list[tuple[str, float]]:
     """The largest values, each with its index as text."""
     if array.dtype.kind not in "fiub" or not array.size:
         return []
     flat = array.ravel()
     order = np.argsort(-flat.astype(np.float64), kind="stable")[:count]
-    places = [np.unravel_index(int(at), array.shape) for at in order]
+    indices = [np.unravel_index(int(at), array.shape) for at in order]
     return [
-        (",".join(str(int(part)) for part in place), float(flat[at]))
-        for place, at in zip(places, order, strict=True)
+        (",".join(str(int(part)) for part in index), float(flat[at]))
+        for index, at in zip(indices, order, strict=True)
     ]

@@ -1,9 +1,9 @@
 """The header of a .safetensors file: where each tensor is (github.com/huggingface/safetensors).
 
-8 bytes, little-endian: the length of the header; the header, a JSON object; the tensors. What the
-library of its authors refuses is refused: gaps, overlaps, a length that the shape does not give,
-and JSON that it does not read. So is a member of an entry that the format does not have, which the
-library does not look at, and a shape that no array can have.
+8 bytes, little-endian: the length of the header; the header, a JSON object; the tensors. Everything
+that the ``safetensors`` library refuses is refused here: gaps, overlaps, a length that does not
+follow from the shape, and JSON that the library does not read. Two more things are refused: unknown
+members of an entry, which the library ignores, and a shape that no array can have.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["Entry", "read_header"]
 
 _PREFIX: Final = 8
-_MAX: Final = 100_000_000  # bytes of a header, as the library has it
-_MAX_NUMBER: Final = (1 << 63) - 1  # of a place, a dimension, and the elements of a tensor
+_MAX: Final = 100_000_000  # bytes of a header: the library's limit
+_MAX_NUMBER: Final = (1 << 63) - 1  # for an offset, a dimension, and the elements of a tensor
 _METADATA: Final = "__metadata__"
 # Type -> bits of an element.
 _BITS: Final = {
@@ -45,7 +45,7 @@ class Entry:
     Attributes:
         kind: its type, as the header names it.
         shape: its dimensions.
-        start: of its first byte, from the beginning of the file.
+        start: offset of its first byte in the file.
         count: number of its elements.
     """
 
@@ -59,7 +59,7 @@ def read_header(memory: PrivateMemory, size: int, label: str) -> dict[str, Entry
     """The tensors of a file of ``size`` bytes, which an error calls ``label``, by name.
 
     Raises:
-        FormatError: it is not a valid one.
+        FormatError: it is not a valid .safetensors file.
     """
     length = int.from_bytes(memory[:_PREFIX], "little")
     begin = _PREFIX + length
@@ -68,29 +68,31 @@ def read_header(memory: PrivateMemory, size: int, label: str) -> dict[str, Entry
     try:
         members = _members(bytes(memory[_PREFIX:begin]))
         _check_metadata([value for name, value in members if name == _METADATA])
-        # Of two tensors with one name the last counts, as in the library; both are looked at.
-        found = {name: _entry(fields) for name, fields in members if name != _METADATA}
+        # Of two tensors with one name the last counts, as in the library; both must be valid.
+        entries = {name: _entry(fields) for name, fields in members if name != _METADATA}
     except (ValueError, KeyError, TypeError, RecursionError):
         raise FormatError(f"{label} is not a .safetensors file: its header is malformed") from None
     position = 0
     for name, (entry, end) in sorted(
-        found.items(), key=lambda item: (item[1][0].start, item[1][1])
+        entries.items(), key=lambda item: (item[1][0].start, item[1][1])
     ):
         bits = entry.count * _BITS[entry.kind]
         if entry.start != position or bits % 8 or end - position != bits // 8:
-            raise FormatError(f"{label} is not a .safetensors file: {name!r} is not where it says")
+            raise FormatError(
+                f"{label} is not a .safetensors file: the offsets of {name!r} are wrong"
+            )
         position = end
     if position != size - begin:
         raise FormatError(f"{label} is not a .safetensors file: its tensors do not fill it")
-    return {name: replace(entry, start=begin + entry.start) for name, (entry, _) in found.items()}
+    return {name: replace(entry, start=begin + entry.start) for name, (entry, _) in entries.items()}
 
 
 def _members(text: bytes) -> tuple[tuple[str, Any], ...]:
     """The members of the header; each object in it is such a tuple too, and each array a list.
 
     Raises:
-        ValueError: it is no JSON object, or has what an entry and the metadata cannot have.
-        RecursionError: it is too deep.
+        ValueError: it is not a JSON object, or holds a number that no entry can have.
+        RecursionError: it is nested too deep.
     """
     header = json.loads(
         text.decode(),
@@ -106,8 +108,8 @@ def _members(text: bytes) -> tuple[tuple[str, Any], ...]:
 
 
 def _number(text: str) -> int:
-    # Length first: the conversion of a long number takes quadratic time. "-0" is no integer to
-    # the library.
+    # The length is checked first, since converting a long number takes quadratic time. The library
+    # does not take "-0" for an integer.
     if len(text) > 19 or not text.isdigit() or int(text) > _MAX_NUMBER:
         raise ValueError(text[:20])
     return int(text)
@@ -117,18 +119,18 @@ def _refuse(text: str) -> NoReturn:
     raise ValueError(text[:20])
 
 
-def _check_metadata(found: list[Any]) -> None:
-    """ValueError where ``__metadata__`` is there twice, or is no object of texts."""
-    if len(found) > 1:
+def _check_metadata(values: list[Any]) -> None:
+    """ValueError if ``__metadata__`` occurs twice, or is not an object of texts."""
+    if len(values) > 1:
         raise ValueError(_METADATA)
-    for value in found:
+    for value in values:
         texts = isinstance(value, tuple) and all(isinstance(text, str) for _, text in value)
         if value is not None and not texts:
             raise ValueError(_METADATA)
 
 
 def _entry(members: Any) -> tuple[Entry, int]:
-    """An entry that starts where the tensors do, and its end; ValueError where it is none."""
+    """An entry, with its start relative to the first tensor, and its end; or ValueError."""
     fields = dict(members)
     kind, shape, (start, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
     numbers = [*shape, start, end]

@@ -1,4 +1,4 @@
-"""From a sealed .safetensors to tensors, without a copy of any."""
+"""From a sealed .safetensors file to tensors, without a copy."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _names(text: str) -> dict[str, str]:
     return dict(zip(text.split()[::2], text.split()[1::2], strict=True))
 
 
-# Types in a header -> their names in numpy and in torch; numpy has no others.
+# Types in a header -> their names in numpy and in torch; numpy does not have the other types.
 _NUMPY: Final = _names(
     "F64 <f8 F32 <f4 F16 <f2 C64 <c8 BOOL ? I8 <i1 I16 <i2 I32 <i4 I64 <i8 "
     "U8 <u1 U16 <u2 U32 <u4 U64 <u8"
@@ -52,23 +52,23 @@ def load(
     """Open a sealed model, and give its tensors as ``safetensors.numpy.load_file`` does.
 
     Each file is decrypted once, into memory that is out of core dumps and, within the limit of the
-    process, kept from swap; the tensors are views of it, and may be written to. It is wiped when
-    the last of them, and of what was made of them without a copy, is gone.
+    process, kept from swap; the tensors are views of it, and may be written to. The memory is wiped
+    when the last tensor, and the last view of a tensor, is gone.
 
     Args:
         path: the sealed model.
         name: the model that is expected; another one is refused.
         keys: a loaded config, or the path of one; else the one that ``keymgmt.load_config`` finds.
-        file: a .safetensors, or an index (.safetensors.index.json) with all that it names; where
-            the model has one such file, or one index, that.
+        file: a .safetensors file, or an index (.safetensors.index.json) with all files that it
+            names; by default the only index of the model, or else the only .safetensors file.
         framework: ``np`` for numpy arrays, ``pt`` for torch tensors on the CPU.
 
     Returns:
         Name -> numpy array or torch tensor.
 
     Raises:
-        FormatError: no such file, or it is not a valid one.
-        ConfigError: torch is not installed, or the framework has no type of a tensor.
+        FormatError: there is no such file, or it is not valid.
+        ConfigError: torch is not installed, or the framework lacks the type of a tensor.
         SealedModelError, CannotUnlock, ConfigError: as ``keymgmt.open``.
         KeymgmtError: too little memory.
     """
@@ -97,7 +97,7 @@ def _files(sealed: SealedModel, file: str | None) -> list[str]:
     if file is None:
         indexes = [each for each in sealed.manifest.by_path if each.endswith(_INDEX)]
         file = indexes[0] if len(indexes) == 1 else None
-    hint = "seal one, or a folder that has one; other formats have loaders of their own"
+    hint = "seal a .safetensors file, or a folder with it; other formats have their own loaders"
     chosen = choose_file(sealed, file, (_SUFFIX,), label=f"{_SUFFIX} file", hint=hint)
     if not chosen.endswith(_INDEX):
         return [chosen]
@@ -106,16 +106,16 @@ def _files(sealed: SealedModel, file: str | None) -> list[str]:
         raise FormatError(f"{label} is too long for an index")
     try:
         names = set(json.loads(sealed.read(chosen))["weight_map"].values())
-        found = sorted(str(PurePosixPath(chosen).parent / each) for each in names)
+        paths = sorted(str(PurePosixPath(chosen).parent / each) for each in names)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise FormatError(f"{label} is not an index of tensors") from None
-    if missing := [each for each in found if each not in sealed.manifest.by_path]:
-        raise FormatError(f"{label} names {missing[0]!r}, which is no file of the model")
-    return found
+    if missing := [each for each in paths if each not in sealed.manifest.by_path]:
+        raise FormatError(f"{label} names {missing[0]!r}, which is not a file of the model")
+    return paths
 
 
 def _views(framework: str) -> Callable[[PrivateMemory, Entry, str], Any]:
-    """What makes a tensor over a part of a memory, which it holds."""
+    """A function that makes a tensor as a view of a part of a memory."""
     if framework == "np":
         import numpy as np
 
@@ -139,8 +139,8 @@ def _views(framework: str) -> Callable[[PrivateMemory, Entry, str], Any]:
             raise ConfigError(f"this torch has no type for {label}", hint="take a newer one")
         if entry.count == 0:
             return torch.empty(entry.shape, dtype=kind)
-        made = torch.frombuffer(memory, dtype=kind, count=entry.count, offset=entry.start)
-        return made.reshape(entry.shape)
+        flat = torch.frombuffer(memory, dtype=kind, count=entry.count, offset=entry.start)
+        return flat.reshape(entry.shape)
 
     return tensor
 

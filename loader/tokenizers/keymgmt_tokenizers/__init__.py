@@ -33,19 +33,20 @@ def load(
     keys: str | os.PathLike[str] | Config | None = None,
     file: str = "tokenizer.json",
 ) -> Tokenizer:
-    """Open a sealed model, and make the tokenizer that one of its files describes.
+    """Open a sealed model, and build the tokenizer that one of its files describes.
 
-    The text of the file is wiped; the tables that ``tokenizers`` makes of it are its own, and given
-    back with the tokenizer.
+    The text of the file is wiped. The tables that ``tokenizers`` builds from it are freed with the
+    tokenizer, and not wiped.
 
     Args:
         path: the sealed model.
         name: the model that is expected; another one is refused.
         keys: a loaded config, or the path of one; else the one that ``keymgmt.load_config`` finds.
-        file: the tokenizer's, as ``Tokenizer.save`` writes it.
+        file: the file of the tokenizer, as ``Tokenizer.save`` writes it.
 
     Raises:
-        FormatError: there is no such file, or it describes no tokenizer, or ``tokenizers`` panics.
+        FormatError: there is no such file, it does not describe a tokenizer, or ``tokenizers``
+            panics.
         SealedModelError, CannotUnlock, ConfigError: as ``keymgmt.open``.
         KeymgmtError: too little memory.
     """
@@ -57,10 +58,10 @@ def load(
                 check_merges(data)
                 return Tokenizer.from_buffer(data)
             except BaseException as error:
-                # A panic of its native code is no Exception, and its type cannot be imported.
+                # A panic of its native code is not an Exception, and its type cannot be imported.
                 kind = type(error).__name__
                 if not isinstance(error, (ValueError, RecursionError)) and kind != "PanicException":
                     raise
-                # It says a line and a column, and may quote what is there.
-                said = f"tokenizers cannot read {file} of {title} ({kind})"
-    raise FormatError(said, hint="Tokenizer.save writes such a file; seal that")
+                # The error itself is not kept: it may quote the text of the file.
+                message = f"tokenizers cannot read {file} of {title} ({kind})"
+    raise FormatError(message, hint="seal a file that Tokenizer.save wrote")

@@ -1,7 +1,8 @@
-"""Merges that end the process: the native code of ``tokenizers`` aborts, and raises nothing.
+"""Refusing merges on which the native code of ``tokenizers`` aborts the process.
 
-With a ``continuing_subword_prefix`` it cuts the length of the prefix, in bytes, off the second part
-of each merge, whether or not that begins with it: within a character, or beyond its end.
+With a ``continuing_subword_prefix`` the library cuts the length of the prefix, in bytes, off the
+second part of each merge, without looking whether it begins with the prefix. A cut within a
+character, or beyond the end, aborts.
 """
 
 from __future__ import annotations
@@ -13,25 +14,26 @@ from typing import Any, Final
 __all__ = ["check_merges"]
 
 _PREFIX: Final = "continuing_subword_prefix"
-# Nearly all files have no prefix, or no merges, and are not parsed here: some are of 30 MB, and
-# what Python makes of them is not wiped. A name may be spelled with escapes of its letters and "_".
+# A file without a prefix, or without merges, is not parsed here, as nearly all are: some have
+# 30 MB, and the objects of Python's parser are not wiped. A JSON name may be spelled with escapes
+# of its letters and "_", so a file with such escapes is parsed.
 _HAS_PREFIX: Final = re.compile(rb'"%s"\s*:\s*"[^"]' % _PREFIX.encode())
 _ESCAPED: Final = re.compile(rb"\\u00(?:5[fF]|[67])")
 
 
 def check_merges(text: bytes) -> None:
-    """Look at the merges of a tokenizer.json before the native code does.
+    """Check the merges of a tokenizer.json before the native code reads them.
 
     Raises:
-        ValueError: one whose second part does not begin with the prefix, or no JSON.
-        RecursionError: too deep.
+        ValueError: the second part of a merge does not begin with the prefix, or it is not JSON.
+        RecursionError: it is nested too deep.
     """
     if (b'"merges"' in text and _HAS_PREFIX.search(text)) or _ESCAPED.search(text):
         json.loads(text.decode(), object_pairs_hook=_check)
 
 
 def _check(members: list[tuple[str, Any]]) -> None:
-    """Look at one object, each value of a name that is there twice too; nothing is made of it."""
+    """Check one JSON object, with all values of a repeated name; the result of parsing is None."""
     values = [value for name, value in members if name == "merges"]
     merges = [merge for value in values if isinstance(value, list) for merge in value]
     for name, prefix in members:

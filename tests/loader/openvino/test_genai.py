@@ -209,7 +209,7 @@ def test_a_graph_larger_than_the_free_memory(folder, seal, site, monkeypatch):
 
 
 def test_a_model_of_another_pipeline(seal, site):
-    with pytest.raises(FormatError, match="is no language model") as caught:
+    with pytest.raises(FormatError, match="is not a language model") as caught:
         load_llm(seal(HERE / "models" / "whisper", "whisper"), keys=site)
     assert "load_path_pipeline" in str(caught.value.hint)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 import pytest
+from openvino import opset13 as op
 
 
 def keymgmt(*arguments: object, config: Path | None = None, **env: str):
@@ -64,6 +65,19 @@ def test_run_with_files_answers_as_plaintext(how, magika_sealed, magika_ir, site
     assert "file" in done.stdout
 
 
+def test_numbers_that_json_does_not_have_are_texts(seal, site, tmp_path, check_schema):
+    x = op.parameter([4], np.float32, name="x")
+    ov.save_model(ov.Model([op.result(op.relu(x))], [x], "m"), tmp_path / "m.xml")
+    np.save(tmp_path / "x.npy", np.array([np.nan, np.inf, 2, 1], np.float32))
+    sealed, arguments = seal(tmp_path / "m.xml", "m"), ("--json", "-i", tmp_path / "x.npy")
+    done = keymgmt("run", sealed, *arguments, config=site.path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout, parse_constant=pytest.fail)
+    assert check_schema(report) == "keymgmt-run/1"
+    (output,) = report["outputs"].values()
+    assert output["top"][:3] == [["1", "Infinity"], ["2", 2.0], ["3", 1.0]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -75,7 +89,7 @@ def test_run_with_files_answers_as_plaintext(how, magika_sealed, magika_ir, site
         (["--input", "good.npy", "--input", "good.npy"], 3, "given twice"),
         (["--input", "float.npy"], 3, "takes int32"),
         (["--input", "short.npy"], 3, "has the shape"),
-        (["--prompt", "Hello"], 3, "for language models alone"),
+        (["--prompt", "Hello"], 3, "only for language models"),
     ],
 )
 def test_run_refuses(arguments, code, message, magika_sealed, site, tmp_path, monkeypatch):

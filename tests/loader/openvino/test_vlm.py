@@ -106,7 +106,7 @@ print(len(os.listdir("/proc/self/fd")) - before)
 )
 def test_a_folder_that_lacks_a_part(missing, folder, seal, site):
     (folder / missing).unlink()
-    with pytest.raises(FormatError, match=f"is no vision language model: it lacks {missing}"):
+    with pytest.raises(FormatError, match=f"is not a vision language model: it lacks {missing}"):
         load_vlm(seal(folder, "lacking"), keys=site)
 
 
@@ -115,7 +115,7 @@ def test_each_loader_names_the_other(sealed, seal, site):
         load_llm(sealed, keys=site)
     assert "load_vlm" in str(caught.value.hint)
     tiny = seal(LLAVA.parent.parent / "tiny-llm", "tiny-llm")
-    with pytest.raises(FormatError, match="is no vision language model"):
+    with pytest.raises(FormatError, match="is not a vision language model"):
         load_vlm(tiny, keys=site)
 
 
