@@ -1,7 +1,7 @@
-"""Our commands by name: under which heading help lists each, with which line, and where it is.
+"""The commands of this package: name -> heading and line in the help, and where the function is.
 
-Its module is imported when the command is run or completed: help of the whole program needs none.
-A test holds each line to the first sentence of the command's own help.
+The module of a command is imported when the command is run or completed; the help of the whole
+program imports none. A test compares each line with the first sentence of the command's own help.
 """
 
 from __future__ import annotations
@@ -106,9 +106,9 @@ def own_commands() -> list[LazyCommand]:
 
 def _load(name: str, place: str) -> typer.Typer:
     module, _, attribute = place.partition(":")
-    found = getattr(import_module(f"keymgmt.cli.{module}"), attribute)
-    if isinstance(found, typer.Typer):
-        return found
+    command = getattr(import_module(f"keymgmt.cli.{module}"), attribute)
+    if isinstance(command, typer.Typer):
+        return command
     app = typer.Typer()
-    app.command(name)(found)
+    app.command(name)(command)
     return app

@@ -1,7 +1,7 @@
-"""What every command has, ours and a stranger's: the global options, and help in plain lines.
+"""The global options, and help in plain lines, for every command, also of other distributions.
 
-The options stand anywhere on the command line, and what is said last counts. A command that takes
-one of their names for itself keeps it.
+The options may stand anywhere on the command line; of a repeated option the last value counts. A
+command that has an option of the same name keeps its own.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from keymgmt.errors import ConfigError
 
 __all__ = ["adopt", "shown", "state_of"]
 
-# What stands for a value where the option's author has no better word; else typer says <int range>.
+# The metavar of an option without one; typer's own would be such as <int range>.
 _VALUES: Final = {Path: "PATH", int: "N", float: "NUMBER", str: "TEXT"}
 _SENTENCE: Final = 120
 _EXAMPLES: Final = re.compile(r"^Examples?:$", re.MULTILINE)
 
 
 def state_of(context: typer.Context) -> State:
-    """The one State of a run; a command finds it as ``context.obj``."""
+    """The State of a run, which commands get as ``context.obj``."""
     state: State = context.meta.setdefault(State.__qualname__, State())
     return state
 
@@ -77,20 +77,20 @@ def _options() -> list[Any]:
 
 
 def _process(param: Any, process: Callable[..., Any], context: typer.Context, value: Any) -> Any:
-    """What a parameter is given, as its type; ConfigError for a path that is an empty text.
+    """The value of a parameter, converted to its type; ConfigError for an empty path.
 
-    While a word is completed nothing is converted, which would import pydantic.
+    While a shell completes a word nothing is converted, since that would import pydantic.
     """
     if context.resilient_parsing:
         return value
     annotation = param.type_descriptor.annotation
-    # What has a parser is a path or a location.
+    # The only parser of our options is that of a path or a location.
     is_path = param.type_descriptor.parameter_info.parser or Path in (
         annotation,
         *get_args(annotation),
     )
     if is_path and "" in (value, *_several(value)):
-        # To Python that is the working directory: `rewrap "$NOT_SET"` would go to work there.
+        # In Python an empty path is the working directory: `rewrap "$NOT_SET"` would change that.
         raise ConfigError(f"{shown(param)} is empty", hint="is a variable empty that holds it?")
     return process(context, value)
 
@@ -100,7 +100,7 @@ def _several(value: Any) -> Iterable[Any]:
 
 
 def shown(param: Any) -> str:
-    """What a person calls a parameter: its option, or the name of an argument in the help."""
+    """The name of a parameter for people: its option, or the argument's name in the help."""
     return str(param.opts[0] if param.opts[0].startswith("-") else param.metavar or param.name)
 
 
@@ -108,14 +108,15 @@ def _store(option: Any, context: typer.Context, value: Any) -> Any:
     if value and option.name == "show_help" and not context.resilient_parsing:
         typer.echo(context.get_help())
         raise typer.Exit
-    # An empty text was given too: the file of a variable that is not set is none, and no default.
+    # An empty text counts as given: it comes from a variable that is not set, and must not silently
+    # mean the default.
     if value or (value == "" and not context.resilient_parsing):
         getattr(state_of(context), f"set_{option.name}")(value)
     return value
 
 
 def _json(context: typer.Context, _option: Any, value: bool) -> bool:
-    """``--json`` of a command's own: true also where it stood before the command."""
+    """A command's own ``--json``: also true if it stood before the command."""
     state = state_of(context)
     if value:
         state.set_as_json(value)
@@ -123,14 +124,14 @@ def _json(context: typer.Context, _option: Any, value: bool) -> bool:
 
 
 def adopt(command: Any) -> Any:
-    """Give a command, and all below it, the global options and our help; returns it."""
+    """Give a command, and all its subcommands, the global options and our help; returns it."""
     if getattr(command, "adopted", False):
         return command
     command.adopted = True
     command.rich_markup_mode = None
-    command.add_help_option = False  # ours is one of the global options
+    command.add_help_option = False  # --help is a global option
     if command.help:
-        # Lists of commands, and what a shell shows beside each, have its whole first sentence.
+        # Lists of commands, also those of a shell, show the whole first sentence.
         command.short_help = command.get_short_help_str(limit=_SENTENCE)
         # Click keeps the lines of a paragraph that begins with a backspace.
         command.help = _EXAMPLES.sub("\b\nExamples:", inspect.cleandoc(command.help))

@@ -45,7 +45,7 @@ def _names(context: typer.Context, *path: str) -> list[str]:
     """Names in a table of the config: read from the file, since checking it imports pydantic."""
     from keymgmt._config.locate import find_config, read_config
 
-    # While completing, no callback has run, and what is wrong is not said.
+    # While completing, no callback has run, and errors are not shown.
     try:
         table: object = read_config(state_of(context).path or find_config())
     except KeymgmtError:
@@ -67,38 +67,38 @@ def complete_registry(context: typer.Context, incomplete: str) -> list[str]:
 
 
 def complete_key(context: typer.Context, incomplete: str) -> list[str]:
-    """``provider:key``: providers while there are several, then the keys that the one lists."""
+    """``provider:key``: providers while several fit, then the keys of the only one."""
     before, plus, last = incomplete.rpartition("+")
     name, colon, _ = last.partition(":")
     if not colon:
         names = complete_provider(context, last)
         if len(names) != 1:
             return [f"{before}{plus}{each}:" for each in names]
-        # At once to its keys: a shell ends the word after a completion that is the only one.
+        # A shell ends the word after the only completion, so go on to the keys at once.
         name = names[0]
-    # Where they are not to be had, as far as the colon.
+    # If the keys cannot be listed, complete as far as the colon.
     candidates = [f"{before}{plus}{name}:{key}" for key in _keys_of(context, name) or [""]]
     return [each for each in candidates if each.startswith(incomplete)]
 
 
 def complete_group(context: typer.Context, incomplete: str) -> list[str]:
-    """What ``--to`` takes: keys, and recipient files after an ``@``; joined by ``+``."""
+    """Values of ``--to``: keys, and recipient files after an ``@``; joined by ``+``."""
     before, plus, last = incomplete.rpartition("+")
     if not last.startswith("@"):
         return complete_key(context, incomplete)
     folder, slash, name = last[1:].rpartition("/")
-    found = []
+    files = []
     with contextlib.suppress(OSError):
         for entry in os.scandir(folder + slash or "."):
             hidden = entry.name.startswith(".") and not name
             if entry.name.startswith(name) and not hidden:
                 end = "/" if entry.is_dir() else ""
-                found.append(f"{before}{plus}@{folder}{slash}{entry.name}{end}")
-    return sorted(found)
+                files.append(f"{before}{plus}@{folder}{slash}{entry.name}{end}")
+    return sorted(files)
 
 
 def complete_member(context: typer.Context, incomplete: str) -> list[str]:
-    """What ``--drop`` takes: the groups of the model that is named, as ``inspect`` shows them."""
+    """Values of ``--drop``: the groups of the named model, as ``inspect`` shows them."""
     import keymgmt
 
     try:
@@ -111,12 +111,13 @@ def complete_member(context: typer.Context, incomplete: str) -> list[str]:
 
 
 def _first_word(context: typer.Context) -> str:
-    # Not among the parameters: the option that is completed lacks its value, and ends the parsing.
+    # The word is not among the parsed parameters yet: parsing ended at the option that lacks its
+    # value.
     return context.args[0] if context.args else ""
 
 
 def complete_kind(context: typer.Context, incomplete: str) -> list[str]:
-    """Kinds of key that the provider of ``PROVIDER:KEY`` makes; those that sign with ``--sign``."""
+    """Kinds of keys that the provider of ``PROVIDER:KEY`` can create; with ``--sign``, to sign."""
     from keymgmt._providers.contract import SupportsKeyManagement
 
     try:
@@ -135,7 +136,7 @@ def _keys_of(context: typer.Context, name: str) -> list[str]:
 
     try:
         provider = state_of(context).config().provider(name)
-        # A key service is not logged in to, and nobody is asked for a secret, while he types.
+        # While a person types, no key service is logged in to and no secret is asked for.
         if (
             not provider.local
             or not isinstance(provider, SupportsKeyManagement)
@@ -162,7 +163,7 @@ def place(text: str) -> str:
 
 
 def option_pairs(texts: list[str]) -> dict[str, str]:
-    """Read ``NAME=VALUE`` options; ConfigError where one is not that, or comes twice."""
+    """Read ``NAME=VALUE`` options; ConfigError for other text and for a repeated name."""
     pairs: dict[str, str] = {}
     for text in texts:
         name, equals, value = text.partition("=")
@@ -173,7 +174,7 @@ def option_pairs(texts: list[str]) -> dict[str, str]:
 
 
 def moment(text: str) -> datetime:
-    """``30d``, ``12h``, or a UTC time as manifest.json has it; ConfigError for anything else."""
+    """``30d``, ``12h``, or a UTC time in the form of manifest.json; else ConfigError."""
     unit = {"d": "days", "h": "hours"}.get(text[-1:])
     if unit and text[:-1].isascii() and text[:-1].isdigit() and len(text) <= 6:
         return datetime.now(UTC) + timedelta(**{unit: int(text[:-1])})
@@ -181,7 +182,7 @@ def moment(text: str) -> datetime:
 
 
 def utc_time(text: str, *, ways: str = "") -> datetime:
-    """A UTC time as manifest.json has it; ConfigError for anything else but, it says, ``ways``."""
+    """A UTC time in the form of manifest.json; else ConfigError, with ``ways`` in its hint."""
     from keymgmt.sealed.times import is_time
 
     try:
@@ -189,7 +190,7 @@ def utc_time(text: str, *, ways: str = "") -> datetime:
             return datetime.fromisoformat(text)
     except ValueError:
         pass  # the 31st of February
-    raise ConfigError(f"no time: {text!r}", hint=f"write it as {ways}2027-01-31T00:00:00Z")
+    raise ConfigError(f"not a time: {text!r}", hint=f"write it as {ways}2027-01-31T00:00:00Z")
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
@@ -219,8 +220,8 @@ Group = Annotated[
     typer.Option(
         "--to",
         metavar="GROUP",
-        help="Who opens it: PROVIDER:KEY or @FILE (a recipient file); joined by '+', all of them "
-        "together. Again for another group that opens it alone.",
+        help="Who opens the model: PROVIDER:KEY or @FILE (a recipient file); several joined by '+' "
+        "open it only together. Repeat it for another group that opens the model alone.",
         autocompletion=complete_group,
     ),
 ]
@@ -239,7 +240,7 @@ Expires = Annotated[
     typer.Option(
         "--expires",
         metavar="30d|12h|TIME",
-        help="Until when the signature counts; `sign` says so again, until when from now on.",
+        help="Until when the signature counts; `sign` can set a new time later.",
     ),
 ]
 Fingerprint = Annotated[
@@ -247,6 +248,6 @@ Fingerprint = Annotated[
     typer.Option(
         "--fingerprint",
         metavar="HEX",
-        help="Of a recipient file that no trusted signer vouches for; may come again.",
+        help="Fingerprint of a recipient file that no trusted signer vouches for; may be repeated.",
     ),
 ]

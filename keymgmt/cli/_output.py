@@ -1,4 +1,4 @@
-"""What our own commands print besides ``keymgmt.console``: errors, findings, progress."""
+"""Printing for the commands of this package: errors, findings, progress."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _UNKNOWN: Final = "whether this config would open it could not be checked"
 
 
 def print_error(error: KeymgmtError, *, as_json: bool = False) -> None:
-    """Print ``error:`` and ``hint:``, and for CannotUnlock what was tried; as JSON also."""
+    """Print ``error:`` and ``hint:``, and for CannotUnlock the attempts; also as JSON if asked."""
     from rich.text import Text
 
     if as_json:
@@ -59,7 +59,7 @@ def print_error(error: KeymgmtError, *, as_json: bool = False) -> None:
     out = console(stderr=True)
     out.print(Text.assemble(("error: ", "bold red"), clean(error)), soft_wrap=True)
     if isinstance(error, CannotUnlock) and error.attempts:
-        # Those that this config might hold come first.
+        # Attempts with keys that this config might hold come first.
         attempts = sorted(error.attempts, key=lambda each: isinstance(each.error, WrongKey))
         if len(attempts) <= _MANY:
             attempts = list(error.attempts)
@@ -81,14 +81,14 @@ def print_error(error: KeymgmtError, *, as_json: bool = False) -> None:
 
 
 def fail(error: KeymgmtError, document: dict[str, object]) -> NoReturn:
-    """Exit with what was found, as JSON, and the error in it: one document, and not two."""
+    """Exit with ``error``, printed as a member of ``document``, so that stdout has one document."""
     print_json(document | {"error": error.to_json()})
     print_error(error)
     raise typer.Exit(error.exit_code)
 
 
 def print_finding(subject: str, finding: Finding) -> None:
-    """Print one finding of a check, and the way out where it is not well."""
+    """Print one finding of a check, and its hint unless its status is ok."""
     from rich.text import Text
 
     out = console()
@@ -100,8 +100,8 @@ def print_finding(subject: str, finding: Finding) -> None:
 
 
 @contextlib.contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], object]]:
-    """Show bytes done of bytes in all on stderr: a bar on a terminal, now and then a line else."""
+def progress(task: str) -> Iterator[Callable[[int, int], object]]:
+    """Show the bytes done of all bytes on stderr: a bar on a terminal, else a line at times."""
     from rich.filesize import decimal
     from rich.progress import (
         BarColumn,
@@ -121,7 +121,7 @@ def progress(what: str) -> Iterator[Callable[[int, int], object]]:
             if time.monotonic() - last >= _LINE_SECONDS:
                 last = time.monotonic()
                 share = 100 * done // total if total else 100
-                out.print(f"{what}: {share} % of {decimal(total)}")
+                out.print(f"{task}: {share} % of {decimal(total)}")
 
         yield line
         return
@@ -136,60 +136,61 @@ def progress(what: str) -> Iterator[Callable[[int, int], object]]:
         Progress(*columns, console=out, transient=True) as bar,
         drawing(bar.stop, bar.start),
     ):
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        shown = bar.add_task(task, total=None)
+        yield lambda done, total: bar.update(shown, completed=done, total=total)
 
 
 def check_release(release: int) -> None:
-    """Ask back about a release number after which hardly another can come.
+    """Ask for confirmation of a release number that leaves few numbers for later releases.
 
     Raises:
-        ConfigError: the person says no, or there is none to ask.
+        ConfigError: the person says no, or stdin is not a terminal.
     """
     from keymgmt._system.strict_json import MAX_INTEGER
 
     if MAX_INTEGER - release >= _FEW_RELEASES:
         return
     left = counted(max(0, MAX_INTEGER - release), "number")
-    said = f"release {release} leaves {left} for later releases"
-    if sys.stdin.isatty() and typer.confirm(f"{said}, and an older one never opens again. Go on?"):
+    warning = f"release {release} leaves {left} for later releases"
+    question = f"{warning}, and older releases never open again. Go on?"
+    if sys.stdin.isatty() and typer.confirm(question):
         return
-    raise ConfigError(said, hint="give the number that comes after the last: 1, 2, 3")
+    raise ConfigError(warning, hint="give the number that comes after the last: 1, 2, 3")
 
 
-def ask_to_type(name: str, said: str) -> None:
-    """Let a person type the name of what will be lost.
+def ask_to_type(name: str, warning: str) -> None:
+    """Let a person type the name of the thing that will be lost.
 
     Raises:
-        ConfigError: something else was typed, or there is nobody to ask.
+        ConfigError: something else was typed, or stdin is not a terminal.
     """
     if not sys.stdin.isatty():
-        raise ConfigError(f"{said}, and nobody is there to ask", hint="say that it is meant: --yes")
-    console(stderr=True).print(clean(said), soft_wrap=True)
+        raise ConfigError(f"{warning}, and nobody is there to ask", hint="to go on, give --yes")
+    console(stderr=True).print(clean(warning), soft_wrap=True)
     if typer.prompt(f"Type {name} to go on", default="", show_default=False, err=True) != name:
         raise ConfigError(f"that is not {name}, so nothing was done")
 
 
-def print_warning(problem: KeymgmtError, what: str = "") -> None:
-    """Print ``warning:`` and ``hint:``: what was done may not do what its owner expects."""
+def print_warning(problem: KeymgmtError, subject: str = "") -> None:
+    """Print ``warning:`` and ``hint:`` for a command that succeeds, but perhaps not as expected."""
     from rich.text import Text
 
     out = console(stderr=True)
-    said = ": ".join(filter(None, [what, str(problem)]))
-    out.print(Text.assemble(("warning: ", "yellow"), clean(said)), soft_wrap=True)
+    text = ": ".join(filter(None, [subject, str(problem)]))
+    out.print(Text.assemble(("warning: ", "yellow"), clean(text)), soft_wrap=True)
     if problem.hint:
         out.print(Text.assemble(("hint: ", "bold"), clean(problem.hint)), soft_wrap=True)
 
 
 def tell_refusal(refused: KeymgmtError | None) -> None:
-    """Say where the config that made something would not let it in, or nobody could look."""
+    """Warn if the config that made a model would not open it, or that could not be checked."""
     if refused is not None:
         unknown = isinstance(refused, ProviderUnavailable)
         print_warning(refused, _UNKNOWN if unknown else _REFUSES)
 
 
 def tell_failure(failure: Failure, form: str, *, as_json: bool) -> None:
-    """Print what was wrong with one of many models: on stderr, and as a line of JSON."""
+    """Print the failure of one of many models: on stderr, and as a line of JSON if asked."""
     error = failure.error
     if as_json:
         print_line({"format": form, **failure.to_json()})
@@ -197,19 +198,19 @@ def tell_failure(failure: Failure, form: str, *, as_json: bool) -> None:
 
 
 def is_tree(path: str) -> bool:
-    """Whether a command is to look for models below a folder, and not at one model."""
+    """Whether a path is a folder of models, and not a model itself."""
     from keymgmt._verbs.find_models import is_model
 
-    # Not Path.is_dir(), which raises for some: whoever opens it says why it cannot.
+    # Path.is_dir() raises for some paths; here the verb reports why a path cannot be opened.
     return os.path.isdir(path) and not is_model(Path(path))  # noqa: PTH112
 
 
 def tell_tree(
     work: Callable[[InTree], Iterable[Done | Failure]], doing: str, form: str, *, as_json: bool
 ) -> None:
-    """Print what was done with each model of a tree and a summary; exit by the worst of it.
+    """Print the result for each model of a tree, and a summary; exit with the worst exit code.
 
-    ``work`` begins it, and may tell how far it is with the model at hand.
+    ``work`` gives the results. It gets a function by which it shows its progress within a model.
     """
     from keymgmt._verbs.find_models import Failure
 
@@ -228,8 +229,8 @@ def tell_tree(
             else:
                 console().print(f"{clean(item.path)}: {item.state}", soft_wrap=True)
             if item.detail.get("refusal"):
-                said = f"{clean(item.path)}: {_REFUSES}: {clean(item.detail['refusal'])}"
-                console(stderr=True).print(said, soft_wrap=True)
+                text = f"{clean(item.path)}: {_REFUSES}: {clean(item.detail['refusal'])}"
+                console(stderr=True).print(text, soft_wrap=True)
     code = worst({failure.error.exit_code for failure in failed})
     models = states.total()
     if failed and not models and not as_json:
@@ -238,36 +239,36 @@ def tell_tree(
         counts = {"models": models, "failed": len(failed), "states": dict(states)}
         print_line({"format": form, **counts, "exit_code": code})
     else:
-        told = ", ".join(f"{state} {count}" for state, count in sorted(states.items()))
-        console().print(f"{counted(models, 'model')}: {told}; failed {len(failed)}")
+        listed = ", ".join(f"{state} {count}" for state, count in sorted(states.items()))
+        console().print(f"{counted(models, 'model')}: {listed}; failed {len(failed)}")
     if code:
         raise typer.Exit(code)
 
 
 def worst(codes: Collection[int]) -> int:
-    """The exit code of a run over many models: 6 before 5, 4, 3 and any other; else 0."""
+    """The exit code of a run over many models: 6 before 5, 4, 3 and any other; 0 without codes."""
     return next((code for code in (6, 5, 4, 3) if code in codes), max(codes, default=0))
 
 
 class Ticks:
-    """Counts things whose number is not known on stderr: a spinner on a terminal, lines else."""
+    """Counts models on stderr, of which the number is not known: a spinner or, else, lines."""
 
-    def __init__(self, what: str) -> None:
-        self._what = what
+    def __init__(self, task: str) -> None:
+        self._task = task
         self._count = 0
         self._last = time.monotonic()
         self._out = console(stderr=True)
-        self.spinner = self._out.status(what) if self._out.is_terminal else None
+        self.spinner = self._out.status(task) if self._out.is_terminal else None
 
     def __call__(self) -> None:
-        """One more is done."""
+        """Count one more model."""
         self._count += 1
-        self._say(f"{self._what}: {self._count}")
+        self._say(f"{self._task}: {self._count}")
 
     def within(self, path: str, done: int, total: int) -> None:
-        """So many of all bytes of the one at hand are done."""
+        """Show the bytes done of all bytes of the present model."""
         share = 100 * done // total if total else 100
-        self._say(f"{self._what}: {self._count} done, {clean(path)}: {share} %")
+        self._say(f"{self._task}: {self._count} done, {clean(path)}: {share} %")
 
     def _say(self, text: str) -> None:
         from rich.text import Text
@@ -280,9 +281,9 @@ class Ticks:
 
 
 @contextlib.contextmanager
-def counter(what: str) -> Iterator[Ticks]:
-    """Count while something is done, and let questions be asked meanwhile."""
-    ticks = Ticks(what)
+def counter(task: str) -> Iterator[Ticks]:
+    """Count during a task, with a spinner that makes way for questions."""
+    ticks = Ticks(task)
     if ticks.spinner is None:
         yield ticks
         return
@@ -291,12 +292,12 @@ def counter(what: str) -> Iterator[Ticks]:
 
 
 def write_result(content: bytes, path: Path | None, *, force: bool) -> None:
-    """Write ``content`` to a new file or to stdout; ConfigError where it exists."""
+    """Write ``content`` to a new file or to stdout; ConfigError if the file exists."""
     from keymgmt._system.files import save_file
 
     if path is None:
         sys.stdout.flush()
-        # On a terminal the prompt begins a line; in a file the bytes are what they are.
+        # On a terminal the prompt must begin a new line; a file gets exactly the bytes.
         end = b"\n" if sys.stdout.isatty() and not content.endswith(b"\n") else b""
         sys.stdout.buffer.write(content + end)
         sys.stdout.buffer.flush()

@@ -1,7 +1,8 @@
 """Commands of other distributions: entry points of group ``keymgmt.commands``.
 
-Imported when run and never for ``--help``, which shows what their distribution says of itself. Ours
-cannot be shadowed. A broken one is explained and harms no other.
+A command is imported when it is run, and never for ``--help``, which shows the summary of its
+distribution. They cannot shadow a command of keymgmt. A broken command is reported when it is run,
+and harms no other.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ _EXTRAS: Final = {
 
 def announced() -> dict[str, list[EntryPoint]]:
     """Announced commands by name; a name with more than one entry is ambiguous."""
-    # Imported here, since most runs name a command of ours, and this imports the package email.
+    # Imported here, since it imports the package email, and most runs need no other distribution.
     from keymgmt._system.entry_points import installed_entry_points
 
-    found: dict[str, dict[tuple[str, str], EntryPoint]] = {}
+    commands: dict[str, dict[tuple[str, str], EntryPoint]] = {}
     for entry in installed_entry_points(GROUP):
-        found.setdefault(entry.name, {}).setdefault((_source(entry), entry.value), entry)
-    return {name: list(found[name].values()) for name in sorted(found)}
+        commands.setdefault(entry.name, {}).setdefault((_source(entry), entry.value), entry)
+    return {name: list(commands[name].values()) for name in sorted(commands)}
 
 
 class CommandGroup(TyperGroup):
@@ -60,13 +61,13 @@ class CommandGroup(TyperGroup):
         return super().list_commands(ctx)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """What help and completion show of a command; None for an unknown name."""
+        """The command of this name, as help and completion need it; None if it is unknown."""
         if cmd_name not in self.commands:
             self._look_for_others()
         return super().get_command(ctx, cmd_name)
 
     def _look_for_others(self) -> None:
-        """Once, and only if need be: every distribution is asked, which takes long."""
+        """Add the commands of other distributions, once and only if needed, since it is slow."""
         if not self._looked:
             self._looked = True
             for name, entries in announced().items():
@@ -85,7 +86,7 @@ class CommandGroup(TyperGroup):
                 formatter.write_dl(rows)
 
     def invoke(self, ctx: Any) -> None:
-        """Run the command that is named; what its function returns is no exit code."""
+        """Run the named command; the value that its function returns is not an exit code."""
         super().invoke(ctx)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -115,7 +116,7 @@ def _load(entries: list[EntryPoint]) -> typer.Typer:
             hint=f"repair it with: pip install --force-reinstall {_source(entry)}",
         ) from error
     if not isinstance(loaded, typer.Typer):
-        raise ConfigError(f"{source} is no typer.Typer", hint="report it to its author")
+        raise ConfigError(f"{source} is not a typer.Typer", hint="report it to its author")
     return loaded
 
 

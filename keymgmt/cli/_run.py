@@ -1,4 +1,4 @@
-"""Run one command line to its exit: what goes wrong is said once, and the code says whose it is."""
+"""Run one command line to its exit: an error is printed once, and its class is the exit code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["run"]
 
 
 class _Stream(str):
-    """The name of a stream in an OSError; compared by identity, as a file may be called alike."""
+    """The name of a stream in an OSError; compared by identity, as a file may have that name."""
 
     __slots__ = ()
 
@@ -48,7 +48,7 @@ def run(arguments: Sequence[str]) -> NoReturn:
         interrupted = 128 + number
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(interrupted)
 
-    # As exceptions, so that what is half done is cleared away.
+    # Signals become exceptions, so that the clean-up of ``with`` and ``finally`` runs.
     signal.signal(signal.SIGTERM, interrupt)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
@@ -66,7 +66,7 @@ def run(arguments: Sequence[str]) -> NoReturn:
         else:
             _stop_stdout()
             if isinstance(error, BrokenPipeError):
-                # `keymgmt ... | head`: who read it has seen enough.
+                # `keymgmt ... | head`: the reader has ended.
                 code = 128 + signal.SIGPIPE
             else:
                 code = _tell(translate(error), as_json=False)
@@ -79,7 +79,7 @@ def run(arguments: Sequence[str]) -> NoReturn:
 
 
 def _interrupt_later(ignored: sys.UnraisableHookArgs) -> None:
-    """Ctrl-C or SIGTERM in a ``__del__`` or during a fork: raised a moment later, as it can be."""
+    """Raise Ctrl-C or SIGTERM again that came in a ``__del__`` or a fork, where Python drops it."""
     interrupt = ignored.exc_value
     if not isinstance(interrupt, (KeyboardInterrupt, SystemExit)):
         sys.__unraisablehook__(ignored)
@@ -93,7 +93,7 @@ def _interrupt_later(ignored: sys.UnraisableHookArgs) -> None:
 
 
 class _Stdout(io.FileIO):
-    """Standard output, by its name in errors: no other broken pipe is taken for its reader's."""
+    """Standard output, with its name in errors, so that other broken pipes are told apart."""
 
     def write(self, content: Buffer, /) -> int:
         with naming(STDOUT):
@@ -116,7 +116,7 @@ def _run(arguments: Sequence[str]) -> int:
         complete(app)
     command: Any = typer.main.get_command(app)
     try:
-        # Not `app()`, which takes every broken pipe for that of stdout.
+        # `app()` would take every broken pipe for that of stdout.
         with command.make_context("keymgmt", list(arguments)) as context:
             command.invoke(context)
         code = 0
@@ -148,7 +148,7 @@ def _one_line(error: TyperException) -> str:
 
 
 def _wrong_value(error: TyperException) -> str | None:
-    """Which option got what, where pydantic refused it: its own words are for programmers."""
+    """The option and value that pydantic refused, in plain words: its own are for programmers."""
     errors, param = getattr(error.__cause__, "errors", None), getattr(error, "param", None)
     if errors is None or param is None:
         return None
@@ -156,8 +156,8 @@ def _wrong_value(error: TyperException) -> str | None:
     from keymgmt.cli._everywhere import shown
 
     first = errors()[0]
-    said = f"{shown(param)}: {sentence(first)}"
-    return said if first["type"] == "value_error" else f"{said}: {str(first['input'])[:80]!r}"
+    text = f"{shown(param)}: {sentence(first)}"
+    return text if first["type"] == "value_error" else f"{text}: {str(first['input'])[:80]!r}"
 
 
 def _tell(error: KeymgmtError, *, as_json: bool) -> int:
@@ -172,7 +172,7 @@ def _tell(error: KeymgmtError, *, as_json: bool) -> int:
 
 
 def _stop_stdout() -> None:
-    """Let nothing more be written to stdout, whose buffer Python flushes when it ends."""
+    """Discard further output to stdout, whose buffer Python flushes at its end."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.close(nowhere)

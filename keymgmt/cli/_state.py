@@ -1,4 +1,4 @@
-"""What the global options say, handed to every command as ``typer.Context.obj``."""
+"""The values of the global options, which every command gets as ``typer.Context.obj``."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __all__ = ["State"]
 
 
 class State:
-    """The global options, and the config that they name, loaded once and when first asked for.
+    """The global options, and the config that they name, loaded once when it is first needed.
 
     Attributes:
-        path: the config file that is named; None for the one that the library finds.
+        path: the config file that was named; None for the file that the library finds.
         as_json: whether stdout is to have JSON and nothing else.
     """
 
@@ -40,7 +40,7 @@ class State:
         ours.addHandler(self._warnings)
 
     def set_config(self, path: str) -> None:
-        """Take another config than the one that the library finds; ConfigError for no name."""
+        """Use this config in place of that of the library; ConfigError for an empty name."""
         if not str(path):
             raise ConfigError("--config names no file", hint="is a variable empty that holds it?")
         self.path = Path(path)
@@ -50,7 +50,7 @@ class State:
         self.as_json = value
 
     def set_verbose(self, count: int) -> None:
-        """Show logs on stderr: 1 for the audit events and warnings, 2 for all of ours."""
+        """Show logs on stderr: 1 for audit events and warnings, 2 for all logs of keymgmt."""
         self._show_all()
         logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stderr)
         logging.getLogger("keymgmt").setLevel(logging.DEBUG if count > 1 else logging.INFO)
@@ -68,15 +68,15 @@ class State:
         logging.getLogger("keymgmt").removeHandler(self._warnings)
 
     def close(self) -> None:
-        """Close the providers: let go of connections, and wipe what is secret."""
+        """Close the providers: end connections, and wipe secrets."""
         if self._config is not None:
             self._config.close()
 
     def config(self) -> Config:
-        """Load the config; ConfigError where there is none or it is wrong.
+        """Load the config; ConfigError if there is none, or it is wrong.
 
-        It is the file named by ``--config``, else the one that the library finds. The working
-        directory is never looked at: whoever delivered it would choose whom to trust.
+        It is the file named by ``--config``, else the file that the library finds. A config in the
+        working directory is never used: whoever delivered that folder would choose whom to trust.
         """
         if self._config is None:
             from keymgmt import load_config
@@ -85,7 +85,7 @@ class State:
         return self._config
 
     def provider(self, name: str, kind: type[P]) -> P:
-        """The provider of that name, for a command of its backend; ConfigError for another's."""
+        """The provider of this name, for a command of its backend; else ConfigError."""
         provider = self.config().provider(name)
         if not isinstance(provider, kind):
             raise ConfigError(
@@ -96,7 +96,7 @@ class State:
 
 
 class _Warnings(logging.Handler):
-    """Shows warnings of the library as ours are; audit events are for logs, and not for people."""
+    """Prints warnings of the library like those of commands; audit events are left to logs."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.name.startswith("keymgmt.audit"):

@@ -1,4 +1,4 @@
-"""``keymgmt doctor``: look at everything that opening and sealing need, and say what is wrong."""
+"""``keymgmt doctor``: check everything that opening and sealing need."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def doctor(
         list[str] | None,
         typer.Argument(
             metavar="[PROVIDER|PROVIDER:KEY]...",
-            help="What to look at; else everything in the config.",
+            help="What to check; else everything in the config.",
             autocompletion=complete_key,
         ),
     ] = None,
@@ -52,40 +52,42 @@ def doctor(
     """
     state: State = context.obj
     config = state.config()
-    found: list[tuple[str, Finding]] = []
-    for subject, finding in _look(config, what or [], open_model or []):
-        found.append((subject, finding))
+    findings: list[tuple[str, Finding]] = []
+    for subject, finding in _check_all(config, what or [], open_model or []):
+        findings.append((subject, finding))
         if not as_json:
             print_finding(f"{subject}: {finding.name}", finding)
-    failed = any(finding.status == "failed" for _, finding in found)
+    failed = any(finding.status == "failed" for _, finding in findings)
     if as_json:
-        findings = [{"subject": subject, **asdict(finding)} for subject, finding in found]
-        found_json = {"ok": not failed, "config": str(config.path), "findings": findings}
+        listed = [{"subject": subject, **asdict(finding)} for subject, finding in findings]
+        results = {"ok": not failed, "config": str(config.path), "findings": listed}
         versions = {"keymgmt": keymgmt.__version__, "python": platform.python_version()}
-        print_json({"format": "keymgmt-doctor/1", **versions, **found_json})
+        print_json({"format": "keymgmt-doctor/1", **versions, **results})
     if failed:
         raise typer.Exit(1)
 
 
-def _look(config: Config, what: list[str], models: list[Path]) -> Iterator[tuple[str, Finding]]:
+def _check_all(
+    config: Config, names: list[str], models: list[Path]
+) -> Iterator[tuple[str, Finding]]:
     from keymgmt._providers.names import KeyRef
 
-    named = {text.partition(":")[0] for text in what}
-    keys = {str(KeyRef.parse(text)) for text in what if ":" in text}
-    if not what:
+    named = {text.partition(":")[0] for text in names}
+    keys = {str(KeyRef.parse(text)) for text in names if ":" in text}
+    if not names:
         yield "cryptography", _module(config)
         yield from (("policy", finding) for finding in _policy(config))
         keys = set(_seal_keys(config))
-    for name in config.provider_names if not what else sorted(named):
+    for name in config.provider_names if not names else sorted(named):
         backend = config.backend_of(name)
         subject = f"{name} ({backend})"
-        wanted = [KeyRef.parse(text) for text in sorted(keys)]
-        said: set[Finding] = set()
-        for key in [each.key for each in wanted if each.provider == name] or (None,):
+        references = [KeyRef.parse(text) for text in sorted(keys)]
+        shown: set[Finding] = set()
+        for key in [each.key for each in references if each.provider == name] or (None,):
             for finding in _check(config, name, key).findings:
-                # What holds for the whole provider is found once for every key.
-                if finding not in said:
-                    said.add(finding)
+                # A finding about the whole provider comes with each of its keys.
+                if finding not in shown:
+                    shown.add(finding)
                     yield subject, finding
     for path in models:
         yield from ((str(path), finding) for finding in _open(config, path))
@@ -95,12 +97,12 @@ def _check(config: Config, name: str, key: str | None) -> Health:
     from keymgmt._providers.data import Finding, Health
     from keymgmt._system.deadline import within
 
-    what = f"the check of {name}"
+    label = f"the check of {name}"
     try:
-        return within(SECONDS, what, lambda: config.provider(name).check(key))
+        return within(SECONDS, label, lambda: config.provider(name).check(key))
     except KeymgmtError as error:
         return Health((Finding("provider", "failed", str(error), error.hint),))
-    except Exception as error:  # noqa: BLE001 - a stranger's backend; the others are still looked at
+    except Exception as error:  # noqa: BLE001 - a stranger's backend; the others are still checked
         detail = f"{type(error).__name__}: {error}"
         return Health((Finding("provider", "failed", detail, "report it to the backend's author"),))
 
@@ -141,11 +143,11 @@ def _module(config: Config) -> Finding:
     from keymgmt._crypto.module import describe_module
     from keymgmt._providers.data import Finding
 
-    said, fips = describe_module()
+    module, fips = describe_module()
     if fips or config.seal.profile == "default":
-        return Finding("module", "ok", said)
-    hint = "where the rules ask for a validated one: docs/threat-model.md, A validated module"
-    return Finding("module", "warning", f"[seal] profile is {config.seal.profile}: {said}", hint)
+        return Finding("module", "ok", module)
+    hint = "if your rules require a validated module: docs/threat-model.md, A validated module"
+    return Finding("module", "warning", f"[seal] profile is {config.seal.profile}: {module}", hint)
 
 
 def _policy(config: Config) -> Iterator[Finding]:
@@ -172,14 +174,14 @@ def _policy(config: Config) -> Iterator[Finding]:
         scope = "any model" if "*" in models else ", ".join(models)
         yield _attempt(f"publisher {file}", _signer, config, file, f"may publish {scope}")
     for file in (*policy.recipient_signers, *policy.attestation_signers):
-        what = "vouches for recipient files"
-        yield _attempt(f"recipient signer {file}", _signer, config, file, what)
+        role = "vouches for recipient files"
+        yield _attempt(f"recipient signer {file}", _signer, config, file, role)
     if policy.remember_releases is not None:
         yield _attempt("release memory", _remembered, config)
     if config.seal.sign:
-        found = _attempt("[seal] sign", _sealing, config)
-        # A key that fails is found below, with its provider.
-        yield replace(found, status="warning") if found.status == "failed" else found
+        finding = _attempt("[seal] sign", _sealing, config)
+        # Only a warning: the check of its provider reports a key that fails.
+        yield replace(finding, status="warning") if finding.status == "failed" else finding
     for group in config.seal.to:
         for member in parse_group(group):
             if member.startswith("@"):
@@ -191,7 +193,7 @@ def _remembered(config: Config) -> str:
     from keymgmt._trust.release_memory import release_memory
 
     memory = release_memory(config)
-    assert memory is not None  # noqa: S101 - asked for where there is one
+    assert memory is not None  # noqa: S101 - called only with remember_releases
     known = within(SECONDS, "looking at the release memory", memory.recall)
     clock = f", the clock not before {known.time}" if known.time else ""
     return f"{counted(len(known.releases), 'model')} in {memory.path}{clock}"
@@ -205,10 +207,10 @@ def _sealing(config: Config) -> str:
     return f"{config.seal.sign}, {public.id[:16]}"
 
 
-def _signer(config: Config, file: str, what: str) -> str:
+def _signer(config: Config, file: str, role: str) -> str:
     from keymgmt._crypto.signatures import algorithm_of
 
-    return f"{algorithm_of(config.public_key(file))}, {what}"
+    return f"{algorithm_of(config.public_key(file))}, {role}"
 
 
 def _recipient(path: str) -> str:

@@ -47,8 +47,8 @@ def exec_(
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="Where the program finds the files: an empty folder, or one to be below its own "
-            "/tmp. Else /tmp/keymgmt/NAME.",
+            help="Where the program finds the files: an empty folder, or a new folder below its "
+            "own /tmp. Else /tmp/keymgmt/NAME.",
         ),
     ] = None,
     user: Annotated[
@@ -67,15 +67,15 @@ def exec_(
         str | None,
         typer.Option(
             metavar="file:PATH|port:NUMBER|command:WORDS",
-            help="Give back what the program has read once this tells that it is ready.",
+            help="Free the files that the program has read, once this shows that it is ready.",
         ),
     ] = None,
 ) -> None:
     """Run a program on the plain files of a sealed model, which exist in memory alone.
 
-    The files are in a file system that only the program and its children see, read-only, and gone
-    with the last of them. Exit code and signals are the program's; before it starts they are ours,
-    and 127 where there is no such program, 126 where it cannot be executed.
+    The files are in a read-only file system that only the program and its children see, and that
+    ends with the last of them. Exit code and signals are those of the program. Before it starts,
+    the exit code is that of keymgmt: 127 if there is no such program, 126 if it cannot be executed.
 
     Example:
         keymgmt exec resnet50.sealed --user nobody -- ls {sealed}
@@ -146,16 +146,16 @@ def _opened(context: typer.Context, model: str, name: str | None) -> keymgmt.Sea
 
 
 def _check_memfd(launch: Launch) -> None:
-    for given, what in ((launch.at, "--at"), (launch.ready, "--drop-when-ready")):
-        if given is not None:
+    for value, option in ((launch.at, "--at"), (launch.ready, "--drop-when-ready")):
+        if value is not None:
             raise ConfigError(
-                f"{what} takes a private mount, and this is done with memfds",
-                hint="see what forbids one with: --via mount",
+                f"{option} needs a private mount, and memfds are used",
+                hint="see what forbids a mount with: --via mount",
             )
 
 
 def _find_user(text: str) -> User | None:
-    """The user to become; None for who we are already."""
+    """The user to become; None for the present user."""
     from keymgmt._system.namespace import User
 
     try:
@@ -173,7 +173,7 @@ def _find_user(text: str) -> User | None:
 
 
 def _prepare_to_tell() -> None:
-    """Import all that printing needs: an installation below /tmp is out of sight afterwards."""
+    """Import everything that printing needs: the private /tmp may hide the installation later."""
     from rich.text import Text
 
     console(stderr=True).render_lines(Text("-"))
@@ -185,5 +185,5 @@ def _tell(text: str) -> None:
     console(stderr=True).print(Text(clean(text)), soft_wrap=True)
 
 
-def _warn(what: str, hint: str | None) -> None:
-    print_warning(KeymgmtError(what, hint=hint))
+def _warn(text: str, hint: str | None) -> None:
+    print_warning(KeymgmtError(text, hint=hint))

@@ -89,7 +89,7 @@ def init(
             make_folder(directory)
         except OSError as error:
             raise ConfigError(f"cannot make the folder {directory}: {error.strerror}") from error
-        # The config comes last: where it is, everything that it names is there.
+        # The config is written last, so that everything that it names exists.
         wraps = _ensure(provider, kek, "wrap")
         signs = _ensure(provider, publisher, "sign")
         public = directory / f"{publisher}.pem"

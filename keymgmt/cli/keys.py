@@ -1,4 +1,4 @@
-"""``keymgmt keys``: the keys of a provider, as far as it lets itself be managed."""
+"""``keymgmt keys``: the keys of providers that can manage keys."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ __all__ = ["app"]
 NamesOnly = Annotated[
     bool,
     typer.Option(
-        "--names-only", help="Compare names, and try nothing: a key with two names deceives it."
+        "--names-only", help="Compare names only, and try no key: a key with two names is missed."
     ),
 ]
 
@@ -63,17 +63,15 @@ def create(
         str | None,
         typer.Option(
             metavar="KIND",
-            help="What to make, as `keymgmt backends` lists it; else the provider's first choice "
-            "that wraps.",
+            help="Kind of the key, see `keymgmt backends`; else the provider's first kind that "
+            "wraps.",
             autocompletion=complete_kind,
         ),
     ] = None,
-    sign: Annotated[bool, typer.Option("--sign", help="A key that signs, not one that wraps.")] = (
-        False
-    ),
+    sign: Annotated[bool, typer.Option("--sign", help="Create a key that signs.")] = False,
     option: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="What only this backend knows; may come again."),
+        typer.Option(metavar="NAME=VALUE", help="An option of the backend; may be repeated."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -116,7 +114,7 @@ def list_keys(context: typer.Context, provider: Provider = None, as_json: Json =
         except ConfigError:
             raise
         except KeymgmtError as error:
-            # One that is down does not hide the keys of the others.
+            # A provider that fails does not hide the keys of the others.
             failed.append((name, error))
     if as_json:
         found_json: dict[str, object] = {
@@ -163,7 +161,7 @@ def show(context: typer.Context, key: Key, as_json: Json = False) -> None:
 
 @app.command()
 def rotate(context: typer.Context, key: Key, as_json: Json = False) -> None:
-    """Add a version that new wraps or signatures use; old ones still open what they opened.
+    """Add a version for new wraps or signatures; old versions still open what they opened.
 
     Example:
         keymgmt keys rotate local:models
@@ -174,7 +172,7 @@ def rotate(context: typer.Context, key: Key, as_json: Json = False) -> None:
     info = provider.rotate_key(reference.key)
     _show(reference, info, as_json)
     if info.purpose == "sign":
-        # It is rotated already: what is wrong is said, and its next use finds it too.
+        # The key is rotated already, so a problem is only a warning here.
         try:
             check_signer(context.obj.config(), reference)
         except KeymgmtError as error:
@@ -191,7 +189,7 @@ def export(
             "--format",
             metavar="pem|recipient",
             help="The public key of a publisher (pem), or a recipient file that others seal to; "
-            "else what the key is for.",
+            "else by the purpose of the key.",
         ),
     ] = None,
     output: Annotated[
@@ -208,7 +206,7 @@ def export(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Write the public part of a key; of a publisher's, also of an older version that is there.
+    """Write the public part of a key; of a publisher's key also an older version.
 
     Example:
         keymgmt keys export local:publisher -o publisher.pem
@@ -267,12 +265,12 @@ def _tell_next(form: str, output: Path | None, fingerprint: str | None) -> None:
         name = clean(output)
         out.print(f"wrote {name}", soft_wrap=True)
         if form == "pem":
-            said = f'where models are opened: publishers = {{ "{name}" = ["*"] }} under [policy]'
+            step = f'where models are opened: publishers = {{ "{name}" = ["*"] }} under [policy]'
         else:
-            said = f"where models are sealed: --to @{name}"
-        out.print(f"next, {said}", soft_wrap=True)
+            step = f"where models are sealed: --to @{name}"
+        out.print(f"next, {step}", soft_wrap=True)
     if fingerprint is not None:
-        # Who seals to it compares this, told over another way, with what he received.
+        # Whoever seals to the file compares this, sent by another channel, with the received file.
         out.print(f"fingerprint {fingerprint}", soft_wrap=True)
 
 
@@ -326,9 +324,9 @@ def _vouch(
     if not isinstance(signer, SupportsSigning):
         raise UnsupportedOperation(f"{reference.provider} does not sign")
     signature = signer.sign(reference.key, recipient_message(recipient))
-    place = file.with_name(file.name + ".sig")
-    write_result(signatures_file([signature]), place, force=force)
-    return place
+    target = file.with_name(file.name + ".sig")
+    write_result(signatures_file([signature]), target, force=force)
+    return target
 
 
 @app.command()
@@ -344,13 +342,13 @@ def retire(
         list[Path] | None,
         typer.Option(
             metavar="TREE",
-            help="Refuse while the version opens a sealed model at or below it; may come again.",
+            help="Refuse while the version opens a sealed model at or below it; may be repeated.",
         ),
     ] = None,
     names_only: NamesOnly = False,
     as_json: Json = False,
 ) -> None:
-    """Stop a version from being used: what only it opens does not open any more.
+    """Stop a version from being used: a model that only it opens does not open any more.
 
     Example:
         keymgmt keys retire local:models@1 --tree /srv/models
@@ -358,11 +356,11 @@ def retire(
     reference, provider = _managed(context, key, version=True)
     need = None
     if tree:
-        # One that is retired already cannot be tried, and retiring it again changes nothing.
+        # A retired version cannot be tried, and retiring it again changes nothing.
         with contextlib.suppress(KeyRetired):
             need = _refuse_needed(context.obj.config(), reference, tree, names_only, as_json)
     elif names_only:
-        raise ConfigError("--names-only says how to look at a tree", hint="name one with --tree")
+        raise ConfigError("--names-only needs a tree", hint="name a tree with --tree")
     info = provider.retire_version(reference.key, str(reference.version))
     _show(reference, info, as_json, **_looked_at(need))
     _tell_unneeded(need)
@@ -376,22 +374,22 @@ def delete(
         list[Path] | None,
         typer.Option(
             metavar="TREE",
-            help="Refuse while the key opens a sealed model at or below it; may come again.",
+            help="Refuse while the key opens a sealed model at or below it; may be repeated.",
         ),
     ] = None,
     names_only: NamesOnly = False,
     force: Annotated[
-        bool, typer.Option("--force", "-f", help="Do not look whether anything needs it.")
+        bool, typer.Option("--force", "-f", help="Do not check whether a model needs the key.")
     ] = False,
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="Do not ask for the name of the key.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Delete a key with all its versions: what only it opens never opens again.
+    """Delete a key with all its versions: a model that only it opens never opens again.
 
     A key that wraps is deleted only if no version of it opens a model in the trees. On a terminal
-    the name of the key is asked for. AWS KMS deletes after 30 days, in which it can be kept.
+    keymgmt asks for the name of the key. AWS KMS deletes after 30 days; until then it can be kept.
 
     Examples:
         keymgmt keys delete local:old --tree /srv/models
@@ -402,13 +400,13 @@ def delete(
     reference, provider = _managed(context, key)
     if not isinstance(provider, SupportsKeyDeletion):
         raise UnsupportedOperation(
-            f"the provider {reference.provider} deletes no keys",
+            f"the provider {reference.provider} cannot delete keys",
             hint="delete it in the key service itself",
         )
     if force and tree:
-        raise ConfigError("--force looks at no tree", hint="say one of --tree and --force")
+        raise ConfigError("--force and --tree exclude each other", hint="leave one of them out")
     if names_only and not tree:
-        raise ConfigError("--names-only says how to look at a tree", hint="name one with --tree")
+        raise ConfigError("--names-only needs a tree", hint="name a tree with --tree")
     config = context.obj.config()
     info = provider.describe_key(reference.key)
     need = None
@@ -418,8 +416,8 @@ def delete(
             need = _refuse_needed(config, reference, tree, names_only, as_json)
         elif info.purpose == "wrap":
             raise ConfigError(
-                f"nobody has looked whether {reference} opens a model",
-                hint="name the folders of sealed models: --tree TREE; or do not look: --force",
+                f"it was not checked whether {reference} opens a model",
+                hint="name the folders of sealed models: --tree TREE; or do not check: --force",
             )
     if not yes:
         ask_to_type(str(reference), f"what only {reference} opens never opens again")
@@ -430,7 +428,9 @@ def delete(
     elif until is None:
         console().print(f"deleted {clean(reference)}")
     else:
-        console().print(f"{clean(reference)} serves for nothing, and is deleted at {clean(until)}")
+        console().print(
+            f"{clean(reference)} cannot be used any more, and is deleted at {clean(until)}"
+        )
     _tell_unneeded(need)
 
 
@@ -445,7 +445,7 @@ def _tell_unneeded(need: Need | None) -> None:
 
 
 def _refuse_named(config: Config, reference: KeyRef) -> None:
-    """ConfigError where the config's own table names the key."""
+    """ConfigError if the table [seal] of the config names the key."""
     named = [*filter(None, [config.seal.sign]), *config.seal.to]
     if any(str(reference) == part.partition("@")[0] for each in named for part in each.split("+")):
         raise ConfigError(
@@ -456,7 +456,7 @@ def _refuse_named(config: Config, reference: KeyRef) -> None:
 def _refuse_needed(
     config: Config, reference: KeyRef, trees: list[Path], names_only: bool, as_json: bool
 ) -> Need:
-    """What was looked at, where nothing needs the key; ConfigError where something does."""
+    """The result of checking the trees; ConfigError if a model needs the key."""
     need = keymgmt.needs(str(reference), *trees, keys=config, names_only=names_only)
     for link in need.links:
         console(stderr=True).print(f"followed {clean(link.path)} to {clean(link.target)}")
@@ -481,54 +481,54 @@ def usage(
         list[str] | None,
         typer.Argument(
             metavar="[PROVIDER:KEY]...",
-            help="Keys of the config, to see which of their versions nothing names.",
+            help="Keys of the config, to see which of their versions no model names.",
             autocompletion=complete_key,
         ),
     ] = None,
     more: Annotated[
         list[Path] | None,
-        typer.Option("--tree", metavar="TREE", help="Another folder; may come again."),
+        typer.Option("--tree", metavar="TREE", help="Another folder; may be repeated."),
     ] = None,
     prove: Annotated[
         bool,
         typer.Option(
-            "--prove", help="Ask the providers who holds what no public key tells apart by name."
+            "--prove", help="Ask the providers which of them holds a key that only a name tells."
         ),
     ] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV on stdout.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show which key versions the sealed models of a tree need. Nothing of it is authenticated.
+    """Show which key versions the sealed models of a tree need. The result is not authenticated.
 
     Example:
         keymgmt keys usage /srv/models local:models
     """
     config = context.obj.config() if prove or key else None
-    found = keymgmt.usage(tree, *(more or ()), prove=config if prove else None)
-    if found.failures and not found.models and not (as_json or as_csv):
-        _tell_failures(found.failures[1:])
-        raise found.failures[0].error
-    uses = [(*_place(use), use.opens, len(use.only_way_into)) for use in found.keys]
+    result = keymgmt.usage(tree, *(more or ()), prove=config if prove else None)
+    if result.failures and not result.models and not (as_json or as_csv):
+        _tell_failures(result.failures[1:])
+        raise result.failures[0].error
+    uses = [(*_identity(use), use.opens, len(use.only_way_into)) for use in result.keys]
     named = {use[:3] for use in uses}
     missing: list[tuple[str, str, str]] = []
     for text in key or []:
         reference, provider = _managed(context, text)
         backend = context.obj.config().backend_of(reference.provider)
         for version in provider.describe_key(reference.key).versions:
-            place = (backend, reference.key, version.version)
-            if place not in named:
-                missing.append(place)
-    # Not seen is not the same as not there.
-    verdict = "unknown" if found.failures else "not_referenced"
+            identity = (backend, reference.key, version.version)
+            if identity not in named:
+                missing.append(identity)
+    # After a failure it is not known whether a version is named.
+    verdict = "unknown" if result.failures else "not_referenced"
     columns = ("backend", "key", "version", "known_by", "identity", "opens", "only_way_into")
     if as_json:
-        unnamed = [dict(zip(columns[:3], place, strict=True)) for place in missing]
-        print_json({**found.to_json(), verdict: unnamed})
+        unnamed = [dict(zip(columns[:3], identity, strict=True)) for identity in missing]
+        print_json({**result.to_json(), verdict: unnamed})
     elif as_csv:
-        number = "unknown" if found.failures else 0
+        number = "unknown" if result.failures else 0
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerows([columns, *uses])
-        writer.writerows((*place, "name", "", number, number) for place in missing)
+        writer.writerows((*identity, "name", "", number, number) for identity in missing)
     else:
         rows = [
             (
@@ -538,20 +538,21 @@ def usage(
             )
             for use in uses
         ]
-        says = "unknown: not all could be read" if found.failures else "not named in this tree"
-        rows += [(*place, "name", says) for place in missing]
+        text = "unknown: not all could be read" if result.failures else "not named in this tree"
+        rows += [(*identity, "name", text) for identity in missing]
         console().print(table(["backend", "key", "version", "known by", "in this tree"], rows))
         console().print(
-            f"{counted(found.models, 'model')}, unauthenticated: who writes here can hide one"
+            f"{counted(result.models, 'model')}, unauthenticated: whoever can write here can hide "
+            "a model"
         )
-        for link in found.links:
+        for link in result.links:
             console().print(f"followed {clean(link.path)} to {clean(link.target)}")
-    _tell_failures(found.failures)
-    if found.failures:
-        raise typer.Exit(found.failures[0].error.exit_code)
+    _tell_failures(result.failures)
+    if result.failures:
+        raise typer.Exit(result.failures[0].error.exit_code)
 
 
-def _place(use: KeyUse) -> tuple[str, str, str, str, str]:
+def _identity(use: KeyUse) -> tuple[str, str, str, str, str]:
     return use.backend, use.key, use.version, use.known_by, use.identity
 
 

@@ -1,4 +1,4 @@
-"""``keymgmt rewrap`` and ``reseal``: who opens a sealed model from now on."""
+"""``keymgmt rewrap`` and ``reseal``: change who opens a sealed model."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def rewrap(
         typer.Option(
             "--add",
             metavar="GROUP",
-            help="A group that shall open it too, as for `seal --to`.",
+            help="A further group that opens the model, as for `seal --to`.",
             autocompletion=complete_group,
         ),
     ] = None,
@@ -73,7 +73,7 @@ def rewrap(
         typer.Option(
             "--set",
             metavar="GROUP",
-            help="Exactly these groups open it from now on; may come again.",
+            help="Exactly these groups open the model from now on; may be repeated.",
             autocompletion=complete_group,
         ),
     ] = None,
@@ -83,17 +83,17 @@ def rewrap(
     name: Name = None,
     fingerprint: Fingerprint = None,
     force: Annotated[
-        bool, typer.Option("--force", "-f", help="Even if nothing is left that opens here.")
+        bool, typer.Option("--force", "-f", help="Even if no group is left that opens it here.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", "-n", help="Say what would be done; write nothing.")
+        bool, typer.Option("--dry-run", "-n", help="Show what would be done; write nothing.")
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Change who opens a model; without --add, --drop and --set, move to newest key versions.
 
-    Only keys.json is replaced. Who once held the model's data key keeps what it has: `reseal`
-    makes a new one.
+    Only keys.json is replaced. A party that once held the model's data key can still decrypt the
+    model: `reseal` encrypts it with a new data key.
 
     Examples:
         keymgmt rewrap /srv/models --dry-run
@@ -163,8 +163,8 @@ def _tree(path: str, options: dict[str, object], *, dry_run: bool, as_json: bool
     else:
         word = "would change" if dry_run else "changed"
         console().print(f"{counted(models, 'model')}, {word} {changed}, failed {len(failed)}")
-        told = ", ".join(f"{state} {count}" for state, count in sorted(states.items()))
-        console().print(f"groups: {told or 'none'}")
+        listed = ", ".join(f"{state} {count}" for state, count in sorted(states.items()))
+        console().print(f"groups: {listed or 'none'}")
     if code:
         raise typer.Exit(code)
 
@@ -183,8 +183,8 @@ def _tell(done: Rewrapped, *, dry_run: bool) -> None:
         line = f"  {group.state:11} {clean(group.group)}" + (f" ({clean(notes)})" if notes else "")
         out.print(line, soft_wrap=True)
         if group.error is not None and group.state in EXIT_CODES:
-            said = " ".join(filter(None, [str(group.error), group.error.hint]))
-            console(stderr=True).print(f"{clean(done.path)}: {clean(said)}", soft_wrap=True)
+            text = " ".join(filter(None, [str(group.error), group.error.hint]))
+            console(stderr=True).print(f"{clean(done.path)}: {clean(text)}", soft_wrap=True)
     for left in done.left:
         console(stderr=True).print(
             f"{clean(done.path)}: {clean(left)} is left, with a key that was dropped",

@@ -58,7 +58,7 @@ def seal(
         str | None, typer.Option(metavar="NAME", help="The model's name; else from MODEL.")
     ] = None,
     release: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Its number, which later releases raise.")
+        int, typer.Option(metavar="N", min=0, help="Number of the release; later ones are higher.")
     ] = 0,
     profile: Annotated[
         str | None,
@@ -67,7 +67,7 @@ def seal(
     metadata: Annotated[
         list[str] | None,
         typer.Option(
-            "--metadata", "-m", metavar="NAME=VALUE", help="Plain text for people; may come again."
+            "--metadata", "-m", metavar="NAME=VALUE", help="Plain text for people; may be repeated."
         ),
     ] = None,
     fingerprint: Fingerprint = None,
@@ -111,23 +111,23 @@ def seal(
 
 
 def _tell_source(found: Source) -> None:
-    """Say, before anything is sealed, what of it was hardly meant, and what is left out."""
+    """Name, before anything is sealed, the files that are probably a mistake or are left out."""
     from keymgmt._verbs.plain_files import IGNORE
 
     path = found.path
     if found.doubtful:
-        said = f"this looks like secrets or leftovers, and is sealed too: {_some(found.doubtful)}"
-        way = f"name what is to be left out in {path / IGNORE}"
+        text = f"this looks like secrets or leftovers, and is sealed too: {_some(found.doubtful)}"
+        hint = f"name the files to leave out in {path / IGNORE}"
         if not path.is_dir():
-            way = f"{path.name} names it: do not seal what you did not make, or look into it first"
-        print_warning(KeymgmtError(said, hint=way))
-    for what, paths in (
+            hint = f"{path.name} names it: look into that file first, if you did not make it"
+        print_warning(KeymgmtError(text, hint=hint))
+    for title, paths in (
         ("sealed with it", found.beside),
         (f"left out by {IGNORE}", found.left_out),
         ("empty folders are not sealed", found.empty),
     ):
         if paths:
-            console(stderr=True).print(f"{what}: {clean(_some(paths))}", soft_wrap=True)
+            console(stderr=True).print(f"{title}: {clean(_some(paths))}", soft_wrap=True)
 
 
 def _some(paths: Sequence[str]) -> str:
@@ -139,7 +139,7 @@ def unseal(
     context: typer.Context,
     model: Model,
     directory: Annotated[
-        Path, typer.Argument(metavar="DIRECTORY", help="The folder to make, readable by you only.")
+        Path, typer.Argument(metavar="DIRECTORY", help="The new folder, readable by you only.")
     ],
     name: Name = None,
     memory: Annotated[
@@ -193,20 +193,20 @@ def sign(
     unopened: Annotated[
         bool,
         typer.Option(
-            "--unopened", help="Sign what does not open here, after checking its digests alone."
+            "--unopened", help="Sign a model that does not open here, after checking its digests."
         ),
     ] = False,
     if_signed_by: Annotated[
         list[Path] | None,
         typer.Option(
-            metavar="OLD.pem", help="Sign only what this public key has signed; may come again."
+            metavar="OLD.pem", help="Sign only models that this public key signed; may be repeated."
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Add a publisher's signature, after the model was opened and every digest checked.
 
-    To a folder of models, to each of them.
+    With a folder of models, each of them is signed.
 
     Example:
         keymgmt sign resnet50.sealed local:publisher --expires 30d
@@ -241,7 +241,7 @@ def sign(
 
 
 def _signed_by(model: str, config: Config) -> str:
-    """Who has signed a model so far: whoever adds a name to theirs should know it."""
+    """The present signers of a model, which a further signer should know."""
     from keymgmt._trust.policy import load_publishers
 
     known = {publisher.key.id: publisher.file.name for publisher in load_publishers(config)}

@@ -311,7 +311,7 @@ def test_a_key_is_deleted_when_nothing_needs_it(cli: Cli, sealed: Path) -> None:
 def test_a_key_is_not_deleted_by_the_way(cli: Cli, sealed: Path) -> None:
     assert cli("keys", "create", "local:edge").code == 0
     nobody = cli("keys", "delete", "local:edge", "--tree", ".")
-    assert (nobody.code, nobody.hint) == (3, "say that it is meant: --yes")
+    assert (nobody.code, nobody.hint) == (3, "to go on, give --yes")
     for key in ("local:models", "local:publisher"):
         named = cli("keys", "delete", key, "--yes", "--tree", ".")
         assert (named.code, named.error) == (3, f"[seal] in the config names {key}")

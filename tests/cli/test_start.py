@@ -65,7 +65,7 @@ def test_a_strangers_command_is_imported_when_it_runs_and_not_for_help(
     [
         ("import nothing_of_that_name\napp = 1", "ModuleNotFoundError: No module named"),
         ("raise RuntimeError('bad licence')", "RuntimeError: bad licence"),
-        ("app = 1", "is no typer.Typer"),
+        ("app = 1", "is not a typer.Typer"),
         ("def broken(:", "SyntaxError"),
     ],
 )

@@ -208,7 +208,7 @@ def test_where_only_a_mount_will_do_it_is_refused(needs_root, site):
     for option in (["--at", site.root / "at"], ["--drop-when-ready", "port:80"]):
         refused = run(without_namespaces(site.command(*option, "--", "true")), site)
         assert refused.returncode == 3
-        assert "takes a private mount" in refused.stderr
+        assert "needs a private mount" in refused.stderr
 
 
 def test_namespaces_turned_off_by_a_sysctl(needs_root, site):
