@@ -476,3 +476,48 @@ def a_free_port() -> int:
 @pytest.fixture(scope="session")
 def wait_for() -> Callable[..., None]:
     return wait
+
+
+@pytest.fixture
+def agent(
+    bao: Any, bao_binary: Path, tmp_path: Path, wait_for: Callable[..., None]
+) -> Iterator[Path]:
+    """A real agent, not logged in: it waits for the files ``role`` and ``secret`` in its folder.
+
+    It writes its token to ``sink``, and listens at ``agent.sock``.
+    """
+    config = f"""
+vault {{ address = "{bao.address}" ca_cert = "{bao.authority.ca_file}" }}
+auto_auth {{
+  method "approle" {{
+    min_backoff = "100ms"
+    max_backoff = "200ms"
+    config = {{
+      role_id_file_path = "{tmp_path}/role"
+      secret_id_file_path = "{tmp_path}/secret"
+      remove_secret_id_file_after_reading = false
+    }}
+  }}
+  sink "file" {{ config = {{ path = "{tmp_path}/sink" mode = 0600 }} }}
+}}
+api_proxy {{ use_auto_auth_token = true }}
+listener "unix" {{ address = "{tmp_path}/agent.sock" tls_disable = true }}
+"""
+    (tmp_path / "agent.hcl").write_text(config)
+    with (tmp_path / "agent.log").open("wb") as log:
+        process = subprocess.Popen(
+            [bao_binary, "proxy", f"-config={tmp_path}/agent.hcl"],
+            stdout=log,
+            stderr=log,
+            env={"HOME": str(tmp_path), "PATH": os.environ["PATH"]},
+        )
+    try:
+        wait_for(
+            (tmp_path / "agent.sock").exists,
+            "the agent listens",
+            (tmp_path / "agent.log").read_text,
+        )
+        yield tmp_path
+    finally:
+        process.kill()
+        process.wait()

@@ -5,11 +5,9 @@ from __future__ import annotations
 import base64
 import http.server
 import json
-import os
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -285,58 +283,25 @@ class TestAgent:
     """A real agent, logged in by AppRole: its sink file, and its socket."""
 
     @pytest.fixture
-    def agent(
-        self, bao: Any, bao_binary: Path, tmp_path: Path, wait_for: Callable[..., None]
-    ) -> Iterator[Path]:
+    def logged_in(self, bao: Any, agent: Path, wait_for: Callable[..., None]) -> Path:
         role_id, secret_id = bao.approle(UNWRAP, "agent")
-        for name, value in (("role", role_id), ("secret", secret_id)):
-            (tmp_path / name).write_text(value)
-        config = f"""
-vault {{ address = "{bao.address}" ca_cert = "{bao.authority.ca_file}" }}
-auto_auth {{
-  method "approle" {{
-    config = {{
-      role_id_file_path = "{tmp_path}/role"
-      secret_id_file_path = "{tmp_path}/secret"
-      remove_secret_id_file_after_reading = false
-    }}
-  }}
-  sink "file" {{ config = {{ path = "{tmp_path}/sink" mode = 0600 }} }}
-}}
-api_proxy {{ use_auto_auth_token = true }}
-listener "unix" {{ address = "{tmp_path}/agent.sock" tls_disable = true }}
-"""
-        (tmp_path / "agent.hcl").write_text(config)
-        with (tmp_path / "agent.log").open("wb") as log:
-            process = subprocess.Popen(
-                [bao_binary, "proxy", f"-config={tmp_path}/agent.hcl"],
-                stdout=log,
-                stderr=log,
-                env={"HOME": str(tmp_path), "PATH": os.environ["PATH"]},
-            )
-        try:
-            wait_for(
-                lambda: (tmp_path / "sink").exists() and (tmp_path / "agent.sock").exists(),
-                "the agent is logged in",
-                (tmp_path / "agent.log").read_text,
-            )
-            yield tmp_path
-        finally:
-            process.kill()
-            process.wait()
+        (agent / "secret").write_text(secret_id)
+        (agent / "role").write_text(role_id)
+        wait_for((agent / "sink").exists, "the agent is logged in", (agent / "agent.log").read_text)
+        return agent
 
-    def test_sink(self, make: Any, bao: Any, wrapped: WrappedKey, agent: Path) -> None:
-        auth = {"method": "agent", "sink": {"file": str(agent / "sink")}}
+    def test_sink(self, make: Any, bao: Any, wrapped: WrappedKey, logged_in: Path) -> None:
+        auth = {"method": "agent", "sink": {"file": str(logged_in / "sink")}}
         provider = make(bao, auth=auth)
         assert opens(provider, wrapped)
         # The agent logs in again and writes a new token; the old one is dead.
-        old = (agent / "sink").read_text()
+        old = (logged_in / "sink").read_text()
         bao.do("POST", "auth/token/revoke", {"token": old})
-        (agent / "sink").write_text(bao.token(UNWRAP))
+        (logged_in / "sink").write_text(bao.token(UNWRAP))
         assert opens(provider, wrapped)
 
-    def test_socket(self, make: Any, bao: Any, wrapped: WrappedKey, agent: Path) -> None:
-        provider = make(address=f"unix:{agent}/agent.sock", auth={"method": "agent"})
+    def test_socket(self, make: Any, bao: Any, wrapped: WrappedKey, logged_in: Path) -> None:
+        provider = make(address=f"unix:{logged_in}/agent.sock", auth={"method": "agent"})
         assert opens(provider, wrapped)
         with Dek.generate() as dek, pytest.raises(AccessDenied, match="does not allow"):
             provider.wrap("model", dek, b"c")

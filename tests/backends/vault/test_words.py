@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -210,53 +208,17 @@ def test_a_jwt_as_a_pod_has_it(make: Any, bao: Any, tmp_path: Path, mode: int) -
 # An agent that is late.
 
 
-@pytest.fixture
-def late_agent(bao: Any, bao_binary: Path, tmp_path: Path, wait_for: Any) -> Iterator[Path]:
-    """A real agent whose role id appears only when a test writes it."""
-    config = f"""
-vault {{ address = "{bao.address}" ca_cert = "{bao.authority.ca_file}" }}
-auto_auth {{
-  method "approle" {{
-    min_backoff = "100ms"
-    max_backoff = "200ms"
-    config = {{
-      role_id_file_path = "{tmp_path}/role"
-      secret_id_file_path = "{tmp_path}/secret"
-      remove_secret_id_file_after_reading = false
-    }}
-  }}
-  sink "file" {{ config = {{ path = "{tmp_path}/sink" mode = 0600 }} }}
-}}
-api_proxy {{ use_auto_auth_token = true }}
-listener "unix" {{ address = "{tmp_path}/agent.sock" tls_disable = true }}
-"""
-    (tmp_path / "agent.hcl").write_text(config)
-    with (tmp_path / "agent.log").open("wb") as log:
-        process = subprocess.Popen(
-            [bao_binary, "proxy", f"-config={tmp_path}/agent.hcl"],
-            stdout=log,
-            stderr=log,
-            env={"HOME": str(tmp_path), "PATH": os.environ["PATH"]},
-        )
-    try:
-        wait_for((tmp_path / "agent.sock").exists, "the agent listens")
-        yield tmp_path
-    finally:
-        process.kill()
-        process.wait()
-
-
 @pytest.mark.parametrize("way", ["sink", "socket"])
 def test_an_agent_that_has_not_logged_in_yet(
-    make: Any, bao: Any, wrapped: WrappedKey, late_agent: Path, way: str
+    make: Any, bao: Any, wrapped: WrappedKey, agent: Path, way: str
 ) -> None:
     role_id, secret_id = bao.approle(UNWRAP, f"late-{way}")
 
     def provider(timeout: float) -> Any:
         if way == "sink":
-            sink = {"file": str(late_agent / "sink")}
+            sink = {"file": str(agent / "sink")}
             return make(bao, auth={"method": "agent", "sink": sink}, timeout=timeout)
-        address = f"unix:{late_agent}/agent.sock"
+        address = f"unix:{agent}/agent.sock"
         return make(address=address, auth={"method": "agent"}, timeout=timeout)
 
     with pytest.raises(ProviderError) as caught:
@@ -267,8 +229,8 @@ def test_an_agent_that_has_not_logged_in_yet(
 
     def log_in() -> None:
         time.sleep(0.5)
-        (late_agent / "secret").write_text(secret_id)
-        (late_agent / "role").write_text(role_id)
+        (agent / "secret").write_text(secret_id)
+        (agent / "role").write_text(role_id)
 
     threading.Thread(target=log_in).start()
     assert opens(provider(30.0), wrapped)
