@@ -26,6 +26,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 
+import keymgmt
 from keymgmt.backend import ConfigError, KeymgmtError, read_file, wipe
 from keymgmt_broker_service._app import make_app
 from keymgmt_broker_service._decide import Broker
@@ -58,7 +59,8 @@ def serve(path: Path) -> None:
         ConfigError: the config of the service, or what it names, is wrong; nothing was begun.
     """
     settings = load_service_settings(path)
-    made_here = None if settings.nonce_key else os.urandom(NONCE_KEY_LENGTH)
+    # For all workers, which start at different times.
+    made_here = os.urandom(NONCE_KEY_LENGTH)
     Broker.load(settings, _nonce_key(settings, made_here)).close()
     config = uvicorn.Config(
         partial(_worker_app, path, made_here),
@@ -93,11 +95,8 @@ def serve(path: Path) -> None:
     supervisor.run()
 
 
-def _nonce_key(settings: ServiceSettings, made_here: bytes | None) -> bytes:
-    if settings.nonce_key is not None:
-        return read_nonce_key(settings.nonce_key)
-    # A reload took the file out of the config; all workers must make the same change.
-    return made_here or os.urandom(NONCE_KEY_LENGTH)
+def _nonce_key(settings: ServiceSettings, made_here: bytes) -> bytes:
+    return made_here if settings.nonce_key is None else read_nonce_key(settings.nonce_key)
 
 
 def _listen(settings: ServiceSettings) -> socket.socket:
@@ -116,12 +115,13 @@ def _listen(settings: ServiceSettings) -> socket.socket:
     return made
 
 
-def _worker_app(path: Path, made_here: bytes | None) -> ASGIApp:
+def _worker_app(path: Path, made_here: bytes) -> ASGIApp:
     """What each worker runs."""
     _log_to_stderr()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with _ended_by_errors():
+        keymgmt.harden()
         settings = load_service_settings(path)
         return make_app(Broker.load(settings, _nonce_key(settings, made_here)))
 

@@ -104,7 +104,13 @@ class ServiceSettings(Settings):
             )
         if not self.keys:
             raise ValueError("keys names no key: there is nothing to give")
+        behind: dict[str, str] = {}
         for key, entry in self.keys.items():
+            if (other := behind.setdefault(entry.key, key)) != key:
+                raise ValueError(
+                    f"keys.{other} and keys.{key} are both {entry.key}, so that the weaker policy "
+                    "would give either: name it once, or use two keys"
+                )
             for name in entry.allow:
                 if name not in self.policies:
                     raise ValueError(f"keys.{key} allows {name!r}, which is none of the policies")

@@ -132,6 +132,7 @@ GOOD = {
         ({"key": '"site:../up"'}, "key"),
         ({"allow": '["nonesuch"]'}, "'nonesuch', which is none of the policies"),
         ({"allow": "[]"}, "allow"),
+        ({"allow": '["press"]\n[keys.same]\nkey = "site:model"\nallow = ["press"]'}, "are both"),
         ({"config": '"missing.toml"'}, "missing.toml"),
         ({"key": '"other:model"'}, "other"),
         ({"nonce_key": '"short.key"'}, "has 4 bytes, not 32"),

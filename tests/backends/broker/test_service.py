@@ -8,6 +8,7 @@ import hmac
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -480,6 +481,9 @@ def test_a_worker_that_dies_is_replaced(make_service: Any, client: Any, prove: A
     service = make_service()
     asker = Asker(service, client(), prove)
     (worker,) = workers(service)
+    # Data keys pass through it.
+    limits = Path(f"/proc/{worker}/limits").read_text()
+    assert re.search(r"Max core file size +0 ", limits)
     os.kill(worker, signal.SIGKILL)
     until(lambda: worker not in workers(service) and service.status() == 200)
     assert asker.ask(asker.request())[0] == 200
