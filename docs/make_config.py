@@ -17,13 +17,14 @@ from pydantic_core import PydanticUndefined
 
 from keymgmt._config.config import CacheSettings, Policy, SealDefaults
 from keymgmt._config.remote import Remote
-from keymgmt._providers.registry import load_backend
+from keymgmt._providers.registry import load_backend, load_evidence
 from keymgmt._providers.secret_source import SecretSource
 from keymgmt.backend import Settings
 
 PAGE = Path(__file__).with_name("config.md")
 TABLES = {"policy": Policy, "seal": SealDefaults, "cache": CacheSettings, "remote": Remote}
 BACKENDS = ("file", "vault", "pkcs11", "tpm2", "aws", "broker")
+EVIDENCE = ("sgx", "tdx", "tpm2")
 
 INTRODUCTION = """\
 # keymgmt.toml
@@ -102,10 +103,13 @@ def default_of(field: Any) -> str:
 
 
 def sentences_of(model: type[Settings]) -> dict[str, str]:
-    """The ``Attributes:`` of a docstring: name -> sentence."""
-    _, _, text = inspect.cleandoc(model.__doc__ or "").partition("\nAttributes:\n")
-    found = re.findall(r"^    (\w+): (.*(?:\n      +.*)*)", text, re.MULTILINE)
-    return {name: " ".join(sentence.split()) for name, sentence in found}
+    """The ``Attributes:`` of a docstring, and of those that it inherits from: name -> sentence."""
+    sentences: dict[str, str] = {}
+    for each in reversed([each for each in model.__mro__ if issubclass(each, Settings)]):
+        _, _, text = inspect.cleandoc(each.__doc__ or "").partition("\nAttributes:\n")
+        found = re.findall(r"^    (\w+): (.*(?:\n      +.*)*)", text, re.MULTILINE)
+        sentences |= {name: " ".join(sentence.split()) for name, sentence in found}
+    return sentences
 
 
 def nested_in(annotation: Any) -> list[type[Settings]]:
@@ -166,9 +170,15 @@ def backend(name: str) -> str:
     return "\n".join([*parts, inner] if inner else parts)
 
 
+def evidence(kind: str) -> str:
+    """The part of one installed kind of evidence."""
+    return f'## `evidence = {{ kind = "{kind}" }}`\n\n{table_of(load_evidence(kind).Settings)}'
+
+
 def page() -> str:
     """The whole page; every backend of ours must be installed."""
-    return "\n".join([core(), *(backend(name) for name in BACKENDS)])
+    parts = [*(backend(name) for name in BACKENDS), *(evidence(kind) for kind in EVIDENCE)]
+    return "\n".join([core(), *parts])
 
 
 if __name__ == "__main__":
