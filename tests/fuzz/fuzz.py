@@ -6,9 +6,10 @@ memory and time.
     python tests/fuzz/fuzz.py manifest -max_total_time=1800 CORPUS
     python tests/fuzz/fuzz.py manifest crash-0123abcd
 
-Targets: manifest, keys, signatures, recipient, payload. CORPUS is a folder, made if missing and
-filled from the vectors; without one a temporary folder is. With a file, that input alone is run. It
-needs atheris (PyPI) and this checkout's keymgmt; `make nightly` runs every target for five minutes.
+Targets: manifest, keys, signatures, recipient, payload, artifact (what a registry says). CORPUS is
+a folder, made if missing and filled from the vectors; without one a temporary folder is. With a
+file, that input alone is run. It needs atheris (PyPI) and this checkout's keymgmt; `make nightly`
+runs every target for five minutes.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import atheris
 
 with atheris.instrument_imports(include=["keymgmt", "rfc8785"]):
     from keymgmt._providers.recipient_file import Recipient
+    from keymgmt._remote.artifact import Artifact, blob_of
     from keymgmt.errors import KeymgmtError
     from keymgmt.sealed.keys import UnlockPolicy
     from keymgmt.sealed.manifest import Manifest
@@ -70,12 +72,21 @@ def payload(data: bytes) -> None:
             raise
 
 
+def artifact(data: bytes) -> None:
+    """What is read leads to blobs of SHA-256 alone."""
+    for blob in Artifact.parse(data).files.values():
+        assert blob.digest.startswith("sha256:")
+        assert len(bytes.fromhex(blob.digest[7:])) == 32
+        assert blob.size >= 0
+
+
 TARGETS: dict[str, tuple[Callable[[bytes], None], str]] = {
     "manifest": (manifest, "manifest.json"),
     "keys": (keys, "keys.json"),
     "signatures": (signatures, "signatures.json"),
     "recipient": (recipient, ""),
     "payload": (payload, "payload/*.floe"),
+    "artifact": (artifact, ""),
 }
 
 
@@ -90,6 +101,11 @@ def seeds(name: str, folder: Path) -> None:
         for size in (0, 1, SEGMENT - 32, SEGMENT - 31, 9000):
             sealed = whole_floe.encrypt(KEY, AAD, bytes(size), FloeParameters(SEGMENT))
             (folder / f"size-{size}").write_bytes(size.to_bytes(2, "big") + sealed)
+    if name == "artifact":
+        vector = VECTORS / "data_key_used_for_two_manifests" / "model.sealed" / "manifest.json"
+        described = Manifest.from_bytes(vector.read_bytes())
+        files = {"manifest.json": blob_of(b"a"), "payload/a.floe": blob_of(b"b")}
+        (folder / "made").write_bytes(Artifact.make(described, files).data)
     if name == "recipient":
         from keymgmt._crypto.hpke import HPKE_KINDS, hpke_generate, hpke_public
 
