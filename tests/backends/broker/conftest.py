@@ -82,12 +82,13 @@ class Service:
         keys: str | None = None,
         host: str = "127.0.0.1",
         policy: str = POLICY,
+        config: str = "keymgmt.toml",
     ) -> None:
         if keys is None:
             keys = "".join(f'[keys.{key}]\nkey = "site:{key}"\nallow = ["press"]\n' for key in KEYS)
         new = self.config.with_suffix(".new")
         new.write_text(
-            f'listen = "{host}:{self.port}"\nconfig = "keymgmt.toml"\n'
+            f'listen = "{host}:{self.port}"\nconfig = "{config}"\n'
             f'workers = {workers}\nrate = {rate}\nnonce_key = "nonce.key"\n'
             f'collateral = "collateral"\nunsafe_root = "root.der"\n{more}\n'
             f"[policies.press]\n{policy}{keys}"
