@@ -19,6 +19,7 @@ __all__ = ["BUCKETS", "Location", "is_location", "need_folder"]
 BUCKETS: Final = ("s3", "gs", "az")
 _SCHEMES: Final = ("https", "http", *BUCKETS, "oci")
 _ADDRESS: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+_LOST: Final = re.compile(rf"({'|'.join(_SCHEMES)}):/[^/]")
 _HOST: Final = re.compile(r"([A-Za-z0-9]([A-Za-z0-9._-]{0,252}[A-Za-z0-9])?|\[[0-9A-Fa-f:]+\])")
 _BUCKET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 _PATH: Final = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@%/ -]*")
@@ -101,8 +102,7 @@ def is_location(path: str | os.PathLike[str]) -> bool:
     text = os.fspath(path)
     if isinstance(path, str):
         return _ADDRESS.fullmatch(text) is not None
-    lost = re.match(rf"({'|'.join(_SCHEMES)}):/[^/]", text)
-    if lost and not os.path.lexists(text):
+    if _has_lost_a_slash(text):
         raise ConfigError(
             f"{text} was a location before it became a path: a slash is lost",
             hint="give it as a str, and not as a pathlib.Path",
@@ -110,9 +110,13 @@ def is_location(path: str | os.PathLike[str]) -> bool:
     return False
 
 
+def _has_lost_a_slash(text: str) -> bool:
+    return bool(_LOST.match(text)) and not os.path.lexists(text)
+
+
 def need_folder(path: str | os.PathLike[str]) -> None:
-    """ConfigError where a path is a location."""
-    if is_location(path):
+    """ConfigError where a path is, or was, a location."""
+    if _has_lost_a_slash(os.fspath(path)) or is_location(path):
         raise ConfigError(
             f"{os.fspath(path)} is not a folder of this machine, which this needs",
             hint="copy the model to a folder first",

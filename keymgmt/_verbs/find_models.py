@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from keymgmt._remote.location import need_folder
 from keymgmt._system.files import target_of
 from keymgmt._trust.candidate import Candidate
 from keymgmt.errors import ConfigError, KeymgmtError, SealedModelError
@@ -114,6 +115,11 @@ def find_models(
     seen: set[tuple[int, int]] = set()
     links = links if links is not None else []
     for tree in map(Path, [trees] if isinstance(trees, (str, os.PathLike)) else trees):
+        try:
+            need_folder(tree)
+        except ConfigError as error:
+            yield Failure(str(tree), error)
+            continue
         found = False
         for item in _walk(tree, seen, links, frozenset(seen)):
             found = True

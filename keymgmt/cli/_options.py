@@ -100,9 +100,12 @@ def complete_group(context: typer.Context, incomplete: str) -> list[str]:
 def complete_member(context: typer.Context, incomplete: str) -> list[str]:
     """Values of ``--drop``: the groups of the named model, as ``inspect`` shows them."""
     import keymgmt
+    from keymgmt._remote.location import need_folder
 
     try:
-        groups = keymgmt.inspect(_first_word(context)).groups
+        model = _first_word(context)
+        need_folder(model)  # no server is asked while somebody types
+        groups = keymgmt.inspect(model).groups
     except KeymgmtError:
         return complete_key(context, incomplete)
     return sorted(

@@ -5,14 +5,13 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, ParamSpec
 
 import typer
 
 import keymgmt
 from keymgmt._system.words import counted
-from keymgmt.cli._options import Json, complete_key
+from keymgmt.cli._options import Json, complete_key, place
 from keymgmt.cli._output import print_finding
 from keymgmt.cli._state import State
 from keymgmt.console import print_json
@@ -39,8 +38,8 @@ def doctor(
         ),
     ] = None,
     open_model: Annotated[
-        list[Path] | None,
-        typer.Option("--open", metavar="MODEL.sealed", help="Also open this model."),
+        list[str] | None,
+        typer.Option("--open", metavar="MODEL.sealed", help="Also open this model.", parser=place),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -68,7 +67,7 @@ def doctor(
 
 
 def _check_all(
-    config: Config, names: list[str], models: list[Path]
+    config: Config, names: list[str], models: list[str]
 ) -> Iterator[tuple[str, Finding]]:
     from keymgmt._providers.names import KeyRef
 
@@ -118,7 +117,7 @@ def _attempt(name: str, call: Callable[P, str], *args: P.args, **more: P.kwargs)
         return Finding(name, "failed", "; ".join([str(error), *reasons]), error.hint)
 
 
-def _open(config: Config, path: Path) -> Iterator[Finding]:
+def _open(config: Config, path: str) -> Iterator[Finding]:
     from keymgmt._providers.data import Finding
 
     failed: list[Attempt] = []

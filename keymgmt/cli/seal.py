@@ -211,8 +211,10 @@ def sign(
     Example:
         keymgmt sign resnet50.sealed local:publisher --expires 30d
     """
+    from keymgmt._remote.location import need_folder
     from keymgmt._trust.candidate import refusal
 
+    need_folder(model)
     until = moment(expires) if expires is not None else None
     config = context.obj.config()
     options = {

@@ -112,12 +112,21 @@ def test_the_command_line(site: Any, sealed: Path, serve: Serve, authority: Auth
 
     assert run("inspect", f"{web.url}/m.sealed")["path"] == f"{web.url}/m.sealed"
     assert run("verify", f"{web.url}/m.sealed")["opened_by"] == ["local"]
-    command = [sys.executable, "-P", "-m", "keymgmt", "-c", str(file), "reseal"]
-    done = subprocess.run(
-        [*command, f"{web.url}/m.sealed"], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 3
-    assert "not a folder of this machine" in done.stderr
+    command = [sys.executable, "-P", "-m", "keymgmt", "-c", str(file)]
+    for verb in (["reseal"], ["sign"], ["keys", "usage"]):
+        done = subprocess.run(
+            [*command, *verb, f"{web.url}/m.sealed"], capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 3, verb
+        assert "not a folder of this machine" in done.stdout + done.stderr, verb
+    assert run("doctor", "--open", f"{web.url}/m.sealed")["findings"]
+    cat = ["exec", "--via", "memfd", f"{web.url}/m.sealed", "--", "cat", "{sealed}/model.xml"]
+    done = subprocess.run([*command, *cat], capture_output=True, timeout=60)
+    assert done.stdout == (site.plain / "model.xml").read_bytes(), done.stderr
+    assert run("unseal", f"{web.url}/m.sealed", str(site.root / "unsealed"))
+    assert (site.root / "unsealed/model.bin").read_bytes() == (
+        site.plain / "model.bin"
+    ).read_bytes()
 
 
 def test_a_login_is_told_to_its_host_alone(

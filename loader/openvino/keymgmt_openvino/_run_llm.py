@@ -12,15 +12,13 @@ from keymgmt_openvino._ask import ask
 from keymgmt_openvino.genai import load_llm
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from keymgmt import Config
 
 __all__ = ["run_llm"]
 
 
 def run_llm(
-    path: Path,
+    path: str,
     device: str,
     config: Config,
     *,

@@ -30,7 +30,10 @@ DYNAMIC = 8  # the length of an open dimension of a random input; the first dime
 @app.command()
 def run(
     context: typer.Context,
-    path: Annotated[Path, typer.Argument(metavar="OUT.sealed", help="The sealed model.")],
+    # With a parser it is known as a path, and stays a str: pathlib would spoil a location.
+    path: Annotated[
+        str, typer.Argument(metavar="OUT.sealed", help="The sealed model.", parser=str)
+    ],
     device: Annotated[str, typer.Option(help="OpenVINO device.")] = "CPU",
     given: Annotated[
         list[str] | None,
@@ -78,7 +81,10 @@ def run(
         keymgmt run llama.sealed --prompt "Once upon a time"
     """
     # The kind is not verified yet. It only chooses between two loaders, and both verify.
-    if file is None and keymgmt.inspect(path).manifest.kind == "openvino-genai":
+    if (
+        file is None
+        and keymgmt.inspect(path, keys=context.obj.config()).manifest.kind == "openvino-genai"
+    ):
         from keymgmt_openvino._run_llm import run_llm
 
         for option, value in (("--cache", cache), ("--input", given), ("--output", output)):

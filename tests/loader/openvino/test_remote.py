@@ -1,0 +1,31 @@
+"""A model that is loaded from the server where it lies."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from keymgmt_openvino import load
+
+pytest.importorskip("urllib3")
+
+
+def test_it_says_what_the_model_in_a_folder_says(magika_sealed, site):
+    from webserver import files_of, start_web
+
+    web, server = start_web(files_of(magika_sealed.parent))
+    where = f"{web.url}/{magika_sealed.name}"
+    try:
+        given = np.zeros((1, 2048), np.int32)
+        with load(magika_sealed, keys=site.path) as model:
+            expected = model({"bytes": given})["target_label"].copy()
+        with load(where, keys=site.path) as model:
+            assert (model({"bytes": given})["target_label"] == expected).all()
+        command = [sys.executable, "-m", "keymgmt.cli", "--config", site.path, "run", where]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    finally:
+        server.shutdown()
+        server.server_close()
