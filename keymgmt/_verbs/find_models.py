@@ -94,9 +94,7 @@ class Shard:
         return cls(int(match[1]), int(match[2]))
 
     def has(self, tree: Path, path: Path) -> bool:
-        """Whether a folder of the tree is in this part; the tree itself is in every one."""
-        if path == tree:
-            return True
+        """Whether a folder of the tree is in this part."""
         digest = hashlib.sha256(os.fsencode(path.relative_to(tree))).digest()
         return int.from_bytes(digest[:8], "big") % self.count == self.number - 1
 
@@ -123,14 +121,18 @@ def find_models(
         found = False
         for item in _walk(tree, seen, links, frozenset(seen)):
             found = True
-            if item is not None and (
-                shard is None
-                or shard.has(tree, item if isinstance(item, Path) else Path(item.path))
-            ):
+            if item is not None and (shard is None or _is_in(shard, tree, item)):
                 yield item
         if not found:
             message = f"there is no sealed model at or below {tree}"
             yield Failure(str(tree), ConfigError(message, hint="is this the right folder?"))
+
+
+def _is_in(shard: Shard, tree: Path, item: Path | Failure) -> bool:
+    if isinstance(item, Path):
+        return shard.has(tree, item)
+    # What is wrong with the tree as a whole is wrong with every part.
+    return Path(item.path) == tree or shard.has(tree, Path(item.path))
 
 
 def _walk(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from keymgmt._config.calls import unwrap_many, wrap_many
 from keymgmt._config.config import use_config
-from keymgmt._verbs.find_models import CHUNK, Failure, find_models, guarded
+from keymgmt._verbs.find_models import CHUNK, Failure, Shard, find_models, guarded
 from keymgmt._verbs.rewrap import Rewrapped, Task, Wanted, rewrap_one, rewrap_steps
 from keymgmt.errors import ConfigError
 
@@ -46,6 +46,7 @@ def rewrap_tree(
     fingerprints: Sequence[str] = (),
     force: bool = False,
     dry_run: bool = False,
+    shard: str | None = None,
 ) -> Iterator[Result]:
     """Rewrap every sealed model below ``tree``, many at once, and tell of each as it is done.
 
@@ -55,9 +56,14 @@ def rewrap_tree(
     done. A group to drop that no model had is a Failure of the tree. Arguments as for
     ``keymgmt.rewrap``.
 
+    ``shard``, such as ``"2/8"``, names one of so many parts, into which the models fall by their
+    paths below ``tree``. The parts may run at the same time, on machines that mount the tree at
+    different places. That no model of a part had a group to drop is then no Failure.
+
     Raises:
         ConfigError, ProviderError: the config, or a group to add, is wrong; nothing was changed.
     """
+    part = Shard.parse(shard) if shard is not None else None
     with use_config(keys) as config:
         task = Task.make(
             config,
@@ -70,8 +76,8 @@ def rewrap_tree(
             dry_run=dry_run,
             tree=True,
         )
-        yield from _in_chunks(find_models(tree), task)
-        for text in drop:
+        yield from _in_chunks(find_models(tree, shard=part), task)
+        for text in drop if part is None else ():
             if text not in task.dropped:
                 # Dropped by an earlier run, or misspelt: then nobody has lost access.
                 message = f"no model that was opened had a group {text} to drop"

@@ -6,7 +6,7 @@ from collections import Counter
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -88,6 +88,13 @@ def rewrap(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", "-n", help="Show what would be done; write nothing.")
     ] = False,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Of a tree, only the I-th of N parts; the others run elsewhere, or later.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Change who opens a model; without --add, --drop and --set, move to newest key versions.
@@ -111,6 +118,8 @@ def rewrap(
         "dry_run": dry_run,
     }
     if not is_tree(path):
+        if shard is not None:
+            raise ConfigError("--shard is for a tree, and this is one model")
         done = keymgmt.rewrap(path, name=name, **options)
         if as_json:
             print_json({"format": FORMAT, **done.to_json()})
@@ -121,16 +130,16 @@ def rewrap(
         return
     if name is not None:
         raise ConfigError("--name is for one model, and this is a tree of them")
-    _tree(path, options, dry_run=dry_run, as_json=as_json)
+    _tree(path, {**options, "shard": shard}, dry_run=dry_run, as_json=as_json)
 
 
-def _tree(path: str, options: dict[str, object], *, dry_run: bool, as_json: bool) -> None:
+def _tree(path: str, options: dict[str, Any], *, dry_run: bool, as_json: bool) -> None:
     states: Counter[str] = Counter()
     codes: set[int] = set()
     models = changed = 0
     failed: list[keymgmt.Failure] = []
     with counter("rewrapping") as tick:
-        for item in keymgmt.rewrap_tree(path, **options):  # type: ignore[arg-type]
+        for item in keymgmt.rewrap_tree(path, **options):
             tick()
             if isinstance(item, keymgmt.Failure):
                 failed.append(item)
@@ -157,6 +166,7 @@ def _tree(path: str, options: dict[str, object], *, dry_run: bool, as_json: bool
                 "failed": len(failed),
                 "groups": dict(states),
                 "dry_run": dry_run,
+                "shard": options["shard"],
                 "exit_code": code,
             }
         )

@@ -103,6 +103,19 @@ def test_the_json_of_a_run_over_a_tree_is_enough_to_decide(
     assert done["groups"][0]["state"] == "moved"
 
 
+def test_a_shard_of_a_tree(cli: Cli, site: Path, sealed: Path) -> None:
+    assert cli("seal", "model", "other.sealed").code == 0
+    assert cli("keys", "rotate", "local:models").code == 0
+    summaries = [
+        json.loads(cli("rewrap", ".", "--shard", f"{number}/2", "--json").out.splitlines()[-1])
+        for number in (1, 2)
+    ]
+    assert [summary["shard"] for summary in summaries] == ["1/2", "2/2"]
+    assert sum(summary["changed"] for summary in summaries) == 2
+    assert cli("rewrap", ".", "--shard", "3/2").code == 3
+    assert cli("rewrap", sealed, "--shard", "1/2").code == 3
+
+
 def test_a_tree_is_signed_verified_and_resealed(cli: Cli, site: Path, sealed: Path) -> None:
     assert cli("keys", "rotate", "local:publisher").code == 0
     refused = cli("sign", ".")

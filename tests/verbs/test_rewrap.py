@@ -462,6 +462,34 @@ def test_two_rotations_of_one_tree_at_once(site, tree, monkeypatch):
     assert not list(tree.rglob(".*"))
 
 
+def test_shards_of_a_tree_join_to_the_whole(site, tree, tmp_path):
+    """Each model is in one part, whatever the tree is called where the part runs."""
+    (tree / "d1" / "m1.sealed" / "keys.json").write_bytes(b"{}")
+    (tree / "d0" / "nowhere").symlink_to("not there")
+    site.provider.rotate_key("a")
+    elsewhere = tmp_path / "mounted here"
+    elsewhere.symlink_to(tree)
+    seen = []
+    for number, place in enumerate([tree, elsewhere, tree], 1):
+        done = keymgmt.rewrap_tree(place, keys=site.config(), shard=f"{number}/3")
+        seen += [str(Path(item.path).relative_to(place)) for item in done]
+    assert len(seen) == len(set(seen))
+    whole = list(keymgmt.rewrap_tree(tree, keys=site.config()))
+    assert sorted(seen) == sorted(str(Path(item.path).relative_to(tree)) for item in whole)
+    assert not any(isinstance(item, keymgmt.Rewrapped) and item.changed for item in whole)
+    (failure,) = keymgmt.rewrap_tree(tree / "not there", keys=site.config(), shard="3/3")
+    assert isinstance(failure, keymgmt.Failure)
+
+
+@pytest.mark.parametrize(
+    "shard", ["", "0/2", "3/2", "1", "1/2/3", "-1/2", "1/0", "a/b", "1/9999999"]
+)
+def test_what_is_no_shard(site, tree, shard):
+    with pytest.raises(errors.ConfigError, match="no part of a tree") as caught:
+        list(keymgmt.rewrap_tree(tree, keys=site.config(), shard=shard))
+    assert caught.value.hint
+
+
 def test_a_plugin_that_answers_a_batch_wrongly_stops_no_tree(site, tree, monkeypatch):
     config = site.config()
     provider = config.provider("local")
