@@ -93,6 +93,16 @@ def test_the_rotation_page(desk: Any) -> None:
     assert "LICENSE" in desk.told["keymgmt reseal tree/a.sealed"].err
 
 
+def test_a_fleet(desk: Any) -> None:
+    desk.run(f"{MODEL} && mkdir models && keymgmt init")
+    for name in "abc":
+        desk.run(f"keymgmt seal model models/{name}.sealed --name {name}")
+    desk.stand_ins = {"/srv/models": "models"}
+    desk.run_page("docs/fleet.md")
+    (joined,) = (ran for command, ran in desk.told.items() if "jq -s" in command)
+    assert json.loads(joined.out) == {"models": 3, "failed": 0}
+
+
 def test_from_plain_files_to_sealed(desk: Any) -> None:
     desk.run("mkdir -p plain/llama && echo '{}' > plain/llama/config.json")
     desk.run("echo net > plain/resnet50.xml && echo weights > plain/resnet50.bin")

@@ -59,12 +59,17 @@ class Authority:
         days: float = 20,
         since: datetime.timedelta = datetime.timedelta(days=-25),
         client: bool = False,
+        peer: bool = False,
         password: bytes | None = None,
     ) -> tuple[Path, Path]:
-        """Make a certificate for loopback (or a client called ``name``): its file and its key's."""
+        """Make a certificate for loopback (or a client called ``name``): its file and its key's.
+
+        A ``peer`` is both, as each process of a cluster is.
+        """
         key = ec.generate_private_key(ec.SECP256R1())
         now = datetime.datetime.now(datetime.UTC)
-        usage = ExtendedKeyUsageOID.CLIENT_AUTH if client else ExtendedKeyUsageOID.SERVER_AUTH
+        both = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+        usages = both if peer else both[1:] if client else both[:1]
         builder = (
             x509.CertificateBuilder()
             .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
@@ -83,7 +88,7 @@ class Authority:
                 ),
                 critical=False,
             )
-            .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+            .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
             .add_extension(
                 x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()),
                 critical=False,
