@@ -164,6 +164,41 @@ def test_a_service_that_is_down_is_told_and_asked_once(
         assert {item.exit_code for item in done} == {0}
 
 
+def test_a_service_that_goes_down_in_the_middle(
+    services: Services, gateway: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it answered for is done, the rest is told, and the next run does it: nothing twice."""
+    monkeypatch.setattr("keymgmt._verbs.rewrap_tree.CHUNK", 4)
+    tree, front = services.folder / "tree", gateway()
+    with services.config("site") as sealing:
+        for number in range(12):
+            services.seal(tree / f"m{number:02}.sealed", [f"site:{services.al}"], sealing)
+        sealing.provider("site").rotate_key(services.al)
+    asked = []
+
+    def down(method: str, path: str, body: Any) -> bool | None:
+        asked.append(path)
+        # Four requests for each chunk: unwrap, look, wrap, unwrap.
+        return False if len([one for one in asked if "here/" in one]) > 6 else None
+
+    front.before = down
+    through = {"address": front.address, "ca_file": None, "timeout": 2.0}
+    with services.config("site", site=through) as config:
+        first = rewrap(tree, config)
+    assert [item.changed for item in first] == [True] * 4 + [False] * 8
+    assert {item.exit_code for item in first[4:]} == {6}
+    assert not list(tree.rglob(".*"))
+    asked.clear()
+    front.before = lambda *_: None
+    front.seen.clear()
+    with services.config("site", site=through) as config:
+        again = rewrap(tree, config)
+    assert [item.changed for item in again] == [False] * 4 + [True] * 8
+    assert {item.exit_code for item in again} == {0}
+    # In batches: less than one request a model.
+    assert len([path for _, path, _ in front.seen if path.startswith("here/")]) == 11
+
+
 def test_a_service_that_denies_is_told(services: Services, two_sites: Path, bao: Any) -> None:
     key = services.al
     rights = (
