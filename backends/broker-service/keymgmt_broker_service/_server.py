@@ -61,9 +61,10 @@ def serve(path: Path) -> None:
     settings = load_service_settings(path)
     # For all workers, which start at different times.
     made_here = os.urandom(NONCE_KEY_LENGTH)
+    formatter = _formatter()
     Broker.load(settings, _nonce_key(settings, made_here)).close()
     config = uvicorn.Config(
-        partial(_worker_app, path, made_here),
+        partial(_worker_app, path, made_here, formatter),
         factory=True,
         http=_Bounded,
         ws="none",
@@ -86,7 +87,7 @@ def serve(path: Path) -> None:
     host, port = listening.getsockname()[:2]
     secure = "https" if settings.certificate else "http"
     shown = f"[{host}]" if ":" in host else host
-    _log_to_stderr()
+    _log_to_stderr(formatter)
     log.info("listening on %s://%s:%d with %d workers", secure, shown, port, settings.processes)
     if settings.unsafe_root:
         log.warning("unsafe_root is set: whoever has its key can make any evidence")
@@ -115,9 +116,9 @@ def _listen(settings: ServiceSettings) -> socket.socket:
     return made
 
 
-def _worker_app(path: Path, made_here: bytes) -> ASGIApp:
+def _worker_app(path: Path, made_here: bytes, formatter: logging.Formatter) -> ASGIApp:
     """What each worker runs."""
-    _log_to_stderr()
+    _log_to_stderr(formatter)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with _ended_by_errors():
@@ -162,11 +163,20 @@ def _tls(path: Path) -> ssl.SSLContext:
     return context
 
 
-def _log_to_stderr() -> None:
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr, force=True
-    )
-    logging.getLogger("keymgmt").setLevel(logging.INFO)
+def _formatter() -> logging.Formatter:
+    """How the command line was told to write logs (``--log-json``), else lines with a time."""
+    handlers = logging.getLogger().handlers
+    told = handlers[0].formatter if handlers else None
+    return told or logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+def _log_to_stderr(formatter: logging.Formatter) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(formatter)
+    logging.basicConfig(handlers=[handler], force=True)
+    ours = logging.getLogger("keymgmt")
+    ours.handlers.clear()  # the command line's, which prints warnings for a person
+    ours.setLevel(logging.INFO)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
 

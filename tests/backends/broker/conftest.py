@@ -65,6 +65,7 @@ class Service:
     ) -> None:
         self.folder, self.port, self.secure = folder, port or free_port(), secure
         self.process: subprocess.Popen[bytes] | None = None
+        self.options: tuple[str, ...] = ()
         self.log = folder / f"log-{self.port}"
         self.config = folder / f"broker-{self.port}.toml"
         self.write(**more)
@@ -98,7 +99,16 @@ class Service:
     def start(self) -> None:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "keymgmt", "broker", "serve", "--config", self.config],
+                [
+                    sys.executable,
+                    "-m",
+                    "keymgmt",
+                    "broker",
+                    "serve",
+                    "--config",
+                    self.config,
+                    *self.options,
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

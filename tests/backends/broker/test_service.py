@@ -534,6 +534,17 @@ def test_a_worker_that_dies_is_replaced(make_service: Any, client: Any, prove: A
     assert asker.ask(asker.request())[0] == 200
 
 
+def test_logs_are_json_where_they_are_to_be(make_service: Any, client: Any, prove: Any) -> None:
+    service = make_service(start=False)
+    service.options = ("--log-json",)
+    service.start()
+    asker = Asker(service, client(), prove)
+    assert asker.ask(asker.request())[0] == 200
+    lines = [json.loads(line) for line in service.said().splitlines()]
+    assert "listening on" in lines[0]["message"]
+    assert (lines[-1]["event"], lines[-1]["outcome"]) == ("broker-unwrap", "ok")
+
+
 def test_wrap_needs_the_recipient_file_that_the_settings_name(
     shared_service: Any, client: Any, recipients: dict[str, Path]
 ) -> None:
