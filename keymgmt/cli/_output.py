@@ -221,8 +221,12 @@ def tell_tree(
             tick()
             if isinstance(item, Failure):
                 failed.append(item)
-                tell_failure(item, form, as_json=as_json)
+                # The first is held back: if no model is done, it is the error of the command.
+                if as_json or states or len(failed) > 1:
+                    tell_failure(item, form, as_json=as_json)
                 continue
+            if failed and not states and not as_json:
+                tell_failure(failed[0], form, as_json=False)
             states[item.state] += 1
             if as_json:
                 print_line({"format": form, **item.to_json()})

@@ -144,8 +144,12 @@ def _tree(path: str, options: dict[str, Any], *, dry_run: bool, as_json: bool) -
             if isinstance(item, keymgmt.Failure):
                 failed.append(item)
                 codes.add(item.error.exit_code)
-                tell_failure(item, FORMAT, as_json=as_json)
+                # The first is held back: if no model is done, it is the error of the command.
+                if as_json or models or len(failed) > 1:
+                    tell_failure(item, FORMAT, as_json=as_json)
                 continue
+            if failed and not models and not as_json:
+                tell_failure(failed[0], FORMAT, as_json=False)
             models += 1
             changed += item.changed
             codes.add(item.exit_code)

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -316,6 +317,19 @@ def test_progress_over_a_tree_names_the_model_at_hand(
     assert process.returncode == 0
     assert doing.encode() in shown
     assert json.loads(out.splitlines()[-1])["models"] == 2
+
+
+@pytest.mark.parametrize("command", ["verify", "rewrap", "reseal"])
+def test_a_failure_in_a_tree_is_told_once(cli: Cli, site: Path, command: str) -> None:
+    (site / "tree").mkdir()
+    ran = cli(command, "tree")
+    assert ran.err.count("there is no sealed model") == 1
+    assert cli("seal", "model", "tree/b.sealed").code == 0
+    shutil.copytree(site / "tree" / "b.sealed", site / "tree" / "a.sealed")
+    (site / "tree" / "a.sealed" / "keys.json").unlink()
+    ran = cli(command, "tree")
+    assert ran.code in (3, 4)
+    assert ran.err.count("tree/a.sealed: ") == 1
 
 
 def test_sign_names_who_signed_before(cli: Cli, site: Path, sealed: Path) -> None:
