@@ -28,7 +28,7 @@ def server(
 @pytest.fixture
 def place(server: RegistryServer, site: Path) -> str:
     with (site / "keymgmt.toml").open("a") as config:
-        config.write(f'\n[remote]\ndeadline = 2\n\n[remote.access."oci://{server.host}"]\n')
+        config.write(f'\n[remote.access."oci://{server.host}"]\n')
         config.write(f'ca_file = "{server.ca_file}"\n')
     return f"oci://{server.host}/{site.parent.name.replace('_', '-').strip('-').lower()}:3"
 
@@ -52,7 +52,12 @@ def test_both_print_what_they_did(
     assert f"{place} is {digest}" in pulled.out
 
 
-def test_errors_have_exit_codes(cli: Cli, place: str, sealed: Path) -> None:
+def test_errors_have_exit_codes(
+    cli: Cli, place: str, sealed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from keymgmt._remote.http import Http
+
+    monkeypatch.setattr(Http, "_wait", lambda *_: False)
     assert cli("pull", place, "pulled").code == 3
     assert cli("pull", "oci://127.0.0.1:1/a:1", "pulled", "--json").code == 6
     assert cli("pull", place, "no/such/folder").code == 3

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -471,7 +472,7 @@ def test_a_push_that_is_stopped_moves_no_tag(
     """Uploads are answered slowly: the process is killed in the middle of them."""
     stored: dict[str, bytes] = {}
     tags: list[bytes] = []
-    slow = [True]
+    slow, first_one = [True], threading.Lock()
 
     def keep(request: Seen, handler: Any) -> bool:
         path = urlsplit(request.path)
@@ -483,8 +484,9 @@ def test_a_push_that_is_stopped_moves_no_tag(
         elif request.method == "POST":
             reply(handler, 202, Location=f"/v2/upload/{len(fake.web.seen)}?state=x")
         elif request.method == "PUT":
-            if slow[0] and stored:
+            if slow[0] and not first_one.acquire(blocking=False):
                 time.sleep(20)
+                return True
             stored[path.query.split("digest=")[1].replace("%3A", ":")] = request.body
             reply(handler, 201)
         else:

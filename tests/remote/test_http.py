@@ -245,14 +245,14 @@ def test_a_server_that_gives_a_byte_now_and_then_is_given_up(
 ) -> None:
     def answer(request: Seen, handler: Any) -> None:
         reply(handler, 200, b"", Content_Length=str(len(CONTENT)))
-        for _ in range(300):
+        for _ in range(400):
             handler.wfile.write(b"x")
             handler.wfile.flush()
             time.sleep(0.05)
 
     web = serve(answer)
-    with pytest.raises(StorageUnavailable, match="within 1 seconds"):
-        client(settings, web.url, timeout=0.5, deadline=1.0).fetch(web.url, Memory())
+    with pytest.raises(StorageUnavailable, match="within 3 seconds"):
+        client(settings, web.url, timeout=3.0, deadline=3.0).fetch(web.url, Memory())
 
 
 def test_a_server_that_says_nothing_is_given_up(serve: Serve, settings: Settings) -> None:

@@ -62,7 +62,7 @@ def password(tmp_path: Path) -> dict[str, str]:
 def reach(server: Any, *, push: bool = True, **access: Any) -> Registry:
     host = server.host if isinstance(server, RegistryServer) else urlsplit(server.url).netloc
     table = {"ca_file": getattr(server, "ca_file", None), **access}
-    remote = {"deadline": 5, "access": {f"oci://{host}": {k: v for k, v in table.items() if v}}}
+    remote = {"deadline": 60, "access": {f"oci://{host}": {k: v for k, v in table.items() if v}}}
     data = {"remote": json.loads(json.dumps(remote, default=str))}
     place = Location.parse(f"oci://{host}/models/{secrets.token_hex(4)}:1")
     return Registry(place, Config(data).remote, push=push)
