@@ -129,6 +129,9 @@ def test_other_tools_understand_it(place: Place, require_tool: Any, tmp_path: Pa
         assert there == (sealed / name).read_bytes()
     manifest = (tmp_path / "copy" / "manifest.json").read_bytes()
     assert f"sha256:{hashlib.sha256(manifest).hexdigest()}" == pushed.digest
+    # And a mirror that another tool made is what was pushed.
+    place.registry.skopeo("copy", source, place.at("mirror").replace("oci://", "docker://"))
+    assert place.pull(tag="mirror").digest == pushed.digest
 
 
 def test_a_tag_that_moved_is_not_moved_back(place: Place) -> None:

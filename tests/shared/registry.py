@@ -43,8 +43,9 @@ class RegistryServer:
         certificates = self.root.parent / "certificates"
         certificates.mkdir(exist_ok=True)
         shutil.copy(self.ca_file, certificates / "ca.crt")
-        kind = "--src-cert-dir" if arguments[0] == "copy" else "--cert-dir"
-        command = ["skopeo", arguments[0], f"{kind}={certificates}", *arguments[1:]]
+        kinds = ("--src-cert-dir", "--dest-cert-dir") if arguments[0] == "copy" else ("--cert-dir",)
+        trust = [f"{kind}={certificates}" for kind in kinds]
+        command = ["skopeo", arguments[0], *trust, *arguments[1:]]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         return done.stdout
