@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,7 +13,7 @@ from keymgmt._remote.location import is_location
 from keymgmt.cli._options import Json, Model, ModelOrTree, Name
 from keymgmt.cli._output import is_tree, print_finding, progress, tell_refusal, tell_tree
 from keymgmt.console import clean, console, print_json, table
-from keymgmt.errors import ConfigError
+from keymgmt.errors import ConfigError, FormatError
 
 if TYPE_CHECKING:
     from keymgmt import Inspection
@@ -35,7 +37,21 @@ def inspect(
         keymgmt inspect resnet50.sealed
     """
     keys = context.obj.config() if is_location(model) else None
+    if keys is None and is_tree(model):
+        _refuse_tree(model)
     show(keymgmt.inspect(model, keys=keys), as_json=as_json, everything=every_file)
+
+
+def _refuse_tree(folder: str) -> None:
+    """FormatError that names a sealed model below a folder; ``inspect`` refuses one without."""
+    from keymgmt._verbs.find_models import find_models
+
+    below = next((each for each in find_models(folder) if isinstance(each, Path)), None)
+    if below is not None:
+        raise FormatError(
+            f"{folder} is not a sealed model, but a folder of them, such as {below}",
+            hint=f"name one of them; to prove all of them: keymgmt verify {shlex.quote(folder)}",
+        )
 
 
 def verify(

@@ -352,6 +352,17 @@ def test_sign_names_who_signed_before(cli: Cli, site: Path, sealed: Path) -> Non
         assert line["unopened"] is unopened
 
 
+def test_inspect_of_a_folder_names_a_model_below(cli: Cli, sealed: Path) -> None:
+    folder = sealed.parent / "two words"
+    folder.mkdir()
+    assert cli("inspect", folder).error.endswith("has no manifest.json")
+    sealed.rename(folder / "a.sealed")
+    ran = cli("inspect", folder)
+    assert ran.code == 4
+    assert ran.error.endswith(f"a folder of them, such as {folder / 'a.sealed'}")
+    assert ran.hint.endswith(f"keymgmt verify '{folder}'")
+
+
 def test_inspect_says_of_a_signature_that_it_was_not_checked(cli: Cli, sealed: Path) -> None:
     """Anybody can write there who signed, and until when."""
     (line,) = [line for line in cli("inspect", sealed).out.splitlines() if "signed by" in line]
