@@ -57,7 +57,7 @@ class _Rates:
         now = time.monotonic()
         tokens, since = self._buckets.pop(client, (self._most, now))
         tokens = min(self._most, tokens + (now - since) * self._rate)
-        self._buckets[client] = (max(0.0, tokens - 1), now)
+        self._buckets[client] = (tokens - 1 if tokens >= 1 else tokens, now)
         if len(self._buckets) > _CLIENTS:
             self._buckets.popitem(last=False)
         if tokens < 1:

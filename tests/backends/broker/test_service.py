@@ -259,6 +259,8 @@ def test_a_client_that_asks_too_often_is_told_so(
     words = [refused(answer) for _ in range(20) if (answer := asker.post(NONCE_PATH))[0] != 200]
     assert words
     assert set(words) == {"rate"}
+    # Who goes on asking is answered at the rate, and not shut out.
+    until(lambda: asker.post(NONCE_PATH)[0] == 200, 20)
 
 
 SLOW = """
