@@ -286,7 +286,7 @@ def test_a_key_is_deleted_when_nothing_needs_it(cli: Cli, sealed: Path) -> None:
     unlooked = cli(*delete)
     assert (unlooked.code, unlooked.error) == (
         3,
-        "nobody has looked whether local:edge opens a model",
+        "it was not checked whether local:edge opens a model",
     )
     # An old version, and also one that is retired: that can be undone until the key is gone.
     for _ in range(2):
