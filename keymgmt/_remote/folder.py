@@ -60,20 +60,17 @@ class RemoteFolder(ModelFolder):
 
     def open_payload(self, path: str) -> Ciphertext:
         """The ciphertext of a model's file; raises as ``SealedFolder``, and StorageError."""
-        name = payload_name(path)
-        head = self._storage.part(name, 0, _HEAD, self._pins.get(name, ""))
-        if head is None:
+        return _RemoteCiphertext(self._part, payload_name(path))
+
+    def _part(self, name: str, start: int, end: int) -> Part:
+        """A part of a payload file, which is the same file whenever it is asked for."""
+        pin = self._pins.get(name, "")
+        part = self._storage.part(name, start, end, pin)
+        if part is None:
             raise IntegrityError(f"{name} is missing", hint="upload the sealed model again")
-        pin = self._pins.setdefault(name, head.pin)
-
-        def fetch(start: int, end: int) -> memoryview:
-            part = self._storage.part(name, start, end, pin)
-            if part is None or part.total != head.total:
-                raise changed(name)
-            _check_length(part.content, start, end)
-            return part.content
-
-        return _RemoteCiphertext(fetch, head)
+        if self._pins.setdefault(name, part.pin) != part.pin:
+            raise changed(name)
+        return part
 
 
 class _RemoteCiphertext:
@@ -81,12 +78,21 @@ class _RemoteCiphertext:
 
     threads: int | None = _THREADS
 
-    def __init__(self, fetch: Callable[[int, int], memoryview], head: Part) -> None:
-        """``head`` is the beginning of it; ``fetch`` gives what is from here to before there."""
-        self._fetch, self._head = fetch, head
+    def __init__(self, ask: Callable[[str, int, int], Part], name: str) -> None:
+        """``ask`` gives a part of the file ``name``; nothing is asked for yet."""
+        self._ask, self._name = ask, name
+        self._begun: Part | None = None
+
+    @property
+    def _head(self) -> Part:
+        """The beginning of it; of a small one that is all of it."""
+        # Not a cached_property, of which all objects share one lock before Python 3.12.
+        if self._begun is None:
+            self._begun = self._ask(self._name, 0, _HEAD)
+        return self._begun
 
     def length(self) -> int:
-        """Bytes of the file when it was opened; another file in its place is refused."""
+        """Bytes of the file when it was begun; another file in its place is refused."""
         return self._head.total
 
     def parts(self) -> _Parts:
@@ -95,6 +101,13 @@ class _RemoteCiphertext:
 
     def close(self) -> None:
         """Nothing is held."""
+
+    def _fetch(self, start: int, end: int) -> memoryview:
+        part = self._ask(self._name, start, end)
+        if part.total != self._head.total:
+            raise changed(self._name)
+        _check_length(part.content, start, end)
+        return part.content
 
 
 class _Parts:

@@ -161,21 +161,21 @@ class SealedModel(ForkSafe):
         """A new payload reader of one file, with a descriptor of its own; the caller closes it."""
         entry, manifest = self.manifest.file(path), self.manifest
         # Not while another thread closes the folder, whose number could be another file's by then.
-        with self._lock:
-            key = file_key(self._dek, manifest.id, entry.path)
-            try:
-                return PayloadReader(
-                    self._folder.open_payload(entry.path),
-                    entry.size,
-                    key=key,
-                    aad=payload_aad(manifest.id, entry.path),
-                    segment_length=manifest.segment_length,
-                    digest=manifest.digest,
-                    root=entry.digest if self._check_digests else None,
-                    learned=self._learned[entry.path],
-                )
-            finally:
-                wipe(key)
+        with contextlib.ExitStack() as stack:
+            with self._lock:
+                key = file_key(self._dek, manifest.id, entry.path)
+                stack.callback(wipe, key)
+                source = self._folder.open_payload(entry.path)
+            return PayloadReader(
+                source,
+                entry.size,
+                key=key,
+                aad=payload_aad(manifest.id, entry.path),
+                segment_length=manifest.segment_length,
+                digest=manifest.digest,
+                root=entry.digest if self._check_digests else None,
+                learned=self._learned[entry.path],
+            )
 
     def close(self) -> None:
         """Wipe the keys and close the files; may be called again.

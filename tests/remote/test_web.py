@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ from keymgmt.errors import (
     UntrustedPublisher,
 )
 from keymgmt.loading import file_memory
+
+FILES = ("model.xml", "model.bin")
 
 
 def is_payload(request: Seen) -> bool:
@@ -84,6 +88,28 @@ def test_each_byte_is_fetched_once(site: Any, sealed: Path, serve: Serve, config
         web.seen.clear()
         model.read("model.xml")
         assert len(map_payload(web)) == 1  # all of a small one comes with the first request
+
+
+def test_files_are_begun_in_parallel(site: Any, sealed: Path, serve: Serve, config: Any) -> None:
+    begun: set[str] = set()
+    both = threading.Event()
+
+    def waits(request: Seen, handler: Any, content: bytes) -> bool:
+        if is_payload(request):
+            begun.add(request.path)
+            if len(begun) == len(FILES):
+                both.set()
+            both.wait(30)
+        return False
+
+    web = serve(files_of(site.root, waits))
+    with (
+        keymgmt.open(f"{web.url}/m.sealed", keys=config()) as model,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        for file, content in zip(FILES, pool.map(model.read, FILES), strict=True):
+            assert content == (site.plain / file).read_bytes()
+    assert len([seen for seen in map_payload(web) if "=0-" in seen.headers["range"]]) == len(FILES)
 
 
 def test_names_are_quoted(site: Any, serve: Serve, config: Any) -> None:
