@@ -318,6 +318,10 @@ def rewrap(
         return rewrap_one(path, task, name)
 
 
+class ChangedMeanwhile(Exception):
+    """Somebody else changes the model, or was killed while doing so: do it again, ``locked``."""
+
+
 def rewrap_one(path: str | os.PathLike[str], task: Task, name: str | None = None) -> Rewrapped:
     """Rewrap one model; raises as ``rewrap``."""
     steps = rewrap_steps(path, task, name)
@@ -334,16 +338,17 @@ def rewrap_steps(
     task: Task,
     name: str | None = None,
     *,
-    wait: bool = True,
+    locked: bool = True,
 ) -> Steps:
     """Rewrap one model step by step: before each it says what it wants of providers.
 
-    Raises as ``rewrap``; TimeoutError where ``wait`` is False and somebody else changes the model.
+    It is ``locked`` from the beginning, or for the writing alone, so that no lock is held while a
+    key service is asked. Raises as ``rewrap``; ChangedMeanwhile where it was not locked in time.
     """
     candidate, _ = admit(path, task.config, name, task.publishers)
     with candidate:
-        if not task.dry_run:
-            candidate.folder.lock(wait=wait)
+        if locked and not task.dry_run:
+            candidate.folder.lock()
             candidate.folder.clean(KEYS)
         policy, manifest = candidate.policy(), candidate.manifest
         yield (wanted := task.wanted(policy, policy.groups))
@@ -380,8 +385,15 @@ def rewrap_steps(
                 work.check_opens_here(str(path))
             if work.changed and not task.dry_run:
                 yield Wanted(writes=True)
+                if not locked:
+                    candidate.folder.lock()
+                    candidate.folder.clean(KEYS)
+                    if candidate.folder.read(KEYS, MAX_KEYS) != policy.to_bytes():
+                        raise ChangedMeanwhile
                 _replace_keys(candidate, data)
                 audit("rewrap", model=manifest.id.hex(), name=manifest.name)
+            elif not (locked or task.dry_run) and candidate.folder.in_use(KEYS):
+                raise ChangedMeanwhile
             states = tuple(work.states.values())
             return Rewrapped(str(path), manifest.name, work.changed, states, left)
 

@@ -2,9 +2,9 @@
 
 Models of a chunk go step by step together, so that what all of them ask of a provider is asked in
 one call. Writing is mostly waiting for the disk: threads do that, for one chunk while the next is
-at its steps. No writing waits for a lock. So a model that somebody else changes at this moment is
-left until all locks that are held here belong to models that are being written: then two runs over
-one tree never wait for each other in a circle.
+at its steps. A model is locked while it is written alone, and each thread holds one lock, so two
+runs over one tree never wait for each other in a circle. What somebody else has changed meanwhile
+is done again under its lock.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ from typing import TYPE_CHECKING, Any, Final
 from keymgmt._config.calls import unwrap_many, wrap_many
 from keymgmt._config.config import use_config
 from keymgmt._verbs.find_models import CHUNK, Failure, Shard, find_models, guarded
-from keymgmt._verbs.rewrap import Rewrapped, Task, Wanted, rewrap_one, rewrap_steps
+from keymgmt._verbs.rewrap import (
+    ChangedMeanwhile,
+    Rewrapped,
+    Task,
+    Wanted,
+    rewrap_one,
+    rewrap_steps,
+)
 from keymgmt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -113,7 +120,7 @@ class _Model:
         self.path = path
         self.wanted: Wanted | None = None
         self.future: Future[None] | None = None
-        self.steps = rewrap_steps(path, task, wait=False)
+        self.steps = rewrap_steps(path, task, locked=False)
         self._result: Result | None = None
         self._next = guarded(self._advance, "rewrap")
 
@@ -122,14 +129,13 @@ class _Model:
         self._result = self._next(self.path)
 
     def _advance(self, _: Path) -> Any:
-        begun, self.wanted = self.wanted is not None, None
+        self.wanted = None
         try:
             self.wanted = next(self.steps)
         except StopIteration as end:
             return end.value
-        except TimeoutError:
-            if begun:
-                raise
+        except ChangedMeanwhile:
+            pass
         return None
 
     def result(self, task: Task) -> Result:

@@ -98,7 +98,7 @@ class ModelFolder(ABC):
     def close(self) -> None:  # noqa: B027
         """Close the handle; may be called again."""
 
-    def lock(self, *, wait: bool = True) -> None:  # noqa: B027
+    def lock(self) -> None:  # noqa: B027
         """Wait until nobody else changes this folder."""
 
     def check_place(self) -> None:  # noqa: B027
@@ -106,6 +106,10 @@ class ModelFolder(ABC):
 
     def clean(self, name: str) -> None:  # noqa: B027
         """Remove what killed replacements of a small file left; the lock is held."""
+
+    def in_use(self, name: str) -> bool:  # noqa: ARG002
+        """Whether somebody replaces a small file, or was killed while doing so."""
+        return False
 
     def check_listing(self, manifest: Manifest) -> None:  # noqa: B027
         """FormatError where payload/ holds anything that the manifest does not list."""
@@ -219,13 +223,12 @@ class SealedFolder(ModelFolder):
                 hint="somebody sealed or resealed it meanwhile; run this again if it is needed",
             )
 
-    def lock(self, *, wait: bool = True) -> None:
+    def lock(self) -> None:
         """Wait until nobody else changes this folder; the lock ends when the folder is closed.
 
         While it is held there is a file ``.keymgmt.lock`` in the folder.
 
         Raises:
-            TimeoutError: somebody else changes it at this moment, and ``wait`` is False.
             ConfigError: somebody has changed it for a minute, or this user cannot write there.
             IntegrityError: another folder is at the path by now.
         """
@@ -236,17 +239,9 @@ class SealedFolder(ModelFolder):
         file = Path(f"/proc/self/fd/{self._fd}") / LOCK
         try:
             self._held.enter_context(
-                lock_file(
-                    file,
-                    _WAIT if wait else 0,
-                    mode=0o600 | shared,
-                    like=os.fstat(self._fd),
-                    remove=True,
-                )
+                lock_file(file, _WAIT, mode=0o600 | shared, like=os.fstat(self._fd), remove=True)
             )
         except TimeoutError as error:
-            if not wait:
-                raise
             raise ConfigError(
                 f"somebody else has changed {self.path} for {_WAIT:g} seconds",
                 hint="a rewrap, sign, reseal or seal --force is at work there; try again "
@@ -273,6 +268,10 @@ class SealedFolder(ModelFolder):
             # Nobody else writes this file while the lock is held.
             if abandoned.is_file() or abandoned.is_symlink():
                 abandoned.unlink(missing_ok=True)
+
+    def in_use(self, name: str) -> bool:
+        """Whether somebody replaces a small file, or was killed while doing so."""
+        return os.path.lexists(self.path / LOCK) or bool(left_behind(self.path / name))
 
     def open_payload(self, path: str) -> Ciphertext:
         """Open the ciphertext of a model's file; the caller closes it.

@@ -16,6 +16,7 @@ import pytest
 import keymgmt
 from keymgmt import Config, errors
 from keymgmt._providers.contract import SupportsBatchUnwrap
+from keymgmt.sealed.folder import SealedFolder
 
 
 def groups(path):
@@ -439,6 +440,35 @@ def test_a_tree_with_the_same_model_twice(site, tree):
     site.provider.rotate_key("a")
     done = list(keymgmt.rewrap_tree(tree, keys=site.config()))
     assert [(item.changed, item.exit_code) for item in done] == [(True, 0)] * 8
+
+
+def test_what_killed_runs_left_in_a_tree_is_swept_up(site, tree):
+    """Also where there is nothing to do any more."""
+    (tree / "d0" / "m0.sealed" / ".keymgmt.lock").touch()
+    (tree / "d1" / "m1.sealed" / ".keys.json.0123456789abcdef.tmp").write_bytes(b"half")
+    done = list(keymgmt.rewrap_tree(tree, keys=site.config(), dry_run=True))
+    assert len(list(tree.rglob(".*"))) == 2
+    done = list(keymgmt.rewrap_tree(tree, keys=site.config()))
+    assert [(item.changed, item.exit_code) for item in done] == [(False, 0)] * 5
+    assert not list(tree.rglob(".*"))
+
+
+def test_what_another_run_changed_meanwhile_is_not_overwritten(site, tree, monkeypatch):
+    config, path = site.config(), tree / "d0" / "m0.sealed"
+    site.provider.rotate_key("a")
+    real = SealedFolder.lock
+    others = [path]
+
+    def lock(folder):
+        if folder.path == path and others:
+            others.pop()
+            keymgmt.rewrap(path, keys=config, add=["local:b"])
+        real(folder)
+
+    monkeypatch.setattr(SealedFolder, "lock", lock)
+    done = {item.path: item for item in keymgmt.rewrap_tree(tree, keys=config)}
+    assert done[str(path)].changed
+    assert groups(path) == ["file:a@2", "file:b@1"]
 
 
 def test_two_rotations_of_one_tree_at_once(site, tree, monkeypatch):
