@@ -1,7 +1,8 @@
 """A model whose weights are easy to recognise, and the search for them.
 
-``python -m keymgmt_openvino_demo._canary SEALED CONFIG DEVICE`` loads and runs it, says ``ready``
-and waits for the end of its input: what ``keymgmt leakcheck`` watches unless it is given a command.
+``python -m keymgmt_openvino_demo._canary SEALED CONFIG DEVICE`` loads and runs it, prints ``ready``
+and waits for the end of its input. ``keymgmt leakcheck`` watches this program unless it is given
+another command.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Canary:
     """One fully connected layer of f32 [1024, 1024]; each row repeats 16 random numbers.
 
     Attributes:
-        needles: what it is called -> the bytes that give it away.
+        needles: name of a part -> bytes by which it is recognised.
     """
 
     def __init__(self) -> None:
@@ -43,7 +44,7 @@ class Canary:
         }
 
     def save(self, path: Path) -> None:
-        """Write it as IR, .xml and .bin; it is a canary, so plaintext does no harm."""
+        """Write it as IR, .xml and .bin; the plaintext of a canary does no harm."""
         x = op.parameter([-1, WIDTH], np.float32, name="x")
         x.output(0).get_tensor().set_names({"x"})
         weights = op.constant(np.tile(self._row, (WIDTH, WIDTH // len(self._row))))
@@ -52,15 +53,15 @@ class Canary:
         ov.save_model(ov.Model([op.result(node)], [x], "canary"), path, compress_to_fp16=False)
 
     def search(self, file: io.RawIOBase, size: int) -> str | None:
-        """What of the canary is in the first ``size`` bytes of ``file``; None if nothing is."""
+        """The part of the canary that is in the first ``size`` bytes of ``file``, or None."""
         overlap = max(map(len, self.needles.values()))
         tail = b""
         while size > 0 and (piece := file.read(min(size, _PIECE))):
             size -= len(piece)
             data = tail + piece
-            for what, needle in self.needles.items():
+            for part, needle in self.needles.items():
                 if needle in data:
-                    return what
+                    return part
             tail = data[-overlap:]
         return None
 

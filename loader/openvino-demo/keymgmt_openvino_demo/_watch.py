@@ -1,7 +1,7 @@
-"""Watch a program: which files it and its children write and hold open, and what is in them.
+"""Watch a program: search the files that it and its children write and hold open.
 
-With strace, every file opened for writing is known by name. Without, those are seen that are open
-when looked at, or lie in one of the watched folders afterwards.
+With strace, every file that is opened for writing is known by name. Without strace, only files are
+seen that are open at the moment of a look, or are in one of the watched folders afterwards.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Leak", "Watch", "search_folders"]
 
-# As strace prints with -f -y -xx: the descriptor that was opened, and its path in hexadecimal. One
-# call may be cut in two by another thread's.
+# A line of strace -f -y -xx: the descriptor that was opened, and its path in hexadecimal. A call of
+# another thread may cut a line in two.
 _WRITING: Final = re.compile(
     r"(?:creat\(|O_WRONLY|O_RDWR|O_CREAT).*\) += \d+<(?P<path>(?:\\x[0-9a-f]{2})+)>"
 )
@@ -40,25 +40,25 @@ _ESCAPE: Final = re.compile(rb"\\x([0-9a-f]{2})")
 
 @dataclass(frozen=True)
 class Leak:
-    """A file and what of the canary it held."""
+    """A file, and the part of the canary that it held."""
 
     path: str
-    what: str
+    part: str
 
 
 @dataclass
 class Watch:
-    """A program that was run, and what was seen of it.
+    """A program that was run, and the files that were seen.
 
     Attributes:
-        search: what of the canary is in a file.
-        work: our own folder, which is not looked at.
-        leaks: files with something of the canary.
+        search: returns the part of the canary that is in a file, or None.
+        work: our own folder, which is not searched.
+        leaks: files with a part of the canary.
         written: files that were searched because the program wrote them.
         unseen: files that it wrote and that were gone before they could be searched.
-        unknown: what could not be looked at.
+        unknown: descriptions of what could not be searched.
         mounts: other file systems below the folders, which were not searched.
-        traced: whether strace told the files by name.
+        traced: whether strace named the files.
     """
 
     search: Callable[[io.RawIOBase, int], str | None]
@@ -79,14 +79,14 @@ class Watch:
         wait_for: str | None,
         trace_it: bool = True,
     ) -> tuple[int, str]:
-        """Run ``command`` to its end, looking at it meanwhile.
+        """Run ``command`` to its end, and search its open files meanwhile.
 
         Args:
             command: program and arguments.
             env: the environment.
-            wait_for: the program is ready when it prints a line that begins so, and ends when its
-                input does; None for a program that ends by itself.
-            trace_it: use strace if it is there.
+            wait_for: the program is ready when it prints a line with this beginning, and ends when
+                its input does; None for a program that ends by itself.
+            trace_it: use strace if it is installed.
 
         Returns:
             Exit status, and that line.
@@ -100,14 +100,14 @@ class Watch:
             [*prefix, *command],
             env=env,
             stdin=subprocess.PIPE if wait_for else subprocess.DEVNULL,
-            # A command's own words go to stderr: stdout is for the result.
+            # The output of a command goes to stderr: stdout is for the result of leakcheck.
             stdout=subprocess.PIPE if wait_for else sys.stderr,
             text=True,
             start_new_session=True,
         ) as process:
-            said = ""
+            ready = ""
             if wait_for and process.stdout and process.stdin:
-                said = next((line for line in process.stdout if line.startswith(wait_for)), "")
+                ready = next((line for line in process.stdout if line.startswith(wait_for)), "")
                 self.look(process.pid)
                 process.stdin.close()
             while process.poll() is None:
@@ -115,10 +115,10 @@ class Watch:
                 time.sleep(0.05)
         if trace.exists():
             self._read_trace(trace)
-        return process.returncode, said
+        return process.returncode, ready
 
     def look(self, session: int) -> None:
-        """Search what the processes of a session hold open for writing, deleted files too."""
+        """Search the files that processes of a session hold open for writing, also deleted ones."""
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit():
                 continue
@@ -149,14 +149,14 @@ class Watch:
         """Search one file, shown as ``name``."""
         name = name or str(path)
         try:
-            # What became a FIFO or a device meanwhile must not block.
+            # Non-blocking, as it may have become a FIFO or a device meanwhile.
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             with open(descriptor, "rb", 0) as file:  # noqa: PTH123 - a descriptor
                 info = os.fstat(descriptor)
                 if not stat.S_ISREG(info.st_mode) or _in_private_memory(descriptor, info.st_dev):
                     return
-                # No further than it reached when it was opened: somebody may be writing to it.
-                what = self.search(file, min(info.st_size, _LONGEST))
+                # No further than its present end: a program may be writing to it for ever.
+                part = self.search(file, min(info.st_size, _LONGEST))
                 if info.st_size > _LONGEST:
                     self.unknown.add(f"{name} beyond its first {_LONGEST >> 30} GiB")
         except FileNotFoundError:
@@ -167,15 +167,15 @@ class Watch:
             return
         self.written.add(name)
         self.unseen.discard(name)
-        if what:
-            self.leaks.add(Leak(name, what))
+        if part:
+            self.leaks.add(Leak(name, part))
 
     def _read_trace(self, trace: Path) -> None:
         for path in _opened_for_writing(trace.read_text().splitlines()):
             try:
                 regular = stat.S_ISREG(path.stat().st_mode)
             except OSError:
-                # A look while it was open tells nothing of what was written after it.
+                # An earlier search while it was open says nothing of later writes.
                 self.unseen.add(str(path))
                 continue
             if regular and str(path) not in {leak.path for leak in self.leaks}:
@@ -183,11 +183,11 @@ class Watch:
 
 
 def _in_private_memory(descriptor: int, device: int) -> bool:
-    """Whether a file is in memory alone and in nobody's file tree but its owner's.
+    """Whether a file is only in memory, in a file system that our own file tree does not have.
 
-    Such are the files of ``keymgmt exec``, which are what is to be protected, and no leak.
+    The files of ``keymgmt exec`` are such files: they are the protected plaintext, and not a leak.
     """
-    answer = (ctypes.c_long * 32)()  # struct statfs, of which the first is the kind
+    answer = (ctypes.c_long * 32)()  # struct statfs, whose first member is the kind
     if libc.fstatfs(descriptor, answer) or answer[0] not in _MEMORY:
         return False
     shown = f" {os.major(device)}:{os.minor(device)} "
@@ -198,23 +198,23 @@ def _opened_for_writing(lines: Iterable[str]) -> Iterator[Path]:
     cut: dict[str, str] = {}
     for line in lines:
         process, _, call = line.partition(" ")
-        if found := _CUT.match(call):
-            cut[process] = found["call"]
+        if match := _CUT.match(call):
+            cut[process] = match["call"]
             continue
-        if found := _REST.search(call):
-            call = cut.pop(process, "") + found["rest"]
-        if found := _WRITING.search(call):
-            raw = _ESCAPE.sub(lambda match: bytes([int(match[1], 16)]), found["path"].encode())
+        if match := _REST.search(call):
+            call = cut.pop(process, "") + match["rest"]
+        if match := _WRITING.search(call):
+            raw = _ESCAPE.sub(lambda escape: bytes([int(escape[1], 16)]), match["path"].encode())
             yield Path(os.fsdecode(raw))
 
 
 def search_folders(
     watch: Watch, folders: Iterable[Path], since: float, progress: Callable[[int], object]
 ) -> int:
-    """Search every regular file below ``folders`` that changed since; how many there were.
+    """Search every regular file below ``folders`` that changed since; returns their number.
 
-    What another user owns and keeps from us, the program could not write either. Other file systems
-    are not entered: a /proc below /tmp has no end.
+    A file of another user that we cannot read is skipped, since the program could not write it
+    either. Other file systems are not entered: a /proc below /tmp has no end.
     """
     count = 0
     seen: set[Path] = set()

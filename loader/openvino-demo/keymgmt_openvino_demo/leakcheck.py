@@ -38,7 +38,7 @@ _STYLES: Final = {"ok": "green", "warn": "yellow", "unknown": "bold yellow", "le
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at: what was seen, and what to do about it."""
+    """The result of one check, and what to do about it."""
 
     check: str
     state: Literal["ok", "warn", "unknown", "leak"]
@@ -131,7 +131,7 @@ def leakcheck(
 def _keys(
     context: typer.Context, work: Path, to: list[str] | None
 ) -> Iterator[tuple[keymgmt.Config, list[str], str]]:
-    """The operator's config if it can seal here, else a new one with keys of its own."""
+    """The operator's config if it can seal, else a new config with throw-away keys."""
     try:
         config = context.obj.config()
     except ConfigError:
@@ -159,12 +159,12 @@ def _watch(
 ) -> list[Finding]:
     started = time.time()
     watch = Watch(canary.search, work)
-    places = {"{sealed}": str(sealed), "{plain}": str(plain)}
+    paths = {"{sealed}": str(sealed), "{plain}": str(plain)}
     line = list(command or ())
-    # What comes after a "--" of its own is another program's: `keymgmt exec {sealed} -- PROGRAM`.
+    # Arguments after a "--" belong to another program: `keymgmt exec {sealed} -- PROGRAM`.
     ends = line.index("--") if "--" in line else len(line)
-    for place, path in places.items():
-        line[:ends] = [part.replace(place, path) for part in line[:ends]]
+    for placeholder, path in paths.items():
+        line[:ends] = [part.replace(placeholder, path) for part in line[:ends]]
     ours = [
         sys.executable,
         "-m",
@@ -252,7 +252,7 @@ def _watch(
 
 
 def _shown(leaks: set[Leak]) -> str:
-    return "; ".join(sorted(f"{leak.what} in {leak.path}" for leak in leaks))
+    return "; ".join(sorted(f"{leak.part} in {leak.path}" for leak in leaks))
 
 
 def _folders(look: list[Path]) -> list[Path]:
@@ -266,7 +266,7 @@ def _folders(look: list[Path]) -> list[Path]:
 def _core_dumps() -> Finding:
     soft, _ = resource.getrlimit(resource.RLIMIT_CORE)
     pattern = Path("/proc/sys/kernel/core_pattern").read_text().strip()
-    # A handler that the kernel pipes to gets the dump whatever the limit, except a limit of 1.
+    # The kernel ignores the limit for a handler behind a pipe, except a limit of 1 (core(5)).
     if soft == 0 and not pattern.startswith("|"):
         return Finding("core dumps", "ok", "off (limit 0)")
     return Finding(
