@@ -434,8 +434,10 @@ def test_recorded_evidence_that_was_changed_or_cut(recorded, kind):
             return True
         return False
 
-    assert all(is_refused(quote[:length]) for length in range(0, end, 41))
-    signed = 48 + (384 if kind == "sgx" else 584) + 4 + 128
+    assert all(is_refused(quote[:size]) for size in range(0, end, 41))
+    # Nobody signs the four bytes that say how long the signature's data is, nor what follows it.
+    length = 48 + (384 if kind == "sgx" else 584)
+    unsigned = {*range(length, length + 4), *range(length + 4 + 128, len(quote))}
 
     @given(st.integers(0, len(quote) - 1), st.integers(1, 255))
     @hypothesis_settings(
@@ -445,7 +447,7 @@ def test_recorded_evidence_that_was_changed_or_cut(recorded, kind):
         changed = bytearray(quote)
         changed[at] ^= mask
         answer = is_refused(bytes(changed))
-        assert answer or at >= signed
+        assert answer or at in unsigned
 
     one_byte()
     assert is_refused(os.urandom(5000))
