@@ -233,6 +233,7 @@ class _Pull:
                     return self._update(old)
                 # Something of it was lost or damaged: the rest of it stays.
                 self._fetch(self._keep(here))
+                old.check_place()
                 self._put_in_place(look)
                 return "updated"
             if not force:
@@ -262,9 +263,10 @@ class _Pull:
         """ConfigError where a change that was made here would be lost."""
         origin = Origin.read(old)
         for name in (KEYS, SIGNATURES):
-            here = blob_of(old.read(name, _LIMITS[name], optional=True)).digest
+            content = old.read(name, _LIMITS[name], optional=True)
             there = self._artifact.files.get(name)
-            if here not in (origin.files.get(name) if origin else None, there and there.digest):
+            known = (origin.files.get(name) if origin else None, there.digest if there else None)
+            if content and blob_of(content).digest not in known:
                 raise ConfigError(
                     f"{name} of {self._target} was changed here, and is not in the registry",
                     hint="push it first, or take what the registry has with --force",

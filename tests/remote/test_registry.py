@@ -313,3 +313,18 @@ def test_nothing_is_changed_in_a_registry_but_by_a_push(place: Place) -> None:
         keymgmt.rewrap(place.at(), add=["local:b"], keys=place.config())
     assert "pull" in str(refused.value.hint)
     assert place.registry.bytes() == before
+
+
+def test_signatures_that_were_lost_here_come_again(place: Place, tree_of: Tree) -> None:
+    sealed = place.site.seal()
+    place.push(sealed)
+    place.pull()
+    (place.site.root / "pulled/signatures.json").unlink()
+    assert place.pull().state == "updated"
+    assert content(tree_of(place.site.root / "pulled")) == content(tree_of(sealed))
+    # Where nobody must sign, a model has them nowhere, or here alone.
+    place.site.policy = {"require_signature": False}
+    (sealed / "signatures.json").unlink()
+    place.push(sealed, "2")
+    assert place.pull("other", "2").state == "new"
+    assert place.pull("other", "2").state == "current"
