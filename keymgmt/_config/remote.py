@@ -81,7 +81,8 @@ class Remote(Settings):
             none are kept.
         cache_limit: bytes that it may hold; what was used longest ago goes first.
         ca_file: certificates (PEM) that each server's must come from; else those of the system.
-        proxy: address of a proxy for all of them, ``http://HOST:PORT``.
+        proxy: address of a proxy for all of them, ``http://HOST:PORT``; not for what is
+            read over plain HTTP, which is for this machine.
         access: who we are at a host or bucket: ``"https://HOST"``, ``"s3://BUCKET"``,
             ``"oci://HOST"``.
     """

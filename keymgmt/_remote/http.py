@@ -113,7 +113,7 @@ class Answer:
         came, mark = 0, _PART
         while came <= most:
             with _translated(self.url):
-                part = self._raw.read1(min(_CHUNK, most - came + 1))
+                part = self._raw.read1(min(_CHUNK, most - came + 1), decode_content=False)
             if not part:
                 return
             came += len(part)
@@ -238,15 +238,18 @@ class Http(ForkSafe):
 
         Args:
             work: is told when it must be done (``time.monotonic``).
-            came: how far it is; whenever that grew, tries and time begin anew.
+            came: how far it is; whenever that grew, tries begin anew, and with 8 MiB the time.
         """
-        best, tries, end = came(), 0, time.monotonic() + self._settings.deadline
+        mark = best = came()
+        tries, end = 0, time.monotonic() + self._settings.deadline
         while True:
             try:
                 return work(end)
             except _Again as again:
                 if came() > best:
-                    best, tries, end = came(), 0, time.monotonic() + self._settings.deadline
+                    best, tries = came(), 0
+                if best >= mark + _PART:
+                    mark, end = best, time.monotonic() + self._settings.deadline
                 tries += 1
                 pause = max(again.after, min(_MAX_WAIT, 0.1 * 2**tries) * random.uniform(0.5, 1))  # noqa: S311
                 if tries == _TRIES or time.monotonic() + pause >= end or self._wait(pause):
@@ -332,6 +335,8 @@ class Http(ForkSafe):
         return pool
 
     def _proxy(self, url: str) -> str:
+        if url.startswith("http://"):
+            return ""  # a proxy would read all of it, and has another loopback
         if self._access.auth != "environment":
             return self._access.proxy or ""
         parts = urlsplit(url)
@@ -341,11 +346,16 @@ class Http(ForkSafe):
 
 
 def origin_of(url: str) -> tuple[str, str, int]:
-    """Scheme, host and port: to whom a login may be told."""
-    parts = urlsplit(url)
+    """Scheme, host and port: to whom a login may be told; ValueError where it is no address.
+
+    It is read as urllib3 reads it, which connects. urllib takes another host where a backslash is.
+    """
+    parts = _urllib3().util.parse_url(url)
+    if "\\" in url:
+        raise ValueError
     return (
-        parts.scheme,
-        parts.hostname or "",
+        parts.scheme or "",
+        parts.host or "",
         parts.port or (443 if parts.scheme == "https" else 80),
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import json
 import re
 import shutil
@@ -16,9 +17,10 @@ import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlencode
 
 from keymgmt._remote.http import Http, origin_of, shown
+from keymgmt._system.loopback import is_loopback
 from keymgmt._system.strict_json import load_json
 from keymgmt._system.trusted_file import read_file
 from keymgmt.errors import FormatError, StorageDenied, StorageUnavailable
@@ -112,14 +114,14 @@ class Login:
 
     def _check_realm(self, realm: str) -> None:
         home = self._location
-        try:
-            scheme, host, port = origin_of(realm)
-            names = {urlsplit(realm).netloc, f"{host}:{port}", host if port == 443 else ""}
-        except ValueError:
-            scheme, host, names = "", "", set()
-        secure = scheme == "https" or (scheme == "http" and self._access.plain_http)
-        if secure and names & {home.host, self._access.token_server or home.host}:
-            return
+        named = (home.host, self._access.token_server or home.host)
+        host = ""
+        with contextlib.suppress(ValueError):
+            scheme, host, _ = origin = origin_of(realm)
+            plain = scheme == "http" and self._access.plain_http and is_loopback(host)
+            names = [origin_of(f"{scheme}://{name}") for name in named]
+            if origin in names and (scheme == "https" or plain):
+                return
         raise StorageDenied(
             f"{home.origin} sends us to {shown(realm) if host else 'no address'} for a token, and "
             "a login is told to nobody whom the config does not name",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import time
 from collections.abc import Callable
 from typing import Any
@@ -142,6 +143,24 @@ def test_a_login_goes_to_its_host_alone(serve: Serve, settings: Settings) -> Non
     assert "authorization" not in other.seen[0].headers
 
 
+def test_an_address_that_two_parsers_read_as_two_hosts_gets_no_login(
+    serve: Serve, settings: Settings
+) -> None:
+    other = serve(lambda _, handler: reply(handler, 200, b"there"), tls=True)
+    host = other.url.partition("://")[2]
+
+    def answer(request: Seen, handler: Any) -> None:
+        home = web.url.partition("://")[2]
+        reply(handler, 307, Location=f"https://{host}\\@{home}/x")
+
+    web = serve(answer, tls=True)
+    http = client(settings, web.url)
+    http.authorization = "Bearer 27182818"
+    with pytest.raises(StorageUnavailable, match="no address"):
+        http.request("GET", web.url, limit=9)
+    assert not other.seen
+
+
 def test_a_login_is_made_as_the_host_asks(serve: Serve, settings: Settings) -> None:
     def answer(request: Seen, handler: Any) -> None:
         if request.headers.get("authorization") == "Basic abc":
@@ -262,20 +281,56 @@ def test_a_server_that_says_nothing_is_given_up(serve: Serve, settings: Settings
 
 
 def test_proxies_of_the_environment_are_for_who_asks_for_them(
-    serve: Serve, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    serve: Serve, settings: Settings, monkeypatch: pytest.MonkeyPatch, quick: list[float]
 ) -> None:
-    proxy = serve(lambda _, handler: reply(handler, 200, b"proxy"))
-    web = serve(lambda _, handler: reply(handler, 200, b"itself"))
-    monkeypatch.setenv("http_proxy", proxy.url)
+    proxy = serve(lambda _, handler: reply(handler, 200))  # gives no tunnel
+    web = serve(lambda _, handler: reply(handler, 200, b"itself"), tls=True)
+    monkeypatch.setenv("https_proxy", proxy.url)
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
-    for auth, said in (("config", b"itself"), ("environment", b"proxy")):
-        http = Http(web.url, settings(ca_file=None), Access(auth=auth))
-        assert bytes(http.request("GET", f"{web.url}/a", limit=9).body) == said
+    http = Http(web.url, settings(), Access(ca_file=settings().ca_file))
+    assert bytes(http.request("GET", f"{web.url}/a", limit=9).body) == b"itself"
+    http = Http(web.url, settings(), Access(auth="environment", ca_file=settings().ca_file))
+    with pytest.raises(StorageUnavailable, match="ProxyError"):
+        http.request("GET", f"{web.url}/a", limit=9)
 
 
-@pytest.mark.parametrize("target", ["https://[/a", "https://h:99999999/a"])
+@pytest.mark.parametrize("target", ["https://[/a", "https://h:99999999/a", r"http://h\@localhost/"])
 def test_an_address_that_is_none_is_refused(serve: Serve, settings: Settings, target: str) -> None:
     web = serve(lambda _, handler: reply(handler, 302, Location=target))
     with pytest.raises(StorageUnavailable, match="no address"):
         client(settings, web.url).request("GET", web.url, limit=1)
+
+
+def test_what_is_for_this_machine_alone_goes_to_no_proxy(serve: Serve, settings: Settings) -> None:
+    proxy = serve(lambda _, handler: reply(handler, 200, b"proxy"))
+    web = serve(lambda _, handler: reply(handler, 200, b"itself"))
+    http = client(settings, web.url, proxy=proxy.url)
+    http.authorization = "Bearer 27182818"
+    assert bytes(http.request("GET", f"{web.url}/a", limit=9).body) == b"itself"
+    assert not proxy.seen
+
+
+def test_an_answer_is_taken_as_it_is_and_not_unpacked(serve: Serve, settings: Settings) -> None:
+    packed = gzip.compress(bytes(1 << 20))
+    web = serve(lambda _, handler: reply(handler, 200, packed, Content_Encoding="gzip"))
+    got = client(settings, web.url).request("GET", web.url, limit=1 << 21)
+    assert bytes(got.body) == packed
+
+
+def test_a_server_that_gives_a_byte_with_each_connection_is_given_up(
+    serve: Serve, settings: Settings, quick: list[float]
+) -> None:
+    def answer(request: Seen, handler: Any) -> None:
+        start = int(request.headers.get("range", "bytes=0-").partition("=")[2].partition("-")[0])
+        if start > 2000:  # what it was before: for ever
+            handler.close_connection = True
+            return
+        ranged = f"bytes {start}-{len(CONTENT) - 1}/{len(CONTENT)}"
+        cut(handler, 206, b"x", len(CONTENT) - start, Content_Range=ranged)
+
+    web = serve(answer)
+    sink = Memory()
+    with pytest.raises(StorageUnavailable, match="cut its answer short"):
+        client(settings, web.url, deadline=0.5).fetch(web.url, sink)
+    assert sink.done < 2000

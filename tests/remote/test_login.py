@@ -302,6 +302,7 @@ def test_a_server_of_tokens_that_nobody_named_gets_no_login(
     [
         'Bearer realm="http://127.0.0.1:1/token"',
         'Bearer realm="https://registry.example@evil.example/token"',
+        r'Bearer realm="https://evil.example\@registry.example/token"',
         'Bearer realm="https://[/"',
         'Bearer realm="file:///etc/passwd"',
         "Bearer",
@@ -332,6 +333,20 @@ def test_what_is_no_token_is_refused(
     web = serve(answer, tls=True)
     with pytest.raises(KeymgmtError, match="gave no token"):
         reach(web, ca_file=authority.ca_file, user="me", secret=password).digest()
+
+
+@pytest.mark.parametrize("realm", ["http://tokens.example/", r"http://tokens.example\@{}/"])
+def test_a_token_over_plain_http_is_for_this_machine(
+    serve: Serve, password: Any, realm: str
+) -> None:
+    def answer(_: Seen, handler: Any) -> None:
+        challenge = f'Bearer realm="{realm.format(urlsplit(web.url).netloc)}"'
+        reply(handler, 401, WWW_Authenticate=challenge)
+
+    web = serve(answer)
+    access = {"plain_http": True, "user": "me", "secret": password}
+    with pytest.raises(StorageDenied, match="for a token"):
+        reach(web, token_server="tokens.example:80", **access).digest()
 
 
 def test_plain_http_is_for_this_machine(serve: Serve, password: Any) -> None:
