@@ -34,7 +34,7 @@ from keymgmt_broker_service._decide import Broker, Refusal
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
-__all__ = ["make_app"]
+__all__ = ["BODY_SECONDS", "make_app"]
 
 log = logging.getLogger("keymgmt.broker")
 BODY_SECONDS: Final = 10.0

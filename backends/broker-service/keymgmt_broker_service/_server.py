@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import uvicorn
+from keymgmt_broker.protocol import MAX_REQUEST
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 
 import keymgmt
 from keymgmt.backend import ConfigError, KeymgmtError, read_file, wipe
-from keymgmt_broker_service._app import make_app
+from keymgmt_broker_service._app import BODY_SECONDS, make_app
 from keymgmt_broker_service._decide import Broker
 from keymgmt_broker_service._nonces import NONCE_KEY_LENGTH
 from keymgmt_broker_service._settings import (
@@ -45,6 +46,9 @@ __all__ = ["serve"]
 log = logging.getLogger("keymgmt.broker")
 _HEAD_SECONDS: Final = 10.0
 _MAX_HEAD: Final = 32 * 1024
+# More than the application allows, so that it has said so before: chunks have lengths beside them.
+_BODY_SECONDS: Final = BODY_SECONDS + 5
+_MAX_BODY: Final = 4 * MAX_REQUEST
 _LOOK_SECONDS: Final = 2.0
 _START_SECONDS: Final = 60
 _STOP_SECONDS: Final = 40
@@ -89,8 +93,6 @@ def serve(path: Path) -> None:
     shown = f"[{host}]" if ":" in host else host
     _log_to_stderr(formatter)
     log.info("listening on %s://%s:%d with %d workers", secure, shown, port, settings.processes)
-    if settings.unsafe_root:
-        log.warning("unsafe_root is set: whoever has its key can make any evidence")
     supervisor = Multiprocess(config, [listening])
     threading.Thread(target=_watch, args=(path, supervisor), daemon=True).start()
     supervisor.run()
@@ -124,6 +126,8 @@ def _worker_app(path: Path, made_here: bytes, formatter: logging.Formatter) -> A
     with _ended_by_errors():
         keymgmt.harden()
         settings = load_service_settings(path)
+        if settings.unsafe_root:
+            log.warning("unsafe_root is set: whoever has its key can make any evidence")
         return make_app(Broker.load(settings, _nonce_key(settings, made_here)))
 
 
@@ -199,13 +203,19 @@ def _state(path: Path) -> list[object]:
         named = set()  # the change itself asks for the reload, which says what is wrong
     state: list[object] = []
     for file in (path, *sorted(named)):
-        for each in (file, *(sorted(file.iterdir()) if file.is_dir() else ())):
-            try:
+        for each in (file, *_listed(file)):
+            with contextlib.suppress(OSError):
                 info = each.stat()
-            except OSError:
-                continue
-            state.append((str(each), info.st_ino, info.st_size, info.st_mtime_ns))
+                state.append((str(each), info.st_ino, info.st_size, info.st_mtime_ns))
     return state
+
+
+def _listed(folder: Path) -> list[Path]:
+    """What is in a folder; nothing where it is a file, gone, or not to be read."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
 
 
 class _Loop(asyncio.SelectorEventLoop):
@@ -218,15 +228,21 @@ class _Loop(asyncio.SelectorEventLoop):
 
 
 class _Bounded(HttpToolsProtocol):
-    """uvicorn's HTTP, which does not bound the time and size of a request's head by itself."""
+    """uvicorn's HTTP, which does not bound the time and size of a request by itself.
+
+    The bounds hold whatever the application does with a request: one that is answered before its
+    body was read goes on arriving, and what follows a chunked body is kept as headers.
+    """
 
     _timer: asyncio.TimerHandle | None = None
     _size = 0
+    _most = 0
 
-    def _begin(self) -> None:
-        if self._timer is None:
-            self._timer = self.loop.call_later(_HEAD_SECONDS, self.transport.abort)
-            self._size = 0
+    def _begin(self, seconds: float, most: int) -> None:
+        """From now on: so much time, and so many bytes."""
+        self._end()
+        self._timer = self.loop.call_later(seconds, self.transport.abort)
+        self._size, self._most = 0, most
 
     def _end(self) -> None:
         if self._timer is not None:
@@ -235,23 +251,29 @@ class _Bounded(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._begin()
+        self._begin(_HEAD_SECONDS, _MAX_HEAD)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end()
         super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
-        self._begin()
+        self._begin(_HEAD_SECONDS, _MAX_HEAD)
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        self._end()
+        self._begin(_BODY_SECONDS, _MAX_BODY)
         super().on_headers_complete()
 
+    def on_message_complete(self) -> None:
+        self._end()
+        super().on_message_complete()
+
     def data_received(self, data: bytes) -> None:
+        if self._timer is None:  # line ends between two requests begin none, and go on for ever
+            self._begin(_HEAD_SECONDS, _MAX_HEAD)
         super().data_received(data)
         if self._timer is not None:
             self._size += len(data)
-            if self._size > _MAX_HEAD:
+            if self._size > self._most:
                 self.transport.abort()

@@ -104,6 +104,12 @@ class ServiceSettings(Settings):
             )
         if not self.keys:
             raise ValueError("keys names no key: there is nothing to give")
+        for name, policy in self.policies.items():
+            if policy.evidence != "tpm2" and self.collateral is None:
+                raise ValueError(
+                    f"policies.{name} is of {policy.evidence} and needs collateral: name the "
+                    "folder of what Intel signed of its platforms"
+                )
         behind: dict[str, str] = {}
         for key, entry in self.keys.items():
             if (other := behind.setdefault(entry.key, key)) != key:

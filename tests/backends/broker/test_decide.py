@@ -108,6 +108,7 @@ def test_evidence_that_cannot_be_judged_now_is_no_refusal_for_good(
 GOOD = {
     "listen": '"127.0.0.1:8443"',
     "config": '"keymgmt.toml"',
+    "collateral": '"nowhere"',
     "[policies.press]": "",
     "evidence": '"sgx"',
     "mrenclave": f'["{MRENCLAVE.hex()}"]',
@@ -137,7 +138,8 @@ GOOD = {
         ({"key": '"other:model"'}, "other"),
         ({"nonce_key": '"short.key"'}, "has 4 bytes, not 32"),
         ({"nonce_key": '"open.key"'}, "open.key"),
-        ({"collateral": '"nowhere"'}, "nowhere"),
+        ({}, "nowhere"),
+        ({"collateral": ""}, "policies.press is of sgx and needs collateral"),
     ],
 )
 def test_what_is_wrong_in_the_config_is_said_before_anything_begins(
@@ -149,6 +151,8 @@ def test_what_is_wrong_in_the_config_is_said_before_anything_begins(
         (tmp_path / name).chmod(mode)
     top = {name: value for name, value in change.items() if name not in GOOD}
     lines = top | GOOD | {name: value for name, value in change.items() if name in GOOD}
+    if not lines["collateral"]:
+        del lines["collateral"]
     file = tmp_path / "broker.toml"
     file.write_text("".join(f"{n} = {v}\n" if v else f"{n}\n" for n, v in lines.items()))
     done = run("broker", "serve", "--config", str(file))

@@ -90,10 +90,9 @@ def test_guests_that_are_wanted(world, tmp_path, form):
     refused(
         "rt_mr2 is",
         world,
-        world.tdx(ASKED, rtmrs=RTMRS[::-1], **form),
+        world.tdx(ASKED, rtmrs=(*RTMRS[:2], *RTMRS[:2]), **form),
         TDX,
         tmp_path / "c",
-        rtmr1=[],
     )
     refused("another request", world, world.tdx(bytes(32), **form), TDX, tmp_path / "c")
 
@@ -272,6 +271,24 @@ def test_tcb_info_that_another_key_under_the_root_signed(world, tmp_path):
         load_collateral(tmp_path / "d", other.write(tmp_path / "d"))
 
 
+def test_a_signer_that_only_the_verifier_reads(world, tmp_path):
+    """A block that is not called CERTIFICATE is one to the verifier, and the signer if it is first.
+
+    So whoever has the key of one processor could say that it is up to date.
+    """
+    folder = tmp_path / "c"
+    root = world.write(folder)
+    made, good = world.collateral("sgx", signed_by="pck"), world.collateral("sgx")
+    for name in ("tcb_info_issuer_chain", "qe_identity_issuer_chain"):
+        end = "-----END CERTIFICATE-----\n"
+        leaf, rest = made[name].split(end, 1)
+        hidden = (leaf + end).replace("CERTIFICATE", "SIGNER")
+        made[name] = hidden + good[name].split(end, 1)[0] + end + rest
+    (folder / "sgx-00906ed50000.json").write_text(json.dumps(made))
+    with pytest.raises(ConfigError, match="something besides certificates"):
+        load_collateral(folder, root)
+
+
 def test_folders_that_hold_no_collateral(world, tmp_path):
     folder = tmp_path / "c"
     with pytest.raises(ConfigError, match="collateral"):
@@ -342,6 +359,11 @@ def test_the_command_says_what_is_old_or_missing(tmp_path, run_keymgmt, check_ou
         (SGX | {"mrenclave": ["E1" * 32]}, "mrenclave"),
         ({"evidence": "tdx", "mr_td": [MR_TD.hex()]}, "firmware_only"),
         (TDX | {"firmware_only": True}, "firmware_only"),
+        # Without RTMR 1 the kernel is anybody's, which can write the values of 2 and 3.
+        (TDX | {"rtmr1": []}, "without rtmr1"),
+        ({"evidence": "tdx", "mr_td": [MR_TD.hex()], "rtmr0": [RTMRS[0].hex()]}, "without rtmr1"),
+        ({"evidence": "tdx", "mr_td": [MR_TD.hex()], "rtmr3": [RTMRS[3].hex()]}, "without rtmr1"),
+        (TDX | {"rtmr1": [], "firmware_only": True}, "firmware_only = true proves nothing"),
         (TDX | {"mr_td": []}, "mr_td"),
         (SGX | {"debug": True}, "debug"),
         ({"evidence": "snp"}, "snp"),

@@ -162,6 +162,15 @@ def _read(path: Path) -> tuple[Platform, Entry]:
         *(StopIteration, RecursionError, IndexError),
     ) as error:
         raise ConfigError(f"{path} is no collateral: {error!r:.200}", hint=_FETCH) from error
+    # The verifier takes a block of any name for a certificate, and this reader does not.
+    if any(
+        chain.count("-----BEGIN") != len(read)
+        for chain, read in zip(chains, certificates, strict=True)
+    ):
+        raise ConfigError(
+            f"{path} has something besides certificates in a chain of certificates",
+            hint="somebody may have made it: fetch it anew from Intel or from your PCCS",
+        )
     for chain in certificates:
         if _common_name(chain[0].subject) != _SIGNER:
             raise ConfigError(

@@ -105,10 +105,17 @@ class TdxPolicy(PlatformPolicy):
 
     @model_validator(mode="after")
     def _says_which(self) -> Self:
-        if any(getattr(self, name) for name in RTMRS) == self.firmware_only:
+        # What the firmware started can write any value into RTMR 2 and 3.
+        if bool(self.rtmr1) == self.firmware_only:
             raise ValueError(
-                "write what the guest's firmware started: rtmr1 and rtmr2, say; "
-                "or else firmware_only = true"
+                "write what the guest's firmware started, rtmr1 and rtmr2; or else "
+                "firmware_only = true: without rtmr1, any kernel can give the other RTMRs the "
+                "values that the policy lists"
+            )
+        if self.firmware_only and (self.rtmr2 or self.rtmr3):
+            raise ValueError(
+                "firmware_only = true proves nothing of what the firmware started, which writes "
+                "rtmr2 and rtmr3: name rtmr1 too, or take them out"
             )
         return self
 
