@@ -89,6 +89,39 @@ class Body(Protocol):
         """At most ``size`` bytes."""
 
 
+class _Clock(threading.local):
+    """When what this thread waits for must be there (``time.monotonic``)."""
+
+    end = float("inf")
+
+
+_clock: Final = _Clock()
+
+
+class _Socket(ssl.SSLSocket):
+    """A connection whose time limit also holds for a server that gives a byte now and then.
+
+    The timeouts of urllib3 are for one byte, and a line of a header has many.
+    """
+
+    def recv_into(self, *arguments: Any, **named: Any) -> int:
+        if time.monotonic() > _clock.end:
+            raise TimeoutError
+        return super().recv_into(*arguments, **named)
+
+
+class _Sent:
+    """A body on its way: for each part that is sent, the time until the answer begins anew."""
+
+    def __init__(self, body: Body, deadline: float) -> None:
+        self._body, self._deadline = body, deadline
+
+    def read(self, size: int = -1, /) -> bytes:
+        part = self._body.read(size)
+        _clock.end = time.monotonic() + self._deadline
+        return part
+
+
 class _Again(Exception):
     """What may pass: tried again, after so many seconds."""
 
@@ -112,6 +145,7 @@ class Answer:
         """
         came, mark = 0, _PART
         while came <= most:
+            _clock.end = end
             with _translated(self.url):
                 part = self._raw.read1(min(_CHUNK, most - came + 1), decode_content=False)
             if not part:
@@ -161,6 +195,7 @@ class Http(ForkSafe):
                 f"cannot read the certificates in {access.ca_file}: {error.strerror or error}",
                 hint="ca_file of [remote] is a file of certificates in PEM",
             ) from error
+        self._tls.sslsocket_class = _Socket
         super().__init__()
 
     def _renew(self) -> None:
@@ -306,6 +341,9 @@ class Http(ForkSafe):
         timeout = min(self._settings.timeout, left)
         # What was sent is stored before it is answered, and that may take long.
         wait = left if body is not None else timeout
+        _clock.end = end
+        if body is not None and not isinstance(body, bytes):
+            body = _Sent(body, self._settings.deadline)
         with _translated(url):
             raw = self._pool(url).request(
                 method,

@@ -274,6 +274,24 @@ def test_a_server_that_gives_a_byte_now_and_then_is_given_up(
         client(settings, web.url, timeout=3.0, deadline=3.0).fetch(web.url, Memory())
 
 
+@pytest.mark.parametrize(
+    "begun", ["X-A: ", "Transfer-Encoding: chunked\r\n\r\n5;"], ids=["header", "chunk"]
+)
+def test_a_server_that_never_ends_a_line_is_given_up(
+    serve: Serve, settings: Settings, begun: str
+) -> None:
+    def answer(_: Seen, handler: Any) -> None:
+        handler.wfile.write(f"HTTP/1.1 200 OK\r\n{begun}".encode())
+        for _ in range(400):
+            handler.wfile.write(b"x")
+            time.sleep(0.05)
+        handler.close_connection = True
+
+    web = serve(answer, tls=True)
+    with pytest.raises(StorageUnavailable, match="did not answer in time"):
+        client(settings, web.url, timeout=2.0, deadline=2.0).request("GET", web.url, limit=9)
+
+
 def test_a_server_that_says_nothing_is_given_up(serve: Serve, settings: Settings) -> None:
     web = serve(lambda _, handler: time.sleep(2))
     with pytest.raises(StorageUnavailable, match="did not answer in time"):
