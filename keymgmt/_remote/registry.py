@@ -23,7 +23,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Registry", "RegistryStorage"]
 
-_INDEX: Final = "application/vnd.oci.image.index.v1+json"
+# Also what is none of ours is asked for: else a registry converts it, or says that it is broken.
+_ACCEPT: Final = ", ".join(
+    [
+        MEDIA_TYPE,
+        "application/vnd.oci.image.index.v1+json",
+        "application/vnd.docker.distribution.manifest.v2+json",
+        "application/vnd.docker.distribution.manifest.list.v2+json",
+    ]
+)
 
 
 class Registry:
@@ -65,7 +73,7 @@ class Registry:
         reply = self._http.request(
             "GET",
             f"{self._base}/manifests/{reference}",
-            headers={"Accept": f"{MEDIA_TYPE}, {_INDEX}"},
+            headers={"Accept": _ACCEPT},
             good=(200, 404),
             limit=MAX_ARTIFACT,
         )

@@ -59,6 +59,8 @@ class WebStorage:
         reply = self._http.request("GET", url, headers=headers, good=_GOOD, limit=end - start)
         if reply.status in (_NOT_FOUND, _GONE) and not pin:
             return None
+        if reply.status == _NO_SUCH_RANGE and not start and not pin:
+            return Part(memoryview(b""), 0, "")  # no range of an empty file has anything
         if reply.status not in (_OK, _PARTIAL):
             raise changed(shown(url))
         total = total_of(reply, start, end)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import shutil
@@ -13,7 +14,13 @@ from typing import Any
 import pytest
 
 import keymgmt
-from keymgmt.errors import ConfigError, IntegrityError, RollbackError, UntrustedPublisher
+from keymgmt.errors import (
+    ConfigError,
+    FormatError,
+    IntegrityError,
+    RollbackError,
+    UntrustedPublisher,
+)
 
 pytest.importorskip("keymgmt_file")
 Tree = Callable[[Path], dict[str, bytes]]
@@ -328,3 +335,36 @@ def test_signatures_that_were_lost_here_come_again(place: Place, tree_of: Tree) 
     place.push(sealed, "2")
     assert place.pull("other", "2").state == "new"
     assert place.pull("other", "2").state == "current"
+
+
+@pytest.mark.parametrize("kind", ["oci", "v2s2"])
+def test_an_image_is_no_sealed_model_and_its_tag_is_not_moved(
+    place: Place, require_tool: Any, tmp_path: Path, kind: str
+) -> None:
+    require_tool("skopeo", package="skopeo")
+    image = tmp_path / "image"
+    (image / "blobs/sha256").mkdir(parents=True)
+
+    def put(content: bytes, media_type: str) -> dict[str, Any]:
+        digest = hashlib.sha256(content).hexdigest()
+        (image / "blobs/sha256" / digest).write_bytes(content)
+        return {"mediaType": media_type, "digest": f"sha256:{digest}", "size": len(content)}
+
+    oci = "application/vnd.oci.image"
+    layer = gzip.compress(bytes(10240))
+    rootfs = {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(bytes(10240)).hexdigest()}"]}
+    config = {"architecture": "amd64", "os": "linux", "rootfs": rootfs}
+    manifest = {
+        "schemaVersion": 2,
+        "config": put(json.dumps(config).encode(), f"{oci}.config.v1+json"),
+        "layers": [put(layer, f"{oci}.layer.v1.tar+gzip")],
+    }
+    index = {"manifests": [put(json.dumps(manifest).encode(), f"{oci}.manifest.v1+json")]}
+    (image / "index.json").write_text(json.dumps({"schemaVersion": 2} | index))
+    (image / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
+    there = place.at().replace("oci://", "docker://")
+    place.registry.skopeo("copy", "--insecure-policy", "--format", kind, f"oci:{image}", there)
+    with pytest.raises(FormatError, match="no sealed model"):
+        place.pull()
+    with pytest.raises(ConfigError, match="this model is not from it"):
+        place.push(place.site.seal())

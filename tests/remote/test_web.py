@@ -394,3 +394,20 @@ def test_a_forked_child_reads_on(site: Any, sealed: Path, serve: Serve, config: 
         if not child:
             os._exit(model.read("model.xml") != (site.plain / "model.xml").read_bytes())
         assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "keys.json", "signatures.json"])
+def test_a_file_that_is_empty_there_is_not_said_to_have_changed(
+    sealed: Path, serve: Serve, config: Any, name: str
+) -> None:
+    """Nothing of an empty file is in any range, so servers answer 416."""
+    (sealed / name).write_bytes(b"")
+
+    def quirk(_: Seen, handler: Any, content: bytes) -> bool:
+        if not content:
+            reply(handler, 416, Content_Range="bytes */0")
+        return not content
+
+    web = serve(files_of(sealed, quirk), tls=True)
+    with pytest.raises((FormatError, UntrustedPublisher)):
+        keymgmt.open(web.url, keys=config())
