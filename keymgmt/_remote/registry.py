@@ -15,6 +15,7 @@ from keymgmt._remote.http import Body, Http, Sink, redirected
 from keymgmt._remote.login import Login
 from keymgmt._remote.storage import Part
 from keymgmt._remote.web import total_of
+from keymgmt._system.fork import ForkSafe
 from keymgmt.errors import ConfigError, IntegrityError, StorageUnavailable
 
 if TYPE_CHECKING:
@@ -213,15 +214,18 @@ class Registry:
         return f"{self._base}/blobs/{blob.digest}"
 
 
-class RegistryStorage:
+class RegistryStorage(ForkSafe):
     """A model in a registry, read from there: the tag is looked up once, so it cannot move."""
 
     def __init__(self, location: Location, settings: Remote) -> None:
         """Make a client; nothing is sent yet. ConfigError where the config is wrong."""
         self._registry = Registry(location, settings)
         self._location = location
-        self._lock = threading.Lock()
         self._artifact: Artifact | None = None
+        super().__init__()
+
+    def _renew(self) -> None:
+        self._lock = threading.Lock()
 
     def part(self, name: str, start: int, end: int, pin: str = "") -> Part | None:  # noqa: ARG002
         """A part of a file, as ``Storage.part``; ConfigError where nothing is at the location."""

@@ -23,6 +23,8 @@ from webserver import Seen, Serve, Web, reply
 
 import keymgmt
 from keymgmt._remote.artifact import MEDIA_TYPE, Artifact, Blob, blob_of
+from keymgmt._remote.location import Location
+from keymgmt._remote.registry import RegistryStorage
 from keymgmt._verbs.find_models import find_models
 from keymgmt.errors import (
     ConfigError,
@@ -34,6 +36,7 @@ from keymgmt.errors import (
     StorageUnavailable,
 )
 from keymgmt.sealed.manifest import Manifest
+from keymgmt.testing._process import in_fork
 
 pytest.importorskip("keymgmt_file")
 pytestmark = pytest.mark.once
@@ -609,3 +612,27 @@ def test_a_tag_that_moves_during_a_push_is_not_moved_back(fake: Fake) -> None:
     with pytest.raises(ConfigError, match="by now"):
         keymgmt.push(fake.site.root / "m.sealed", fake.place, keys=fake.write_config())
     assert stored
+
+
+def test_a_child_is_not_held_up_by_a_look_up_of_its_parent(fake: Fake) -> None:
+    """The tag is looked up once, under a lock that a thread of the parent holds at the fork."""
+    looking, go = threading.Event(), threading.Event()
+
+    def slow(request: Seen, _: Any) -> bool:
+        if "/manifests/" in request.path and not looking.is_set():
+            looking.set()
+            go.wait(60)
+        return False
+
+    fake.bend = slow
+    remote = keymgmt.Config({"remote": {"ca_file": str(fake.ca_file)}}).remote
+    storage = RegistryStorage(Location.parse(fake.place), remote)
+    thread = threading.Thread(target=storage.part, args=("keys.json", 0, 9))
+    thread.start()
+    try:
+        assert looking.wait(30)
+        part = in_fork(lambda: bytes(storage.part("keys.json", 0, 9).content).hex(), 20)  # type: ignore[union-attr]
+    finally:
+        go.set()
+        thread.join()
+    assert part == fake.files["keys.json"][:9].hex()
