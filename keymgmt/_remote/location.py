@@ -128,7 +128,7 @@ def _check_host(text: str, scheme: str, host: str) -> None:
         if not _BUCKET.fullmatch(host):
             raise _refused(text, f"{host[:80]!r} is no name of a bucket")
         return
-    name, port = re.fullmatch(r"(.*?)(?::(\d*))?", host, re.DOTALL).groups()  # type: ignore[union-attr]
+    name, port = re.fullmatch(r"(.*?)(?::([0-9]{0,5}))?", host, re.DOTALL).groups()  # type: ignore[union-attr]
     if not _HOST.fullmatch(name) or (port is not None and not (port and 0 < int(port) < 65536)):
         raise _refused(text, f"{host[:80]!r} is no host")
     if scheme == "http" and not is_loopback(host):

@@ -40,6 +40,8 @@ def test_a_location_is_shown_as_it_was_written(text: str) -> None:
         "https://models.example/a?token=x",
         "https:///a",
         "https://models.example:0/a",
+        pytest.param(f"https://models.example:{'9' * 5000}/a", id="port"),
+        "https://models.example:\u0661/a",
         "s3:///a",
         "oci://registry.example/resnet50",
         "oci://registry.example/ResNet:1",
