@@ -1,4 +1,4 @@
-"""Asking a configured provider: for an ability, or to do something."""
+"""Calls to a configured provider, and the abilities that it has."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 
 __all__ = ["Answers", "call_provider", "has_ability", "require", "unwrap_many", "wrap_many"]
 
-# What providers answered, many in one call: (provider, blob, context) -> its answer.
+# Results of providers that did many in one call: (provider, blob, context) -> result.
 Answers = dict[tuple[str, bytes, bytes], Dek | ProviderError]
 
 
 def call_provider(config: Config, name: str, call: Any) -> Any:
-    """Run ``call(provider)``; what a plugin lets through is turned into a ProviderError."""
+    """Run ``call(provider)``; an exception of any other type becomes a ProviderError."""
     try:
         provider: KeyProvider[Any] = config.provider(name)
         return call(provider)
     except KeymgmtError:
         raise
     except Exception as error:
-        # Its text could quote anything, so only its class is repeated.
+        # Its text could quote a secret, so only its class is repeated.
         raise ProviderError(
             f"the provider {name} failed with {type(error).__name__}",
             hint="a backend raises only errors of keymgmt; report this one to its author",
@@ -41,7 +41,7 @@ def call_provider(config: Config, name: str, call: Any) -> Any:
 
 
 def require(config: Config, name: str, ability: type[Any], what: str) -> Any:
-    """The provider called ``name`` if it has the ability; ConfigError if it has not."""
+    """The provider ``name``; ConfigError where it does not have the ability."""
     provider = config.provider(name)
     if not isinstance(provider, ability):
         raise ConfigError(
@@ -52,7 +52,7 @@ def require(config: Config, name: str, ability: type[Any], what: str) -> Any:
 
 
 def has_ability(config: Config, name: str, ability: type[Any]) -> bool:
-    """Whether a provider has an ability; False where it cannot be made."""
+    """Whether a provider has an ability; False where the provider cannot be created."""
     try:
         return bool(call_provider(config, name, lambda provider: isinstance(provider, ability)))
     except ProviderError:
@@ -62,10 +62,10 @@ def has_ability(config: Config, name: str, ability: type[Any]) -> bool:
 def unwrap_many(
     config: Config, name: str, items: Sequence[tuple[WrappedKey, bytes]]
 ) -> Sequence[Dek | ProviderError]:
-    """Unwrap many recipients in one call, where the provider can; else no answer at all.
+    """Unwrap many recipients in one call; empty where the provider cannot do that.
 
-    A service that is not reached answers for all. Whatever else goes wrong as a whole is found
-    again, and told, when a recipient is asked for alone.
+    Where the service cannot be reached, that error stands for every recipient. Any other failure of
+    the whole call gives an empty result: it appears again when a recipient is unwrapped alone.
     """
     if not items or not has_ability(config, name, SupportsBatchUnwrap):
         return ()

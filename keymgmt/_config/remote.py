@@ -1,4 +1,4 @@
-"""``[remote]``: how sealed models are read that lie on a web server, in a bucket, in a registry."""
+"""``[remote]``: how sealed models are read from web servers, buckets and registries."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ _WEB: Final = re.compile(r"https?://[^/?#@\s]+")
 
 
 class Access(Settings):
-    """``[remote.access."s3://BUCKET"]``: who we are at one web server, bucket or registry.
+    """``[remote.access."s3://BUCKET"]``: the login at one web server, bucket or registry.
 
-    It is told to that host alone, and to nobody that it redirects to.
+    The login is sent to that host alone, and never to a host to which it redirects.
 
     Attributes:
-        auth: ``environment`` takes the login of a bucket, and proxies, from the environment and
-            from the machine that this is, as the programs of that service do; ``docker`` takes the
-            login of a registry from ``docker_config``.
-        user: name of a login; for S3 the id of the access key, for Azure the account.
-        secret: its password; for S3 the secret access key, for Azure the account's key, for
+        auth: ``environment`` takes the login of a bucket, and proxies, from the environment or the
+            machine's own identity, as the tools of that cloud do; ``docker`` takes the login of a
+            registry from ``docker_config``.
+        user: user name; for S3 the id of the access key, for Azure the account.
+        secret: password; for S3 the secret access key, for Azure the account's key, for
             Google the JSON of a service account's key.
         token: a bearer token; for S3 the session token.
-        endpoint: address of a server that speaks S3 or Azure's protocol.
+        endpoint: address of a server with the protocol of S3 or Azure.
         region: of an S3 bucket.
-        token_server: host, with its port, to which a registry may send us for a token, such as
-            ``auth.docker.io``; otherwise to itself alone.
-        docker_config: the file that ``docker login`` writes, else ``~/.docker/config.json``; a
-            helper that it names is run.
+        token_server: host, with its port, from which a registry may demand a token, such as
+            ``auth.docker.io``; by default only the registry itself.
+        docker_config: the file that ``docker login`` writes, by default
+            ``~/.docker/config.json``. A credential helper that it names is run.
         ca_file: certificates (PEM) that the server's must come from; else those of the system.
         proxy: address of a proxy, ``http://HOST:PORT``.
-        plain_http: a registry on this machine speaks HTTP without TLS.
+        plain_http: the registry is on this machine and has no TLS.
     """
 
     secret_variables: ClassVar[frozenset[str]] = frozenset(
@@ -72,18 +72,18 @@ class Access(Settings):
 
 
 class Remote(Settings):
-    """``[remote]``: sealed models that lie on a web server, in a bucket or in a registry.
+    """``[remote]``: sealed models on a web server, in a bucket or in a registry.
 
     Attributes:
         timeout: seconds without a byte, after which a request is made again.
-        deadline: seconds for one part of a file, at most 8 MiB, with all that is tried again.
-        cache: folder that keeps parts of payloads, as ciphertext, private to this user; without it
-            none are kept.
-        cache_limit: bytes that it may hold; what was used longest ago goes first.
+        deadline: seconds for one part of a file, at most 8 MiB, with all repeated requests.
+        cache: folder that keeps parts of payloads, as ciphertext; private to this user. By default
+            no parts are kept.
+        cache_limit: size of the cache in bytes; the least recently used parts are removed first.
         ca_file: certificates (PEM) that each server's must come from; else those of the system.
-        proxy: address of a proxy for all of them, ``http://HOST:PORT``; not for what is
-            read over plain HTTP, which is for this machine.
-        access: who we are at a host or bucket: ``"https://HOST"``, ``"s3://BUCKET"``,
+        proxy: address of a proxy for all servers, ``http://HOST:PORT``; not used for plain HTTP,
+            which is for this machine alone.
+        access: the logins, by host or bucket: ``"https://HOST"``, ``"s3://BUCKET"``,
             ``"oci://HOST"``.
     """
 
@@ -118,7 +118,7 @@ class Remote(Settings):
         return value
 
     def access_to(self, origin: str) -> Access:
-        """Who we are at an origin, with the proxy and the certificates that hold for all."""
+        """The login at an origin, with the proxy and the certificates that are set for all."""
         access = self.access.get(origin, Access())
         missing = {
             name: getattr(self, name)

@@ -1,1 +1,1 @@
-"""Sealed models that lie elsewhere: on a web server, in a bucket, in a registry."""
+"""Sealed models that are not on this machine: on a web server, in a bucket, in a registry."""

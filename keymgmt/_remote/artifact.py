@@ -1,9 +1,9 @@
 """A sealed model as an OCI 1.1 artifact: one blob for each file, in ModelPack's media types.
 
-Registries, scanners and Kubernetes see a model of the CNCF ModelPack, whose format is keymgmt's:
-each layer is one file as it lies in the folder, neither packed nor compressed, named by its title.
-What a registry says of names and sizes is hostile: it only leads to the blob of a name that is
-known from elsewhere, in the end from the sealed manifest.
+Registries, scanners and Kubernetes see a model of the CNCF ModelPack, whose format is keymgmt's.
+Each layer is one file of the folder, neither packed nor compressed, with the file's name as title.
+The names and sizes that a registry gives may be forged: they only lead to the blob of a name that
+is known from elsewhere, in the end from the sealed manifest.
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ MAX_ARTIFACT: Final = 4 << 20  # what registries take, by the distribution speci
 
 @dataclass(frozen=True)
 class Blob:
-    """What a registry keeps: its digest, ``sha256:`` and hex, and its bytes."""
+    """The digest (``sha256:`` and hex) of a file in a registry, and its size in bytes."""
 
     digest: str
     size: int
 
 
 def blob_of(content: bytes | memoryview) -> Blob:
-    """The blob that some bytes are."""
+    """The digest and size of some bytes."""
     return Blob(f"sha256:{hashlib.sha256(content).hexdigest()}", len(content))
 
 
-def hash_file(source: Ciphertext, told: Callable[[int], object]) -> Blob:
-    """The blob that a payload file is; ``told`` how many bytes more were read."""
+def hash_file(source: Ciphertext, progress: Callable[[int], object]) -> Blob:
+    """The digest and size of a payload file; ``progress`` is called with the bytes of each part."""
     digest, size, parts = hashlib.sha256(), source.length(), source.parts()
     for start in range(0, size, _CHUNK):
         part = parts.read(start, min(_CHUNK, size - start), size)
         digest.update(part)
-        told(len(part))
+        progress(len(part))
     return Blob(f"sha256:{digest.hexdigest()}", size)
 
 
@@ -69,7 +69,7 @@ class Artifact:
     Attributes:
         data: the manifest as it is stored.
         files: blob of each title.
-        config: of what is to be pushed, the content of its configuration.
+        config: the content of the configuration blob, of an artifact that is to be pushed.
     """
 
     data: bytes
@@ -78,7 +78,7 @@ class Artifact:
 
     @cached_property
     def digest(self) -> str:
-        """What names this artifact, and no other."""
+        """The digest of the manifest, which names this artifact and no other."""
         return blob_of(self.data).digest
 
     @classmethod
@@ -86,7 +86,7 @@ class Artifact:
         """The artifact of a sealed model; the same files give the same bytes.
 
         Raises:
-            ConfigError: the model has so many files that registries do not take it.
+            ConfigError: there are so many files that registries do not take the manifest.
         """
         config = _dump(
             {
@@ -127,19 +127,19 @@ class Artifact:
 
     @classmethod
     def parse(cls, data: bytes) -> Artifact:
-        """Read what a registry gave; FormatError where it is no sealed model's manifest."""
+        """Read a manifest from a registry; FormatError where it is not one of a sealed model."""
         reader = load_json(data, "the artifact", MAX_ARTIFACT, canonical=False)
-        said = reader.rest()
-        if "manifests" in said or said.get("mediaType", MEDIA_TYPE) != MEDIA_TYPE:
+        fields = reader.rest()
+        if "manifests" in fields or fields.get("mediaType", MEDIA_TYPE) != MEDIA_TYPE:
             raise _not_ours("it is an index, or an image of another kind")
-        layers = said.get("layers")
+        layers = fields.get("layers")
         if not isinstance(layers, list):
             raise _not_ours("it has no layers")
         files: dict[str, Blob] = {}
         for layer in layers:
-            one = JsonReader(layer, "a layer of the artifact")
-            blob = Blob(one.text("digest", limit=256), one.integer("size"))
-            annotations = one.rest().get("annotations")
+            layer_reader = JsonReader(layer, "a layer of the artifact")
+            blob = Blob(layer_reader.text("digest", limit=256), layer_reader.integer("size"))
+            annotations = layer_reader.rest().get("annotations")
             title = annotations.get(_TITLE) if isinstance(annotations, dict) else None
             if not isinstance(title, str) or not _DIGEST.fullmatch(blob.digest):
                 raise _not_ours("a layer has no title, or no digest of SHA-256")
@@ -149,7 +149,7 @@ class Artifact:
         return cls(data, files)
 
     def blob(self, name: str) -> Blob:
-        """The blob of a file; FormatError where the artifact has no such file."""
+        """The blob of the file ``name``; FormatError where the artifact has no such file."""
         if name not in self.files:
             raise _not_ours(f"it has no {name}")
         return self.files[name]

@@ -1,7 +1,7 @@
-"""Files in a bucket: what its server asks for is signed, and then it is a web server.
+"""Files in a bucket, which is read like a web server with signed addresses.
 
-obstore signs, for S3, Google and Azure alike, and our own HTTP client does the rest. The client of
-obstore follows a redirect to any host, and tells that host the session token.
+obstore signs the addresses, for S3, Google and Azure, and our own HTTP client makes the requests:
+obstore's client follows a redirect to any host, and sends the session token to that host.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def bucket_storage(location: Location, settings: Remote) -> WebStorage:
     """The files below a path of a bucket.
 
     Raises:
-        ConfigError: obstore is not installed, or the config has no login, or one that cannot be.
+        ConfigError: obstore is not installed, or the login of the config is missing or impossible.
     """
     try:
         import obstore
@@ -47,7 +47,7 @@ def bucket_storage(location: Location, settings: Remote) -> WebStorage:
     try:
         store, origin = _MADE[location.scheme](location.host, access)
     except obstore.exceptions.BaseError:
-        # What the library says could repeat the secret.
+        # The message of the library could repeat the secret.
         raise ConfigError(
             f"the login in {where} is none of {location.scheme}://, "
             "or a variable of the environment for this service is wrong",
@@ -83,7 +83,7 @@ def _secret(access: Access) -> str:
     return access.secret.read().decode() if access.secret is not None else ""
 
 
-# Each begins with what the environment says: what a config has is said again in all its spellings.
+# Each store begins with the environment: a value of the config replaces all its spellings there.
 
 
 def _s3(bucket: str, access: Access) -> tuple[Any, str]:

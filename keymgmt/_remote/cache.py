@@ -1,8 +1,8 @@
 """Parts of remote files kept on this machine: ciphertext, verified again whenever it is used.
 
-A part is one file, whose name is the hash of where it is from, of what tells that file from another
-(its ETag or digest) and of its place in it. So what changes there is not found here. Each ends
-with a checksum: one that a crash cut, or that another process is writing, counts as none.
+Each part is one file. Its name is the hash of the location, of the pin (ETag or digest) and of the
+part's position, so a part of a file that was replaced is not used. Each file ends with a checksum:
+a part that a crash cut, or that another process is still writing, counts as missing.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ __all__ = ["CachedStorage"]
 
 log = logging.getLogger("keymgmt")
 _CHECK: Final = 32
-_SURE: Final = ('"', "sha256:")  # how a pin begins that no other content has
+_SURE: Final = ('"', "sha256:")  # beginnings of the pins that tell every content from others
 
 
 class CachedStorage(ForkSafe):
-    """A storage of which parts are kept, those used longest ago least long."""
+    """A storage whose parts are kept in a folder; the least recently used are removed first."""
 
     def __init__(self, storage: Storage, where: str, folder: Path, limit: int) -> None:
         """Keep parts of ``storage`` in ``folder``, ``limit`` bytes at most.
 
         Args:
             storage: where parts come from.
-            where: its location, which the same parts of another have not.
-            folder: made (0700) if it is missing; its parent exists.
-            limit: bytes. Processes that share a folder may each be over it by a sixteenth.
+            where: the location of ``storage``, which tells its parts from those of others.
+            folder: created (0700) if it is missing; its parent exists.
+            limit: bytes. Each process that shares the folder may exceed it by a sixteenth.
 
         Raises:
-            ConfigError: the folder cannot be made, or is not private to this user.
+            ConfigError: the folder cannot be created, or is not private to this user.
         """
         self._storage, self._where, self._folder, self._limit = storage, where, folder, limit
         try:
@@ -57,14 +57,14 @@ class CachedStorage(ForkSafe):
                 f"cannot make the folder {folder}, the cache of [remote]: {error.strerror}"
             ) from error
         check_trusted(folder, label="cache", private=True)
-        self._room = 0  # bytes that may be written before the folder is looked at again
+        self._room = 0  # bytes that may be written before the folder is listed again
         super().__init__()
 
     def _renew(self) -> None:
         self._lock = threading.Lock()
 
     def part(self, name: str, start: int, end: int, pin: str = "") -> Part | None:
-        """A part of a file, as ``Storage.part``; kept where ``pin`` says of what file."""
+        """A part of a file, as ``Storage.part``; it is kept if ``pin`` identifies the content."""
         if not pin.startswith(_SURE):
             return self._storage.part(name, start, end, pin)
         words = (self._where, name, pin, str(start), str(end))
@@ -99,7 +99,7 @@ class CachedStorage(ForkSafe):
 
 
 def _read(file: Path) -> tuple[memoryview, int] | None:
-    """A part and how long its file is; None where it is not here, or not whole."""
+    """A part and the length of its remote file; None where it is missing or not whole."""
     with contextlib.suppress(OSError), file.open("rb") as kept:
         size = os.fstat(kept.fileno()).st_size - 8 - _CHECK
         if size < 0:
@@ -113,16 +113,16 @@ def _read(file: Path) -> tuple[memoryview, int] | None:
 
 
 def _make_room(folder: Path, limit: int, size: int) -> int:
-    """Remove what was used longest ago until a part fits; bytes until this is to be done again."""
-    found = []
+    """Remove the least recently used parts; the bytes that may be written until the next call."""
+    parts = []
     with os.scandir(folder) as entries:
         for entry in entries:
             with contextlib.suppress(FileNotFoundError):
                 info = entry.stat(follow_symlinks=False)
-                found.append((info.st_mtime_ns, info.st_size, entry.path))
+                parts.append((info.st_mtime_ns, info.st_size, entry.path))
     step = max(size, limit // 16)
-    used = sum(length for _, length, _ in found)
-    for _, length, path in sorted(found):
+    used = sum(length for _, length, _ in parts)
+    for _, length, path in sorted(parts):
         if used + step <= limit:
             break
         with contextlib.suppress(FileNotFoundError):

@@ -1,4 +1,4 @@
-"""A sealed model that lies elsewhere: its files are asked for by name, part by part."""
+"""A sealed model that is not on this machine: its files are requested by name, part by part."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 
 __all__ = ["RemoteFolder", "open_folder"]
 
-_THREADS: Final = 8  # requests at once: most of the time is the way there and back
-_HEAD: Final = 1 << 16  # asked for first of a payload file: of a small one that is all of it
+_THREADS: Final = 8  # requests at once: most of the time is network latency
+_HEAD: Final = 1 << 16  # the first request of a payload file; a small file ends within it
 
 
 class RemoteFolder(ModelFolder):
-    """A sealed model elsewhere.
+    """A sealed model at a location.
 
-    Nothing is listed there: what the manifest does not name is never asked for. Nothing is locked:
-    of two who replace a file, the second is refused.
+    The folder is not listed: only files that the manifest names are requested. It is not locked: of
+    two processes that replace a file at the same time, the second is refused.
     """
 
     def __init__(self, path: str, storage: Storage) -> None:
-        """``path`` is for messages."""
+        """``path`` is the location as messages show it."""
         self.path = path
         self._storage = storage
         self._pins: dict[str, str] = {}
@@ -55,7 +55,7 @@ class RemoteFolder(ModelFolder):
         return bytes(part.content)
 
     def replace(self, name: str, content: bytes) -> None:
-        """Replace a small file unless somebody else did since it was read; raises as Storage."""
+        """Replace a small file unless it was replaced since it was read; raises as ``Storage``."""
         self._pins[name] = self._storage.replace(name, content, self._pins.get(name, ""))
 
     def open_payload(self, path: str) -> Ciphertext:
@@ -63,7 +63,7 @@ class RemoteFolder(ModelFolder):
         return _RemoteCiphertext(self._part, payload_name(path))
 
     def _part(self, name: str, start: int, end: int) -> Part:
-        """A part of a payload file, which is the same file whenever it is asked for."""
+        """A part of a payload file; IntegrityError where the file was replaced meanwhile."""
         pin = self._pins.get(name, "")
         part = self._storage.part(name, start, end, pin)
         if part is None:
@@ -74,36 +74,36 @@ class RemoteFolder(ModelFolder):
 
 
 class _RemoteCiphertext:
-    """One payload file, of which each thread asks for as many segments at once as it takes."""
+    """One payload file; each thread requests as many segments at once as it decrypts."""
 
     threads: int | None = _THREADS
 
-    def __init__(self, ask: Callable[[str, int, int], Part], name: str) -> None:
-        """``ask`` gives a part of the file ``name``; nothing is asked for yet."""
-        self._ask, self._name = ask, name
-        self._begun: Part | None = None
+    def __init__(self, fetch_part: Callable[[str, int, int], Part], name: str) -> None:
+        """``fetch_part`` requests a part of the file ``name``; nothing is requested yet."""
+        self._fetch_part, self._name = fetch_part, name
+        self._first: Part | None = None
 
     @property
     def _head(self) -> Part:
-        """The beginning of it; of a small one that is all of it."""
+        """The beginning of the file, which is the whole of a small file."""
         # Not a cached_property, of which all objects share one lock before Python 3.12.
-        if self._begun is None:
-            self._begun = self._ask(self._name, 0, _HEAD)
-        return self._begun
+        if self._first is None:
+            self._first = self._fetch_part(self._name, 0, _HEAD)
+        return self._first
 
     def length(self) -> int:
-        """Bytes of the file when it was begun; another file in its place is refused."""
+        """The length of the file in bytes, by its first part."""
         return self._head.total
 
     def parts(self) -> _Parts:
-        """Something to read it with, for one thread."""
+        """A reader of the file for one thread."""
         return _Parts(self._fetch, self._head.content)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there is nothing to release."""
 
     def _fetch(self, start: int, end: int) -> memoryview:
-        part = self._ask(self._name, start, end)
+        part = self._fetch_part(self._name, start, end)
         if part.total != self._head.total:
             raise changed(self._name)
         _check_length(part.content, start, end)
@@ -118,17 +118,17 @@ class _Parts:
     def read(self, offset: int, length: int, until: int = 0) -> memoryview:
         skip = offset - self._start
         if skip < 0 or skip + length > len(self._held):
-            self._held = memoryview(b"")  # before the next comes, so that there are never two
+            self._held = memoryview(b"")  # released first, so that there are never two parts
             self._start, skip = offset, 0
             self._held = self._fetch(offset, max(until, offset + length))
         return self._held[skip : skip + length]
 
 
 def open_folder(text: str, settings: Remote) -> RemoteFolder:
-    """The sealed model at a location; nothing is asked for yet.
+    """The sealed model at a location; nothing is requested yet.
 
     Raises:
-        ConfigError: it is no location, or a package is not installed, or a secret is not there.
+        ConfigError: ``text`` is not a location, a package is not installed, or a secret is missing.
     """
     location = Location.parse(text)
     storage: Storage

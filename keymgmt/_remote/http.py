@@ -1,10 +1,10 @@
 """One HTTP client for web servers and registries.
 
-It is urllib3, which does what it is told: it takes no proxy and no login from the environment or a
-.netrc, as requests and httpx do, needs no event loop, and most that use a key service or AWS have
-it already. Rules: a login goes to the host that the operator named, and never to one that it
-redirects to; plain HTTP is for this machine alone; every wait has an end; what is wrong with
-a connection, or with a server that is busy, is tried again until the deadline.
+It is urllib3, which takes no proxy and no login from the environment or a .netrc, as requests and
+httpx do, needs no event loop, and is installed already with most clients of key services and AWS.
+Rules: a login is sent to the host that the operator named, and never to a host to which that one
+redirects; plain HTTP is for this machine alone; every wait has an end; a fault of the connection,
+and the refusal of a busy server, is tried again until the deadline.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Reply:
-    """What a server answered.
+    """The reply of a server.
 
     Attributes:
-        status: of HTTP.
-        headers: by names in lower case.
-        body: as much as was asked for.
-        whole: whether that is all of it.
-        url: where it came from, after all redirects.
+        status: the HTTP status.
+        headers: the headers, with names in lower case.
+        body: the body, up to the limit of the request.
+        whole: whether ``body`` is the whole body.
+        url: the address that replied, after all redirects.
     """
 
     status: int
@@ -65,25 +65,25 @@ class Reply:
 
 
 class Sink(Protocol):
-    """Takes a large answer, part by part.
+    """Receives a large body, part by part.
 
     Attributes:
-        size: bytes that are to come in all.
-        done: bytes that have come.
+        size: length of the whole body, in bytes.
+        done: bytes that were received.
     """
 
     size: int
     done: int
 
     def write(self, part: bytes) -> None:
-        """Take what comes next."""
+        """Add the next part."""
 
     def restart(self) -> None:
-        """Forget what has come: it comes again from the beginning."""
+        """Forget all parts: the body is sent again from its beginning."""
 
 
 class Body(Protocol):
-    """What is sent: ``read`` gives the next bytes of it, and none at its end."""
+    """The body of a request: ``read`` gives its next bytes, and none at its end."""
 
     def read(self, size: int = -1, /) -> bytes:
         """At most ``size`` bytes."""
@@ -99,9 +99,9 @@ _clock: Final = _Clock()
 
 
 class _Socket(ssl.SSLSocket):
-    """A connection whose time limit also holds for a server that gives a byte now and then.
+    """A connection whose time limit also holds for a server that sends a byte now and then.
 
-    The timeouts of urllib3 are for one byte, and a line of a header has many.
+    The timeouts of urllib3 are for one byte, and a header line has many bytes.
     """
 
     def recv_into(self, *arguments: Any, **named: Any) -> int:
@@ -111,7 +111,7 @@ class _Socket(ssl.SSLSocket):
 
 
 class _Sent:
-    """A body on its way: for each part that is sent, the time until the answer begins anew."""
+    """A body that is being sent: the time limit of the reply begins anew with each part."""
 
     def __init__(self, body: Body, deadline: float) -> None:
         self._body, self._deadline = body, deadline
@@ -123,7 +123,7 @@ class _Sent:
 
 
 class _Again(Exception):
-    """What may pass: tried again, after so many seconds."""
+    """A fault that may pass: the request is made again after ``after`` seconds."""
 
     def __init__(self, error: KeymgmtError, after: float = 0.0) -> None:
         super().__init__()
@@ -131,39 +131,39 @@ class _Again(Exception):
 
 
 class Answer:
-    """An answer whose body was not read yet."""
+    """A reply whose body was not read yet."""
 
     def __init__(self, raw: urllib3.BaseHTTPResponse, url: str, deadline: float) -> None:
         self._raw, self._deadline = raw, deadline
         self.status, self.url = raw.status, url
         self.headers = {name.lower(): value for name, value in raw.headers.items()}
 
-    def parts(self, most: int, end: float) -> Iterator[bytes]:
-        """Parts of the body as they come, until it ends or ``most`` bytes and one have come.
+    def parts(self, limit: int, end: float) -> Iterator[bytes]:
+        """Parts of the body as they arrive, until its end or one byte more than ``limit``.
 
-        ``end`` moves on by the deadline with every 8 MiB.
+        The time limit ``end`` begins anew with every 8 MiB.
         """
-        came, mark = 0, _PART
-        while came <= most:
+        received, mark = 0, _PART
+        while received <= limit:
             _clock.end = end
             with _translated(self.url):
-                part = self._raw.read1(min(_CHUNK, most - came + 1), decode_content=False)
+                part = self._raw.read1(min(_CHUNK, limit - received + 1), decode_content=False)
             if not part:
                 return
-            came += len(part)
-            if came >= mark:
-                mark, end = came + _PART, time.monotonic() + self._deadline
+            received += len(part)
+            if received >= mark:
+                mark, end = received + _PART, time.monotonic() + self._deadline
             elif time.monotonic() > end:
                 raise _too_slow(self.url, self._deadline)
             yield part
 
     def close(self) -> None:
-        """Give the connection back if all was read, else end it."""
+        """Return the connection to its pool if the body was read to its end, else close it."""
         self._raw.close()
 
 
 class Http(ForkSafe):
-    """Requests to one host, and to where it redirects; any thread may make them."""
+    """Requests to one host and to the hosts to which it redirects, from any thread."""
 
     def __init__(
         self,
@@ -172,13 +172,13 @@ class Http(ForkSafe):
         access: Access,
         login: Callable[[str], str] | None = None,
     ) -> None:
-        """Make a client; nothing is sent yet.
+        """Make a client; it does not connect yet.
 
         Args:
-            url: of the host that the login is for, and no other.
+            url: an address of the only host to which the login is sent.
             settings: time limits.
             access: certificates and proxy.
-            login: makes the ``Authorization`` that the host asks for with a ``WWW-Authenticate``.
+            login: makes the ``Authorization`` header from the host's ``WWW-Authenticate``.
 
         Raises:
             ConfigError: urllib3 is not installed, or the certificates cannot be read.
@@ -203,7 +203,7 @@ class Http(ForkSafe):
         self._closed = threading.Event()
 
     def close(self) -> None:
-        """Try nothing again, in any thread, and end connections that nobody uses."""
+        """End all tries, in every thread, and close the idle connections."""
         self._closed.set()
         for pool in list(self._pools.values()):
             pool.clear()
@@ -218,19 +218,19 @@ class Http(ForkSafe):
         good: Collection[int] = (200,),
         limit: int,
     ) -> Reply:
-        """Make a request, again while what is wrong may pass.
+        """Make a request, and repeat it while the fault may pass.
 
         Args:
-            method: of HTTP.
-            url: where to.
-            headers: besides the login.
-            body: what is sent.
-            good: statuses to return; all others are raised.
-            limit: bytes of the answer that are read at most.
+            method: the HTTP method.
+            url: the address.
+            headers: headers in addition to the login.
+            body: the body of the request.
+            good: the statuses that are returned; all others are raised.
+            limit: the most bytes of the reply's body that are read.
 
         Raises:
             StorageDenied: 401 or 403.
-            StorageUnavailable: anything else that is not ``good``, or no answer in time.
+            StorageUnavailable: any other status that is not in ``good``, or no reply in time.
         """
 
         def work(end: float) -> Reply:
@@ -241,9 +241,9 @@ class Http(ForkSafe):
         return self.retry(work)
 
     def fetch(self, url: str, sink: Sink) -> None:
-        """Get what ``sink`` lacks, from where it is; again, as long as each try brings more.
+        """Download the rest of a body into ``sink``, with new tries as long as each brings more.
 
-        A server that ignores ranges sends everything from the beginning, which is taken.
+        Of a server that ignores ranges, the whole body is read again.
 
         Raises:
             StorageDenied, StorageUnavailable: as ``request``.
@@ -268,21 +268,21 @@ class Http(ForkSafe):
         if sink.done < sink.size:
             self.retry(work, lambda: sink.done)
 
-    def retry(self, work: Callable[[float], T], came: Callable[[], int] = lambda: 0) -> T:
-        """Do ``work`` again while what is wrong may pass.
+    def retry(self, work: Callable[[float], T], progress: Callable[[], int] = lambda: 0) -> T:
+        """Do ``work``, and repeat it while its fault may pass.
 
         Args:
-            work: is told when it must be done (``time.monotonic``).
-            came: how far it is; whenever that grew, tries begin anew, and with 8 MiB the time.
+            work: called with the time at which it must have ended (``time.monotonic``).
+            progress: the bytes done; growth resets the tries, and every 8 MiB the time limit.
         """
-        mark = best = came()
+        mark = best = progress()
         tries, end = 0, time.monotonic() + self._settings.deadline
         while True:
             try:
                 return work(end)
             except _Again as again:
-                if came() > best:
-                    best, tries = came(), 0
+                if progress() > best:
+                    best, tries = progress(), 0
                 if best >= mark + _PART:
                     mark, end = best, time.monotonic() + self._settings.deadline
                 tries += 1
@@ -291,7 +291,7 @@ class Http(ForkSafe):
                     raise again.error from again.__cause__
 
     def _wait(self, seconds: float) -> bool:
-        """Wait; at once true where this is closed."""
+        """Wait; returns true, without delay, once this client is closed."""
         return self._closed.wait(seconds)
 
     @contextlib.contextmanager
@@ -305,33 +305,33 @@ class Http(ForkSafe):
         body: bytes | Callable[[], Body] | None = None,
         good: Collection[int],
     ) -> Iterator[Answer]:
-        """One request, with its redirects, in the work of ``retry``; the body is read inside."""
-        asked = False
+        """One request with its redirects, inside ``retry``; the caller reads the body inside."""
+        has_logged_in = False
         for _ in range(_REDIRECTS + 2):
             home = origin_of(url) == self._origin
-            said = dict(headers or {})
+            all_headers = dict(headers or {})
             if self.authorization and home:
-                said["Authorization"] = self.authorization
-            answer = self._send(method, url, said, body() if callable(body) else body, end)
+                all_headers["Authorization"] = self.authorization
+            answer = self._send(method, url, all_headers, body() if callable(body) else body, end)
             try:
                 if answer.status in good:
                     yield answer
                     return
                 challenge = answer.headers.get("www-authenticate")
-                said_why = b""
+                refusal_body = b""
                 with contextlib.suppress(_Again):
-                    # Also so that the connection serves on.
-                    said_why = next(answer.parts(_REFUSED_BODY, end), b"")
+                    # The body is read for its error code, and so that the connection can be reused.
+                    refusal_body = next(answer.parts(_REFUSED_BODY, end), b"")
             finally:
                 answer.close()
-            if answer.status == 401 and challenge and home and self._login and not asked:
-                asked, self.authorization = True, self._login(challenge)
+            if answer.status == 401 and challenge and home and self._login and not has_logged_in:
+                has_logged_in, self.authorization = True, self._login(challenge)
             elif answer.status in _MOVED and method in ("GET", "HEAD"):
                 url = redirected(url, answer.headers.get("location", ""))
             elif answer.status in _BUSY:
-                raise _Again(_refusal(answer, method, said_why), _retry_after(answer.headers))
+                raise _Again(_refusal(answer, method, refusal_body), _retry_after(answer.headers))
             else:
-                raise _refusal(answer, method, said_why)
+                raise _refusal(answer, method, refusal_body)
         raise StorageUnavailable(f"{shown(url)} redirects again and again")
 
     def _send(
@@ -339,7 +339,7 @@ class Http(ForkSafe):
     ) -> Answer:
         left = max(0.001, end - time.monotonic())
         timeout = min(self._settings.timeout, left)
-        # What was sent is stored before it is answered, and that may take long.
+        # The server replies when it has stored the body, and that may take long.
         wait = left if body is not None else timeout
         _clock.end = end
         if body is not None and not isinstance(body, bytes):
@@ -374,7 +374,7 @@ class Http(ForkSafe):
 
     def _proxy(self, url: str) -> str:
         if url.startswith("http://"):
-            return ""  # a proxy would read all of it, and has another loopback
+            return ""  # a proxy would read plain HTTP, and has another loopback
         if self._access.auth != "environment":
             return self._access.proxy or ""
         parts = urlsplit(url)
@@ -384,9 +384,9 @@ class Http(ForkSafe):
 
 
 def origin_of(url: str) -> tuple[str, str, int]:
-    """Scheme, host and port: to whom a login may be told; ValueError where it is no address.
+    """Scheme, host and port, which decide whether a login may be sent; ValueError if invalid.
 
-    It is read as urllib3 reads it, which connects. urllib takes another host where a backslash is.
+    urllib3, which connects, parses the address: urllib sees another host where a backslash is.
     """
     parts = _urllib3().util.parse_url(url)
     if "\\" in url:
@@ -399,7 +399,7 @@ def origin_of(url: str) -> tuple[str, str, int]:
 
 
 def shown(url: str) -> str:
-    """An address for people, without what a redirect signs it with."""
+    """An address for messages, without the query, in which a redirect may have a signature."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
@@ -416,7 +416,7 @@ def _urllib3() -> Any:
 
 
 def _content(answer: Answer, limit: int, end: float) -> tuple[memoryview, bool]:
-    """At most ``limit`` bytes of the body, and whether that was all."""
+    """At most ``limit`` bytes of the body, and whether that is the whole body."""
     announced = answer.headers.get("content-length", "")
     size = min(limit, int(announced)) if announced.isdecimal() and len(announced) < 20 else limit
     content, done = memoryview(unwritten(size)), 0
@@ -430,7 +430,7 @@ def _content(answer: Answer, limit: int, end: float) -> tuple[memoryview, bool]:
 
 
 def redirected(url: str, location: str) -> str:
-    """Where ``url`` redirects to, if that is followed."""
+    """The address to which ``url`` redirects; an error where that is not followed."""
     try:
         target = urljoin(url, location)
         scheme, host, _ = origin_of(target)
@@ -445,17 +445,17 @@ def redirected(url: str, location: str) -> str:
 
 
 def _refusal(answer: Answer, method: str, body: bytes) -> KeymgmtError:
-    """The error for a status; of what the server says, only a word that is a code of an error."""
+    """The error for a status; of the server's body it quotes an error code and nothing else."""
     code = _CODE.search(body)
     doing = "read" if method in ("GET", "HEAD") else "write to"
-    said = f"cannot {doing} {shown(answer.url)}: the server says {answer.status}"
-    said += f" ({code[1].decode()})" if code else ""
+    message = f"cannot {doing} {shown(answer.url)}: the server says {answer.status}"
+    message += f" ({code[1].decode()})" if code else ""
     if answer.status in (401, 403):
         return StorageDenied(
-            said, hint='who we are is said in the config: [remote.access."SCHEME://HOST"]'
+            message, hint='the config has the logins: [remote.access."SCHEME://HOST"]'
         )
     hint = "it is busy or broken: try again later" if answer.status in _BUSY else None
-    return StorageUnavailable(said, hint=hint)
+    return StorageUnavailable(message, hint=hint)
 
 
 def _too_slow(url: str, deadline: float) -> StorageUnavailable:
@@ -473,7 +473,7 @@ def _cut_short(url: str) -> StorageUnavailable:
 
 @contextlib.contextmanager
 def _translated(url: str) -> Iterator[None]:
-    """What goes wrong with a connection; a certificate does not become right by waiting."""
+    """Translate faults of a connection; an invalid certificate is not tried again."""
     from urllib3 import exceptions
 
     try:
@@ -489,16 +489,16 @@ def _translated(url: str) -> Iterator[None]:
         if isinstance(error, exceptions.LocationParseError | exceptions.LocationValueError):
             raise StorageUnavailable(f"{where} is no address") from error
         if isinstance(error, exceptions.NewConnectionError | ConnectionRefusedError):
-            said = "is not reached"
+            message = "is not reached"
         elif isinstance(error, exceptions.TimeoutError):
-            said = "did not answer in time"
+            message = "did not answer in time"
         elif isinstance(error.__cause__ or error, exceptions.IncompleteRead):
             raise _Again(_cut_short(url)) from error
         elif isinstance(error, exceptions.SSLError):
-            said, hint = "does not speak TLS as it should", "is it plain HTTP, or another port?"
+            message, hint = "does not speak TLS as it should", "is it plain HTTP, or another port?"
         else:
-            said = f"broke the connection ({type(error).__name__})"
-        raise _Again(StorageUnavailable(f"{where} {said}", hint=hint)) from error
+            message = f"broke the connection ({type(error).__name__})"
+        raise _Again(StorageUnavailable(f"{where} {message}", hint=hint)) from error
 
 
 def _certificate_error(error: BaseException) -> ssl.SSLCertVerificationError | None:

@@ -1,7 +1,7 @@
-"""Locations: what a person writes in the place of a folder, and what it may be.
+"""Locations: addresses that a person may write in place of a folder.
 
-A location is always an argument of whoever runs this, and never read from a model. No login is part
-of it, as it would stand in a process list and in every message.
+A location is always an argument, and never read from a model. It contains no login, which would
+stand in the list of processes and in every message.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LOST: Final = re.compile(rf"({'|'.join(_SCHEMES)}):/[^/]")
 _HOST: Final = re.compile(r"([A-Za-z0-9]([A-Za-z0-9._-]{0,252}[A-Za-z0-9])?|\[[0-9A-Fa-f:]+\])")
 _BUCKET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 _PATH: Final = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@%/ -]*")
-# As the distribution specification has them.
+# Names and tags as the OCI distribution specification defines them.
 _REPOSITORY: Final = re.compile(
     r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*"
 )
@@ -33,13 +33,13 @@ _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Location:
-    """Where a sealed model lies, if not in a folder of this machine.
+    """Where a sealed model is that is not in a folder of this machine.
 
     Attributes:
         scheme: ``https``, ``http``, ``s3``, ``gs``, ``az`` or ``oci``.
-        host: with its port; for a bucket its name.
-        path: below it, without a slash at either end; of a registry the repository.
-        reference: of a registry, the tag or digest.
+        host: the host, with a port if one was given; for a bucket its name.
+        path: the path on the host, without a slash at either end; for a registry the repository.
+        reference: for a registry the tag or digest.
     """
 
     scheme: str
@@ -49,7 +49,7 @@ class Location:
 
     @classmethod
     def parse(cls, text: str) -> Location:
-        """Read a location; ConfigError where it is none of ours."""
+        """Read a location; ConfigError where it has no scheme or form that is supported."""
         match = _ADDRESS.fullmatch(text)
         scheme = match[1].lower() if match else ""
         if not match or scheme not in _SCHEMES:
@@ -75,16 +75,16 @@ class Location:
 
     @property
     def origin(self) -> str:
-        """Scheme and host: what the config has a table of access for."""
+        """Scheme and host, as in the config: ``[remote.access."ORIGIN"]``."""
         return f"{self.scheme}://{self.host}"
 
     @property
     def loopback(self) -> bool:
-        """Whether it is this machine."""
+        """Whether the host is this machine."""
         return is_loopback(self.host)
 
     def below(self, name: str) -> Location:
-        """The location of something below it."""
+        """The location of the file ``name`` below this location."""
         return Location(self.scheme, self.host, f"{self.path}/{name}".lstrip("/"), self.reference)
 
     def __str__(self) -> str:
@@ -97,7 +97,7 @@ def is_location(path: str | os.PathLike[str]) -> bool:
     """Whether a path is meant as a location.
 
     Raises:
-        ConfigError: pathlib made a path of a location, and a slash was lost.
+        ConfigError: it was a location until pathlib took one of its two slashes.
     """
     text = os.fspath(path)
     if isinstance(path, str):
@@ -115,7 +115,7 @@ def _has_lost_a_slash(text: str) -> bool:
 
 
 def need_folder(path: str | os.PathLike[str]) -> None:
-    """ConfigError where a path is, or was, a location."""
+    """ConfigError where a path is a location, or was one before pathlib took a slash."""
     if _has_lost_a_slash(os.fspath(path)) or is_location(path):
         raise ConfigError(
             f"{os.fspath(path)} is not a folder of this machine, which this needs",

@@ -1,8 +1,8 @@
-"""What a registry asks for before it lets anybody in, and the login that the config allows it.
+"""Logins to registries: the token protocol, and the credentials that the config allows.
 
 https://github.com/distribution/distribution/blob/v2.8.2/docs/spec/auth/token.md. A registry names
-the server that gives tokens: a login goes there only if that is the registry itself, or the one
-that the config names.
+the server that issues tokens. A login is sent there only if that server is the registry itself or
+the ``token_server`` of the config.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["Login"]
 
 _LIMIT: Final = 1 << 20
 _SECONDS: Final = 60
-_HUB: Final = "https://index.docker.io/v1/"  # what `docker login` calls Docker Hub
+_HUB: Final = "https://index.docker.io/v1/"  # the name of Docker Hub in docker's own config
 _HUB_HOSTS: Final = {"docker.io", "index.docker.io", "registry-1.docker.io"}
 _TOKEN_USER: Final = "<token>"  # noqa: S105 - as helpers say that the secret is a refresh token
 
@@ -52,7 +52,7 @@ class Login:
     """Makes the ``Authorization`` for one repository."""
 
     def __init__(self, location: Location, settings: Remote, access: Access, scope: str) -> None:
-        """``scope`` is what is done there: ``pull``, or ``pull,push``."""
+        """``scope`` is the permission to request: ``pull``, or ``pull,push``."""
         self._location, self._settings, self._access = location, settings, access
         self._scope = f"repository:{location.path}:{scope}"
 
@@ -60,17 +60,18 @@ class Login:
         """Answer a ``WWW-Authenticate``.
 
         Raises:
-            StorageDenied: there is no login that may be told, or it is refused.
-            StorageUnavailable: the server of tokens does not give one.
+            StorageDenied: there is no login that may be sent, or it is refused.
+            StorageUnavailable: the token server issues no token.
             ProviderUnavailable: the secret is missing.
         """
         if self._access.token is not None:
             return f"Bearer {self._access.token.read_text()}"
-        kind, _, rest = challenge.partition(" ")
-        said = dict(re.findall(r'(\w+)="([^"]*)"', rest))
+        kind, _, fields = challenge.partition(" ")
+        parameters = dict(re.findall(r'(\w+)="([^"]*)"', fields))
         credentials = self._credentials()
-        if kind.lower() == "bearer" and "realm" in said:
-            return f"Bearer {self._token(said['realm'], said.get('service', ''), credentials)}"
+        if kind.lower() == "bearer" and "realm" in parameters:
+            realm, service = parameters["realm"], parameters.get("service", "")
+            return f"Bearer {self._token(realm, service, credentials)}"
         if kind.lower() != "basic":
             raise StorageDenied(f"{self._location.origin} asks for a login of another kind: {kind}")
         if credentials is None:
@@ -83,7 +84,7 @@ class Login:
     def _token(self, realm: str, service: str, credentials: _Credentials | None) -> str:
         self._check_realm(realm)
         http = Http(realm, self._settings, self._access)
-        asked = {"service": service, "scope": self._scope}
+        common = {"service": service, "scope": self._scope}
         if credentials is not None and credentials.user == _TOKEN_USER:
             form = {
                 "grant_type": "refresh_token",
@@ -94,21 +95,21 @@ class Login:
                 "POST",
                 realm,
                 headers={"Content-Type": "application/x-www-form-urlencoded"},
-                body=urlencode(asked | form).encode(),
+                body=urlencode(common | form).encode(),
                 limit=_LIMIT,
             )
         else:
             if credentials is not None:
                 http.authorization = credentials.basic()
             joint = "&" if "?" in realm else "?"
-            reply = http.request("GET", f"{realm}{joint}{urlencode(asked)}", limit=_LIMIT)
+            reply = http.request("GET", f"{realm}{joint}{urlencode(common)}", limit=_LIMIT)
         try:
-            given = load_json(bytes(reply.body), "the token", _LIMIT, canonical=False).rest()
+            token_reply = load_json(bytes(reply.body), "the token", _LIMIT, canonical=False).rest()
         except FormatError:
-            given = {}
-        token = given.get("token") or given.get("access_token")
+            token_reply = {}
+        token = token_reply.get("token") or token_reply.get("access_token")
         if not isinstance(token, str) or not re.fullmatch(r"[!-~]+", token):
-            # Not repeated: a part of it may be a token.
+            # The reply is not repeated in the message: a part of it may be a token.
             raise StorageUnavailable(f"{shown(realm)} gave no token")
         return token
 
@@ -138,7 +139,7 @@ class Login:
 
 
 def _docker_login(file: Path | None, host: str) -> _Credentials | None:
-    """What ``docker login`` keeps for a host: itself, or with a helper that it names."""
+    """The login that ``docker login`` keeps for a host, in its file or with a credential helper."""
     name = _HUB if host in _HUB_HOSTS else host
     file = file or Path.home() / ".docker" / "config.json"
     hint = f"docker login {host}, or name the file that it wrote: docker_config"
@@ -146,11 +147,11 @@ def _docker_login(file: Path | None, host: str) -> _Credentials | None:
         file, label="docker config", limit=_LIMIT, access="private", error=StorageDenied, hint=hint
     )
     try:
-        said = load_json(content, str(file), _LIMIT, canonical=False).rest()
-        helper = _table(said, "credHelpers").get(name) or said.get("credsStore")
+        settings = load_json(content, str(file), _LIMIT, canonical=False).rest()
+        helper = _table(settings, "credHelpers").get(name) or settings.get("credsStore")
         if helper:
             return _ask_helper(str(helper), name)
-        entries = {_host(key): value for key, value in _table(said, "auths").items()}
+        entries = {_host(key): value for key, value in _table(settings, "auths").items()}
         entry = entries.get(_host(name), {})
         if entry.get("identitytoken"):
             return _Credentials(_TOKEN_USER, str(entry["identitytoken"]))
@@ -160,13 +161,13 @@ def _docker_login(file: Path | None, host: str) -> _Credentials | None:
     except (FormatError, AttributeError, TypeError, ValueError, binascii.Error):
         colon = ""
     if not colon:
-        # Without what was read, and without the error, which may quote it.
+        # Without the content and without the error, which may quote the content.
         raise StorageDenied(f"{file} has no login that can be read for {host}", hint=hint) from None
     return _Credentials(user, secret.rstrip("\0"))
 
 
-def _table(said: dict[str, Any], name: str) -> dict[str, Any]:
-    value = said.get(name) or {}
+def _table(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    value = settings.get(name) or {}
     if not isinstance(value, dict):
         raise TypeError
     return value
@@ -194,7 +195,7 @@ def _ask_helper(helper: str, host: str) -> _Credentials | None:
             return None
         raise StorageDenied(f"{program} gave no login for {host}: exit code {done.returncode}")
     try:
-        given = json.loads(done.stdout)
-        return _Credentials(str(given["Username"]), str(given["Secret"]))
+        credentials = json.loads(done.stdout)
+        return _Credentials(str(credentials["Username"]), str(credentials["Secret"]))
     except (ValueError, KeyError, TypeError):
         raise StorageDenied(f"{program} gave no login for {host} that can be read") from None

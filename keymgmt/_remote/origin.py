@@ -1,7 +1,7 @@
 """Where a sealed model was last pulled from or pushed to: ``.keymgmt.origin`` in its folder.
 
-It leads nobody anywhere: it is compared with a location that a person gave, so that a tag is not
-moved over somebody else's change, and a change that was made here is not lost.
+Nothing connects to this address. It is compared with a location that a person gave, so that a push
+does not move a tag over somebody else's change, and a pull does not lose a change made here.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Origin:
-    """What a folder and a repository had in common.
+    """The state in which a folder and a repository were equal.
 
     Attributes:
         repository: ``oci://HOST/REPOSITORY``.
-        digest: of the artifact.
-        files: digest of keys.json and signatures.json, which may change without a new model.
+        digest: digest of the artifact.
+        files: digests of keys.json and signatures.json, which may change without a new model.
     """
 
     repository: str
@@ -42,13 +42,13 @@ class Origin:
 
     @classmethod
     def of(cls, location: Location, artifact: Artifact) -> Origin:
-        """The origin of what was just pulled or pushed."""
+        """The origin of a model that was just pulled or pushed."""
         files = {n: artifact.files[n].digest for n in (KEYS, SIGNATURES) if n in artifact.files}
         return cls(f"{location.origin}/{location.path}", artifact.digest, files)
 
     @classmethod
     def read(cls, folder: ModelFolder) -> Origin | None:
-        """The origin of a folder; None where it has none, or one that is of no use."""
+        """The origin of a folder; None where the file is missing or cannot be used."""
         content = folder.read(ORIGIN, MAX_ORIGIN, optional=True)
         if not content:
             return None
@@ -78,5 +78,5 @@ class Origin:
         )
 
     def at(self, location: Location) -> str | None:
-        """The digest, if it is of the location's repository."""
+        """The digest if this origin is in the location's repository, else None."""
         return self.digest if self.repository == f"{location.origin}/{location.path}" else None

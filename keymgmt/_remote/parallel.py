@@ -1,4 +1,4 @@
-"""Several transfers at once, which an error or Ctrl-C ends without waiting for any server."""
+"""Several transfers at once; an error or Ctrl-C ends them without waiting for a server."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ class _Stopped(Exception):
 
 
 class Parallel:
-    """Works on several things at once, and adds up how far all of it is.
+    """Runs several transfers at once, and adds up their progress.
 
-    Its threads are daemons: one that waits for a server does not hold up the end of the process,
-    and comes no further than its next ``told``.
+    Its threads are daemons: a thread that waits for a server does not delay the end of the process,
+    and an abandoned thread ends at its next call of ``told``.
     """
 
     def __init__(self, progress: Callable[[int, int], object] | None, total: int) -> None:
-        """``progress`` is told the bytes done, and ``total``."""
+        """``progress`` is called with the bytes done and with ``total``."""
         self._progress, self._total, self._done = progress, total, 0
         self._stopped = False
         self._lock = threading.Lock()
 
     def told(self, count: int) -> None:
-        """So many bytes more are done; fewer than 0 where something begins anew.
+        """Add ``count`` bytes to the progress; it is negative where a transfer begins anew.
 
-        Whoever works calls this before each write, too: it raises where the work was given up.
+        Call it before each write as well: it raises where the transfers were abandoned.
         """
         if self._stopped:
             raise _Stopped
@@ -46,7 +46,7 @@ class Parallel:
                 self._progress(max(0, min(self._done, self._total)), self._total)
 
     def map(self, work: Callable[[T], R], things: Collection[T]) -> list[R]:
-        """What ``work`` gives for each thing, in their order; the first error ends all of it."""
+        """The result of ``work`` for each thing, in their order; the first error ends them all."""
         left = queue.SimpleQueue[tuple[int, T]]()
         done = queue.SimpleQueue[tuple[int, Future[R]]]()
         for pair in enumerate(things):
@@ -75,6 +75,6 @@ def _try(work: Callable[[T], R], thing: T) -> Future[R]:
     future = Future[R]()
     try:
         future.set_result(work(thing))
-    except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
+    except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits for it
         future.set_exception(error)
     return future

@@ -36,7 +36,7 @@ _ACCEPT: Final = ", ".join(
 
 
 class Registry:
-    """The repository of a location; any thread may ask. A context manager that closes it."""
+    """The repository of a location, for any thread; a context manager that closes it."""
 
     def __init__(self, location: Location, settings: Remote, *, push: bool = False) -> None:
         """Make a client; nothing is sent yet. ConfigError where the config is wrong."""
@@ -54,18 +54,18 @@ class Registry:
         self._http.close()
 
     def find(self) -> Artifact | None:
-        """The artifact at the location now; None where there is none.
+        """The artifact that is at the location now; None where there is none.
 
         Raises:
-            FormatError: it is no sealed model.
-            IntegrityError: the registry gave another than it says, or than was asked for.
+            FormatError: the artifact is not a sealed model.
+            IntegrityError: the manifest does not have the digest that was announced or requested.
             StorageError: it is not to be had.
         """
         data = self._manifest()
         return None if data is None else Artifact.parse(data)
 
     def digest(self) -> str | None:
-        """The digest of whatever is at the location now; None where there is nothing."""
+        """The digest of the manifest that is at the location now; None where there is none."""
         data = self._manifest()
         return None if data is None else Artifact(data, {}).digest
 
@@ -84,8 +84,8 @@ class Registry:
             raise StorageUnavailable(f"{self._location} is larger than {MAX_ARTIFACT} bytes")
         data = bytes(reply.body)
         digest = Artifact(data, {}).digest
-        said = reply.headers.get("docker-content-digest", digest)
-        if said != digest or (reference.startswith("sha256:") and reference != digest):
+        announced = reply.headers.get("docker-content-digest", digest)
+        if announced != digest or (reference.startswith("sha256:") and reference != digest):
             raise IntegrityError(
                 f"the registry gave another manifest for {self._location} than it says",
                 hint="the registry, or a cache on the way, is broken or hostile",
@@ -93,7 +93,7 @@ class Registry:
         return data
 
     def read(self, blob: Blob, limit: int, name: str) -> bytes:
-        """A small blob, which is ``name`` of a sealed model.
+        """The content of a small blob, the file ``name`` of a sealed model.
 
         Raises:
             IntegrityError: it is missing, or another.
@@ -109,7 +109,7 @@ class Registry:
         return content
 
     def fetch(self, blob: Blob, sink: Sink, name: str) -> None:
-        """Get what ``sink`` lacks of a large blob; whoever calls checks the digest.
+        """Download the rest of a large blob into ``sink``; the caller checks the digest.
 
         Raises:
             IntegrityError: it is missing.
@@ -123,7 +123,7 @@ class Registry:
             raise
 
     def part(self, blob: Blob, start: int, end: int, name: str) -> memoryview:
-        """The bytes of a blob from ``start`` to before ``end``; only all of it is compared.
+        """The bytes of a blob from ``start`` to before ``end``; only a whole blob is hashed.
 
         Raises:
             IntegrityError: it is missing, or another.
@@ -143,12 +143,12 @@ class Registry:
         return reply.body
 
     def has(self, blob: Blob) -> bool:
-        """Whether the repository has a blob."""
+        """Whether the repository has the blob."""
         reply = self._http.request("HEAD", self._blob(blob), good=(200, 404), limit=0)
         return reply.status == 200
 
     def put(self, blob: Blob, body: Callable[[], Body]) -> None:
-        """Upload a blob; ``body`` opens its content, again where an upload broke.
+        """Upload a blob; ``body`` opens its content, once for each try.
 
         Raises:
             StorageDenied, StorageUnavailable: the registry does not take it.
@@ -162,14 +162,14 @@ class Registry:
                         f"{self._location.origin} has no repository {self._location.path}",
                         hint="make it there: some registries make none by themselves",
                     )
-                place = redirected(begin, answer.headers.get("location", ""))
+                address = redirected(begin, answer.headers.get("location", ""))
                 list(answer.parts(0, end))
-            joint = "&" if "?" in place else "?"
+            joint = "&" if "?" in address else "?"
             headers = {
                 "Content-Type": "application/octet-stream",
                 "Content-Length": str(blob.size),
             }
-            url = f"{place}{joint}digest={blob.digest.replace(':', '%3A')}"
+            url = f"{address}{joint}digest={blob.digest.replace(':', '%3A')}"
             with self._http.exchange(
                 "PUT", url, end, headers=headers, body=body, good=(201,)
             ) as answer:
@@ -178,7 +178,7 @@ class Registry:
         self._http.retry(work)
 
     def tag(self, artifact: Artifact) -> None:
-        """Let the location be an artifact, whose blobs are there."""
+        """Store an artifact's manifest at the location; its blobs are there already."""
         self._http.request(
             "PUT",
             f"{self._base}/manifests/{self._location.reference}",
@@ -189,7 +189,7 @@ class Registry:
         )
 
     def nothing(self) -> ConfigError:
-        """The error for a location where nothing is."""
+        """The error for a location without an artifact."""
         return ConfigError(
             f"{self._location} is not there: the registry knows no such repository or tag",
             hint="a registry may also say so to who may not read it: look at its name, and at "
@@ -204,7 +204,7 @@ class Registry:
         )
 
     def another(self, name: str) -> IntegrityError:
-        """The error for a blob that has not its digest."""
+        """The error for a blob whose content does not have its digest."""
         return IntegrityError(
             f"the registry gave another {name} of {self._location} than its digest says",
             hint="the registry, or a cache on the way, is broken or hostile",
@@ -215,7 +215,7 @@ class Registry:
 
 
 class RegistryStorage(ForkSafe):
-    """A model in a registry, read from there: the tag is looked up once, so it cannot move."""
+    """The files of a model in a registry; the tag is resolved once, so it cannot move meanwhile."""
 
     def __init__(self, location: Location, settings: Remote) -> None:
         """Make a client; nothing is sent yet. ConfigError where the config is wrong."""
@@ -228,7 +228,7 @@ class RegistryStorage(ForkSafe):
         self._lock = threading.Lock()
 
     def part(self, name: str, start: int, end: int, pin: str = "") -> Part | None:  # noqa: ARG002
-        """A part of a file, as ``Storage.part``; ConfigError where nothing is at the location."""
+        """A part of a file, as ``Storage.part``; ConfigError where the location has no artifact."""
         with self._lock:
             if self._artifact is None:
                 self._artifact = self._registry.find()
@@ -242,7 +242,7 @@ class RegistryStorage(ForkSafe):
         return Part(content, blob.size, blob.digest)
 
     def replace(self, name: str, content: bytes, pin: str) -> str:  # noqa: ARG002
-        """Nothing is changed in a registry but by a push.
+        """Refuse: only a push changes a registry.
 
         Raises:
             ConfigError: always.

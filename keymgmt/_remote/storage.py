@@ -1,4 +1,4 @@
-"""What is asked of a server where the files of a sealed model lie."""
+"""The interface of a server that has the files of a sealed model."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ __all__ = ["Part", "Storage", "changed"]
 
 @dataclass(frozen=True)
 class Part:
-    """Some bytes of a file.
+    """A part of a file.
 
     Attributes:
         content: the bytes.
-        total: how many the file has.
-        pin: tells the file from another that takes its place; empty where the server has nothing
-            that does.
+        total: length of the whole file, in bytes.
+        pin: identifies this version of the file, such as its ETag or digest; empty where the server
+            gives nothing of the kind.
     """
 
     content: memoryview
@@ -27,28 +27,28 @@ class Part:
 
 
 class Storage(Protocol):
-    """Where the files of a sealed model lie."""
+    """The files of a sealed model at one location."""
 
     def part(self, name: str, start: int, end: int, pin: str = "") -> Part | None:
-        """The bytes from ``start`` to before ``end``, fewer where the file ends; None for no file.
+        """The bytes from ``start`` to before ``end``, fewer at the file's end; None for no file.
 
         Raises:
-            IntegrityError: ``pin`` is given and is not that of the file any more.
+            IntegrityError: ``pin`` is given, and the file has another pin by now.
             StorageError: it is not to be had.
         """
 
     def replace(self, name: str, content: bytes, pin: str) -> str:
-        """Replace a small file if it still has this pin; the new pin.
+        """Replace a small file if it still has this pin; returns the new pin.
 
         Raises:
             IntegrityError: it was replaced meanwhile; nothing was changed.
-            ConfigError: nothing can be replaced there.
+            ConfigError: files cannot be replaced at this location.
             StorageError: it is not to be had.
         """
 
 
 def changed(what: str) -> IntegrityError:
-    """The error for a file in whose place there is another one by now."""
+    """The error for a file that was replaced while it was read."""
     return IntegrityError(
         f"{what} changed while it was read", hint="somebody replaced it: open the model again"
     )

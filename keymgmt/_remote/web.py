@@ -36,22 +36,22 @@ _KEPT: Final = "/%~!$&'()*+,;=:@"  # what a path may have as it is
 
 
 class WebStorage:
-    """The files of a sealed model on a web server, or on what speaks HTTP as one does."""
+    """The files of a sealed model on a web server, or on a bucket's server."""
 
     def __init__(
         self, http: Http, address: Callable[[str, str], str], *, replaces: bool = False
     ) -> None:
-        """Read with a client.
+        """Read files with a client.
 
         Args:
             http: the client.
-            address: of a file, for a method of HTTP and its name.
-            replaces: whether the server takes a file in the place of one that has an ETag.
+            address: gives the URL of a file, by the HTTP method and the name of the file.
+            replaces: whether the server can replace a file if it still has a given ETag.
         """
         self._http, self._address, self._replaces = http, address, replaces
 
     def part(self, name: str, start: int, end: int, pin: str = "") -> Part | None:
-        """A part of a file, as ``Storage.part``; all of it from a server that ignores ranges."""
+        """A part of a file, as ``Storage.part``; the whole file if the server ignores ranges."""
         url = self._address("GET", name)
         headers = {"Range": f"bytes={start}-{end - 1}"}
         if pin.startswith('"'):  # a weak ETag (W/"...") equals none in this condition
@@ -64,10 +64,10 @@ class WebStorage:
         if reply.status not in (_OK, _PARTIAL):
             raise changed(shown(url))
         total = total_of(reply, start, end)
-        found = reply.headers.get("etag") or reply.headers.get("last-modified") or ""
-        if pin and found != pin:
+        new_pin = reply.headers.get("etag") or reply.headers.get("last-modified") or ""
+        if pin and new_pin != pin:
             raise changed(shown(url))
-        return Part(reply.body, total, found)
+        return Part(reply.body, total, new_pin)
 
     def replace(self, name: str, content: bytes, pin: str) -> str:
         """Replace a small file if it still has this ETag, as ``Storage.replace``."""
@@ -81,7 +81,7 @@ class WebStorage:
             "PUT", url, headers={"If-Match": pin}, body=content, good=_PUT, limit=1 << 16
         )
         now = self.part(name, 0, len(content) + 1)
-        # Refused, and there all the same: the answer to an earlier try was lost on its way.
+        # Refused, but stored: an earlier try succeeded, and its reply was lost.
         if reply.status == _OK or (now is not None and now.content == content):
             return now.pin if now is not None else ""
         raise IntegrityError(
@@ -91,7 +91,7 @@ class WebStorage:
 
 
 def web_storage(location: Location, settings: Remote) -> WebStorage:
-    """The files below an address; raises as ``Http``, and ConfigError for half a login."""
+    """The files below a location; raises as ``Http``, and ConfigError for an incomplete login."""
     url = f"{location.origin}/{quote(location.path, safe=_KEPT)}".rstrip("/")
     access = settings.access_to(location.origin)
     http = Http(url, settings, access)
@@ -100,7 +100,7 @@ def web_storage(location: Location, settings: Remote) -> WebStorage:
 
 
 def total_of(reply: Reply, start: int, end: int) -> int:
-    """How many bytes the file has, of which the asked ones came."""
+    """The length in bytes of the whole file, of which the reply has a part."""
     where = shown(reply.url)
     if reply.status == _PARTIAL:
         match = _RANGE.fullmatch(reply.headers.get("content-range", ""))
