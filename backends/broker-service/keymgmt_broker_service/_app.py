@@ -8,7 +8,7 @@ import ipaddress
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 import anyio.to_thread
@@ -48,8 +48,9 @@ _CLOSING: Final = frozenset({"size", "time", "rate", "busy"})
 class _Rates:
     """How fast each address asks: a bucket of tokens for each, the newest addresses kept."""
 
-    def __init__(self, rate: float) -> None:
-        self._rate, self._most = rate, max(2.0, 2 * rate)
+    def __init__(self, rate: float, processes: int) -> None:
+        # Which worker a connection reaches is chance: each allows at once what all together do.
+        self._rate, self._most = rate / processes, max(2.0, 2 * rate)
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def count(self, client: str) -> None:
@@ -81,15 +82,43 @@ class _Places:
         self._free += 1
 
 
+class _Room:
+    """A bound of the bytes of all bodies that are being read; Refusal where it is full.
+
+    A body that comes slowly holds what came of it, so that many of them keep nobody out.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._free = size
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[Callable[[int], None]]:
+        """A function that takes so many bytes more; all are given back at the end."""
+        taken = 0
+
+        def take(size: int) -> None:
+            nonlocal taken
+            if size > self._free:
+                log.warning("a request is refused: too many bodies are read at the same time")
+                raise Refusal("busy")
+            self._free -= size
+            taken += size
+
+        try:
+            yield take
+        finally:
+            self._free += taken
+
+
 def make_app(broker: Broker) -> ASGIApp:
     """The application of one worker."""
     settings = broker.settings
-    rates = _Rates(settings.rate / settings.processes)
+    rates = _Rates(settings.rate, settings.processes)
     deciding = _Places(settings.concurrent)
     # Evidence of a TPM has its event log with it.
     large = any(policy.evidence == "tpm2" for policy in settings.policies.values())
     limit = MAX_REQUEST if large else _SMALL
-    reading = _Places(_BODIES // limit)
+    room = _Room(_BODIES)
 
     def limited(
         answer: Callable[[Request, str], Awaitable[bytes]],
@@ -113,8 +142,8 @@ def make_app(broker: Broker) -> ASGIApp:
         return encode({"format": NONCE, "nonce": encode_bytes(broker.nonces.make())})
 
     async def unwrap(request: Request, client: str) -> bytes:
-        with reading:
-            body = await _body(request, limit)
+        with room.held() as take:
+            body = await _body(request, limit, take)
         with deciding:
             return await anyio.to_thread.run_sync(broker.answer, body, client)
 
@@ -137,13 +166,14 @@ def make_app(broker: Broker) -> ASGIApp:
     )
 
 
-async def _body(request: Request, limit: int) -> bytes:
+async def _body(request: Request, limit: int, take: Callable[[int], None]) -> bytes:
     body = bytearray()
     try:
         if int(request.headers.get("content-length", "0")) > limit:
             raise Refusal("size")
         async with asyncio.timeout(BODY_SECONDS):
             async for chunk in request.stream():
+                take(len(chunk))
                 body += chunk
                 if len(body) > limit:
                     raise Refusal("size")

@@ -10,7 +10,7 @@ import typer
 
 from keymgmt.backend import Recipient, SupportsOfflineRecipients, UnsupportedOperation
 from keymgmt.console import clean, console, print_json, table
-from keymgmt.errors import ConfigError
+from keymgmt.errors import AccessDenied, ConfigError, FormatError
 
 __all__ = ["app"]
 
@@ -134,7 +134,10 @@ def collateral(
     ]
     for path in quote or []:
         read = read_file(path, label="quote", limit=MAX_QUOTE, access="any")
-        platform = platform_of(bytes(read))
+        try:
+            platform = platform_of(bytes(read))
+        except AccessDenied as error:
+            raise FormatError(f"{path}: {error}", hint="name a file that holds a quote") from error
         if platform not in entries:
             found.append({**platform._asdict(), "file": None, "until": None, "state": "missing"})
     if context.obj.as_json:

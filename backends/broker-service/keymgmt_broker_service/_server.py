@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import multiprocessing
 import os
 import resource
 import signal
@@ -123,12 +124,20 @@ def _worker_app(path: Path, made_here: bytes, formatter: logging.Formatter) -> A
     _log_to_stderr(formatter)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with _ended_by_errors():
         keymgmt.harden()
         settings = load_service_settings(path)
         if settings.unsafe_root:
             log.warning("unsafe_root is set: whoever has its key can make any evidence")
         return make_app(Broker.load(settings, _nonce_key(settings, made_here)))
+
+
+def _end_with_parent() -> None:
+    """A worker that nobody watches would keep the address, and never read a new config."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _worker_tls(path: Path, _config: object, _default: object) -> ssl.SSLContext:
@@ -162,7 +171,8 @@ def _tls(path: Path) -> ssl.SSLContext:
         context.load_cert_chain(certificate, private_key, password="")
     except (ssl.SSLError, OSError) as error:
         raise ConfigError(
-            f"{certificate} and {private_key} are no certificate and its private key in PEM"
+            f"{certificate} and {private_key} are no certificate and its private key in PEM",
+            hint="the key has no passphrase, and the certificate is that of this key",
         ) from error
     return context
 

@@ -27,6 +27,7 @@ from keymgmt_broker_service._verify import AnyPolicy
 __all__ = ["DEFAULT", "KeyEntry", "ServiceSettings", "load_service_settings", "read_nonce_key"]
 
 DEFAULT: Final = Path("/etc/keymgmt/broker.toml")
+_MAKE: Final = "make it with: openssl rand -out nonce.key 32; it is the same at all instances"
 _ABSENT: Final = "name the config of the broker: --config FILE"
 
 
@@ -167,10 +168,13 @@ def load_service_settings(path: Path) -> ServiceSettings:
 
 def read_nonce_key(path: Path) -> bytes:
     """The key under which nonces are made; ConfigError where the file is not one."""
-    key = bytes(read_file(path, label="nonce key", limit=4096, access="private"))
+    try:
+        key = bytes(read_file(path, label="nonce key", limit=4096, access="private"))
+    except ConfigError as error:
+        raise ConfigError(str(error), hint=error.hint or _MAKE) from error
     if len(key) != NONCE_KEY_LENGTH:
         raise ConfigError(
             f"the nonce key {path} has {len(key)} bytes, not {NONCE_KEY_LENGTH}",
-            hint="make it with: openssl rand -out nonce.key 32",
+            hint=_MAKE,
         )
     return key

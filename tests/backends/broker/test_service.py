@@ -271,6 +271,49 @@ def test_what_follows_a_request_that_was_answered_has_a_bound(
     assert asker.ask(asker.request())[0] == 200
 
 
+def test_slow_bodies_of_many_keep_nobody_out(make_service: Any, client: Any, prove: Any) -> None:
+    """They hold what came of them, and not what might come."""
+    asker = Asker(make_service(), client(), prove)
+    request = asker.request()
+    with subprocess.Popen(
+        [sys.executable, "-c", MANY, str(asker.service.port), "3600"],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as many:
+        assert many.stdout is not None
+        assert many.stdout.readline() == "open\n"
+        status, answer = asker.ask(request)
+        many.kill()
+    assert status == 200, answer
+
+
+def test_what_one_address_may_ask_at_once_is_not_divided_by_the_workers() -> None:
+    """Its connections reach workers by chance; one of 64 would refuse the third request."""
+    from keymgmt_broker_service._app import _Rates
+    from keymgmt_broker_service._decide import Refusal
+
+    rates = _Rates(20.0, 64)
+    for _ in range(40):
+        rates.count("192.0.2.1")
+    with pytest.raises(Refusal):
+        rates.count("192.0.2.1")
+
+
+def test_workers_end_with_the_process_that_watches_them(make_service: Any) -> None:
+    """They would keep the address, and never read a new config."""
+    service = make_service()
+    made = workers(service)
+    os.kill(service.process.pid, signal.SIGKILL)
+    service.process.wait()
+    try:
+        until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in made))
+    finally:
+        for pid in made:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    service.start()
+
+
 def test_a_connection_on_which_no_request_ends_is_closed(asker: Asker) -> None:
     """A body that nobody reads, and line ends that begin no request, come in time or not at all."""
     beginnings = (

@@ -344,7 +344,7 @@ def test_the_command_says_what_is_old_or_missing(tmp_path, run_keymgmt, check_ou
     assert states == {"1E" * 6: "ok", "05" * 6: "old", "09" * 6: "missing"}
     World(now=int(time.time()) - 40 * DAY, fmspc=bytes(6)).write(folder, ["tdx"])
     assert "expired" in run_keymgmt("broker", "collateral", folder, code=6)
-    run_keymgmt("broker", "collateral", folder, "--quote", folder / "sgx-050505050505.json", code=5)
+    run_keymgmt("broker", "collateral", folder, "--quote", folder / "sgx-050505050505.json", code=4)
     run_keymgmt("broker", "collateral", tmp_path, code=3)
 
 
@@ -356,7 +356,8 @@ def test_the_command_says_what_is_old_or_missing(tmp_path, run_keymgmt, check_ou
         ({"evidence": "sgx", "mrsigner": "51" * 32}, "belong together"),
         (SIGNED | {"product": None}, "belong together"),
         (SGX | {"minimum_svn": 1}, "belong together"),
-        (SGX | {"mrenclave": ["E1" * 32]}, "mrenclave"),
+        (SGX | {"mrenclave": ["E1" * 32]}, "write 64 hex digits, in lower case"),
+        (SGX | {"mrenclave": ["e1"]}, "write 64 hex digits, in lower case; these are 2"),
         ({"evidence": "tdx", "mr_td": [MR_TD.hex()]}, "firmware_only"),
         (TDX | {"firmware_only": True}, "firmware_only"),
         # Without RTMR 1 the kernel is anybody's, which can write the values of 2 and 3.

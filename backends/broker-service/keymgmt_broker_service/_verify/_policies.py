@@ -5,14 +5,24 @@ from __future__ import annotations
 from typing import Annotated, Final, Literal, Self
 
 from keymgmt_tpm2.quote import DevicePolicy
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from keymgmt.backend import Settings
 
 __all__ = ["AnyPolicy", "PlatformPolicy", "SgxPolicy", "TdxPolicy", "TpmPolicy"]
 
-Hash256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Hash384 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{96}$")]
+
+def _hex(digits: int) -> AfterValidator:
+    def check(text: str) -> str:
+        if len(text) != digits or not set(text) <= set("0123456789abcdef"):
+            raise ValueError(f"write {digits} hex digits, in lower case; these are {len(text)}")
+        return text
+
+    return AfterValidator(check)
+
+
+Hash256 = Annotated[str, _hex(64)]
+Hash384 = Annotated[str, _hex(96)]
 Advisory = Annotated[str, StringConstraints(pattern=r"^INTEL-SA-[0-9]{5}$")]
 Word16 = Annotated[int, Field(ge=0, lt=1 << 16)]
 State = Literal[
@@ -98,9 +108,7 @@ class TdxPolicy(PlatformPolicy):
     rtmr2: list[Hash384] = Field(default_factory=list)
     rtmr3: list[Hash384] = Field(default_factory=list)
     firmware_only: bool = False
-    attributes: list[Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")]] = Field(
-        default_factory=list
-    )
+    attributes: list[Annotated[str, _hex(16)]] = Field(default_factory=list)
     mr_seam: list[Hash384] = Field(default_factory=list)
 
     @model_validator(mode="after")
