@@ -10,6 +10,7 @@ and the refusal of a busy server, is tried again until the deadline.
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 import re
 import ssl
@@ -89,13 +90,33 @@ class Body(Protocol):
         """At most ``size`` bytes."""
 
 
-class _Clock(threading.local):
-    """When what this thread waits for must be there (``time.monotonic``)."""
+class _Thread(threading.local):
+    """What this thread is at.
+
+    Attributes:
+        end: when what it waits for must be there (``time.monotonic``).
+        sends: whether it makes a request of ours.
+    """
 
     end = float("inf")
+    sends = False
 
 
-_clock: Final = _Clock()
+_thread: Final = _Thread()
+
+
+class _Unsigned(logging.Filter):
+    """Keeps what an address is signed with out of the log of urllib3, which has it at DEBUG."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if _thread.sends and isinstance(record.args, tuple):
+            record.args = tuple(
+                arg.partition("?")[0] if isinstance(arg, str) else arg for arg in record.args
+            )
+        return True
+
+
+_unsigned: Final = _Unsigned()
 
 
 class _Socket(ssl.SSLSocket):
@@ -105,7 +126,7 @@ class _Socket(ssl.SSLSocket):
     """
 
     def recv_into(self, *arguments: Any, **named: Any) -> int:
-        if time.monotonic() > _clock.end:
+        if time.monotonic() > _thread.end:
             raise TimeoutError
         return super().recv_into(*arguments, **named)
 
@@ -118,7 +139,7 @@ class _Sent:
 
     def read(self, size: int = -1, /) -> bytes:
         part = self._body.read(size)
-        _clock.end = time.monotonic() + self._deadline
+        _thread.end = time.monotonic() + self._deadline
         return part
 
 
@@ -145,7 +166,7 @@ class Answer:
         """
         received, mark = 0, _PART
         while received <= limit:
-            _clock.end = end
+            _thread.end = end
             with _translated(self.url):
                 part = self._raw.read1(min(_CHUNK, limit - received + 1), decode_content=False)
             if not part:
@@ -196,6 +217,7 @@ class Http(ForkSafe):
                 hint="ca_file of [remote] is a file of certificates in PEM",
             ) from error
         self._tls.sslsocket_class = _Socket
+        logging.getLogger("urllib3.connectionpool").addFilter(_unsigned)  # counts once
         super().__init__()
 
     def _renew(self) -> None:
@@ -341,10 +363,10 @@ class Http(ForkSafe):
         timeout = min(self._settings.timeout, left)
         # The server replies when it has stored the body, and that may take long.
         wait = left if body is not None else timeout
-        _clock.end = end
+        _thread.end = end
         if body is not None and not isinstance(body, bytes):
             body = _Sent(body, self._settings.deadline)
-        with _translated(url):
+        with _translated(url), _sending():
             raw = self._pool(url).request(
                 method,
                 url,
@@ -402,6 +424,15 @@ def shown(url: str) -> str:
     """An address for messages, without the query, in which a redirect may have a signature."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+@contextlib.contextmanager
+def _sending() -> Iterator[None]:
+    _thread.sends = True
+    try:
+        yield
+    finally:
+        _thread.sends = False
 
 
 def _urllib3() -> Any:

@@ -241,6 +241,26 @@ def test_a_server_that_ignores_ranges_gives_all_of_it_again(
     assert sink.begun == 2
 
 
+def test_what_an_address_is_signed_with_is_in_no_log(
+    serve: Serve, settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    def answer(request: Seen, handler: Any) -> None:
+        if "Signature" in request.path:
+            reply(handler, 200, b"there")
+        else:
+            reply(handler, 307, Location="/b?X-Amz-Signature=27182818")
+
+    web = serve(answer, tls=True)
+    caplog.set_level("DEBUG")
+    got = client(settings, web.url).request("GET", f"{web.url}/a?X-Amz-Signature=31415926", limit=9)
+    assert bytes(got.body) == b"there"
+    got = client(settings, web.url).request("GET", f"{web.url}/a", limit=9)
+    assert bytes(got.body) == b"there"
+    assert '"GET /b HTTP/1.1" 200' in caplog.text
+    assert "27182818" not in caplog.text
+    assert "31415926" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("status", "ranged", "body", "said"),
     [
