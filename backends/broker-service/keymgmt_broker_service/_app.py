@@ -51,18 +51,19 @@ class _Rates:
     def __init__(self, rate: float, processes: int) -> None:
         # Which worker a connection reaches is chance: each allows at once what all together do.
         self._rate, self._most = rate / processes, max(2.0, 2 * rate)
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        self._buckets: OrderedDict[str, tuple[float, float, bool]] = OrderedDict()
 
     def count(self, client: str) -> None:
         """Count one more request of this client; Refusal where it asks too often."""
         now = time.monotonic()
-        tokens, since = self._buckets.pop(client, (self._most, now))
+        tokens, since, refused = self._buckets.pop(client, (self._most, now, False))
         tokens = min(self._most, tokens + (now - since) * self._rate)
-        self._buckets[client] = (tokens - 1 if tokens >= 1 else tokens, now)
+        self._buckets[client] = (tokens - (tokens >= 1), now, tokens < 1)
         if len(self._buckets) > _CLIENTS:
             self._buckets.popitem(last=False)
         if tokens < 1:
-            log.warning("%s asks more often than rate allows", client)
+            if not refused:  # once until it is answered again, or it would fill the log
+                log.warning("%s asks more often than rate allows", client)
             raise Refusal("rate")
 
 
@@ -191,6 +192,8 @@ def _client(request: Request) -> str:
         address = ipaddress.ip_address(host)
     except ValueError:
         return "unknown"
+    # A balancer may write an IPv4 address so; of all of them the network would be the same.
+    address = getattr(address, "ipv4_mapped", None) or address
     return str(address) if address.version == 4 else str(ipaddress.ip_network((address, 64), False))
 
 

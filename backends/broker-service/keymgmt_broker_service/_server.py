@@ -54,6 +54,7 @@ _LOOK_SECONDS: Final = 2.0
 _START_SECONDS: Final = 60
 _STOP_SECONDS: Final = 40
 _BACKLOG: Final = 4096
+_OF_CLIENTS: Final = ("Invalid HTTP request", "Unsupported upgrade", "No supported WebSocket")
 _MAX_PEM: Final = 1 << 20
 
 
@@ -192,6 +193,12 @@ def _log_to_stderr(formatter: logging.Formatter) -> None:
     ours.handlers.clear()  # the command line's, which prints warnings for a person
     ours.setLevel(logging.INFO)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.getLogger("uvicorn.error").addFilter(_is_of_the_service)
+
+
+def _is_of_the_service(record: logging.LogRecord) -> bool:
+    """Not what uvicorn says of a client, without its address and as often as that client likes."""
+    return not record.getMessage().startswith(_OF_CLIENTS)
 
 
 def _watch(path: Path, supervisor: Multiprocess) -> None:

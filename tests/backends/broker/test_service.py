@@ -299,6 +299,29 @@ def test_what_one_address_may_ask_at_once_is_not_divided_by_the_workers() -> Non
         rates.count("192.0.2.1")
 
 
+def test_what_is_no_http_leaves_nothing_in_the_log(asker: Asker) -> None:
+    """Each would be a line, without an address, as often as somebody likes."""
+    upgrade = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n"
+    before = asker.service.said()
+    for sent in (b"nonsense\r\n\r\n", upgrade):
+        with socket.create_connection(("127.0.0.1", asker.service.port), 30) as raw:
+            raw.sendall(sent)
+            assert raw.recv(65536).startswith(b"HTTP/1.1 4")
+    assert asker.service.said() == before
+
+
+def test_an_address_counts_however_a_balancer_spells_it() -> None:
+    """All IPv4 addresses that are written as IPv6 would be one network, with one rate."""
+    from keymgmt_broker_service._app import _client
+    from starlette.requests import Request as HttpRequest
+
+    said = {
+        host: _client(HttpRequest({"type": "http", "client": (host, 1)}))
+        for host in ("192.0.2.1", "::ffff:192.0.2.1", "2001:db8::1", "nonsense")
+    }
+    assert list(said.values()) == ["192.0.2.1", "192.0.2.1", "2001:db8::/64", "unknown"]
+
+
 def test_workers_end_with_the_process_that_watches_them(make_service: Any) -> None:
     """They would keep the address, and never read a new config."""
     service = make_service()
@@ -348,6 +371,8 @@ def test_a_client_that_asks_too_often_is_told_so(
     words = [refused(answer) for _ in range(20) if (answer := asker.post(NONCE_PATH))[0] != 200]
     assert words
     assert set(words) == {"rate"}
+    # Whoever asks on and on does not fill the log.
+    assert service.said().count("asks more often than rate allows") < len(words) / 2
     # Who goes on asking is answered at the rate, and not shut out.
     until(lambda: asker.post(NONCE_PATH)[0] == 200, 20)
 
