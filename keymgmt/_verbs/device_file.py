@@ -1,9 +1,9 @@
-"""Files that one device keeps for itself of a sealed model: dear to compute, and no less secret.
+"""Files that one device keeps beside a sealed model: costly to compute, and as secret as the model.
 
-Each is a payload (FLOE) under a key that takes the model's data key and a secret of the device, a
-file of 32 bytes beside it. So it is read by who may open the model, and on this device; another
-recipient of the same model cannot make one for it. It is bound to manifest.json and to what the
-caller says that it depends on; one that is bound to anything else is as good as none.
+Each file is a payload (FLOE) under a key that is derived from the model's data key and a secret of
+the device, a file of 32 bytes in the same folder. So only those who may open the model read it, and
+only on this device; another recipient of the same model cannot make one for it. The file is bound
+to manifest.json and to whatever else the caller names. A file with another binding is ignored.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DeviceFile"]
 
-_SECRET: Final = "device.secret"  # noqa: S105 - its name
+_SECRET: Final = "device.secret"  # noqa: S105 - a file name
 _SECRET_LENGTH: Final = 32
 _LOCK: Final = ".lock"
 _SEGMENT: Final = 1 << 20
@@ -37,21 +37,21 @@ _FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a 
 
 
 class DeviceFile:
-    """One such file, there or not; a context manager that wipes its key."""
+    """One such file, which may not exist yet; a context manager that wipes its key."""
 
     def __init__(
         self, folder: Path, name: str, bound_to: bytes, key: Callable[[bytearray], bytearray]
     ) -> None:
-        """Make the folder (0700) and its secret (0600) if need be.
+        """Create the folder (0700) and its secret (0600) if they are missing.
 
         Args:
-            folder: whose parent exists.
-            name: of the file, by which a later one replaces it.
-            bound_to: all that the content depends on.
-            key: makes the file's key, 32 bytes, of the device's secret.
+            folder: the folder of the files; its parent exists.
+            name: name of the file; a later file of this name replaces it.
+            bound_to: everything on which the content depends.
+            key: derives the file's key, 32 bytes, from the device's secret.
 
         Raises:
-            ConfigError: others can use the folder or the secret, or neither can be made.
+            ConfigError: others can use the folder or the secret, or they cannot be created.
         """
         self.path = folder / name
         self._aad = hashlib.sha256(bound_to).digest()
@@ -62,9 +62,9 @@ class DeviceFile:
             wipe(secret)
 
     def open(self) -> PayloadReader | None:
-        """A reader of it, which the caller closes; None where there is none for this device.
+        """A reader of the file, which the caller closes; None where this device has no such file.
 
-        What it reads may raise IntegrityError all the same: it was damaged.
+        Reads may still raise IntegrityError where the file is damaged.
 
         Raises:
             OSError: it cannot be read.
@@ -75,7 +75,7 @@ class DeviceFile:
             return None
         info = os.fstat(descriptor)
         segments = max(1, -(-(info.st_size - HEADER_LENGTH) // _SEGMENT))
-        # What the length says is proved by the last segment, which says that it is the last.
+        # The last segment proves the length: it is marked as the last.
         size = info.st_size - HEADER_LENGTH - segments * OVERHEAD
         if not stat.S_ISREG(info.st_mode) or size < 0:
             os.close(descriptor)
@@ -92,10 +92,10 @@ class DeviceFile:
             return None
 
     def write(self, content: memoryview) -> None:
-        """Encrypt ``content`` and put it in the file's place, atomically.
+        """Encrypt ``content``, and replace the file by it atomically.
 
         Raises:
-            OSError: as the system says, or another process writes here; what was there is whole.
+            OSError: writing failed, or another process is writing; the old file is whole.
         """
         with _sole_writer(self.path), replacing(self.path, mode=0o600) as file:
             seal_payload(
@@ -121,7 +121,7 @@ class DeviceFile:
 
 @contextlib.contextmanager
 def _sole_writer(path: Path) -> Iterator[None]:
-    """Nobody else writes in the folder: what is half written there was left by a killed process."""
+    """Hold the folder's lock, under which a half-written file is that of a killed process."""
     with lock_file(path.with_name(_LOCK), 0):
         for left in left_behind(path):
             left.unlink(missing_ok=True)
@@ -129,17 +129,17 @@ def _sole_writer(path: Path) -> Iterator[None]:
 
 
 def _secret(folder: Path) -> bytearray:
-    """The device's secret, made on the first call."""
+    """The device's secret, created on the first call."""
     path = folder / _SECRET
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         if not path.exists():
             check_trusted(folder, label="folder", private=True)
-            made = bytearray(_SECRET_LENGTH)
-            fill_random(made)
+            new_secret = bytearray(_SECRET_LENGTH)
+            fill_random(new_secret)
             with contextlib.suppress(FileExistsError):  # another process was faster
-                replace_file(path, made, mode=0o600, exclusive=True)
-            wipe(made)
+                replace_file(path, new_secret, mode=0o600, exclusive=True)
+            wipe(new_secret)
     except OSError as error:
         raise ConfigError(
             f"cannot keep files for this device in {folder}: {error.strerror}",

@@ -1,6 +1,6 @@
-"""Many sealed models below some folders: every one found once, and worked on in parallel.
+"""The sealed models below some folders: each is yielded once, and worked on in parallel.
 
-What could not be looked at is told as a Failure: not seen is not the same as not there.
+A folder that cannot be searched is a Failure: it is not the same as a folder without models.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Trees = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 @dataclass(frozen=True)
 class Failure:
-    """A model, or folder, of a tree with which something was wrong."""
+    """A model or folder of a tree, and the error that it caused."""
 
     path: str
     error: KeymgmtError
@@ -61,7 +61,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Link:
-    """A symbolic link of a tree to a folder, which was followed, and where it leads."""
+    """A symbolic link to a folder, which was followed, and its target."""
 
     path: str
     target: str
@@ -69,14 +69,14 @@ class Link:
 
 @dataclass(frozen=True)
 class Shard:
-    """One of several parts of a tree, into which its models fall by their paths.
+    """One of several parts of a tree; the path of a model decides in which part it is.
 
-    A model is in the part ``1 + h mod count``, where h is the number that the first 8 bytes of the
-    SHA-256 of its path are, big-endian, and the path is that of its folder below the tree.
+    A model is in part ``1 + h mod count``. h is the first 8 bytes, as a big-endian number, of the
+    SHA-256 of the path from the tree to the model's folder.
 
     Attributes:
-        number: which part, from 1.
-        count: how many there are.
+        number: number of the part, from 1.
+        count: number of parts.
     """
 
     number: int
@@ -84,7 +84,7 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """Read ``2/8``; ConfigError where it is not that."""
+        """Read a text such as ``2/8``; ConfigError where it has another form."""
         match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text, re.ASCII)
         if match is None or not 1 <= int(match[1]) <= int(match[2]):
             raise ConfigError(
@@ -102,13 +102,13 @@ class Shard:
 def find_models(
     trees: Trees, links: list[Link] | None = None, shard: Shard | None = None
 ) -> Iterator[Path | Failure]:
-    """Every sealed model at or below the ``trees``, each once, however many ways lead to it.
+    """Every sealed model at or below the ``trees``, each once, even if several paths lead to it.
 
-    Links to folders are followed, and told in ``links``. A Failure is a folder that cannot be read,
-    a link that leads nowhere, and a tree without any model. A folder counts as a model also where
-    half of it is missing or damaged, so that whoever opens it finds out; one model may lie inside
-    of another. A ``manifest.json`` of some other program hides nothing. With a ``shard`` only what
-    falls into it, and what is wrong with a tree as a whole.
+    Links to folders are followed, and added to ``links``. These are Failures: a folder that cannot
+    be read, a link without a target, and a tree without any model. A folder also counts as a model
+    where files of it are missing or damaged, so that the caller gets the error. A model may contain
+    others. The ``manifest.json`` of another program hides nothing. With a ``shard`` only that part
+    is yielded, and the Failures of a whole tree.
     """
     seen: set[tuple[int, int]] = set()
     links = links if links is not None else []
@@ -119,26 +119,28 @@ def find_models(
             yield Failure(str(tree), error)
             continue
         found = False
-        for item in _walk(tree, seen, links, frozenset(seen)):
+        for model_or_failure in _walk(tree, seen, links, frozenset(seen)):
             found = True
-            if item is not None and (shard is None or _is_in(shard, tree, item)):
-                yield item
+            if model_or_failure is not None and (
+                shard is None or _is_in(shard, tree, model_or_failure)
+            ):
+                yield model_or_failure
         if not found:
             message = f"there is no sealed model at or below {tree}"
             yield Failure(str(tree), ConfigError(message, hint="is this the right folder?"))
 
 
-def _is_in(shard: Shard, tree: Path, item: Path | Failure) -> bool:
-    if isinstance(item, Path):
-        return shard.has(tree, item)
-    # What is wrong with the tree as a whole is wrong with every part.
-    return Path(item.path) == tree or shard.has(tree, Path(item.path))
+def _is_in(shard: Shard, tree: Path, model_or_failure: Path | Failure) -> bool:
+    if isinstance(model_or_failure, Path):
+        return shard.has(tree, model_or_failure)
+    # A Failure of the whole tree belongs to every part.
+    return Path(model_or_failure.path) == tree or shard.has(tree, Path(model_or_failure.path))
 
 
 def _walk(
     tree: Path, seen: set[tuple[int, int]], links: list[Link], before: frozenset[tuple[int, int]]
 ) -> Iterator[Path | Failure | None]:
-    """What is at or below ``tree``; None for a folder that an earlier tree, in ``before``, had."""
+    """Models and Failures at or below ``tree``; None for a folder that is in ``before``."""
     # Not os.walk, which recurses: folders may be nested deeper than Python's stack. Texts and not
     # Paths, since a folder may hold a million models.
     waiting = [str(tree)]
@@ -146,24 +148,24 @@ def _walk(
         folder = waiting.pop()
         try:
             info = os.stat(folder)  # noqa: PTH116 - a text
-            place = (info.st_dev, info.st_ino)
-            if place in seen:
-                if place in before:
+            identity = (info.st_dev, info.st_ino)
+            if identity in seen:
+                if identity in before:
                     yield None
                 continue
             with os.scandir(folder) as entries:
-                found = sorted(entries, key=_NAME, reverse=True)
+                children = sorted(entries, key=_NAME, reverse=True)
         except OSError as error:
-            # A tree that is not there was named wrongly; a folder in it may be damaged.
+            # A tree that does not exist was named wrongly; a folder in it may be damaged.
             kind = ConfigError if folder == str(tree) else SealedModelError
             yield _unreadable(Path(folder), error, kind)
             continue
         below = []
-        for entry in found:
+        for entry in children:
             try:
                 is_folder = entry.is_dir(follow_symlinks=False)
                 if entry.is_symlink():
-                    # Unlike DirEntry.is_dir, this fails where a link leads nowhere.
+                    # Unlike DirEntry.is_dir, this raises where a link has no target.
                     is_folder = stat.S_ISDIR(entry.stat().st_mode)
                     if is_folder:
                         links.append(Link(str(Path(entry.path)), os.path.realpath(entry.path)))
@@ -172,22 +174,22 @@ def _walk(
                 continue
             if is_folder:
                 below.append(entry.path)
-        model = _is_model(Path(folder), {entry.name for entry in found})
+        model = _is_model(Path(folder), {entry.name for entry in children})
         if model or below:
-            # Nothing is lost by looking twice at a folder with nothing in it, and there are many.
-            seen.add(place)
+            # Other folders need not be remembered: they are many, and cheap to list twice.
+            seen.add(identity)
         if model:
             yield Path(folder)
         waiting += below
 
 
 def _unreadable(path: Path, error: OSError, kind: type[KeymgmtError] = SealedModelError) -> Failure:
-    what = "follow the link" if os.path.islink(path) else "read"  # noqa: PTH114 - raises never
-    return Failure(str(path), kind(f"cannot {what} {path}: {error.strerror}"))
+    action = "follow the link" if os.path.islink(path) else "read"  # noqa: PTH114 - raises never
+    return Failure(str(path), kind(f"cannot {action} {path}: {error.strerror}"))
 
 
 def is_model(folder: Path) -> bool:
-    """Whether a folder is a sealed model's, or what is left of one; yes where nobody can look."""
+    """Whether a folder is, or was, a sealed model; true where it cannot be read."""
     try:
         return _is_model(folder, {entry.name for entry in folder.iterdir()})
     except OSError:
@@ -214,7 +216,7 @@ def _is_model(folder: Path, names: set[str]) -> bool:
 
 
 def _says_so(file: Path, *, alone: bool) -> bool:
-    """Whether a file is of our format; yes where it cannot be read, as then nobody knows."""
+    """Whether a file is of our format; true where it cannot be read and so may be."""
     try:
         if not file.is_file():
             return False
@@ -225,7 +227,7 @@ def _says_so(file: Path, *, alone: bool) -> bool:
     if _OURS in content or alone:
         return _OURS in content
     try:
-        # Cut off where the format is not yet written, or of another program?
+        # Is it a file of ours that was cut off before its format, or another program's?
         json.loads(content)
     except (ValueError, RecursionError):
         return True
@@ -239,14 +241,14 @@ def over_models(
     *,
     threads: int = _THREADS,
 ) -> Iterator[T | Failure]:
-    """Work on many models in parallel, and tell of each as it is done.
+    """Work on many models in parallel, and yield each result as it is ready.
 
-    What goes wrong with one is a Failure and stops no other.
+    An error in one model is a Failure and does not stop the others.
 
     Args:
-        found: the models, and what was wrong with finding them.
-        prepare: makes of some models at once what is done with each of them.
-        doing: the verb, for messages.
+        found: the models, and the Failures of the search.
+        prepare: gives the function that is called with each of some models.
+        doing: the verb, as messages show it.
         threads: how many models at once.
     """
     found = iter(found)
@@ -258,7 +260,7 @@ def over_models(
 
 
 def guarded(work: Callable[[Path], T], doing: str) -> Callable[[Path], T | Failure]:
-    def one(path: Path) -> T | Failure:
+    def guarded_work(path: Path) -> T | Failure:
         try:
             return work(path)
         except KeymgmtError as error:
@@ -267,16 +269,16 @@ def guarded(work: Callable[[Path], T], doing: str) -> Callable[[Path], T | Failu
             message = f"cannot {doing} {path}: {error.strerror}"
             return Failure(str(path), SealedModelError(message))
 
-    return one
+    return guarded_work
 
 
 def read_models(found: Iterable[Path | Failure]) -> Iterator[tuple[Path, UnlockPolicy] | Failure]:
-    """Who may open each model, from its small files alone; nothing of it is authenticated."""
+    """The unlock policy of each model, from its small files; nothing of it is authenticated."""
 
     def read(path: Path) -> tuple[Path, UnlockPolicy]:
         with Candidate.read(path) as candidate:
             return path, candidate.policy()
 
-    one = guarded(read, "read")
+    guarded_read = guarded(read, "read")
     for item in found:
-        yield item if isinstance(item, Failure) else one(item)
+        yield item if isinstance(item, Failure) else guarded_read(item)

@@ -26,13 +26,13 @@ def choose_file(
 
     Args:
         sealed: an open model.
-        file: what the caller asked for.
-        suffixes: how the names of such files end, in lower case.
-        label: what an error calls such a file.
-        hint: of the error where there is none.
+        file: the path that the caller gave, or None.
+        suffixes: endings of the names of such files, in lower case.
+        label: the word for such a file in errors.
+        hint: the hint of the error where there is no such file.
 
     Raises:
-        FormatError: there is none, there are several, or no file ``file``.
+        FormatError: there is no such file, there are several, or ``file`` is not in the model.
     """
     manifest = sealed.manifest
     if file is not None:
@@ -41,16 +41,19 @@ def choose_file(
                 f"{manifest.name} has no file {file!r}", hint=f"it has {_listed(manifest.by_path)}"
             )
         return file
-    found = [path for path in manifest.by_path if PurePosixPath(path).suffix.lower() in suffixes]
-    if manifest.main in found:
+    candidates = [
+        path for path in manifest.by_path if PurePosixPath(path).suffix.lower() in suffixes
+    ]
+    if manifest.main in candidates:
         return manifest.main
-    if len(found) > 1:
+    if len(candidates) > 1:
         raise FormatError(
-            f"{manifest.name} has {len(found)} {label}s", hint=f"say which: file={_listed(found)}"
+            f"{manifest.name} has {len(candidates)} {label}s",
+            hint=f"say which: file={_listed(candidates)}",
         )
-    if not found:
+    if not candidates:
         raise FormatError(f"{manifest.name} ({manifest.kind}) has no {label}", hint=hint)
-    return found[0]
+    return candidates[0]
 
 
 def _listed(paths: Collection[str]) -> str:
@@ -62,7 +65,7 @@ def _listed(paths: Collection[str]) -> str:
 def file_bytes(
     sealed: SealedModel, path: str, *, copies: int = 1
 ) -> Iterator[tuple[bytes, memoryview]]:
-    """Decrypt a file into ``bytes``, wiped at the end; there must be memory for some copies."""
+    """Decrypt a file into ``bytes``, which are wiped at the end; memory for copies is checked."""
     size = sealed.manifest.file(path).size
     check_free_memory(copies * size, sealed.manifest.name)
     with private_bytes(size) as (data, room):
@@ -71,9 +74,9 @@ def file_bytes(
 
 
 def file_memory(sealed: SealedModel, path: str) -> PrivateMemory:
-    """Decrypt a file into memory that wipes itself when the last view of it is gone.
+    """Decrypt a file into memory that is wiped when the last view of it is released.
 
-    Of an empty file it is one byte.
+    For an empty file the memory is one byte.
 
     Raises:
         KeymgmtError: there is too little memory.
@@ -89,13 +92,13 @@ def file_memory(sealed: SealedModel, path: str) -> PrivateMemory:
 def outside_part(
     sealed: SealedModel, model_path: str, tensor: External, label: str
 ) -> tuple[str, int]:
-    """Where a tensor that the ONNX file ``model_path`` keeps outside is in the sealed model.
+    """The place in the sealed model of a tensor that the ONNX file ``model_path`` keeps outside.
 
     Returns:
-        The path of its file, and its length, which ``tensor`` may leave open.
+        The path of its file, and its length in bytes, which ``tensor`` may leave open.
 
     Raises:
-        FormatError: in no file of the model, or beyond the end of it.
+        FormatError: it is in no file of the model, or goes beyond the end of the file.
     """
     file = outside_path(model_path, tensor.location, label)
     if file not in sealed.manifest.by_path:

@@ -1,4 +1,4 @@
-"""Looking at a sealed model without any key, config or trust."""
+"""Inspect a sealed model without any key, config or trust."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ __all__ = ["Inspection", "inspect"]
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a sealed model says of itself; nothing of it was verified.
+    """The description that a sealed model gives of itself; nothing of it was verified.
 
     Attributes:
         path: the folder.
         manifest: name, release, files and the rest.
-        groups: the recipients of each group; any one group opens.
-        signers: ids (SHA-384 of the DER public key, hex) of those who claim to have signed.
-        expiries: until when they claim to vouch, by the same ids.
-        refusal: where it was just made, why the config that made it would not let it in.
+        groups: the recipients of each group; any one group opens the model.
+        signers: ids of the keys that claim to have signed (SHA-384 of the DER public key, hex).
+        expiries: the times until which they claim that their signatures count, by the same ids.
+        refusal: after a seal, why the same config would refuse to open the model, or None.
     """
 
     path: str
@@ -65,9 +65,9 @@ def inspect(
         keys: the config of whose ``[remote]`` a location is read; a folder needs none.
 
     Raises:
-        SealedModelError: they are not of the format.
+        SealedModelError: the files are not of the format.
         ConfigError: there is no such folder; or the config is wrong.
-        StorageError: a location is not reached, or refuses.
+        StorageError: the location cannot be reached, or refuses access.
     """
     with contextlib.ExitStack() as stack:
         remote = stack.enter_context(use_config(keys)).remote if is_location(path) else None

@@ -1,11 +1,11 @@
-"""Which tensors an ONNX file keeps outside of itself, and the same file with them elsewhere.
+"""The tensors that an ONNX file keeps in other files, and the same model with other locations.
 
-A runtime takes such a tensor's location as a file beside the model or, OpenVINO, from the working
-directory, and ``*/_ORT_MEM_ADDR_/*`` as an address in its process: all of that would let a model
-read what is not its own. So a location is a file of the same model, or the model is refused.
+A runtime takes the location of such a tensor for a file beside the model, OpenVINO for a file in
+the working directory, and ``*/_ORT_MEM_ADDR_/*`` for an address in its process. So a model could
+read what does not belong to it. A location must be a file of the same model, or it is refused.
 
-Only the wire format is read (protobuf.dev/programming-guides/encoding) and of onnx.proto only the
-fields on the way to a TensorProto; every occurrence of a field is looked at, since a parser merges
+Only the wire format is parsed (protobuf.dev/programming-guides/encoding), and of onnx.proto only
+the fields that lead to a TensorProto. Every occurrence of a field is examined, as parsers merge
 them.
 """
 
@@ -38,7 +38,7 @@ _FIELDS: Final[dict[str, dict[int, str]]] = {
 _EXTERNAL_DATA: Final = 13
 _DATA_LOCATION: Final = 14
 _WIRES: Final = {_EXTERNAL_DATA: 2, _DATA_LOCATION: 0}
-CONVERT: Final = (  # without the last word, the weights would be rounded to f16
+CONVERT: Final = (  # without the last option, the weights would be rounded to f16
     "convert it to OpenVINO IR where it works, and seal that: "
     "openvino.save_model(openvino.convert_model(MODEL), 'model.xml', compress_to_fp16=False)"
 )
@@ -49,7 +49,7 @@ class External:
     """Where the bytes of a tensor are, as ``TensorProto.external_data`` says.
 
     Attributes:
-        location: a path from the folder of the model on, or what a runtime takes for it.
+        location: a path from the model's folder, or another text that a runtime may accept.
         offset: of the first byte.
         length: number of bytes, or None for all from ``offset`` on.
     """
@@ -64,19 +64,19 @@ Parts = list[memoryview | bytes]
 
 
 def move_external(model: memoryview, label: str, visit: Visit) -> Parts | None:
-    """Show each tensor that is outside of the ModelProto ``model``, and let it be elsewhere.
+    """Call ``visit`` for each tensor outside of the ModelProto ``model``, which may move it.
 
     Args:
         model: the bytes of the .onnx file.
-        label: what an error calls it.
-        visit: called with each; returns where else the new model is to say that it is, or None for
-            where it was.
+        label: the name of the model in errors.
+        visit: called with each tensor; returns its place in the new model, or None for the old
+            place.
 
     Returns:
-        The new model, in parts of the old one and of new bytes; None where it is the old one.
+        The new model, in parts of the old one and new bytes; None if nothing was moved.
 
     Raises:
-        FormatError: it is no protobuf message, or contradicts itself.
+        FormatError: it is not a protobuf message, or contradicts itself.
     """
     try:
         return _walk(model, "Model", label, 0, visit)
@@ -85,7 +85,7 @@ def move_external(model: memoryview, label: str, visit: Visit) -> Parts | None:
 
 
 def outside_path(model_path: str, location: str, label: str) -> str:
-    """The path, within the sealed model, of a location that the ONNX file ``model_path`` names.
+    """The path in the sealed model of a location that the ONNX file ``model_path`` names.
 
     Raises:
         FormatError: it is absolute, an address, or leaves the model.
@@ -99,7 +99,7 @@ def outside_path(model_path: str, location: str, label: str) -> str:
 
 
 def external_files(descriptor: int, path: str, label: str) -> set[str]:
-    """The paths, within the sealed model, of the files that an open ONNX file needs.
+    """The paths in the sealed model of the files that an open ONNX file needs.
 
     Raises:
         FormatError: as ``move_external`` and ``outside_path``.
@@ -114,7 +114,7 @@ def external_files(descriptor: int, path: str, label: str) -> set[str]:
 
 
 def _walk(data: memoryview, message: str, label: str, depth: int, visit: Visit) -> Parts | None:
-    """The parts of a message in which something moved; None where nothing did."""
+    """The parts of a message in which a tensor was moved; None if none was."""
     if depth > MAX_DEPTH:
         raise FormatError(f"{label}: graphs nested more than {MAX_DEPTH} deep")
     inner = _FIELDS[message]
@@ -122,7 +122,7 @@ def _walk(data: memoryview, message: str, label: str, depth: int, visit: Visit) 
     entries: list[memoryview] = []
     locations: set[int] = set()
     parts: Parts = []
-    kept = position = 0  # all before ``kept`` is in ``parts``, or left out
+    kept = position = 0  # all bytes before ``kept`` are in ``parts``, or left out
     end = len(data)
     while position < end:
         start = position
@@ -165,14 +165,14 @@ def _walk(data: memoryview, message: str, label: str, depth: int, visit: Visit) 
             raise FormatError(
                 f"{label} contradicts itself on whether a tensor is outside", hint=CONVERT
             )
-        place = visit(_external(entries, label))
-        if place is None:
+        moved_to = visit(_external(entries, label))
+        if moved_to is None:
             return None
         parts.append(data[kept:])
         for key, text in (
-            ("location", place.location),
-            ("offset", str(place.offset)),
-            ("length", str(place.length)),
+            ("location", moved_to.location),
+            ("offset", str(moved_to.offset)),
+            ("length", str(moved_to.length)),
         ):
             pair = b"".join(
                 _number(number << 3 | 2) + _number(len(part)) + part
@@ -185,7 +185,7 @@ def _walk(data: memoryview, message: str, label: str, depth: int, visit: Visit) 
 
 def _external(entries: list[memoryview], label: str) -> External:
     """Of StringStringEntryProto messages: 1 is the key and 2 the value, both strings."""
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     for entry in entries:
         pair: dict[int, str] = {}
         position = 0
@@ -202,16 +202,16 @@ def _external(entries: list[memoryview], label: str) -> External:
                 ) from None
             position += length
         key = pair.get(1, "")
-        if key in found:
+        if key in values:
             raise FormatError(f"{label} names the {key} of a tensor's external data twice")
-        found[key] = pair.get(2, "")
+        values[key] = pair.get(2, "")
     numbers: dict[str, int | None] = {}
     for key in ("offset", "length"):
-        text = found.get(key, "")
+        text = values.get(key, "")
         if text and not (text.isascii() and text.isdigit() and len(text) < 20):
             raise FormatError(f"{label} has external data with the {key} {text[:40]!r}")
         numbers[key] = int(text) if text else None
-    return External(found.get("location", ""), numbers["offset"] or 0, numbers["length"])
+    return External(values.get("location", ""), numbers["offset"] or 0, numbers["length"])
 
 
 def _number(value: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Opening a sealed model: trusted, unlocked, and read in memory."""
+"""Open a sealed model: check that it is trusted, unlock it, and read it in memory."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class SealedModel(ForkSafe):
     may run in several threads.
 
     Attributes:
-        manifest: what the model is, its files and metadata.
-        publisher: file names of the trusted publishers' keys, or None where none was required.
-        vouched: who vouches and until when, or None where nobody has to.
+        manifest: name, release, files and metadata.
+        publisher: file names of the publishers' keys that signed, or None where none was required.
+        vouched: whose signatures count and until when, or None where none was required.
         group: index of the group of recipients that opened it; None if a cached key did.
         opened_by: names of the providers of that group's keys; empty if a cached key did.
-        failed: what should have opened it before that and did not, once for each provider.
+        failed: the providers of earlier groups that failed, each once, with its error.
     """
 
     def __init__(
@@ -87,33 +87,33 @@ class SealedModel(ForkSafe):
         Args:
             path: as the manifest lists it.
             buffer: contiguous and exactly as long as the file.
-            progress: told the number of bytes done.
+            progress: called with the number of bytes done.
 
         Raises:
             FileNotFoundError: no such file in the model.
             ValueError: the buffer has another length, or the model is closed.
             IntegrityError: damaged or forged; the buffer was wiped.
-            SealedModelError: the disk does not read; the buffer was wiped.
+            SealedModelError: the disk cannot be read; the buffer was wiped.
         """
         with self.naming(path), self.reader(path) as reader:
             reader.read_into(buffer, progress)
 
     def read(self, path: str) -> bytearray:
-        """Decrypt a whole file into new memory, which the caller may wipe; raises alike."""
+        """Decrypt a whole file into new memory, for the caller to wipe; raises as ``read_into``."""
         with self.naming(path), self.reader(path) as reader:
-            # The reader found the file as long as this size makes it. Of one with holes the memory
-            # is taken and not written to, which is cheap too.
+            # The reader has checked the length of the file for this size. In a file with holes that
+            # costs no disk; the memory is taken but not written to, which is cheap too.
             content = unwritten(reader.size)
             reader.read_into(content)
             return content
 
     def verify(self, path: str, progress: Callable[[int], object] | None = None) -> None:
-        """Authenticate a whole file and keep nothing of it; raises as ``read_into``."""
+        """Authenticate a whole file without keeping its plaintext; raises as ``read_into``."""
         with self.naming(path), self.reader(path) as reader:
             reader.verify(progress)
 
     def open(self, path: str) -> io.RawIOBase:
-        """A read-only seekable file that decrypts what is read of it; closed with the model."""
+        """A read-only seekable file that decrypts as it is read; closed with the model."""
         reader = self.reader(path)
         with self._lock:
             if self._closed:
@@ -124,15 +124,15 @@ class SealedModel(ForkSafe):
             return file
 
     def device_file(self, folder: Path, name: str, bound_to: bytes) -> DeviceFile:
-        """A file in ``folder`` that only this device, with this model's key, writes and reads.
+        """A file in ``folder`` that only this device with this model's key can write and read.
 
         Args:
-            folder: made if it is missing, private to this user; its parent exists.
-            name: of the file.
-            bound_to: all that its content depends on, besides this manifest.
+            folder: created if it is missing, private to this user; its parent exists.
+            name: name of the file.
+            bound_to: everything on which its content depends, besides this manifest.
 
         Raises:
-            ConfigError: the folder is not private, or cannot be made.
+            ConfigError: the folder is not private, or cannot be created.
         """
         return DeviceFile(
             folder,
@@ -143,7 +143,7 @@ class SealedModel(ForkSafe):
 
     @contextlib.contextmanager
     def naming(self, path: str) -> Iterator[None]:
-        """What is wrong with a payload file is said with its name."""
+        """Add the name of a payload file to its errors."""
         try:
             yield
         except IntegrityError as error:
@@ -160,7 +160,7 @@ class SealedModel(ForkSafe):
     def reader(self, path: str) -> PayloadReader:
         """A new payload reader of one file, with a descriptor of its own; the caller closes it."""
         entry, manifest = self.manifest.file(path), self.manifest
-        # Not while another thread closes the folder, whose number could be another file's by then.
+        # Under the lock: if another thread closed the folder, its descriptor could be reused.
         with contextlib.ExitStack() as stack:
             with self._lock:
                 key = file_key(self._dek, manifest.id, entry.path)
@@ -180,7 +180,7 @@ class SealedModel(ForkSafe):
     def close(self) -> None:
         """Wipe the keys and close the files; may be called again.
 
-        A ``read`` that another thread has begun ends as it would have, and wipes its own keys.
+        A ``read`` in another thread goes on to its end, and wipes its own keys.
         """
         with self._lock:
             self._closed = True
@@ -206,7 +206,7 @@ def open_model(
     name: str | None = None,
     keys: Config | str | os.PathLike[str] | None = None,
 ) -> SealedModel:
-    """Open a sealed model: check who made it, unlock it, and give its files.
+    """Open a sealed model: check its publishers, unlock it, and give access to its files.
 
     Args:
         path: the sealed model's folder, or its location (``https://HOST/PATH``).
@@ -216,9 +216,9 @@ def open_model(
     Raises:
         ConfigError: the config, or a secret source of it, is wrong.
         FormatError, IntegrityError: the model is not of the format, or damaged or forged.
-        UntrustedPublisher, ModelExpired, RollbackError: the config does not let it in.
-        CannotUnlock: no recipient opens here; ``attempts`` says why, one by one.
-        StorageError: a location is not reached, or refuses.
+        UntrustedPublisher, ModelExpired, RollbackError: the config refuses the model.
+        CannotUnlock: no recipient opens here; ``attempts`` has the reason of each.
+        StorageError: the location cannot be reached, or refuses access.
     """
     with use_config(keys) as config:
         candidate, trust = admit(path, config, name)
@@ -252,12 +252,12 @@ def _unlock(candidate: Candidate, trust: Trust, config: Config) -> SealedModel:
 
 
 def _data_key(candidate: Candidate, config: Config) -> tuple[Dek, Opened | None]:
-    """The data key, from the config's cache if it has one, and what opened it."""
+    """The data key, from the config's cache if it is there, and the group that opened it."""
     manifest, policy, cache = candidate.manifest, candidate.policy(), config.cache
     unlocker = Unlocker(config, manifest, policy)
     if cache is None:
         return unlocker.open()
-    # Any change of the manifest or of who may open it is another name, and asks again.
+    # Any change of the manifest or of the recipients changes the name, so providers are asked.
     name = policy.manifest + policy.mac
     dek = cache.get(name)
     if dek is not None and hmac.compare_digest(commitment(dek, manifest.id), manifest.commitment):

@@ -1,4 +1,4 @@
-"""The files of a plain folder: each as it was when it was listed, and which were hardly meant."""
+"""The files of a plain folder as they were when it was listed, and the doubtful ones of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from keymgmt.sealed.manifest import MAX_FILES
 __all__ = ["IGNORE", "PlainFile", "doubtful", "list_files"]
 
 IGNORE: Final = ".keymgmtignore"
-# Names of what was hardly meant to be shipped: secrets, and what tools leave behind.
+# Names of files that are rarely meant to be shipped: secrets, and leftovers of tools.
 _SECRETS: Final = (
     *(".env", ".env.*", ".ssh", ".gnupg", ".aws", ".netrc", ".npmrc", ".pypirc"),
     *(".git-credentials", "id_rsa*", "id_ecdsa*", "id_ed25519*", "*.key", "*.p12", "*.pfx"),
@@ -43,19 +43,19 @@ class PlainFile:
 
     @classmethod
     def of(cls, path: Path, info: os.stat_result) -> PlainFile:
-        """The file that ``info`` says something of."""
+        """The file at ``path`` with the status ``info``."""
         return cls(path, info.st_size, (info.st_dev, info.st_ino))
 
     @contextlib.contextmanager
     def open(self) -> Iterator[int]:
-        """A descriptor of the very file that was listed.
+        """A descriptor of the same file that was listed.
 
         Raises:
-            ConfigError: it cannot be read, or something else is there by now: whoever may write in
-                its folder could have put a link to any file there, to have that sealed instead.
+            ConfigError: it cannot be read, or is another file by now: whoever may write in the
+                folder could have put a link there, so that another file would be sealed.
         """
         try:
-            # O_NONBLOCK: a fifo that took its place does not block.
+            # O_NONBLOCK: a fifo that replaced it does not block.
             descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise ConfigError(f"cannot read {self.path}: {error.strerror}") from error
@@ -72,11 +72,11 @@ class PlainFile:
 
 
 class Listing(NamedTuple):
-    """What was found in a folder, by its path from there.
+    """The content of a folder; paths are relative to it.
 
     Attributes:
-        files: those to seal.
-        left_out: what the ignore file leaves out.
+        files: the files to seal.
+        left_out: paths that the ignore file leaves out.
         empty: folders without a file.
     """
 
@@ -86,10 +86,10 @@ class Listing(NamedTuple):
 
 
 def list_files(folder: Path) -> Listing:
-    """List a folder; ConfigError where it cannot be read, or holds what is no file or folder."""
+    """List a folder; ConfigError where it cannot be read or has entries of another kind."""
     ignored = _ignored(folder)
-    found, left_out, empty = listing = Listing({}, [], [])
-    # By descriptors: a folder that is exchanged for a link meanwhile is not walked into.
+    files, left_out, empty = listing = Listing({}, [], [])
+    # By descriptors: a folder that is replaced by a link meanwhile is not entered.
     listed, visited = {folder}, set()
     for parent, folders, names, descriptor in os.fwalk(folder, onerror=_refuse):
         visited.add(Path(parent))
@@ -122,7 +122,7 @@ def list_files(folder: Path) -> Listing:
             if not _is_text(from_system(name)):
                 raise ConfigError(f"the file name {name!r} is not UTF-8", hint="rename it")
             if stat.S_ISREG(mode):
-                found[from_system(path.relative_to(folder).as_posix())] = PlainFile.of(path, info)
+                files[from_system(path.relative_to(folder).as_posix())] = PlainFile.of(path, info)
             elif not stat.S_ISDIR(mode):
                 raise ConfigError(f"{path} is neither a regular file nor a folder")
     if exchanged := listed - visited:
@@ -130,11 +130,11 @@ def list_files(folder: Path) -> Listing:
             f"{min(exchanged)} was exchanged while the folder was being listed",
             hint="seal it when nobody writes there any more",
         )
-    if not found:
+    if not files:
         raise ConfigError(f"the folder {folder} has no files to seal")
-    if len(found) > MAX_FILES:
+    if len(files) > MAX_FILES:
         raise ConfigError(
-            f"the folder {folder} has {len(found)} files, and a sealed model has at most "
+            f"the folder {folder} has {len(files)} files, and a sealed model has at most "
             f"{MAX_FILES}",
             hint="pack what belongs together into one file, or seal several models",
         )
@@ -151,15 +151,15 @@ def _refuse(error: OSError) -> None:
 
 
 def doubtful(paths: Collection[str]) -> tuple[str, ...]:
-    """What of some paths looks like secrets or leftovers: the outermost part that does."""
-    found: dict[str, None] = {}
+    """The outermost parts of some paths that look like secrets or leftovers."""
+    outermost: dict[str, None] = {}
     for path in sorted(paths):
         parts = path.split("/")
         for depth, name in enumerate(parts, 1):
             if any(fnmatch.fnmatchcase(name, each) for each in (*_SECRETS, *_LEFTOVERS)):
-                found["/".join(parts[:depth])] = None
+                outermost["/".join(parts[:depth])] = None
                 break
-    return tuple(found)
+    return tuple(outermost)
 
 
 def _ignored(folder: Path) -> list[str]:

@@ -1,7 +1,7 @@
-"""Asking providers which key version wrapped something, where names do not say.
+"""Ask providers which key version wrapped a recipient, where names do not prove it.
 
-Only an answer counts: a recipient opens with a version, or it does not. A refusal, and a service
-that does not answer, are neither.
+Only an answer counts: a recipient opens with a version, or it does not. A refusal, or a service
+that does not answer, proves neither.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ if TYPE_CHECKING:
 __all__ = ["Prover", "Provers"]
 
 Answer = bool | ProviderError
-# After one of these every further question would be answered alike, or make it worse.
+# After one of these errors each further question would fail alike, or do harm.
 _FINAL: Final = (AccessDenied, LockedOut, ProviderUnavailable)
 
 
 def ask_many(
     config: Config, name: str, items: Sequence[tuple[WrappedKey, bytes]]
 ) -> list[Dek | ProviderError]:
-    """Unwrap many recipients with one provider, in few calls where it can: one answer each.
+    """Unwrap many recipients with one provider, in few calls if possible; one answer for each.
 
-    Nothing is asked after the service was once not reached, or refused.
+    After the service was once not reached, or refused, it is not asked again.
     """
     known = unwrap_many(config, name, items) if len(items) > 1 else ()
     if known:
@@ -67,7 +67,7 @@ def _unwrap(wrapped: WrappedKey, context: bytes, provider: KeyProvider[Any]) -> 
 
 
 class Prover:
-    """One version of one key, and what it opens.
+    """One version of one key, and the recipients that it opens.
 
     Attributes:
         tries: whether the version itself is tried; False where names are compared.
@@ -76,7 +76,7 @@ class Prover:
     def __init__(
         self, config: Config, reference: KeyRef, *, names_only: bool, retired: bool = False
     ) -> None:
-        """``names_only`` compares names, and tries nothing; ``retired`` cannot be tried."""
+        """``names_only`` compares names and tries no key; a ``retired`` version cannot be tried."""
         self._config, self._reference = config, reference
         self._retired, self._provers = retired, Provers(config)
         self.tries = not (names_only or retired)
@@ -87,13 +87,13 @@ class Prover:
 
     @classmethod
     def of(cls, config: Config, reference: KeyRef, *, names_only: bool) -> list[Prover]:
-        """The version that is named, or each of the key.
+        """A Prover for the version that is named, or for each version of the key.
 
         Raises:
             ConfigError: the backend does not manage keys.
             KeyNotFound: there is no such key or version.
-            KeyRetired: the one that is named is retired already, so nothing can be tried.
-            ProviderError: the provider does not say.
+            KeyRetired: the named version is retired already, so it cannot be tried.
+            ProviderError: the provider does not describe the key.
         """
         require(config, reference.provider, SupportsKeyManagement, "does not manage keys")
         info = call_provider(config, reference.provider, lambda p: p.describe_key(reference.key))
@@ -120,11 +120,11 @@ class Prover:
     def try_all(self, policies: Sequence[UnlockPolicy]) -> list[list[list[Answer]]]:
         """For each recipient of each group of each policy: whether this version opens it.
 
-        An answer that is an error means that nobody knows.
+        An answer that is an error means that it is unknown.
         """
         key, version = self._reference.key, str(self._reference.version)
         items: list[tuple[WrappedKey, bytes]] = []
-        places: list[tuple[int, int, int]] = []
+        positions: list[tuple[int, int, int]] = []
         answers: list[list[list[Answer]]] = [
             [[False] * len(group.recipients) for group in policy.groups] for policy in policies
         ]
@@ -135,7 +135,7 @@ class Prover:
                         continue
                     if self._names_only:
                         answers[n][g][m] = (wrapped.key, wrapped.version) == (key, version)
-                    # One key may have other names elsewhere, and other people other numbers.
+                    # Another config may have another name for the key, and other numbers.
                     elif wrapped.version == version or wrapped.key == key:
                         context = group.context(policy.manifest, m)
                         if self._retired:
@@ -143,16 +143,16 @@ class Prover:
                             continue
                         very = replace(wrapped, key=key, version=version)
                         items.append((very, context))
-                        places.append((n, g, m))
-        for (n, g, m), (wrapped, _), answer in zip(places, items, self._ask(items), strict=True):
+                        positions.append((n, g, m))
+        for (n, g, m), (wrapped, _), answer in zip(positions, items, self._ask(items), strict=True):
             answers[n][g][m] = self._meaning(wrapped, answer)
         return answers
 
     def _guess(self, wrapped: WrappedKey, context: bytes) -> Answer:
-        """What is known of a version that is retired, so that nobody can try it."""
+        """Whether a retired version opens a recipient, as far as names and other versions say."""
         if (wrapped.key, wrapped.version) == (self._reference.key, str(self._reference.version)):
             return True
-        # A retired version opens under no name, so what opens here is none of its.
+        # A retired version opens nothing, so a recipient that opens here is of another one.
         with suppress(ProviderError):
             if self._provers.holder(wrapped, context) is not None:
                 return False
@@ -177,7 +177,7 @@ class Prover:
             return False
         if isinstance(answer, UnsupportedOperation):
             try:
-                # A wrap by a public key is none of a key that has no public part, nor the reverse.
+                # A wrap under a public key is not by a key without a public part, nor the reverse.
                 return answer if ("pk" in wrapped.params) == self._public() else False
             except ProviderError:
                 return answer
@@ -187,20 +187,20 @@ class Prover:
         if self._has_public is None:
             key = self._reference.key
             with Dek.generate() as probe:
-                made = call_provider(
+                wrapped_probe = call_provider(
                     self._config,
                     self._reference.provider,
                     lambda p: p.wrap(key, probe, b"keymgmt probe"),
                 )
-            self._has_public = "pk" in made.params
+            self._has_public = "pk" in wrapped_probe.params
         return self._has_public
 
 
 class Provers:
-    """All providers of a config, asked which of them holds the key of a recipient."""
+    """All providers of a config: which of them holds the key of a recipient?"""
 
     def __init__(self, config: Config) -> None:
-        """Nothing is asked yet."""
+        """No provider is asked yet."""
         self._config = config
         self._broken: dict[str, ProviderError] = {}
 
@@ -208,7 +208,7 @@ class Provers:
         """The name of the provider that opens it, or None where none of the config does.
 
         Raises:
-            ProviderError: none does, and one of them could not be asked.
+            ProviderError: no provider opens it, and one of them could not be asked.
         """
         unknown: ProviderError | None = None
         for name in self._config.provider_names:

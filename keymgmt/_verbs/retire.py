@@ -1,8 +1,8 @@
-"""Retiring a key version, or deleting a key: the steps that can take away every copy of a model.
+"""Retire a key version or delete a key: steps that may make every copy of a model useless.
 
-A name proves nothing: one key may have several, and several keys one. So whatever could have been
-wrapped by the version is tried with that very version, and whoever opens still needs it. What could
-not be looked at, or not be tried, stops it. A key stands for all its versions.
+A name proves nothing: one key may have several names, and several keys one name. So whatever the
+version could have wrapped is tried with that version, and a model that it opens still needs it. A
+folder or recipient that could not be checked stops the step. A key stands for all its versions.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class Need:
-    """Which models of some folders need a key version.
+    """The models of some folders that need a key version.
 
     Attributes:
         key: the version, as ``provider:key@version``; without one, all versions of the key.
-        trees: the folders that were looked at.
-        proved: whether each version itself was tried; False where names were compared, as they
-            are for one that is retired.
+        trees: the folders that were searched.
+        proved: whether the version itself was tried; False where only names were compared, as for
+            a retired version.
         models: how many sealed models were read.
-        opens: folders of the models that it opens.
-        only_way_into: those of them in which every group needs it.
+        opens: folders of the models that the version opens.
+        only_way_into: those of them in which every group needs the version.
         links: links to folders, which were followed.
-        failures: what could not be looked at or tried, so that nobody knows.
+        failures: folders and recipients that could not be checked, so that it is unknown.
     """
 
     key: str
@@ -58,7 +58,7 @@ class Need:
 
     @property
     def verdict(self) -> str:
-        """``needed``; ``unknown``, where not all was looked at; or ``not_referenced``."""
+        """``needed``; ``unknown`` where not all was checked; or ``not_referenced``."""
         if self.opens:
             return "needed"
         return "unknown" if self.failures else "not_referenced"
@@ -78,7 +78,7 @@ class Need:
         }
 
     def check(self) -> None:
-        """ConfigError where it is needed, or nobody knows whether it is."""
+        """ConfigError where the version is needed, or where that is unknown."""
         if self.opens:
             raise ConfigError(
                 f"{self.key} opens {counted(len(self.opens), 'model')}, and is the only way into "
@@ -108,17 +108,17 @@ def needs(
     """Find out which sealed models at or below some folders a key, or one version of it, opens.
 
     Args:
-        key: the version, ``provider:key@version``; a key without one stands for all its versions,
-            of which those that are retired cannot be tried: what has the name or the number of
-            one, and is not seen to be another key's, is a failure.
+        key: the version, ``provider:key@version``. A key without a version stands for all its
+            versions. Retired versions cannot be tried: a recipient with the name or number of one
+            is a failure, unless another key is proved to have wrapped it.
         trees: the folders; links in them are followed.
         keys: a loaded config, or the path of one.
-        names_only: compare names and try nothing, which a key with two names deceives.
+        names_only: compare names and try no key; wrong where a key has two names.
 
     Raises:
         ConfigError: the config, or ``key``, is wrong.
-        KeyNotFound: there is no such key, or version of it.
-        KeyRetired: it is retired already, so that nothing can be tried.
+        KeyNotFound: there is no such key or version.
+        KeyRetired: the version is retired already, so it cannot be tried.
         ProviderError: the provider does not describe the key.
     """
     reference = KeyRef.parse(key)

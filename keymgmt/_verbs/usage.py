@@ -1,9 +1,9 @@
-"""Which key versions the sealed models of some folders still need, from their keys.json.
+"""The key versions that the sealed models of some folders still need, by their keys.json.
 
-A key is known by its public key, or by the provider that was asked and opened; else by its name
-alone, which two key services may both use and one may call otherwise. Nothing is authenticated:
-whoever can write to a tree can hide a model or invent one. What could not be looked at is listed,
-and then nothing is said to be unused.
+A key is identified by its public key, by the provider that opened with it, or else by its name
+alone, which two key services may both use. Nothing is authenticated: whoever can write to a tree
+can hide a model or add a false one. Failures are listed, and while there are any, no key version is
+reported as unused.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ KnownBy = Literal["public key", "provider", "name"]
 
 @dataclass
 class KeyUse:
-    """One version of one key: how many models it opens, and those that nothing else opens.
+    """One version of one key, and the models that it opens.
 
     Attributes:
         backend: kind of key service.
-        key: its name, as the models have it.
-        version: likewise.
-        known_by: what says that it is one key: the ``public key``; the ``provider`` that opened
-            with it; or the ``name`` alone, under which several keys may be counted as one.
-        identity: id of the public key (SHA-256, hex), or the provider's name; else empty.
-        opens: how many models.
-        only_way_into: the folders of those in which every group needs it.
+        key: name of the key in the models.
+        version: version of the key in the models.
+        known_by: how the key was identified: by its ``public key``, by the ``provider`` that opened
+            with it, or by its ``name`` alone, under which several keys may be counted as one.
+        identity: id of the public key (SHA-256, hex), or name of the provider; else empty.
+        opens: number of models that it opens.
+        only_way_into: folders of the models in which every group needs it.
     """
 
     backend: str
@@ -53,13 +53,13 @@ class KeyUse:
 
 @dataclass(frozen=True)
 class Usage:
-    """What some folders refer to.
+    """The key versions that the models of some folders name.
 
     Attributes:
-        models: how many sealed models were read.
+        models: number of sealed models that were read.
         keys: every key version that any of them names, sorted.
         links: links to folders, which were followed.
-        failures: what could not be looked at; while there is any, no key version is known unused.
+        failures: what could not be read; while there are any, no key version is known to be unused.
     """
 
     models: int
@@ -68,7 +68,7 @@ class Usage:
     failures: tuple[Failure, ...]
 
     def of(self, backend: str, key: str, version: str, identity: str = "") -> KeyUse | None:
-        """The use of one key version, or None if nothing that was read names it."""
+        """The use of one key version, or None if no model names it."""
         wanted = (backend, key, version, identity)
         return next(
             (u for u in self.keys if (u.backend, u.key, u.version, u.identity) == wanted), None
@@ -96,9 +96,9 @@ def usage(
 
     Args:
         trees: the folders; links in them are followed, and each model counts once.
-        prove: a loaded config, or the path of one: its providers are asked who holds what has no
-            public key. Without it no key service is asked.
-        by_name: count by name alone, also where a public key tells keys of one name apart.
+        prove: a loaded config, or the path of one: its providers are asked for the keys of
+            recipients without a public key. By default no key service is asked.
+        by_name: count by name alone, also where public keys differ under one name.
 
     Raises:
         ConfigError: the config is wrong.
@@ -117,7 +117,7 @@ def usage(
             models += 1
             groups = []
             for group in policy.groups:
-                places = set()
+                versions = set()
                 for member, wrapped in enumerate(group.recipients):
                     context = group.context(policy.manifest, member)
                     known: tuple[KnownBy, str] = ("name", "")
@@ -126,14 +126,14 @@ def usage(
                             known = _identity(wrapped, context, provers)
                         except ProviderError as error:
                             failures.append(Failure(str(path), error))
-                    places.add((wrapped.backend, wrapped.key, wrapped.version, *known))
-                groups.append(places)
-            for place in set().union(*groups):
-                use = uses.setdefault(place, KeyUse(*place))
+                    versions.add((wrapped.backend, wrapped.key, wrapped.version, *known))
+                groups.append(versions)
+            for version_id in set().union(*groups):
+                use = uses.setdefault(version_id, KeyUse(*version_id))
                 use.opens += 1
-                if all(place in group for group in groups):
+                if all(version_id in group for group in groups):
                     use.only_way_into.append(str(path))
-    keys = tuple(uses[place] for place in sorted(uses))
+    keys = tuple(uses[version_id] for version_id in sorted(uses))
     return Usage(models, keys, tuple(links), tuple(failures))
 
 
