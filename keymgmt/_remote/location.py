@@ -114,12 +114,17 @@ def _has_lost_a_slash(text: str) -> bool:
     return bool(_LOST.match(text)) and not os.path.lexists(text)
 
 
-def need_folder(path: str | os.PathLike[str]) -> None:
-    """ConfigError where a path is a location, or was one before pathlib took a slash."""
+def need_folder(path: str | os.PathLike[str], *, new: bool = False) -> None:
+    """ConfigError where a path is a location, or was one before pathlib took a slash.
+
+    ``new``: a model is written there, and not read.
+    """
     if _has_lost_a_slash(os.fspath(path)) or is_location(path):
         raise ConfigError(
             f"{os.fspath(path)} is not a folder of this machine, which this needs",
-            hint="copy the model to a folder first",
+            hint="name a folder here, and copy it there, or push it, afterwards"
+            if new
+            else "copy the model to a folder first",
         )
 
 

@@ -21,6 +21,7 @@ from keymgmt import floe
 from keymgmt._config.config import use_config
 from keymgmt._remote.artifact import Artifact, Blob, blob_of, hash_file
 from keymgmt._remote.folder import RemoteFolder
+from keymgmt._remote.location import need_folder
 from keymgmt._remote.origin import Origin
 from keymgmt._remote.parallel import Parallel
 from keymgmt._remote.registry import Registry
@@ -130,6 +131,7 @@ def pull(
         StorageError: the registry does not give it.
     """
     place = registry_location(location)
+    need_folder(path, new=True)
     # Where a link leads to the model, the model is replaced and not the link.
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 from keymgmt._config.config import use_config
 from keymgmt._crypto.dek import Dek, wipe
 from keymgmt._providers.names import check_model_name
+from keymgmt._remote.location import need_folder
 from keymgmt._system.audit import audit
 from keymgmt._system.files import make_folder, new_directory, replace_file, to_system
 from keymgmt._trust.candidate import Candidate, refusal, step
@@ -98,6 +99,7 @@ def seal(
         OSError: writing failed; nothing is left behind.
     """
     until = expiry_text(expires)
+    need_folder(target, new=True)
     model, output = find_source(source), Path(target)
     if output.name in ("", ".."):
         output = Path(os.path.realpath(output))

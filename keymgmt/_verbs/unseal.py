@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from keymgmt._remote.location import need_folder
 from keymgmt._system.files import new_directory, to_system
 from keymgmt._system.free_memory import check_free_memory
 from keymgmt._system.namespace import file_system
@@ -56,6 +57,7 @@ def unseal(
         ConfigError: ``directory`` exists, or cannot be written, or is not in memory.
         KeymgmtError: as ``keymgmt.open``; or the disk is full.
     """
+    need_folder(directory, new=True)
     target = Path(directory)
     with open_model(path, name=name, keys=keys) as model:
         done, total = 0, model.manifest.size

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import keymgmt
 from keymgmt._config.config import Config
 from keymgmt._remote.location import Location, is_location
 from keymgmt.errors import ConfigError
@@ -97,3 +100,20 @@ def test_a_program_does_not_get_the_variables_of_logins() -> None:
     secret = {"user": "me", "secret": {"env": "REGISTRY_PASSWORD"}}
     config = Config({"remote": {"access": {"oci://a.example": secret}}})
     assert "REGISTRY_PASSWORD" in config.secret_variables
+
+
+@pytest.mark.parametrize("target", ["s3://bucket/a", "oci://h/a:1", Path("s3://bucket/a")])
+def test_what_makes_a_folder_makes_it_on_this_machine(
+    site: Any, sealed: Path, monkeypatch: pytest.MonkeyPatch, target: str | Path
+) -> None:
+    """Else it was said to make the folder ``s3:``."""
+    monkeypatch.chdir(site.root)
+    makers: list[Callable[[], object]] = [
+        lambda: keymgmt.seal(site.plain, target, to=["local:a"], keys=site.config()),
+        lambda: keymgmt.unseal(sealed, target, keys=site.config()),
+        lambda: keymgmt.pull("oci://127.0.0.1:1/a:1", target, keys=site.config()),
+    ]
+    for make in makers:
+        with pytest.raises(ConfigError, match="not a folder of this machine") as refused:
+            make()
+        assert "copy" in str(refused.value.hint)
