@@ -43,6 +43,7 @@ _PART: Final = 8 << 20
 _CODE: Final = re.compile(rb'(?:"code"\s*:\s*"|<Code>)([A-Za-z_]{2,40})["<]')  # registries, S3
 _MAX_WAIT: Final = 10.0
 _REFUSED_BODY: Final = 1 << 16
+_LIES: Final = "the server, or a proxy on the way, is broken or hostile"
 T = TypeVar("T")
 
 
@@ -279,10 +280,14 @@ class Http(ForkSafe):
                     sink.restart()
                 ranged = answer.headers.get("content-range", "")
                 if answer.status == 206 and not ranged.startswith(f"bytes {start}-"):
-                    raise StorageUnavailable(f"{shown(url)} gives another range than was asked for")
+                    raise StorageUnavailable(
+                        f"{shown(url)} gives another range than was asked for", hint=_LIES
+                    )
                 for part in answer.parts(sink.size - sink.done, end):
                     if sink.done + len(part) > sink.size:
-                        raise StorageUnavailable(f"{shown(url)} is longer than {sink.size} bytes")
+                        raise StorageUnavailable(
+                            f"{shown(url)} is longer than {sink.size} bytes", hint=_LIES
+                        )
                     sink.write(part)
             if sink.done < sink.size:
                 raise _Again(_cut_short(url))
@@ -354,7 +359,9 @@ class Http(ForkSafe):
                 raise _Again(_refusal(answer, method, refusal_body), _retry_after(answer.headers))
             else:
                 raise _refusal(answer, method, refusal_body)
-        raise StorageUnavailable(f"{shown(url)} redirects again and again")
+        raise StorageUnavailable(
+            f"{shown(url)} redirects again and again", hint="look who answers at that address"
+        )
 
     def _send(
         self, method: str, url: str, headers: dict[str, str], body: bytes | Body | None, end: float
@@ -466,7 +473,9 @@ def redirected(url: str, location: str) -> str:
         target = urljoin(url, location)
         scheme, host, _ = origin_of(target)
     except ValueError as error:
-        raise StorageUnavailable(f"{shown(url)} redirects to what is no address") from error
+        raise StorageUnavailable(
+            f"{shown(url)} redirects to what is no address", hint="look who answers at that address"
+        ) from error
     if scheme == "https" or (scheme == "http" and is_loopback(host) and url.startswith("http://")):
         return target
     raise StorageDenied(
@@ -485,7 +494,9 @@ def _refusal(answer: Answer, method: str, body: bytes) -> KeymgmtError:
         return StorageDenied(
             message, hint='the config has the logins: [remote.access."SCHEME://HOST"]'
         )
-    hint = "it is busy or broken: try again later" if answer.status in _BUSY else None
+    hint = "look at the location, and at the log of the server"
+    if answer.status in _BUSY:
+        hint = "it is busy or broken: try again later"
     return StorageUnavailable(message, hint=hint)
 
 
@@ -518,7 +529,9 @@ def _translated(url: str) -> Iterator[None]:
             ) from error
         hint = "look whether it runs and is reached from here"
         if isinstance(error, exceptions.LocationParseError | exceptions.LocationValueError):
-            raise StorageUnavailable(f"{where} is no address") from error
+            raise StorageUnavailable(
+                f"{where} is no address", hint="look at the location, and at [remote] in the config"
+            ) from error
         if isinstance(error, exceptions.NewConnectionError | ConnectionRefusedError):
             message = "is not reached"
         elif isinstance(error, exceptions.TimeoutError):

@@ -73,7 +73,10 @@ class Login:
             realm, service = parameters["realm"], parameters.get("service", "")
             return f"Bearer {self._token(realm, service, credentials)}"
         if kind.lower() != "basic":
-            raise StorageDenied(f"{self._location.origin} asks for a login of another kind: {kind}")
+            raise StorageDenied(
+                f"{self._location.origin} asks for a login of another kind: {kind[:40]!r}",
+                hint="registries that ask for Basic or Bearer are understood",
+            )
         if credentials is None:
             raise StorageDenied(
                 f"{self._location.origin} asks for a login",
@@ -110,7 +113,9 @@ class Login:
         token = token_reply.get("token") or token_reply.get("access_token")
         if not isinstance(token, str) or not re.fullmatch(r"[!-~]+", token):
             # The reply is not repeated in the message: a part of it may be a token.
-            raise StorageUnavailable(f"{shown(realm)} gave no token")
+            raise StorageUnavailable(
+                f"{shown(realm)} gave no token", hint="look at the log of the server of tokens"
+            )
         return token
 
     def _check_realm(self, realm: str) -> None:
@@ -178,24 +183,32 @@ def _host(name: str) -> str:
 
 
 def _ask_helper(helper: str, host: str) -> _Credentials | None:
+    hint = f"docker login {host}, or name user and secret in the config"
     program = shutil.which(f"docker-credential-{helper}")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", helper) or program is None:
         raise StorageDenied(
             f"docker's config keeps the login with docker-credential-{helper[:40]}, which is not "
-            "installed"
+            "installed",
+            hint=hint,
         )
     try:
         done = subprocess.run(
             [program, "get"], input=host.encode(), capture_output=True, timeout=_SECONDS
         )
     except subprocess.TimeoutExpired:
-        raise StorageDenied(f"{program} did not answer within {_SECONDS} seconds") from None
+        raise StorageDenied(
+            f"{program} did not answer within {_SECONDS} seconds", hint=hint
+        ) from None
     if done.returncode:
         if b"credentials not found" in done.stdout:
             return None
-        raise StorageDenied(f"{program} gave no login for {host}: exit code {done.returncode}")
+        raise StorageDenied(
+            f"{program} gave no login for {host}: exit code {done.returncode}", hint=hint
+        )
     try:
         credentials = json.loads(done.stdout)
         return _Credentials(str(credentials["Username"]), str(credentials["Secret"]))
     except (ValueError, KeyError, TypeError):
-        raise StorageDenied(f"{program} gave no login for {host} that can be read") from None
+        raise StorageDenied(
+            f"{program} gave no login for {host} that can be read", hint=hint
+        ) from None

@@ -81,7 +81,10 @@ class Registry:
         if reply.status == 404:
             return None
         if not reply.whole:
-            raise StorageUnavailable(f"{self._location} is larger than {MAX_ARTIFACT} bytes")
+            raise StorageUnavailable(
+                f"{self._location} is larger than {MAX_ARTIFACT} bytes",
+                hint="it is no sealed model: look at the repository and the tag",
+            )
         data = bytes(reply.body)
         digest = Artifact(data, {}).digest
         announced = reply.headers.get("docker-content-digest", digest)

@@ -193,8 +193,9 @@ def test_only_https_is_followed(serve: Serve, settings: Settings, target: str) -
 
 def test_redirects_end(serve: Serve, settings: Settings) -> None:
     web = serve(lambda _, handler: reply(handler, 302, Location="/again"))
-    with pytest.raises(StorageUnavailable, match="again and again"):
+    with pytest.raises(StorageUnavailable, match="again and again") as refused:
         client(settings, web.url).request("GET", web.url, limit=9)
+    assert refused.value.hint
 
 
 def test_what_a_redirect_was_signed_with_is_not_told(
@@ -275,8 +276,9 @@ def test_another_answer_than_asked_for_is_refused(
     sink = Memory()
     if status == 206:
         sink.write(b"x" * 100)
-    with pytest.raises(StorageUnavailable, match=said):
+    with pytest.raises(StorageUnavailable, match=said) as refused:
         client(settings, web.url).fetch(web.url, sink)
+    assert refused.value.hint
 
 
 def test_a_server_that_gives_a_byte_now_and_then_is_given_up(

@@ -172,6 +172,7 @@ def test_a_helper_that_fails_is_named_and_what_it_said_is_not(
     write_docker(tmp_path, credsStore="vault")
     with pytest.raises(StorageDenied, match=said) as refused:
         reach(guarded, auth="docker").digest()
+    assert refused.value.hint
     assert PASSWORD not in f"{refused.value!r}"
 
 
@@ -192,6 +193,7 @@ def test_a_docker_config_that_cannot_be_read_is_named(
     write_docker(tmp_path).write_text(content.replace("HOST", guarded.host))
     with pytest.raises(StorageDenied) as refused:
         reach(guarded, auth="docker").digest()
+    assert refused.value.hint
     assert PASSWORD not in f"{refused.value!r}"
 
 
@@ -314,8 +316,9 @@ def test_another_challenge_is_refused(
     serve: Serve, authority: Authority, password: Any, challenge: str
 ) -> None:
     web = serve(lambda _, handler: reply(handler, 401, WWW_Authenticate=challenge), tls=True)
-    with pytest.raises(StorageDenied):
+    with pytest.raises(StorageDenied) as refused:
         reach(web, ca_file=authority.ca_file, user="me", secret=password).digest()
+    assert refused.value.hint
 
 
 @pytest.mark.parametrize(
