@@ -1,8 +1,8 @@
-"""Pull: get a sealed model from a registry, as far as it is not here yet.
+"""Pull: download a sealed model from a registry, except the files that are here already.
 
-What is to be the model is filled beside it, in a folder that outlives an interruption. The small
-files come first, and the config decides by them whether the model is let in; then come the
-payload's, each known by the digest of the artifact and by the size that the sealed manifest gives.
+The new model is downloaded into a folder beside the target, which outlives an interruption. The
+small files come first, and by them the config decides whether the model is accepted. The payload
+files follow; the artifact gives the digest of each, and the sealed manifest its size.
 """
 
 from __future__ import annotations
@@ -65,16 +65,16 @@ _LIMITS = {MANIFEST: MAX_MANIFEST, KEYS: MAX_KEYS, SIGNATURES: MAX_SIGNATURES}
 
 @dataclass(frozen=True)
 class Pulled:
-    """What a pull brought.
+    """The result of a pull.
 
     Attributes:
-        manifest: what the model is.
-        location: where it came from, as it was given.
-        digest: of the artifact that was there when the pull began.
+        manifest: name, release, files and metadata.
+        location: the location as it was given.
+        digest: digest of the artifact that was at the location when the pull began.
         path: the folder.
-        state: ``new``; ``replaced``, another model or release took the place of the old;
-            ``updated``, who may open it or who signed it; ``current``.
-        received: bytes of files that came.
+        state: ``new``; ``replaced``: another model or release replaced the old; ``updated``: its
+            recipients or signatures changed; ``current``: nothing changed.
+        received: bytes of the files that were downloaded.
     """
 
     manifest: Manifest
@@ -107,32 +107,32 @@ def pull(
     keys: Config | str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Pulled:
-    """Get a sealed model from a registry: only those of its files that are not here yet.
+    """Download a sealed model from a registry: only the files that are not here yet.
 
-    The folder takes its name when this config lets the model in and all of it is there. Killed, it
-    goes on where it was when it is run again. Of a model that is here already, keys.json and
-    signatures.json are replaced, each in one step.
+    The folder appears at ``path`` when this config accepts the model and all files are there. An
+    interrupted pull goes on where it ended when it is run again. Of a model that is here already,
+    keys.json and signatures.json are replaced, each in one step.
 
     Args:
-        location: ``oci://HOST/REPOSITORY:TAG``, or ``@DIGEST``. A tag is looked up once: whoever
-            moves it meanwhile changes nothing.
-        path: the folder; its parent exists. A sealed model there is brought up to date.
+        location: ``oci://HOST/REPOSITORY:TAG``, or ``@DIGEST``. A tag is resolved once; if it is
+            moved meanwhile, that has no effect.
+        path: the folder; its parent exists. A sealed model there is updated.
         name: the model name that is expected; another one is refused.
-        force: replace a model of another name, a later release, or one that was changed here.
+        force: replace a model of another name, a later release, or a model that was changed here.
         keys: a loaded config, or the path of one.
-        progress: told the bytes done, and those in all.
+        progress: called with the bytes done and the bytes in all.
 
     Raises:
-        ConfigError: nothing is at the location, or what is at ``path`` is not replaced.
-        FormatError, IntegrityError: what the registry gives is no sealed model, or damaged.
-        UntrustedPublisher, ModelExpired, RollbackError: the config does not let it in, or a later
+        ConfigError: the location has no artifact, or whatever is at ``path`` is not replaced.
+        FormatError, IntegrityError: the artifact is not a sealed model, or it is damaged.
+        UntrustedPublisher, ModelExpired, RollbackError: the config refuses the model, or a later
             release is here.
         ProviderError: the anchor of the release memory cannot be read.
-        StorageError: the registry does not give it.
+        StorageError: the registry cannot be reached, or refuses access.
     """
-    place = registry_location(location)
+    source = registry_location(location)
     need_folder(path, new=True)
-    # Where a link leads to the model, the model is replaced and not the link.
+    # Where ``path`` is a link to the model, the model is replaced and not the link.
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
         raise ConfigError(
@@ -141,43 +141,43 @@ def pull(
         )
     if target.exists() and not target.is_dir():
         raise ConfigError(f"{target} exists and is no folder", hint="name another one")
-    with use_config(keys) as config, Registry(place, config.remote) as registry:
+    with use_config(keys) as config, Registry(source, config.remote) as registry:
         artifact = registry.find()
         if artifact is None:
             raise registry.nothing()
         try:
             with resumable_directory(target, artifact.blob(MANIFEST).digest) as folder:
-                work = _Pull(place, target, artifact, registry, folder)
+                work = _Pull(source, target, artifact, registry, folder)
                 work.admit(config, name)
                 state = work.finish(force, progress)
         except OSError as error:
             raise translate(error, target) from error
         manifest = work.manifest
         audit("pull", model=manifest.id.hex(), name=manifest.name, digest=artifact.digest)
-        return Pulled(manifest, str(place), artifact.digest, str(path), state, work.received)
+        return Pulled(manifest, str(source), artifact.digest, str(path), state, work.received)
 
 
 class _Pull:
-    """One model on its way into ``folder``, which becomes ``target``."""
+    """The download of one model into ``folder``, which becomes ``target``."""
 
     def __init__(
         self,
-        place: Location,
+        source: Location,
         target: Path,
         artifact: Artifact,
         registry: Registry,
         folder: Path,
     ) -> None:
-        self._place, self._target = place, target
+        self._source, self._target = source, target
         self._artifact, self._registry = artifact, registry
         self._folder = folder
-        self._origin = Origin.of(place, artifact).to_bytes()
+        self._origin = Origin.of(source, artifact).to_bytes()
         self.received = 0
 
     def admit(self, config: Config, name: str | None) -> None:
-        """Let the config decide by the small files, and see that the artifact has all others."""
+        """Let the config decide by the small files, and check that the artifact has all others."""
         self._small = self._read_small()
-        with Candidate.of(RemoteFolder(str(self._place), _Read(self._small))) as candidate:
+        with Candidate.of(RemoteFolder(str(self._source), _Read(self._small))) as candidate:
             candidate.trust(config, name)
             candidate.policy()
             self.manifest = candidate.manifest
@@ -195,16 +195,16 @@ class _Pull:
             self._payload[entry.path] = blob
 
     def _read_small(self) -> dict[str, bytes]:
-        """The small files: from the model that is here, where it has them, else from there."""
+        """The small files: from the local model if it has the same ones, else downloaded."""
         wanted = [MANIFEST, KEYS, *([SIGNATURES] if SIGNATURES in self._artifact.files else [])]
         small = {}
         with contextlib.ExitStack() as stack:
-            here = None
+            local = None
             if self._target.is_dir():
-                here = stack.enter_context(SealedFolder(self._target))
+                local = stack.enter_context(SealedFolder(self._target))
             for name in wanted:
                 blob = self._artifact.blob(name)
-                content = here.read(name, _LIMITS[name], optional=True) if here else b""
+                content = local.read(name, _LIMITS[name], optional=True) if local else b""
                 if blob_of(content) != blob:
                     content = self._registry.read(blob, _LIMITS[name], name)
                     self.received += blob.size
@@ -214,7 +214,7 @@ class _Pull:
     def finish(
         self, force: bool, progress: Progress | None
     ) -> Literal["new", "replaced", "updated", "current"]:
-        """Get what is not here, and put it in place."""
+        """Download the missing files, and put the model in its place."""
         size = sum(blob.size for blob in self._payload.values())
         self._transfers = Parallel(progress, size)
         if not os.path.lexists(self._target):
@@ -233,7 +233,7 @@ class _Pull:
                 here = self._here(old)
                 if here == self._payload.keys():
                     return self._update(old)
-                # Something of it was lost or damaged: the rest of it stays.
+                # A payload file is missing or damaged: the other ones are kept.
                 self._fetch(self._keep(here))
                 old.check_place()
                 self._put_in_place(look)
@@ -246,7 +246,7 @@ class _Pull:
             return "replaced"
 
     def _check_succession(self) -> None:
-        """Refuse to put a model in the place of another one, or of a later release."""
+        """Refuse to replace another model, or a later release."""
         with Candidate.read(self._target) as candidate:
             old = candidate.manifest
         if old.name != self.manifest.name:
@@ -275,7 +275,7 @@ class _Pull:
                 )
 
     def _here(self, old: SealedFolder) -> set[str]:
-        """Those payload files of the old folder that are as they should be."""
+        """The payload files of the old folder that have the digest of the artifact."""
 
         def whole(path: str) -> bool:
             blob, read = self._payload[path], [0]
@@ -297,7 +297,7 @@ class _Pull:
         return {path for path, same in looked_at if same}
 
     def _keep(self, here: set[str]) -> set[str]:
-        """Give payload files of the old folder a second name in the new one, where that goes."""
+        """Hard-link payload files of the old folder into the new one, where the disk can."""
         kept = set()
         for path in here:
             name = to_system(payload_name(path))
@@ -338,7 +338,7 @@ class _Pull:
         name = payload_name(path)
         file = self._folder / to_system(name)
         make_folder(file.parent)
-        # From a pull that was killed, a second name of a file of the old model: not to be written.
+        # After a killed pull this may be a link to a file of the old model, which stays unwritten.
         if file.exists() and file.lstat().st_nlink > 1:
             file.unlink()
         with _open_download(file, self._payload[path], self._transfers.told) as download:
@@ -363,7 +363,7 @@ class _Pull:
 
 
 class _Read:
-    """Small files that were read from a registry, as a ``Storage``."""
+    """Small files that were downloaded from a registry, as a ``Storage``."""
 
     def __init__(self, small: Mapping[str, bytes]) -> None:
         self._small = small
@@ -379,7 +379,7 @@ class _Read:
 
 
 class _Download:
-    """A file that comes from a registry, and what came of it before."""
+    """The download of one file, which goes on after the bytes of an earlier try."""
 
     def __init__(self, descriptor: int, blob: Blob, told: Callable[[int], object]) -> None:
         self._descriptor, self._blob, self._told = descriptor, blob, told
@@ -397,7 +397,7 @@ class _Download:
 
     @property
     def whole(self) -> bool:
-        """Whether it is the blob that it should be."""
+        """Whether the whole file has arrived and has its digest."""
         return f"sha256:{self._hash.hexdigest()}" == self._blob.digest
 
     def write(self, part: bytes) -> None:

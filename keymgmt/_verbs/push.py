@@ -1,4 +1,4 @@
-"""Push: put a sealed model into a registry, as far as it is not there yet."""
+"""Push: upload a sealed model to a registry, except the files that are there already."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ Progress = Callable[[int, int], object]
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push put into a registry.
+    """The result of a push.
 
     Attributes:
-        manifest: what the model is.
-        location: where it is now, by its tag.
-        digest: of the artifact: ``oci://HOST/REPOSITORY@DIGEST`` is this very one for ever.
+        manifest: name, release, files and metadata.
+        location: the location of the model, with its tag.
+        digest: digest of the artifact: ``oci://HOST/REPOSITORY@DIGEST`` never names another one.
         sent: bytes of the files that the registry did not have.
-        moved: whether the tag is another than before.
-        refusal: why this config would not open it; None where it would.
+        moved: whether the tag was created or moved.
+        refusal: why this config would refuse to open the model; None where it would open it.
     """
 
     manifest: Manifest
@@ -78,34 +78,34 @@ def push(
     keys: Config | str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Pushed:
-    """Put a sealed model into a registry: only those of its files that are not there yet.
+    """Upload a sealed model to a registry: only the files that are not there yet.
 
-    A tag that is there must have the digest with which the model was pulled from it, or pushed to
-    it. That is looked at before anything is sent and once more before the tag is moved; registries
-    cannot do both in one step, so of two who push at the same moment the second one wins.
+    An existing tag must have the digest with which the model was pulled from it or pushed to it.
+    That is checked before anything is sent, and again before the tag is moved. Registries cannot
+    check and move in one step: of two that push at the same moment, the second one wins.
 
     Args:
         path: the sealed model's folder.
         location: ``oci://HOST/REPOSITORY:TAG``.
-        force: move the tag whatever it is.
-        keys: a loaded config, or the path of one: how the registry is reached.
-        progress: told the bytes done, and those in all.
+        force: move the tag whatever its digest is.
+        keys: a loaded config, or the path of one, with the login at the registry.
+        progress: called with the bytes done and the bytes in all.
 
     Raises:
-        ConfigError: the config or the location is wrong, or the tag is another by now.
-        SealedModelError: the model is damaged, as far as can be seen without a key.
-        StorageError: the registry does not take it.
+        ConfigError: the config or the location is wrong, or the tag was moved meanwhile.
+        SealedModelError: the model is damaged, as far as that can be seen without a key.
+        StorageError: the registry cannot be reached, or refuses the upload.
     """
-    place = registry_location(location)
-    if place.reference.startswith("sha256:"):
+    destination = registry_location(location)
+    if destination.reference.startswith("sha256:"):
         raise ConfigError(
-            f"{place} is a digest, and a model is pushed to a tag",
+            f"{destination} is a digest, and a model is pushed to a tag",
             hint="write oci://HOST/REPOSITORY:TAG",
         )
     with (
         use_config(keys) as config,
         Candidate.read(path) as candidate,
-        Registry(place, config.remote, push=True) as registry,
+        Registry(destination, config.remote, push=True) as registry,
     ):
         candidate.policy()
         before = registry.digest()
@@ -113,18 +113,18 @@ def push(
         artifact = upload.artifact
         origin = Origin.read(candidate.folder)
         moved = before != artifact.digest
-        allowed = {None, artifact.digest, origin.at(place) if origin else None}
+        allowed = {None, artifact.digest, origin.at(destination) if origin else None}
         if before not in allowed and not force:
-            raise _moved(place, before, origin)
-        # Also where the tag is the same: the registry may have lost something of it.
+            raise _moved(destination, before, origin)
+        # Also if the tag has this digest already: the registry may have lost a blob.
         sent = upload.run()
         if moved:
             now = registry.digest()
             if now != before and not force:
-                raise _moved(place, now, origin)
+                raise _moved(destination, now, origin)
             registry.tag(artifact)
         try:
-            candidate.folder.replace(ORIGIN, Origin.of(place, artifact).to_bytes())
+            candidate.folder.replace(ORIGIN, Origin.of(destination, artifact).to_bytes())
         except (OSError, ConfigError) as error:
             log.warning(
                 "%s: cannot note what was pushed, so the next push to this tag needs --force: %s",
@@ -134,31 +134,31 @@ def push(
         manifest = candidate.manifest
         audit("push", model=manifest.id.hex(), name=manifest.name, digest=artifact.digest)
         refused = refusal(path, config)
-        return Pushed(manifest, str(place), artifact.digest, sent, moved, refused)
+        return Pushed(manifest, str(destination), artifact.digest, sent, moved, refused)
 
 
 def registry_location(location: str) -> Location:
-    """The location in a registry that a person gave; ConfigError where it is none."""
-    place = Location.parse(location)
-    if place.scheme != "oci":
-        raise ConfigError(f"{place} is no registry", hint="write oci://HOST/REPOSITORY:TAG")
-    return place
+    """Read a location in a registry; ConfigError where it is not one."""
+    destination = Location.parse(location)
+    if destination.scheme != "oci":
+        raise ConfigError(f"{destination} is no registry", hint="write oci://HOST/REPOSITORY:TAG")
+    return destination
 
 
-def _moved(place: Location, now: str | None, origin: Origin | None) -> ConfigError:
-    was = origin.at(place) if origin else None
+def _moved(destination: Location, now: str | None, origin: Origin | None) -> ConfigError:
+    was = origin.at(destination) if origin else None
     before = f"and was {was} when this model was pulled" if was else "and this model is not from it"
     return ConfigError(
-        f"{place} is {now or 'gone'} by now, {before}",
+        f"{destination} is {now or 'gone'} by now, {before}",
         hint="pull it and do the work again, push to another tag, or move the tag with --force",
     )
 
 
 class _Upload:
-    """The files of one sealed model on their way."""
+    """The upload of one sealed model."""
 
     def __init__(self, candidate: Candidate, registry: Registry, progress: Progress | None) -> None:
-        """Read and hash all that there is to push."""
+        """Read and hash all files of the model."""
         folder, manifest = candidate.folder, candidate.manifest
         self._candidate, self._registry = candidate, registry
         self._small = {MANIFEST: candidate.data, KEYS: folder.read(KEYS, MAX_KEYS)}
@@ -193,7 +193,7 @@ class _Upload:
             raise translate(error, payload_name(path)) from error
 
     def run(self) -> int:
-        """Send what the registry does not have; how many bytes that were."""
+        """Send the files that the registry does not have; returns their bytes."""
         files = self.artifact.files
         config = blob_of(self.artifact.config)
         sent = sum(self._transfers.map(self._put, files))
@@ -215,7 +215,7 @@ class _Upload:
 
 
 class _Content:
-    """Bytes that are sent, from their beginning."""
+    """Bytes in memory, as the body of a request."""
 
     def __init__(self, content: bytes, told: Callable[[int], object]) -> None:
         self._left, self._told = memoryview(content), told
@@ -228,7 +228,7 @@ class _Content:
 
 
 class _File:
-    """A payload file that is sent, from its beginning."""
+    """A payload file, as the body of a request."""
 
     def __init__(self, source: Ciphertext, size: int, told: Callable[[int], object]) -> None:
         self._parts, self._size, self._told, self._done = source.parts(), size, told, 0
@@ -238,7 +238,7 @@ class _File:
         try:
             part = bytes(self._parts.read(self._done, min(size, left) if size >= 0 else left))
         except OSError as error:
-            # Else it would be taken for a fault of the connection.
+            # Otherwise urllib3 would report a fault of the connection.
             raise translate(error, "the file that is sent") from error
         self._done += len(part)
         self._told(len(part))

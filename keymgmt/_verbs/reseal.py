@@ -1,4 +1,4 @@
-"""Reseal: a new data key and a new id, the answer to a party that must lose access.
+"""Reseal: encrypt a model under a new data key, with a new id, to take access away from a party.
 
 The plaintext goes from the old segments to the new ones through one buffer per thread and touches
 no disk.
@@ -57,33 +57,33 @@ def reseal(
         target: a new folder; by default ``path`` is replaced atomically, and keeps its owner,
             group and mode.
         to: groups of recipients, written as for ``keymgmt.seal``; by default ``[seal] to``.
-            The old groups are not taken over: who is to lose access must not stay by default.
-        sign: the publisher's key; by default ``[seal] sign``, if the config had the old model's
-            signature checked. Old signatures are not valid for the new data key: none is kept.
+            The old groups are not copied, so that a party does not keep its access by default.
+        sign: the publisher's key; by default ``[seal] sign``, if the config required the old
+            model's signature. Old signatures are not valid for the new data key and are dropped.
         keys: a loaded config, or the path of one.
         name: the model name that is expected; the new one has the same.
-        release: its number; by default the old one.
+        release: release number; by default that of the old model.
         fingerprints: of recipient files that no trusted signer vouches for.
-        expires: until when the signature counts; by default as long as that of the old model.
+        expires: until when the signature counts; by default like that of the old model.
         progress: called with (bytes done, bytes in all).
 
     Raises:
         ConfigError: no recipients; no signer where this config requires signatures, or none named
             where it does not; ``target`` exists; the folder to replace holds what is not of the
             model; or somebody else changes it for a minute.
-        IntegrityError: another folder is at ``path`` by now; it is as it was.
+        IntegrityError: ``path`` is another folder by now, which is left as it was.
         KeymgmtError: as ``keymgmt.open`` and ``keymgmt.seal``; the old model is as it was.
     """
     need_folder(path)
     until = expiry_text(expires)
-    # Where a link leads to the model, the model is replaced and not the link.
+    # Where ``path`` is a link to the model, the model is replaced and not the link.
     output = Path(target) if target is not None else Path(os.path.realpath(path))
     with use_config(keys) as config:
         if target is not None:
             check_target(output)
         else:
             replaceable(output)(output)
-        # Looked at before the key service is asked for the old key; what it says is checked below.
+        # Read before the key service is asked for the old key; its content is checked below.
         with Candidate.read(path) as candidate:
             rules = candidate.manifest.rules
         groups = resolve_groups(list(to) or config.seal.to, config, fingerprints, rules)
@@ -96,11 +96,11 @@ def reseal(
                 ) as folder,
                 Dek.generate() as dek,
             ):
-                old, place = model.manifest, model._folder
+                old, old_folder = model.manifest, model._folder
                 if until is None and signer is not None and model.vouched is not None:
                     until = model.vouched.expires
                 if target is None:
-                    place.lock()
+                    old_folder.lock()
                 manifest = write_sealed(
                     folder,
                     {
@@ -120,10 +120,10 @@ def reseal(
                     progress=progress,
                 )
                 if target is None:
-                    # What it was pulled from stays known to the push that follows.
-                    if origin := place.read(ORIGIN, MAX_ORIGIN, optional=True):
+                    # The origin is kept: a push that follows needs it.
+                    if origin := old_folder.read(ORIGIN, MAX_ORIGIN, optional=True):
                         replace_file(folder / ORIGIN, origin)
-                    place.check_place()
+                    old_folder.check_place()
         except FileExistsError as error:
             raise exists(output) from error
         audit("reseal", model=manifest.id.hex(), name=manifest.name, was=old.id.hex())

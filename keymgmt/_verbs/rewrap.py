@@ -1,8 +1,8 @@
-"""Rewrap: new wraps of the same data key. Only keys.json is replaced; the payload is not touched.
+"""Rewrap: wrap the same data key again. Only keys.json is replaced; the payload is not touched.
 
-The model is opened first, as anybody would open it, and the MAC of the policy is checked, so
-nothing is ever wrapped to a recipient that a holder of the data key did not put there. What was
-written is read back and opened again, before it takes its place and after.
+The model is opened first, like any model, and the MAC of the policy is checked. So the data key is
+only wrapped to recipients that a holder of the data key put there. The new keys.json is read back
+and opened before it replaces the old one, and again afterwards.
 """
 
 from __future__ import annotations
@@ -50,31 +50,31 @@ if TYPE_CHECKING:
 
 __all__ = ["GroupChange", "Rewrapped", "Task", "Wanted", "rewrap"]
 
-# Who has more recipients asks for them in batches of its own, and not together with other models.
+# A model with more recipients asks for them in batches of its own, apart from other models.
 _FEW: Final = 64
 _MEMBER: Final = re.compile(r"([^@#]+)(?:@([^#]+))?(?:#(.+))?")
 
 State = Literal[
     "moved", "current", "added", "dropped", "kept", "foreign", "unreachable", "denied", "damaged"
 ]
-# Whose fault it is that a group was not moved, the worst first, and the exit codes for it.
+# The states of groups that were not moved, the worst first, and their exit codes.
 EXIT_CODES: Final[dict[State, int]] = {"unreachable": 6, "denied": 5, "damaged": 4}
 _DENIED: Final = (AccessDenied, LockedOut, KeyRetired, UnsupportedOperation)
 
 
 @dataclass(frozen=True)
 class GroupChange:
-    """What became of one group.
+    """The outcome of a rewrap for one group.
 
     Attributes:
         group: its recipients, as ``inspect`` shows them.
-        state: ``moved`` to newest key versions, or ``current``: it has them; ``added``;
-            ``dropped``; ``kept`` without a look; or not moved, because it is ``foreign`` (no
-            provider here holds its keys), a key service is ``unreachable`` or ``denied`` it, or it
-            is ``damaged`` or another key of that name made it, which no cipher can tell.
-        tested: whether it was opened here afterwards.
-        note: for people.
-        error: why it was not moved.
+        state: ``moved`` to the newest key versions; ``current``: it has them already; ``added``;
+            ``dropped``; ``kept`` without being opened. Not moved: ``foreign`` (no provider here
+            holds its keys); ``unreachable`` or ``denied`` by a key service; ``damaged``, which may
+            also mean that another key of that name made it: no cipher can tell the two apart.
+        tested: whether the new group was opened here.
+        note: an explanation for people.
+        error: why the group was not moved.
     """
 
     group: str
@@ -98,20 +98,20 @@ class GroupChange:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> GroupChange:
-        """One that ``to_json`` made, where nothing was wrong with it."""
+        """Reverse ``to_json``, for a group without an error."""
         return cls(value["group"], value["state"], value["tested"], value["note"])
 
 
 @dataclass(frozen=True)
 class Rewrapped:
-    """What a rewrap did, or would do, to one sealed model.
+    """The result of a rewrap, or of a dry run, for one sealed model.
 
     Attributes:
-        path: its folder.
+        path: the model's folder.
         name: the model's name.
         changed: whether keys.json was, or would be, replaced.
-        groups: what became of each group.
-        left: groups that still open with a key of a group that was dropped.
+        groups: the outcome for each group.
+        left: groups that still contain a key of a group that was dropped.
     """
 
     path: str
@@ -138,24 +138,24 @@ class Rewrapped:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Rewrapped:
-        """One that ``to_json`` made, where nothing was wrong with it."""
+        """Reverse ``to_json``, for a result without an error."""
         groups = tuple(map(GroupChange.from_json, value["groups"]))
         return cls(value["path"], value["name"], value["changed"], groups, tuple(value["left"]))
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What one model will ask of providers, and their answers where somebody asked them for it.
+    """The requests of one model to providers, and the answers that came in advance.
 
-    Whoever works on many models asks for all of them in few calls. What was not answered ahead is
-    asked for alone.
+    A caller with many models can make the requests of all of them in few calls. A request without
+    an answer is made alone.
 
     Attributes:
-        unwraps: provider, recipient and context of each.
-        wraps: provider, key, data key or share, and context.
-        unwrapped: answers, taken by whoever unwraps.
+        unwraps: provider, recipient and context of each request to unwrap.
+        wraps: provider, key, data key or share, and context of each request to wrap.
+        unwrapped: answers to ``unwraps``; the unlocker removes each that it uses.
         wrapped: (provider, key, context) -> answer.
-        writes: nothing more is asked: what follows writes to the disk, and waits for it.
+        writes: there are no more requests: the next step writes to the disk, and waits for it.
     """
 
     unwraps: Sequence[tuple[str, WrappedKey, bytes]] = ()
@@ -170,7 +170,7 @@ Steps = Generator[Wanted, None, "Rewrapped"]
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be done with a model, or with each of a tree of them.
+    """The arguments of a rewrap of one model, or of each model of a tree.
 
     Attributes:
         config: the loaded config.
@@ -180,10 +180,10 @@ class Task:
         only: leave no group but those of ``add``.
         force: allow that no group is left that opens here.
         dry_run: write nothing.
-        tree: whether this is one of many models: then a group to drop need not be there, and a
-            model that does not open here is told and not raised.
+        tree: whether this is one of many models: then a group to drop may be missing, and a model
+            that does not open here is reported and not raised.
         dropped: texts of ``drop`` that some model had.
-        down: providers that were not reached, which are not asked again.
+        down: providers that could not be reached, and are not asked again.
     """
 
     config: Config
@@ -199,12 +199,12 @@ class Task:
 
     @functools.cached_property
     def publishers(self) -> list[Publisher]:
-        """Those of the config, read once for all models."""
+        """The publishers of the config, read once for all models."""
         return load_publishers(self.config) if self.config.policy.require_signature else []
 
     @functools.cached_property
     def unwrapping(self) -> dict[str, list[str]]:
-        """Of each backend the providers that unwrap many recipients in one call."""
+        """By backend, the providers that unwrap many recipients in one call."""
         found: dict[str, list[str]] = {}
         for name in self.config.provider_names:
             if has_ability(self.config, name, SupportsBatchUnwrap):
@@ -219,12 +219,12 @@ class Task:
 
     @property
     def in_few_calls(self) -> bool:
-        """Whether every provider does many in one call, so that no model waits for its own."""
+        """Whether every provider takes many requests in one call."""
         unwrapping = {name for names in self.unwrapping.values() for name in names}
         return unwrapping & self.wrapping >= set(self.config.provider_names)
 
     def wanted(self, policy: UnlockPolicy, groups: Iterable[Group]) -> Wanted:
-        """What will be unwrapped of some groups, as far as a provider can do many at once."""
+        """The recipients of some groups that providers can unwrap many at once."""
         if not self.tree:
             return Wanted()
         found = [
@@ -319,7 +319,7 @@ def rewrap(
 
 
 class ChangedMeanwhile(Exception):
-    """Somebody else changes the model, or was killed while doing so: do it again, ``locked``."""
+    """Another process changes the model, or was killed while doing so: begin again, ``locked``."""
 
 
 def rewrap_one(path: str | os.PathLike[str], task: Task, name: str | None = None) -> Rewrapped:
@@ -340,10 +340,10 @@ def rewrap_steps(
     *,
     locked: bool = True,
 ) -> Steps:
-    """Rewrap one model step by step: before each it says what it wants of providers.
+    """Rewrap one model step by step; before each step it yields its requests to providers.
 
-    It is ``locked`` from the beginning, or for the writing alone, so that no lock is held while a
-    key service is asked. Raises as ``rewrap``; ChangedMeanwhile where it was not locked in time.
+    It is ``locked`` from the beginning, or only for writing, so that no lock is held while a key
+    service is asked. Raises as ``rewrap``; ChangedMeanwhile where another process changed it.
     """
     candidate, _ = admit(path, task.config, name, task.publishers)
     with candidate:
@@ -399,9 +399,9 @@ def rewrap_steps(
 
 
 def _state_of(error: KeymgmtError, *, authentic: bool) -> State:
-    """What it means for a group that a provider answered so; what is unknown is not harmless."""
+    """The state of a group for an error of a provider; an unknown error is not harmless."""
     if isinstance(error, WrongKey) or (authentic and isinstance(error, UnwrapFailed)):
-        # What a holder of the data key wrote is not damaged: another key of that name made it.
+        # It is not damaged if a holder of the data key wrote it: another key of that name made it.
         return "foreign"
     if isinstance(error, UnwrapFailed):
         return "damaged"
@@ -467,11 +467,11 @@ class _Work:
         self._held.close()
 
     def check_opens_here(self, path: str) -> None:
-        """Refuse to leave no group that opens with this config, or of which nobody knows.
+        """Refuse to leave no group that opens with this config, or none that is known to.
 
         Raises:
             ConfigError: there is none.
-            ProviderError: a key service that might hold a key does not say.
+            ProviderError: a key service that may hold a key does not answer.
         """
         doubt: KeymgmtError | None = None
         for index, group in self.groups.items():
@@ -503,7 +503,7 @@ class _Work:
         return True
 
     def look(self) -> None:
-        """Find the groups that are to be wrapped again: those whose keys are here.
+        """Find the groups to wrap again: those whose keys are here.
 
         Also where an older version opens no more: the group is that of who sealed, and the key is
         this provider's own.
@@ -521,14 +521,14 @@ class _Work:
                 self._again[index] = opened, wraps
 
     def split(self) -> None:
-        """Make fresh shares for every group that is wrapped again or added."""
+        """Make new shares for every group that is wrapped again or added."""
         again: list[Sequence[Wrap]] = [wraps for _, wraps in self._again.values()]
         for wraps in (*again, *self._task.add):
             group = NewGroup(self._dek, self._hash, len(wraps))
             self._new.append((wraps, self._held.enter_context(group)))
 
     def wanted(self) -> Wanted:
-        """What will be wrapped, as far as a provider can do many at once."""
+        """The requests to wrap that providers can take many at once."""
         if self._task.tree:
             wraps = [
                 (wrap.provider, wrap.key, share, context)
@@ -540,9 +540,9 @@ class _Work:
         return self._wanted
 
     def refresh(self) -> None:
-        """Wrap again what ``look`` found, and move every group of which a key has a newer version.
+        """Wrap again the groups that ``look`` found, and move those with newer key versions.
 
-        What is wrapped by the version that it has already is left as it is.
+        A group that has the newest version already is left as it is.
         """
         for index, (opened, _) in self._again.items():
             group = self.groups[index]
@@ -572,7 +572,7 @@ class _Work:
         return group.wrap([self._careful(wrap) for wrap in wraps])
 
     def _careful(self, wrap: Wrap) -> Wrap:
-        """One that does not ask a service which another model found not to answer."""
+        """A wrap that does not ask a service that another model could not reach."""
         down = self._task.down
         if not isinstance(wrap, ProviderKey):
             return wrap
@@ -591,19 +591,19 @@ class _Work:
         return call
 
     def drop(self) -> tuple[str, ...]:
-        """Take groups out; those that are left with a key of them."""
-        gone: list[Group] = []
+        """Take groups out; returns the remaining groups that contain a key of theirs."""
+        dropped: list[Group] = []
         for text in self._task.drop:
-            found = self._named(text)
-            if not found:
+            indices = self._named(text)
+            if not indices:
                 self._refuse_part(text)
                 if self._task.tree:
                     continue
                 shown = ", ".join(str(group) for group in list(self.groups.values())[:8])
                 raise ConfigError(f"there is no group {text}", hint=f"the groups are: {shown}")
             self._task.dropped.add(text)
-            gone += [self._take_out(index) for index in found]
-        names = {_identity(wrapped) for group in gone for wrapped in group.recipients}
+            dropped += [self._take_out(index) for index in indices]
+        names = {_identity(wrapped) for group in dropped for wrapped in group.recipients}
         return tuple(
             str(group)
             for group in self.groups.values()
@@ -619,7 +619,7 @@ class _Work:
     def _named(self, text: str) -> list[int]:
         """The groups that ``text`` names, whatever their versions."""
         members = [_MEMBER.fullmatch(member) for member in text.split("+")]
-        found = [
+        indices = [
             index
             for index, group in self.groups.items()
             if len(members) == len(group.recipients)
@@ -630,17 +630,17 @@ class _Work:
         ]
         public = {
             tuple(wrapped.params.get("pk") for wrapped in self.groups[index].recipients)
-            for index in found
+            for index in indices
         }
         if len(public) > 1:
-            # A fleet's devices have one key name: which of them must go is not to be guessed.
-            shown = ", ".join(str(self.groups[index]) for index in found[:4])
+            # The devices of a fleet have one key name, so the text may mean any of them.
+            shown = ", ".join(str(self.groups[index]) for index in indices[:4])
             raise ConfigError(
-                f"{text} names {len(found)} groups",
+                f"{text} names {len(indices)} groups",
                 hint=f"write the one that is meant as `inspect` shows it: {shown}"
-                + (", ..." if len(found) > 4 else ""),
+                + (", ..." if len(indices) > 4 else ""),
             )
-        return found
+        return indices
 
     def _is_named(self, match: re.Match[str], wrapped: WrappedKey) -> bool:
         name, version, public = match.groups()
@@ -702,13 +702,13 @@ class _Work:
         ]:
             return False
         names = [wrap.provider if isinstance(wrap, ProviderKey) else None for wrap in wraps]
-        # A device's other versions cannot be told from other devices of that name.
+        # Other versions of a device look like other devices of that name.
         if None in names or self.states[index].state in ("added", "moved"):
             return False
         return self._opens(index) and self._unlocker.providers(index) == names
 
     def new_keys(self) -> tuple[bytes, UnlockPolicy]:
-        """The new keys.json, and what a reader finds in it."""
+        """The content of the new keys.json, and the policy that a reader gets from it."""
         manifest = self._manifest
         groups = list(self.groups.values())
         data = UnlockPolicy.make(self._dek, manifest, self._hash, groups).to_bytes()
@@ -747,13 +747,13 @@ class _Work:
                     f"written: {reason}",
                     hint=reason.hint,
                 ) from reason
-            # Who may wrap need not be who may unwrap.
+            # A user who may wrap need not be allowed to unwrap.
             note = f"written, not tested: {reason}"
             self.states[index] = replace(state, tested=False, note=note)
 
 
 def _identity(wrapped: WrappedKey) -> tuple[str, str, str]:
-    """What tells a key from others: its name, and its public key where it has one."""
+    """The identity of a key: its name, and its public key if it has one."""
     return wrapped.backend, wrapped.key, wrapped.params.get("pk", "")
 
 

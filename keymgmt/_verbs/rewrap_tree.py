@@ -1,10 +1,10 @@
 """Rewrap of many sealed models: in step, with few calls to a key service and many writes at once.
 
-Models of a chunk go step by step together, so that what all of them ask of a provider is asked in
-one call. Writing is mostly waiting for the disk: threads do that, for one chunk while the next is
-at its steps. A model is locked while it is written alone, and each thread holds one lock, so two
-runs over one tree never wait for each other in a circle. What somebody else has changed meanwhile
-is done again under its lock.
+The models of a chunk take each step together, so that their requests to a provider go into one
+call. Writing is mostly waiting for the disk: threads write one chunk while the next takes its
+steps. A model is locked only while it is written, and each thread holds one lock, so two runs over
+one tree never wait for each other in a circle. A model that another process changed meanwhile is
+done again under its lock.
 """
 
 from __future__ import annotations
@@ -57,15 +57,14 @@ def rewrap_tree(
 ) -> Iterator[Result]:
     """Rewrap every sealed model below ``tree``, many at once, and tell of each as it is done.
 
-    A model with which something is wrong comes as a Failure and stops no other; one that does not
-    open here comes with the reason in the states of its groups. A key service that was not reached
-    is not asked again in this run. May be killed at any point and run again: what is done is found
-    done. A group to drop that no model had is a Failure of the tree. Arguments as for
+    An error in one model is yielded as a Failure and does not stop the others. If a model does not
+    open here, the states of its groups have the reason. A key service that was not reached is not
+    asked again in this run. A killed run may be started again: finished models are ``current``. A
+    group to drop that no model had is a Failure of the tree. Arguments as for
     ``keymgmt.rewrap``.
-
-    ``shard``, such as ``"2/8"``, names one of so many parts, into which the models fall by their
-    paths below ``tree``. The parts may run at the same time, on machines that mount the tree at
-    different places. That no model of a part had a group to drop is then no Failure.
+    ``shard``, such as ``"2/8"``, selects one part of the tree by the paths of the models below it.
+    The parts may run at the same time, on machines that mount the tree at different paths. It is
+    then no Failure that no model of the part had a group to drop.
 
     Raises:
         ConfigError, ProviderError: the config, or a group to add, is wrong; nothing was changed.
@@ -86,7 +85,7 @@ def rewrap_tree(
         yield from _in_chunks(find_models(tree, shard=part), task)
         for text in drop if part is None else ():
             if text not in task.dropped:
-                # Dropped by an earlier run, or misspelt: then nobody has lost access.
+                # The group was dropped by an earlier run, or it is misspelt.
                 message = f"no model that was opened had a group {text} to drop"
                 yield Failure(str(tree), ConfigError(message))
 
@@ -94,7 +93,7 @@ def rewrap_tree(
 def _in_chunks(found: Iterable[Path | Failure], task: Task) -> Iterator[Result]:
     """The results of each chunk, in the order of the tree, while it and the next are at work."""
     found = iter(found)
-    # A model holds two files open, and two chunks of them are under way.
+    # Each model has two files open, and two chunks are at work.
     size = min(CHUNK, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8))
     with ThreadPoolExecutor(_THREADS, "keymgmt rewrap") as pool:
         before = _Chunk([], task, pool)
@@ -114,7 +113,7 @@ def _in_chunks(found: Iterable[Path | Failure], task: Task) -> Iterator[Result]:
 
 
 class _Model:
-    """One model of a chunk: the steps that are left of it, or what became of it."""
+    """One model of a chunk: its remaining steps, or its result."""
 
     def __init__(self, path: Path, task: Task) -> None:
         self.path = path
@@ -125,7 +124,7 @@ class _Model:
         self._next = guarded(self._advance, "rewrap")
 
     def step(self) -> None:
-        """Go on to where something is wanted again, or to the end."""
+        """Go on to the next requests to providers, or to the end."""
         self._result = self._next(self.path)
 
     def _advance(self, _: Path) -> Any:
@@ -139,14 +138,14 @@ class _Model:
         return None
 
     def result(self, task: Task) -> Result:
-        """What became of it; waits for the disk, or for whoever else changes it."""
+        """The result; waits for the disk, or for the process that changes the model."""
         if self.future is not None:
             self.future.result()
         return self._result or guarded(partial(rewrap_one, task=task), "rewrap")(self.path)
 
 
 class _Chunk:
-    """Some models that go step by step together."""
+    """Models that take each step together."""
 
     def __init__(
         self, found: Sequence[Path | Failure], task: Task, pool: ThreadPoolExecutor
@@ -155,9 +154,9 @@ class _Chunk:
         self._models = [_Model(each, task) if isinstance(each, Path) else each for each in found]
 
     def begin(self) -> None:
-        """Take every model as far as it goes without waiting for the disk or for another run."""
+        """Take every model as far as possible without waiting for the disk or for another run."""
         task, pool = self._task, self._pool
-        # Who asks for one at a time is asked for several models at the same time.
+        # A provider that takes one request at a time gets those of several models in parallel.
         each = map if task.in_few_calls else pool.map
         waiting = [model for model in self._models if isinstance(model, _Model)]
         while waiting:
@@ -169,12 +168,12 @@ class _Chunk:
             _ask(task, [model.wanted for model in waiting if model.wanted])
 
     def results(self) -> Iterator[Result]:
-        """What became of each, in order."""
+        """The result of each model, in order."""
         for model in self._models:
             yield model.result(self._task) if isinstance(model, _Model) else model
 
     def close(self) -> None:
-        """Leave every model that is not done as it was, unlocked."""
+        """Leave every unfinished model unchanged and unlocked."""
         models = [model for model in self._models if isinstance(model, _Model)]
         for model in models:
             if model.future is not None and not model.future.cancel():
@@ -183,7 +182,7 @@ class _Chunk:
 
 
 def _ask(task: Task, wanted: Sequence[Wanted]) -> None:
-    """Ask providers for what all of these want, and give each its answers."""
+    """Send the requests of all these models to providers, and give each model its answers."""
     unwraps: dict[str, list[tuple[Wanted, WrappedKey, bytes]]] = {}
     wraps: dict[tuple[str, str], list[tuple[Wanted, Dek, bytes]]] = {}
     for each in wanted:

@@ -1,4 +1,4 @@
-"""Sealing: a plain model on disk becomes a sealed model, in constant memory."""
+"""Seal: make a sealed model from a plain model on disk, in constant memory."""
 
 from __future__ import annotations
 
@@ -82,19 +82,19 @@ def seal(
         sign: the publisher's key, ``provider:key``; by default that of ``[seal] sign``.
         keys: a loaded config, or the path of one.
         name: the model's name; by default made from the source's.
-        release: its number, 0 to 2^53-1, which later releases raise.
+        release: release number, 0 to 2^53-1; later releases have higher ones.
         profile: ``default``, ``fips`` or ``cnsa2``; by default that of ``[seal] profile``.
         metadata: short plain strings for people and tools.
         fingerprints: of recipient files that no trusted signer vouches for.
         expires: until when the signature counts, as for ``keymgmt.sign``.
-        force: exchange an existing sealed model at ``target`` atomically; its owner, group and
+        force: replace an existing sealed model at ``target`` atomically; its owner, group and
             mode stay.
         progress: called with (bytes done, bytes in all).
 
     Raises:
         ConfigError: an argument, the config or the source is wrong, ``target`` exists, or holds
             what is not of a sealed model, or somebody else changes it for a minute.
-        UntrustedPublisher: nothing says that a recipient file is genuine.
+        UntrustedPublisher: a recipient file is neither attested nor vouched for.
         ProviderError: a recipient cannot be wrapped to, or the signer cannot sign.
         OSError: writing failed; nothing is left behind.
     """
@@ -145,7 +145,7 @@ def seal(
         except FileExistsError as error:
             raise exists(output, force=force) from error
         except FormatError as error:
-            # Nothing was read from a sealed model here: what does not fit came as an argument.
+            # No sealed model was read here, so a format error is a wrong argument.
             raise ConfigError(f"cannot seal this: {error}", hint=error.hint) from error
         audit("seal", model=manifest.id.hex(), name=manifest.name, release=manifest.release)
         return dataclasses.replace(inspect(output), refusal=refusal(output, config))
@@ -153,7 +153,7 @@ def seal(
 
 @contextlib.contextmanager
 def _locked(target: Path) -> Iterator[None]:
-    """Let nobody rewrap, sign or reseal a model that is about to be replaced."""
+    """Lock a model that is about to be replaced against rewrap, sign and reseal."""
     if not os.path.lexists(target):
         yield
         return
@@ -164,10 +164,10 @@ def _locked(target: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Content:
-    """Plain bytes to seal: how many, and how they are opened.
+    """A plain file to seal.
 
     Attributes:
-        size: their number.
+        size: length in bytes.
         open: gives a descriptor of a plain file, or a reader of an open sealed model's.
     """
 
@@ -176,7 +176,7 @@ class Content:
 
 
 def _say_indistinct(groups: Sequence[Sequence[Wrap]], policy: UnlockPolicy) -> None:
-    """Warn of recipients that only trying tells apart: keys of one name in two key services."""
+    """Warn of recipients that only a trial tells apart: keys of one name in two key services."""
     holders: dict[tuple[str, ...], set[str]] = {}
     for wraps, group in zip(groups, policy.groups, strict=True):
         for wrap, wrapped in zip(wraps, group.recipients, strict=True):
@@ -197,7 +197,7 @@ def _say_indistinct(groups: Sequence[Sequence[Wrap]], policy: UnlockPolicy) -> N
 
 
 def _new_file(path: Path) -> io.FileIO:
-    # Others cannot write it, whatever the umask: the folder is exchanged or renamed as it is.
+    # Private, whatever the umask: the folder is renamed with the modes that it has here.
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
     return io.FileIO(os.open(path, flags, 0o644), "w")
 
@@ -220,7 +220,7 @@ def write_sealed(
     """
     total = sum(content.size for content in contents.values())
     entries, done = [], 0
-    # Checked while it costs nothing: a manifest that may not be written must not cost an hour.
+    # Checked first: an invalid manifest must not be noticed after an hour of encryption.
     _complete(
         template,
         dek,
@@ -276,7 +276,7 @@ def _complete(template: Manifest, dek: Dek, entries: Sequence[FileEntry]) -> tup
 def check_target(target: Path, *, force: bool | None = None) -> None:
     """ConfigError unless a sealed model may be written at ``target``.
 
-    ``force`` replaces one that is there; None where that is no choice.
+    ``force`` allows to replace an existing model; None for a caller without that option.
     """
     if not target.parent.is_dir():
         raise ConfigError(
@@ -291,10 +291,10 @@ def check_target(target: Path, *, force: bool | None = None) -> None:
 
 
 def replaceable(target: Path) -> Callable[[Path], None]:
-    """What looks whether all in a folder may be deleted once another is at ``target``.
+    """A function that checks whether a folder may be deleted once ``target`` is replaced.
 
     Raises:
-        ConfigError: it is not a sealed model, whole and with nothing in it that is not of one.
+        ConfigError: the folder is not a whole sealed model, or has files that are not of one.
     """
 
     def look(folder: Path) -> None:
@@ -321,6 +321,6 @@ def replaceable(target: Path) -> Callable[[Path], None]:
 
 
 def exists(target: Path, *, force: bool | None = None) -> ConfigError:
-    """What is said where ``check_target`` finds, or comes too late for, a ``target``."""
+    """The error for a ``target`` that exists, or that appeared after ``check_target``."""
     choice = "" if force is None else ", or replace it with --force"
     return ConfigError(f"{target} exists", hint="name another folder" + choice)

@@ -1,4 +1,4 @@
-"""Signing: a publisher says that a manifest, and through its digests every file, is his."""
+"""Sign: a publisher states that a manifest, and through its digests every file, is his."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = ["Signer", "expiry_text", "sign"]
 
 
 class Signer:
-    """A publisher's key in a configured provider, tried when it is made."""
+    """A publisher's key in a configured provider, which signs a probe first."""
 
     def __init__(self, config: Config, key: str, profile: Profile) -> None:
         """Sign a probe with ``provider:key``.
@@ -63,7 +63,7 @@ class Signer:
         return self._sign(signed_bytes(manifest))
 
     def sign_expiry(self, digest: bytes, expires: str) -> tuple[str, bytes]:
-        """The same over the statement that a manifest of this hash expires; raises alike."""
+        """The same for the statement that this manifest expires; raises as ``_sign``."""
         return self._sign(expiry_bytes(digest, expires))
 
     def _sign(self, message: bytes) -> tuple[str, bytes]:
@@ -75,16 +75,18 @@ class Signer:
         """
         provider, key, _ = self._reference
         try:
-            made: Signature = call_provider(self._config, provider, lambda p: p.sign(key, message))
-            if not verify_signature(made.public_key, message, made.signature):
+            signature: Signature = call_provider(
+                self._config, provider, lambda p: p.sign(key, message)
+            )
+            if not verify_signature(signature.public_key, message, signature.signature):
                 raise ProviderError(f"the signature that {self._reference} made does not verify")
-            self.public = PublicKey(made.public_key)
+            self.public = PublicKey(signature.public_key)
             self._profile.check_signer(self._reference, self.public.algorithm)
         except KeymgmtError as error:
             audit("sign", error=error, provider=provider, key=key)
             raise
         audit("sign", provider=provider, key=key)
-        return self.public.id, made.signature
+        return self.public.id, signature.signature
 
 
 def _has_signed(public: PublicKey, candidate: Candidate) -> bool:
@@ -98,7 +100,7 @@ def _has_signed(public: PublicKey, candidate: Candidate) -> bool:
 def _check_signed_by(
     files: Sequence[str | os.PathLike[str]], candidate: Candidate, config: Config
 ) -> None:
-    """UntrustedPublisher unless one of these keys signed it, and might, as far as is known here."""
+    """UntrustedPublisher unless one of these keys signed the model and may publish its name."""
     name = candidate.manifest.name
     keys = [PublicKey(config.public_key(str(Path(file).absolute()))) for file in files]
     signers = {key.id for key in keys if _has_signed(key, candidate)}
@@ -108,7 +110,7 @@ def _check_signed_by(
             f"{name} has no valid signature by {shown}, so it is not signed again",
             hint="look where it came from; sign it alone if you vouch for it: keymgmt sign MODEL",
         )
-    # Who may not publish this name has vouched for nothing.
+    # The signature of a publisher who may not publish this name does not count.
     scoped = [each for each in load_publishers(config) if each.key.id in signers]
     may = {each.key.id for each in scoped if each.may_publish(name)}
     if {each.key.id for each in scoped} - may == signers:
@@ -130,20 +132,20 @@ def sign(
 ) -> bool:
     """Add a publisher's signature to a sealed model, after opening it and checking every digest.
 
-    It is opened so that nothing is signed that a stranger made or whose recipients he changed: the
-    MAC of its unlock policy shows that whoever made it had the data key.
+    The model is opened so that a stranger's model, or changed recipients, are not signed: the MAC
+    of the unlock policy proves that its author had the data key.
 
-    With ``expires`` the key says too until when it vouches, in place of what it said before. Where
-    it has signed the model already, that is all it does: no digest is checked again.
+    With ``expires`` the key also signs until when its signature counts, in place of an earlier
+    time. If it has signed the model already, only that is done: no digest is checked again.
 
     Args:
         path: the sealed model's folder.
         key: the publisher's key, ``provider:key``; by default that of ``[seal] sign``.
-        unopened: sign what cannot be opened here, after checking its digests alone.
-        expires: when the signature stops counting, aware of its zone; None says nothing of it.
+        unopened: sign a model that cannot be opened here, after checking only its digests.
+        expires: when the signature stops counting, with a time zone; by default never.
         keys: a loaded config, or the path of one.
-        if_signed_by: public key files (PEM): only a model that one of these keys has signed is
-            signed, and one that is signed by ``key`` already is left as it is.
+        if_signed_by: public key files (PEM): a model is signed only if one of these keys has
+            signed it, and is left as it is if ``key`` has signed it already.
         progress: called with (bytes done, bytes in all).
 
     Returns:
@@ -164,7 +166,7 @@ def sign(
             )
         signer = Signer(config, named, candidate.manifest.rules)
         until = expiry_text(expires)
-        made = None
+        new_signature = None
         if if_signed_by:
             if until is None and signer.has_signed(candidate):
                 return False
@@ -175,16 +177,16 @@ def sign(
                 dek, _ = Unlocker(config, candidate.manifest, policy).unlock()
                 dek.wipe()
             candidate.check_digests(progress)
-            made = signer.sign(candidate.data)
+            new_signature = signer.sign(candidate.data)
         stated = signer.sign_expiry(candidate.hash, until) if until is not None else None
         candidate.folder.lock()
-        # Read again under the lock: another publisher may have signed meanwhile.
+        # Read again under the lock: another publisher may have signed in the meantime.
         with Candidate.read(path) as current:
             if current.data != candidate.data:
                 raise IntegrityError(f"{path} was exchanged while it was being signed")
             signatures = current.signatures
-            if made is not None:
-                signatures = signatures.with_signature(*made)
+            if new_signature is not None:
+                signatures = signatures.with_signature(*new_signature)
             if stated is not None and until is not None:
                 signatures = signatures.with_expiry(*stated, until)
         candidate.folder.replace(SIGNATURES, signatures.to_bytes())
@@ -193,13 +195,13 @@ def sign(
             model=candidate.manifest.id.hex(),
             name=candidate.manifest.name,
             key=named,
-            opened=made is not None and not unopened,
+            opened=new_signature is not None and not unopened,
         )
         return True
 
 
 def expiry_text(expires: datetime | None) -> str | None:
-    """The time until which a signature is to count; ConfigError unless it is to come."""
+    """The time until which a signature counts, as text; ConfigError where it is in the past."""
     if expires is None:
         return None
     if expires.tzinfo is None or expires <= datetime.now(UTC):
