@@ -628,14 +628,14 @@ def test_a_child_is_not_held_up_by_a_look_up_of_its_parent(fake: Fake) -> None:
     fake.bend = slow
     remote = keymgmt.Config({"remote": {"ca_file": str(fake.ca_file)}}).remote
     storage = RegistryStorage(Location.parse(fake.place), remote)
-    thread = threading.Thread(target=storage.part, args=("keys.json", 0, 9))
+    keys = fake.files["keys.json"]
+    thread = threading.Thread(target=storage.part, args=("keys.json", 0, len(keys)))
     thread.start()
 
     def read() -> str:
         part = storage.part("keys.json", 0, len(keys))
         return hashlib.sha256(part.content if part else b"").hexdigest()
 
-    keys = fake.files["keys.json"]
     try:
         assert looking.wait(30)
         said = in_fork(read, 20)
