@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from keymgmt._system.loopback import is_loopback
 from keymgmt.errors import ConfigError
 
-__all__ = ["BUCKETS", "Location", "is_location", "need_folder"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["BUCKETS", "Location", "has_location", "is_location", "need_folder"]
 
 BUCKETS: Final = ("s3", "gs", "az")
 _SCHEMES: Final = ("https", "http", *BUCKETS, "oci")
@@ -108,6 +111,11 @@ def is_location(path: str | os.PathLike[str]) -> bool:
             hint="give it as a str, and not as a pathlib.Path",
         )
     return False
+
+
+def has_location(paths: Iterable[str | os.PathLike[str]]) -> bool:
+    """Whether one of some paths is a location."""
+    return any(isinstance(path, str) and is_location(path) for path in paths)
 
 
 def _has_lost_a_slash(text: str) -> bool:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from keymgmt._remote.location import need_folder
+from keymgmt._remote.location import BUCKETS, Location, is_location, need_folder
 from keymgmt._system.files import target_of
 from keymgmt._trust.candidate import Candidate
 from keymgmt.errors import ConfigError, KeymgmtError, SealedModelError
@@ -26,11 +26,13 @@ from keymgmt.sealed.folder import KEYS, MANIFEST, PAYLOAD, SIGNATURES
 from keymgmt.sealed.manifest import MAX_MANIFEST
 
 if TYPE_CHECKING:
+    from keymgmt._config.remote import Remote
     from keymgmt.sealed.keys import UnlockPolicy
 
 __all__ = [
     "Failure",
     "Link",
+    "Place",
     "Shard",
     "find_models",
     "guarded",
@@ -44,6 +46,8 @@ _THREADS: Final = 8
 _OURS: Final = b'"keymgmt-'
 _NAME: Final = operator.attrgetter("name")
 T = TypeVar("T")
+Place = Path | str
+"""A folder; or, as a text, the location of a model elsewhere."""
 Trees = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
@@ -93,15 +97,23 @@ class Shard:
             )
         return cls(int(match[1]), int(match[2]))
 
-    def has(self, tree: Path, path: Path) -> bool:
-        """Whether a folder of the tree is in this part."""
-        digest = hashlib.sha256(os.fsencode(path.relative_to(tree))).digest()
+    def has(self, tree: Place, path: Place) -> bool:
+        """Whether a folder of the tree is in this part; it is the same one in a bucket."""
+        below = (
+            path.removeprefix(str(tree)).strip("/") or "."
+            if isinstance(path, str)
+            else path.relative_to(tree)
+        )
+        digest = hashlib.sha256(os.fsencode(below)).digest()
         return int.from_bytes(digest[:8], "big") % self.count == self.number - 1
 
 
 def find_models(
-    trees: Trees, links: list[Link] | None = None, shard: Shard | None = None
-) -> Iterator[Path | Failure]:
+    trees: Trees,
+    links: list[Link] | None = None,
+    shard: Shard | None = None,
+    remote: Remote | None = None,
+) -> Iterator[Place | Failure]:
     """Every sealed model at or below the ``trees``, each once, even if several paths lead to it.
 
     Links to folders are followed, and added to ``links``. These are Failures: a folder that cannot
@@ -109,32 +121,63 @@ def find_models(
     where files of it are missing or damaged, so that the caller gets the error. A model may contain
     others. The ``manifest.json`` of another program hides nothing. With a ``shard`` only that part
     is yielded, and the Failures of a whole tree.
+
+    With ``remote`` a tree may be in a bucket (``s3://BUCKET/PATH``, as a text). There every object
+    named ``manifest.json`` counts as a model's, and a listing that fails is a Failure of the tree.
     """
     seen: set[tuple[int, int]] = set()
+    listed: list[str] = []
     links = links if links is not None else []
-    for tree in map(Path, [trees] if isinstance(trees, (str, os.PathLike)) else trees):
+    for each in [trees] if isinstance(trees, (str, os.PathLike)) else trees:
+        tree: Place = Path(each)
+        found: Iterator[Place | Failure | None]
         try:
-            need_folder(tree)
+            there = isinstance(each, str) and is_location(each) and Location.parse(each)
+            if remote is not None and there and there.scheme in BUCKETS:
+                tree = str(there)
+                found = _listed(there, remote, tuple(listed))
+                listed.append(tree)
+            else:
+                need_folder(each)
+                found = _walk(Path(each), seen, links, frozenset(seen))
         except ConfigError as error:
-            yield Failure(str(tree), error)
+            yield Failure(os.fspath(each), error)
             continue
-        found = False
-        for model_or_failure in _walk(tree, seen, links, frozenset(seen)):
-            found = True
+        empty = True
+        for model_or_failure in found:
+            empty = False
             if model_or_failure is not None and (
                 shard is None or _is_in(shard, tree, model_or_failure)
             ):
                 yield model_or_failure
-        if not found:
+        if empty:
             message = f"there is no sealed model at or below {tree}"
             yield Failure(str(tree), ConfigError(message, hint="is this the right folder?"))
 
 
-def _is_in(shard: Shard, tree: Path, model_or_failure: Path | Failure) -> bool:
-    if isinstance(model_or_failure, Path):
+def _is_in(shard: Shard, tree: Place, model_or_failure: Place | Failure) -> bool:
+    if not isinstance(model_or_failure, Failure):
         return shard.has(tree, model_or_failure)
     # A Failure of the whole tree belongs to every part.
-    return Path(model_or_failure.path) == tree or shard.has(tree, Path(model_or_failure.path))
+    path = model_or_failure.path if isinstance(tree, str) else Path(model_or_failure.path)
+    return path == tree or shard.has(tree, path)
+
+
+def _listed(
+    tree: Location, remote: Remote, before: Sequence[str]
+) -> Iterator[Place | Failure | None]:
+    """What is at or below ``tree`` in a bucket; None for a model of a tree in ``before``."""
+    from keymgmt._remote.listing import list_models
+
+    try:
+        for item in list_models(tree, remote):
+            if isinstance(item, KeymgmtError):
+                yield Failure(str(tree), item)
+            else:
+                had = any(f"{item}/".startswith(f"{earlier}/") for earlier in before)
+                yield None if had else item
+    except KeymgmtError as error:
+        yield Failure(str(tree), error)
 
 
 def _walk(
@@ -235,8 +278,8 @@ def _says_so(file: Path, *, alone: bool) -> bool:
 
 
 def over_models(
-    found: Iterable[Path | Failure],
-    prepare: Callable[[Sequence[Path]], Callable[[Path], T]],
+    found: Iterable[Place | Failure],
+    prepare: Callable[[Sequence[Place]], Callable[[Place], T]],
     doing: str,
     *,
     threads: int = _THREADS,
@@ -255,12 +298,12 @@ def over_models(
     with ThreadPoolExecutor(threads, f"keymgmt {doing}") as pool:
         while chunk := list(itertools.islice(found, CHUNK)):
             yield from (item for item in chunk if isinstance(item, Failure))
-            paths = [item for item in chunk if isinstance(item, Path)]
+            paths = [item for item in chunk if not isinstance(item, Failure)]
             yield from pool.map(guarded(prepare(paths), doing), paths)
 
 
-def guarded(work: Callable[[Path], T], doing: str) -> Callable[[Path], T | Failure]:
-    def guarded_work(path: Path) -> T | Failure:
+def guarded(work: Callable[[Place], T], doing: str) -> Callable[[Place], T | Failure]:
+    def guarded_work(path: Place) -> T | Failure:
         try:
             return work(path)
         except KeymgmtError as error:
@@ -272,13 +315,19 @@ def guarded(work: Callable[[Path], T], doing: str) -> Callable[[Path], T | Failu
     return guarded_work
 
 
-def read_models(found: Iterable[Path | Failure]) -> Iterator[tuple[Path, UnlockPolicy] | Failure]:
+def read_models(
+    found: Iterable[Place | Failure], remote: Remote | None = None
+) -> Iterator[tuple[Place, UnlockPolicy] | Failure]:
     """The unlock policy of each model, from its small files; nothing of it is authenticated."""
 
-    def read(path: Path) -> tuple[Path, UnlockPolicy]:
-        with Candidate.read(path) as candidate:
+    def read(path: Place) -> tuple[Place, UnlockPolicy]:
+        with Candidate.read(path, remote) as candidate:
             return path, candidate.policy()
 
+    if remote is not None:
+        # In parallel, because most of the time each request waits for the server.
+        yield from over_models(found, lambda _: read, "read")
+        return
     guarded_read = guarded(read, "read")
     for item in found:
         yield item if isinstance(item, Failure) else guarded_read(item)

@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from keymgmt._config.config import use_config
 from keymgmt._providers.names import KeyRef
+from keymgmt._remote.location import has_location
 from keymgmt._system.words import counted
-from keymgmt._verbs.find_models import CHUNK, Failure, Link, find_models, read_models
+from keymgmt._verbs.find_models import CHUNK, Failure, Link, Place, find_models, read_models
 from keymgmt._verbs.prove import Prover
 from keymgmt.errors import ConfigError, KeymgmtError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from keymgmt._config.config import Config
     from keymgmt.sealed.keys import UnlockPolicy
 
@@ -111,7 +110,7 @@ def needs(
         key: the version, ``provider:key@version``. A key without a version stands for all its
             versions. Retired versions cannot be tried: a recipient with the name or number of one
             is a failure, unless another key is proved to have wrapped it.
-        trees: the folders; links in them are followed.
+        trees: the folders, or ``s3://BUCKET/PATH`` as texts; links are followed.
         keys: a loaded config, or the path of one.
         names_only: compare names and try no key; wrong where a key has two names.
 
@@ -129,8 +128,9 @@ def needs(
     models = 0
     with use_config(keys) as config:
         provers = Prover.of(config, reference, names_only=names_only)
-        found = read_models(find_models(trees, links))
-        chunk: list[tuple[Path, UnlockPolicy]] = []
+        remote = config.remote if has_location(trees) else None
+        found = read_models(find_models(trees, links, remote=remote), remote)
+        chunk: list[tuple[Place, UnlockPolicy]] = []
 
         def tell() -> None:
             policies = [policy for _, policy in chunk]

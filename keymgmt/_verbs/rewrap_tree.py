@@ -15,12 +15,11 @@ import resource
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from keymgmt._config.calls import unwrap_many, wrap_many
 from keymgmt._config.config import use_config
-from keymgmt._verbs.find_models import CHUNK, Failure, Shard, find_models, guarded
+from keymgmt._verbs.find_models import CHUNK, Failure, Place, Shard, find_models, guarded
 from keymgmt._verbs.rewrap import (
     ChangedMeanwhile,
     Rewrapped,
@@ -62,6 +61,10 @@ def rewrap_tree(
     asked again in this run. A killed run may be started again: finished models are ``current``. A
     group to drop that no model had is a Failure of the tree. Arguments as for
     ``keymgmt.rewrap``.
+
+    ``tree`` may be a path in a bucket, as the text ``s3://BUCKET/PATH``: its objects are listed in
+    pages. If somebody else replaces the groups of one of its models meanwhile, that is a Failure.
+
     ``shard``, such as ``"2/8"``, selects one part of the tree by the paths of the models below it.
     The parts may run at the same time, on machines that mount the tree at different paths. It is
     then no Failure that no model of the part had a group to drop.
@@ -82,7 +85,7 @@ def rewrap_tree(
             dry_run=dry_run,
             tree=True,
         )
-        yield from _in_chunks(find_models(tree, shard=part), task)
+        yield from _in_chunks(find_models(tree, shard=part, remote=config.remote), task)
         for text in drop if part is None else ():
             if text not in task.dropped:
                 # The group was dropped by an earlier run, or it is misspelt.
@@ -90,7 +93,7 @@ def rewrap_tree(
                 yield Failure(str(tree), ConfigError(message))
 
 
-def _in_chunks(found: Iterable[Path | Failure], task: Task) -> Iterator[Result]:
+def _in_chunks(found: Iterable[Place | Failure], task: Task) -> Iterator[Result]:
     """The results of each chunk, in the order of the tree, while it and the next are at work."""
     found = iter(found)
     # Each model has two files open, and two chunks are at work.
@@ -115,7 +118,7 @@ def _in_chunks(found: Iterable[Path | Failure], task: Task) -> Iterator[Result]:
 class _Model:
     """One model of a chunk: its remaining steps, or its result."""
 
-    def __init__(self, path: Path, task: Task) -> None:
+    def __init__(self, path: Place, task: Task) -> None:
         self.path = path
         self.wanted: Wanted | None = None
         self.future: Future[None] | None = None
@@ -127,7 +130,7 @@ class _Model:
         """Go on to the next requests to providers, or to the end."""
         self._result = self._next(self.path)
 
-    def _advance(self, _: Path) -> Any:
+    def _advance(self, _: Place) -> Any:
         self.wanted = None
         try:
             self.wanted = next(self.steps)
@@ -148,10 +151,10 @@ class _Chunk:
     """Models that take each step together."""
 
     def __init__(
-        self, found: Sequence[Path | Failure], task: Task, pool: ThreadPoolExecutor
+        self, found: Sequence[Place | Failure], task: Task, pool: ThreadPoolExecutor
     ) -> None:
         self._task, self._pool = task, pool
-        self._models = [_Model(each, task) if isinstance(each, Path) else each for each in found]
+        self._models = [each if isinstance(each, Failure) else _Model(each, task) for each in found]
 
     def begin(self) -> None:
         """Take every model as far as possible without waiting for the disk or for another run."""

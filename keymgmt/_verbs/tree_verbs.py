@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keymgmt._config.config import use_config
 from keymgmt._trust.candidate import Candidate, refusal
-from keymgmt._verbs.find_models import Failure, find_models, over_models
+from keymgmt._verbs.find_models import Failure, Place, find_models, over_models
 from keymgmt._verbs.reseal import reseal
 from keymgmt._verbs.sign import sign
 from keymgmt._verbs.verify import verify
@@ -24,6 +23,7 @@ from keymgmt.sealed.times import utc_text
 
 if TYPE_CHECKING:
     from keymgmt._config.config import Config
+    from keymgmt._config.remote import Remote
     from keymgmt.sealed.manifest import Manifest
 
 __all__ = ["Done", "InTree", "reseal_tree", "sign_tree", "verify_tree"]
@@ -52,9 +52,13 @@ class Done:
 
 
 def _each(
-    tree: str | os.PathLike[str], work: Callable[[Path], Done], doing: str, threads: int
+    tree: str | os.PathLike[str],
+    work: Callable[[Place], Done],
+    doing: str,
+    threads: int,
+    remote: Remote | None = None,
 ) -> Iterator[Done | Failure]:
-    return over_models(find_models(tree), lambda _: work, doing, threads=threads)
+    return over_models(find_models(tree, remote=remote), lambda _: work, doing, threads=threads)
 
 
 def sign_tree(
@@ -89,7 +93,7 @@ def sign_tree(
         )
     with use_config(keys) as config:
 
-        def one(path: Path) -> Done:
+        def one(path: Place) -> Done:
             made = sign(
                 path,
                 key=key,
@@ -115,19 +119,19 @@ def verify_tree(
     """Verify every model of a tree, one after the other.
 
     Args:
-        tree: the folder.
+        tree: the folder, or ``s3://BUCKET/PATH``.
         keys: as for ``keymgmt.verify``.
         signature_only: likewise.
         progress: told the model's folder, its bytes done, and those in all.
     """
     with use_config(keys) as config:
 
-        def one(path: Path) -> Done:
+        def one(path: Place) -> Done:
             told = partial(progress, str(path)) if progress else None
             proved = verify(path, keys=config, signature_only=signature_only, progress=told)
             return Done(str(path), "verified", proved.to_json())
 
-        yield from _each(tree, one, "verify", threads=1)
+        yield from _each(tree, one, "verify", threads=1, remote=config.remote)
 
 
 def reseal_tree(
@@ -165,7 +169,7 @@ def reseal_tree(
     before = utc_text(created_before) if created_before is not None else None
     with use_config(keys) as config:
 
-        def one(path: Path) -> Done:
+        def one(path: Place) -> Done:
             if before is not None:
                 with Candidate.read(path) as candidate:
                     if candidate.manifest.created >= before:
@@ -182,7 +186,7 @@ def reseal_tree(
             )
             return done(path, "resealed", made.manifest, made.refusal)
 
-        def done(path: Path, state: str, manifest: Manifest, refused: object) -> Done:
+        def done(path: Place, state: str, manifest: Manifest, refused: object) -> Done:
             detail = {
                 "name": manifest.name,
                 "release": manifest.release,

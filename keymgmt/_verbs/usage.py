@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from keymgmt._config.config import use_config
+from keymgmt._remote.location import has_location
 from keymgmt._verbs.find_models import Failure, Link, find_models, read_models
 from keymgmt._verbs.prove import Provers
 from keymgmt.errors import ProviderError
@@ -91,14 +92,18 @@ def usage(
     *trees: str | os.PathLike[str],
     prove: Config | str | os.PathLike[str] | None = None,
     by_name: bool = False,
+    keys: Config | str | os.PathLike[str] | None = None,
 ) -> Usage:
     """Count the key versions that the sealed models at or below some folders name.
 
     Args:
-        trees: the folders; links in them are followed, and each model counts once.
+        trees: the folders, or ``s3://BUCKET/PATH`` as texts; links are followed, and each model
+            counts once.
         prove: a loaded config, or the path of one: its providers are asked for the keys of
             recipients without a public key. By default no key service is asked.
         by_name: count by name alone, also where public keys differ under one name.
+        keys: a loaded config, or the path of one, with the login of a bucket; by default that of
+            ``prove``, else the config that is found. It is not read for folders alone.
 
     Raises:
         ConfigError: the config is wrong.
@@ -109,7 +114,10 @@ def usage(
     models = 0
     with contextlib.ExitStack() as stack:
         provers = Provers(stack.enter_context(use_config(prove))) if prove is not None else None
-        for item in read_models(find_models(trees, links)):
+        remote = None
+        if has_location(trees):
+            remote = stack.enter_context(use_config(prove if keys is None else keys)).remote
+        for item in read_models(find_models(trees, links, remote=remote), remote):
             if isinstance(item, Failure):
                 failures.append(item)
                 continue
@@ -133,8 +141,8 @@ def usage(
                 use.opens += 1
                 if all(version_id in group for group in groups):
                     use.only_way_into.append(str(path))
-    keys = tuple(uses[version_id] for version_id in sorted(uses))
-    return Usage(models, keys, tuple(links), tuple(failures))
+    used = tuple(uses[version_id] for version_id in sorted(uses))
+    return Usage(models, used, tuple(links), tuple(failures))
 
 
 def _identity(wrapped: WrappedKey, context: bytes, provers: Provers | None) -> tuple[KnownBy, str]:

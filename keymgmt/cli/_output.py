@@ -19,6 +19,7 @@ from keymgmt.console import clean, console, print_json, print_line, table
 from keymgmt.errors import CannotUnlock, ConfigError, ProviderUnavailable, WrongKey
 
 if TYPE_CHECKING:
+    from keymgmt._config.config import Config
     from keymgmt._providers.data import Finding
     from keymgmt._verbs.find_models import Failure
     from keymgmt._verbs.tree_verbs import Done, InTree
@@ -197,10 +198,18 @@ def tell_failure(failure: Failure, form: str, *, as_json: bool) -> None:
     console(stderr=True).print(f"{clean(failure.path)}: {clean(error)}", soft_wrap=True)
 
 
-def is_tree(path: str) -> bool:
-    """Whether a path is a folder of models, and not a model itself."""
+def is_tree(path: str, config: Callable[[], Config] | None = None) -> bool:
+    """Whether a path is a folder of models, and not a model itself.
+
+    With ``config``, which loads it, so may be a location, of which the server is then asked.
+    """
+    from keymgmt._remote.location import Location, is_location
     from keymgmt._verbs.find_models import is_model
 
+    if config is not None and is_location(path):
+        from keymgmt._remote.listing import is_remote_tree
+
+        return is_remote_tree(Location.parse(path), config().remote)
     # Path.is_dir() raises for some paths; here the verb reports why a path cannot be opened.
     return os.path.isdir(path) and not is_model(Path(path))  # noqa: PTH112
 

@@ -70,7 +70,7 @@ def verify(
         keymgmt verify resnet50.sealed
         keymgmt verify /srv/models --json
     """
-    if is_tree(model):
+    if is_tree(model, context.obj.config):
         if name is not None:
             raise ConfigError("--name is for one model, and this is a tree of them")
         config = context.obj.config()

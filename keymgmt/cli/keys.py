@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import keymgmt
+from keymgmt._remote.location import has_location
 from keymgmt._system.words import counted
 from keymgmt.cli._options import (
     Force,
@@ -22,6 +23,7 @@ from keymgmt.cli._options import (
     complete_key,
     complete_kind,
     option_pairs,
+    place,
 )
 from keymgmt.cli._output import ask_to_type, fail, print_warning, write_result
 from keymgmt.cli._state import State
@@ -339,8 +341,9 @@ def retire(
         ),
     ],
     tree: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(
+            parser=place,
             metavar="TREE",
             help="Refuse while the version opens a sealed model at or below it; may be repeated.",
         ),
@@ -371,8 +374,9 @@ def delete(
     context: typer.Context,
     key: Key,
     tree: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(
+            parser=place,
             metavar="TREE",
             help="Refuse while the key opens a sealed model at or below it; may be repeated.",
         ),
@@ -454,7 +458,7 @@ def _refuse_named(config: Config, reference: KeyRef) -> None:
 
 
 def _refuse_needed(
-    config: Config, reference: KeyRef, trees: list[Path], names_only: bool, as_json: bool
+    config: Config, reference: KeyRef, trees: list[str], names_only: bool, as_json: bool
 ) -> Need:
     """The result of checking the trees; ConfigError if a model needs the key."""
     need = keymgmt.needs(str(reference), *trees, keys=config, names_only=names_only)
@@ -476,7 +480,12 @@ def _refuse_needed(
 @app.command()
 def usage(
     context: typer.Context,
-    tree: Annotated[Path, typer.Argument(metavar="TREE", help="A folder of sealed models.")],
+    tree: Annotated[
+        str,
+        typer.Argument(
+            metavar="TREE", help="A folder of sealed models, or s3://BUCKET/PATH.", parser=place
+        ),
+    ],
     key: Annotated[
         list[str] | None,
         typer.Argument(
@@ -486,8 +495,8 @@ def usage(
         ),
     ] = None,
     more: Annotated[
-        list[Path] | None,
-        typer.Option("--tree", metavar="TREE", help="Another folder; may be repeated."),
+        list[str] | None,
+        typer.Option("--tree", metavar="TREE", help="Another one; may be repeated.", parser=place),
     ] = None,
     prove: Annotated[
         bool,
@@ -503,8 +512,9 @@ def usage(
     Example:
         keymgmt keys usage /srv/models local:models
     """
-    config = context.obj.config() if prove or key else None
-    result = keymgmt.usage(tree, *(more or ()), prove=config if prove else None)
+    trees = [tree, *(more or ())]
+    config = context.obj.config() if prove or key or has_location(trees) else None
+    result = keymgmt.usage(*trees, prove=config if prove else None, keys=config)
     if result.failures and not result.models and not (as_json or as_csv):
         _tell_failures(result.failures[1:])
         raise result.failures[0].error

@@ -117,7 +117,7 @@ def rewrap(
         "force": force,
         "dry_run": dry_run,
     }
-    if not is_tree(path):
+    if not is_tree(path, context.obj.config):
         if shard is not None:
             raise ConfigError("--shard is for a tree, and this is one model")
         done = keymgmt.rewrap(path, name=name, **options)
