@@ -1,4 +1,4 @@
-"""What is to be sealed: the files of a plain model, what kind it is, and which file comes first."""
+"""The plain model to seal: its files, its kind, and the file that a loader reads first."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["GRAPHS", "Source", "find_source", "why_not_loaded"]
 
 log = logging.getLogger("keymgmt")
 
-# What OpenVINO's Core.read_model knows by its name.
+# Endings that OpenVINO's Core.read_model knows.
 GRAPHS: Final = (".xml", ".onnx", ".tflite", ".pdmodel", ".pb", ".gguf")
 
 _GENAI: Final = ("openvino_model.xml", "openvino_language_model.xml")
@@ -37,11 +37,11 @@ _KINDS: Final = {".xml": "openvino-ir", ".onnx": "onnx"}
 
 @dataclass(frozen=True)
 class Source:
-    """A plain model on disk, and what of it somebody who seals it may not expect.
+    """A plain model on disk, and the facts about it that may surprise the person who seals it.
 
     Attributes:
         path: where it is.
-        name: a model name made from the file's or folder's.
+        name: a model name, derived from the name of the file or folder.
         kind: ``openvino-ir``, ``openvino-genai``, ``onnx`` or ``files``.
         main: the file that a loader reads first, or None.
         files: path in the model -> the plain file, sorted by path.
@@ -63,12 +63,12 @@ class Source:
     empty: tuple[str, ...]
 
     def __fspath__(self) -> str:
-        """Its path, so that what takes one takes this, and looks no second time."""
+        """Its path, so that functions that take a path also take a ``Source``."""
         return os.fspath(self.path)
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What a tool should know beside kind and main: the tokenizer of a language model."""
+        """Facts for tools besides kind and main: the tokenizer of a language model."""
         has_one = self.kind == "openvino-genai" and _TOKENIZER in self.files
         return {"tokenizer": _TOKENIZER} if has_one else {}
 
@@ -76,15 +76,16 @@ class Source:
 def find_source(path: str | os.PathLike[str]) -> Source:
     """Look at a folder, or a graph that OpenVINO reads (``GRAPHS``) with what belongs to it.
 
-    A ``Source`` was looked at before, and is the answer. What would keep an .onnx from being loaded
-    is said in the log.
+    A ``Source`` is returned as it is. Reasons why an .onnx file cannot be loaded later are logged
+    as warnings.
 
     Raises:
         ConfigError: missing, unreadable, a graph without its weights, a folder that is empty or
             sealed already, a link or device in it, or a file name that a sealed model cannot have.
 
-    What matches a line of the file ``.keymgmtignore`` in the folder is left out, and that file too:
-    shell patterns (fnmatch) of a name at any depth, or, with a slash, of a path from the folder on.
+    Files that match a line of ``.keymgmtignore`` in the folder are left out, and that file too. A
+    line is a shell pattern (fnmatch) for a name at any depth or, with a slash, for a path from the
+    folder.
     """
     if isinstance(path, Source):
         return path
@@ -132,7 +133,7 @@ def find_source(path: str | os.PathLike[str]) -> Source:
 
 
 def _beside(source: Path, name: str) -> dict[str, Path]:
-    """A model that is one file, and what belongs to it: path in the sealed model -> file."""
+    """A model that is one file, with the files that it needs: path in the sealed model -> file."""
     suffix = source.suffix.lower()
     found = {name: source}
     if suffix == ".xml":
@@ -180,7 +181,7 @@ def _has_no_constants(graph: Path) -> bool:
 
 
 def _look_through(path: str, file: PlainFile, files: dict[str, PlainFile]) -> None:
-    """Say of an ONNX file now what would keep it from being loaded later."""
+    """Warn of everything in an ONNX file that would prevent loading it later."""
     try:
         with file.open() as descriptor:
             missing = external_files(descriptor, path, path) - files.keys()
@@ -197,9 +198,9 @@ def _look_through(path: str, file: PlainFile, files: dict[str, PlainFile]) -> No
 
 
 def why_not_loaded(kind: str, main: str | None, paths: Collection[str]) -> str | None:
-    """Why ``keymgmt_openvino.load`` refuses a model whatever is in its files, and the way out.
+    """Why ``keymgmt_openvino.load`` refuses a model whatever its files contain, and the way out.
 
-    None also where it has what another loader of ours reads.
+    None also for a model that another loader of ours reads.
     """
     graphs = [path for path in paths if path.lower().endswith(GRAPHS)]
     if main is not None or kind != "files" or len(graphs) == 1 or _PIPELINE & set(paths):

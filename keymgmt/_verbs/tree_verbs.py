@@ -1,6 +1,6 @@
-"""Signing, verifying and resealing every model of a tree.
+"""Sign, verify and reseal every model of a tree.
 
-Each is told as it is done, and one with which something is wrong stops no other.
+Each result is yielded as it is ready; an error in one model does not stop the others.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ InTree = Callable[[str, int, int], object]
 
 @dataclass(frozen=True)
 class Done:
-    """What was done with one model of a tree.
+    """The result for one model of a tree.
 
     Attributes:
         path: its folder.
         state: ``signed``, ``verified``, ``resealed``, or ``current`` (it was done already).
-        detail: more of it, for JSON; ``refusal`` is why this config would not let the result in.
+        detail: more facts, for JSON; ``refusal`` is why this config would refuse the result.
     """
 
     path: str
@@ -72,8 +72,8 @@ def sign_tree(
 ) -> Iterator[Done | Failure]:
     """Sign every model of a tree that an earlier key has signed, in parallel.
 
-    Who signs whatever lies in a tree vouches for what somebody planted there. May be killed at any
-    point and run again.
+    The earlier key is required because anybody may have put a model into the tree. A killed run
+    may be started again.
 
     Args:
         tree: the folder.
@@ -147,8 +147,8 @@ def reseal_tree(
 ) -> Iterator[Done | Failure]:
     """Reseal every model of a tree in its place, one after the other.
 
-    Run again, it reseals all of them again; but not, where ``created_before`` is when the first run
-    began, those that it came as far as.
+    A second run reseals all models again. Where ``created_before`` is the time at which the first
+    run began, it leaves out the models that the first run finished.
 
     Args:
         tree: the folder.
@@ -157,8 +157,8 @@ def reseal_tree(
         keys: likewise.
         fingerprints: likewise.
         expires: likewise.
-        created_before: only what was sealed or resealed before this time, with its time zone, as
-            its manifest says; no model is passed over that the config would not let in.
+        created_before: only models that were sealed or resealed before this time, with a time
+            zone, by their manifest. A model that the config would refuse is not left out.
         progress: told the model's folder, its bytes done, and those in all.
 
     Raises:

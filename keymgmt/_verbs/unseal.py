@@ -1,4 +1,4 @@
-"""Unseal: the one verb that writes plaintext to a disk."""
+"""Unseal: the only verb that writes plaintext to a disk."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ def unseal(
 ) -> Manifest:
     """Write the plain files of a sealed model to a new folder (0700, files 0600).
 
-    This is the one verb that puts plaintext on a disk. The folder appears when all of it was
+    This is the only verb that writes plaintext to a disk. The folder appears when all files were
     verified, or not at all.
 
     Args:
         path: the sealed model's folder.
-        directory: the folder to be; its parent exists.
+        directory: the folder to create; its parent exists.
         name: the model name that is expected; another one is refused.
         keys: a loaded config, or the path of one.
-        memory: only onto a file system in memory, such as a tmpfs that another container shares.
-        allow_swap: also where that may be swapped to a device that is not encrypted.
-        progress: told the bytes done, and those in all.
+        memory: require a file system in memory, such as a tmpfs that another container shares.
+        allow_swap: allow ``memory`` where it may be swapped to a device that is not encrypted.
+        progress: called with the bytes done and the bytes in all.
 
     Raises:
         ConfigError: ``directory`` exists, or cannot be written, or is not in memory.
@@ -115,7 +115,7 @@ def _write_plain(
         with model.naming(path):
             content = stack.enter_context(model.open(path))
         while True:
-            # What goes wrong with writing is not said of the model.
+            # An error in writing is not an error of the model.
             with model.naming(path):
                 count = content.readinto(buffer)
             if not count:

@@ -1,4 +1,4 @@
-"""Verifying a sealed model: what is proved, and what is not, step by step."""
+"""Verify a sealed model, and list step by step what is proved and what is not."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ Progress = Callable[[int, int], object]
 
 @dataclass(frozen=True)
 class Verification:
-    """What ``verify`` proved: each finding is ``ok``, ``skipped`` or a ``warning``.
+    """The result of ``verify``: each finding is ``ok``, ``skipped`` or a ``warning``.
 
-    Whatever failed was raised instead.
+    A failed step is not listed: it was raised as an error.
 
     Attributes:
-        manifest: what the model is.
+        manifest: name, release, files and metadata.
         findings: step by step.
         opened_by: names of the providers that opened it.
-        failed: providers that should have before them and did not work, each with its reason.
+        failed: the providers of earlier groups that failed, each with its reason.
     """
 
     manifest: Manifest
@@ -73,8 +73,8 @@ def verify(
         path: the sealed model's folder, or its location (``https://HOST/PATH``).
         name: the model name that is expected.
         keys: a loaded config, or the path of one.
-        signature_only: check signature and digests and ask no key service, so not the anchor of
-            ``remember_releases`` either; a signature must be there and be trusted, whatever
+        signature_only: check signature and digests without any key service, so without the anchor
+            of ``remember_releases``; a trusted signature is required, whatever
             ``require_signature`` says.
         progress: called with (bytes done, bytes in all).
 

@@ -77,12 +77,12 @@ _COMMANDS: Final = {
     ),
     "push": (
         _MODELS,
-        "Put a sealed model into a registry: only those of its files that are not there yet.",
+        "Upload a sealed model to a registry: only the files that are not there yet.",
         "registry:push",
     ),
     "pull": (
         _MODELS,
-        "Get a sealed model from a registry, if this config lets it in: only what is not here yet.",
+        "Download a sealed model from a registry if this config accepts it: only missing files.",
         "registry:pull",
     ),
     "help": (_PROGRAM, "Show the help of a command.", "_help:help_command"),

@@ -16,8 +16,8 @@ from keymgmt.errors import KeymgmtError
 
 __all__ = ["complete", "completion"]
 
-# In bash a colon and a = end a word and an @ begins one, so typer's own script takes `local:models`
-# for three. This one takes what the person typed, and cuts off what bash holds for other words.
+# In bash a colon or = ends a word and an @ begins one, so typer's own script takes `local:models`
+# for three words. This script takes the text as it was typed, and removes the words before.
 _BASH: Final = """
 %(complete_func)s() {
     local IFS=$' \\t\\n' line="${COMP_LINE:0:COMP_POINT}" word="" prefix=""
@@ -39,8 +39,8 @@ _BASH: Final = """
 
 complete -o default -F %(complete_func)s %(prog_name)s
 """
-# What typer's own script for zsh offers has no apostrophes, and is nothing after an equals sign and
-# at the first Tab of a session.
+# typer's own script for zsh drops apostrophes, and offers nothing after an equals sign or at the
+# first Tab of a session.
 _ZSH: Final = r"""
 #compdef %(prog_name)s
 
@@ -85,10 +85,10 @@ scripts._completion_scripts |= {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
 
 def complete(app: typer.Typer) -> NoReturn:
     """Answer a shell that asks, in the environment, what the next word may be; and exit."""
-    # Tells typer how each shell asks, and to answer in plain text.
+    # This makes typer understand the request of each shell, and answer in plain text.
     _completion_classes.completion_init()
     setattr(_completion_classes, "_sanitize_help_text", str)  # noqa: B010 - or it imports rich
-    # What is wrong is said by the command when it runs, and not in the middle of what is typed.
+    # The command reports errors when it runs; they must not appear in the line that is typed.
     with contextlib.suppress(KeymgmtError):
         app([], prog_name="keymgmt")
     sys.exit()
@@ -110,11 +110,11 @@ def completion(
         keymgmt completion zsh
     """
     names = {"prog_name": "keymgmt", "complete_var": "_KEYMGMT_COMPLETE", "shell": str(shell)}
-    place = str(scripts.install(**names)[1]) if install else None
+    script_file = str(scripts.install(**names)[1]) if install else None
     script = scripts.get_completion_script(**names)
     if as_json:
-        print_json({"format": "keymgmt-completion/1", "script": script, "file": place})
-    elif place is None:
+        print_json({"format": "keymgmt-completion/1", "script": script, "file": script_file})
+    elif script_file is None:
         typer.echo(script)
     else:
-        console().print(f"installed {clean(place)}; a new shell uses it", soft_wrap=True)
+        console().print(f"installed {clean(script_file)}; a new shell uses it", soft_wrap=True)

@@ -1,7 +1,7 @@
 """``keymgmt backends``: what is installed, what it can do, and what is wrong with it.
 
-Each backend is imported in a process of its own, so that one which hangs, prints or crashes on
-import harms neither the others nor this.
+Each backend is imported in a process of its own, so that a backend that hangs, prints or crashes at
+its import harms neither the others nor this process.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _probe(name: str, distribution: str) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         return failed | {"problem": f"its import does not end within {SECONDS} seconds"}
     try:
-        # Its import may print; the answer is the last line.
+        # The import may print; the answer is the last line.
         answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
         return failed | {"problem": f"its import ends the process (exit code {done.returncode})"}

@@ -87,8 +87,8 @@ def check(
 ) -> None:
     """Run the conformance kit against a configured provider; exit 1 if a check fails.
 
-    Wraps, unwraps and looks. It makes no key and disturbs no service unless it is told to. What
-    its operator has to mend, such as a login, ends it before the first check.
+    It wraps, unwraps and reads. It creates no key and disturbs no service without an option for
+    that. If the operator must mend something first, such as a login, it ends before the checks.
 
     Example:
         keymgmt plugin check site:resnet50 --report kit.json
@@ -151,22 +151,22 @@ def check(
             left = remove_made(site)
             for name, why in left.items():
                 out.print(f"left in the service: {clean(name)}: {clean(why)}", soft_wrap=True)
-    made = {**_report(site, versions, results), "left": left}
+    document = {**_report(site, versions, results), "left": left}
     if report is not None:
-        write_report(report, made)
+        write_report(report, document)
     if as_json:
-        print_json(made)
+        print_json(document)
     else:
         _print(site, versions, results)
-    if not made["ok"]:
+    if not document["ok"]:
         raise typer.Exit(1)
 
 
 def _provider_name(config: Config, name: str) -> str:
-    """``name`` if a provider is called so, else the one provider of a backend called so."""
+    """The provider called ``name``, else the only provider of the backend called ``name``."""
     if name in config.provider_names:
         return name
-    of_backend = [one for one in config.provider_names if config.backend_of(one) == name]
+    of_backend = [each for each in config.provider_names if config.backend_of(each) == name]
     return of_backend[0] if len(of_backend) == 1 else name
 
 
@@ -241,10 +241,10 @@ def _print(site: Site, versions: dict[str, str], results: list[Result]) -> None:
         )
         for result in results
     ]
-    made = table(["check", "result", "time", "why skipped"], rows)
-    for result, row in zip(results, made.rows, strict=True):
+    result_table = table(["check", "result", "time", "why skipped"], rows)
+    for result, row in zip(results, result_table.rows, strict=True):
         row.style = STYLES[result.outcome]
-    out.print(made)
+    out.print(result_table)
     for result in results:
         if result.outcome == "failed":
             out.print()

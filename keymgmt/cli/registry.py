@@ -33,10 +33,10 @@ def push(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Put a sealed model into a registry: only those of its files that are not there yet.
+    """Upload a sealed model to a registry: only the files that are not there yet.
 
-    A tag that is there must be what this model was pulled from. Registries cannot look and move it
-    in one step: of two who push at the same moment, the second one wins.
+    An existing tag must have the digest from which this model was pulled. Registries cannot check
+    and move it in one step: of two that push at the same moment, the second one wins.
 
     Example:
         keymgmt push resnet50.sealed oci://registry.example/models/resnet50:7
@@ -50,8 +50,8 @@ def push(
         print_json({"format": "keymgmt-push/1", **pushed.to_json()})
         return
     did = f"{_size(pushed.sent)} sent" + ("" if pushed.moved else ", the tag was right already")
-    said = f"{clean(pushed.manifest.name)}, release {pushed.manifest.release}: {did}"
-    console().print(f"{said}\n{clean(pushed.location)} is {pushed.digest}", soft_wrap=True)
+    message = f"{clean(pushed.manifest.name)}, release {pushed.manifest.release}: {did}"
+    console().print(f"{message}\n{clean(pushed.location)} is {pushed.digest}", soft_wrap=True)
 
 
 def pull(
@@ -72,9 +72,9 @@ def pull(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Get a sealed model from a registry, if this config lets it in: only what is not here yet.
+    """Download a sealed model from a registry if this config accepts it: only missing files.
 
-    Interrupted, it goes on where it was when it is run again.
+    After an interruption it goes on where it ended when it is run again.
 
     Example:
         keymgmt pull oci://registry.example/models/resnet50:7 resnet50.sealed
@@ -86,8 +86,8 @@ def pull(
     if as_json:
         print_json({"format": "keymgmt-pull/1", **pulled.to_json()})
         return
-    said = f"{clean(pulled.manifest.name)}, release {pulled.manifest.release}: {pulled.state}"
-    console().print(f"{said}, {_size(pulled.received)} received", soft_wrap=True)
+    message = f"{clean(pulled.manifest.name)}, release {pulled.manifest.release}: {pulled.state}"
+    console().print(f"{message}, {_size(pulled.received)} received", soft_wrap=True)
     console().print(f"{clean(pulled.location)} is {pulled.digest}", soft_wrap=True)
 
 

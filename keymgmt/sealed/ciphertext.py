@@ -1,6 +1,6 @@
-"""The ciphertext of one file, wherever it lies: what the payload engine reads it through.
+"""The ciphertext of one file: the interface through which the payload engine reads it.
 
-A file on a disk is here.
+The implementation for a file on a disk is here too.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from keymgmt.errors import IntegrityError
 
 __all__ = ["Ciphertext", "FileCiphertext", "Parts", "read_exactly"]
 
-_AHEAD: Final = 8  # segments that are asked of the disk at once
+_AHEAD: Final = 8  # segments that are read from the disk at once
 
 
 class Parts(Protocol):
-    """What one thread reads a ciphertext with."""
+    """A reader of a ciphertext, for one thread."""
 
     def read(self, offset: int, length: int, until: int = 0) -> memoryview:
-        """Some bytes in private memory, which are good until the next call.
+        """Read bytes into private memory; they are valid until the next call.
 
         Args:
-            offset: where they begin.
-            length: how many.
-            until: up to where this thread will read on; 0 where nobody knows.
+            offset: position of the first byte.
+            length: number of bytes.
+            until: the position up to which this thread will read on; 0 if that is unknown.
 
         Raises:
-            IntegrityError: it ends before that, or is another one by now.
+            IntegrityError: the file ends before that, or was replaced meanwhile.
             OSError, KeymgmtError: it cannot be read.
         """
 
@@ -38,19 +38,19 @@ class Ciphertext(Protocol):
     """A ciphertext that many threads read at once.
 
     Attributes:
-        threads: how many should; None for one for each processor.
+        threads: the number of threads that should; None for one for each processor.
     """
 
     threads: int | None
 
     def length(self) -> int:
-        """Bytes of all of it, as it is now."""
+        """The length of the file in bytes, now."""
 
     def parts(self) -> Parts:
         """Something to read it with, for one thread."""
 
     def close(self) -> None:
-        """Let go of it; may be called again."""
+        """Release it; may be called again."""
 
 
 class FileCiphertext:
@@ -59,7 +59,7 @@ class FileCiphertext:
     threads: int | None = None
 
     def __init__(self, fd: int, *, owns_fd: bool = True) -> None:
-        """``owns_fd``: the descriptor is closed with this."""
+        """``owns_fd``: ``close`` closes the descriptor."""
         self._fd, self._owns_fd = fd, owns_fd
 
     def length(self) -> int:
@@ -71,7 +71,7 @@ class FileCiphertext:
         return _FileParts(self._fd)
 
     def close(self) -> None:
-        """Close the descriptor if it is ours."""
+        """Close the descriptor if this object owns it."""
         if self._owns_fd:
             self._owns_fd = False
             os.close(self._fd)
@@ -93,13 +93,13 @@ class _FileParts:
         return part
 
     def _in_turn(self, part: memoryview, offset: int) -> bool:
-        """Read a part after which others will be wanted; False where it must be read again.
+        """Read a part that others will follow; False where it must be read again.
 
-        A disk gives more at once than in requests of one segment (docs/decisions/loader-speed.md).
-        So where one is not in the page cache, those after it are read with it, over one another:
-        what counts is that they are in the page cache then.
+        A disk is faster with many segments in one request (docs/decisions/loader-speed.md). So if
+        a part is not in the page cache, the next parts are read with it, all into the same memory:
+        their purpose is only to be in the page cache afterwards.
         """
-        # An error here is that of a system that cannot tell, or comes again where it counts.
+        # An error here means that the system cannot tell, or it appears again in the real read.
         with contextlib.suppress(OSError):
             try:
                 if os.preadv(self._fd, [part], offset, os.RWF_NOWAIT) == len(part):

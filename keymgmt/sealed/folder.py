@@ -1,7 +1,7 @@
 """The folder of a sealed model, read through one directory handle.
 
-Only regular files are opened and no symbolic link is followed below the folder itself, so that
-what is looked at is what is in the folder, whoever else writes to the disk meanwhile.
+Only regular files are opened, and no symbolic link below the folder is followed. So every file that
+is read is in the folder, even if other programs write to the disk meanwhile.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ _DIRECTORY: Final = _FLAGS | os.O_DIRECTORY
 
 
 def payload_name(path: str) -> str:
-    """Where the ciphertext of a model's file lies, relative to the folder."""
+    """The path of a file's ciphertext, relative to the sealed model's folder."""
     return f"{PAYLOAD}/{path}.floe"
 
 
 class ModelFolder(ABC):
-    """What is asked of a sealed model's folder, which need not be one of this machine.
+    """The interface of a sealed model's folder, which need not be on this machine.
 
     Attributes:
-        path: for messages.
+        path: the path or location, for messages.
     """
 
     path: str | Path
@@ -78,10 +78,10 @@ class ModelFolder(ABC):
 
     @abstractmethod
     def replace(self, name: str, content: bytes) -> None:
-        """Replace a small file, and none that somebody else has put there meanwhile.
+        """Replace a small file, unless another process replaced it meanwhile.
 
         Raises:
-            IntegrityError: somebody has; it is as it was.
+            IntegrityError: it was replaced meanwhile; it is left as it is.
         """
 
     @abstractmethod
@@ -93,13 +93,13 @@ class ModelFolder(ABC):
             FormatError: it, or a folder above it, is no regular file or folder.
         """
 
-    # What follows is nothing, where a folder is not of this machine.
+    # The methods below do nothing for a folder that is not on this machine.
 
     def close(self) -> None:  # noqa: B027
         """Close the handle; may be called again."""
 
     def lock(self) -> None:  # noqa: B027
-        """Wait until nobody else changes this folder."""
+        """Wait until no other process changes this folder, and lock it."""
 
     def check_place(self) -> None:  # noqa: B027
         """IntegrityError where another folder, or none, is at the path by now."""
@@ -126,8 +126,8 @@ class SealedFolder(ModelFolder):
         """Open the folder.
 
         Raises:
-            ConfigError: it is not there, or this user may not look into it.
-            FormatError: it is no folder.
+            ConfigError: it does not exist, or this user may not read it.
+            FormatError: it is not a folder.
             SealedModelError: the system cannot read it.
         """
         self.path: Path = Path(path)
@@ -181,7 +181,7 @@ class SealedFolder(ModelFolder):
         with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123 - a descriptor
             parts = []
             try:
-                # In one piece of its size: a second copy of 64 MiB is not for anybody to demand.
+                # Read in one piece of its size, so that a large file cannot demand a second copy.
                 left = min(os.fstat(descriptor).st_size, limit) + 1
                 while left and (part := file.read(left)):
                     parts.append(part)
@@ -193,10 +193,10 @@ class SealedFolder(ModelFolder):
         return b"".join(parts)
 
     def replace(self, name: str, content: bytes) -> None:
-        """Replace a small file of this very folder, and of none that took its place meanwhile.
+        """Replace a small file of this folder, and not of another folder that replaced it.
 
         Raises:
-            IntegrityError: another folder is at the path by now; it is as it was.
+            IntegrityError: another folder is at the path by now; it is left as it is.
             OSError: writing failed; the old file is whole.
         """
         try:
@@ -224,16 +224,16 @@ class SealedFolder(ModelFolder):
             )
 
     def lock(self) -> None:
-        """Wait until nobody else changes this folder; the lock ends when the folder is closed.
+        """Wait until no other process changes this folder; the lock ends when the folder is closed.
 
-        While it is held there is a file ``.keymgmt.lock`` in the folder.
+        While the lock is held, the folder contains a file ``.keymgmt.lock``.
 
         Raises:
-            ConfigError: somebody has changed it for a minute, or this user cannot write there.
+            ConfigError: the lock was held for a minute, or this user cannot write in the folder.
             IntegrityError: another folder is at the path by now.
         """
-        # A lock on the folder itself could be held by anybody who may read it. Those who may write
-        # there are its owner and, where it has the right, its group.
+        # Anybody who may read the folder could lock the folder itself. Those who may write in it
+        # are its owner and, where it has the right, its group.
         mode = os.fstat(self._fd).st_mode
         shared = 0o060 if mode & 0o020 else 0
         file = Path(f"/proc/self/fd/{self._fd}") / LOCK
@@ -265,7 +265,7 @@ class SealedFolder(ModelFolder):
     def clean(self, name: str) -> None:
         """Remove what killed replacements of a small file left; the lock is held."""
         for abandoned in left_behind(self.path / name):
-            # Nobody else writes this file while the lock is held.
+            # No other process writes this file while the lock is held.
             if abandoned.is_file() or abandoned.is_symlink():
                 abandoned.unlink(missing_ok=True)
 
