@@ -61,6 +61,7 @@ from keymgmt._system.deadline import Deadline, within
 from keymgmt._system.files import make_folder, replace_file, save_file, sync_directory, target_of
 from keymgmt._system.fork import ForkSafe
 from keymgmt._system.locks import lock_file
+from keymgmt._system.loopback import is_loopback
 from keymgmt._system.strict_json import JsonReader, load_json
 from keymgmt._system.trusted_file import check_trusted, read_file
 from keymgmt.errors import (
@@ -145,6 +146,7 @@ __all__ = [
     "inner_unwrap",
     "inner_wrap",
     "is_key",
+    "is_loopback",
     "is_name",
     "is_version",
     "key_exists",

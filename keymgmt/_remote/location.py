@@ -147,7 +147,7 @@ def _check_host(text: str, scheme: str, host: str) -> None:
     if scheme == "http" and not is_loopback(host):
         raise ConfigError(
             f"{text} is read over plain HTTP, which is for this machine alone",
-            hint=f"https://{host}",
+            hint=f"write https://{host}, or for this machine http://127.0.0.1",
         )
 
 

@@ -5,14 +5,21 @@ Region, keys and endpoints come from this table only, and not from the environme
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from typing import Annotated, ClassVar, Final, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
-from keymgmt.backend import RSA_OAEP_256, ConfigPath, KeyName, SecretSource, Settings, is_key
+from keymgmt.backend import (
+    RSA_OAEP_256,
+    ConfigPath,
+    KeyName,
+    SecretSource,
+    Settings,
+    is_key,
+    is_loopback,
+)
 
 __all__ = ["CONTEXT", "MECHANISMS", "SYMMETRIC", "Auth", "AwsSettings", "key_id"]
 
@@ -64,17 +71,9 @@ def _endpoint(text: str, *others: str) -> str:
         raise ValueError(f"{text[:200]!r} is not an endpoint: write https://host")
     if parts.path.strip("/") or parts.query or parts.fragment:
         raise ValueError(f"{text[:200]!r} has more than scheme, host and port")
-    if parts.scheme == "http" and host not in others and not _is_loopback(host):
+    if parts.scheme == "http" and host not in others and not is_loopback(host):
         raise ValueError(f"{text[:200]!r} is not protected: http is for this machine only")
     return text.rstrip("/")
-
-
-def _is_loopback(host: str) -> bool:
-    # Only IP addresses count: others choose the address of a host name.
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _metadata_endpoint(text: str) -> str:

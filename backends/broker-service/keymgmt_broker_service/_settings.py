@@ -18,6 +18,7 @@ from keymgmt.backend import (
     KeyProvider,
     Settings,
     check_key,
+    is_loopback,
     is_name,
     read_file,
 )
@@ -98,7 +99,7 @@ class ServiceSettings(Settings):
     def _fits_together(self) -> ServiceSettings:
         if (self.certificate is None) != (self.private_key is None):
             raise ValueError("certificate and private_key go together")
-        if self.certificate is None and not ipaddress.ip_address(self.address[0]).is_loopback:
+        if self.certificate is None and not is_loopback(self.address[0]):
             raise ValueError(
                 f"listen = {self.listen!r} needs certificate and private_key: without TLS the "
                 "broker listens on loopback alone"

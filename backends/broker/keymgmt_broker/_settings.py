@@ -5,14 +5,21 @@ Addresses come from here and from nowhere else. TLS is required, except on loopb
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
-from keymgmt.backend import ConfigPath, Evidence, KeyName, Settings, is_name, load_evidence
+from keymgmt.backend import (
+    ConfigPath,
+    Evidence,
+    KeyName,
+    Settings,
+    is_loopback,
+    is_name,
+    load_evidence,
+)
 
 __all__ = ["Address", "BrokerSettings", "Proof"]
 
@@ -47,7 +54,7 @@ class Address(NamedTuple):
             or parts.fragment
         ):
             raise ValueError(f"{text[:200]!r} is no address: write https://HOST:PORT")
-        if parts.scheme == "http" and not _is_loopback(parts.hostname):
+        if parts.scheme == "http" and not is_loopback(parts.hostname):
             raise ValueError(
                 f"{text[:200]!r} is not protected: use https, http is for loopback addresses only"
             )
@@ -57,13 +64,6 @@ class Address(NamedTuple):
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'https' if self.secure else 'http'}://{host}:{self.port}"
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class Proof(Settings):

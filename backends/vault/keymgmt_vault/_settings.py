@@ -5,7 +5,6 @@ Addresses come from this table only. TLS is required, except on loopback and on 
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from keymgmt.backend import (
     SecretSource,
     Settings,
     is_key,
+    is_loopback,
 )
 
 __all__ = [
@@ -109,7 +109,7 @@ class Address(NamedTuple):
             raise ValueError(f"{text[:200]!r} has a path with other than letters, digits, _ - / .")
         if path == "v1" or path.endswith("/v1"):
             raise ValueError(f"{text[:200]!r} ends in /v1, which keymgmt adds: leave it out")
-        if parts.scheme == "http" and not _is_loopback(parts.hostname):
+        if parts.scheme == "http" and not is_loopback(parts.hostname):
             raise ValueError(
                 f"{text[:200]!r} is not protected: use https; http is for loopback addresses only"
             )
@@ -132,14 +132,6 @@ class Address(NamedTuple):
         if self.scheme == "unix":
             return f"unix:{self.host}"
         return f"{self.scheme}://{self.netloc}{self.path}"
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        # The address that the name resolves to is checked after the connection is made.
-        return host == "localhost"
 
 
 class TokenAuth(Settings):
@@ -307,7 +299,7 @@ class VaultSettings(Settings):
             raise ValueError("auth by certificate needs client_cert and client_key")
         if isinstance(self.auth, AgentAuth) and self.auth.sink is None:
             for address in addresses:
-                if address.scheme == "https" and not _is_loopback(address.host):
+                if address.scheme == "https" and not is_loopback(address.host):
                     raise ValueError(f"{address} is not an agent of this machine; name its sink")
         if self.keys_prefix is not None and not is_key(f"{self.keys_prefix}0"):
             raise ValueError(f"no key name can begin with keys_prefix {self.keys_prefix!r}")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import ipaddress
 import logging
 import select
 import socket
@@ -25,7 +24,14 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import certifi
 
-from keymgmt.backend import Deadline, ProviderError, ProviderUnavailable, read_file, wipe
+from keymgmt.backend import (
+    Deadline,
+    ProviderError,
+    ProviderUnavailable,
+    is_loopback,
+    read_file,
+    wipe,
+)
 from keymgmt_vault._errors import NodeFailure
 
 if TYPE_CHECKING:
@@ -306,7 +312,7 @@ def _readable(idle: socket.socket) -> bool:
 
 def _check_loopback(connection: socket.socket) -> None:
     # The name localhost may resolve to any address; without TLS only loopback is used.
-    if not ipaddress.ip_address(connection.getpeername()[0]).is_loopback:
+    if not is_loopback(connection.getpeername()[0]):
         raise NodeFailure("refused", "the address is not on loopback", sent=False)
 
 
