@@ -1,4 +1,4 @@
-"""Is that key in a genuine TPM? The verifier's side, without a TPM.
+"""Check that a key is in a genuine TPM: the verifier's side, without a TPM.
 
 Strategy (Part 1, 9.5.3.3): a manufacturer certifies an endorsement key (EK). A credential made for
 the EK and the *name* of an attestation key (AK) is opened only by the TPM that holds both
@@ -48,7 +48,7 @@ ATTEST_QUOTE: Final = 0x8018
 
 
 def check_ak(ak: s.Public) -> None:
-    """AttestationError unless the public area is exactly that of an attestation key of ours."""
+    """AttestationError unless the public area is exactly that of our attestation keys."""
     if ak.attributes != AK_ATTRIBUTES:
         raise AttestationError(
             "the attestation key has the attributes "
@@ -102,15 +102,15 @@ def _hash(used: hashes.HashAlgorithm, message: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class Statement:
-    """The parts of a TPMS_ATTEST that are looked at (Part 2, 10.12.12).
+    """The parts of a TPMS_ATTEST that are checked (Part 2, 10.12.12).
 
     Attributes:
-        kind: what it states: ``ATTEST_QUOTE``, say.
+        kind: the kind of statement, such as ``ATTEST_QUOTE``.
         signer: the qualified name of the key that signed it.
-        extra: the value that whoever asked for it gave.
+        extra: the qualifying data, which the requester chose.
         firmware: the version of the TPM's firmware, its two words in hex as ``keymgmt doctor``
             prints them.
-        attested: what is stated, as its kind lays it out.
+        attested: the statement itself, whose layout depends on its kind.
     """
 
     kind: int
@@ -121,7 +121,7 @@ class Statement:
 
     @classmethod
     def parse(cls, raw: bytes) -> Statement:
-        """Read one; ValueError where it is none."""
+        """Read a TPMS_ATTEST; ValueError where it is not one."""
         reader = s.Reader(raw)
         if reader.number(4) != _MAGIC:
             raise ValueError("a TPM did not make this statement")

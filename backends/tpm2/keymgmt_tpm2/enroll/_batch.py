@@ -1,4 +1,4 @@
-"""What the office's two steps write, for one device or for a folder of them: all or nothing.
+"""The files of the office's two steps, for one device or for a folder of them: all or nothing.
 
 In a folder the files of one device have one name: ``NAME.request``, ``NAME.challenge``,
 ``NAME.state``, ``NAME.response``, ``NAME.recipient`` and ``NAME.recipient.sig``. A state file stays
@@ -70,12 +70,12 @@ class Attester:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one file of a folder.
+    """The result for one file of a folder.
 
     Attributes:
         path: the device's file, a request or a response.
-        done: what was made of it, None where that was made by an earlier run.
-        error: why nothing was made, or None.
+        done: the result of this run, or None where an earlier run made it.
+        error: why there is no result, or None.
     """
 
     path: Path
@@ -87,14 +87,14 @@ def challenge_one(path: Path, output: Path, state: Path, makers: Makers) -> Requ
     """Write challenge and private state for a request, both or neither; returns the request.
 
     Raises:
-        AttestationError: the request proves not even what it could.
+        AttestationError: the request fails a check that needs no answer of the TPM.
         FormatError: it is malformed.
         ConfigError: a file cannot be read, exists, or cannot be written.
     """
     request = Request.from_bytes(read_any(path))
     secret = None
     if os.path.lexists(state) and not os.path.lexists(output):
-        # The run that wrote it ended before the challenge was written, or that was lost.
+        # The run that wrote the state wrote no challenge, or the challenge was lost.
         known, secret = read_state(_read_private(state))
         if known != request:
             raise ConfigError(f"{state} exists, and is of another request")
@@ -118,7 +118,7 @@ def accept_one(
     """Write the attested recipient and its signature, both or neither; then the state is gone.
 
     Raises:
-        AttestationError: what was not proved, or is not wanted.
+        AttestationError: the device is not proved, or not accepted.
         FormatError: a file is malformed.
         ConfigError: a file cannot be read, exists, or cannot be written.
         ProviderError: the attester's key does not sign.
@@ -134,7 +134,7 @@ def accept_one(
         if not _left(output, lambda found: found == content):
             _save(undo, output, content)
         undo.pop_all()
-    # It was for one answer.
+    # The state is for one answer only.
     state.unlink()
     return request, recipient
 
@@ -211,7 +211,7 @@ def _files(folder: Path, ending: str) -> list[Path]:
 
 
 def _left(path: Path, is_ours: Callable[[bytes], bool]) -> bool:
-    """Whether an earlier run left this very content; what else is there makes ``_save`` fail."""
+    """Whether an earlier run left this content; ``_save`` fails for any other content."""
     return os.path.lexists(path) and is_ours(read_any(path))
 
 

@@ -1,4 +1,4 @@
-"""Did a trusted maker certify this endorsement key?
+"""Check that a trusted maker certified an endorsement key.
 
 The chain is built and checked by OpenSSL, as ``openssl verify -partial_chain`` does: makers' chains
 have what a verifier for web servers refuses. What an endorsement key's certificate and its issuers
@@ -55,7 +55,7 @@ _UNREADABLE: Final = (
 
 @dataclass(frozen=True)
 class Maker:
-    """Who certified an endorsement key.
+    """The maker that certified an endorsement key.
 
     Attributes:
         issuer: the name of the issuer of its certificate, RFC 4514, of printable ASCII.
@@ -67,7 +67,7 @@ class Maker:
 
 
 class AttestationError(IntegrityError):
-    """What a device stated is not proved; the message says which link is missing."""
+    """A statement of a device is not proved; the message names the missing link."""
 
 
 def split_file(content: bytes) -> list[bytes]:

@@ -1,4 +1,4 @@
-"""What is read of certificates below the level of a parser of certificates.
+"""Parts of certificates that a parser of certificates does not read.
 
 Old authorities have DER that is not strictly ordered, and some makers an algorithm of keys that
 parsers do not know. Whatever is read here was verified by OpenSSL, or is compared with bytes of our

@@ -57,7 +57,7 @@ _LABEL: Final = b"keymgmt enroll 1\0"
 
 @dataclass(frozen=True)
 class Request:
-    """What a device states of itself and of one of its keys; nothing of it is proved.
+    """The statement of a device about itself and one of its keys; nothing of it is proved.
 
     ``certificate`` is the EK's in DER, as its NV index or a file holds it; ``chain`` what the TPM
     holds of its issuers' certificates, one after the other, empty if it holds none.
@@ -140,7 +140,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Makers:
-    """Whom the office trusts to certify endorsement keys.
+    """The makers that the office trusts to certify endorsement keys.
 
     Attributes:
         anchors: DER certificates that are trusted, roots or intermediates.
@@ -164,7 +164,7 @@ def challenge(
         secret: that of a state file of this request whose challenge was lost.
 
     Raises:
-        AttestationError: the request proves not even what it could.
+        AttestationError: the request fails a check that needs no answer of the TPM.
     """
     request.check(makers)
     secret = secret or os.urandom(32)
@@ -192,7 +192,7 @@ def read_challenge(content: bytes) -> tuple[bytes, bytes, bytes]:
 
 
 def answer_value(secret: bytes, request_digest: bytes) -> bytes:
-    """What the AK puts into the certification: 32 bytes that need the credential's secret."""
+    """The qualifying data of the certification: 32 bytes that need the credential's secret."""
     return hmac.new(secret, _LABEL + request_digest, hashlib.sha256).digest()
 
 
@@ -212,11 +212,11 @@ def read_response(content: bytes) -> tuple[bytes, bytes]:
 def accept(state: bytes, response: bytes, makers: Makers, decision: Decision) -> Recipient:
     """The attested recipient, if the response is right and the office wants this device.
 
-    It says what was proved, and what the office's inventory knows: nothing that the device only
-    states of itself is in it.
+    Its attributes are the proved facts and those of the office's inventory. Unproved statements of
+    the device are not in it.
 
     Raises:
-        AttestationError: which link is missing, or what the office did not want.
+        AttestationError: a link is missing, or the office does not accept the device.
         FormatError: a file is malformed.
         ConfigError: the decision does not say which key is enrolled.
     """

@@ -1,4 +1,4 @@
-"""What its maker left in a TPM of endorsement keys: certificates and their chain, in NV indices."""
+"""Certificates of endorsement keys and their chain, which the maker stored in NV indices."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def certificates(tpm: Tpm) -> Iterator[tuple[str, bytes]]:
 
 
 def read_chain(tpm: Tpm) -> bytes:
-    """What the TPM holds of its issuers' certificates, DER one after the other (2.2.1.5.2).
+    """The certificates of issuers in the TPM, DER one after the other (2.2.1.5.2).
 
     An index that was never written, or that its owner alone reads, is passed over: the office says
     which issuer is missing.
@@ -48,7 +48,7 @@ def read_chain(tpm: Tpm) -> bytes:
             found += split_chain(content[at:end])
             at = end
         except ValueError:
-            at += 1  # padding, or what else a maker put there, is no reason to send nothing
+            at += 1  # padding, or other content of a maker, is no reason to send nothing
     return b"".join(found)
 
 
@@ -66,6 +66,6 @@ def read_nv(tpm: Tpm, index: int) -> bytes | None:
             "nv_read", handle, min(_CHUNK, size - len(content)), len(content), auth_handle=handle
         )
         if not bytes(part):
-            break  # or a TPM that gives nothing would be asked for ever
+            break  # a TPM that returns no bytes would be asked for ever
         content += bytes(part)
     return content

@@ -1,4 +1,4 @@
-"""What the office decides: which devices, which key of them, and what policy the key must have.
+"""The decision of the office: the devices, their keys, and the policy of the keys.
 
 A request is a device's own words. The office states what it wants in its own: values of PCRs or an
 approver's key, and the endorsement keys that it bought. Digests are compared, never descriptions.
@@ -50,7 +50,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Decision:
-    """What a key must be to be enrolled.
+    """The requirements for a key to be enrolled.
 
     Attributes:
         policy: values of exactly the PCRs that it is bound to, or who approves its boot states;
@@ -65,17 +65,18 @@ class Decision:
     key: str | None = None
 
     def check(self, ek: Public, key: Public, policy: Policy) -> Device:
-        """The device that this is, as the office knows it.
+        """The device in the office's inventory.
 
         Raises:
-            AttestationError: it is none of the devices, or the key has another policy.
+            AttestationError: the device is not in the inventory, or the key has another policy.
             ConfigError: neither the inventory nor the command says which key is enrolled.
         """
-        found = ek_id(ek)
-        device = Device(found) if self.devices is None else self.devices.get(found)
+        ek_hash = ek_id(ek)
+        device = Device(ek_hash) if self.devices is None else self.devices.get(ek_hash)
         if device is None:
             raise AttestationError(
-                f"the TPM is not of a device that is enrolled here: its endorsement key is {found}",
+                "the TPM is not of a device that is enrolled here: "
+                f"its endorsement key is {ek_hash}",
                 hint="compare it with what the maker or the device's label says, and add it",
             )
         if self.policy is not None and self._wanted(policy).digest != key.policy:

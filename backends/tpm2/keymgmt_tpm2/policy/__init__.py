@@ -1,1 +1,1 @@
-"""What a key asks for before the TPM uses it: PINs, boot states, approvals of them, counters."""
+"""The conditions under which a TPM uses a key: PINs, boot states, approvals, counters."""

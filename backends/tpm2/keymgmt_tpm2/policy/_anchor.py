@@ -1,4 +1,4 @@
-"""The anchor of what remembers releases: an NV index that only grows.
+"""The anchor of the release memory: an NV index that can only be extended.
 
 Of type extend, it holds a hash chain, as ``SupportsAnchor`` wants it. Where the machine's state
 does not satisfy the policy of the key that it was made with, nobody moves it. Its owner can take it
@@ -37,7 +37,7 @@ SIZE: Final = 32
 
 @dataclass(frozen=True)
 class Anchor:
-    """An anchor: where it is, and what whoever moves it must satisfy.
+    """An anchor, and the policy that moves it.
 
     Attributes:
         place: its NV index.
@@ -59,12 +59,12 @@ class Anchor:
 
     @property
     def name(self) -> bytes:
-        """What the config pins."""
+        """The name that the config pins."""
         return self.place.name
 
     @property
     def moved_by(self) -> str:
-        """Who moves it, in words."""
+        """The condition for moving it, in words."""
         return str(self.policy) if self.place.policy else "whoever may use this TPM"
 
 

@@ -63,7 +63,7 @@ class Approval:
 
     @staticmethod
     def message(pcrs: PcrState, counter: Counter | None, approver: Approver) -> bytes:
-        """What the approver signs."""
+        """The bytes that the approver signs."""
         return approved_digest(pcrs, counter, approver) + approver.ref.encode()
 
     @property
@@ -82,7 +82,7 @@ class Approval:
 
     @property
     def id(self) -> str:
-        """What names it everywhere: SHA-256 over approver, ref and what is approved, in hex."""
+        """Its id: SHA-256 over approver, ref and what is approved, in hex."""
         name = sha256(self.approver.structure().name, self.approver.ref.encode())
         return sha256(name, self.digest).hex()
 
@@ -164,7 +164,7 @@ Statement: TypeAlias = Approval | BootSignature
 
 
 def boot_signatures(path: Path, approver: Approver) -> list[BootSignature]:
-    """What a ``.pcrsig`` holds of an approver; nothing where the booted kernel brought none.
+    """The policies of an approver in a ``.pcrsig``; empty where the booted kernel has none.
 
     An entry whose digest or signature has another size is passed over and said.
 
@@ -233,7 +233,7 @@ def installed(directory: Path) -> list[Approval]:
 
 
 def install(directory: Path, approval: Approval) -> Path:
-    """Put an approval where the provider finds it; the same one twice is one file."""
+    """Put an approval into the key directory; the same approval again is the same file."""
     folder = directory / "approvals"
     for made in (directory, folder):  # one by one: `parents` takes no mode
         made.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Satisfying the policy of a key in a session, and saying plainly why it does not hold.
+"""Satisfy the policy of a key in a session, or say plainly why it does not hold.
 
 The order is the one that the policy was computed in: an approval (PolicyPCR, PolicyNV,
 PolicyAuthorize), then PCRs of the key itself (PolicyPCR), then PolicyAuthValue. PCR values are read
@@ -106,7 +106,7 @@ def _use_approval(
 
 
 def _try(tpm: Tpm, session: Any, statement: Statement) -> str | None:
-    """Why the TPM does not take it, or None where the session now has it."""
+    """Why the TPM refuses the statement, or None where the session now has it."""
     ref = statement.approver.ref.encode()
     try:
         approver = statement.approver

@@ -45,7 +45,7 @@ _CREATE: Final = "make it with: keymgmt tpm counter create PROVIDER FILE"
 
 @dataclass(frozen=True)
 class Raise:
-    """What an approver signed to start a counter and to raise it to a value; DER signatures."""
+    """The signatures of an approver that start a counter and raise it to a value, in DER."""
 
     counter: Counter
     approver: Approver
@@ -61,7 +61,7 @@ class Raise:
 
     @staticmethod
     def messages(counter: Counter, approver: Approver) -> tuple[bytes, bytes]:
-        """What is signed: to start it, and to raise it."""
+        """The two messages that are signed: to start the counter, and to raise it."""
         if not counter.value > 0:
             raise ValueError("a counter is raised to 1 or more")
         ref = approver.counter_ref

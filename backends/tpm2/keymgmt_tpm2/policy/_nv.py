@@ -1,4 +1,4 @@
-"""NV indices of ours in a TPM: made, looked at, taken away."""
+"""Our NV indices in a TPM: define, read and undefine them."""
 
 from __future__ import annotations
 

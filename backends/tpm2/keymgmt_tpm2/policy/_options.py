@@ -32,7 +32,7 @@ def read_approver(path: Path, ref: str = "") -> Approver:
 
 @dataclass(frozen=True)
 class KeyOptions:
-    """What a new key is to ask for; PCR values are taken when it is made."""
+    """The policy of a new key as options; PCR values are read when the key is created."""
 
     pin: bool = False
     bank: str | None = None

@@ -1,4 +1,4 @@
-"""What a key asks for before the TPM uses it, and the digests that say so.
+"""The policy under which a TPM uses a key, and its digests.
 
 Strategy: a policy is named data, and its digest is computed here, without a TPM, exactly as the
 TPM's own commands would (Part 3, 23). The key directory may lie about a policy; the digest that
@@ -171,7 +171,7 @@ class Counter:
 
 @dataclass(frozen=True)
 class Approver:
-    """Who may approve boot states: a public key, and a ref that its approvals carry.
+    """An approver of boot states: a public key, and a ref that its approvals carry.
 
     An ECDSA P-256 key signs approvals, an RSA key the .pcrsig of unified kernel images.
     """
@@ -212,16 +212,16 @@ class Approver:
 
     @property
     def counter_ref(self) -> bytes:
-        """The ref of what he signs for counters."""
+        """The ref of the approver's signatures for counters."""
         return _COUNTER_REF + self.ref.encode()
 
     @property
     def counter_policy(self) -> bytes:
-        """The authPolicy of counters that only he moves."""
+        """The authPolicy of counters that only this approver moves."""
         return self._authorize(self.counter_ref)
 
     def check(self, message: bytes, signature: bytes, what: str) -> None:
-        """ConfigError unless he signed; a TPM checks it again."""
+        """ConfigError unless the approver signed; a TPM checks it again."""
         key = self.structure().key()
         assert isinstance(key, ec.EllipticCurvePublicKey)  # noqa: S101 - check_ecdsa
         try:
@@ -255,7 +255,7 @@ def first_digest(counter: Counter, approver: Approver) -> bytes:
 
 
 def raise_digest(counter: Counter, approver: Approver) -> bytes:
-    """What he signs to raise a counter to ``counter.value``: increments while it is lower."""
+    """What an approver signs to raise a counter to ``counter.value``: increments while lower."""
     lower = Counter(counter.index, counter.value - 1)
     return _increments(lower.extend(_START, approver), counter.place(approver).name)
 
@@ -271,7 +271,7 @@ def _increments(digest: bytes, name: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class Policy:
-    """What one key asks for; all three empty is the policy *none*.
+    """The policy of one key; with all three empty it is the policy *none*.
 
     PCRs that are named beside an approver hold whatever is approved.
     """
@@ -304,7 +304,7 @@ class Policy:
         return " and ".join(words) or "none"
 
     def lines(self) -> list[str]:
-        """Everything that it asks for: each PCR's value, and the whole fingerprint of an approver.
+        """All conditions of the policy: each PCR's value, and the whole fingerprint of an approver.
 
         The fingerprint is SHA-256 of the key's DER SubjectPublicKeyInfo, in hex.
         """

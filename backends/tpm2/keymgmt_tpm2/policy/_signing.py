@@ -1,4 +1,4 @@
-"""Who approves: a key in a file, or of a provider of any backend that signs."""
+"""The approver's key: in a file, or of a provider of any backend that signs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _signer(context: typer.Context, key: str) -> tuple[bytes, Callable[[bytes], 
 
 
 def _refuse_publisher(context: typer.Context, key: str, public: bytes) -> None:
-    """Who publishes models does not also decide which boot states open them."""
+    """ConfigError for a publisher's key: it must not also decide which boot states open models."""
     try:
         config = context.obj.config()
     except ConfigError:

@@ -56,7 +56,7 @@ def _printed(data: JsonReader) -> PcrState:
 
 
 def read_json_file(path: Path, what: str, read: Callable[[JsonReader], R]) -> R:
-    """What ``read`` makes of a JSON file that a person named; ConfigError where it is wrong."""
+    """The result of ``read`` for a JSON file that a person named; ConfigError where it is wrong."""
     content = read_file(path, label=what, limit=MAX_FILE, access="any")
     try:
         return read(load_json(content, str(path), MAX_FILE, canonical=False))

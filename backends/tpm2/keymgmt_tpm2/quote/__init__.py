@@ -1,4 +1,4 @@
-"""Quotes: what a device's TPM states of its boot state, and whether that is what is wanted."""
+"""Quotes: the boot state that a device's TPM states, and the policy that it must satisfy."""
 
 from keymgmt_tpm2.enroll._certificates import AttestationError
 from keymgmt_tpm2.quote._policy import DevicePolicy, Devices

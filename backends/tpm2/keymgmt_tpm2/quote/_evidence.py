@@ -24,7 +24,7 @@ _TRIES: Final = 4
 
 
 class TpmEvidenceSettings(Tpm2Settings):
-    """Where the evidence ``tpm2`` comes from: what the table of a provider has, and what is quoted.
+    """Settings of the evidence ``tpm2``: those of a provider's table, and what is quoted.
 
     Attributes:
         pcrs: which PCRs are quoted, as ``[BANK:]LIST``; those that the service's policy asks for.
@@ -64,7 +64,7 @@ class TpmEvidence(Evidence[TpmEvidenceSettings]):
         self._service = Service("evidence", settings, KeyDirectory(settings.keys, "evidence"))
 
     def quote(self, report_data: bytes) -> bytes:
-        """A quote with these 32 bytes as its qualifying data, and what is needed to check it.
+        """A quote with these 32 bytes as its qualifying data, and all that is needed to check it.
 
         Raises:
             ProviderUnavailable: the TPM is not reached, busy, or gives no answer in time; or the
@@ -107,7 +107,7 @@ class TpmEvidence(Evidence[TpmEvidenceSettings]):
             state, session = tpm.pcrs(bank, indices), tpm.session()
             attest, (r, s) = tpm.quote(key, report_data, state, session)
             tpm.flush(session)
-            # Extended in between: the values are not those that were quoted.
+            # A PCR was extended in between, so the values are not those of the quote.
             if attest.endswith(pcr_digest(state)):
                 return Quote(tpm.public_of(key), attest, encode_dss_signature(r, s), state)
         raise ProviderUnavailable("the PCRs change all the time", hint="try again")

@@ -34,21 +34,21 @@ MAX_APPROVALS: Final = 8
 
 
 def pcr_digest(state: PcrState) -> bytes:
-    """What a quote by a key that signs with SHA-256 says of these values (Part 3, 18.4)."""
+    """The digest of these values in a quote by a key that signs with SHA-256 (Part 3, 18.4)."""
     return sha256(*(state.values[index] for index in state.indices))
 
 
 @dataclass(frozen=True)
 class Quote:
-    """What a TPM states of its PCRs, and what its device says besides.
+    """The statement of a TPM about its PCRs, with the approvals and event log of its device.
 
     Attributes:
         ak: the attestation key.
         attest: TPMS_ATTEST.
         signature: DER ECDSA signature over it.
-        state: what the PCRs held.
-        approvals: of that state, by whoever signed them.
-        event_log: what the device says that its firmware measured; empty where it does not.
+        state: the values of the PCRs.
+        approvals: approvals of that state; their signers are not checked yet.
+        event_log: the firmware's event log, as the device sent it, or empty.
     """
 
     ak: Public
@@ -78,7 +78,7 @@ class Quote:
 
     @classmethod
     def from_bytes(cls, evidence: bytes) -> Quote:
-        """Read evidence, of which nothing is proved before ``check``; FormatError."""
+        """Read evidence, of which nothing is proved before ``check``; FormatError if malformed."""
         file = load_json(evidence, "the evidence", MAX_EVIDENCE, canonical=False)
         file.version(_FORMAT, "a newer keymgmt may have written it")
         try:
@@ -99,7 +99,7 @@ class Quote:
     def check(self, report_data: bytes) -> str:
         """Check that the attestation key quoted this state, with that report data in the quote.
 
-        Whether that key is in a TPM is not said by it; who was enrolled is known by its name.
+        This does not prove that the key is in a TPM: the enrolled keys are known by their names.
 
         Returns:
             The version of the TPM's firmware.

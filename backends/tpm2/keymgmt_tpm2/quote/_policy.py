@@ -1,4 +1,4 @@
-"""Whether a quote is of a device that was enrolled, in a boot state that is wanted.
+"""Check that a quote is of an enrolled device, in a boot state that the policy allows.
 
 What the enrolment office wrote says which attestation keys are in genuine TPMs: the recipient files
 of ``keymgmt tpm enroll accept``, each with the office's signature beside it. Nothing that a device
@@ -40,7 +40,7 @@ MAX_PEM: Final = 65536
 
 
 class DevicePolicy(Settings):
-    """Which devices with a TPM are wanted, and in which boot state.
+    """The devices with a TPM that are accepted, and their boot states.
 
     Of ``pcr_values``, ``approver`` and ``event_logs``, all that are given must hold.
 
@@ -87,10 +87,10 @@ class DevicePolicy(Settings):
 
 @dataclass(frozen=True)
 class _Known:
-    """What known machines measured into some PCRs of a bank, which the operator chooses.
+    """The events that known machines measured into some PCRs of a bank, which the operator chooses.
 
-    Firmware leaves banks alone that it does not know, and whoever has the machine writes there what
-    he likes.
+    Firmware does not extend banks that it does not support, and whoever has the machine can then
+    write any values there.
     """
 
     bank: str
@@ -117,14 +117,14 @@ class _Known:
 
 @dataclass(frozen=True)
 class Devices:
-    """A policy with all that its files say.
+    """A policy with the content of its files.
 
     Attributes:
-        enrolled: name of an attestation key, and what the office signed of its device.
+        enrolled: name of an attestation key -> the facts of its device that the office signed.
         states: boot states, of which one is wanted; any where there are none.
-        approver: who approves boot states, if that is asked for.
-        counter: the least that an approval's counter allows.
-        known: the events that are known, if they are asked for.
+        approver: the approver of boot states, or None if no approval is required.
+        counter: the lowest value that the counter of an approval may allow.
+        known: the known events, or None if event logs are not compared.
     """
 
     enrolled: Mapping[str, Mapping[str, str]]
@@ -153,15 +153,15 @@ class Devices:
         return cls(enrolled, tuple(states.values()), approver, policy.counter, known)
 
     def check(self, evidence: bytes, report_data: bytes) -> dict[str, str]:
-        """What is proved of a device, in words for a log.
+        """Check the evidence of a device; returns the proved facts, as texts for a log.
 
         Args:
             evidence: as the evidence ``tpm2`` gives it.
-            report_data: the 32 bytes that were asked for.
+            report_data: the 32 bytes that the quote must contain.
 
         Raises:
-            AttestationError: it is refused, and why.
-            FormatError: this is no evidence of a TPM.
+            AttestationError: the evidence is refused; the message has the reason.
+            FormatError: it is not evidence of a TPM.
         """
         quote = Quote.from_bytes(evidence)
         firmware, name = quote.check(report_data), quote.ak.name.hex()
@@ -171,12 +171,12 @@ class Devices:
             reasons = [compare(state, quote.state) for state in self.states]
             if all(reasons):
                 raise AttestationError(f"another boot state: {' | '.join(reasons)[:500]}")
-        said = {"ek": self.enrolled[name]["ek"], "firmware": firmware}
+        facts = {"ek": self.enrolled[name]["ek"], "firmware": firmware}
         if self.approver is not None:
-            said["approval"] = self._approval(quote, self.approver)
+            facts["approval"] = self._approval(quote, self.approver)
         if self.known is not None:
             self.known.check(quote)
-        return said
+        return facts
 
     def _approval(self, quote: Quote, approver: Approver) -> str:
         """The id of an approval of this state; AttestationError."""
@@ -229,7 +229,7 @@ def _enrolled(policy: DevicePolicy) -> dict[str, Mapping[str, str]]:
 
 
 def _attested(policy: DevicePolicy) -> Iterable[Mapping[str, str]]:
-    """What the office proved of each device; ConfigError where nobody trusted signed one."""
+    """The facts that the office proved of each device; ConfigError where no attester signed one."""
     trusted = {}
     for path in policy.attesters:
         pem = read_file(path, label="public key", limit=MAX_PEM, access="trusted")
