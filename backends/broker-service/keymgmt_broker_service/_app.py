@@ -1,4 +1,4 @@
-"""The HTTP of the service: three paths, within bounds of size, time, number and rate."""
+"""The HTTP interface of the service: three paths, with limits of size, time, number and rate."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _CLOSING: Final = frozenset({"size", "time", "rate", "busy"})
 
 
 class _Rates:
-    """How fast each address asks: a bucket of tokens for each, the newest addresses kept."""
+    """The request rate of each address: a token bucket for each of the newest addresses."""
 
     def __init__(self, rate: float, processes: int) -> None:
         # Which worker a connection reaches is chance: each allows at once what all together do.
@@ -54,7 +54,7 @@ class _Rates:
         self._buckets: OrderedDict[str, tuple[float, float, bool]] = OrderedDict()
 
     def count(self, client: str) -> None:
-        """Count one more request of this client; Refusal where it asks too often."""
+        """Count one more request of this client; Refusal where it exceeds the rate."""
         now = time.monotonic()
         tokens, since, refused = self._buckets.pop(client, (self._most, now, False))
         tokens = min(self._most, tokens + (now - since) * self._rate)
@@ -68,7 +68,7 @@ class _Rates:
 
 
 class _Places:
-    """A bound of what is done at the same time, of one event loop; Refusal where it is full."""
+    """A limit of simultaneous work in one event loop; Refusal where it is reached."""
 
     def __init__(self, most: int) -> None:
         self._free = most
@@ -116,7 +116,7 @@ def make_app(broker: Broker) -> ASGIApp:
     settings = broker.settings
     rates = _Rates(settings.rate, settings.processes)
     deciding = _Places(settings.concurrent)
-    # Evidence of a TPM has its event log with it.
+    # The evidence of a TPM contains its event log.
     large = any(policy.evidence == "tpm2" for policy in settings.policies.values())
     limit = MAX_REQUEST if large else _SMALL
     room = _Room(_BODIES)

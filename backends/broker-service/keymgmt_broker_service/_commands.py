@@ -14,7 +14,7 @@ from keymgmt.errors import AccessDenied, ConfigError, FormatError
 
 __all__ = ["app"]
 
-# What a broker needs is imported when it is used, so that help and completion stay fast.
+# Modules of the broker are imported when they are used, so that help and completion stay fast.
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 MAX_QUOTE: Final = 65536
 _STATES: Final = ((0, "expired"), (7, "old"), (math.inf, "ok"))

@@ -1,6 +1,6 @@
-"""The decision: is this evidence what a policy of this key asks for; then unwrap, seal, and log.
+"""Decide on a request: check the evidence by the policies of the key, unwrap, seal, and log.
 
-Nothing behind the broker is asked for a machine that has not proved itself.
+The provider behind the broker is never asked for a machine that has not proved itself.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Refusal(Exception):
     """A request is refused.
 
     Attributes:
-        word: what the client is told, one of ``protocol.STATUS``.
+        word: the reason that the client gets, one of ``protocol.STATUS``.
     """
 
     def __init__(self, word: str, reason: str = "") -> None:
@@ -70,7 +70,7 @@ class Refusal(Exception):
 
 @dataclass(frozen=True)
 class Broker:
-    """What one worker knows: config, policies, collateral. Safe to use from several threads."""
+    """The state of one worker: config, policies, collateral. Safe to use from several threads."""
 
     settings: ServiceSettings
     config: keymgmt.Config
@@ -80,7 +80,7 @@ class Broker:
 
     @classmethod
     def load(cls, settings: ServiceSettings, nonce_key: bytes) -> Self:
-        """Read everything that ``settings`` names; ConfigError where something is wrong in it."""
+        """Read all files that ``settings`` names; ConfigError where one of them is wrong."""
         config = keymgmt.load_config(settings.config)
         for entry in settings.keys.values():
             entry.find(config)
@@ -94,7 +94,7 @@ class Broker:
         """The body of the answer to a request.
 
         Args:
-            body: as it came.
+            body: the body of the request.
             client: the client's address, for the log.
 
         Raises:

@@ -1,8 +1,8 @@
 """Nonces that need no memory: a time and random bytes, under a MAC of a key that instances share.
 
 A nonce is 8 bytes of time (milliseconds, big endian), 16 random bytes and HMAC-SHA256 of both. Any
-instance that has the key accepts it for its life, as often as it comes: what is answered opens for
-the first asker alone. A repeat that one process sees is told to the caller, for the log.
+instance that has the key accepts it for its life, and more than once: the answer opens only for
+the first client. A repeat that one process sees is reported to the caller, for the log.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _REMEMBERED: Final = 100_000
 
 
 class Nonces:
-    """Makes nonces and knows its own again; safe to use from several threads."""
+    """Makes nonces and recognises them; safe to use from several threads."""
 
     def __init__(self, key: bytes) -> None:
-        """``key`` is secret: who has it can choose nonces, and so make evidence beforehand."""
+        """``key`` is secret: whoever has it can choose nonces, and make evidence in advance."""
         self._key = key
         self._lock = threading.Lock()
         self._seen: OrderedDict[bytes, float] = OrderedDict()

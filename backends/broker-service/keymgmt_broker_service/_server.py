@@ -1,4 +1,4 @@
-"""The processes of the service: one that watches, and workers that answer.
+"""The processes of the service: a supervisor, and workers that answer requests.
 
 Verification holds Python's lock, so threads do not make it faster, and processes do. uvicorn's
 supervisor starts a worker again that ended, and replaces all of them one by one, the new before the
@@ -121,7 +121,7 @@ def _listen(settings: ServiceSettings) -> socket.socket:
 
 
 def _worker_app(path: Path, made_here: bytes, formatter: logging.Formatter) -> ASGIApp:
-    """What each worker runs."""
+    """The application of one worker."""
     _log_to_stderr(formatter)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

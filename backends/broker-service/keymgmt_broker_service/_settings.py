@@ -1,4 +1,4 @@
-"""The config of the service, and what it names: ``broker.toml``."""
+"""The config of the service, ``broker.toml``, and the files that it names."""
 
 from __future__ import annotations
 

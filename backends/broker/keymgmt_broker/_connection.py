@@ -35,7 +35,7 @@ _CLOSED: Final = (http.client.RemoteDisconnected, ConnectionError, ssl.SSLEOFErr
 
 
 class Passing(Exception):
-    """The same request may succeed at another address, or later."""
+    """An error that may not occur at another address, or later."""
 
     def __init__(self, error: ProviderError) -> None:
         super().__init__(str(error))

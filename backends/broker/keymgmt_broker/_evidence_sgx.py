@@ -34,7 +34,7 @@ _HINT: Final = 'the manifest needs sgx.remote_attestation = "dcap", and the host
 
 
 class GramineSettings(Settings):
-    """Where the evidence ``sgx`` comes from.
+    """Settings of the evidence ``sgx``.
 
     Attributes:
         user_report_data: the file to which report data is written.
@@ -55,7 +55,7 @@ class _Turn(ForkSafe):
 
     @contextlib.contextmanager
     def held(self, seconds: float) -> Iterator[None]:
-        """Hold it; ProviderUnavailable where other threads hold it for so long."""
+        """Hold the lock; ProviderUnavailable where other threads hold it for so long."""
         lock = self._lock
         if not lock.acquire(timeout=seconds):
             raise ProviderUnavailable(
@@ -81,7 +81,7 @@ class GramineEvidence(Evidence[GramineSettings]):
         """A quote with these 32 bytes, and 32 zeros behind them, as its report data.
 
         Raises:
-            ProviderUnavailable: this is no enclave under Gramine, it makes no quotes, or not in
+            ProviderUnavailable: this is not an enclave under Gramine, it makes no quotes, or not in
                 time; or something else in it writes report data at the same time.
             AccessDenied: Gramine refused, and says no more than that.
         """

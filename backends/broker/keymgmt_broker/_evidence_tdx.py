@@ -42,7 +42,7 @@ _NONE: Final = (
 
 
 class TsmSettings(Settings):
-    """Where the evidence ``tdx`` comes from.
+    """Settings of the evidence ``tdx``.
 
     Attributes:
         reports: the folder in which the kernel takes requests.
@@ -90,7 +90,7 @@ class TsmEvidence(Evidence[TsmSettings]):
             with (folder / "outblob").open("rb") as file:
                 quote = file.read(MAX_QUOTE + 1)
             written = _number(folder / "generation") - before
-        # A host that fails may leave nothing, and an earlier request something else.
+        # After a failure of the host the file may be empty, or have an earlier quote.
         if written != 1 or len(quote) > MAX_QUOTE or report_data_of(quote) != wanted:
             raise OSError(errno.EIO, "the quote is not the one that was asked for")
         return quote

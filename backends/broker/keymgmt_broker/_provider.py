@@ -70,8 +70,8 @@ class BrokerProvider(KeyProvider[BrokerSettings]):
         evidence = "sgx"
         recipients = { resnet50 = "resnet50.recipient" }
 
-    ``wrap`` needs the recipient file alone. Each ``unwrap`` makes a key of its own for the answer,
-    which nobody has before or after; nothing lives on in the provider.
+    ``wrap`` needs only the recipient file. Each ``unwrap`` makes a new key for its answer, which is
+    used once; the provider keeps no state.
     """
 
     backend: ClassVar[str] = BACKEND

@@ -1,4 +1,4 @@
-"""The ``[providers.NAME]`` table of a broker: where it is, and what proves this machine.
+"""The ``[providers.NAME]`` table of a broker: its addresses, and the evidence of this machine.
 
 Addresses come from here and from nowhere else. TLS is required, except on loopback.
 """
@@ -43,7 +43,7 @@ class Address(NamedTuple):
         except ValueError as error:
             raise ValueError(f"{text[:200]!r} is no address: {error}") from None
         if parts.username is not None or parts.password is not None:
-            # Not repeated: the part before the @ may be a password.
+            # The text is not repeated: the part before the @ may be a password.
             raise ValueError("an address holds no user name or password: evidence is the login")
         if (
             parts.scheme not in ("https", "http")

@@ -1,4 +1,4 @@
-"""What client and service say to each other over HTTPS, and how it is bound together.
+"""The messages of client and service over HTTPS, and how they are bound together.
 
     POST /v1/nonce   (no body)                             -> keymgmt-broker-nonce/1
     POST /v1/unwrap  keymgmt-broker-request/1              -> keymgmt-broker-answer/1
@@ -94,8 +94,8 @@ class Request:
         nonce: as the service gave it.
         hpke: kind of the ephemeral key, one of ``HPKE_KINDS``.
         public_key: the ephemeral key, as ``hpke_public`` serialises it.
-        wrapped: what is to be unwrapped; its backend is ``broker``.
-        context: what ``wrapped`` is bound to.
+        wrapped: the wrapped key; its backend is ``broker``.
+        context: the context to which ``wrapped`` is bound.
         kind: kind of evidence, as its entry point is called.
         evidence: the result of ``Evidence.quote`` for ``report_data``.
     """
@@ -185,7 +185,7 @@ class Request:
 
 
 def answer_info(report_data: bytes) -> bytes:
-    """What the sealed share of an answer is bound to, besides the ephemeral key."""
+    """The info to which the sealed share of an answer is bound, besides the ephemeral key."""
     return b"keymgmt broker answer 1" + report_data
 
 
@@ -200,7 +200,7 @@ def encode_bytes(data: bytes) -> str:
 
 
 def read(body: bytes, expected: str, label: str, limit: int) -> JsonReader:
-    """A body whose ``format`` is ``expected``; FormatError where it is something else."""
+    """Read a body whose ``format`` must be ``expected``; else FormatError."""
     reader = load_json(body, label, limit, _PARTS)
     reader.version(expected, "another version of keymgmt may have made it")
     return reader

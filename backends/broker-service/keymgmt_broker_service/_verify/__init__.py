@@ -1,4 +1,4 @@
-"""What a policy asks of evidence, and whether evidence satisfies it.
+"""The policies for evidence, and the check of evidence against them.
 
 SGX and TDX quotes are verified by dcap-qvl against collateral that lies in a folder; TPM quotes by
 keymgmt-tpm2. What is judged here is what the verifier says of a quote, and nothing else of it.

@@ -39,7 +39,7 @@ class NotReady(Refused):
 
 
 class Platform(NamedTuple):
-    """What a piece of collateral is of.
+    """The kind of platform that a piece of collateral is for.
 
     Attributes:
         kind: ``sgx`` or ``tdx``.
@@ -61,9 +61,9 @@ class Entry:
 
     Attributes:
         path: its file.
-        content: what the verifier takes.
-        since: from when it counts, seconds since 1970.
-        until: the first moment at which a part of it counts no more, the same.
+        content: the collateral as the verifier takes it.
+        since: the time from which it is valid, in seconds since 1970.
+        until: the time at which the first part of it expires, in seconds since 1970.
     """
 
     path: Path
@@ -77,15 +77,15 @@ class Collateral:
     """A folder of collateral as it was read.
 
     Attributes:
-        verifier: holds the root.
-        entries: what there is.
+        verifier: the verifier, with its root certificate.
+        entries: the collateral by platform.
     """
 
     verifier: Any
     entries: Mapping[Platform, Entry]
 
     def find(self, platform: Platform, now: int) -> Any:
-        """The collateral of a platform; NotReady where there is none that counts now."""
+        """The collateral of a platform; NotReady where none is valid now."""
         entry = self.entries.get(platform)
         if entry is None:
             raise NotReady(f"no collateral of the platform {platform}", hint=_FETCH)
@@ -96,7 +96,7 @@ class Collateral:
 
 
 def platform_of(quote: bytes) -> Platform:
-    """Which collateral a quote needs, by its own words; Refused where it is no quote."""
+    """The platform that a quote names; Refused where it is not a quote."""
     try:
         parsed = parse_quote(quote)
         kind, fmspc, ca = parsed.quote_type().lower(), parsed.fmspc().upper(), parsed.ca()

@@ -1,4 +1,4 @@
-"""Whether evidence satisfies a policy."""
+"""Check evidence against a policy."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Claims:
 
 
 def prepare(policy: SgxPolicy | TdxPolicy | TpmPolicy) -> Ready:
-    """What ``verify`` takes for a policy; ConfigError where a file that it names is wrong."""
+    """Prepare a policy for ``verify``; ConfigError where a file that it names is wrong."""
     return Devices.read(policy) if isinstance(policy, TpmPolicy) else policy
 
 
@@ -56,8 +56,8 @@ def verify(
 
     Args:
         evidence: as a machine sent it, of the kind that the policy is of.
-        report_data: the 32 bytes that it must be for.
-        policy: what ``prepare`` gave.
+        report_data: the 32 bytes that the evidence must contain.
+        policy: the result of ``prepare``.
         collateral: of Intel's platforms; None in a service that knows TPMs alone.
         now: seconds since 1970.
 
@@ -95,7 +95,7 @@ def verify(
 
 
 def _report(reports: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
-    """What the quote says of the enclave or guest; Refused for a report that is not known."""
+    """The quote's report on the enclave or guest; Refused for an unknown kind of report."""
     ((name, report),) = reports.items()
     if (kind, name) in (("sgx", "SgxEnclave"), ("tdx", "TD10")):
         return dict(report)
@@ -105,7 +105,7 @@ def _report(reports: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
 
 
 def _platform(claims: Mapping[str, Any], policy: PlatformPolicy) -> dict[str, str]:
-    """Judge the platform, whatever runs on it."""
+    """Check the platform; returns facts for the log."""
     tcb, pck = claims["tcb"], claims["platform"]["pck"]
     state, advisories = tcb["status"], tcb["advisory_ids"]
     listed = ", ".join(advisories)
