@@ -45,7 +45,7 @@ _PROGRESS_INTERVAL = 0.1  # seconds
 
 
 class _Layout:
-    """Where the segments of ``size`` bytes of plaintext lie."""
+    """The positions of the segments of ``size`` bytes of plaintext."""
 
     def __init__(self, size: int, segment_length: int) -> None:
         self.size, self.segment_length = size, segment_length
@@ -79,10 +79,10 @@ class _Layout:
 
 
 class _Worker(Protocol):
-    """What one thread does; made in it, called for segments, closed at the end."""
+    """The work of one thread; created in it, called for each segment, closed at the end."""
 
     def __call__(self, index: int) -> int:
-        """Do one segment; bytes of plaintext done."""
+        """Process one segment; returns its bytes of plaintext."""
 
     def close(self) -> None:
         """Wipe the private buffers."""
@@ -150,7 +150,7 @@ def _in_parallel(
 
 
 def _join(pool: ThreadPoolExecutor) -> None:
-    """Wait for the threads, a second interrupt or not: the caller wipes what they write to."""
+    """Wait for the threads, even after a second interrupt: the caller wipes what they write to."""
     interrupt: BaseException | None = None
     while True:
         try:
@@ -170,7 +170,7 @@ def _write_exactly(fd: int, view: memoryview, offset: int) -> None:
 
 
 class _Leaves:
-    """The leaf hashes of one file as threads find them: the header's, then each segment's."""
+    """The leaf hashes of one file as threads compute them: the header's, then each segment's."""
 
     def __init__(self, digest: DigestName, header: bytes, count: int) -> None:
         self.digest: DigestName = digest
@@ -290,7 +290,7 @@ def _state(source: int | PayloadReader | memoryview) -> tuple[int, int] | None:
 
 
 class _Reader:
-    """Reads segments into private memory, and hashes and decrypts them as it was asked to."""
+    """Reads segments into private memory, and hashes or decrypts them as requested."""
 
     def __init__(
         self,
@@ -372,7 +372,7 @@ def _learn_leaves(
 
 
 class Learned(ForkSafe):
-    """The leaf hashes of one file, once its root was right; readers of that file may share it."""
+    """The leaf hashes of one file whose root was checked; readers of that file may share it."""
 
     leaves: _Leaves | None = None
 
@@ -410,7 +410,7 @@ class PayloadReader:
             segment_length: bytes of one encrypted segment.
             digest: the hash of the tree.
             root: of the digest tree; None where digests are not to be checked.
-            learned: what an earlier reader of the same file with the same root found out.
+            learned: the leaf hashes of an earlier reader of the same file with the same root.
 
         Raises:
             FormatError: no FLOE header of these parameters.
@@ -576,12 +576,12 @@ class _PayloadFile(io.RawIOBase, ForkSafe):
         return done
 
     def readall(self) -> bytes:
-        """All from here to the end, in one buffer of that length."""
-        rest = bytearray(max(0, self._layout.size - self._position))
+        """The rest of the plaintext, in one buffer of its length."""
+        content = bytearray(max(0, self._layout.size - self._position))
         try:
-            return bytes(memoryview(rest)[: self.readinto(rest)])
+            return bytes(memoryview(content)[: self.readinto(content)])
         finally:
-            wipe(rest)
+            wipe(content)
 
     def close(self) -> None:
         with self._lock:
