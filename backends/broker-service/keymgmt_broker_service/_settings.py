@@ -28,7 +28,9 @@ from keymgmt_broker_service._verify import AnyPolicy
 __all__ = ["DEFAULT", "KeyEntry", "ServiceSettings", "load_service_settings", "read_nonce_key"]
 
 DEFAULT: Final = Path("/etc/keymgmt/broker.toml")
-_MAKE: Final = "make it with: openssl rand -out nonce.key 32; it is the same at all instances"
+_MAKE: Final = (
+    "make it with: (umask 077; openssl rand -out nonce.key 32); it is the same at all instances"
+)
 _ABSENT: Final = "name the config of the broker: --config FILE"
 
 
