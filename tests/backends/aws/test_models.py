@@ -106,7 +106,7 @@ def test_a_model_by_the_command_line(kms: Any, site: Run, tmp_path: Path) -> Non
     delete = ("keys", "delete", "cloud:resnet50-2027", "--tree", ".", "--yes")
     assert "opens 1 model" in site(*delete, code=3)
     said = site(*delete[:3], "--force", "--yes")
-    assert re.search(r"serves for nothing, and is deleted at \d{4}-\d\d-\d\dT", said)
+    assert re.search(r"cannot be used any more, and is deleted at \d{4}-\d\d-\d\dT", said)
     assert site(*delete[:3], "--force", "--yes") == said
     assert "pending deletion" in site("verify", "resnet50.sealed", code=5)
 

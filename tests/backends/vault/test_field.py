@@ -495,7 +495,7 @@ def test_a_batch_token_leaves_nothing(
     auth = approle(bao, secret_file, "batch", token_type="batch")
     provider = make(address=before.address, auth=auth)
     assert opens(provider, wrapped)
-    assert tokens(bao) == known
+    assert tokens(bao) <= known  # a token of another test may end meanwhile
     provider.close()
     assert before.count("auth/token/revoke-self") == 0
 
