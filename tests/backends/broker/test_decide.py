@@ -138,7 +138,7 @@ GOOD = {
         ({"key": '"other:model"'}, "other"),
         ({"nonce_key": '"short.key"'}, "has 4 bytes, not 32"),
         ({"nonce_key": '"open.key"'}, "open.key"),
-        ({"nonce_key": '"missing.key"'}, "make it with: openssl rand -out nonce.key 32"),
+        ({"nonce_key": '"missing.key"'}, "(umask 077; openssl rand -out nonce.key 32)"),
         ({}, "nowhere"),
         ({"collateral": ""}, "policies.press is of sgx and needs collateral"),
     ],
