@@ -36,9 +36,9 @@ from keymgmt_broker_service._verify import (
     Collateral,
     NotReady,
     Refused,
+    examine,
     load_collateral,
     prepare,
-    verify,
 )
 
 __all__ = ["Broker", "Refusal"]
@@ -142,26 +142,30 @@ class Broker:
 
     def _verify(self, request: Request, entry: KeyEntry) -> tuple[str, Claims]:
         """The first policy of this key that the evidence satisfies, and what the evidence says."""
-        reasons: list[str] = []
-        word = "policy"
-        for name in entry.allow:
-            if self.settings.policies[name].evidence != request.kind:
-                continue
+        policies = self.settings.policies
+        names = [name for name in entry.allow if policies[name].evidence == request.kind]
+        if not names:
+            raise Refusal("policy", f"no policy for evidence {request.kind}")
+        try:
+            # Once for all policies: it costs more than everything else.
+            judge = examine(
+                request.evidence,
+                request.report_data,
+                request.kind,
+                self.collateral,
+                int(time.time()),
+            )
+        except NotReady as error:
+            raise Refusal("not-ready", str(error)) from error
+        except Refused as error:
+            raise Refusal("evidence", str(error)) from error
+        reasons = []
+        for name in names:
             try:
-                return name, verify(
-                    request.evidence,
-                    request.report_data,
-                    self.policies[name],
-                    self.collateral,
-                    int(time.time()),
-                )
-            except NotReady as error:
-                word = "not-ready"
-                reasons.append(f"{name}: {error}")
+                return name, judge(self.policies[name])
             except Refused as error:
-                word = "not-ready" if word == "not-ready" else "evidence"
                 reasons.append(f"{name}: {error}")
-        raise Refusal(word, "; ".join(reasons) or f"no policy for evidence {request.kind}")
+        raise Refusal("evidence", "; ".join(reasons))
 
     def _unwrap(self, request: Request, entry: KeyEntry) -> Dek:
         try:

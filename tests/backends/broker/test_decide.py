@@ -105,6 +105,44 @@ def test_evidence_that_cannot_be_judged_now_is_no_refusal_for_good(
     assert raised.value.word == "not-ready"
 
 
+class Counting:
+    """A verifier that counts what it is asked for."""
+
+    def __init__(self, verifier: Any) -> None:
+        self._verifier, self.count = verifier, 0
+
+    def verify_with_policy(self, *arguments: Any) -> Any:
+        self.count += 1
+        return self._verifier.verify_with_policy(*arguments)
+
+
+def test_a_quote_is_verified_once_whatever_the_number_of_policies(
+    broker: Broker, prove: Any
+) -> None:
+    assert broker.collateral is not None
+    verifier = Counting(broker.collateral.verifier)
+    wanted = broker.settings.policies["press"]
+    other = wanted.model_copy(update={"mrenclave": ["00" * 32]})
+    many = {f"p{number}": other for number in range(5)}
+    entry = broker.settings.keys["model"].model_copy(update={"allow": [*many, "press"]})
+    policies = many | {"press": wanted}
+    broker = replace(
+        broker,
+        settings=broker.settings.model_copy(
+            update={"policies": policies, "keys": {"model": entry}}
+        ),
+        policies=policies,
+        collateral=replace(broker.collateral, verifier=verifier),
+    )
+    params = {"error": "KeyNotFound"}
+    wrapped = WrappedKey("broker", "model", "1", "hpke-p256", b"blob", params)
+    request = Request(broker.nonces.make(), "hpke-p384", b"", wrapped, b"", "sgx")
+    with pytest.raises(Refusal) as raised:
+        broker.answer(request.with_evidence(prove(request.report_data)).to_bytes(), "192.0.2.1")
+    assert raised.value.word == "missing"  # the last policy accepted it
+    assert verifier.count == 1
+
+
 GOOD = {
     "listen": '"127.0.0.1:8443"',
     "config": '"keymgmt.toml"',

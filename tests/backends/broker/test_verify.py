@@ -12,6 +12,7 @@ import sys
 import time
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given
@@ -25,7 +26,7 @@ pytest.importorskip("keymgmt_broker_service")
 from keymgmt_broker._settings import BrokerSettings
 from keymgmt_broker_service._verify._collateral import NotReady, Refused, load_collateral
 from keymgmt_broker_service._verify._policies import AnyPolicy
-from keymgmt_broker_service._verify._quotes import prepare, verify
+from keymgmt_broker_service._verify._quotes import Claims, Ready, examine, prepare
 from quotes import MR_TD, MRENCLAVE, MRSIGNER, RTMRS, World
 
 ASKED = hashlib.sha256(b"a request").digest()
@@ -57,6 +58,12 @@ def run_keymgmt(tmp_path):
         return done.stdout
 
     return run
+
+
+def verify(evidence: bytes, asked: bytes, ready: Ready, collateral: Any, now: int) -> Claims:
+    """As the service judges evidence for one policy."""
+    kind = getattr(ready, "evidence", "tpm2")
+    return examine(evidence, asked, kind, collateral, now)(ready)
 
 
 def judge(world, evidence, policy, folder, *, asked=ASKED, now=None, **members):

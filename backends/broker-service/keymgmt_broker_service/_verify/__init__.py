@@ -11,19 +11,20 @@ from keymgmt_broker_service._verify._collateral import (
     load_collateral,
 )
 from keymgmt_broker_service._verify._policies import AnyPolicy, SgxPolicy, TdxPolicy, TpmPolicy
-from keymgmt_broker_service._verify._quotes import Claims, Ready, prepare, verify
+from keymgmt_broker_service._verify._quotes import Claims, Judge, Ready, examine, prepare
 
 __all__ = [
     "AnyPolicy",
     "Claims",
     "Collateral",
+    "Judge",
     "NotReady",
     "Ready",
     "Refused",
     "SgxPolicy",
     "TdxPolicy",
     "TpmPolicy",
+    "examine",
     "load_collateral",
     "prepare",
-    "verify",
 ]

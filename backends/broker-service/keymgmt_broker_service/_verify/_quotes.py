@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
@@ -21,10 +21,12 @@ from keymgmt_broker_service._verify._policies import (
     TpmPolicy,
 )
 
-__all__ = ["Claims", "Ready", "prepare", "verify"]
+__all__ = ["Claims", "Judge", "Ready", "examine", "prepare"]
 
 Ready: TypeAlias = SgxPolicy | TdxPolicy | Devices
 """A policy with what its files say."""
+Judge: TypeAlias = Callable[[Any], "Claims"]
+"""Judges evidence by a policy of its kind, as ``prepare`` gives it; raises Refused."""
 
 _REPORT_DATA: Final = 64
 _FLAGS: Final = {
@@ -45,34 +47,30 @@ class Claims:
 
 
 def prepare(policy: SgxPolicy | TdxPolicy | TpmPolicy) -> Ready:
-    """Prepare a policy for ``verify``; ConfigError where a file that it names is wrong."""
+    """Prepare a policy for a ``Judge``; ConfigError where a file that it names is wrong."""
     return Devices.read(policy) if isinstance(policy, TpmPolicy) else policy
 
 
-def verify(
-    evidence: bytes, report_data: bytes, policy: Ready, collateral: Collateral | None, now: int
-) -> Claims:
-    """Judge evidence.
+def examine(
+    evidence: bytes, report_data: bytes, kind: str, collateral: Collateral | None, now: int
+) -> Judge:
+    """Verify evidence as far as that is the same for every policy, which then may judge it.
 
     Args:
-        evidence: as a machine sent it, of the kind that the policy is of.
+        evidence: as a machine sent it.
         report_data: the 32 bytes that the evidence must contain.
-        policy: the result of ``prepare``.
+        kind: the kind of evidence: ``sgx``, ``tdx`` or ``tpm2``.
         collateral: of Intel's platforms; None in a service that knows TPMs alone.
         now: seconds since 1970.
 
     Raises:
-        Refused: it is not of this request, is not genuine, or the policy does not want it.
+        Refused: it is not of this kind or request, or not genuine.
         NotReady: collateral is missing or expired.
     """
-    if isinstance(policy, Devices):
-        try:
-            return Claims("tpm2", policy.check(evidence, report_data))
-        except (AttestationError, FormatError) as error:
-            raise Refused(str(error)) from error
+    if kind == "tpm2":
+        return lambda devices: _device(evidence, report_data, devices)
     if collateral is None:
         raise NotReady("the service has no folder of collateral")
-    kind = policy.evidence
     platform = platform_of(evidence)
     if platform.kind != kind:
         raise Refused(f"a quote of {platform.kind} and not of {kind}")
@@ -88,10 +86,23 @@ def verify(
     wanted = report_data.ljust(_REPORT_DATA, b"\0")
     if not hmac.compare_digest(bytes.fromhex(report["report_data"]), wanted):
         raise Refused("the quote is of another request")
-    said = _platform(claims, policy)
+    return lambda policy: _machine(kind, claims, report, policy)
+
+
+def _device(evidence: bytes, report_data: bytes, devices: Devices) -> Claims:
+    try:
+        return Claims("tpm2", devices.check(evidence, report_data))
+    except (AttestationError, FormatError) as error:
+        raise Refused(str(error)) from error
+
+
+def _machine(
+    kind: str, claims: Mapping[str, Any], report: Mapping[str, Any], policy: SgxPolicy | TdxPolicy
+) -> Claims:
+    platform = _platform(claims, policy)
     if isinstance(policy, SgxPolicy):
-        return Claims(kind, _enclave(report, policy) | said)
-    return Claims(kind, _guest(report, policy) | said)
+        return Claims(kind, _enclave(report, policy) | platform)
+    return Claims(kind, _guest(report, policy) | platform)
 
 
 def _report(reports: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
