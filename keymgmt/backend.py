@@ -56,12 +56,12 @@ from keymgmt._providers.versions import (
     not_held,
     version_retired,
 )
+from keymgmt._system.address import is_loopback, split_address
 from keymgmt._system.audit import audit
 from keymgmt._system.deadline import Deadline, within
 from keymgmt._system.files import make_folder, replace_file, save_file, sync_directory, target_of
 from keymgmt._system.fork import ForkSafe
 from keymgmt._system.locks import lock_file
-from keymgmt._system.loopback import is_loopback
 from keymgmt._system.strict_json import JsonReader, load_json
 from keymgmt._system.trusted_file import check_trusted, read_file
 from keymgmt.errors import (
@@ -164,6 +164,7 @@ __all__ = [
     "replace_file",
     "save_file",
     "signatures_file",
+    "split_address",
     "sync_directory",
     "target_of",
     "version_retired",

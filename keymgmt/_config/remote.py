@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from keymgmt._providers.contract import Settings
 from keymgmt._providers.secret_source import ConfigPath, SecretSource
-from keymgmt._system.loopback import is_loopback
+from keymgmt._system.address import is_loopback
 
 __all__ = ["Access", "Remote"]
 

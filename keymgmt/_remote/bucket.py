@@ -14,7 +14,7 @@ from urllib.parse import quote, urlencode, urlsplit
 from keymgmt._remote.http import Http
 from keymgmt._remote.location import Location
 from keymgmt._remote.web import WebStorage
-from keymgmt._system.loopback import is_loopback
+from keymgmt._system.address import is_loopback
 from keymgmt.errors import ConfigError, StorageDenied
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, Final, Protocol, TypeVar, cast
 from urllib.parse import urljoin, urlsplit
 
+from keymgmt._system.address import is_loopback
 from keymgmt._system.fork import ForkSafe
-from keymgmt._system.loopback import is_loopback
 from keymgmt._system.pages import unwritten
 from keymgmt.errors import ConfigError, KeymgmtError, StorageDenied, StorageUnavailable
 

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from keymgmt._system.loopback import is_loopback
+from keymgmt._system.address import is_loopback
 from keymgmt.errors import ConfigError
 
 if TYPE_CHECKING:

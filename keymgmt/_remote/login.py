@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlencode
 
 from keymgmt._remote.http import Http, origin_of, shown
-from keymgmt._system.loopback import is_loopback
+from keymgmt._system.address import is_loopback
 from keymgmt._system.strict_json import load_json
 from keymgmt._system.trusted_file import read_file
 from keymgmt.errors import FormatError, StorageDenied, StorageUnavailable

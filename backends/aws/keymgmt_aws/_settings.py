@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from typing import Annotated, ClassVar, Final, Literal
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
@@ -18,7 +17,7 @@ from keymgmt.backend import (
     SecretSource,
     Settings,
     is_key,
-    is_loopback,
+    split_address,
 )
 
 __all__ = ["CONTEXT", "MECHANISMS", "SYMMETRIC", "Auth", "AwsSettings", "key_id"]
@@ -59,20 +58,11 @@ def _key_reference(text: str) -> str:
 
 def _endpoint(text: str, *others: str) -> str:
     """An endpoint without a slash at its end; ``others`` are hosts for which http is allowed."""
-    try:
-        parts = urlsplit(text)
-        host, _ = parts.hostname or "", parts.port
-    except ValueError as error:
-        raise ValueError(f"{text[:200]!r} is not an address: {error}") from None
-    if parts.username is not None or parts.password is not None:
-        # The endpoint is not repeated, since it may hold a password.
-        raise ValueError("an endpoint holds no user name or password; use auth")
-    if parts.scheme not in ("https", "http") or not host:
+    parts = split_address(text, "an endpoint holds no user name or password; use auth", others)
+    if parts.scheme not in ("https", "http") or not parts.hostname:
         raise ValueError(f"{text[:200]!r} is not an endpoint: write https://host")
     if parts.path.strip("/") or parts.query or parts.fragment:
         raise ValueError(f"{text[:200]!r} has more than scheme, host and port")
-    if parts.scheme == "http" and host not in others and not is_loopback(host):
-        raise ValueError(f"{text[:200]!r} is not protected: http is for this machine only")
     return text.rstrip("/")
 
 

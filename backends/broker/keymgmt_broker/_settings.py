@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, NamedTuple
-from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
@@ -16,9 +15,9 @@ from keymgmt.backend import (
     Evidence,
     KeyName,
     Settings,
-    is_loopback,
     is_name,
     load_evidence,
+    split_address,
 )
 
 __all__ = ["Address", "BrokerSettings", "Proof"]
@@ -37,14 +36,9 @@ class Address(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Address:
         """Read an address; ValueError says what is wrong with it, ready to be shown."""
-        try:
-            parts = urlsplit(text)
-            port = parts.port
-        except ValueError as error:
-            raise ValueError(f"{text[:200]!r} is no address: {error}") from None
-        if parts.username is not None or parts.password is not None:
-            # The text is not repeated: the part before the @ may be a password.
-            raise ValueError("an address holds no user name or password: evidence is the login")
+        parts = split_address(
+            text, "an address holds no user name or password: evidence is the login"
+        )
         if (
             parts.scheme not in ("https", "http")
             or not parts.hostname
@@ -53,13 +47,9 @@ class Address(NamedTuple):
             or parts.query
             or parts.fragment
         ):
-            raise ValueError(f"{text[:200]!r} is no address: write https://HOST:PORT")
-        if parts.scheme == "http" and not is_loopback(parts.hostname):
-            raise ValueError(
-                f"{text[:200]!r} is not protected: use https, http is for loopback addresses only"
-            )
+            raise ValueError(f"{text[:200]!r} is not an address: write https://HOST:PORT")
         secure = parts.scheme == "https"
-        return cls(secure, parts.hostname, port or (443 if secure else 80))
+        return cls(secure, parts.hostname, parts.port or (443 if secure else 80))
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host

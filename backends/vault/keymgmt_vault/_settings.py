@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal, NamedTuple
-from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
@@ -21,6 +20,7 @@ from keymgmt.backend import (
     Settings,
     is_key,
     is_loopback,
+    split_address,
 )
 
 __all__ = [
@@ -88,14 +88,7 @@ class Address(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Address:
         """Read an address; the message of the ValueError is ready to be shown."""
-        try:
-            parts = urlsplit(text)
-            port = parts.port
-        except ValueError as error:
-            raise ValueError(f"{text[:200]!r} is not an address: {error}") from None
-        if parts.username is not None or parts.password is not None:
-            # The address is not repeated, since it may hold a password.
-            raise ValueError("an address holds no user name or password; use auth")
+        parts = split_address(text, "an address holds no user name or password; use auth")
         if parts.query or parts.fragment:
             raise ValueError(f"{text[:200]!r} has more than scheme, host, port and path")
         if parts.scheme == "unix":
@@ -109,15 +102,11 @@ class Address(NamedTuple):
             raise ValueError(f"{text[:200]!r} has a path with other than letters, digits, _ - / .")
         if path == "v1" or path.endswith("/v1"):
             raise ValueError(f"{text[:200]!r} ends in /v1, which keymgmt adds: leave it out")
-        if parts.scheme == "http" and not is_loopback(parts.hostname):
-            raise ValueError(
-                f"{text[:200]!r} is not protected: use https; http is for loopback addresses only"
-            )
         secure = parts.scheme == "https"
         return cls(
             "https" if secure else "http",
             parts.hostname,
-            port or (443 if secure else 80),
+            parts.port or (443 if secure else 80),
             f"/{path}" if path else "",
         )
 

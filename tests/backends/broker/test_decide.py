@@ -242,7 +242,7 @@ def test_export_writes_what_is_sealed_to(make_service: Any, tmp_path: Path) -> N
         ({"service": "https://user:secret@broker.example"}, "no user name or password"),
         ({"service": "https://broker.example/path"}, "write https://HOST:PORT"),
         ({"service": "ftp://broker.example"}, "write https://HOST:PORT"),
-        ({"service": "https://broker.example:x"}, "is no address"),
+        ({"service": "https://broker.example:x"}, "is not an address"),
         ({"service": "https://broker.example"}, "https needs ca_file"),
         ({"service": []}, "1 to 16 addresses"),
         ({"service": ["http://127.0.0.1:1"] * 2}, "each once"),
