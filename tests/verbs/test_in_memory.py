@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from bits import flipped
 
 import keymgmt
 from keymgmt.errors import FormatError, IntegrityError
@@ -46,7 +47,7 @@ def test_its_content(opened, site):
 
 def test_a_damaged_one_is_wiped(opened, site):
     payload = site.root / "m.sealed" / "payload" / "model.bin.floe"
-    payload.write_bytes(payload.read_bytes()[:-1] + b"x")
+    payload.write_bytes(flipped(payload.read_bytes()))
     with pytest.raises(IntegrityError):
         file_memory(opened, "model.bin")
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from bits import flipped
 from keymgmt_file import FileProvider
 from reports import report
 
@@ -86,7 +87,7 @@ def test_what_is_refused(open_store: Open, path: Path, kind: str, passphrase: st
         recogniser = dict.fromkeys(wrapped.params, "00" * 8)
         calls += [
             lambda: provider.unwrap(wrapped, b"another context"),
-            lambda: provider.unwrap(replace(wrapped, blob=wrapped.blob[:-1] + b"!"), b""),
+            lambda: provider.unwrap(replace(wrapped, blob=flipped(wrapped.blob)), b""),
             lambda: provider.unwrap(replace(wrapped, params=recogniser), b""),
             lambda: provider.unwrap(replace(wrapped, params={}), b""),
             lambda: provider.unwrap(replace(wrapped, mechanism="none"), b""),

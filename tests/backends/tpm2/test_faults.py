@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+from bits import flipped
 from keymgmt_tpm2 import Tpm2Provider, Tpm2Settings
 from keymgmt_tpm2._connection.tpm import Tpm
 from keymgmt_tpm2._setup import set_up as make_root_key
@@ -541,7 +542,7 @@ def test_failures_leave_nothing_either(provider, wrapped, dek):
     provider.create_key("rsa", "rsa-2048", {})
     rsa = provider.wrap("rsa", dek, CONTEXT)
     for _ in range(20):
-        for bad in (replace(wrapped, blob=wrapped.blob[:-1] + b"\0"), wrapped, rsa):
+        for bad in (replace(wrapped, blob=flipped(wrapped.blob)), wrapped, rsa):
             with pytest.raises(Exception, match="authenticate"):
                 provider.unwrap(bad, b"another context")
     edit(provider, "dev", lambda v: v.update(private=flip(v["private"], 40)))

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 import pytest
+from bits import flipped
 from keymgmt_openvino import load
 
 import keymgmt
@@ -105,7 +106,7 @@ def test_no_weights_are_in_it(magika_ir, sealed, cache, answer):
         lambda file: file.write_bytes(b""),
         lambda file: file.write_bytes(file.read_bytes()[:-1]),
         lambda file: file.write_bytes(file.read_bytes()[: 74 + (1 << 20)]),  # whole segments
-        lambda file: file.write_bytes(file.read_bytes()[:-1] + b"?"),
+        lambda file: file.write_bytes(flipped(file.read_bytes())),
         lambda file: file.write_bytes(os.urandom(100_000)),
         lambda file: (file.rename(file.with_name("moved")), file.symlink_to("moved")),
         lambda file: (file.unlink(), os.mkfifo(file)),
@@ -125,7 +126,7 @@ def test_a_damaged_one_is_made_anew(sealed, cache, answer, harm):
 def test_a_damaged_one_is_told(sealed, cache, answer, caplog):
     answer(sealed, cache=cache)
     file = kept(cache)
-    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    file.write_bytes(flipped(file.read_bytes()))
     with caplog.at_level(logging.WARNING):
         answer(sealed, cache=cache)
     assert f"{file} cannot be used" in caplog.text
