@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
+from keymgmt._remote.location import DIGEST
 from keymgmt._system.strict_json import JsonReader, load_json
 from keymgmt.errors import ConfigError, FormatError
 from keymgmt.sealed.folder import PAYLOAD
@@ -34,7 +34,6 @@ _WEIGHT: Final = "application/vnd.cncf.model.weight.v1.raw"
 _WEIGHT_CONFIG: Final = "application/vnd.cncf.model.weight.config.v1.raw"
 _FILE: Final = "org.cncf.model.filepath"
 _TITLE: Final = "org.opencontainers.image.title"
-_DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
 _CHUNK: Final = 1 << 20
 MAX_ARTIFACT: Final = 4 << 20  # what registries take, by the distribution specification
 
@@ -141,7 +140,7 @@ class Artifact:
             blob = Blob(layer_reader.text("digest", limit=256), layer_reader.integer("size"))
             annotations = layer_reader.rest().get("annotations")
             title = annotations.get(_TITLE) if isinstance(annotations, dict) else None
-            if not isinstance(title, str) or not _DIGEST.fullmatch(blob.digest):
+            if not isinstance(title, str) or not DIGEST.fullmatch(blob.digest):
                 raise _not_ours("a layer has no title, or no digest of SHA-256")
             if title in files:
                 raise FormatError(f"the artifact has {title[:120]!r} twice")

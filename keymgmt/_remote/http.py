@@ -9,6 +9,7 @@ and the refusal of a busy server, is tried again until the deadline.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import logging
 import random
@@ -32,7 +33,17 @@ if TYPE_CHECKING:
 
     from keymgmt._config.remote import Access, Remote
 
-__all__ = ["Answer", "Body", "Http", "Reply", "Sink", "origin_of", "redirected", "shown"]
+__all__ = [
+    "Answer",
+    "Body",
+    "Http",
+    "Reply",
+    "Sink",
+    "basic",
+    "origin_of",
+    "redirected",
+    "shown",
+]
 
 _TRIES: Final = 6
 _BUSY: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -410,6 +421,11 @@ class Http(ForkSafe):
         if urllib.request.proxy_bypass(parts.hostname or ""):
             return ""
         return self._access.proxy or urllib.request.getproxies().get(parts.scheme, "")
+
+
+def basic(user: str, secret: str) -> str:
+    """The ``Authorization`` of a user with a secret (RFC 7617)."""
+    return f"Basic {base64.b64encode(f'{user}:{secret}'.encode()).decode()}"
 
 
 def origin_of(url: str) -> tuple[str, str, int]:

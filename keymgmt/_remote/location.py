@@ -17,7 +17,7 @@ from keymgmt.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["BUCKETS", "Location", "has_location", "is_location", "need_folder"]
+__all__ = ["BUCKETS", "DIGEST", "Location", "has_location", "is_location", "need_folder"]
 
 BUCKETS: Final = ("s3", "gs", "az")
 _SCHEMES: Final = ("https", "http", *BUCKETS, "oci")
@@ -31,7 +31,7 @@ _REPOSITORY: Final = re.compile(
     r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*"
 )
 _TAG: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
-_DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
+DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _reference(text: str, path: str) -> tuple[str, str]:
         repository, _, tag = path.partition(":")
     if not _REPOSITORY.fullmatch(repository) or len(repository) > 255:
         raise _refused(text, f"{repository[:80]!r} is no name of a repository")
-    if not (_DIGEST.fullmatch(digest) if at else _TAG.fullmatch(tag)):
+    if not (DIGEST.fullmatch(digest) if at else _TAG.fullmatch(tag)):
         raise ConfigError(
             f"{text} names no tag and no digest that there can be",
             hint="write oci://HOST/REPOSITORY:TAG or oci://HOST/REPOSITORY@sha256:DIGEST",

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlencode
 
-from keymgmt._remote.http import Http, origin_of, shown
+from keymgmt._remote.http import Http, basic, origin_of, shown
 from keymgmt._system.address import is_loopback
 from keymgmt._system.strict_json import load_json
 from keymgmt._system.trusted_file import read_file
@@ -42,10 +42,6 @@ _TOKEN_USER: Final = "<token>"  # noqa: S105 - as helpers say that the secret is
 class _Credentials:
     user: str
     secret: str = field(repr=False)
-
-    def basic(self) -> str:
-        plain = f"{self.user}:{self.secret}".encode()
-        return f"Basic {base64.b64encode(plain).decode()}"
 
 
 class Login:
@@ -82,7 +78,7 @@ class Login:
                 f"{self._location.origin} asks for a login",
                 hint=f'name it in the config: [remote.access."{self._location.origin}"]',
             )
-        return credentials.basic()
+        return basic(credentials.user, credentials.secret)
 
     def _token(self, realm: str, service: str, credentials: _Credentials | None) -> str:
         self._check_realm(realm)
@@ -103,7 +99,7 @@ class Login:
             )
         else:
             if credentials is not None:
-                http.authorization = credentials.basic()
+                http.authorization = basic(credentials.user, credentials.secret)
             joint = "&" if "?" in realm else "?"
             reply = http.request("GET", f"{realm}{joint}{urlencode(common)}", limit=_LIMIT)
         try:

@@ -6,11 +6,11 @@ does not move a tag over somebody else's change, and a pull does not lose a chan
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from keymgmt._remote.location import DIGEST
 from keymgmt._system.strict_json import dump, load_json
 from keymgmt.errors import FormatError
 from keymgmt.sealed.folder import KEYS, MAX_ORIGIN, ORIGIN, SIGNATURES
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["Origin"]
 
 _FORMAT: Final = "keymgmt-origin/1"
-_DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Origin:
             reader.end()
         except FormatError:
             return None
-        whole = all(map(_DIGEST.fullmatch, (origin.digest, *origin.files.values())))
+        whole = all(map(DIGEST.fullmatch, (origin.digest, *origin.files.values())))
         return origin if whole else None
 
     def to_bytes(self) -> bytes:

@@ -5,12 +5,11 @@ https://github.com/opencontainers/distribution-spec/blob/v1.1.0/spec.md
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Self
 
-from keymgmt._remote.artifact import MAX_ARTIFACT, MEDIA_TYPE, Artifact, Blob
+from keymgmt._remote.artifact import MAX_ARTIFACT, MEDIA_TYPE, Artifact, Blob, blob_of
 from keymgmt._remote.http import Body, Http, Sink, redirected
 from keymgmt._remote.login import Login
 from keymgmt._remote.storage import Part
@@ -67,7 +66,7 @@ class Registry:
     def digest(self) -> str | None:
         """The digest of the manifest that is at the location now; None where there is none."""
         data = self._manifest()
-        return None if data is None else Artifact(data, {}).digest
+        return None if data is None else blob_of(data).digest
 
     def _manifest(self) -> bytes | None:
         reference = self._location.reference
@@ -86,7 +85,7 @@ class Registry:
                 hint="it is no sealed model: look at the repository and the tag",
             )
         data = bytes(reply.body)
-        digest = Artifact(data, {}).digest
+        digest = blob_of(data).digest
         announced = reply.headers.get("docker-content-digest", digest)
         if announced != digest or (reference.startswith("sha256:") and reference != digest):
             raise IntegrityError(
@@ -107,7 +106,7 @@ class Registry:
         if reply.status == 404:
             raise self.missing(name)
         content = bytes(reply.body)
-        if not reply.whole or f"sha256:{hashlib.sha256(content).hexdigest()}" != blob.digest:
+        if not reply.whole or blob_of(content) != blob:
             raise self.another(name)
         return content
 

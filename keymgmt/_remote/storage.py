@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from keymgmt.errors import IntegrityError
+from keymgmt.errors import ConfigError, IntegrityError
 
 __all__ = ["Part", "Storage", "changed"]
 
@@ -37,14 +37,15 @@ class Storage(Protocol):
             StorageError: it is not to be had.
         """
 
-    def replace(self, name: str, content: bytes, pin: str) -> str:
+    def replace(self, name: str, content: bytes, pin: str) -> str:  # noqa: ARG002
         """Replace a small file if it still has this pin; returns the new pin.
 
         Raises:
             IntegrityError: it was replaced meanwhile; nothing was changed.
-            ConfigError: files cannot be replaced at this location.
+            ConfigError: files cannot be replaced at this location, as where this is not overridden.
             StorageError: it is not to be had.
         """
+        raise ConfigError(f"{name} cannot be replaced here")
 
 
 def changed(what: str) -> IntegrityError:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import re
 from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
-from keymgmt._remote.http import Http, shown
+from keymgmt._remote.http import Http, basic, shown
 from keymgmt._remote.storage import Part, changed
 from keymgmt.errors import ConfigError, IntegrityError, StorageUnavailable
 
@@ -128,5 +127,4 @@ def _authorization(origin: str, access: Access) -> str:
         return ""
     if access.user is None or access.secret is None:
         raise ConfigError(f'[remote.access."{origin}"] needs user and secret together, or a token')
-    login = f"{access.user}:{access.secret.read_text()}"
-    return f"Basic {base64.b64encode(login.encode()).decode()}"
+    return basic(access.user, access.secret.read_text())

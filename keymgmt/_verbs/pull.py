@@ -25,7 +25,7 @@ from keymgmt._remote.location import need_folder
 from keymgmt._remote.origin import Origin
 from keymgmt._remote.parallel import Parallel
 from keymgmt._remote.registry import Registry
-from keymgmt._remote.storage import Part
+from keymgmt._remote.storage import Part, Storage
 from keymgmt._system.audit import audit
 from keymgmt._system.files import (
     make_folder,
@@ -39,6 +39,7 @@ from keymgmt._trust.candidate import Candidate
 from keymgmt._verbs.push import registry_location
 from keymgmt._verbs.seal import replaceable
 from keymgmt.errors import ConfigError, FormatError, KeymgmtError, RollbackError, SealedModelError
+from keymgmt.sealed.ciphertext import write_exactly
 from keymgmt.sealed.folder import (
     KEYS,
     MANIFEST,
@@ -362,8 +363,8 @@ class _Pull:
                 replace_file(made / name, content)
 
 
-class _Read:
-    """Small files that were downloaded from a registry, as a ``Storage``."""
+class _Read(Storage):
+    """Small files that were downloaded from a registry."""
 
     def __init__(self, small: Mapping[str, bytes]) -> None:
         self._small = small
@@ -373,9 +374,6 @@ class _Read:
         if content is None:
             return None
         return Part(memoryview(content)[start:end], len(content), pin)
-
-    def replace(self, name: str, content: bytes, pin: str) -> str:
-        raise NotImplementedError
 
 
 class _Download:
@@ -402,9 +400,7 @@ class _Download:
 
     def write(self, part: bytes) -> None:
         self._told(0)
-        written = 0
-        while written < len(part):
-            written += os.pwrite(self._descriptor, part[written:], self.done + written)
+        write_exactly(self._descriptor, memoryview(part), self.done)
         self._take(part)
 
     def restart(self) -> None:

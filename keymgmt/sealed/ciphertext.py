@@ -12,7 +12,7 @@ from typing import Final, Protocol
 from keymgmt._system.pages import unwritten
 from keymgmt.errors import IntegrityError
 
-__all__ = ["Ciphertext", "FileCiphertext", "Parts", "read_exactly"]
+__all__ = ["Ciphertext", "FileCiphertext", "Parts", "read_exactly", "write_exactly"]
 
 _AHEAD: Final = 8  # segments that are read from the disk at once
 
@@ -118,3 +118,10 @@ def read_exactly(fd: int, view: memoryview, offset: int) -> bool:
             return False
         view, offset = view[count:], offset + count
     return True
+
+
+def write_exactly(fd: int, view: memoryview, offset: int) -> None:
+    """Write all of ``view`` to a file."""
+    while len(view):
+        count = os.pwrite(fd, view, offset)
+        view, offset = view[count:], offset + count

@@ -27,7 +27,7 @@ from keymgmt._system.fork import ForkSafe
 from keymgmt._system.pages import BLOCK, FreshMemory, unwritten
 from keymgmt.errors import ConfigError, IntegrityError
 from keymgmt.floe import HEADER_LENGTH, OVERHEAD, FloeDecryptor, FloeEncryptor, FloeParameters
-from keymgmt.sealed.ciphertext import FileCiphertext, read_exactly
+from keymgmt.sealed.ciphertext import FileCiphertext, read_exactly, write_exactly
 from keymgmt.sealed.digests import DigestName, digest_length, leaf_hash, tree_root
 
 if TYPE_CHECKING:
@@ -163,12 +163,6 @@ def _join(pool: ThreadPoolExecutor) -> None:
         raise interrupt
 
 
-def _write_exactly(fd: int, view: memoryview, offset: int) -> None:
-    while len(view):
-        count = os.pwrite(fd, view, offset)
-        view, offset = view[count:], offset + count
-
-
 class _Leaves:
     """The leaf hashes of one file as threads compute them: the header's, then each segment's."""
 
@@ -220,7 +214,7 @@ class _Sealer:
         final = index == self._layout.count - 1
         self._encryptor.encrypt_segment_into(index, final, plaintext, segment)
         self._leaves.add(index, segment)
-        _write_exactly(self._target_fd, segment, self._layout.segment_of(index)[0])
+        write_exactly(self._target_fd, segment, self._layout.segment_of(index)[0])
         return length
 
     def close(self) -> None:
@@ -269,7 +263,7 @@ def seal_payload(
         raise _changed()
     with FloeEncryptor(key, aad, FloeParameters(segment_length)) as encryptor:
         leaves = _Leaves(digest, encryptor.header, layout.count)
-        _write_exactly(target_fd, memoryview(encryptor.header), 0)
+        write_exactly(target_fd, memoryview(encryptor.header), 0)
         _in_parallel(
             None,
             layout,
