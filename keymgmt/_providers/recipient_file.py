@@ -31,7 +31,7 @@ from keymgmt._crypto.signatures import pre_authentication, verify_signature
 from keymgmt._providers.data import Signature, WrappedKey
 from keymgmt._providers.names import is_key, is_name, is_version
 from keymgmt._system.files import save_file
-from keymgmt._system.strict_json import JsonReader, dump, load_json
+from keymgmt._system.strict_json import JsonReader, dump_json, load_json
 from keymgmt._system.trusted_file import read_file
 from keymgmt.errors import FormatError, UntrustedPublisher
 
@@ -116,7 +116,7 @@ class Recipient:
 
     def to_bytes(self) -> bytes:
         """The recipient file: canonical JSON of every member."""
-        return dump(
+        return dump_json(
             {
                 "format": FORMAT,
                 "kind": self.kind,
@@ -216,7 +216,7 @@ def recipient_message(recipient: Recipient, *, attested: bool = False) -> bytes:
 
 def signatures_file(signatures: Sequence[Signature]) -> bytes:
     """The content of ``FILE.sig``: signatures over ``recipient_message``, with their key ids."""
-    return dump(
+    return dump_json(
         {
             "format": SIGNATURE_FORMAT,
             "signatures": [

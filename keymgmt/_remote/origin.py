@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from keymgmt._remote.location import DIGEST
-from keymgmt._system.strict_json import dump, load_json
+from keymgmt._system.strict_json import dump_json, load_json
 from keymgmt.errors import FormatError
 from keymgmt.sealed.folder import KEYS, MAX_ORIGIN, ORIGIN, SIGNATURES
 
@@ -67,7 +67,7 @@ class Origin:
 
     def to_bytes(self) -> bytes:
         """The content of the file."""
-        return dump(
+        return dump_json(
             {
                 "format": _FORMAT,
                 "repository": self.repository,

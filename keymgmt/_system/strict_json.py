@@ -15,13 +15,13 @@ import rfc8785
 
 from keymgmt.errors import FormatError
 
-__all__ = ["MAX_INTEGER", "JsonReader", "base64_bytes", "dump", "load_json"]
+__all__ = ["MAX_INTEGER", "JsonReader", "base64_bytes", "dump_json", "load_json"]
 
 MAX_INTEGER: Final = (1 << 53) - 1
 _HEX: Final = re.compile(r"(?:[0-9a-f]{2})*")
 
 
-def dump(value: Any) -> bytes:
+def dump_json(value: Any) -> bytes:
     """Encode objects, arrays, strings, integers and null as RFC 8785; FormatError for odd text."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     if text.isascii():
@@ -84,7 +84,7 @@ def load_json(
             parse_constant=refuse,
             object_pairs_hook=members,
         )
-        spelled = dump(value) if canonical else data
+        spelled = dump_json(value) if canonical else data
     except FormatError:
         raise
     except (ValueError, RecursionError) as error:

@@ -25,7 +25,7 @@ from keymgmt._config.calls import call_provider, require
 from keymgmt._providers.anchor import ANCHOR_START, SupportsAnchor, anchor_after
 from keymgmt._system.files import replace_file
 from keymgmt._system.locks import lock_file
-from keymgmt._system.strict_json import JsonReader, dump, load_json
+from keymgmt._system.strict_json import JsonReader, dump_json, load_json
 from keymgmt._system.trusted_file import read_file
 from keymgmt.errors import ConfigError, FormatError, RollbackError
 from keymgmt.sealed.times import check_time, utc_text
@@ -66,7 +66,7 @@ class Known:
     @property
     def step(self) -> bytes:
         """The step of the anchor that binds it to this state."""
-        return sha256(dump({"releases": self.releases, "time": self.time})).digest()
+        return sha256(dump_json({"releases": self.releases, "time": self.time})).digest()
 
     @property
     def after(self) -> bytes:
@@ -218,7 +218,7 @@ class ReleaseMemory:
         return states
 
     def _write(self, data: dict[str, Any]) -> None:
-        content = dump(data)
+        content = dump_json(data)
         if len(content) > MAX_FILE:
             raise ConfigError(
                 f"{self.path} would have {len(content)} bytes, and at most {MAX_FILE} are read",

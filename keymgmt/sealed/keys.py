@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Self
 
 from keymgmt._providers.data import MAX_BLOB, WrappedKey
-from keymgmt._system.strict_json import base64_bytes, dump
+from keymgmt._system.strict_json import base64_bytes, dump_json
 from keymgmt.errors import ConfigError, FormatError, IntegrityError
 from keymgmt.sealed.derive import keys_mac, wrap_context
 
@@ -279,7 +279,7 @@ def _pieces(manifest: bytes, groups: Sequence[Group], mac: bytes | None = None) 
     yield b'{"format":"%b","groups":[' % FORMAT.encode()
     for index, group in enumerate(groups):
         yield b"," if index else b""
-        yield dump(
+        yield dump_json(
             {
                 "nonce": group.nonce.hex(),
                 "recipients": [

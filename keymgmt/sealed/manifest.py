@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from keymgmt import floe
 from keymgmt._providers.names import is_key
-from keymgmt._system.strict_json import JsonReader, dump, load_json
+from keymgmt._system.strict_json import JsonReader, dump_json, load_json
 from keymgmt.errors import FormatError
 from keymgmt.sealed.digests import digest_length
 from keymgmt.sealed.paths import check_paths
@@ -129,7 +129,7 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """The canonical bytes of manifest.json; FormatError if a reader would refuse them."""
-        data = dump(self.to_json())
+        data = dump_json(self.to_json())
         # The checks of a reader are made here too, so they are written only once.
         self.from_bytes(data)
         return data

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from keymgmt._crypto.signatures import pre_authentication
-from keymgmt._system.strict_json import JsonReader, dump, load_json
+from keymgmt._system.strict_json import JsonReader, dump_json, load_json
 from keymgmt.errors import FormatError
 from keymgmt.sealed.times import check_time
 
@@ -34,7 +34,7 @@ def signed_bytes(manifest: bytes) -> bytes:
 def expiry_bytes(manifest_hash: bytes, expires: str) -> bytes:
     """The bytes that a publisher signs to state until when the signature of a manifest counts."""
     statement = {"expires": expires, "manifest": manifest_hash.hex()}
-    return pre_authentication(EXPIRY_TYPE, dump(statement))
+    return pre_authentication(EXPIRY_TYPE, dump_json(statement))
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Signatures:
 
     def to_bytes(self) -> bytes:
         """The canonical bytes of signatures.json."""
-        return dump(
+        return dump_json(
             {
                 "expiries": [stated.to_json() for stated in self.expiries],
                 "payloadType": PAYLOAD_TYPE,

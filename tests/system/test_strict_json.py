@@ -7,7 +7,7 @@ import rfc8785
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keymgmt._system.strict_json import MAX_INTEGER, dump, load_json
+from keymgmt._system.strict_json import MAX_INTEGER, dump_json, load_json
 from keymgmt.errors import FormatError
 
 ascii_text = st.text(st.characters(max_codepoint=127), max_size=20)
@@ -27,17 +27,17 @@ def values(text):
 
 @given(values(ascii_text) | values(any_text))
 def test_it_is_rfc_8785(value):
-    assert dump(value) == rfc8785.dumps(value)
+    assert dump_json(value) == rfc8785.dumps(value)
 
 
 @given(values(any_text))
 def test_what_is_written_is_read(value):
-    load_json(dump(value), "a file", 1 << 20)
+    load_json(dump_json(value), "a file", 1 << 20)
 
 
 def test_members_are_sorted_by_utf_16():
     """RFC 8785, section 3.2.3: U+1F600 before U+FB33, since its first unit is 0xD83D."""
-    assert dump({"\ufb33": 1, "\U0001f600": 2}) == '{"\U0001f600":2,"\ufb33":1}'.encode()
+    assert dump_json({"\ufb33": 1, "\U0001f600": 2}) == '{"\U0001f600":2,"\ufb33":1}'.encode()
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def count_parts(value):
 
 @given(values(st.text('",[]{}\\\n\u00e4', max_size=5)))
 def test_parts_are_counted_whatever_the_strings_hold(value):
-    data, parts = dump(value), count_parts(value)
+    data, parts = dump_json(value), count_parts(value)
     load_json(data, "a file", 1 << 20, parts)
     with pytest.raises(FormatError, match="more than"):
         load_json(data, "a file", 1 << 20, parts - 1)

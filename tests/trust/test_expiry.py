@@ -11,7 +11,7 @@ import pytest
 import keymgmt
 from keymgmt import errors
 from keymgmt._crypto.signatures import PublicKey
-from keymgmt._system.strict_json import dump
+from keymgmt._system.strict_json import dump_json
 from keymgmt._trust import candidate
 from keymgmt._trust.release_memory import ReleaseMemory
 from keymgmt.sealed.times import is_time, utc_text
@@ -88,18 +88,18 @@ def test_a_statement_that_was_taken_away_or_changed(site, clock):
     sign(site, path, days=1)
     file = path / "signatures.json"
     whole = json.loads(file.read_bytes())
-    file.write_bytes(dump(whole | {"expiries": []}))
+    file.write_bytes(dump_json(whole | {"expiries": []}))
     opens(path, site.config())
     strict = site.config(require_expiry=["model"])
     with pytest.raises(errors.ModelExpired, match="did not say until when"):
         keymgmt.open(path, keys=strict)
     longer = whole["expiries"][0] | {"expires": utc_text(later(days=900))}
-    file.write_bytes(dump(whole | {"expiries": [longer]}))
+    file.write_bytes(dump_json(whole | {"expiries": [longer]}))
     for config in (strict, site.config(), site.config(expired="warn")):
         with pytest.raises(errors.UntrustedPublisher, match=r"expiry of pub\.pem"):
             keymgmt.open(path, keys=config)
     # A stranger may add his own, which says nothing of the publisher's.
-    file.write_bytes(dump(whole))
+    file.write_bytes(dump_json(whole))
     sign(site, path, key="local:stranger", days=900)
     clock(days=2)
     with pytest.raises(errors.ModelExpired):
@@ -111,7 +111,7 @@ def test_the_statement_of_another_manifest(site):
     sign(site, other, days=900)
     mine = json.loads((path / "signatures.json").read_bytes())
     foreign = json.loads((other / "signatures.json").read_bytes())
-    (path / "signatures.json").write_bytes(dump(mine | {"expiries": foreign["expiries"]}))
+    (path / "signatures.json").write_bytes(dump_json(mine | {"expiries": foreign["expiries"]}))
     with pytest.raises(errors.UntrustedPublisher, match="expiry"):
         keymgmt.open(path, keys=site.config())
 
@@ -204,13 +204,13 @@ def test_a_time_is_remembered_with_the_releases_and_never_goes_back(tmp_path):
     assert ReleaseMemory(memory).recall().time is None
     ReleaseMemory(memory).remember("b", 1, time=True)
     ahead = utc_text(later(hours=5))
-    memory.write_bytes(dump(json.loads(memory.read_bytes()) | {"time": ahead}))
+    memory.write_bytes(dump_json(json.loads(memory.read_bytes()) | {"time": ahead}))
     ReleaseMemory(memory).remember("b", 2, time=True)
     assert json.loads(memory.read_bytes()) == {
         "format": "keymgmt-releases/1",
         "releases": {"a": 3, "b": 2},
         "time": ahead,
     }
-    memory.write_bytes(dump(json.loads(memory.read_bytes()) | {"time": "tomorrow"}))
+    memory.write_bytes(dump_json(json.loads(memory.read_bytes()) | {"time": "tomorrow"}))
     with pytest.raises(errors.ConfigError, match="damaged"):
         ReleaseMemory(memory).recall()

@@ -13,7 +13,7 @@ import pytest
 
 from keymgmt import Config, errors
 from keymgmt._system.locks import lock_file
-from keymgmt._system.strict_json import dump
+from keymgmt._system.strict_json import dump_json
 from keymgmt._trust import release_memory
 from keymgmt._trust.release_memory import ReleaseMemory
 from keymgmt.backend import ANCHOR_START
@@ -81,16 +81,18 @@ def test_a_file_that_somebody_wrote_is_noticed(memory: ReleaseMemory) -> None:
     for number in range(2):
         changed = json.loads(json.dumps(data))
         changed["states"][number]["releases"]["a"] = 0
-        memory.path.write_bytes(dump({**changed, "states": [changed["states"][number]]}))
+        memory.path.write_bytes(dump_json({**changed, "states": [changed["states"][number]]}))
         with pytest.raises(errors.RollbackError):
             memory.recall()
     # As the next state, and as a plain file.
     after = memory.anchor(lambda provider: provider.anchor().hex())  # type: ignore[misc]
     forged = {"before": after, "releases": {}, "time": None}
-    memory.path.write_bytes(dump({**data, "states": [forged]}))
+    memory.path.write_bytes(dump_json({**data, "states": [forged]}))
     with pytest.raises(errors.RollbackError):
         memory.recall()
-    memory.path.write_bytes(dump({"format": "keymgmt-releases/1", "releases": {}, "time": None}))
+    memory.path.write_bytes(
+        dump_json({"format": "keymgmt-releases/1", "releases": {}, "time": None})
+    )
     with pytest.raises(errors.RollbackError):
         memory.recall()
 
@@ -156,7 +158,7 @@ def test_the_next_open_binds_what_is_there(
     if how == "a cut at the first":
         with pytest.raises(KeyboardInterrupt):
             cut(memory, moved=False).remember("a", 5)
-        old = dump({"format": "keymgmt-releases/1", "releases": {"a": 3}, "time": None})
+        old = dump_json({"format": "keymgmt-releases/1", "releases": {"a": 3}, "time": None})
     else:
         before = plain if how == "a plain file" else memory
         before.remember("a", 3)

@@ -31,7 +31,7 @@ import keymgmt._system.files
 from keymgmt import Config
 from keymgmt._crypto.dek import Dek
 from keymgmt._crypto.signatures import PublicKey
-from keymgmt._system.strict_json import dump
+from keymgmt._system.strict_json import dump_json
 from keymgmt._trust.recipients import resolve_group
 from keymgmt._verbs.plain_files import PlainFile
 from keymgmt._verbs.seal import Content, write_sealed
@@ -175,7 +175,7 @@ def with_manifest(change: Callable[[dict[str, Any]], None], files: Files | None 
     files = files or build()
     value = json.loads(files["manifest.json"])
     change(value)
-    return rewrapped(files, dump(value))
+    return rewrapped(files, dump_json(value))
 
 
 def craft(
@@ -203,7 +203,7 @@ def craft(
         digest = tree_root("blake3", leaves).hex()
         value["files"].append({"path": path, "size": len(data), "digest": digest})
         sealed[f"payload/{path}.floe"] = made
-    return rewrapped(sealed if write else {}, dump(value | members))
+    return rewrapped(sealed if write else {}, dump_json(value | members))
 
 
 def remade(change: Callable[[dict[str, Any]], None], to: str = "local:a") -> Files:
@@ -213,8 +213,8 @@ def remade(change: Callable[[dict[str, Any]], None], to: str = "local:a") -> Fil
     del value["mac"]
     change(value)
     model_id = bytes.fromhex(json.loads(files[MANIFEST])["id"])
-    mac = derive.keys_mac(DEK, model_id, [dump(value)])
-    return files | {KEYS: dump(value | {"mac": mac.hex()})}
+    mac = derive.keys_mac(DEK, model_id, [dump_json(value)])
+    return files | {KEYS: dump_json(value | {"mac": mac.hex()})}
 
 
 def edited(name: str, change: Callable[[dict[str, Any]], None]) -> Files:
@@ -222,7 +222,7 @@ def edited(name: str, change: Callable[[dict[str, Any]], None]) -> Files:
     files = build()
     value = json.loads(files[name])
     change(value)
-    return files | {name: dump(value)}
+    return files | {name: dump_json(value)}
 
 
 def raw(name: str, change: Callable[[bytes], bytes], files: Files | None = None) -> Files:
@@ -733,7 +733,7 @@ def _groups(change: Callable[[list[Any]], Any], *to: str) -> Files:
     files = build(to=to)
     value = json.loads(files[KEYS])
     value["groups"] = change(value["groups"])
-    return files | {KEYS: dump(value)}
+    return files | {KEYS: dump_json(value)}
 
 
 @scenario("CannotUnlock", "A share moved to a group of its own.", signature_only="ok")
@@ -799,7 +799,7 @@ def _recipient(change: Callable[[dict[str, Any]], None]) -> Files:
     files = build()
     value = json.loads(files[KEYS])
     change(value["groups"][0]["recipients"][0])
-    return files | {KEYS: dump(value)}
+    return files | {KEYS: dump_json(value)}
 
 
 def _bad_recipient(name: str, expect: str, comment: str, **members: Any) -> None:
@@ -957,7 +957,7 @@ def signature_under_a_false_id() -> Files:
     foreign = json.loads(build(sign="local:stranger")[SIGNATURES])
     mine = json.loads(files[SIGNATURES])
     mine["signatures"][0]["sig"] = foreign["signatures"][0]["sig"]
-    return files | {SIGNATURES: dump(mine)}
+    return files | {SIGNATURES: dump_json(mine)}
 
 
 @scenario("FormatError", "Two signatures of one key.")
@@ -984,7 +984,7 @@ def _signed(change: Callable[[dict[str, Any]], None], expires: str = "") -> File
         signatures = signatures.with_expiry(*made, expires)
     value = json.loads(signatures.to_bytes())
     change(value)
-    return files | {SIGNATURES: dump(value)}
+    return files | {SIGNATURES: dump_json(value)}
 
 
 def _stranger(number: int = 0, **members: str) -> dict[str, str]:

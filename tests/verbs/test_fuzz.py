@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import keymgmt
 from keymgmt import errors
-from keymgmt._system.strict_json import dump
+from keymgmt._system.strict_json import dump_json
 
 pytestmark = pytest.mark.once
 
@@ -133,7 +133,7 @@ def test_any_json(sealed, config, site, name):
     @given(place=st.sampled_from(every), new=anything)
     def law(place, new):
         try:
-            data = dump(put(value, place, new))
+            data = dump_json(put(value, place, new))
         except errors.FormatError:
             return
         obeys(path, config, name, data, originals, site)

@@ -18,7 +18,7 @@ import keymgmt
 import keymgmt.sealed.folder
 from keymgmt import errors
 from keymgmt._crypto.dek import Dek
-from keymgmt._system.strict_json import dump, load_json
+from keymgmt._system.strict_json import dump_json, load_json
 from keymgmt._trust.recipients import resolve_group
 from keymgmt.floe import FloeEncryptor, FloeParameters, ciphertext_length
 from keymgmt.sealed.derive import commitment, file_key, payload_aad
@@ -31,7 +31,7 @@ def edit_manifest(path: Path, change) -> None:
     file = path / "manifest.json"
     data = load_json(file.read_bytes(), "m", 1 << 24)._left
     change(data)
-    file.write_bytes(dump(data))
+    file.write_bytes(dump_json(data))
 
 
 def test_more_files_than_descriptors(site, tmp_path, within, tree_of):
@@ -303,9 +303,9 @@ def test_a_policy_of_64_mib_costs_two_bytes_for_each_of_its_own(tmp_path, count,
     """Until its MAC is known to be wrong: parsed, and serialised again for the MAC."""
     recipient = {"backend": "file", "key": "a", "mechanism": "m", "params": {}, "version": "1"}
     recipient["blob"] = base64.b64encode(bytes(blob)).decode()
-    group = dump({"nonce": "00" * 16, "recipients": [recipient]})
+    group = dump_json({"nonce": "00" * 16, "recipients": [recipient]})
     empty = {"format": "keymgmt-keys/1", "groups": [], "mac": "00" * 48, "manifest": "00" * 48}
-    data = dump(empty).replace(b"[]", b"[" + b",".join([group] * count) + b"]")
+    data = dump_json(empty).replace(b"[]", b"[" + b",".join([group] * count) + b"]")
     assert 60 << 20 < len(data) <= 64 << 20
     (tmp_path / "keys.json").write_bytes(data)
     code = (

@@ -21,7 +21,6 @@ from keymgmt_broker.protocol import (
     REFUSAL,
     STATUS,
     UNWRAP_PATH,
-    encode,
     encode_bytes,
 )
 from starlette.applications import Starlette
@@ -29,6 +28,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from keymgmt.backend import dump_json
 from keymgmt_broker_service._decide import Broker, Refusal
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def make_app(broker: Broker) -> ASGIApp:
         return run
 
     async def nonce(_request: Request, _client: str) -> bytes:
-        return encode({"format": NONCE, "nonce": encode_bytes(broker.nonces.make())})
+        return dump_json({"format": NONCE, "nonce": encode_bytes(broker.nonces.make())})
 
     async def unwrap(request: Request, client: str) -> bytes:
         with room.held() as take:
@@ -149,7 +149,7 @@ def make_app(broker: Broker) -> ASGIApp:
             return await anyio.to_thread.run_sync(broker.answer, body, client)
 
     async def health(_request: Request) -> Response:
-        return _json(encode({"format": HEALTH}), 200)
+        return _json(dump_json({"format": HEALTH}), 200)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
@@ -198,7 +198,7 @@ def _client(request: Request) -> str:
 
 
 def _refusal(word: str) -> Response:
-    response = _json(encode({"format": REFUSAL, "refused": word}), STATUS[word])
+    response = _json(dump_json({"format": REFUSAL, "refused": word}), STATUS[word])
     if word in _CLOSING:
         response.headers["Connection"] = "close"
     return response

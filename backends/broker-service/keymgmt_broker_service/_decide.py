@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, Self
 
-from keymgmt_broker.protocol import ANSWER, Request, answer_info, encode, encode_bytes
+from keymgmt_broker.protocol import ANSWER, Request, answer_info, encode_bytes
 
 import keymgmt
 from keymgmt.backend import (
@@ -27,6 +27,7 @@ from keymgmt.backend import (
     UnwrapFailed,
     WrongKey,
     audit,
+    dump_json,
     hpke_seal,
 )
 from keymgmt_broker_service._nonces import Nonces
@@ -119,7 +120,7 @@ class Broker:
             audit("broker-unwrap", error=refusal, **said)
             raise
         audit("broker-unwrap", error=None, **said)
-        return encode({"format": ANSWER, "sealed": encode_bytes(sealed)})
+        return dump_json({"format": ANSWER, "sealed": encode_bytes(sealed)})
 
     def _decide(self, request: Request, said: dict[str, object]) -> bytes:
         if not self.nonces.is_fresh(request.nonce):

@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Final
+from typing import Final
 
 from keymgmt.backend import (
     HPKE_KINDS,
@@ -27,6 +26,7 @@ from keymgmt.backend import (
     FormatError,
     JsonReader,
     WrappedKey,
+    dump_json,
     is_name,
     load_json,
 )
@@ -47,7 +47,6 @@ __all__ = [
     "UNWRAP_PATH",
     "Request",
     "answer_info",
-    "encode",
     "encode_bytes",
     "read",
 ]
@@ -139,7 +138,7 @@ class Request:
     def to_bytes(self) -> bytes:
         """The body of the request."""
         wrapped = self.wrapped
-        return encode(
+        return dump_json(
             {
                 "format": REQUEST,
                 "nonce": encode_bytes(self.nonce),
@@ -187,11 +186,6 @@ class Request:
 def answer_info(report_data: bytes) -> bytes:
     """The info to which the sealed share of an answer is bound, besides the ephemeral key."""
     return b"keymgmt broker answer 1" + report_data
-
-
-def encode(value: Mapping[str, Any]) -> bytes:
-    """JSON as ``read`` takes it; of texts in ASCII alone this is RFC 8785."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
 def encode_bytes(data: bytes) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from keymgmt.backend import FormatError, WrappedKey
+from keymgmt.backend import FormatError, WrappedKey, dump_json
 
 pytest.importorskip("keymgmt_broker")
 from keymgmt_broker.protocol import (
@@ -19,7 +19,6 @@ from keymgmt_broker.protocol import (
     STATUS,
     Request,
     answer_info,
-    encode,
 )
 
 pytestmark = pytest.mark.once
@@ -70,7 +69,7 @@ def test_the_report_data_is_what_it_has_always_been() -> None:
 
 
 def changed(**members: Any) -> bytes:
-    return encode(json.loads(REQUEST.to_bytes()) | members)
+    return dump_json(json.loads(REQUEST.to_bytes()) | members)
 
 
 @pytest.mark.parametrize(

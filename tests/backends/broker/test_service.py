@@ -32,7 +32,6 @@ from keymgmt_broker.protocol import (
     UNWRAP_PATH,
     Request,
     answer_info,
-    encode,
     encode_bytes,
     read,
 )
@@ -45,6 +44,7 @@ from keymgmt.backend import (
     UnsupportedOperation,
     UnwrapFailed,
     WrongKey,
+    dump_json,
     hpke_generate,
     hpke_open,
     hpke_public,
@@ -76,7 +76,7 @@ class Asker:
     def nonce(self) -> bytes:
         status, answer = self.post(NONCE_PATH)
         assert status == 200
-        return read(encode(answer), answer["format"], "", 1000).base64("nonce", limit=56)
+        return read(dump_json(answer), answer["format"], "", 1000).base64("nonce", limit=56)
 
     def request(self, **changes: Any) -> Request:
         """A request with good evidence."""
@@ -88,7 +88,7 @@ class Asker:
         return self.post(UNWRAP_PATH, request.to_bytes())
 
     def opens(self, request: Request, answer: dict[str, Any]) -> bool:
-        sealed = read(encode(answer), ANSWER, "", 10000).base64("sealed", limit=4096)
+        sealed = read(dump_json(answer), ANSWER, "", 10000).base64("sealed", limit=4096)
         with hpke_open(HYBRID, self.private, sealed, answer_info(request.report_data)) as dek:
             return bytes(dek.view()) == self.dek
 
@@ -141,7 +141,7 @@ def test_a_replay_gives_nothing_new_to_anybody_and_is_logged(asker: Asker) -> No
     # Two workers answer, and each knows what it saw.
     assert "repeat=yes" in asker.service.said()
     stranger = hpke_generate(HYBRID)
-    sealed = read(encode(answers[-1][1]), ANSWER, "", 10000).base64("sealed", limit=4096)
+    sealed = read(dump_json(answers[-1][1]), ANSWER, "", 10000).base64("sealed", limit=4096)
     with pytest.raises(UnwrapFailed):
         hpke_open(HYBRID, stranger, sealed, answer_info(request.report_data))
 
@@ -511,7 +511,7 @@ def test_a_service_that_is_not_the_one_gives_no_model(
         with Dek.generate() as dek:
             info = answer_info(request.report_data)
             sealed = hpke_seal(request.hpke, request.public_key, dek, info)
-        return encode({"format": ANSWER, "sealed": encode_bytes(sealed)})
+        return dump_json({"format": ANSWER, "sealed": encode_bytes(sealed)})
 
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.xml").write_bytes(b"<net/>")
