@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import subprocess
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from scripts import load_script
 
 from keymgmt._config.config import _File
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def make_config() -> ModuleType:
-    return script("make_config")
+    return load_script(DOCS / "make_config.py")
 
 
 def test_the_page_is_current(make_config: ModuleType) -> None:
@@ -47,7 +38,7 @@ def test_every_setting_of_a_table_has_a_sentence(make_config: ModuleType) -> Non
 
 @pytest.mark.once
 def test_the_man_pages_are_those_of_the_commands() -> None:
-    pages = script("make_man").pages()
+    pages = load_script(DOCS / "make_man.py").pages()
     written = {file: file.read_text("utf-8") for file in pages if file.exists()}
     assert written == pages, "run: python docs/make_man.py"
     root = DOCS.parent

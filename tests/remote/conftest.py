@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from loopback import Authority
 from registry import RegistryServer, serve_registry
-from s3 import S3, serve_s3
+from s3 import S3, SECRET, USER, serve_s3
 from webserver import Answer, Serve, Web, start_web
 
 import keymgmt
@@ -117,3 +117,33 @@ def s3(require_tool: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
     yield server
     server.process.kill()  # it takes half a minute to end by itself
     server.process.wait(30)
+
+
+@pytest.fixture
+def access(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """``[remote.access."s3://models"]`` for a server, with the right secret or another."""
+
+    def make(
+        address: str, secret: str = SECRET, origin: str = "s3://models", **more: Any
+    ) -> dict[str, Any]:
+        file = tmp_path / "s3-secret"
+        file.touch(mode=0o600)
+        file.write_text(secret)
+        login = {"user": USER, "secret": {"file": str(file)}, "endpoint": address}
+        return {origin: login | more}
+
+    return make
+
+
+@pytest.fixture
+def s3_config(site: Any, s3: S3, access: Callable[..., dict[str, Any]]) -> Path:
+    """A config for the command line, with the keys of the site and the login of the bucket."""
+    login = access(s3.address)["s3://models"]
+    file = site.root / "keymgmt.toml"
+    file.write_text(
+        '[providers.local]\nbackend = "file"\npath = "keys"\n'
+        '[policy]\npublishers = { "pub.pem" = ["*"] }\n'
+        f'[remote.access."s3://models"]\nuser = "{USER}"\nendpoint = "{s3.address}"\n'
+        f'secret = {{ file = "{login["secret"]["file"]}" }}\n'
+    )
+    return Path(file)

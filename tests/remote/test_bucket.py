@@ -31,20 +31,6 @@ Access = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def access(tmp_path: Path) -> Access:
-    """``[remote.access."s3://models"]`` for a server, with the right secret or another."""
-
-    def make(address: str, secret: str = SECRET, **more: Any) -> dict[str, Any]:
-        file = tmp_path / "s3-secret"
-        file.touch(mode=0o600)
-        file.write_text(secret)
-        said = {"user": USER, "secret": {"file": str(file)}, "endpoint": address}
-        return {"s3://models": said | more}
-
-    return make
-
-
-@pytest.fixture
 def place(site: Any, sealed: Path, s3: S3) -> str:
     """The path of a sealed model in the bucket."""
     path = f"sites/{site.root.name}/m.sealed"
@@ -254,18 +240,18 @@ def test_a_server_that_is_gone(config: Any, access: Access, quick: list[float]) 
         keymgmt.open("s3://models/m.sealed", keys=keys)
 
 
-def test_the_command_line(site: Any, place: str, s3: S3, access: Access) -> None:
-    said = access(s3.address)["s3://models"]
-    file = site.root / "keymgmt.toml"
-    file.write_text(
-        '[providers.local]\nbackend = "file"\npath = "keys"\n'
-        '[policy]\npublishers = { "pub.pem" = ["*"] }\n'
-        f'[remote.access."s3://models"]\nuser = "{USER}"\nendpoint = "{s3.address}"\n'
-        f'secret = {{ file = "{said["secret"]["file"]}" }}\n'
-    )
-
+def test_the_command_line(place: str, s3_config: Path) -> None:
     def run(*arguments: str) -> Any:
-        command = [sys.executable, "-P", "-m", "keymgmt", "-c", str(file), *arguments, "--json"]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "keymgmt",
+            "-c",
+            str(s3_config),
+            *arguments,
+            "--json",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)

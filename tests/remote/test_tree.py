@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -22,17 +21,6 @@ from keymgmt.errors import ConfigError, IntegrityError, StorageDenied, StorageUn
 pytestmark = pytest.mark.once
 
 SMALL = ("manifest.json", "signatures.json", "keys.json")
-
-
-@pytest.fixture
-def access(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    def make(address: str, secret: str = SECRET, origin: str = "s3://models") -> dict[str, Any]:
-        file = tmp_path / "s3-secret"
-        file.touch(mode=0o600)
-        file.write_text(secret)
-        return {origin: {"user": USER, "secret": {"file": str(file)}, "endpoint": address}}
-
-    return make
 
 
 @pytest.fixture
@@ -277,18 +265,18 @@ def test_the_environment_signs_listings(
     assert sorted(found(tree, keys)) == [f"{tree}/{name}" for name in NAMES]
 
 
-def test_the_command_line(site: Any, tree: str, s3: S3, access: Any) -> None:
-    said = access(s3.address)["s3://models"]
-    file = site.root / "keymgmt.toml"
-    file.write_text(
-        '[providers.local]\nbackend = "file"\npath = "keys"\n'
-        '[policy]\npublishers = { "pub.pem" = ["*"] }\n'
-        f'[remote.access."s3://models"]\nuser = "{USER}"\nendpoint = "{s3.address}"\n'
-        f'secret = {{ file = "{said["secret"]["file"]}" }}\n'
-    )
-
+def test_the_command_line(tree: str, s3_config: Path) -> None:
     def run(*arguments: str, code: int = 0) -> list[Any]:
-        command = [sys.executable, "-P", "-m", "keymgmt", "-c", str(file), *arguments, "--json"]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "keymgmt",
+            "-c",
+            str(s3_config),
+            *arguments,
+            "--json",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == code, done.stderr
         if arguments[0] == "keys":

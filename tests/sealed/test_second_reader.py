@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import json
 import re
 import sys
 from pathlib import Path
 
 import pytest
+from scripts import load_script
 
 TREE = Path(__file__).parents[2]
 VECTORS = TREE / "tests" / "vectors" / "sealed"
@@ -17,14 +17,7 @@ SITE = VECTORS / "site"
 NAMES = sorted(path.parent.name for path in VECTORS.glob("*/vector.txt"))
 
 
-def load():
-    spec = importlib.util.spec_from_file_location("read_sealed", TREE / "examples/read_sealed.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-reader = load()
+reader = load_script(TREE / "examples/read_sealed.py")
 KINDS = {
     "RollbackError": reader.OLD,
     "FormatError": reader.FORMAT,

@@ -9,11 +9,11 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from scripts import load_script
 
 from keymgmt import errors
 
@@ -32,15 +32,6 @@ for (const node of document.querySelectorAll("article *")) {
 if (document.documentElement.scrollWidth > width) wide.push("the page itself scrolls");
 return wide;
 """
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +126,7 @@ def test_search_finds(browser: Any, size: tuple[int, int]) -> None:
 
 
 def test_the_picture_is_that_of_the_demo() -> None:
-    make_demo = script("make_demo")
+    make_demo = load_script(DOCS / "make_demo.py")
     drawn = make_demo.PICTURE.read_text("utf-8")
     assert "@font-face" not in drawn
     assert make_demo.words(drawn) == make_demo.words(make_demo.picture()), (

@@ -8,31 +8,26 @@ the API reference of AWS KMS says. What ran on it did not run on AWS.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import secrets
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from scripts import load_script
 
 from keymgmt.backend import KeyProvider
 
 Make = Callable[..., KeyProvider[Any]]
 REGION = "eu-central-1"
 # pytest imports no module that stands beside a test.
-_spec = importlib.util.spec_from_file_location(
-    "keymgmt_tests_simulated_kms", Path(__file__).with_name("simulated_kms.py")
-)
-_module = sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_module)
-Simulated = _module.Simulated
+_simulated = load_script(Path(__file__).with_name("simulated_kms.py"))
+Simulated = _simulated.Simulated
 
 
 class Moto:
@@ -122,7 +117,7 @@ def simulate(rsa_keys: None) -> Iterator[Callable[..., Any]]:
 def rsa_keys() -> None:
     """Make the RSA keys of all simulations: within a request it could take too long."""
     for bits in (2048, 3072, 4096):
-        _module.rsa_key(bits)
+        _simulated.rsa_key(bits)
 
 
 @pytest.fixture
