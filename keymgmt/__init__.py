@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from keymgmt._verbs.push import Pushed, push
     from keymgmt._verbs.reseal import reseal
     from keymgmt._verbs.retire import Need, needs
-    from keymgmt._verbs.rewrap import GroupChange, Rewrapped, rewrap
+    from keymgmt._verbs.rewrap import Rewrapped, rewrap
+    from keymgmt._verbs.rewrap_groups import GroupChange
     from keymgmt._verbs.rewrap_tree import rewrap_tree
     from keymgmt._verbs.seal import seal
     from keymgmt._verbs.sign import sign
@@ -88,7 +89,8 @@ _HOMES: Final = {
     "_verbs.push": ("Pushed", "push"),
     "_verbs.reseal": ("reseal",),
     "_verbs.retire": ("Need", "needs"),
-    "_verbs.rewrap": ("GroupChange", "Rewrapped", "rewrap"),
+    "_verbs.rewrap": ("Rewrapped", "rewrap"),
+    "_verbs.rewrap_groups": ("GroupChange",),
     "_verbs.rewrap_tree": ("rewrap_tree",),
     "_verbs.seal": ("seal",),
     "_verbs.sign": ("sign",),

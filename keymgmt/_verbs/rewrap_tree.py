@@ -23,11 +23,10 @@ from keymgmt._verbs.find_models import CHUNK, Failure, Place, Shard, find_models
 from keymgmt._verbs.rewrap import (
     ChangedMeanwhile,
     Rewrapped,
-    Task,
-    Wanted,
     rewrap_one,
     rewrap_steps,
 )
+from keymgmt._verbs.rewrap_task import Task, Wanted
 from keymgmt.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -184,7 +184,7 @@ def _tree(path: str, options: dict[str, Any], *, dry_run: bool, as_json: bool) -
 
 
 def _tell(done: Rewrapped, *, dry_run: bool) -> None:
-    from keymgmt._verbs.rewrap import EXIT_CODES
+    from keymgmt._verbs.rewrap_groups import EXIT_CODES
 
     out = console()
     word = ("would change" if dry_run else "changed") if done.changed else "nothing changed"
