@@ -15,10 +15,15 @@ pytest.importorskip("keymgmt_broker_service")
 pytest.importorskip("tpm2_pytss")
 
 from keymgmt_broker import BrokerProvider, BrokerSettings
+from keymgmt_broker_service._verify._collateral import Refused
+from keymgmt_broker_service._verify._policies import TpmPolicy
+from keymgmt_broker_service._verify._quotes import examine, prepare
 from keymgmt_tpm2 import Tpm2Provider, Tpm2Settings
 from keymgmt_tpm2._setup import set_up
 from keymgmt_tpm2._structures import Public
+from keymgmt_tpm2.enroll._attest import check_statement
 from keymgmt_tpm2.enroll._office import ek_id
+from keymgmt_tpm2.quote import _file
 from office import Signer, boot
 from swtpm import Swtpm
 
@@ -71,6 +76,34 @@ def opens(client: BrokerProvider) -> bool:
         wrapped = client.wrap("model", dek, b"context")
         with client.unwrap(wrapped, b"context") as opened:
             return bool(opened == dek)
+
+
+def test_a_quote_is_verified_once_whatever_the_number_of_policies(
+    make_device, client, tmp_path, monkeypatch
+):
+    office, devices = Signer(tmp_path / "office.pem"), tmp_path / "devices"
+    device, evidence = make_device("one")
+    machine = client("http://127.0.0.1:1", evidence)
+    enrol(office, device, machine, devices / "one.recipient")
+    state = tmp_path / "state.json"
+    state.write_text(json.dumps({"bank": "sha256", "pcrs": {"4": "01" * 31 + "02"}}))
+    policy = {"evidence": "tpm2", "devices": devices, "attesters": [office.pem]}
+    other = prepare(TpmPolicy.model_validate({**policy, "pcr_values": [state]}))
+    wanted = prepare(TpmPolicy.model_validate({**policy, "any_state": True}))
+    verified = []
+
+    def count(*arguments):
+        verified.append(arguments)
+        return check_statement(*arguments)
+
+    monkeypatch.setattr(_file, "check_statement", count)
+    asked = bytes(range(32))
+    judge = examine(machine.settings.evidence.make().quote(asked), asked, "tpm2", None, 0)
+    for _ in range(3):
+        with pytest.raises(Refused, match="another boot state"):
+            judge(other)
+    assert judge(wanted).said["ek"]
+    assert len(verified) == 1
 
 
 def test_a_key_for_an_enrolled_device_in_its_boot_state(

@@ -114,20 +114,20 @@ def text(content: bytes) -> str:
 def test_an_enrolled_device_in_its_boot_state(genuine, evidence, policy, values_file, enrolled):
     assert load_evidence("tpm2") is TpmEvidence
     quote = evidence().quote(ASKED)
-    said = policy().check(quote, ASKED)
+    said = policy().judge(Quote.verify(quote, ASKED))
     assert said == {"ek": enrolled.attributes["ek"], "firmware": enrolled.attributes["firmware"]}
     state = genuine.pcrs("sha256", [7])
     other = PcrState("sha256", {7: b"\1\2" * 16})
     files = [values_file(other, "other"), values_file(state)]
-    assert policy(any_state=False, pcr_values=files).check(quote, ASKED)
+    assert policy(any_state=False, pcr_values=files).judge(Quote.verify(quote, ASKED))
     with pytest.raises(AttestationError, match="another boot state: PCR 7 of sha256 is"):
-        policy(any_state=False, pcr_values=files[:1]).check(quote, ASKED)
+        policy(any_state=False, pcr_values=files[:1]).judge(Quote.verify(quote, ASKED))
 
 
 def test_a_quote_of_another_request(evidence, policy):
     quote = evidence().quote(ASKED)
     with pytest.raises(AttestationError, match="of another request"):
-        policy().check(quote, OTHER)
+        policy().judge(Quote.verify(quote, OTHER))
 
 
 def test_a_device_that_booted_something_else(genuine, evidence, policy, values_file):
@@ -136,24 +136,24 @@ def test_a_device_that_booted_something_else(genuine, evidence, policy, values_f
     boot(genuine, (7, b"rootkit"))
     after = evidence().quote(ASKED)
     with pytest.raises(AttestationError, match="another boot state"):
-        wanted.check(after, ASKED)
+        wanted.judge(Quote.verify(after, ASKED))
     # Nor with the values that it had, which are not those of the quote.
     lie = change(after, state=json.loads(before)["state"])
     with pytest.raises(AttestationError, match="other PCR values than the evidence lists"):
-        wanted.check(lie, ASKED)
+        wanted.judge(Quote.verify(lie, ASKED))
 
 
 def test_the_pcrs_that_a_policy_asks_for_are_quoted(genuine, evidence, policy, values_file):
     """A device does not choose which of its PCRs count, nor of which bank."""
     wanted = policy(any_state=False, pcr_values=[values_file(genuine.pcrs("sha256", [4, 7]))])
-    assert wanted.check(evidence(pcrs="4,7,8").quote(ASKED), ASKED)
+    assert wanted.judge(Quote.verify(evidence(pcrs="4,7,8").quote(ASKED), ASKED))
     with pytest.raises(AttestationError, match=r"PCR 4 of sha256 is missing"):
-        wanted.check(evidence(pcrs="7").quote(ASKED), ASKED)
+        wanted.judge(Quote.verify(evidence(pcrs="7").quote(ASKED), ASKED))
     quote = json.loads(evidence(pcrs="4,7").quote(ASKED))
     quote["state"]["bank"] = "sha384"
     quote["state"]["pcrs"] = {i: v + v[:32] for i, v in quote["state"]["pcrs"].items()}
     with pytest.raises(AttestationError, match="other PCR values"):
-        wanted.check(json.dumps(quote).encode(), ASKED)
+        wanted.judge(Quote.verify(json.dumps(quote).encode(), ASKED))
 
 
 def test_a_machine_that_was_not_enrolled(make_swtpm, set_up, evidence, policy):
@@ -161,7 +161,7 @@ def test_a_machine_that_was_not_enrolled(make_swtpm, set_up, evidence, policy):
     other = set_up(make_swtpm("two"))
     stranger = evidence(tcti=other.tcti, srk_name=other.srk_name)
     with pytest.raises(AttestationError, match="is of no enrolled device"):
-        policy().check(stranger.quote(ASKED), ASKED)
+        policy().judge(Quote.verify(stranger.quote(ASKED), ASKED))
     with pytest.raises(ValueError, match="srk_name is required"):
         evidence(srk_name=None)
 
@@ -172,15 +172,15 @@ def test_a_quote_made_in_software(evidence, policy):
     key, ak, attest = twin(genuine_quote)
     signature = key.sign(attest, ec.ECDSA(hashes.SHA256()))
     forged = Quote(ak, attest, signature, genuine_quote.state)
-    assert forged.check(ASKED)  # the form is right
+    forged.check(ASKED)  # the form is right
     with pytest.raises(AttestationError, match="is of no enrolled device"):
-        policy().check(forged.to_bytes(), ASKED)
+        policy().judge(Quote.verify(forged.to_bytes(), ASKED))
     for lie in (
         dataclasses.replace(forged, ak=genuine_quote.ak),
         dataclasses.replace(genuine_quote, signature=signature),
     ):
         with pytest.raises(AttestationError, match="did not sign the quote"):
-            policy().check(lie.to_bytes(), ASKED)
+            policy().judge(Quote.verify(lie.to_bytes(), ASKED))
 
 
 def test_a_key_that_is_not_restricted_proves_nothing(evidence, policy):
@@ -190,7 +190,7 @@ def test_a_key_that_is_not_restricted_proves_nothing(evidence, policy):
     raw[5] &= ~1 & 0xFF  # restricted
     lie = dataclasses.replace(quote, ak=Public.parse(bytes(raw)))
     with pytest.raises(AttestationError, match="proves nothing"):
-        policy().check(lie.to_bytes(), ASKED)
+        policy().judge(Quote.verify(lie.to_bytes(), ASKED))
 
 
 def test_a_certification_is_no_quote(genuine, evidence, policy):
@@ -208,7 +208,7 @@ def test_a_certification_is_no_quote(genuine, evidence, policy):
     quote = Quote.from_bytes(evidence().quote(ASKED))
     lie = dataclasses.replace(quote, attest=attest, signature=encode_dss_signature(r, s))
     with pytest.raises(AttestationError, match="something other than a quote"):
-        policy().check(lie.to_bytes(), ASKED)
+        policy().judge(Quote.verify(lie.to_bytes(), ASKED))
 
 
 def test_an_approver_of_boot_states(genuine, evidence, policy, tmp_path):
@@ -217,26 +217,26 @@ def test_an_approver_of_boot_states(genuine, evidence, policy, tmp_path):
     state = genuine.pcrs("sha256", [7])
     folder = genuine.settings.keys
     with pytest.raises(AttestationError, match="sent none of the approver"):
-        wanted.check(evidence().quote(ASKED), ASKED)
+        wanted.judge(Quote.verify(evidence().quote(ASKED), ASKED))
     install(folder, theirs.approve(state))
     with pytest.raises(AttestationError, match="sent none of the approver"):
-        wanted.check(evidence().quote(ASKED), ASKED)
+        wanted.judge(Quote.verify(evidence().quote(ASKED), ASKED))
     install(folder, ours.approve(state, Counter(0x01800100, 2)))
     with pytest.raises(AttestationError, match="its counter allows 2, less than 3"):
-        wanted.check(evidence().quote(ASKED), ASKED)
+        wanted.judge(Quote.verify(evidence().quote(ASKED), ASKED))
     forged = dataclasses.replace(ours.approve(state), signature=theirs.approve(state).signature)
     lie = dataclasses.replace(Quote.from_bytes(evidence().quote(ASKED)), approvals=(forged,))
     with pytest.raises(AttestationError, match="not signed by the key"):
-        wanted.check(lie.to_bytes(), ASKED)
+        wanted.judge(Quote.verify(lie.to_bytes(), ASKED))
     approval = ours.approve(state, Counter(0x01800100, 3))
     install(folder, approval)
-    assert wanted.check(evidence().quote(ASKED), ASKED)["approval"] == approval.id
+    assert wanted.judge(Quote.verify(evidence().quote(ASKED), ASKED))["approval"] == approval.id
     boot(genuine, (7, b"rootkit"))
     with pytest.raises(AttestationError, match="sent none of the approver"):
-        wanted.check(evidence().quote(ASKED), ASKED)  # it sends what fits
+        wanted.judge(Quote.verify(evidence().quote(ASKED), ASKED))  # it sends what fits
     lie = dataclasses.replace(Quote.from_bytes(evidence().quote(ASKED)), approvals=(approval,))
     with pytest.raises(AttestationError, match=r"no approval of this boot state: .*PCR 7"):
-        wanted.check(lie.to_bytes(), ASKED)
+        wanted.judge(Quote.verify(lie.to_bytes(), ASKED))
 
 
 def test_event_logs_of_known_machines(genuine, evidence, policy, tmp_path):
@@ -252,20 +252,20 @@ def test_event_logs_of_known_machines(genuine, evidence, policy, tmp_path):
     boot(genuine, *measured)
     sent.write_bytes(log(*(event(index, ACTION, data) for index, data in BOOTED + measured)))
     quote = device.quote(ASKED)
-    assert wanted.check(quote, ASKED)
+    assert wanted.judge(Quote.verify(quote, ASKED))
     with pytest.raises(AttestationError, match="are not all quoted"):
-        wanted.check(evidence(pcrs="7", event_log=sent).quote(ASKED), ASKED)
+        wanted.judge(Quote.verify(evidence(pcrs="7", event_log=sent).quote(ASKED), ASKED))
     with pytest.raises(AttestationError, match="sent no event log"):
-        wanted.check(evidence(pcrs="4").quote(ASKED), ASKED)
+        wanted.judge(Quote.verify(evidence(pcrs="4").quote(ASKED), ASKED))
     # Something else is measured: the log that tells of it is refused, and so is one that does not.
     honest = sent.read_bytes() + event(4, ACTION, b"rootkit")
     boot(genuine, (4, b"rootkit"))
     with pytest.raises(AttestationError, match="the event log is not of what PCR 4 holds"):
-        wanted.check(device.quote(ASKED), ASKED)
+        wanted.judge(Quote.verify(device.quote(ASKED), ASKED))
     sent.write_bytes(honest)
     digest = hashlib.sha256(b"rootkit").hexdigest()
     with pytest.raises(AttestationError, match=f"is in no known event log: {digest}"):
-        wanted.check(device.quote(ASKED), ASKED)
+        wanted.judge(Quote.verify(device.quote(ASKED), ASKED))
 
 
 def test_an_event_log_that_is_too_long_or_gone_is_said(evidence, tmp_path):
@@ -279,7 +279,7 @@ def test_an_event_log_that_is_too_long_or_gone_is_said(evidence, tmp_path):
 
 def test_only_some_of_the_devices(evidence, policy, enrolled):
     quote = evidence().quote(ASKED)
-    assert policy(eks=[enrolled.attributes["ek"].upper()]).check(quote, ASKED)
+    assert policy(eks=[enrolled.attributes["ek"].upper()]).judge(Quote.verify(quote, ASKED))
     with pytest.raises(ConfigError, match="has no device that was enrolled"):
         policy(eks=["11" * 32])
 
@@ -355,7 +355,7 @@ def test_evidence_that_is_garbled(evidence, policy):
 
     def refused(content: bytes) -> None:
         with pytest.raises((AttestationError, FormatError)):
-            wanted.check(content, ASKED)
+            wanted.judge(Quote.verify(content, ASKED))
 
     for length in range(0, len(quote), 97):
         refused(quote[:length])
@@ -390,11 +390,11 @@ def test_a_statement_whose_parts_are_rearranged_is_refused(evidence, policy):
     quote = Quote.from_bytes(evidence().quote(ASKED))
     key, ak, good = twin(quote)
 
-    def check(attest: bytes) -> str:
+    def check(attest: bytes) -> None:
         signature = key.sign(attest, ec.ECDSA(hashes.SHA256()))
-        return Quote(ak, attest, signature, quote.state).check(ASKED)
+        Quote(ak, attest, signature, quote.state).check(ASKED)
 
-    assert check(good)
+    check(good)
     wrong = [good[:length] for length in range(len(good))]
     wrong += [good + b"\0", b"\xfe" + good[1:], good.replace(ASKED, ASKED[:31] + b"\0")]
     wrong += [quote.attest]  # its signer is the other key

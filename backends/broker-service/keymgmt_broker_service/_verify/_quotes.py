@@ -6,10 +6,10 @@ import hmac
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, TypeVar
 
 from dcap_qvl import QuotePolicy
-from keymgmt_tpm2.quote import AttestationError, Devices
+from keymgmt_tpm2.quote import AttestationError, Devices, Quote
 
 from keymgmt.backend import FormatError
 from keymgmt_broker_service._verify._collateral import Collateral, NotReady, Refused, platform_of
@@ -28,6 +28,7 @@ Ready: TypeAlias = SgxPolicy | TdxPolicy | Devices
 Judge: TypeAlias = Callable[[Any], "Claims"]
 """Judges evidence by a policy of its kind, as ``prepare`` gives it; raises Refused."""
 
+R = TypeVar("R")
 _REPORT_DATA: Final = 64
 _FLAGS: Final = {
     "smt": "smt_enabled",
@@ -68,7 +69,8 @@ def examine(
         NotReady: collateral is missing or expired.
     """
     if kind == "tpm2":
-        return lambda devices: _device(evidence, report_data, devices)
+        quote = _proved(lambda: Quote.verify(evidence, report_data))
+        return lambda devices: Claims(kind, _proved(lambda: devices.judge(quote)))
     if collateral is None:
         raise NotReady("the service has no folder of collateral")
     platform = platform_of(evidence)
@@ -89,9 +91,10 @@ def examine(
     return lambda policy: _machine(kind, claims, report, policy)
 
 
-def _device(evidence: bytes, report_data: bytes, devices: Devices) -> Claims:
+def _proved(check: Callable[[], R]) -> R:
+    """The result of a check of a TPM's statement; Refused where it refuses."""
     try:
-        return Claims("tpm2", devices.check(evidence, report_data))
+        return check()
     except (AttestationError, FormatError) as error:
         raise Refused(str(error)) from error
 

@@ -19,7 +19,7 @@ from typing import Final
 
 from keymgmt.backend import FormatError, JsonReader, load_json
 from keymgmt_tpm2._structures import Public, Reader, sha256
-from keymgmt_tpm2.enroll._attest import ATTEST_QUOTE, check_ak, check_statement
+from keymgmt_tpm2.enroll._attest import ATTEST_QUOTE, Statement, check_ak, check_statement
 from keymgmt_tpm2.enroll._certificates import AttestationError
 from keymgmt_tpm2.policy._approval import Approval
 from keymgmt_tpm2.policy._policy import PcrState
@@ -77,6 +77,24 @@ class Quote:
         ).encode()
 
     @classmethod
+    def verify(cls, evidence: bytes, report_data: bytes) -> Quote:
+        """Read the evidence of a device, and check that its attestation key quoted this state.
+
+        This does not prove that the key is in a TPM: the enrolled keys are known by their names.
+
+        Args:
+            evidence: as the evidence ``tpm2`` gives it.
+            report_data: the 32 bytes that the quote must contain.
+
+        Raises:
+            AttestationError: the evidence is refused; the message has the reason.
+            FormatError: it is not evidence of a TPM.
+        """
+        quote = cls.from_bytes(evidence)
+        quote.check(report_data)
+        return quote
+
+    @classmethod
     def from_bytes(cls, evidence: bytes) -> Quote:
         """Read evidence, of which nothing is proved before ``check``; FormatError if malformed."""
         file = load_json(evidence, "the evidence", MAX_EVIDENCE, canonical=False)
@@ -96,17 +114,13 @@ class Quote:
         file.end()
         return quote
 
-    def check(self, report_data: bytes) -> str:
-        """Check that the attestation key quoted this state, with that report data in the quote.
+    @property
+    def firmware(self) -> str:
+        """The version of the TPM's firmware, as the TPM stated it."""
+        return Statement.parse(self.attest).firmware
 
-        This does not prove that the key is in a TPM: the enrolled keys are known by their names.
-
-        Returns:
-            The version of the TPM's firmware.
-
-        Raises:
-            AttestationError: any of it is not so.
-        """
+    def check(self, report_data: bytes) -> None:
+        """AttestationError unless its key quoted this state, with that report data in the quote."""
         check_ak(self.ak)
         statement = check_statement(self.attest, self.signature, self.ak, "quote")
         if statement.kind != ATTEST_QUOTE:
@@ -121,7 +135,6 @@ class Quote:
             raise AttestationError(f"the quote is malformed: {error}") from error
         if selection != self.state.selection or digest != pcr_digest(self.state):
             raise AttestationError("the quote is of other PCR values than the evidence lists")
-        return statement.firmware
 
 
 def _approvals(listed: list[object]) -> Iterable[Approval]:

@@ -152,26 +152,23 @@ class Devices:
             raise ConfigError(f"the policy cannot be used: {error}") from error
         return cls(enrolled, tuple(states.values()), approver, policy.counter, known)
 
-    def check(self, evidence: bytes, report_data: bytes) -> dict[str, str]:
-        """Check the evidence of a device; returns the proved facts, as texts for a log.
+    def judge(self, quote: Quote) -> dict[str, str]:
+        """Whether the policy accepts what a quote proves, once it was verified.
 
-        Args:
-            evidence: as the evidence ``tpm2`` gives it.
-            report_data: the 32 bytes that the quote must contain.
+        Returns:
+            The proved facts, as texts for a log.
 
         Raises:
-            AttestationError: the evidence is refused; the message has the reason.
-            FormatError: it is not evidence of a TPM.
+            AttestationError: the quote is refused; the message has the reason.
         """
-        quote = Quote.from_bytes(evidence)
-        firmware, name = quote.check(report_data), quote.ak.name.hex()
+        name = quote.ak.name.hex()
         if name not in self.enrolled:
             raise AttestationError(f"the attestation key {name} is of no enrolled device")
         if self.states:
             reasons = [compare(state, quote.state) for state in self.states]
             if all(reasons):
                 raise AttestationError(f"another boot state: {' | '.join(reasons)[:500]}")
-        facts = {"ek": self.enrolled[name]["ek"], "firmware": firmware}
+        facts = {"ek": self.enrolled[name]["ek"], "firmware": quote.firmware}
         if self.approver is not None:
             facts["approval"] = self._approval(quote, self.approver)
         if self.known is not None:
