@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from keymgmt._trust.policy import Publisher, Vouched
     from keymgmt._trust.release_memory import Known, ReleaseMemory
 
-__all__ = ["Candidate", "admit", "refusal", "step"]
+__all__ = ["Candidate", "admit", "refusal", "step", "wrong_digest"]
 
 
 @dataclass(frozen=True)
@@ -192,10 +192,7 @@ class Candidate:
                     progress=step(progress, done, manifest.size),
                 )
             if root != entry.digest:
-                raise IntegrityError(
-                    f"{payload_name(entry.path)} does not have the digest that the manifest lists",
-                    hint="it was damaged or exchanged; fetch the sealed model again",
-                )
+                raise wrong_digest(entry.path)
             done += entry.size
 
     def __enter__(self) -> Self:
@@ -203,6 +200,14 @@ class Candidate:
 
     def __exit__(self, *_: object) -> None:
         self.folder.close()
+
+
+def wrong_digest(path: str) -> IntegrityError:
+    """The error for a payload file that is not the one of the manifest."""
+    return IntegrityError(
+        f"{payload_name(path)} does not have the digest that the manifest lists",
+        hint="it was damaged or exchanged; fetch the sealed model again",
+    )
 
 
 def _folder(path: str | os.PathLike[str], remote: Remote | None) -> ModelFolder:

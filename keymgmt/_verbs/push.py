@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -12,18 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 from keymgmt import floe
 from keymgmt._config.config import use_config
-from keymgmt._remote.artifact import Artifact, Blob, blob_of, hash_file
+from keymgmt._remote.artifact import Artifact, Blob, blob_of
 from keymgmt._remote.location import Location
 from keymgmt._remote.origin import Origin
 from keymgmt._remote.parallel import Parallel
 from keymgmt._remote.registry import Registry
 from keymgmt._system.audit import audit
 from keymgmt._system.refused import translate
-from keymgmt._trust.candidate import Candidate, refusal
+from keymgmt._trust.candidate import Candidate, refusal, wrong_digest
 from keymgmt.errors import ConfigError, IntegrityError, KeymgmtError
 from keymgmt.sealed.folder import KEYS, MANIFEST, ORIGIN, SIGNATURES, payload_name
 from keymgmt.sealed.keys import MAX_KEYS
 from keymgmt.sealed.manifest import FileEntry, Manifest
+from keymgmt.sealed.payload import digest_in_order
 from keymgmt.sealed.signatures import MAX_SIGNATURES
 
 if TYPE_CHECKING:
@@ -93,7 +95,8 @@ def push(
 
     Raises:
         ConfigError: the config or the location is wrong, or the tag was moved meanwhile.
-        SealedModelError: the model is damaged, as far as that can be seen without a key.
+        SealedModelError: the model is damaged, as far as that can be seen without a key; or a file
+            of it changed during the push.
         StorageError: the registry cannot be reached, or refuses the upload.
     """
     destination = registry_location(location)
@@ -175,14 +178,29 @@ class _Upload:
         self.artifact = Artifact.make(manifest, blobs)
 
     def _hash(self, entry: FileEntry) -> Blob:
-        expected = floe.ciphertext_length(entry.size, self._candidate.manifest.segment_length)
+        """The blob of a payload file, which is the one of the manifest."""
+        manifest, digest = self._candidate.manifest, hashlib.sha256()
+
+        def each(part: memoryview) -> None:
+            digest.update(part)
+            self._transfers.told(len(part))
+
         with self._open(entry.path) as source:
-            if source.length() != expected:
-                raise IntegrityError(
-                    f"{payload_name(entry.path)} has {source.length()} bytes, and not {expected}",
-                    hint="it was damaged: fetch or seal the model again",
+            try:
+                root = digest_in_order(
+                    source,
+                    entry.size,
+                    each,
+                    segment_length=manifest.segment_length,
+                    digest=manifest.digest,
                 )
-            return hash_file(source, self._transfers.told)
+            except IntegrityError as error:
+                raise IntegrityError(
+                    f"{payload_name(entry.path)}: {error}", hint=error.hint
+                ) from error
+            if root != entry.digest:
+                raise wrong_digest(entry.path)
+            return Blob(f"sha256:{digest.hexdigest()}", source.length())
 
     @contextlib.contextmanager
     def _open(self, path: str) -> Iterator[Ciphertext]:
@@ -210,7 +228,7 @@ class _Upload:
             self._registry.put(blob, partial(_Content, self._small[name], self._transfers.told))
         else:
             with self._open(self._paths[name]) as source:
-                self._registry.put(blob, partial(_File, source, blob.size, self._transfers.told))
+                self._registry.put(blob, partial(_File, source, blob, self._transfers.told))
         return blob.size
 
 
@@ -228,18 +246,25 @@ class _Content:
 
 
 class _File:
-    """A payload file, as the body of a request."""
+    """A payload file, as the body of a request; it is not sent to its end if it has changed."""
 
-    def __init__(self, source: Ciphertext, size: int, told: Callable[[int], object]) -> None:
-        self._parts, self._size, self._told, self._done = source.parts(), size, told, 0
+    def __init__(self, source: Ciphertext, blob: Blob, told: Callable[[int], object]) -> None:
+        self._parts, self._blob, self._told = source.parts(), blob, told
+        self._done, self._digest = 0, hashlib.sha256()
 
     def read(self, size: int = -1, /) -> bytes:
-        left = self._size - self._done
+        left = self._blob.size - self._done
         try:
             part = bytes(self._parts.read(self._done, min(size, left) if size >= 0 else left))
         except OSError as error:
             # Otherwise urllib3 would report a fault of the connection.
             raise translate(error, "the file that is sent") from error
         self._done += len(part)
+        self._digest.update(part)
+        if self._done == self._blob.size and self._digest.hexdigest() not in self._blob.digest:
+            raise IntegrityError(
+                "a payload file changed while it was sent",
+                hint="look who writes to the sealed model, and push it again",
+            )
         self._told(len(part))
         return part

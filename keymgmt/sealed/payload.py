@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     Progress = Callable[[int], object]  # told how many bytes of plaintext are done, in total
 
-__all__ = ["Learned", "PayloadReader", "digest_payload", "seal_payload"]
+__all__ = ["Learned", "PayloadReader", "digest_in_order", "digest_payload", "seal_payload"]
 
 _PROGRESS_INTERVAL = 0.1  # seconds
 
@@ -350,6 +350,30 @@ def digest_payload(
     return _learn_leaves(
         _ciphertext(source), _Layout(size, segment_length), digest, progress
     ).root()
+
+
+def digest_in_order(
+    source: Ciphertext,
+    size: int,
+    each: Callable[[memoryview], object],
+    *,
+    segment_length: int,
+    digest: DigestName,
+) -> bytes:
+    """The root as ``digest_payload`` gives it, of a file that is read from its start to its end.
+
+    ``each`` is called with every part of the file, in their order; what it raises ends the work.
+    """
+    layout, parts = _Layout(size, segment_length), source.parts()
+    layout.check_file(source)
+    header = bytes(parts.read(0, HEADER_LENGTH))
+    leaves = _Leaves(digest, header, layout.count)
+    each(memoryview(header))
+    for index in range(layout.count):
+        segment = parts.read(*layout.segment_of(index), until=source.length())
+        leaves.add(index, segment)
+        each(segment)
+    return leaves.root()
 
 
 def _ciphertext(source: int | Ciphertext) -> Ciphertext:

@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from bits import flipped
 from loopback import Authority
 from waiting import until
 from webserver import Seen, Serve, Web, reply
@@ -548,6 +549,42 @@ def test_an_upload_that_breaks_is_made_again(fake: Fake, quick: list[float]) -> 
     assert {fake.digest(name) for name in fake.files} < stored.keys()
     assert told[-1][0] == told[-1][1]
     assert all(done <= total for done, total in told)
+
+
+def test_a_payload_that_is_damaged_is_not_pushed(fake: Fake) -> None:
+    """Its length is right, and a registry would take any bytes that have the digest of the blob."""
+    file = fake.site.root / "m.sealed/payload/model.bin.floe"
+    file.write_bytes(flipped(file.read_bytes()))
+    fake.bend = lambda _, handler: reply(handler, 404) or True
+    with pytest.raises(IntegrityError, match=r"model\.bin\.floe does not have the digest"):
+        keymgmt.push(fake.site.root / "m.sealed", fake.place, keys=fake.write_config())
+    assert {seen.method for seen in fake.web.seen} <= {"GET"}
+
+
+def test_a_payload_that_changes_during_a_push_is_not_stored(fake: Fake) -> None:
+    """A registry that takes every body that is whole, whatever its digest is."""
+    file = fake.site.root / "m.sealed/payload/model.bin.floe"
+    whole = file.read_bytes()
+    stored: list[bytes] = []
+
+    def keep(request: Seen, handler: Any) -> bool:
+        if request.method == "HEAD" and fake.digest("payload/model.bin.floe") in request.path:
+            file.write_bytes(flipped(whole))
+        if request.method == "POST":
+            reply(handler, 202, Location="/v2/upload")
+        elif request.method == "PUT":
+            assert "/manifests/" not in request.path
+            if len(request.body) == int(request.headers["content-length"]):
+                stored.append(request.body)
+            reply(handler, 201)
+        else:
+            reply(handler, 404)
+        return True
+
+    fake.bend = keep
+    with pytest.raises(IntegrityError, match="changed while it was sent"):
+        keymgmt.push(fake.site.root / "m.sealed", fake.place, keys=fake.write_config())
+    assert {len(content) for content in stored}.isdisjoint({len(whole)})
 
 
 def test_a_registry_that_makes_no_repository_is_named(fake: Fake) -> None:

@@ -272,7 +272,7 @@ def test_a_payload_of_another_length_is_not_pushed(place: Place) -> None:
     sealed = place.site.seal()
     with (sealed / "payload" / "model.bin.floe").open("ab") as file:
         file.write(b"more")
-    with pytest.raises(IntegrityError, match=r"model\.bin\.floe has"):
+    with pytest.raises(IntegrityError, match=r"model\.bin\.floe: the payload file has"):
         place.push(sealed)
     assert not place.registry.requests(f"PUT /v2/{place.repository}/manifests")
 
