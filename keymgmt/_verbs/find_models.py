@@ -111,7 +111,7 @@ class Shard:
 def find_models(
     trees: Trees,
     links: list[Link] | None = None,
-    shard: Shard | None = None,
+    shard: str | None = None,
     remote: Remote | None = None,
 ) -> Iterator[Place | Failure]:
     """Every sealed model at or below the ``trees``, each once, even if several paths lead to it.
@@ -119,12 +119,16 @@ def find_models(
     Links to folders are followed, and added to ``links``. These are Failures: a folder that cannot
     be read, a link without a target, and a tree without any model. A folder also counts as a model
     where files of it are missing or damaged, so that the caller gets the error. A model may contain
-    others. The ``manifest.json`` of another program hides nothing. With a ``shard`` only that part
-    is yielded, and the Failures of a whole tree.
+    others. The ``manifest.json`` of another program hides nothing. With a ``shard``, such as
+    ``2/8``, only that part is yielded, and the Failures of a whole tree.
 
     With ``remote`` a tree may be in a bucket (``s3://BUCKET/PATH``, as a text). There every object
     named ``manifest.json`` counts as a model's, and a listing that fails is a Failure of the tree.
+
+    Raises:
+        ConfigError: ``shard`` has another form.
     """
+    part = Shard.parse(shard) if shard is not None else None
     seen: set[tuple[int, int]] = set()
     listed: list[str] = []
     links = links if links is not None else []
@@ -147,7 +151,7 @@ def find_models(
         for model_or_failure in found:
             empty = False
             if model_or_failure is not None and (
-                shard is None or _is_in(shard, tree, model_or_failure)
+                part is None or _is_in(part, tree, model_or_failure)
             ):
                 yield model_or_failure
         if empty:

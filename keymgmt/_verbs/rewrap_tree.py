@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from keymgmt._config.calls import unwrap_many, wrap_many
 from keymgmt._config.config import use_config
-from keymgmt._verbs.find_models import CHUNK, Failure, Place, Shard, find_models, guarded
+from keymgmt._verbs.find_models import CHUNK, Failure, Place, find_models, guarded
 from keymgmt._verbs.rewrap import (
     ChangedMeanwhile,
     Rewrapped,
@@ -71,7 +71,6 @@ def rewrap_tree(
     Raises:
         ConfigError, ProviderError: the config, or a group to add, is wrong; nothing was changed.
     """
-    part = Shard.parse(shard) if shard is not None else None
     with use_config(keys) as config:
         task = Task.make(
             config,
@@ -84,8 +83,8 @@ def rewrap_tree(
             dry_run=dry_run,
             tree=True,
         )
-        yield from _in_chunks(find_models(tree, shard=part, remote=config.remote), task)
-        for text in drop if part is None else ():
+        yield from _in_chunks(find_models(tree, shard=shard, remote=config.remote), task)
+        for text in drop if shard is None else ():
             if text not in task.dropped:
                 # The group was dropped by an earlier run, or it is misspelt.
                 message = f"no model that was opened had a group {text} to drop"

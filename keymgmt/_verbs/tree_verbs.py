@@ -56,9 +56,11 @@ def _each(
     work: Callable[[Place], Done],
     doing: str,
     threads: int,
+    shard: str | None,
     remote: Remote | None = None,
 ) -> Iterator[Done | Failure]:
-    return over_models(find_models(tree, remote=remote), lambda _: work, doing, threads=threads)
+    found = find_models(tree, shard=shard, remote=remote)
+    return over_models(found, lambda _: work, doing, threads=threads)
 
 
 def sign_tree(
@@ -69,6 +71,7 @@ def sign_tree(
     expires: datetime | None = None,
     unopened: bool = False,
     keys: Config | str | os.PathLike[str] | None = None,
+    shard: str | None = None,
 ) -> Iterator[Done | Failure]:
     """Sign every model of a tree that an earlier key has signed, in parallel.
 
@@ -82,9 +85,10 @@ def sign_tree(
         expires: likewise.
         unopened: likewise.
         keys: likewise.
+        shard: as for ``keymgmt.rewrap_tree``.
 
     Raises:
-        ConfigError: no earlier key is named, or the config is wrong.
+        ConfigError: no earlier key is named, or the config, or ``shard``, is wrong.
     """
     if not if_signed_by:
         raise ConfigError(
@@ -106,7 +110,7 @@ def sign_tree(
             detail = {"unopened": unopened, "refusal": str(refused) if refused else None}
             return Done(str(path), "signed" if made else "current", detail)
 
-        yield from _each(tree, one, "sign", threads=4)
+        yield from _each(tree, one, "sign", 4, shard)
 
 
 def verify_tree(
@@ -114,6 +118,7 @@ def verify_tree(
     *,
     keys: Config | str | os.PathLike[str] | None = None,
     signature_only: bool = False,
+    shard: str | None = None,
     progress: InTree | None = None,
 ) -> Iterator[Done | Failure]:
     """Verify every model of a tree, one after the other.
@@ -122,7 +127,11 @@ def verify_tree(
         tree: the folder, or ``s3://BUCKET/PATH``.
         keys: as for ``keymgmt.verify``.
         signature_only: likewise.
+        shard: as for ``keymgmt.rewrap_tree``.
         progress: told the model's folder, its bytes done, and those in all.
+
+    Raises:
+        ConfigError: the config, or ``shard``, is wrong.
     """
     with use_config(keys) as config:
 
@@ -131,7 +140,7 @@ def verify_tree(
             proved = verify(path, keys=config, signature_only=signature_only, progress=told)
             return Done(str(path), "verified", proved.to_json())
 
-        yield from _each(tree, one, "verify", threads=1, remote=config.remote)
+        yield from _each(tree, one, "verify", 1, shard, config.remote)
 
 
 def reseal_tree(
@@ -143,6 +152,7 @@ def reseal_tree(
     fingerprints: Sequence[str] = (),
     expires: datetime | None = None,
     created_before: datetime | None = None,
+    shard: str | None = None,
     progress: InTree | None = None,
 ) -> Iterator[Done | Failure]:
     """Reseal every model of a tree in its place, one after the other.
@@ -159,10 +169,11 @@ def reseal_tree(
         expires: likewise.
         created_before: only models that were sealed or resealed before this time, with a time
             zone, by their manifest. A model that the config would refuse is not left out.
+        shard: as for ``keymgmt.rewrap_tree``.
         progress: told the model's folder, its bytes done, and those in all.
 
     Raises:
-        ConfigError: a time without a time zone, or the config is wrong.
+        ConfigError: a time without a time zone; or the config, or ``shard``, is wrong.
     """
     if created_before is not None and created_before.tzinfo is None:
         raise ConfigError(f"{created_before:%Y-%m-%d %H:%M:%S} has no time zone")
@@ -195,4 +206,4 @@ def reseal_tree(
             }
             return Done(str(path), state, detail)
 
-        yield from _each(tree, one, "reseal", threads=1)
+        yield from _each(tree, one, "reseal", 1, shard)

@@ -61,12 +61,14 @@ class Usage:
         keys: every key version that any of them names, sorted.
         links: links to folders, which were followed.
         failures: what could not be read; while there are any, no key version is known to be unused.
+        shard: the part of the folders that was read, such as ``2/8``; None for all of them.
     """
 
     models: int
     keys: tuple[KeyUse, ...]
     links: tuple[Link, ...]
     failures: tuple[Failure, ...]
+    shard: str | None = None
 
     def of(self, backend: str, key: str, version: str, identity: str = "") -> KeyUse | None:
         """The use of one key version, or None if no model names it."""
@@ -81,6 +83,7 @@ class Usage:
             "format": "keymgmt-usage/1",
             "authenticated": False,
             "complete": not self.failures,
+            "shard": self.shard,
             "models": self.models,
             "keys": [asdict(use) for use in self.keys],
             "links": [asdict(link) for link in self.links],
@@ -93,6 +96,7 @@ def usage(
     prove: Config | str | os.PathLike[str] | None = None,
     by_name: bool = False,
     keys: Config | str | os.PathLike[str] | None = None,
+    shard: str | None = None,
 ) -> Usage:
     """Count the key versions that the sealed models at or below some folders name.
 
@@ -104,9 +108,10 @@ def usage(
         by_name: count by name alone, also where public keys differ under one name.
         keys: a loaded config, or the path of one, with the login of a bucket; by default that of
             ``prove``, else the config that is found. It is not read for folders alone.
+        shard: only this part of each folder, such as ``2/8``, as for ``keymgmt.rewrap_tree``.
 
     Raises:
-        ConfigError: the config is wrong.
+        ConfigError: the config, or ``shard``, is wrong.
     """
     links: list[Link] = []
     failures: list[Failure] = []
@@ -117,7 +122,7 @@ def usage(
         remote = None
         if has_location(trees):
             remote = stack.enter_context(use_config(prove if keys is None else keys)).remote
-        for item in read_models(find_models(trees, links, remote=remote), remote):
+        for item in read_models(find_models(trees, links, shard, remote), remote):
             if isinstance(item, Failure):
                 failures.append(item)
                 continue
@@ -142,7 +147,7 @@ def usage(
                 if all(version_id in group for group in groups):
                     use.only_way_into.append(str(path))
     used = tuple(uses[version_id] for version_id in sorted(uses))
-    return Usage(models, used, tuple(links), tuple(failures))
+    return Usage(models, used, tuple(links), tuple(failures), shard)
 
 
 def _identity(wrapped: WrappedKey, context: bytes, provers: Provers | None) -> tuple[KnownBy, str]:

@@ -24,6 +24,7 @@ __all__ = [
     "ModelOrTree",
     "Name",
     "Provider",
+    "Shard",
     "Sign",
     "complete_group",
     "complete_key",
@@ -236,6 +237,14 @@ Sign = Annotated[
         metavar="PROVIDER:KEY",
         help="The publisher's key; else that of the config.",
         autocompletion=complete_key,
+    ),
+]
+Shard = Annotated[
+    str | None,
+    typer.Option(
+        "--shard",
+        metavar="I/N",
+        help="Of a tree, only the I-th of N parts; the others run elsewhere, or later.",
     ),
 ]
 Expires = Annotated[

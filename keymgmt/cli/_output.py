@@ -198,11 +198,23 @@ def tell_failure(failure: Failure, form: str, *, as_json: bool) -> None:
     console(stderr=True).print(f"{clean(failure.path)}: {clean(error)}", soft_wrap=True)
 
 
-def is_tree(path: str, config: Callable[[], Config] | None = None) -> bool:
+def is_tree(
+    path: str, config: Callable[[], Config] | None = None, *, shard: str | None = None
+) -> bool:
     """Whether a path is a folder of models, and not a model itself.
 
     With ``config``, which loads it, so may be a location, of which the server is then asked.
+
+    Raises:
+        ConfigError: it is one model, and the option ``--shard`` was given.
     """
+    tree = _is_tree(path, config)
+    if shard is not None and not tree:
+        raise ConfigError("--shard is for a tree, and this is one model")
+    return tree
+
+
+def _is_tree(path: str, config: Callable[[], Config] | None) -> bool:
     from keymgmt._remote.location import Location, is_location
     from keymgmt._verbs.find_models import is_model
 
@@ -215,7 +227,12 @@ def is_tree(path: str, config: Callable[[], Config] | None = None) -> bool:
 
 
 def tell_tree(
-    work: Callable[[InTree], Iterable[Done | Failure]], doing: str, form: str, *, as_json: bool
+    work: Callable[[InTree], Iterable[Done | Failure]],
+    doing: str,
+    form: str,
+    *,
+    shard: str | None,
+    as_json: bool,
 ) -> None:
     """Print the result for each model of a tree, and a summary; exit with the worst exit code.
 
@@ -250,7 +267,7 @@ def tell_tree(
         raise failed[0].error
     if as_json:
         counts = {"models": models, "failed": len(failed), "states": dict(states)}
-        print_line({"format": form, **counts, "exit_code": code})
+        print_line({"format": form, **counts, "shard": shard, "exit_code": code})
     else:
         listed = ", ".join(f"{state} {count}" for state, count in sorted(states.items()))
         console().print(f"{counted(models, 'model')}: {listed}; failed {len(failed)}")

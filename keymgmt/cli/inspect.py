@@ -10,7 +10,7 @@ import typer
 
 import keymgmt
 from keymgmt._remote.location import is_location
-from keymgmt.cli._options import Json, Model, ModelOrTree, Name
+from keymgmt.cli._options import Json, Model, ModelOrTree, Name, Shard
 from keymgmt.cli._output import is_tree, print_finding, progress, tell_refusal, tell_tree
 from keymgmt.console import clean, console, print_json, table
 from keymgmt.errors import ConfigError, FormatError
@@ -62,6 +62,7 @@ def verify(
         bool,
         typer.Option("--signature-only", help="Check signature and digests; ask no key service."),
     ] = False,
+    shard: Shard = None,
     as_json: Json = False,
 ) -> None:
     """Prove all that can be proved: the publisher, the key, and every byte.
@@ -70,16 +71,17 @@ def verify(
         keymgmt verify resnet50.sealed
         keymgmt verify /srv/models --json
     """
-    if is_tree(model, context.obj.config):
+    if is_tree(model, context.obj.config, shard=shard):
         if name is not None:
             raise ConfigError("--name is for one model, and this is a tree of them")
         config = context.obj.config()
         tell_tree(
             lambda told: keymgmt.verify_tree(
-                model, keys=config, signature_only=signature_only, progress=told
+                model, keys=config, signature_only=signature_only, shard=shard, progress=told
             ),
             "verifying",
             "keymgmt-verify/1",
+            shard=shard,
             as_json=as_json,
         )
         return

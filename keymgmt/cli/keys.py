@@ -20,6 +20,7 @@ from keymgmt.cli._options import (
     Json,
     Key,
     Provider,
+    Shard,
     complete_key,
     complete_kind,
     option_pairs,
@@ -504,6 +505,7 @@ def usage(
             "--prove", help="Ask the providers which of them holds a key that only a name tells."
         ),
     ] = False,
+    shard: Shard = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV on stdout.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -514,7 +516,7 @@ def usage(
     """
     trees = [tree, *(more or ())]
     config = context.obj.config() if prove or key or has_location(trees) else None
-    result = keymgmt.usage(*trees, prove=config if prove else None, keys=config)
+    result = keymgmt.usage(*trees, prove=config if prove else None, keys=config, shard=shard)
     if result.failures and not result.models and not (as_json or as_csv):
         _tell_failures(result.failures[1:])
         raise result.failures[0].error
@@ -548,7 +550,8 @@ def usage(
             )
             for use in uses
         ]
-        text = "unknown: not all could be read" if result.failures else "not named in this tree"
+        here = "tree" if shard is None else f"part ({shard}) of it"
+        text = "unknown: not all could be read" if result.failures else f"not named in this {here}"
         rows += [(*identity, "name", text) for identity in missing]
         console().print(table(["backend", "key", "version", "known by", "in this tree"], rows))
         console().print(

@@ -19,6 +19,7 @@ from keymgmt.cli._options import (
     Json,
     ModelOrTree,
     Name,
+    Shard,
     Sign,
     complete_group,
     complete_member,
@@ -88,13 +89,7 @@ def rewrap(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", "-n", help="Show what would be done; write nothing.")
     ] = False,
-    shard: Annotated[
-        str | None,
-        typer.Option(
-            metavar="I/N",
-            help="Of a tree, only the I-th of N parts; the others run elsewhere, or later.",
-        ),
-    ] = None,
+    shard: Shard = None,
     as_json: Json = False,
 ) -> None:
     """Change who opens a model; without --add, --drop and --set, move to newest key versions.
@@ -117,9 +112,7 @@ def rewrap(
         "force": force,
         "dry_run": dry_run,
     }
-    if not is_tree(path, context.obj.config):
-        if shard is not None:
-            raise ConfigError("--shard is for a tree, and this is one model")
+    if not is_tree(path, context.obj.config, shard=shard):
         done = keymgmt.rewrap(path, name=name, **options)
         if as_json:
             print_json({"format": FORMAT, **done.to_json()})
@@ -229,6 +222,7 @@ def reseal(
             "interruption.",
         ),
     ] = None,
+    shard: Shard = None,
     as_json: Json = False,
 ) -> None:
     """Encrypt a model anew, for these groups and no others: who held the old key loses access.
@@ -239,7 +233,7 @@ def reseal(
         keymgmt reseal resnet50.sealed --to local:models
     """
     until = moment(expires) if expires is not None else None
-    if is_tree(model):
+    if is_tree(model, shard=shard):
         if target is not None or name is not None or release is not None:
             raise ConfigError("OUT.sealed, --name and --release are for one model, and not a tree")
         if created_before is None:
@@ -255,9 +249,14 @@ def reseal(
             fingerprints=fingerprint or (),
             expires=until,
             created_before=utc_time(created_before) if created_before is not None else None,
+            shard=shard,
         )
         tell_tree(
-            lambda told: work(progress=told), "resealing", "keymgmt-reseal/1", as_json=as_json
+            lambda told: work(progress=told),
+            "resealing",
+            "keymgmt-reseal/1",
+            shard=shard,
+            as_json=as_json,
         )
         return
     if created_before is not None:

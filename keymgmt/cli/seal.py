@@ -19,6 +19,7 @@ from keymgmt.cli._options import (
     Model,
     ModelOrTree,
     Name,
+    Shard,
     Sign,
     complete_key,
     moment,
@@ -202,6 +203,7 @@ def sign(
             metavar="OLD.pem", help="Sign only models that this public key signed; may be repeated."
         ),
     ] = None,
+    shard: Shard = None,
     as_json: Json = False,
 ) -> None:
     """Add a publisher's signature, after the model was opened and every digest checked.
@@ -224,9 +226,9 @@ def sign(
         "keys": config,
         "if_signed_by": if_signed_by or (),
     }
-    if is_tree(model):
-        made = keymgmt.sign_tree(model, **options)
-        tell_tree(lambda _: made, "signing", "keymgmt-sign/1", as_json=as_json)
+    if is_tree(model, shard=shard):
+        made = keymgmt.sign_tree(model, **options, shard=shard)
+        tell_tree(lambda _: made, "signing", "keymgmt-sign/1", shard=shard, as_json=as_json)
         return
     console(stderr=True).print(f"{clean(model)} {_signed_by(model, config)}", soft_wrap=True)
     with progress("checking digests") as done:

@@ -113,8 +113,33 @@ def test_a_shard_of_a_tree(cli: Cli, site: Path, sealed: Path) -> None:
     ]
     assert [summary["shard"] for summary in summaries] == ["1/2", "2/2"]
     assert sum(summary["changed"] for summary in summaries) == 2
-    assert cli("rewrap", ".", "--shard", "3/2").code == 3
-    assert cli("rewrap", sealed, "--shard", "1/2").code == 3
+    for command in ("rewrap", "verify", "sign", "reseal"):
+        assert cli(command, ".", "--shard", "3/2").code == 3
+        ran = cli(command, sealed, "--shard", "1/2")
+        assert (ran.code, "--shard is for a tree" in ran.err) == (3, True)
+
+
+@pytest.mark.parametrize(
+    "command", [["verify"], ["sign", "--if-signed-by", "publisher.pem"], ["reseal"]]
+)
+def test_every_verb_over_a_tree_takes_a_part(
+    cli: Cli, site: Path, sealed: Path, command: list[str]
+) -> None:
+    assert cli("seal", "model", "other.sealed").code == 0
+    parts = [cli(*command, ".", "--shard", f"{number}/2", "--json") for number in (1, 2)]
+    summaries = [json.loads(part.out.splitlines()[-1]) for part in parts]
+    assert [(each["shard"], each["models"]) for each in summaries] == [("1/2", 1), ("2/2", 1)]
+    assert json.loads(cli(*command, ".", "--json").out.splitlines()[-1])["shard"] is None
+
+
+def test_usage_of_a_part_says_so(cli: Cli, site: Path, sealed: Path) -> None:
+    assert cli("seal", "model", "other.sealed").code == 0
+    assert cli("keys", "rotate", "local:models").code == 0
+    ran = cli("keys", "usage", ".", "local:models", "--shard", "2/2")
+    assert "not named in this part (2/2) of it" in " ".join(ran.out.split())
+    found = cli("keys", "usage", ".", "--shard", "2/2", "--json").json()
+    assert (found["shard"], found["models"]) == ("2/2", 1)
+    assert cli("keys", "usage", ".", "--shard", "0/2").code == 3
 
 
 def test_a_tree_is_signed_verified_and_resealed(cli: Cli, site: Path, sealed: Path) -> None:
@@ -131,6 +156,7 @@ def test_a_tree_is_signed_verified_and_resealed(cli: Cli, site: Path, sealed: Pa
         "models": 1,
         "failed": 0,
         "states": {"verified": 1},
+        "shard": None,
         "exit_code": 0,
     }
     assert "resealed 1" in cli("reseal", ".").out

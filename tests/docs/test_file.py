@@ -99,8 +99,14 @@ def test_a_fleet(desk: Any) -> None:
         desk.run(f"keymgmt seal model models/{name}.sealed --name {name}")
     desk.stand_ins = {"/srv/models": "models"}
     desk.run_page("docs/fleet.md")
-    (joined,) = (ran for command, ran in desk.told.items() if "jq -s" in command)
-    assert json.loads(joined.out) == {"models": 3, "failed": 0}
+    (joined,) = (ran for command, ran in desk.told.items() if "parts:" in command)
+    whole = {"parts": ["1/2", "2/2"], "models": 3, "failed": 0, "exit_code": 0}
+    assert json.loads(joined.out) == whole
+    usage = json.loads(desk.run("cat usage.json").out)
+    (use,) = usage["keys"]
+    use["only_way_into"].sort()
+    whole = json.loads(desk.run("keymgmt keys usage models --json").out)
+    assert usage == {"complete": True, "keys": whole["keys"]}
 
 
 def test_from_plain_files_to_sealed(desk: Any) -> None:

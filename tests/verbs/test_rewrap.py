@@ -511,6 +511,21 @@ def test_shards_of_a_tree_join_to_the_whole(site, tree, tmp_path):
     assert isinstance(failure, keymgmt.Failure)
 
 
+def test_a_model_is_in_the_same_part_for_every_verb(site, tree):
+    def models(verb, **options):
+        return {Path(item.path).name for item in verb(tree, keys=site.config(), **options)}
+
+    parts = []
+    for shard in ("1/3", "2/3", "3/3"):
+        parts.append(part := models(keymgmt.rewrap_tree, shard=shard))
+        assert part == models(keymgmt.verify_tree, shard=shard)
+        assert part == models(keymgmt.sign_tree, if_signed_by=[site.root / "pub.pem"], shard=shard)
+        assert part == models(keymgmt.reseal_tree, to=["local:a"], shard=shard)
+        uses = keymgmt.usage(tree, shard=shard).keys
+        assert part == {Path(path).name for use in uses for path in use.only_way_into}
+    assert max(map(len, parts)) < 5 == sum(map(len, parts))
+
+
 @pytest.mark.parametrize(
     "shard", ["", "0/2", "3/2", "1", "1/2/3", "-1/2", "1/0", "a/b", "1/9999999"]
 )
@@ -518,6 +533,8 @@ def test_what_is_no_shard(site, tree, shard):
     with pytest.raises(errors.ConfigError, match="no part of a tree") as caught:
         list(keymgmt.rewrap_tree(tree, keys=site.config(), shard=shard))
     assert caught.value.hint
+    with pytest.raises(errors.ConfigError, match="no part of a tree"):
+        keymgmt.usage(tree, shard=shard)
 
 
 def test_a_plugin_that_answers_a_batch_wrongly_stops_no_tree(site, tree, monkeypatch):
