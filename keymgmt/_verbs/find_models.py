@@ -114,13 +114,15 @@ def find_models(
     shard: str | None = None,
     remote: Remote | None = None,
 ) -> Iterator[Place | Failure]:
-    """Every sealed model at or below the ``trees``, each once, even if several paths lead to it.
+    """Every sealed model at or below the ``trees``, each once, even if several links lead to it.
 
-    Links to folders are followed, and added to ``links``. These are Failures: a folder that cannot
-    be read, a link without a target, and a tree without any model. A folder also counts as a model
-    where files of it are missing or damaged, so that the caller gets the error. A model may contain
-    others. The ``manifest.json`` of another program hides nothing. With a ``shard``, such as
-    ``2/8``, only that part is yielded, and the Failures of a whole tree.
+    It has the path without links, where that is below a tree. Through a second mount of its folder
+    it is found a second time. Links to folders are followed, and added to ``links``. These are
+    Failures: a folder that cannot be read, a link without a target, and a tree without any model.
+    A folder also counts as a model where files of it are missing or damaged, so that the caller
+    gets the error. A model may contain others. The ``manifest.json`` of another program hides
+    nothing. With a ``shard``, such as ``2/8``, only that part is yielded, and the Failures of a
+    whole tree.
 
     With ``remote`` a tree may be in a bucket (``s3://BUCKET/PATH``, as a text). There every object
     named ``manifest.json`` counts as a model's, and a listing that fails is a Failure of the tree.
@@ -129,7 +131,7 @@ def find_models(
         ConfigError: ``shard`` has another form.
     """
     part = Shard.parse(shard) if shard is not None else None
-    seen: set[tuple[int, int]] = set()
+    roots: set[tuple[int, int]] = set()
     listed: list[str] = []
     links = links if links is not None else []
     for each in [trees] if isinstance(trees, (str, os.PathLike)) else trees:
@@ -143,7 +145,7 @@ def find_models(
                 listed.append(tree)
             else:
                 need_folder(each)
-                found = _walk(Path(each), seen, links, frozenset(seen))
+                found = _walk(Path(each), roots, links, frozenset(roots))
         except ConfigError as error:
             yield Failure(os.fspath(each), error)
             continue
@@ -185,49 +187,72 @@ def _listed(
 
 
 def _walk(
-    tree: Path, seen: set[tuple[int, int]], links: list[Link], before: frozenset[tuple[int, int]]
+    tree: Path, roots: set[tuple[int, int]], links: list[Link], before: frozenset[tuple[int, int]]
 ) -> Iterator[Path | Failure | None]:
-    """Models and Failures at or below ``tree``; None for a folder that is in ``before``."""
+    """Models and Failures at or below ``tree``; None for what a root in ``before`` leads to.
+
+    Not every folder is remembered, since there may be millions, but the ``roots`` are: the trees,
+    and the targets of links that lie elsewhere. A walk from a root leads to each folder below once.
+    """
     # Not os.walk, which recurses: folders may be nested deeper than Python's stack. Texts and not
     # Paths, since a folder may hold a million models.
-    waiting = [str(tree)]
+    waiting: list[str] = []
+    try:
+        if _root_of(str(tree), roots) is None:
+            waiting.append(str(tree))
+        else:
+            yield None
+    except OSError as error:
+        # A tree that does not exist was named wrongly; a folder in it may be damaged.
+        yield _unreadable(tree, error, ConfigError)
     while waiting:
         folder = waiting.pop()
         try:
-            info = os.stat(folder)  # noqa: PTH116 - a text
-            identity = (info.st_dev, info.st_ino)
-            if identity in seen:
-                if identity in before:
-                    yield None
-                continue
             with os.scandir(folder) as entries:
                 children = sorted(entries, key=_NAME, reverse=True)
         except OSError as error:
-            # A tree that does not exist was named wrongly; a folder in it may be damaged.
             kind = ConfigError if folder == str(tree) else SealedModelError
             yield _unreadable(Path(folder), error, kind)
             continue
         below = []
         for entry in children:
+            root = None
             try:
-                is_folder = entry.is_dir(follow_symlinks=False)
                 if entry.is_symlink():
-                    # Unlike DirEntry.is_dir, this raises where a link has no target.
-                    is_folder = stat.S_ISDIR(entry.stat().st_mode)
-                    if is_folder:
-                        links.append(Link(str(Path(entry.path)), os.path.realpath(entry.path)))
+                    # Unlike DirEntry.is_dir, stat raises where a link has no target.
+                    if not stat.S_ISDIR(entry.stat().st_mode):
+                        continue
+                    links.append(Link(str(Path(entry.path)), os.path.realpath(entry.path)))
+                    root = _root_of(entry.path, roots)
+                elif entry.is_dir(follow_symlinks=False):
+                    identity = _identity(entry.stat(follow_symlinks=False))
+                    root = identity if identity in roots else None
+                else:
+                    continue
             except OSError as error:
                 yield _unreadable(Path(entry.path), error)
                 continue
-            if is_folder:
+            if root is None:
                 below.append(entry.path)
-        model = _is_model(Path(folder), {entry.name for entry in children})
-        if model or below:
-            # Other folders need not be remembered: they are many, and cheap to list twice.
-            seen.add(identity)
-        if model:
+            elif root in before:
+                yield None
+        if _is_model(Path(folder), {entry.name for entry in children}):
             yield Path(folder)
         waiting += below
+
+
+def _root_of(folder: str, roots: set[tuple[int, int]]) -> tuple[int, int] | None:
+    """The root that leads to a folder; None if there is none, and then the folder becomes one."""
+    path = Path(os.path.realpath(folder, strict=True))
+    identities = [_identity(each.stat()) for each in (path, *path.parents)]
+    root = next((identity for identity in identities if identity in roots), None)
+    if root is None:
+        roots.add(identities[0])
+    return root
+
+
+def _identity(info: os.stat_result) -> tuple[int, int]:
+    return info.st_dev, info.st_ino
 
 
 def _unreadable(path: Path, error: OSError, kind: type[KeymgmtError] = SealedModelError) -> Failure:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,57 @@ def test_a_folder_of_models_behind_a_link(site, tree):
     # The second tree adds nothing to the first, and is no empty one.
     assert look(site, tree, live).failures == ()
     assert keymgmt.usage(live).models == 1
+
+
+def make_model(folder):
+    (folder / "payload").mkdir(parents=True)
+    for name in ("manifest.json", "keys.json"):
+        (folder / name).touch()
+
+
+def reached(folders):
+    """The real paths of all models, by a search that remembers each folder."""
+    seen, waiting = set(), [os.path.realpath(folder) for folder in folders]
+    while waiting:
+        folder = waiting.pop()
+        if folder not in seen:
+            seen.add(folder)
+            waiting += [os.path.realpath(each.path) for each in os.scandir(folder) if each.is_dir()]
+    return sorted(folder for folder in seen if Path(folder, "manifest.json").exists())
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_maze_of_links(tmp_path, seed):
+    """Whatever links lead where, each model is found, and once."""
+    choose = random.Random(seed)
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    for number in range(choose.randint(0, 6)):
+        folders.append(choose.choice(folders) / f"d{number}")
+    for number in range(choose.randint(0, 6)):
+        folders.append(choose.choice(folders) / f"m{number}.sealed")
+        make_model(folders[-1])
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    for number in range(choose.randint(0, 8)):
+        link = choose.choice(folders) / f"{choose.choice('az')}{number}"
+        link.symlink_to(choose.choice([*folders, tmp_path]))
+    trees = [choose.choice(folders) for _ in range(choose.randint(1, 3))]
+    found = [item for item in find_models(trees) if not isinstance(item, Failure)]
+    assert sorted(map(os.path.realpath, found)) == reached(trees)
+
+
+def test_a_tree_is_walked_in_the_same_memory_however_many_models_it_has(tmp_path):
+    for number in range(2000):
+        make_model(tmp_path / f"d{number % 50}" / f"m{number}.sealed")
+    memory = []
+    tracemalloc.start()
+    try:
+        for number, _ in enumerate(find_models(tmp_path)):
+            if number in (1000, 1999):
+                memory.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    assert memory[1] - memory[0] < 20_000
 
 
 @pytest.mark.parametrize("where", ["empty", "misspelt"])
