@@ -63,9 +63,11 @@ def user_directory() -> Path | None:
     if named.is_absolute():  # the XDG Base Directory specification says to ignore relative paths
         return named / "keymgmt"
     try:
-        return Path.home() / ".config" / "keymgmt"
+        home = Path.home()
     except RuntimeError:
         return None
+    # With HOME=. the config of whatever folder one is in would be taken.
+    return home / ".config" / "keymgmt" if home.is_absolute() else None
 
 
 def read_config(file: Path, *, absent: str = "make one with: keymgmt init") -> dict[str, Any]:

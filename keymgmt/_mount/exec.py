@@ -80,6 +80,12 @@ class NotStarted(KeymgmtError):
         self.exit_code = code
 
 
+_EXECUTE: Final[dict[int | None, str]] = {  # The program itself was found before.
+    errno.ENOENT: "the interpreter in its first line, or its loader, is not on this machine",
+    errno.ENOEXEC: "it is for another processor, or a script without a line such as #!/bin/sh",
+}
+
+
 @dataclass
 class Launch:
     """A program that is to run on a sealed model, and how.
@@ -108,9 +114,13 @@ class Launch:
         """Find the program before any work is done; NotStarted where there is none."""
         name = self.command[0]
         program = shutil.which(name)
+        if program is None and "/" in name and os.path.isdir(name):  # noqa: PTH112 - also no path
+            raise NotStarted(f"{name} is a folder", 126, hint="name a program in it")
         if program is None and "/" in name and os.path.exists(name):  # noqa: PTH110 - also no path
             raise NotStarted(
-                f"{name} is not executable", 126, hint=f"make it so with: chmod a+x {name}"
+                f"{name} is not executable",
+                126,
+                hint=f"make it so with: chmod a+x {shlex.quote(name)}",
             )
         if program is None:
             raise NotStarted(f"there is no program {name}", 127, hint="give its path")
@@ -311,7 +321,9 @@ class Launch:
             os.execvpe(program, arguments, environment)  # noqa: S606 - the program that was asked for
         except OSError as error:
             code = 127 if error.errno == errno.ENOENT else 126
-            raise NotStarted(f"cannot execute {program}: {error.strerror}", code) from error
+            raise NotStarted(
+                f"cannot execute {program}: {error.strerror}", code, hint=_EXECUTE.get(error.errno)
+            ) from error
 
 
 def _is_temporary(path: str) -> bool:

@@ -49,7 +49,10 @@ def run(arguments: Sequence[str]) -> NoReturn:
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(interrupted)
 
     # Signals become exceptions, so that the clean-up of ``with`` and ``finally`` runs.
+    # SIGHUP is a terminal that was closed or a connection that was lost; nohup ignores it.
     signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, interrupt)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
     sys.unraisablehook = _interrupt_later
@@ -61,7 +64,11 @@ def run(arguments: Sequence[str]) -> NoReturn:
     except KeymgmtError as error:
         code = _tell(error, as_json=as_json)
     except OSError as error:
-        if error.filename is not STDOUT:
+        if interrupted is not None:
+            # A terminal that is gone takes no last progress either.
+            _stop_stdout()
+            code = interrupted
+        elif error.filename is not STDOUT:
             code = _tell(translate(error), as_json=as_json)
         else:
             _stop_stdout()
@@ -79,7 +86,7 @@ def run(arguments: Sequence[str]) -> NoReturn:
 
 
 def _interrupt_later(ignored: sys.UnraisableHookArgs) -> None:
-    """Raise Ctrl-C or SIGTERM again that came in a ``__del__`` or a fork, where Python drops it."""
+    """Raise the interrupt again that came in a ``__del__`` or a fork, where Python drops it."""
     interrupt = ignored.exc_value
     if not isinstance(interrupt, (KeyboardInterrupt, SystemExit)):
         sys.__unraisablehook__(ignored)

@@ -218,7 +218,10 @@ def test_audit_events_show_with_verbose_and_hold_no_secret(cli: Cli, sealed: Pat
     assert "event=" not in quiet.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+_INTERRUPTS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.mark.parametrize("number", _INTERRUPTS)
 def test_an_interrupted_seal_leaves_nothing(site: Path, number: int) -> None:
     with (site / "model" / "large.bin").open("wb") as file:
         file.truncate(8 << 30)
@@ -231,6 +234,22 @@ def test_an_interrupted_seal_leaves_nothing(site: Path, number: int) -> None:
         _, said = process.communicate(timeout=60)
     assert process.returncode not in (0, -number)
     assert b"Traceback" not in said
+    assert set(site.iterdir()) == before
+
+
+def test_a_lost_terminal_leaves_nothing_though_no_progress_can_be_shown(site: Path) -> None:
+    with (site / "model" / "large.bin").open("wb") as file:
+        file.truncate(8 << 30)
+    before = set(site.iterdir())
+    command = [sys.executable, "-m", "keymgmt.cli", "seal", "model", "model.sealed"]
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(command, stdout=theirs, stderr=theirs, cwd=site) as process:
+        os.close(theirs)
+        while set(site.iterdir()) == before:
+            assert process.poll() is None
+        os.close(ours)
+        process.send_signal(signal.SIGHUP)
+    assert process.returncode == 128 + signal.SIGHUP
     assert set(site.iterdir()) == before
 
 
@@ -249,7 +268,7 @@ _run.run([])
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", _INTERRUPTS)
 def test_a_signal_that_comes_during_a_fork_is_not_lost(number: int) -> None:
     """Python cannot raise there, nor in a ``__del__``, and only tells of what it ignored."""
     command = [sys.executable, "-c", _FORKS, str(int(number))]
@@ -273,7 +292,7 @@ _run.run([])
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", _INTERRUPTS)
 def test_a_signal_that_a_library_turns_into_its_own_error_is_no_traceback(number: int) -> None:
     """As pydantic does while it makes a class, which our modules do when they are imported."""
     command = [sys.executable, "-c", _CONVERTS, str(int(number))]

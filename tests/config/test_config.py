@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import threading
@@ -255,6 +256,21 @@ def test_the_library_never_reads_the_working_directory(
     named.write_text("")
     monkeypatch.setenv("KEYMGMT_CONFIG", str(named))
     assert load_config().path == named
+
+
+def test_a_home_that_is_relative_is_no_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("KEYMGMT_CONFIG", raising=False)
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    for name in ("keymgmt.toml", ".config/keymgmt/keymgmt.toml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    for home in (".", "", "./"):
+        monkeypatch.setenv("HOME", home)
+        with contextlib.suppress(ConfigError):
+            assert not load_config().path.resolve().is_relative_to(tmp_path)
 
 
 def test_threads_get_one_provider_and_closing_lets_go_of_it(write: Callable[[str], Path]) -> None:

@@ -331,15 +331,19 @@ def test_programs_that_cannot_be_run(needs_root, site):
     (site.root / "plain").write_text("no program")
     (site.root / "wrong").write_text("no program")
     (site.root / "wrong").chmod(0o755)
-    for program, code in (
-        ("no-such-program", 127),
-        ("/no/such/program", 127),
-        (site.root / "plain", 126),
-        (site.root / "wrong", 126),
-        (site.root, 126),
+    (site.root / "script").write_text("#!/no/such/interpreter")
+    (site.root / "script").chmod(0o755)
+    for program, code, hint in (
+        ("no-such-program", 127, "give its path"),
+        ("/no/such/program", 127, "give its path"),
+        (site.root / "plain", 126, "chmod a+x"),
+        (site.root / "wrong", 126, "a script without a line such as #!/bin/sh"),
+        (site.root / "script", 127, "the interpreter in its first line"),
+        (site.root, 126, "name a program in it"),
     ):
         done = site.run("--", program)
         assert done.returncode == code, done.stderr
+        assert hint in done.stderr
         assert done.stderr.splitlines()[0].startswith(("error:", "warning:"))
         assert "Traceback" not in done.stderr
 
