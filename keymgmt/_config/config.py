@@ -400,11 +400,12 @@ class Config(ForkSafe):
         )
 
     def close(self) -> None:
-        """Close every provider that was made; the config may be used again."""
+        """Close every provider that was made, and connections; the config may be used again."""
         with self._lock:
             providers, self._providers = self._providers, {}
             if self._cache is not None:
                 self._cache.clear()
+        self.remote.kept.clear()
         for provider in providers.values():
             provider.close()
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from typing import Annotated, ClassVar, Final, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from keymgmt._providers.contract import Settings
 from keymgmt._providers.secret_source import ConfigPath, SecretSource
 from keymgmt._system.address import is_loopback
+from keymgmt._system.kept import Kept
 
 __all__ = ["Access", "Remote"]
 
@@ -76,7 +77,8 @@ class Remote(Settings):
 
     Attributes:
         timeout: seconds without a byte, after which a request is made again.
-        deadline: seconds for one part of a file, at most 8 MiB, with all repeated requests.
+        deadline: seconds for which one model may keep us waiting, in all of its requests together.
+            Each MiB that arrives or is sent gives four seconds back.
         cache: folder that keeps parts of payloads, as ciphertext; private to this user. By default
             no parts are kept.
         cache_limit: size of the cache in bytes; the least recently used parts are removed first.
@@ -94,6 +96,12 @@ class Remote(Settings):
     ca_file: ConfigPath | None = None
     proxy: str | None = None
     access: dict[str, Access] = Field(default_factory=dict)
+    _kept: Kept = PrivateAttr(default_factory=Kept)
+
+    @property
+    def kept(self) -> Kept:
+        """What the readers of these settings share, such as connections."""
+        return self._kept
 
     @field_validator("proxy")
     @classmethod

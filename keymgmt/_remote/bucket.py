@@ -8,58 +8,78 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote, urlencode, urlsplit
 
 from keymgmt._remote.http import Http
-from keymgmt._remote.location import Location
+from keymgmt._remote.patience import Patience
 from keymgmt._remote.web import WebStorage
 from keymgmt._system.address import is_loopback
 from keymgmt.errors import ConfigError, StorageDenied
 
 if TYPE_CHECKING:
     from keymgmt._config.remote import Access, Remote
+    from keymgmt._remote.location import Location
 
-__all__ = ["bucket_pages", "bucket_storage"]
+__all__ = ["bucket_query", "bucket_storage"]
 
 Address = Callable[[Any, str], str]
 
 
-def bucket_storage(location: Location, settings: Remote) -> WebStorage:
+def bucket_storage(location: Location, settings: Remote, patience: Patience) -> WebStorage:
     """The files below a path of a bucket.
 
     Raises:
         ConfigError: obstore is not installed, or the login of the config is missing or impossible.
     """
-    http, address = _opened(location, settings)
-    return WebStorage(http, address, replaces=location.scheme == "s3")
+    http, address = _opened(location, settings, patience)
+
+    def below(method: str, name: str) -> str:
+        return address(method, f"{location.path}/{name}".lstrip("/"))
+
+    return WebStorage(http, below, replaces=location.scheme == "s3")
 
 
-def bucket_pages(
-    location: Location, settings: Remote
-) -> tuple[Http, Callable[[dict[str, str]], str]]:
-    """A client for a bucket of S3, and the signed address of a query to the bucket itself.
+def bucket_query(location: Location, settings: Remote, query: dict[str, str]) -> tuple[Http, str]:
+    """A client, and the signed address of a query to a bucket of S3 itself.
 
-    Raises as ``bucket_storage``, and so does what makes the address.
+    Raises as ``bucket_storage``.
     """
-    root = Location(location.scheme, location.host, "")
-    http, address = _opened(root, settings)
+    http, address = _opened(location, settings, Patience(settings.deadline, location.origin))
     base = address("GET", "x").partition("?")[0].removesuffix("/x")
-
-    def signed(query: dict[str, str]) -> str:
-        # obstore signs names of files alone. What it takes for the address of the bucket may have
-        # a query, to which it adds a slash: the last parameter is one that S3 ignores.
-        at = f"{base}?{urlencode(query, quote_via=quote, safe='')}&x-keymgmt="
-        return _address(root, settings, at)[0]("GET", "")
-
-    return http, signed
+    # obstore signs names of files alone. What it takes for the address of the bucket may have a
+    # query, to which it adds a slash: the last parameter is one that S3 ignores.
+    at = f"{base}?{urlencode(query, quote_via=quote, safe='')}&x-keymgmt="
+    return http, _address(location, settings, at)[0]("GET", "")
 
 
-def _opened(location: Location, settings: Remote) -> tuple[Http, Address]:
+def _opened(location: Location, settings: Remote, patience: Patience) -> tuple[Http, Address]:
+    """A client for a bucket, and what signs the addresses of its files; models share the latter."""
+    url, address = settings.kept.get(
+        ("bucket", location.origin), _secrets(location, settings), lambda: _find(location, settings)
+    )
+    return Http(url, settings, settings.access_to(location.origin), patience), address
+
+
+def _secrets(location: Location, settings: Remote) -> tuple[str | None, ...]:
+    """Secret and token of a bucket, as they are now; a person is asked for them once."""
+    access = settings.access_to(location.origin)
+    secret, token = access.secret, access.token
+
+    def read() -> tuple[str | None, ...]:
+        return secret.read().decode() if secret else None, token.read_text() if token else None
+
+    if (secret and secret.prompt) or (token and token.prompt):
+        return settings.kept.get(("secrets", location.origin), None, read)
+    return read()
+
+
+def _find(location: Location, settings: Remote) -> tuple[str, Address]:
+    """Where a bucket is, and what signs the addresses of its files."""
     access = settings.access_to(location.origin)
     where = f'[remote.access."{location.origin}"]'
     address, origin = _address(location, settings)
-    url = address("GET", "manifest.json")
+    url = address("GET", "manifest.json").partition("?")[0]
     if access.auth == "config" and not url.startswith(f"{origin}/"):
         raise ConfigError(
             f"{location.origin} is at {origin}, and a variable of the environment leads elsewhere",
@@ -71,7 +91,7 @@ def _opened(location: Location, settings: Remote) -> tuple[Http, Address]:
             f"{parts.scheme}://{parts.netloc} is plain HTTP, which is for this machine alone",
             hint=f"write the endpoint in {where} with https://",
         )
-    return Http(url, settings, access), address
+    return url, address
 
 
 def _address(location: Location, settings: Remote, at: str = "") -> tuple[Address, str]:
@@ -93,9 +113,8 @@ def _address(location: Location, settings: Remote, at: str = "") -> tuple[Addres
             "what everybody may read has an https:// address",
         )
     try:
-        store, origin = (
-            _s3(location.host, access, at) if at else _MADE[location.scheme](location.host, access)
-        )
+        secrets = _secrets(location, settings)
+        store, origin = _MADE[location.scheme](location.host, access, *secrets, at)
     except obstore.exceptions.BaseError:
         # The message of the library could repeat the secret.
         raise ConfigError(
@@ -104,8 +123,7 @@ def _address(location: Location, settings: Remote, at: str = "") -> tuple[Addres
         ) from None
     signed = timedelta(seconds=settings.deadline + 60)
 
-    def address(method: Any, name: str) -> str:
-        path = f"{location.path}/{name}".lstrip("/")
+    def address(method: Any, path: str) -> str:
         try:
             return str(obstore.sign(store, method, path, signed))
         except obstore.exceptions.BaseError:
@@ -117,14 +135,12 @@ def _address(location: Location, settings: Remote, at: str = "") -> tuple[Addres
     return address, origin
 
 
-def _secret(access: Access) -> str:
-    return access.secret.read().decode() if access.secret is not None else ""
-
-
 # Each store begins with the environment: a value of the config replaces all its spellings there.
 
 
-def _s3(bucket: str, access: Access, at: str = "") -> tuple[Any, str]:
+def _s3(
+    bucket: str, access: Access, secret: str | None, token: str | None, at: str
+) -> tuple[Any, str]:
     from obstore.store import S3Store
 
     if access.auth == "environment":
@@ -140,8 +156,8 @@ def _s3(bucket: str, access: Access, at: str = "") -> tuple[Any, str]:
     origin = access.endpoint or amazon
     credential: Any = {
         "access_key_id": access.user or "",
-        "secret_access_key": _secret(access),
-        "token": access.token.read_text() if access.token is not None else None,
+        "secret_access_key": secret,
+        "token": token,
         "expires_at": None,
     }
     config: Any = {
@@ -161,16 +177,16 @@ def _s3(bucket: str, access: Access, at: str = "") -> tuple[Any, str]:
     return store, origin
 
 
-def _gs(bucket: str, access: Access) -> tuple[Any, str]:
+def _gs(bucket: str, access: Access, secret: str | None, *_: object) -> tuple[Any, str]:
     from obstore.store import GCSStore
 
     if access.auth == "environment":
         return GCSStore(bucket), ""
-    config: Any = {"service_account_key": _secret(access), "skip_signature": False}
+    config: Any = {"service_account_key": secret, "skip_signature": False}
     return GCSStore(bucket, config=config), "https://storage.googleapis.com"
 
 
-def _az(container: str, access: Access) -> tuple[Any, str]:
+def _az(container: str, access: Access, secret: str | None, *_: object) -> tuple[Any, str]:
     from obstore.store import AzureStore
 
     if access.auth == "environment":
@@ -178,7 +194,7 @@ def _az(container: str, access: Access) -> tuple[Any, str]:
     origin = access.endpoint or f"https://{access.user}.blob.core.windows.net"
     config: Any = {
         "account_name": access.user or "",
-        "account_key": _secret(access),
+        "account_key": secret,
         "endpoint": origin,
         "use_emulator": False,
         "skip_signature": False,
@@ -186,4 +202,4 @@ def _az(container: str, access: Access) -> tuple[Any, str]:
     return AzureStore(container, config=config), origin
 
 
-_MADE = {"s3": _s3, "gs": _gs, "az": _az}
+_MADE: Final[dict[str, Callable[..., tuple[Any, str]]]] = {"s3": _s3, "gs": _gs, "az": _az}

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from keymgmt._remote.bucket import bucket_storage
 from keymgmt._remote.cache import CachedStorage
 from keymgmt._remote.location import BUCKETS, Location
+from keymgmt._remote.patience import Patience
 from keymgmt._remote.registry import RegistryStorage
 from keymgmt._remote.storage import changed
 from keymgmt._remote.web import web_storage
+from keymgmt._system.deadline import begin
 from keymgmt.errors import FormatError, IntegrityError, StorageUnavailable
-from keymgmt.sealed.folder import ModelFolder, payload_name
+from keymgmt.sealed.folder import MANIFEST, ModelFolder, payload_name
 
 if TYPE_CHECKING:
     from keymgmt._config.remote import Remote
     from keymgmt._remote.storage import Part, Storage
     from keymgmt.sealed.ciphertext import Ciphertext
 
-__all__ = ["RemoteFolder", "open_folder"]
+__all__ = ["RemoteFolder", "has_model", "open_folder"]
 
 _THREADS: Final = 8  # requests at once: most of the time is network latency
 _HEAD: Final = 1 << 16  # the first request of a payload file; a small file ends within it
+_SMALL: Final = 1 << 20  # the first request of another file
 
 
 class RemoteFolder(ModelFolder):
@@ -38,10 +42,23 @@ class RemoteFolder(ModelFolder):
         self.path = path
         self._storage = storage
         self._pins: dict[str, str] = {}
+        self._begun: dict[str, Callable[[], Part | None]] = {}
+
+    def expect(self, *names: str) -> None:
+        """Begin to read small files that are read soon, or their beginnings if they are large."""
+        for name in names:
+            if name not in self._begun:
+                self._begun[name] = begin(partial(self._storage.part, name, 0, _SMALL))
+
+    def has(self, name: str) -> bool:
+        """Whether there is a small file; what was read of it is not read again."""
+        part = self._storage.part(name, 0, _SMALL)
+        self._begun[name] = lambda: part
+        return part is not None
 
     def read(self, name: str, limit: int, *, optional: bool = False) -> bytes:
         """Read a small file; raises as ``SealedFolder.read``, and StorageError."""
-        part = self._storage.part(name, 0, limit + 1)
+        part = self._begun.pop(name, partial(self._storage.part, name, 0, _SMALL))()
         if part is None:
             if optional:
                 return b""
@@ -50,9 +67,12 @@ class RemoteFolder(ModelFolder):
             )
         if part.total > limit:
             raise FormatError(f"{name} is larger than {limit} bytes")
-        _check_length(part.content, 0, part.total)
         self._pins[name] = part.pin
-        return bytes(part.content)
+        content = bytes(part.content)
+        if part.total > _SMALL:
+            content += self._part(name, _SMALL, part.total).content
+        _check_length(content, 0, part.total)
+        return content
 
     def replace(self, name: str, content: bytes) -> None:
         """Replace a small file unless it was replaced since it was read; raises as ``Storage``."""
@@ -131,18 +151,35 @@ def open_folder(text: str, settings: Remote) -> RemoteFolder:
         ConfigError: ``text`` is not a location, a package is not installed, or a secret is missing.
     """
     location = Location.parse(text)
+    looked_at: RemoteFolder | None = settings.kept.pop(("folder", location))
+    return looked_at or _open(location, settings)
+
+
+def has_model(location: Location, settings: Remote) -> bool:
+    """Whether a location has a manifest, with which the next ``open_folder`` of it goes on.
+
+    Raises as ``open_folder``, and StorageError.
+    """
+    folder = _open(location, settings)
+    if not folder.has(MANIFEST):
+        return False
+    settings.kept.get(("folder", location), folder, lambda: folder)
+    return True
+
+
+def _open(location: Location, settings: Remote) -> RemoteFolder:
     storage: Storage
     if location.scheme == "oci":
         storage = RegistryStorage(location, settings)
     else:
         make = bucket_storage if location.scheme in BUCKETS else web_storage
-        storage = make(location, settings)
+        storage = make(location, settings, Patience(settings.deadline, str(location)))
     if settings.cache is not None:
         storage = CachedStorage(storage, str(location), Path(settings.cache), settings.cache_limit)
     return RemoteFolder(str(location), storage)
 
 
-def _check_length(content: memoryview, start: int, end: int) -> None:
+def _check_length(content: bytes | memoryview, start: int, end: int) -> None:
     if len(content) != end - start:
         raise StorageUnavailable(
             f"{len(content)} bytes came in the place of {end - start}",

@@ -19,10 +19,10 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, Final, Protocol, TypeVar, cast
 from urllib.parse import urljoin, urlsplit
 
+from keymgmt._remote.patience import MIB, Patience
 from keymgmt._system.address import is_loopback
 from keymgmt._system.fork import ForkSafe
 from keymgmt._system.pages import unwritten
@@ -33,48 +33,19 @@ if TYPE_CHECKING:
 
     from keymgmt._config.remote import Access, Remote
 
-__all__ = [
-    "Answer",
-    "Body",
-    "Http",
-    "Reply",
-    "Sink",
-    "basic",
-    "origin_of",
-    "redirected",
-    "shown",
-]
+__all__ = ["Body", "Http", "Reply", "Sink", "Try", "basic", "origin_of", "redirected", "shown"]
 
 _TRIES: Final = 6
 _BUSY: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 _MOVED: Final = frozenset({301, 302, 303, 307, 308})
 _REDIRECTS: Final = 5
 _CHUNK: Final = 1 << 18
-_PART: Final = 8 << 20
+_CONNECTIONS: Final = 32  # to one host that are kept open
 _CODE: Final = re.compile(rb'(?:"code"\s*:\s*"|<Code>)([A-Za-z_]{2,40})["<]')  # registries, S3
 _MAX_WAIT: Final = 10.0
 _REFUSED_BODY: Final = 1 << 16
 _LIES: Final = "the server, or a proxy on the way, is broken or hostile"
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Reply:
-    """The reply of a server.
-
-    Attributes:
-        status: the HTTP status.
-        headers: the headers, with names in lower case.
-        body: the body, up to the limit of the request.
-        whole: whether ``body`` is the whole body.
-        url: the address that replied, after all redirects.
-    """
-
-    status: int
-    headers: Mapping[str, str]
-    body: memoryview
-    whole: bool
-    url: str
 
 
 class Sink(Protocol):
@@ -102,16 +73,51 @@ class Body(Protocol):
         """At most ``size`` bytes."""
 
 
-class _Thread(threading.local):
-    """What this thread is at.
+class _Again(Exception):
+    """A fault that may pass: the request is made again after ``after`` seconds."""
+
+    def __init__(self, error: KeymgmtError, after: float = 0.0) -> None:
+        super().__init__()
+        self.error, self.after = error, after
+
+
+class Try:
+    """One try of a request.
 
     Attributes:
-        end: when what it waits for must be there (``time.monotonic``).
-        sends: whether it makes a request of ours.
+        end: when it must have ended (``time.monotonic``). Its share of the model's time begins anew
+            with each MiB that arrives or is sent.
     """
 
-    end = float("inf")
-    sends = False
+    def __init__(self, patience: Patience, left: int) -> None:
+        """``left`` is how often it is still tried, this time included."""
+        self._patience, self._left, self._moved = patience, left, 0
+        self.end = time.monotonic() + patience.share(left)
+
+    def whole(self) -> None:
+        """Take all the time there is, and leave none for another try."""
+        self._left = 1
+        self.end = time.monotonic() + self._patience.share(1)
+
+    def moved(self, count: int) -> None:
+        """Bytes arrived or were sent; raises where that was too late."""
+        self._patience.moved(count)
+        self._moved += count
+        if self._moved >= MIB:
+            self._moved = 0
+            self.end = time.monotonic() + self._patience.share(self._left)
+        self.check()
+
+    def check(self) -> None:
+        """Raise if the time of this try is over."""
+        if time.monotonic() > self.end:
+            raise _Again(self._patience.over())
+
+
+class _Thread(threading.local):
+    """The try that this thread is at; None outside of a request."""
+
+    attempt: Try | None = None
 
 
 _thread: Final = _Thread()
@@ -121,7 +127,7 @@ class _Unsigned(logging.Filter):
     """Keeps what an address is signed with out of the log of urllib3, which has it at DEBUG."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if _thread.sends and isinstance(record.args, tuple):
+        if _thread.attempt is not None and isinstance(record.args, tuple):
             record.args = tuple(
                 arg.partition("?")[0] if isinstance(arg, str) else arg for arg in record.args
             )
@@ -138,89 +144,75 @@ class _Socket(ssl.SSLSocket):
     """
 
     def recv_into(self, *arguments: Any, **named: Any) -> int:
-        if time.monotonic() > _thread.end:
+        if _thread.attempt is not None and time.monotonic() > _thread.attempt.end:
             raise TimeoutError
         return super().recv_into(*arguments, **named)
 
 
 class _Sent:
-    """A body that is being sent: the time limit of the reply begins anew with each part."""
+    """A body that is being sent, in the time of a try."""
 
-    def __init__(self, body: Body, deadline: float) -> None:
-        self._body, self._deadline = body, deadline
+    def __init__(self, body: Body, attempt: Try) -> None:
+        self._body, self._attempt = body, attempt
 
     def read(self, size: int = -1, /) -> bytes:
         part = self._body.read(size)
-        _thread.end = time.monotonic() + self._deadline
+        self._attempt.moved(len(part))
         return part
 
 
-class _Again(Exception):
-    """A fault that may pass: the request is made again after ``after`` seconds."""
+class Reply:
+    """The reply of a server.
 
-    def __init__(self, error: KeymgmtError, after: float = 0.0) -> None:
-        super().__init__()
-        self.error, self.after = error, after
+    Attributes:
+        status: the HTTP status.
+        headers: the headers, with names in lower case.
+        url: the address that replied, after all redirects.
+        body: the body, up to the limit of the request.
+        whole: whether ``body`` is the whole body.
+    """
 
-
-class Answer:
-    """A reply whose body was not read yet."""
-
-    def __init__(self, raw: urllib3.BaseHTTPResponse, url: str, deadline: float) -> None:
-        self._raw, self._deadline = raw, deadline
+    def __init__(self, raw: urllib3.BaseHTTPResponse, url: str, attempt: Try) -> None:
+        """Of the body nothing is read yet."""
+        self._raw, self._attempt = raw, attempt
         self.status, self.url = raw.status, url
         self.headers = {name.lower(): value for name, value in raw.headers.items()}
+        self.body, self.whole = memoryview(b""), False
 
-    def parts(self, limit: int, end: float) -> Iterator[bytes]:
-        """Parts of the body as they arrive, until its end or one byte more than ``limit``.
-
-        The time limit ``end`` begins anew with every 8 MiB.
-        """
-        received, mark = 0, _PART
+    def parts(self, limit: int) -> Iterator[bytes]:
+        """Parts of the body as they arrive, until its end or one byte more than ``limit``."""
+        received = 0
         while received <= limit:
-            _thread.end = end
-            with _translated(self.url):
+            with _sending(self.url, self._attempt):
                 part = self._raw.read1(min(_CHUNK, limit - received + 1), decode_content=False)
             if not part:
                 return
             received += len(part)
-            if received >= mark:
-                mark, end = received + _PART, time.monotonic() + self._deadline
-            elif time.monotonic() > end:
-                raise _too_slow(self.url, self._deadline)
+            self._attempt.moved(len(part))
             yield part
 
-    def close(self) -> None:
-        """Return the connection to its pool if the body was read to its end, else close it."""
-        self._raw.close()
+    def read(self, limit: int) -> None:
+        """Read ``body``."""
+        announced = self.headers.get("content-length", "")
+        if announced.isdecimal() and len(announced) < 20:
+            limit = min(limit, int(announced))
+        content, done = memoryview(unwritten(limit)), 0
+        for part in self.parts(limit):
+            room = min(len(part), limit - done)
+            content[done : done + room] = part[:room]
+            if room < len(part):
+                self.body = content
+                return
+            done += room
+        self.body, self.whole = content[:done], True
 
 
-class Http(ForkSafe):
-    """Requests to one host and to the hosts to which it redirects, from any thread."""
+class _Connections(ForkSafe):
+    """The connections that are made with the same certificates and the same proxy."""
 
-    def __init__(
-        self,
-        url: str,
-        settings: Remote,
-        access: Access,
-        login: Callable[[str], str] | None = None,
-    ) -> None:
-        """Make a client; it does not connect yet.
-
-        Args:
-            url: an address of the only host to which the login is sent.
-            settings: time limits.
-            access: certificates and proxy.
-            login: makes the ``Authorization`` header from the host's ``WWW-Authenticate``.
-
-        Raises:
-            ConfigError: urllib3 is not installed, or the certificates cannot be read.
-        """
-        self.authorization = ""
-        self._origin, self._login = origin_of(url), login
-        self._settings, self._access = settings, access
-        self._pools: dict[str, urllib3.PoolManager] = {}
-        _urllib3()
+    def __init__(self, access: Access) -> None:
+        """Connect to nobody yet; ConfigError where the certificates cannot be read."""
+        self._access = access
         try:
             self._tls = ssl.create_default_context(cafile=access.ca_file)
         except OSError as error:
@@ -233,14 +225,76 @@ class Http(ForkSafe):
         super().__init__()
 
     def _renew(self) -> None:
-        self._pools.clear()  # a child must not write to its parent's connections
-        self._closed = threading.Event()
+        # A child must not write to its parent's connections.
+        self._pools: dict[str, urllib3.PoolManager] = {}
 
-    def close(self) -> None:
-        """End all tries, in every thread, and close the idle connections."""
-        self._closed.set()
-        for pool in list(self._pools.values()):
-            pool.clear()
+    @classmethod
+    def shared(cls, settings: Remote, access: Access) -> _Connections:
+        """Those that all models of a command share."""
+        file = access.ca_file
+        state = None
+        with contextlib.suppress(OSError):
+            state = file and (file.stat().st_mtime_ns, file.stat().st_size)
+        name = ("connections", file, access.proxy, access.auth == "environment")
+        return settings.kept.get(name, state, lambda: cls(access))
+
+    def to(self, url: str) -> urllib3.PoolManager:
+        """The connections to the host of an address, or to its proxy."""
+        proxy = self._proxy(url)
+        pool = self._pools.get(proxy)
+        if pool is None:
+            kinds: dict[str, Any] = {
+                "ssl_context": self._tls,
+                "maxsize": _CONNECTIONS,
+                "num_pools": 16,
+                "blocksize": _CHUNK,
+            }
+            library = _urllib3()
+            pool = library.ProxyManager(proxy, **kinds) if proxy else library.PoolManager(**kinds)
+            self._pools[proxy] = pool
+        return pool
+
+    def _proxy(self, url: str) -> str:
+        if url.startswith("http://"):
+            return ""  # a proxy would read plain HTTP, and has another loopback
+        if self._access.auth != "environment":
+            return self._access.proxy or ""
+        parts = urlsplit(url)
+        if urllib.request.proxy_bypass(parts.hostname or ""):
+            return ""
+        return self._access.proxy or urllib.request.getproxies().get(parts.scheme, "")
+
+
+class Http:
+    """The requests of one model to one host, and to the hosts to which it redirects.
+
+    Any thread may make them.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        settings: Remote,
+        access: Access,
+        patience: Patience,
+        login: Callable[[str], str] | None = None,
+    ) -> None:
+        """Make a client; it does not connect yet.
+
+        Args:
+            url: an address of the only host to which the login is sent.
+            settings: time limits.
+            access: certificates and proxy.
+            patience: the time of the model.
+            login: makes the ``Authorization`` header from the host's ``WWW-Authenticate``.
+
+        Raises:
+            ConfigError: urllib3 is not installed, or the certificates cannot be read.
+        """
+        self.authorization = ""
+        self._origin, self._login = origin_of(url), login
+        self._timeout, self._patience = settings.timeout, patience
+        self._connections = _Connections.shared(settings, access)
 
     def request(
         self,
@@ -266,13 +320,17 @@ class Http(ForkSafe):
             StorageDenied: 401 or 403.
             StorageUnavailable: any other status that is not in ``good``, or no reply in time.
         """
-
-        def work(end: float) -> Reply:
-            with self.exchange(method, url, end, headers=headers, body=body, good=good) as answer:
-                content, whole = _content(answer, limit, end)
-                return Reply(answer.status, answer.headers, content, whole, answer.url)
-
-        return self.retry(work)
+        return self.retry(
+            lambda attempt: self.once(
+                method,
+                url,
+                attempt,
+                headers=headers,
+                body=body,
+                good=good,
+                read=lambda reply: reply.read(limit),
+            )
+        )
 
     def fetch(self, url: str, sink: Sink) -> None:
         """Download the rest of a body into ``sink``, with new tries as long as each brings more.
@@ -283,109 +341,114 @@ class Http(ForkSafe):
             StorageDenied, StorageUnavailable: as ``request``.
         """
 
-        def work(end: float) -> None:
+        def read(reply: Reply) -> None:
             start = sink.done
-            headers = {"Range": f"bytes={start}-{sink.size - 1}"} if start else {}
-            with self.exchange("GET", url, end, headers=headers, good=(200, 206)) as answer:
-                if answer.status == 200 and start:
-                    sink.restart()
-                ranged = answer.headers.get("content-range", "")
-                if answer.status == 206 and not ranged.startswith(f"bytes {start}-"):
+            if reply.status == 200 and start:
+                sink.restart()
+            ranged = reply.headers.get("content-range", "")
+            if reply.status == 206 and not ranged.startswith(f"bytes {start}-"):
+                raise StorageUnavailable(
+                    f"{shown(url)} gives another range than was asked for", hint=_LIES
+                )
+            for part in reply.parts(sink.size - sink.done):
+                if sink.done + len(part) > sink.size:
                     raise StorageUnavailable(
-                        f"{shown(url)} gives another range than was asked for", hint=_LIES
+                        f"{shown(url)} is longer than {sink.size} bytes", hint=_LIES
                     )
-                for part in answer.parts(sink.size - sink.done, end):
-                    if sink.done + len(part) > sink.size:
-                        raise StorageUnavailable(
-                            f"{shown(url)} is longer than {sink.size} bytes", hint=_LIES
-                        )
-                    sink.write(part)
+                sink.write(part)
             if sink.done < sink.size:
                 raise _Again(_cut_short(url))
+
+        def work(attempt: Try) -> None:
+            headers = {"Range": f"bytes={sink.done}-{sink.size - 1}"} if sink.done else {}
+            self.once("GET", url, attempt, headers=headers, good=(200, 206), read=read)
 
         if sink.done < sink.size:
             self.retry(work, lambda: sink.done)
 
-    def retry(self, work: Callable[[float], T], progress: Callable[[], int] = lambda: 0) -> T:
+    def retry(self, work: Callable[[Try], T], progress: Callable[[], int] = lambda: 0) -> T:
         """Do ``work``, and repeat it while its fault may pass.
 
         Args:
-            work: called with the time at which it must have ended (``time.monotonic``).
-            progress: the bytes done; growth resets the tries, and every 8 MiB the time limit.
+            work: called with the try.
+            progress: the bytes done; where they have grown, the tries are counted anew.
         """
-        mark = best = progress()
-        tries, end = 0, time.monotonic() + self._settings.deadline
-        while True:
-            try:
-                return work(end)
-            except _Again as again:
-                if progress() > best:
-                    best, tries = progress(), 0
-                if best >= mark + _PART:
-                    mark, end = best, time.monotonic() + self._settings.deadline
-                tries += 1
-                pause = max(again.after, min(_MAX_WAIT, 0.1 * 2**tries) * random.uniform(0.5, 1))  # noqa: S311
-                if tries == _TRIES or time.monotonic() + pause >= end or self._wait(pause):
-                    raise again.error from again.__cause__
+        best, tries = progress(), 0
+        with self._patience.waiting():
+            while True:
+                try:
+                    return work(Try(self._patience, _TRIES - tries))
+                except _Again as again:
+                    if progress() > best:
+                        best, tries = progress(), 0
+                    tries += 1
+                    backoff = min(_MAX_WAIT, 0.1 * 2**tries) * random.uniform(0.5, 1)  # noqa: S311
+                    pause = max(again.after, backoff)
+                    if tries == _TRIES or pause >= self._patience.remaining:
+                        raise again.error from again.__cause__
+                    self._wait(pause)
 
-    def _wait(self, seconds: float) -> bool:
-        """Wait; returns true, without delay, once this client is closed."""
-        return self._closed.wait(seconds)
+    def _wait(self, seconds: float) -> None:
+        time.sleep(seconds)
 
-    @contextlib.contextmanager
-    def exchange(
+    def once(
         self,
         method: str,
         url: str,
-        end: float,
+        attempt: Try,
         *,
         headers: Mapping[str, str] | None = None,
         body: bytes | Callable[[], Body] | None = None,
         good: Collection[int],
-    ) -> Iterator[Answer]:
-        """One request with its redirects, inside ``retry``; the caller reads the body inside."""
+        read: Callable[[Reply], object] = lambda reply: reply.read(0),
+    ) -> Reply:
+        """One request with its redirects, inside ``retry``; ``read`` reads the reply's body."""
         has_logged_in = False
         for _ in range(_REDIRECTS + 2):
             home = origin_of(url) == self._origin
             all_headers = dict(headers or {})
             if self.authorization and home:
                 all_headers["Authorization"] = self.authorization
-            answer = self._send(method, url, all_headers, body() if callable(body) else body, end)
-            try:
-                if answer.status in good:
-                    yield answer
-                    return
-                challenge = answer.headers.get("www-authenticate")
+            opened = body() if callable(body) else body
+            with self._send(method, url, all_headers, opened, attempt) as reply:
+                if reply.status in good:
+                    read(reply)
+                    return reply
                 refusal_body = b""
                 with contextlib.suppress(_Again):
                     # The body is read for its error code, and so that the connection can be reused.
-                    refusal_body = next(answer.parts(_REFUSED_BODY, end), b"")
-            finally:
-                answer.close()
-            if answer.status == 401 and challenge and home and self._login and not has_logged_in:
+                    refusal_body = next(reply.parts(_REFUSED_BODY), b"")
+            challenge = reply.headers.get("www-authenticate")
+            if reply.status == 401 and challenge and home and self._login and not has_logged_in:
                 has_logged_in, self.authorization = True, self._login(challenge)
-            elif answer.status in _MOVED and method in ("GET", "HEAD"):
-                url = redirected(url, answer.headers.get("location", ""))
-            elif answer.status in _BUSY:
-                raise _Again(_refusal(answer, method, refusal_body), _retry_after(answer.headers))
+            elif reply.status in _MOVED and method in ("GET", "HEAD"):
+                url = redirected(url, reply.headers.get("location", ""))
+            elif reply.status in _BUSY:
+                raise _Again(_refusal(reply, method, refusal_body), _retry_after(reply.headers))
             else:
-                raise _refusal(answer, method, refusal_body)
+                raise _refusal(reply, method, refusal_body)
         raise StorageUnavailable(
             f"{shown(url)} redirects again and again", hint="look who answers at that address"
         )
 
+    @contextlib.contextmanager
     def _send(
-        self, method: str, url: str, headers: dict[str, str], body: bytes | Body | None, end: float
-    ) -> Answer:
-        left = max(0.001, end - time.monotonic())
-        timeout = min(self._settings.timeout, left)
-        # The server replies when it has stored the body, and that may take long.
-        wait = left if body is not None else timeout
-        _thread.end = end
+        self,
+        method: str,
+        url: str,
+        headers: dict[str, str],
+        body: bytes | Body | None,
+        attempt: Try,
+    ) -> Iterator[Reply]:
+        """The reply to a request; the body is read inside."""
+        if body is not None:
+            attempt.whole()  # the server replies when it has stored the body, which may take long
+        left = max(0.001, attempt.end - time.monotonic())
+        timeout = min(self._timeout, left)
         if body is not None and not isinstance(body, bytes):
-            body = _Sent(body, self._settings.deadline)
-        with _translated(url), _sending():
-            raw = self._pool(url).request(
+            body = _Sent(body, attempt)
+        with _sending(url, attempt):
+            raw = self._connections.to(url).request(
                 method,
                 url,
                 headers={"Accept-Encoding": "identity", "User-Agent": "keymgmt"} | headers,
@@ -393,34 +456,12 @@ class Http(ForkSafe):
                 redirect=False,
                 retries=False,
                 preload_content=False,
-                timeout=_urllib3().Timeout(connect=timeout, read=wait),
+                timeout=_urllib3().Timeout(connect=timeout, read=timeout if body is None else left),
             )
-        return Answer(raw, url, self._settings.deadline)
-
-    def _pool(self, url: str) -> urllib3.PoolManager:
-        proxy = self._proxy(url)
-        pool = self._pools.get(proxy)
-        if pool is None:
-            kinds: dict[str, Any] = {
-                "ssl_context": self._tls,
-                "maxsize": 16,
-                "num_pools": 16,
-                "blocksize": _CHUNK,
-            }
-            library = _urllib3()
-            pool = library.ProxyManager(proxy, **kinds) if proxy else library.PoolManager(**kinds)
-            self._pools[proxy] = pool
-        return pool
-
-    def _proxy(self, url: str) -> str:
-        if url.startswith("http://"):
-            return ""  # a proxy would read plain HTTP, and has another loopback
-        if self._access.auth != "environment":
-            return self._access.proxy or ""
-        parts = urlsplit(url)
-        if urllib.request.proxy_bypass(parts.hostname or ""):
-            return ""
-        return self._access.proxy or urllib.request.getproxies().get(parts.scheme, "")
+        try:
+            yield Reply(raw, url, attempt)
+        finally:
+            raw.close()  # the connection returns to its pool only if the body was read to its end
 
 
 def basic(user: str, secret: str) -> str:
@@ -449,15 +490,6 @@ def shown(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
-@contextlib.contextmanager
-def _sending() -> Iterator[None]:
-    _thread.sends = True
-    try:
-        yield
-    finally:
-        _thread.sends = False
-
-
 def _urllib3() -> Any:
     try:
         import urllib3
@@ -467,20 +499,6 @@ def _urllib3() -> Any:
             hint='pip install "keymgmt[remote]"',
         ) from error
     return urllib3
-
-
-def _content(answer: Answer, limit: int, end: float) -> tuple[memoryview, bool]:
-    """At most ``limit`` bytes of the body, and whether that is the whole body."""
-    announced = answer.headers.get("content-length", "")
-    size = min(limit, int(announced)) if announced.isdecimal() and len(announced) < 20 else limit
-    content, done = memoryview(unwritten(size)), 0
-    for part in answer.parts(size, end):
-        if done + len(part) > size:
-            content[done:] = part[: size - done]
-            return content, False
-        content[done : done + len(part)] = part
-        done += len(part)
-    return content[:done], True
 
 
 def redirected(url: str, location: str) -> str:
@@ -500,27 +518,20 @@ def redirected(url: str, location: str) -> str:
     )
 
 
-def _refusal(answer: Answer, method: str, body: bytes) -> KeymgmtError:
+def _refusal(reply: Reply, method: str, body: bytes) -> KeymgmtError:
     """The error for a status; of the server's body it quotes an error code and nothing else."""
     code = _CODE.search(body)
     doing = "read" if method in ("GET", "HEAD") else "write to"
-    message = f"cannot {doing} {shown(answer.url)}: the server says {answer.status}"
+    message = f"cannot {doing} {shown(reply.url)}: the server says {reply.status}"
     message += f" ({code[1].decode()})" if code else ""
-    if answer.status in (401, 403):
+    if reply.status in (401, 403):
         return StorageDenied(
             message, hint='the config has the logins: [remote.access."SCHEME://HOST"]'
         )
     hint = "look at the location, and at the log of the server"
-    if answer.status in _BUSY:
+    if reply.status in _BUSY:
         hint = "it is busy or broken: try again later"
     return StorageUnavailable(message, hint=hint)
-
-
-def _too_slow(url: str, deadline: float) -> StorageUnavailable:
-    return StorageUnavailable(
-        f"{shown(url)} did not give its answer within {deadline:g} seconds",
-        hint="wait longer with deadline in [remote], or find out why it is slow",
-    )
 
 
 def _cut_short(url: str) -> StorageUnavailable:
@@ -530,10 +541,11 @@ def _cut_short(url: str) -> StorageUnavailable:
 
 
 @contextlib.contextmanager
-def _translated(url: str) -> Iterator[None]:
+def _sending(url: str, attempt: Try) -> Iterator[None]:
     """Translate faults of a connection; an invalid certificate is not tried again."""
     from urllib3 import exceptions
 
+    _thread.attempt = attempt
     try:
         yield
     except (exceptions.HTTPError, OSError) as error:
@@ -551,6 +563,7 @@ def _translated(url: str) -> Iterator[None]:
         if isinstance(error, exceptions.NewConnectionError | ConnectionRefusedError):
             message = "is not reached"
         elif isinstance(error, exceptions.TimeoutError):
+            attempt.check()
             message = "did not answer in time"
         elif isinstance(error.__cause__ or error, exceptions.IncompleteRead):
             raise _Again(_cut_short(url)) from error
@@ -559,6 +572,8 @@ def _translated(url: str) -> Iterator[None]:
         else:
             message = f"broke the connection ({type(error).__name__})"
         raise _Again(StorageUnavailable(f"{where} {message}", hint=hint)) from error
+    finally:
+        _thread.attempt = None
 
 
 def _certificate_error(error: BaseException) -> ssl.SSLCertVerificationError | None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET  # ruled out before: entities, and more than a page
 from typing import TYPE_CHECKING, Final
 
-from keymgmt._remote.bucket import bucket_pages, bucket_storage
+from keymgmt._remote.bucket import bucket_query
+from keymgmt._remote.folder import has_model
 from keymgmt._remote.http import shown
 from keymgmt._remote.location import BUCKETS, Location
 from keymgmt.errors import ConfigError, SealedModelError, StorageUnavailable
@@ -39,7 +40,7 @@ def is_remote_tree(location: Location, settings: Remote) -> bool:
     """
     if location.scheme not in BUCKETS:
         return False
-    if bucket_storage(location, settings).part(MANIFEST, 0, 1) is not None:
+    if has_model(location, settings):
         return False
     _need_listed(location, f"there is no {MANIFEST} at {location}, and ")
     return True
@@ -56,12 +57,13 @@ def list_models(location: Location, settings: Remote) -> Iterator[str | SealedMo
             before is then not all there is.
     """
     _need_listed(location)
-    http, address = bucket_pages(location, settings)
     prefix = f"{location.path}/" if location.path else ""
     query = {"list-type": "2", "max-keys": str(_KEYS), "prefix": prefix}
     token = ""
     while True:
-        url = address(query | ({"continuation-token": token} if token else {}))
+        if token:
+            query["continuation-token"] = token
+        http, url = bucket_query(location, settings, query)
         reply = http.request("GET", url, limit=_MAX_PAGE)
         if not reply.whole:
             raise _no_page(url, f"it is longer than {_MAX_PAGE} bytes")

@@ -28,6 +28,7 @@ from keymgmt.errors import FormatError, StorageDenied, StorageUnavailable
 if TYPE_CHECKING:
     from keymgmt._config.remote import Access, Remote
     from keymgmt._remote.location import Location
+    from keymgmt._remote.patience import Patience
 
 __all__ = ["Login"]
 
@@ -47,9 +48,17 @@ class _Credentials:
 class Login:
     """Makes the ``Authorization`` for one repository."""
 
-    def __init__(self, location: Location, settings: Remote, access: Access, scope: str) -> None:
+    def __init__(
+        self,
+        location: Location,
+        settings: Remote,
+        access: Access,
+        patience: Patience,
+        scope: str,
+    ) -> None:
         """``scope`` is the permission to request: ``pull``, or ``pull,push``."""
         self._location, self._settings, self._access = location, settings, access
+        self._patience = patience
         self._scope = f"repository:{location.path}:{scope}"
 
     def __call__(self, challenge: str) -> str:
@@ -82,7 +91,7 @@ class Login:
 
     def _token(self, realm: str, service: str, credentials: _Credentials | None) -> str:
         self._check_realm(realm)
-        http = Http(realm, self._settings, self._access)
+        http = Http(realm, self._settings, self._access, self._patience)
         common = {"service": service, "scope": self._scope}
         if credentials is not None and credentials.user == _TOKEN_USER:
             form = {

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Self
 
 from keymgmt._remote.artifact import MAX_ARTIFACT, MEDIA_TYPE, Artifact, Blob, blob_of
-from keymgmt._remote.http import Body, Http, Sink, redirected
+from keymgmt._remote.http import Body, Http, Sink, Try, redirected
 from keymgmt._remote.login import Login
+from keymgmt._remote.patience import Patience
 from keymgmt._remote.storage import Part
 from keymgmt._remote.web import total_of
 from keymgmt._system.fork import ForkSafe
@@ -40,17 +41,19 @@ class Registry:
     def __init__(self, location: Location, settings: Remote, *, push: bool = False) -> None:
         """Make a client; nothing is sent yet. ConfigError where the config is wrong."""
         self._location = location
+        self._patience = Patience(settings.deadline, str(location))
         access = settings.access_to(location.origin)
         scheme = "http" if access.plain_http else "https"
         self._base = f"{scheme}://{location.host}/v2/{location.path}"
-        login = Login(location, settings, access, "pull,push" if push else "pull")
-        self._http = Http(self._base, settings, access, login)
+        scope = "pull,push" if push else "pull"
+        login = Login(location, settings, access, self._patience, scope)
+        self._http = Http(self._base, settings, access, self._patience, login)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._http.close()
+        self._patience.end()  # for threads that were abandoned
 
     def find(self) -> Artifact | None:
         """The artifact that is at the location now; None where there is none.
@@ -157,25 +160,21 @@ class Registry:
         """
         begin = f"{self._base}/blobs/uploads/"
 
-        def work(end: float) -> None:
-            with self._http.exchange("POST", begin, end, body=b"", good=(202, 404)) as answer:
-                if answer.status == 404:
-                    raise StorageUnavailable(
-                        f"{self._location.origin} has no repository {self._location.path}",
-                        hint="make it there: some registries make none by themselves",
-                    )
-                address = redirected(begin, answer.headers.get("location", ""))
-                list(answer.parts(0, end))
+        def work(attempt: Try) -> None:
+            reply = self._http.once("POST", begin, attempt, body=b"", good=(202, 404))
+            if reply.status == 404:
+                raise StorageUnavailable(
+                    f"{self._location.origin} has no repository {self._location.path}",
+                    hint="make it there: some registries make none by themselves",
+                )
+            address = redirected(begin, reply.headers.get("location", ""))
             joint = "&" if "?" in address else "?"
             headers = {
                 "Content-Type": "application/octet-stream",
                 "Content-Length": str(blob.size),
             }
             url = f"{address}{joint}digest={blob.digest.replace(':', '%3A')}"
-            with self._http.exchange(
-                "PUT", url, end, headers=headers, body=body, good=(201,)
-            ) as answer:
-                list(answer.parts(0, end))
+            self._http.once("PUT", url, attempt, headers=headers, body=body, good=(201,))
 
         self._http.retry(work)
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from keymgmt._config.remote import Access, Remote
     from keymgmt._remote.http import Reply
     from keymgmt._remote.location import Location
+    from keymgmt._remote.patience import Patience
 
 __all__ = ["WebStorage", "total_of", "web_storage"]
 
@@ -89,11 +90,11 @@ class WebStorage:
         )
 
 
-def web_storage(location: Location, settings: Remote) -> WebStorage:
+def web_storage(location: Location, settings: Remote, patience: Patience) -> WebStorage:
     """The files below a location; raises as ``Http``, and ConfigError for an incomplete login."""
     url = f"{location.origin}/{quote(location.path, safe=_KEPT)}".rstrip("/")
     access = settings.access_to(location.origin)
-    http = Http(url, settings, access)
+    http = Http(url, settings, access, patience)
     http.authorization = _authorization(location.origin, access)
     return WebStorage(http, lambda _, name: f"{url}/{quote(name)}")
 

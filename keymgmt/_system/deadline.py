@@ -12,7 +12,7 @@ from typing import Any, Final, TypeAlias, TypeVar, cast
 from keymgmt._system.fork import ForkSafe
 from keymgmt.errors import ProviderUnavailable
 
-__all__ = ["Deadline", "within"]
+__all__ = ["Deadline", "begin", "within"]
 
 R = TypeVar("R")
 _Answer: TypeAlias = "queue.SimpleQueue[tuple[R | None, BaseException | None]]"
@@ -75,12 +75,30 @@ def within(seconds: float, label: str, call: Callable[[], R]) -> R:
     Raises:
         ProviderUnavailable: there was no answer in time; else what ``call`` raises.
     """
-    answer: _Answer[R] = queue.SimpleQueue()
-    _threads.free().put((call, answer))
+    answer = _start(call)
     try:
-        value, failure = answer.get(timeout=seconds)
+        outcome = answer.get(timeout=seconds)
     except queue.Empty:
         raise _over(label, seconds) from None
+    return _given(*outcome)
+
+
+def begin(call: Callable[[], R]) -> Callable[[], R]:
+    """Run ``call`` in another thread.
+
+    What is returned waits for it, and gives what it returned or raises what it raised; once.
+    """
+    answer = _start(call)
+    return lambda: _given(*answer.get())
+
+
+def _start(call: Callable[[], R]) -> _Answer[R]:
+    answer: _Answer[R] = queue.SimpleQueue()
+    _threads.free().put((call, answer))
+    return answer
+
+
+def _given(value: R | None, failure: BaseException | None) -> R:
     if failure is not None:
         try:
             raise failure

@@ -117,6 +117,7 @@ class Candidate:
     def of(cls, folder: ModelFolder) -> Candidate:
         """What is in a folder that is open, and closed where this raises, as ``read`` does."""
         try:
+            folder.expect(MANIFEST, SIGNATURES, KEYS)
             data = folder.read(MANIFEST, MAX_MANIFEST)
             manifest = Manifest.from_bytes(data)
             content = folder.read(SIGNATURES, MAX_SIGNATURES, optional=True)

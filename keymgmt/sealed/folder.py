@@ -95,6 +95,9 @@ class ModelFolder(ABC):
 
     # The methods below do nothing for a folder that is not on this machine.
 
+    def expect(self, *names: str) -> None:  # noqa: B027
+        """Small files that are read soon."""
+
     def close(self) -> None:  # noqa: B027
         """Close the handle; may be called again."""
 

@@ -272,6 +272,7 @@ def test_other_buckets_are_signed_for(
 
     from keymgmt._remote.bucket import bucket_storage
     from keymgmt._remote.location import Location
+    from keymgmt._remote.patience import Patience
 
     key = rsa.generate_private_key(65537, 2048).private_bytes(
         serialization.Encoding.PEM,
@@ -291,12 +292,12 @@ def test_other_buckets_are_signed_for(
     secret.write_text(json.dumps(account) if scheme == "gs" else "c2VjcmV0")
     origin = f"{scheme}://models"
     said = {"user": "acct", "secret": {"file": str(secret)}}
-    settings = config(access={origin: said}).remote
+    settings, patience = config(access={origin: said}).remote, Patience(20, origin)
     for name in ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT", "AZURE_STORAGE_USE_EMULATOR"):
         monkeypatch.setenv(name, "true" if name.endswith("EMULATOR") else "https://other.example")
     for name in ("AZURE_SKIP_SIGNATURE", "GOOGLE_SKIP_SIGNATURE"):
         monkeypatch.setenv(name, "true")
-    storage = bucket_storage(Location.parse(f"{origin}/a/m.sealed"), settings)
+    storage = bucket_storage(Location.parse(f"{origin}/a/m.sealed"), settings, patience)
     where = storage._address("GET", "keys.json").partition("?")[0]
     assert (
         where
@@ -309,8 +310,9 @@ def test_other_buckets_are_signed_for(
         storage.replace("keys.json", b"", '"1"')
     monkeypatch.setenv("GOOGLE_BASE_URL", "https://other.example")
     if scheme == "gs":
+        again = config(access={origin: said}).remote
         with pytest.raises(ConfigError, match="leads elsewhere"):
-            bucket_storage(Location.parse(f"{origin}/a/m.sealed"), settings)
+            bucket_storage(Location.parse(f"{origin}/a/m.sealed"), again, patience)
     secret.write_text("neither JSON nor base64!")
     with pytest.raises(ConfigError, match=r"is none of"):
-        bucket_storage(Location.parse(f"{origin}/a/m.sealed"), settings)
+        bucket_storage(Location.parse(f"{origin}/a/m.sealed"), settings, patience)

@@ -13,6 +13,7 @@ from webserver import Seen, Serve, reply
 
 from keymgmt._config.remote import Access
 from keymgmt._remote.http import Http
+from keymgmt._remote.patience import Patience
 from keymgmt.errors import ConfigError, StorageDenied, StorageUnavailable
 
 Settings = Callable[..., Any]
@@ -35,7 +36,8 @@ class Memory:
 
 def client(settings: Settings, url: str, login: Any = None, **table: Any) -> Http:
     remote = settings(**table)
-    return Http(url, remote, remote.access_to(""), login)
+    patience = Patience(remote.deadline, url)
+    return Http(url, remote, remote.access_to(""), patience, login)
 
 
 def cut(handler: Any, status: int, part: bytes, length: int, **headers: str) -> None:
@@ -310,14 +312,16 @@ def test_a_server_that_never_ends_a_line_is_given_up(
         handler.close_connection = True
 
     web = serve(answer, tls=True)
-    with pytest.raises(StorageUnavailable, match="did not answer in time"):
+    with pytest.raises(StorageUnavailable, match="within 2 seconds"):
         client(settings, web.url, timeout=2.0, deadline=2.0).request("GET", web.url, limit=9)
 
 
 def test_a_server_that_says_nothing_is_given_up(serve: Serve, settings: Settings) -> None:
     web = serve(lambda _, handler: time.sleep(2))
     with pytest.raises(StorageUnavailable, match="did not answer in time"):
-        client(settings, web.url, timeout=0.2, deadline=0.5).request("GET", web.url, limit=1)
+        client(settings, web.url, timeout=0.2, deadline=5).request("GET", web.url, limit=1)
+    with pytest.raises(StorageUnavailable, match=r"within 0\.5 seconds"):
+        client(settings, web.url, timeout=9, deadline=0.5).request("GET", web.url, limit=1)
 
 
 def test_proxies_of_the_environment_are_for_who_asks_for_them(
@@ -328,9 +332,11 @@ def test_proxies_of_the_environment_are_for_who_asks_for_them(
     monkeypatch.setenv("https_proxy", proxy.url)
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
-    http = Http(web.url, settings(), Access(ca_file=settings().ca_file))
+    patience = Patience(20, web.url)
+    http = Http(web.url, settings(), Access(ca_file=settings().ca_file), patience)
     assert bytes(http.request("GET", f"{web.url}/a", limit=9).body) == b"itself"
-    http = Http(web.url, settings(), Access(auth="environment", ca_file=settings().ca_file))
+    environment = Access(auth="environment", ca_file=settings().ca_file)
+    http = Http(web.url, settings(), environment, patience)
     with pytest.raises(StorageUnavailable, match="ProxyError"):
         http.request("GET", f"{web.url}/a", limit=9)
 

@@ -244,12 +244,12 @@ def test_other_buckets_are_not_listed(origin: str, config: Any) -> None:
 
 def test_a_bucket_of_amazon_is_asked_by_its_own_host(config: Any, access: Any) -> None:
     """Not run against Amazon; where the request goes is looked at."""
-    from keymgmt._remote.bucket import bucket_pages
+    from keymgmt._remote.bucket import bucket_query
     from keymgmt._remote.location import Location
 
     keys = config(access=access(None))
-    address = bucket_pages(Location.parse("s3://models/t"), keys.remote)[1]
-    url = address({"list-type": "2", "prefix": "a b/"})
+    query = {"list-type": "2", "prefix": "a b/"}
+    _, url = bucket_query(Location.parse("s3://models/t"), keys.remote, query)
     assert url.startswith(
         "https://models.s3.us-east-1.amazonaws.com/?list-type=2&prefix=a%20b%2F&x-keymgmt=/&X-Amz-"
     )

@@ -68,10 +68,8 @@ def test_the_signature_comes_before_any_payload(site: Any, serve: Serve, config:
     web = serve(files_of(site.root), tls=True)
     with pytest.raises(UntrustedPublisher):
         keymgmt.open(f"{web.url}/m.sealed", keys=config())
-    assert [seen.path for seen in web.seen] == [
-        "/m.sealed/manifest.json",
-        "/m.sealed/signatures.json",
-    ]
+    small = ("manifest.json", "signatures.json", "keys.json")
+    assert {seen.path for seen in web.seen} <= {f"/m.sealed/{name}" for name in small}
 
 
 def test_each_byte_is_fetched_once(site: Any, sealed: Path, serve: Serve, config: Any) -> None:
