@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from keymgmt._remote.location import BUCKETS, Location, is_location, need_folder
 from keymgmt._system.files import target_of
+from keymgmt._system.refused import translate
 from keymgmt._trust.candidate import Candidate
 from keymgmt.errors import ConfigError, KeymgmtError, SealedModelError
 from keymgmt.sealed.folder import KEYS, MANIFEST, PAYLOAD, SIGNATURES
@@ -256,6 +257,8 @@ def _identity(info: os.stat_result) -> tuple[int, int]:
 
 
 def _unreadable(path: Path, error: OSError, kind: type[KeymgmtError] = SealedModelError) -> Failure:
+    if isinstance(error, PermissionError):
+        return Failure(str(path), translate(error, path))
     action = "follow the link" if os.path.islink(path) else "read"  # noqa: PTH114 - raises never
     return Failure(str(path), kind(f"cannot {action} {path}: {error.strerror}"))
 
@@ -320,7 +323,7 @@ def over_models(
     Args:
         found: the models, and the Failures of the search.
         prepare: gives the function that is called with each of some models.
-        doing: the verb, as messages show it.
+        doing: the verb, for the names of threads.
         threads: how many models at once.
     """
     found = iter(found)
@@ -328,18 +331,17 @@ def over_models(
         while chunk := list(itertools.islice(found, CHUNK)):
             yield from (item for item in chunk if isinstance(item, Failure))
             paths = [item for item in chunk if not isinstance(item, Failure)]
-            yield from pool.map(guarded(prepare(paths), doing), paths)
+            yield from pool.map(guarded(prepare(paths)), paths)
 
 
-def guarded(work: Callable[[Place], T], doing: str) -> Callable[[Place], T | Failure]:
+def guarded(work: Callable[[Place], T]) -> Callable[[Place], T | Failure]:
     def guarded_work(path: Place) -> T | Failure:
         try:
             return work(path)
         except KeymgmtError as error:
             return Failure(str(path), error)
         except OSError as error:
-            message = f"cannot {doing} {path}: {error.strerror}"
-            return Failure(str(path), SealedModelError(message))
+            return Failure(str(path), translate(error, path))
 
     return guarded_work
 
@@ -357,6 +359,6 @@ def read_models(
         # In parallel, because most of the time each request waits for the server.
         yield from over_models(found, lambda _: read, "read")
         return
-    guarded_read = guarded(read, "read")
+    guarded_read = guarded(read)
     for item in found:
         yield item if isinstance(item, Failure) else guarded_read(item)

@@ -122,7 +122,7 @@ class _Model:
         self.future: Future[None] | None = None
         self.steps = rewrap_steps(path, task, locked=False)
         self._result: Result | None = None
-        self._next = guarded(self._advance, "rewrap")
+        self._next = guarded(self._advance)
 
     def step(self) -> None:
         """Go on to the next requests to providers, or to the end."""
@@ -142,7 +142,7 @@ class _Model:
         """The result; waits for the disk, or for the process that changes the model."""
         if self.future is not None:
             self.future.result()
-        return self._result or guarded(partial(rewrap_one, task=task), "rewrap")(self.path)
+        return self._result or guarded(partial(rewrap_one, task=task))(self.path)
 
 
 class _Chunk:

@@ -162,11 +162,11 @@ def _beside(source: Path, name: str) -> dict[str, Path]:
         weights = source.with_suffix(".pdiparams")
         if weights.is_file():
             found[from_system(weights.name)] = weights
-    elif suffix not in GRAPHS or source.name == _SAVED_MODEL:
+    elif suffix not in (*GRAPHS, ".safetensors") or source.name == _SAVED_MODEL:
         raise ConfigError(
-            f"{source} is neither an IR's .xml, nor an .onnx, nor a folder",
-            hint="convert it to OpenVINO IR first (openvino.convert_model, openvino.save_model "
-            "with compress_to_fp16=False), or put the files in a folder and seal that",
+            f"{source} is neither an IR's .xml, nor an .onnx, .gguf or .safetensors, nor a folder",
+            hint="put it in a folder, with what belongs to it, and seal that; for OpenVINO convert "
+            "it first (openvino.convert_model, openvino.save_model with compress_to_fp16=False)",
         )
     return found
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 from keymgmt._system.files import from_system, left_behind, replace_file, to_system
 from keymgmt._system.locks import lock_file
+from keymgmt._system.refused import translate
 from keymgmt.errors import ConfigError, FormatError, IntegrityError, SealedModelError
 from keymgmt.sealed.ciphertext import FileCiphertext
 
@@ -46,6 +47,8 @@ LOCK: Final = ".keymgmt.lock"
 ORIGIN: Final = ".keymgmt.origin"
 MAX_ORIGIN: Final = 4096
 _NAMED_WRONGLY: Final = (errno.ENOENT, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG)
+# A link or a file where a folder should be; a socket; a longer name than this file system can have.
+_OTHER_KINDS: Final = (errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.ENAMETOOLONG)
 _WAIT: Final = 60.0
 _FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 # O_NONBLOCK: opening a fifo must not wait for a writer; it changes nothing for a regular file.
@@ -304,13 +307,9 @@ class SealedFolder(ModelFolder):
         except FileNotFoundError:
             raise
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                raise SealedModelError(
-                    f"cannot open {name}: {error.strerror}",
-                    hint="raise the limit of open files (ulimit -n)",
-                ) from error
-            # ELOOP and ENOTDIR: a link or a file where a folder should be. ENXIO: a socket.
-            raise FormatError(f"{name} is not a readable regular file: {error.strerror}") from error
+            if error.errno not in _OTHER_KINDS:
+                raise translate(error, self.path / name) from error
+            raise FormatError(f"{name} is not a regular file: {error.strerror}") from error
         finally:
             if descriptor != self._fd:
                 os.close(descriptor)
@@ -341,7 +340,9 @@ class SealedFolder(ModelFolder):
                         hint="remove what was added to payload/, or fetch the model again",
                     )
         except OSError as error:
-            raise FormatError(f"payload/ is not a readable folder: {error.strerror}") from error
+            if error.errno in _OTHER_KINDS or error.errno == errno.ENOENT:
+                raise FormatError(f"payload/ is not a folder: {error.strerror}") from error
+            raise translate(error, self.path / PAYLOAD) from error
 
     def _walk(self, name: str, parent: int) -> Iterator[tuple[str, bool]]:
         # A folder that is not listed ends the walk at once, so depth and count are bounded.

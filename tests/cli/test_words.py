@@ -56,6 +56,42 @@ def test_a_full_disk_names_the_path_that_was_given(cli: Cli, site: Path, small: 
 
 
 @ROOT
+def test_a_disk_that_is_full_is_no_fault_of_the_model(cli: Cli, sealed: Path, small: Path) -> None:
+    shutil.copytree(sealed, small / "a" / sealed.name)
+    with contextlib.suppress(OSError), (small / "fill").open("wb", buffering=0) as fill:
+        while fill.write(bytes(4096)):
+            pass
+    assert cli("keys", "create", "local:second").code == 0
+    for tree in (small, small / "a" / sealed.name):
+        ran = cli("rewrap", tree, "--add", "local:second")
+        assert ran.code == 1
+        assert "No space left on device" in ran.err
+
+
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "keys.json", "signatures.json", "payload", "payload/weights.bin.floe"]
+)
+def test_a_file_that_this_user_may_not_read_is_no_damaged_model(
+    sealed: Path, name: str, require_tool: Callable[..., Path]
+) -> None:
+    command = [sys.executable, "-m", "keymgmt.cli", "verify", str(sealed)]
+    if os.geteuid() == 0:
+        capabilities = "-dac_override,-dac_read_search"
+        setpriv = str(require_tool("setpriv", package="util-linux"))
+        command = [
+            setpriv, f"--inh-caps={capabilities}", f"--bounding-set={capabilities}", *command
+        ]  # fmt: skip
+    (sealed / name).chmod(0)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    (sealed / name).chmod(0o700)
+    assert ran.returncode == 3, ran.stderr
+    assert ran.stderr.splitlines() == [
+        f"error: {sealed / name}: Permission denied",
+        "hint: run it as a user who may, or change who may",
+    ]
+
+
+@ROOT
 def test_a_file_system_that_is_read_only(cli: Cli, sealed: Path, small: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
     ran = cli("seal", "model", small / "out.sealed")

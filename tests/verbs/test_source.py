@@ -99,6 +99,7 @@ NO_CONSTANT = b'<net><layers><layer id="0" type="Parameter"/></layers></net>'
         ({"M.XML": CONSTANT, "M.BIN": b"y"}, "openvino-ir"),
         ({"m.xml": NO_CONSTANT}, "openvino-ir"),
         ({"M.ONNX": b""}, "onnx"),
+        ({"m.safetensors": b""}, "files"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
