@@ -80,7 +80,10 @@ def within(seconds: float, label: str, call: Callable[[], R]) -> R:
         outcome = answer.get(timeout=seconds)
     except queue.Empty:
         raise _over(label, seconds) from None
-    return _given(*outcome)
+    try:
+        return _given(*outcome)
+    finally:
+        del outcome  # it may hold an error: see _given
 
 
 def begin(call: Callable[[], R]) -> Callable[[], R]:

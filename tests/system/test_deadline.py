@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from collections.abc import Callable
 
 import pytest
 
-from keymgmt._system.deadline import Deadline, within
+from keymgmt._system.deadline import Deadline, begin, within
 from keymgmt.errors import ProviderUnavailable
 
 
@@ -19,7 +20,18 @@ def test_what_a_call_gives_or_raises() -> None:
         within(60, "a test", lambda: 1 // 0)
 
 
-def test_nothing_of_a_call_that_failed_is_kept_once_its_error_is_handled() -> None:
+def test_two_calls_run_beside_each_other() -> None:
+    met = threading.Barrier(2, timeout=60)
+    assert sorted(wait() >= 0 for wait in [begin(met.wait), begin(met.wait)]) == [True, True]
+    failed = begin(lambda: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        failed()
+
+
+@pytest.mark.parametrize("run", [lambda call: within(60, "a test", call), lambda c: begin(c)()])
+def test_nothing_of_a_call_that_failed_is_kept_once_its_error_is_handled(
+    run: Callable[[Callable[[], object]], object],
+) -> None:
     class Secret:
         pass
 
@@ -34,7 +46,7 @@ def test_nothing_of_a_call_that_failed_is_kept_once_its_error_is_handled() -> No
     try:
         for _ in range(2):  # the thread waits for its next call in between
             with pytest.raises(ValueError, match="refused"):
-                within(60, "a test", fail)
+                run(fail)
         assert kept[0]() is None
     finally:
         gc.enable()
