@@ -313,6 +313,10 @@ class Launch:
         arguments = [part.replace("{sealed}", str(folder)) for part in command or self.command]
         program = command[0] if command else self._program
         self._become()
+        # An interrupt that came in a fork is raised again by a timer (keymgmt/cli/_run.py). The
+        # timer would outlive the exec (execve(2)) and end the program: its interrupt comes first.
+        while left := signal.getitimer(signal.ITIMER_REAL)[0]:
+            time.sleep(left)
         if parent is not None:
             end_with(parent)  # after the change of user, which would undo it (prctl(2))
         sys.stdout.flush()

@@ -58,6 +58,7 @@ class SecretSource(Settings):
     credential: str | None = None
     keyring: str | None = None
     prompt: str | None = None
+    _unanswered: bool = False  # nobody is asked a second time who did not answer
 
     @model_validator(mode="before")
     @classmethod
@@ -131,14 +132,17 @@ class SecretSource(Settings):
                 f"cannot ask for {self.prompt!r}: this is not a terminal",
                 hint="name a file, a credential or an environment variable instead",
             )
-        try:
-            with asking():
-                return bytearray(getpass.getpass(f"{self.prompt}: ").encode())
-        except EOFError as error:  # Ctrl-D
-            raise ProviderUnavailable(
-                f"no answer to {self.prompt!r}",
-                hint="type it, or name a file, a credential or an environment variable instead",
-            ) from error
+        if not self._unanswered:
+            try:
+                with asking():
+                    return bytearray(getpass.getpass(f"{self.prompt}: ").encode())
+            except EOFError:  # Ctrl-D
+                self._unanswered = True
+        raise ProviderUnavailable(
+            f"no answer to {self.prompt!r}",
+            hint="run it again and type it, or name a file, a credential or an environment "
+            "variable instead",
+        )
 
 
 def read_projected(file: Path, label: str) -> str:

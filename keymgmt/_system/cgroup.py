@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
+import sys
 from pathlib import Path, PurePosixPath
 
 __all__ = ["cpus", "groups", "number"]
@@ -46,7 +48,13 @@ def number(path: Path) -> int | None:
 
 def cpus() -> int:
     """Processors that this process may keep busy: by affinity, and by the quotas of its groups."""
-    allowed = len(os.sched_getaffinity(0))
+    return max(1, min(len(os.sched_getaffinity(0)), _quota()))
+
+
+@functools.cache  # six files of the system are read: more than it costs to decrypt a small model
+def _quota() -> int:
+    """The processors that the groups of this process allow, as they were when it first asked."""
+    allowed = sys.maxsize
     for version, group in groups("cpu"):
         try:
             if version == 2:
@@ -59,7 +67,11 @@ def cpus() -> int:
             continue
         if quota > 0:
             allowed = min(allowed, math.ceil(quota / period))
-    return max(1, allowed)
+    return allowed
+
+
+# Who forks a worker may put it into a group of its own.
+os.register_at_fork(after_in_child=_quota.cache_clear)
 
 
 def _lines(path: str) -> list[str]:

@@ -79,13 +79,14 @@ def reseal(
     # Where ``path`` is a link to the model, the model is replaced and not the link.
     output = Path(target) if target is not None else Path(os.path.realpath(path))
     with use_config(keys) as config:
+        # Read before the key service is asked for the old key; its content is checked below.
+        with Candidate.read(path) as candidate:
+            candidate.policy()
+            rules = candidate.manifest.rules
         if target is not None:
             check_target(output)
         else:
             replaceable(output)(output)
-        # Read before the key service is asked for the old key; its content is checked below.
-        with Candidate.read(path) as candidate:
-            rules = candidate.manifest.rules
         groups = resolve_groups(list(to) or config.seal.to, config, fingerprints, rules)
         signer = _signer(sign, config, rules)
         try:

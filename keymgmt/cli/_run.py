@@ -9,8 +9,6 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from keymgmt._system.files import naming
-from keymgmt._system.refused import translate
 from keymgmt.cli._version import print_version
 from keymgmt.errors import KeymgmtError
 
@@ -64,6 +62,8 @@ def run(arguments: Sequence[str]) -> NoReturn:
     except KeymgmtError as error:
         code = _tell(error, as_json=as_json)
     except OSError as error:
+        from keymgmt._system.refused import translate
+
         if interrupted is not None:
             # A terminal that is gone takes no last progress either.
             _stop_stdout()
@@ -103,8 +103,11 @@ class _Stdout(io.FileIO):
     """Standard output, with its name in errors, so that other broken pipes are told apart."""
 
     def write(self, content: Buffer, /) -> int:
-        with naming(STDOUT):
+        try:
             return super().write(content) or 0
+        except OSError as error:
+            error.filename = STDOUT
+            raise
 
 
 def _run(arguments: Sequence[str]) -> int:

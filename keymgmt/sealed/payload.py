@@ -102,7 +102,6 @@ def _in_parallel(
     count = layout.count
     run = layout.run
     runs = -(-count // run)
-    # Asking for the processors reads six files of the system: more than a small file costs.
     threads = min(runs, threads or cpus()) if runs > 1 else 1
     starts = itertools.count(0, run)  # next() of it is one step under the GIL: none comes twice
     stop = threading.Event()

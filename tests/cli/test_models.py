@@ -502,3 +502,27 @@ def test_what_the_loader_will_refuse_is_said_when_it_is_sealed(site: Any, cli: A
         assert ("note: " in ran.err) == bool(said)
         assert said in ran.err
         ran.json()
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("inspect", "model.sealed"),
+        *(("verify", place) for place in ("model.sealed", ".")),
+        ("unseal", "model.sealed", "plain"),
+        ("sign", "model.sealed"),
+        *(("rewrap", place) for place in ("model.sealed", ".")),
+        *(("reseal", place) for place in ("model.sealed", ".")),
+        ("reseal", "model.sealed", "new.sealed"),
+        ("keys", "usage", "."),
+    ],
+    ids=" ".join,
+)
+def test_a_model_without_its_keys_is_damaged_for_every_verb(
+    cli: Cli, sealed: Path, arguments: tuple[str, ...]
+) -> None:
+    (sealed / "keys.json").unlink()
+    ran = cli(*arguments)
+    assert ran.code == 4, ran.err
+    assert "has no keys.json" in ran.error

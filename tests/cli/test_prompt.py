@@ -79,6 +79,17 @@ def test_a_question_that_ends_without_an_answer_is_no_fault_of_the_backend(
     assert b"report" not in ran.seen
 
 
+def test_whoever_gives_no_answer_is_not_asked_again_in_the_same_run(
+    terminal: Terminal, locked: Path
+) -> None:
+    ran = terminal("doctor", "--open", "model.sealed", cwd=locked)
+    ran.until(QUESTION.encode())
+    os.write(ran.descriptor, b"\x04")
+    assert ran.end() == 1, ran.seen
+    assert ran.seen.count(QUESTION.encode()) == 1
+    assert ran.seen.count(b"no answer to") > 1
+
+
 def test_a_key_is_deleted_by_its_name(terminal: Terminal, cli: Cli, site: Path) -> None:
     for typed, code in (("y", 3), ("local:edg", 3), ("local:edge", 0)):
         cli("keys", "create", "local:edge")

@@ -38,6 +38,29 @@ print([name for name in sys.modules if name.startswith(("openvino", "keymgmt_", 
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize(
+    ("option", "unneeded"),
+    [
+        # hashlib loads OpenSSL; typer, and the metadata of every distribution, take longer still.
+        ("--version", {"typer", "hashlib", "keymgmt._system.files"}),
+        ("--help", {"pydantic", "cryptography", "hashlib", "rich", "keymgmt._config.config"}),
+    ],
+)
+def test_what_costs_time_is_not_imported_to_say_this(option: str, unneeded: set[str]) -> None:
+    program = f"""
+import sys
+from keymgmt.cli import main
+sys.argv = ["keymgmt", {option!r}]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+print(*sys.modules)
+"""
+    said = subprocess.check_output([sys.executable, "-c", program], text=True, timeout=60)
+    assert not unneeded & set(said.splitlines()[-1].split())
+
+
 def test_a_strangers_command_is_imported_when_it_runs_and_not_for_help(
     install: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:

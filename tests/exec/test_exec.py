@@ -569,3 +569,19 @@ def test_a_place_that_another_user_can_rename_is_refused(needs_root, site):
         assert (process.returncode, found) == (3, ""), said
         assert f"{home}" in said
         assert "leave --at out" in said
+
+
+def test_an_interrupt_of_a_fork_comes_before_the_program_and_not_to_it() -> None:
+    """Its timer would end the program with SIGALRM: a timer outlives an exec."""
+    program = """
+import sys, types
+from pathlib import Path
+from keymgmt._mount.exec import Launch
+from keymgmt.cli import _run
+
+launch = Launch(["sleep", "5"], print)
+_run._interrupt_later(types.SimpleNamespace(exc_value=SystemExit(143)))
+launch.execute_on_memfds(Path("/nowhere"))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 143, done.stderr

@@ -88,3 +88,27 @@ QUOTA = "from keymgmt._system.cgroup import cpus; print(cpus())"
 def test_a_quota_of_processors(inner: str, new_group: Path) -> None:
     limit(new_group, cpu_cfs_quota_us=50_000, cpu_max="50000 100000")
     assert run_in(new_group / inner, QUOTA) == [1]
+
+
+def test_the_quota_is_read_once_in_each_process() -> None:
+    program = """
+import os, sys
+from keymgmt._system.cgroup import cpus
+
+opened = []
+sys.addaudithook(lambda event, args: event == "open" and opened.append(args[0]))
+
+def reads():
+    cpus(), cpus(), cpus()
+    count = opened.count("/proc/self/cgroup")
+    opened.clear()
+    return count
+
+print(reads(), reads(), flush=True)
+if not os.fork():
+    print(reads(), flush=True)
+    os._exit(0)
+os.wait()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.split() == ["1", "0", "1"], done.stderr
