@@ -24,7 +24,7 @@ class Parallel:
     """Runs several transfers at once, and adds up their progress.
 
     Its threads are daemons: a thread that waits for a server does not delay the end of the process,
-    and an abandoned thread ends at its next call of ``told``.
+    and an abandoned thread ends at its next call of ``advance``.
     """
 
     def __init__(self, progress: Callable[[int, int], object] | None, total: int) -> None:
@@ -33,7 +33,7 @@ class Parallel:
         self._stopped = False
         self._lock = threading.Lock()
 
-    def told(self, count: int) -> None:
+    def advance(self, count: int) -> None:
         """Add ``count`` bytes to the progress; it is negative where a transfer begins anew.
 
         Call it before each write as well: it raises where the transfers were abandoned.

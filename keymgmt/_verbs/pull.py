@@ -281,17 +281,17 @@ class _Pull:
         def whole(path: str) -> bool:
             blob, read = self._payload[path], [0]
 
-            def told(count: int) -> None:
+            def advance(count: int) -> None:
                 read[0] += count
-                self._transfers.told(count)
+                self._transfers.advance(count)
 
             try:
                 with contextlib.closing(old.open_payload(path)) as source:
-                    if source.length() == blob.size and hash_file(source, told) == blob:
+                    if source.length() == blob.size and hash_file(source, advance) == blob:
                         return True
             except SealedModelError:
                 pass
-            self._transfers.told(-read[0])
+            self._transfers.advance(-read[0])
             return False
 
         looked_at = zip(self._payload, self._transfers.map(whole, self._payload), strict=True)
@@ -342,7 +342,7 @@ class _Pull:
         # After a killed pull this may be a link to a file of the old model, which stays unwritten.
         if file.exists() and file.lstat().st_nlink > 1:
             file.unlink()
-        with _open_download(file, self._payload[path], self._transfers.told) as download:
+        with _open_download(file, self._payload[path], self._transfers.advance) as download:
             resumed, received = download.done > 0, 0
             while True:
                 before = download.done
@@ -379,8 +379,8 @@ class _Read(Storage):
 class _Download:
     """The download of one file, which goes on after the bytes of an earlier try."""
 
-    def __init__(self, descriptor: int, blob: Blob, told: Callable[[int], object]) -> None:
-        self._descriptor, self._blob, self._told = descriptor, blob, told
+    def __init__(self, descriptor: int, blob: Blob, advance: Callable[[int], object]) -> None:
+        self._descriptor, self._blob, self._advance = descriptor, blob, advance
         self.size, self.done = blob.size, 0
         self._hash = hashlib.sha256()
         if os.fstat(descriptor).st_size > blob.size:
@@ -391,7 +391,7 @@ class _Download:
     def _take(self, part: bytes) -> None:
         self._hash.update(part)
         self.done += len(part)
-        self._told(len(part))
+        self._advance(len(part))
 
     @property
     def whole(self) -> bool:
@@ -399,21 +399,21 @@ class _Download:
         return f"sha256:{self._hash.hexdigest()}" == self._blob.digest
 
     def write(self, part: bytes) -> None:
-        self._told(0)
+        self._advance(0)
         write_exactly(self._descriptor, memoryview(part), self.done)
         self._take(part)
 
     def restart(self) -> None:
-        self._told(-self.done)
+        self._advance(-self.done)
         os.ftruncate(self._descriptor, 0)
         self.done, self._hash = 0, hashlib.sha256()
 
 
 @contextlib.contextmanager
-def _open_download(file: Path, blob: Blob, told: Callable[[int], object]) -> Iterator[_Download]:
+def _open_download(file: Path, blob: Blob, advance: Callable[[int], object]) -> Iterator[_Download]:
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     descriptor = os.open(file, flags, 0o644)
     try:
-        yield _Download(descriptor, blob, told)
+        yield _Download(descriptor, blob, advance)
     finally:
         os.close(descriptor)

@@ -183,7 +183,7 @@ class _Upload:
 
         def each(part: memoryview) -> None:
             digest.update(part)
-            self._transfers.told(len(part))
+            self._transfers.advance(len(part))
 
         with self._open(entry.path) as source:
             try:
@@ -222,34 +222,34 @@ class _Upload:
     def _put(self, name: str) -> int:
         blob = self.artifact.files[name]
         if self._registry.has(blob):
-            self._transfers.told(blob.size)
+            self._transfers.advance(blob.size)
             return 0
         if name in self._small:
-            self._registry.put(blob, partial(_Content, self._small[name], self._transfers.told))
+            self._registry.put(blob, partial(_Content, self._small[name], self._transfers.advance))
         else:
             with self._open(self._paths[name]) as source:
-                self._registry.put(blob, partial(_File, source, blob, self._transfers.told))
+                self._registry.put(blob, partial(_File, source, blob, self._transfers.advance))
         return blob.size
 
 
 class _Content:
     """Bytes in memory, as the body of a request."""
 
-    def __init__(self, content: bytes, told: Callable[[int], object]) -> None:
-        self._left, self._told = memoryview(content), told
+    def __init__(self, content: bytes, advance: Callable[[int], object]) -> None:
+        self._left, self._advance = memoryview(content), advance
 
     def read(self, size: int = -1, /) -> bytes:
         part = bytes(self._left[: size if size >= 0 else None])
         self._left = self._left[len(part) :]
-        self._told(len(part))
+        self._advance(len(part))
         return part
 
 
 class _File:
     """A payload file, as the body of a request; it is not sent to its end if it has changed."""
 
-    def __init__(self, source: Ciphertext, blob: Blob, told: Callable[[int], object]) -> None:
-        self._parts, self._blob, self._told = source.parts(), blob, told
+    def __init__(self, source: Ciphertext, blob: Blob, advance: Callable[[int], object]) -> None:
+        self._parts, self._blob, self._advance = source.parts(), blob, advance
         self._done, self._digest = 0, hashlib.sha256()
 
     def read(self, size: int = -1, /) -> bytes:
@@ -266,5 +266,5 @@ class _File:
                 "a payload file changed while it was sent",
                 hint="look who writes to the sealed model, and push it again",
             )
-        self._told(len(part))
+        self._advance(len(part))
         return part

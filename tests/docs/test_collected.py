@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,19 @@ def runnable(docs: Any, page: str) -> list[str]:
                 if not docs.is_not_run(page, each.text)
             ]
     return found
+
+
+def test_the_extra_all_has_every_backend_and_the_readme_names_the_loaders_that_it_lacks() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    brought = set(extras["all"])
+    for backend in ("aws", "broker", "file", "pkcs11", "tpm2", "vault"):
+        assert set(extras[backend]) <= brought
+    loaders = [path.name for path in (ROOT / "loader").iterdir() if path.name in extras]
+    lacking = sorted(name for name in loaders if not set(extras[name]) <= brought)
+    named = ", ".join(f"`{name}`" for name in lacking)
+    assert f"OpenVINO; other runtimes ({named})" in (ROOT / "README.md").read_text()
 
 
 def test_pages_were_found(docs: Any) -> None:

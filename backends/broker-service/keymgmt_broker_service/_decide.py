@@ -131,7 +131,7 @@ class Broker:
         if entry is None:
             raise Refusal("key", "no such key under [keys]")
         policy, claims = self._verify(request, entry)
-        said |= {"policy": policy, **claims.said}
+        said |= {"policy": policy, **claims.facts}
         dek = self._unwrap(request, entry)
         try:
             info = answer_info(request.report_data)

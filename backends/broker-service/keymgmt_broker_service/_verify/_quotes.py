@@ -41,10 +41,15 @@ _INIT: Final = 0x01
 
 @dataclass(frozen=True)
 class Claims:
-    """What accepted evidence says: the kind, and short public words for the log."""
+    """What accepted evidence says.
+
+    Attributes:
+        kind: the kind of evidence.
+        facts: what it states, in short public words for the audit log.
+    """
 
     kind: str
-    said: Mapping[str, str]
+    facts: Mapping[str, str]
 
 
 def prepare(policy: SgxPolicy | TdxPolicy | TpmPolicy) -> Ready:
