@@ -90,6 +90,12 @@ class CallInFlight:
                 module._state.notify_all()
 
 
+_UNCONFIGURED: Final = (
+    "see whether this user may read the module's own configuration, and what that names; SoftHSM's "
+    "is the file that SOFTHSM2_CONF names, or /etc/softhsm/softhsm2.conf"
+)
+
+
 class Module(ForkSafe):
     """One library; ``open_module`` gives it.
 
@@ -174,7 +180,8 @@ class Module(ForkSafe):
             if self.quirks.one_at_a_time:
                 self.locking = False
         except CkError as error:
-            raise translate(error, f"initialising {self.path}") from error
+            translated = translate(error, f"initialising {self.path}")
+            raise type(translated)(str(translated), hint=_UNCONFIGURED) from error
         self.generation += 1
         self._since = time.monotonic()
 

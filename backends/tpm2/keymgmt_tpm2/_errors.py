@@ -56,7 +56,7 @@ _SLOTS: Final = (
     "with: keymgmt tpm flush PROVIDER"
 )
 _ENABLE: Final = "enable it in the firmware's setup, where it is called the TPM or its storage"
-_UNREACHED: Final = "see more with: keymgmt doctor PROVIDER"
+_UNREACHED: Final = "see whether the TPM, or what serves it, is there and runs; else correct tcti"
 _FAULTS: Final[dict[int, Fault]] = {
     **dict.fromkeys(BUSY, Fault(ProviderUnavailable, "the TPM is busy", "try again", passing=True)),
     0x902: Fault(

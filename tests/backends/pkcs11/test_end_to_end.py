@@ -231,3 +231,22 @@ def test_a_command_that_is_stopped_prints_no_traceback(
 ) -> None:
     Site(softhsm_token, tmp_path, "aes256", "ecdsa-p256")
     ends_quietly("-c", "keymgmt.toml", "pkcs11", "mechanisms", "hsm", cwd=tmp_path)
+
+
+@pytest.mark.once
+def test_a_module_that_lacks_its_own_configuration_says_where_that_is(
+    softhsm_token: Any, tmp_path: Path
+) -> None:
+    """SoftHSM answers CKR_GENERAL_ERROR, whatever it did not find."""
+    Site(softhsm_token, tmp_path, "aes256", "ecdsa-p256")
+    ran = subprocess.run(
+        [sys.executable, "-m", "keymgmt.cli", "-c", "keymgmt.toml", "doctor"],
+        env=os.environ | {"SOFTHSM2_CONF": "/nonexistent"},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=60,
+    )
+    assert ran.returncode == 1
+    assert "CKR_GENERAL_ERROR" in ran.stdout
+    assert "SOFTHSM2_CONF" in ran.stdout

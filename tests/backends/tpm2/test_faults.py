@@ -82,8 +82,11 @@ def test_no_tpm(provider, wrapped):
         assert "firmware" in str(caught.value.hint)
         assert not none.check().ok
     with changed(provider, tcti="swtpm:host=127.0.0.1,port=1") as none:
-        with pytest.raises(ProviderUnavailable, match="not reached"):
+        with pytest.raises(ProviderUnavailable, match=r"not reached.*port=1"):
             none.unwrap(wrapped, CONTEXT)
+        (failed,) = [finding for finding in none.check().findings if finding.status == "failed"]
+        assert "port=1" in failed.detail
+        assert "correct tcti" in str(failed.hint)
         # Sealing to it takes no TPM.
         assert none.wrap("dev", Dek.generate(), CONTEXT)
 

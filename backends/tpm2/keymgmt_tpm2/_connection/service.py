@@ -205,6 +205,9 @@ class Service(ForkSafe):
 
     def _explain(self, error: TpmError, doing: str) -> KeymgmtError:
         translated = translate(error, doing)
+        if error.lost:
+            where = f"{translated}, with tcti = {self.settings.tcti!r}"
+            return type(translated)(where, hint=translated.hint)
         if error.code != LOCKOUT and not error.refused_pin and not error.refused_lockout:
             return translated
         deadline = Deadline(min(self.settings.timeout, _EXPLAIN_SECONDS), "the TPM")
