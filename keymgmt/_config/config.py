@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import hashlib
+import json
 import logging
 import os
 import re
@@ -278,6 +280,15 @@ class Config(ForkSafe):
     def base(self) -> Path:
         """The directory to which relative paths are relative."""
         return self._base
+
+    @property
+    def provider_tables(self) -> bytes:
+        """SHA-256 of the tables of all providers, and of the directory to which they are relative.
+
+        It changes with whatever they say. No value of a secret is in them.
+        """
+        said = json.dumps([os.fspath(self._base), self._tables], sort_keys=True, default=str)
+        return hashlib.sha256(said.encode()).digest()
 
     @property
     def provider_names(self) -> tuple[str, ...]:

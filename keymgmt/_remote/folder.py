@@ -78,6 +78,10 @@ class RemoteFolder(ModelFolder):
         """Replace a small file unless it was replaced since it was read; raises as ``Storage``."""
         self._pins[name] = self._storage.replace(name, content, self._pins.get(name, ""))
 
+    def stamp(self, name: str) -> str:
+        """The ETag of a small file that was read."""
+        return self._pins.get(name, "")
+
     def open_payload(self, path: str) -> Ciphertext:
         """The ciphertext of a model's file; raises as ``SealedFolder``, and StorageError."""
         return _RemoteCiphertext(self._part, payload_name(path))

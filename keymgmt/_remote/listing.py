@@ -15,7 +15,7 @@ from keymgmt._remote.folder import has_model
 from keymgmt._remote.http import shown
 from keymgmt._remote.location import BUCKETS, Location
 from keymgmt.errors import ConfigError, SealedModelError, StorageUnavailable
-from keymgmt.sealed.folder import MANIFEST
+from keymgmt.sealed.folder import KEYS, MANIFEST
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,10 +46,14 @@ def is_remote_tree(location: Location, settings: Remote) -> bool:
     return True
 
 
-def list_models(location: Location, settings: Remote) -> Iterator[str | SealedModelError]:
+def list_models(
+    location: Location, settings: Remote, etags: dict[str, str] | None = None
+) -> Iterator[str | SealedModelError]:
     """The locations at or below ``location`` that have a ``manifest.json``, as pages come.
 
-    A name that is none of a location is an error that is given, and ends nothing.
+    Before a location is given, the ETag of its keys.json is put into ``etags``. That file comes
+    before the manifest: it is known if it was on the same page, or on the one before. A name that
+    is none of a location is an error that is given, and ends nothing.
 
     Raises:
         ConfigError: its scheme is not listed; or as ``bucket_storage``.
@@ -59,7 +63,7 @@ def list_models(location: Location, settings: Remote) -> Iterator[str | SealedMo
     _need_listed(location)
     prefix = f"{location.path}/" if location.path else ""
     query = {"list-type": "2", "max-keys": str(_KEYS), "prefix": prefix}
-    token = ""
+    token, before = "", dict[str, str]()
     while True:
         if token:
             query["continuation-token"] = token
@@ -67,10 +71,16 @@ def list_models(location: Location, settings: Remote) -> Iterator[str | SealedMo
         reply = http.request("GET", url, limit=_MAX_PAGE)
         if not reply.whole:
             raise _no_page(url, f"it is longer than {_MAX_PAGE} bytes")
-        names, following = _parse(bytes(reply.body), url, prefix)
-        for name in names:
+        listed, following = _parse(bytes(reply.body), url, prefix)
+        for name in listed:
             if name == prefix + MANIFEST or name.endswith(f"/{MANIFEST}"):
-                yield _model(location, name.removesuffix(MANIFEST).rstrip("/"), name)
+                folder = name.removesuffix(MANIFEST)
+                model = _model(location, folder.rstrip("/"), name)
+                etag = listed.get(folder + KEYS) or before.get(folder + KEYS)
+                if etags is not None and etag and isinstance(model, str):
+                    etags[model] = etag
+                yield model
+        before = listed
         if not following:
             return
         if following == token:
@@ -91,8 +101,8 @@ def _model(location: Location, path: str, name: str) -> str | SealedModelError:
     )
 
 
-def _parse(body: bytes, url: str, prefix: str) -> tuple[list[str], str]:
-    """The names of a page, and what to ask for the next with; empty after the last."""
+def _parse(body: bytes, url: str, prefix: str) -> tuple[dict[str, str], str]:
+    """The names and ETags of a page, and what to ask for the next with; empty after the last."""
     try:
         text = body.decode()
         if "<!" in text:  # entities; S3 writes none, and no comments
@@ -103,12 +113,13 @@ def _parse(body: bytes, url: str, prefix: str) -> tuple[list[str], str]:
     space = root.tag.removesuffix("ListBucketResult")
     if space == root.tag:
         raise _no_page(url, "it is no ListBucketResult")
-    names = [item.findtext(f"{space}Key", "") for item in root.iterfind(f"{space}Contents")]
+    items = root.findall(f"{space}Contents")
+    names = {item.findtext(f"{space}Key", ""): item.findtext(f"{space}ETag", "") for item in items}
     more = root.findtext(f"{space}IsTruncated", "")
     token = root.findtext(f"{space}NextContinuationToken", "") if more == "true" else ""
     if more not in ("true", "false") or (more == "true") != (0 < len(token) <= _MAX_TOKEN):
         raise _no_page(url, "it does not say whether it is the last, and what comes next")
-    if root.findtext(f"{space}KeyCount", str(len(names))) != str(len(names)):
+    if root.findtext(f"{space}KeyCount", str(len(items))) != str(len(items)):
         raise _no_page(url, "it has another number of names than it says")
     if not all(name.startswith(prefix) and name for name in names):
         raise _no_page(url, "it has names that were not asked for")

@@ -1,4 +1,4 @@
-"""Reading a small file, and knowing who could have written it.
+"""Reading a file, and knowing who could have written it.
 
 Rules: only regular files, at most so many bytes, and a fifo does not block. A file that decides
 whom to trust, or that holds a secret, is read only where nobody but root and this user could have
@@ -12,6 +12,7 @@ and its sshd allows (user-group-modes.patch).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import grp
 import os
@@ -22,12 +23,12 @@ from typing import Final, Literal
 
 from keymgmt.errors import ConfigError, KeymgmtError
 
-__all__ = ["Access", "check_trusted", "read_file"]
+__all__ = ["Access", "check_trusted", "open_file", "read_file"]
 
 Access = Literal["any", "trusted", "private"]
 """Who may have access: anybody; others may read and not write; nobody but this user and root."""
 
-_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+_FLAGS: Final = os.O_CLOEXEC | os.O_NONBLOCK
 # A writer that works as we do may put a new file in the place of the opened one at any moment.
 _EXCHANGES: Final = 100
 _LINKS: Final = 40  # as many as the kernel follows (path_resolution(7))
@@ -59,36 +60,11 @@ def read_file(
         KeymgmtError: of the class ``error``; ``__cause__`` is the OSError where the system refused,
             such as a FileNotFoundError.
     """
-    for _ in range(_EXCHANGES):
-        content = _read_once(path, label, limit, access, error, (hint, irregular))
-        if content is not None:
-            return content
-    raise error(f"the {label} {path} was exchanged again and again while it was read")
-
-
-def _read_once(
-    path: Path,
-    label: str,
-    limit: int,
-    access: Access,
-    error: type[KeymgmtError],
-    hints: tuple[str | None, str | None],
-) -> bytearray | None:
-    """The content, or None where another file took the place of the one that was opened."""
-    hint, irregular = hints
-    try:
-        descriptor = os.open(path, _FLAGS)
-    except (OSError, ValueError) as reason:  # ValueError: a NUL in the name
-        why = reason.strerror if isinstance(reason, OSError) else "its name has a NUL"
-        raise error(f"cannot read the {label} {path}: {why}", hint=hint) from reason
+    descriptor = open_file(
+        path, label=label, access=access, error=error, hint=hint, irregular=irregular
+    )
     try:
         info = os.fstat(descriptor)
-        if not stat.S_ISREG(info.st_mode):
-            raise error(f"the {label} {path} is not a regular file", hint=irregular)
-        if access != "any":
-            check_trusted(path, label=label, private=access == "private", error=error)
-            if not _is_same(path, info):
-                return None
         if info.st_size > limit:
             raise error(f"the {label} {path} is larger than {limit} bytes")
         content = bytearray(info.st_size)
@@ -108,6 +84,55 @@ def _read_once(
     if count != info.st_size:
         raise error(f"the {label} {path} changed while it was read", hint="try again")
     return content
+
+
+def open_file(
+    path: Path,
+    *,
+    label: str,
+    access: Access,
+    error: type[KeymgmtError] = ConfigError,
+    hint: str | None = None,
+    irregular: str | None = None,
+    flags: int = os.O_RDONLY,
+) -> int:
+    """Open a regular file that may be large; the caller closes the descriptor.
+
+    Arguments and errors are those of ``read_file``; ``flags`` are further ones of open(2).
+    """
+    for _ in range(_EXCHANGES):
+        descriptor = _open_once(path, label, access, error, (hint, irregular), flags)
+        if descriptor is not None:
+            return descriptor
+    raise error(f"the {label} {path} was exchanged again and again while it was read")
+
+
+def _open_once(
+    path: Path,
+    label: str,
+    access: Access,
+    error: type[KeymgmtError],
+    hints: tuple[str | None, str | None],
+    flags: int,
+) -> int | None:
+    """A descriptor, or None where another file took the place of the one that was opened."""
+    hint, irregular = hints
+    try:
+        descriptor = os.open(path, _FLAGS | flags)
+    except (OSError, ValueError) as reason:  # ValueError: a NUL in the name
+        why = reason.strerror if isinstance(reason, OSError) else "its name has a NUL"
+        raise error(f"cannot read the {label} {path}: {why}", hint=hint) from reason
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, descriptor)
+        info = os.fstat(descriptor)
+        if not stat.S_ISREG(info.st_mode):
+            raise error(f"the {label} {path} is not a regular file", hint=irregular)
+        if access != "any":
+            check_trusted(path, label=label, private=access == "private", error=error)
+            if not _is_same(path, info):
+                return None
+        stack.pop_all()
+    return descriptor
 
 
 def check_trusted(

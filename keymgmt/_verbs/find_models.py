@@ -39,6 +39,7 @@ __all__ = [
     "guarded",
     "is_model",
     "over_models",
+    "path_below",
     "read_models",
 ]
 
@@ -100,13 +101,15 @@ class Shard:
 
     def has(self, tree: Place, path: Place) -> bool:
         """Whether a folder of the tree is in this part; it is the same one in a bucket."""
-        below = (
-            path.removeprefix(str(tree)).strip("/") or "."
-            if isinstance(path, str)
-            else path.relative_to(tree)
-        )
-        digest = hashlib.sha256(os.fsencode(below)).digest()
+        digest = hashlib.sha256(os.fsencode(path_below(tree, path))).digest()
         return int.from_bytes(digest[:8], "big") % self.count == self.number - 1
+
+
+def path_below(tree: Place, path: str | os.PathLike[str]) -> str:
+    """The path from a tree to a folder in it; it is the same one in a bucket."""
+    if isinstance(path, str):
+        return path.removeprefix(str(tree)).strip("/") or "."
+    return str(Path(path).relative_to(tree))
 
 
 def find_models(
@@ -114,6 +117,7 @@ def find_models(
     links: list[Link] | None = None,
     shard: str | None = None,
     remote: Remote | None = None,
+    etags: dict[str, str] | None = None,
 ) -> Iterator[Place | Failure]:
     """Every sealed model at or below the ``trees``, each once, even if several links lead to it.
 
@@ -127,6 +131,7 @@ def find_models(
 
     With ``remote`` a tree may be in a bucket (``s3://BUCKET/PATH``, as a text). There every object
     named ``manifest.json`` counts as a model's, and a listing that fails is a Failure of the tree.
+    Before a model is yielded, the ETag of its keys.json is put into ``etags``, if it is known.
 
     Raises:
         ConfigError: ``shard`` has another form.
@@ -142,7 +147,7 @@ def find_models(
             there = isinstance(each, str) and is_location(each) and Location.parse(each)
             if remote is not None and there and there.scheme in BUCKETS:
                 tree = str(there)
-                found = _listed(there, remote, tuple(listed))
+                found = _listed(there, remote, tuple(listed), etags)
                 listed.append(tree)
             else:
                 need_folder(each)
@@ -171,13 +176,13 @@ def _is_in(shard: Shard, tree: Place, model_or_failure: Place | Failure) -> bool
 
 
 def _listed(
-    tree: Location, remote: Remote, before: Sequence[str]
+    tree: Location, remote: Remote, before: Sequence[str], etags: dict[str, str] | None
 ) -> Iterator[Place | Failure | None]:
     """What is at or below ``tree`` in a bucket; None for a model of a tree in ``before``."""
     from keymgmt._remote.listing import list_models
 
     try:
-        for item in list_models(tree, remote):
+        for item in list_models(tree, remote, etags):
             if isinstance(item, KeymgmtError):
                 yield Failure(str(tree), item)
             else:

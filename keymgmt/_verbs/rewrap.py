@@ -39,6 +39,8 @@ class Rewrapped:
         changed: whether keys.json was, or would be, replaced.
         groups: the outcome for each group.
         left: groups that still contain a key of a group that was dropped.
+        skipped: it was finished before, as a journal says, and not looked at; nothing else is said
+            of it.
     """
 
     path: str
@@ -46,6 +48,7 @@ class Rewrapped:
     changed: bool
     groups: tuple[GroupChange, ...] = field(default=())
     left: tuple[str, ...] = ()
+    skipped: bool = False
 
     @property
     def exit_code(self) -> int:
@@ -61,13 +64,15 @@ class Rewrapped:
             "changed": self.changed,
             "groups": [group.to_json() for group in self.groups],
             "left": list(self.left),
+            "skipped": self.skipped,
         }
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Rewrapped:
         """Reverse ``to_json``, for a result without an error."""
         groups = tuple(map(GroupChange.from_json, value["groups"]))
-        return cls(value["path"], value["name"], value["changed"], groups, tuple(value["left"]))
+        left, skipped = tuple(value["left"]), value["skipped"]
+        return cls(value["path"], value["name"], value["changed"], groups, left, skipped)
 
 
 Steps = Generator[Wanted, None, "Rewrapped"]
@@ -203,7 +208,10 @@ def rewrap_steps(
             elif not (locked or task.dry_run) and candidate.folder.in_use(KEYS):
                 raise ChangedMeanwhile
             states = tuple(work.states.values())
-            return Rewrapped(str(path), manifest.name, work.changed, states, left)
+            result = Rewrapped(str(path), manifest.name, work.changed, states, left)
+            if task.journal is not None and not result.exit_code:
+                task.journal.add(path, candidate.folder.stamp(KEYS), work.wrapped)
+            return result
 
 
 def _replace_keys(candidate: Candidate, data: bytes) -> None:

@@ -121,6 +121,8 @@ def not_opened(group: Group, index: int, unlocker: Unlocker, *, authentic: bool)
 class Work:
     """The groups of one model while they are changed; ``states`` is in the order of the result.
 
+    ``wrapped`` has the name of the recipient that each ``provider:key`` made.
+
     A context manager that wipes the shares of the new groups.
     """
 
@@ -144,6 +146,7 @@ class Work:
         self.changed = False
         self._again: dict[int, tuple[bool, list[ProviderKey]]] = {}
         self._new: list[tuple[Sequence[Wrap], NewGroup]] = []
+        self.wrapped: dict[str, str] = {}
         self._wanted = Wanted()
         self._held = contextlib.ExitStack()
 
@@ -270,10 +273,12 @@ class Work:
             if answer is None and name in down:
                 raise down[name]
             try:
-                return wrap(dek, context) if answer is None else wrap.answered(answer)
+                done = wrap(dek, context) if answer is None else wrap.answered(answer)
             except ProviderUnavailable as error:
                 down[name] = error
                 raise
+            self.wrapped[f"{name}:{key}"] = recipient_name(done)
+            return done
 
         return call
 

@@ -8,16 +8,19 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from keymgmt._config.calls import Answers, has_ability
+from keymgmt._crypto.dek import Dek
 from keymgmt._providers.contract import SupportsBatchUnwrap, SupportsBatchWrap
+from keymgmt._providers.names import KeyRef
 from keymgmt._trust.policy import load_publishers
-from keymgmt._trust.recipients import resolve_groups
+from keymgmt._trust.recipients import ProviderKey, RecipientFile, resolve_groups
 from keymgmt.errors import ConfigError, ProviderError
+from keymgmt.sealed.keys import recipient_name
 
 if TYPE_CHECKING:
     from keymgmt._config.config import Config
-    from keymgmt._crypto.dek import Dek
     from keymgmt._providers.data import WrappedKey
     from keymgmt._trust.policy import Publisher
+    from keymgmt._verbs.journal import Journal
     from keymgmt.sealed.keys import Group, UnlockPolicy, Wrap
 
 __all__ = ["Task", "Wanted"]
@@ -62,6 +65,7 @@ class Task:
         dry_run: write nothing.
         tree: whether this is one of many models: then a group to drop may be missing, and a model
             that does not open here is reported and not raised.
+        journal: told of each model that is finished.
         dropped: texts of ``drop`` that some model had.
         down: providers that could not be reached, and are not asked again.
     """
@@ -74,8 +78,32 @@ class Task:
     force: bool = False
     dry_run: bool = False
     tree: bool = False
+    journal: Journal | None = None
     dropped: set[str] = field(default_factory=set)
     down: dict[str, ProviderError] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, object]:
+        """What is done, by whom: the part of it that decides what becomes of a model."""
+        return {
+            "add": ["+".join(map(_shown, group)) for group in self.add],
+            "drop": list(self.drop),
+            "set": self.only,
+            "exact": self.exact,
+            "force": self.force,
+            "providers": self.config.provider_tables.hex(),
+        }
+
+    def newest(self, key: str) -> str:
+        """The name of the recipient that wrapping under ``provider:key`` makes now.
+
+        Raises:
+            ConfigError: there is no such provider.
+            ProviderError: it cannot wrap.
+        """
+        reference = KeyRef.parse(key)
+        wrap = ProviderKey(self.config, reference.provider, reference.key)
+        with Dek.generate() as probe:
+            return recipient_name(wrap(probe, b"keymgmt probe"))
 
     @functools.cached_property
     def publishers(self) -> list[Publisher]:
@@ -143,3 +171,9 @@ class Task:
             dry_run=dry_run,
             tree=tree,
         )
+
+
+def _shown(wrap: Wrap) -> str:
+    if isinstance(wrap, ProviderKey):
+        return f"{wrap.provider}:{wrap.key}"
+    return f"@{wrap.recipient.fingerprint}" if isinstance(wrap, RecipientFile) else repr(wrap)

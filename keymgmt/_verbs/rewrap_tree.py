@@ -9,17 +9,22 @@ done again under its lock.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import resource
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from keymgmt._config.calls import unwrap_many, wrap_many
 from keymgmt._config.config import use_config
+from keymgmt._remote.location import Location, is_location
 from keymgmt._verbs.find_models import CHUNK, Failure, Place, find_models, guarded
+from keymgmt._verbs.journal import Journal
 from keymgmt._verbs.rewrap import (
     ChangedMeanwhile,
     Rewrapped,
@@ -52,6 +57,7 @@ def rewrap_tree(
     force: bool = False,
     dry_run: bool = False,
     shard: str | None = None,
+    resume: str | os.PathLike[str] | None = None,
 ) -> Iterator[Result]:
     """Rewrap every sealed model below ``tree``, many at once, and tell of each as it is done.
 
@@ -68,10 +74,17 @@ def rewrap_tree(
     The parts may run at the same time, on machines that mount the tree at different paths. It is
     then no Failure that no model of the part had a group to drop.
 
+    ``resume`` is a file in which finished models are written down: a journal. It is made if it is
+    missing. A later run of the same job passes over them, and yields each as ``skipped``, unless
+    its ``keys.json`` was changed since then, or a key was rotated.
+
     Raises:
-        ConfigError, ProviderError: the config, or a group to add, is wrong; nothing was changed.
+        ConfigError, ProviderError: the config, or a group to add, is wrong, or the journal is of
+            another job, in use or damaged; nothing was changed.
     """
-    with use_config(keys) as config:
+    if resume is not None and dry_run:
+        raise ConfigError("a dry run finishes no model, so there is nothing to resume")
+    with use_config(keys) as config, contextlib.ExitStack() as stack:
         task = Task.make(
             config,
             add=add,
@@ -83,15 +96,48 @@ def rewrap_tree(
             dry_run=dry_run,
             tree=True,
         )
-        yield from _in_chunks(find_models(tree, shard=shard, remote=config.remote), task)
-        for text in drop if shard is None else ():
+        etags: dict[str, str] | None = None if resume is None else {}
+        found = find_models(tree, shard=shard, remote=config.remote, etags=etags)
+        if resume is None or etags is None:
+            yield from _in_chunks(found, task)
+            skipped = False
+        else:
+            journal = stack.enter_context(_open_journal(Path(resume), tree, shard, task))
+            task = replace(task, journal=journal)
+            yield from _in_chunks(_unfinished(found, journal, etags), task)
+            if journal.broken is not None:
+                yield Failure(str(resume), journal.broken)
+            skipped = journal.skipped
+        for text in drop if shard is None and not skipped else ():
             if text not in task.dropped:
                 # The group was dropped by an earlier run, or it is misspelt.
                 message = f"no model that was opened had a group {text} to drop"
                 yield Failure(str(tree), ConfigError(message))
 
 
-def _in_chunks(found: Iterable[Place | Failure], task: Task) -> Iterator[Result]:
+def _open_journal(
+    file: Path, tree: str | os.PathLike[str], shard: str | None, task: Task
+) -> Journal:
+    place: Place = str(Location.parse(str(tree))) if is_location(tree) else Path(tree)
+    address = place if isinstance(place, str) else os.path.realpath(place)
+    job = {"verb": "rewrap", "tree": address, "shard": shard, **task.to_json()}
+    return Journal(file, place, job, task.newest)
+
+
+def _unfinished(
+    found: Iterable[Place | Failure], journal: Journal, etags: dict[str, str]
+) -> Iterator[Place | Result]:
+    """What is left to do, and a result for each model that was finished before."""
+    for item in found:
+        etag = etags.get(str(item))
+        etags.clear()
+        if not isinstance(item, Failure) and journal.has(item, etag):
+            yield Rewrapped(str(item), "", changed=False, skipped=True)
+        else:
+            yield item
+
+
+def _in_chunks(found: Iterable[Place | Result], task: Task) -> Iterator[Result]:
     """The results of each chunk, in the order of the tree, while it and the next are at work."""
     found = iter(found)
     # Each model has two files open, and two chunks are at work.
@@ -149,10 +195,10 @@ class _Chunk:
     """Models that take each step together."""
 
     def __init__(
-        self, found: Sequence[Place | Failure], task: Task, pool: ThreadPoolExecutor
+        self, found: Sequence[Place | Result], task: Task, pool: ThreadPoolExecutor
     ) -> None:
         self._task, self._pool = task, pool
-        self._models = [each if isinstance(each, Failure) else _Model(each, task) for each in found]
+        self._models = [each if isinstance(each, Result) else _Model(each, task) for each in found]
 
     def begin(self) -> None:
         """Take every model as far as possible without waiting for the disk or for another run."""

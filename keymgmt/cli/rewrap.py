@@ -90,6 +90,13 @@ def rewrap(
         bool, typer.Option("--dry-run", "-n", help="Show what would be done; write nothing.")
     ] = False,
     shard: Shard = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Of a tree: write finished models into FILE; a later run passes over them.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Change who opens a model; without --add, --drop and --set, move to newest key versions.
@@ -113,6 +120,8 @@ def rewrap(
         "dry_run": dry_run,
     }
     if not is_tree(path, context.obj.config, shard=shard):
+        if resume is not None:
+            raise ConfigError("--resume is for a tree, and this is one model")
         done = keymgmt.rewrap(path, name=name, **options)
         if as_json:
             print_json({"format": FORMAT, **done.to_json()})
@@ -123,13 +132,14 @@ def rewrap(
         return
     if name is not None:
         raise ConfigError("--name is for one model, and this is a tree of them")
-    _tree(path, {**options, "shard": shard}, dry_run=dry_run, as_json=as_json)
+    options |= {"shard": shard, "resume": resume}
+    _tree(path, options, dry_run=dry_run, as_json=as_json)
 
 
 def _tree(path: str, options: dict[str, Any], *, dry_run: bool, as_json: bool) -> None:
     states: Counter[str] = Counter()
     codes: set[int] = set()
-    models = changed = 0
+    models = changed = skipped = 0
     failed: list[keymgmt.Failure] = []
     with counter("rewrapping") as tick:
         for item in keymgmt.rewrap_tree(path, **options):
@@ -145,6 +155,7 @@ def _tree(path: str, options: dict[str, Any], *, dry_run: bool, as_json: bool) -
                 tell_failure(failed[0], FORMAT, as_json=False)
             models += 1
             changed += item.changed
+            skipped += item.skipped
             codes.add(item.exit_code)
             states.update(group.state for group in item.groups)
             if as_json:
@@ -160,6 +171,7 @@ def _tree(path: str, options: dict[str, Any], *, dry_run: bool, as_json: bool) -
                 "format": FORMAT,
                 "models": models,
                 "changed": changed,
+                "skipped": skipped,
                 "failed": len(failed),
                 "groups": dict(states),
                 "dry_run": dry_run,
@@ -169,7 +181,10 @@ def _tree(path: str, options: dict[str, Any], *, dry_run: bool, as_json: bool) -
         )
     else:
         word = "would change" if dry_run else "changed"
-        console().print(f"{counted(models, 'model')}, {word} {changed}, failed {len(failed)}")
+        before = f", finished before {skipped}" if options["resume"] is not None else ""
+        console().print(
+            f"{counted(models, 'model')}, {word} {changed}, failed {len(failed)}{before}"
+        )
         listed = ", ".join(f"{state} {count}" for state, count in sorted(states.items()))
         console().print(f"groups: {listed or 'none'}")
     if code:

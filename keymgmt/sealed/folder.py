@@ -36,6 +36,7 @@ __all__ = [
     "SIGNATURES",
     "ModelFolder",
     "SealedFolder",
+    "file_stamp",
     "payload_name",
 ]
 
@@ -59,6 +60,11 @@ _DIRECTORY: Final = _FLAGS | os.O_DIRECTORY
 def payload_name(path: str) -> str:
     """The path of a file's ciphertext, relative to the sealed model's folder."""
     return f"{PAYLOAD}/{path}.floe"
+
+
+def file_stamp(info: os.stat_result) -> str:
+    """A text that changes whenever a file is written, or another takes its place."""
+    return f"{info.st_ino}-{info.st_size}-{info.st_mtime_ns}-{info.st_ctime_ns}"
 
 
 class ModelFolder(ABC):
@@ -85,6 +91,13 @@ class ModelFolder(ABC):
 
         Raises:
             IntegrityError: it was replaced meanwhile; it is left as it is.
+        """
+
+    @abstractmethod
+    def stamp(self, name: str) -> str:
+        """A text that tells the content of a small file that was read from any other it may get.
+
+        It is an ETag, or as ``file_stamp`` gives it; empty where there is none.
         """
 
     @abstractmethod
@@ -137,6 +150,7 @@ class SealedFolder(ModelFolder):
             SealedModelError: the system cannot read it.
         """
         self.path: Path = Path(path)
+        self._infos: dict[str, os.stat_result] = {}
         self._held = contextlib.ExitStack()
         try:
             self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
@@ -187,8 +201,9 @@ class SealedFolder(ModelFolder):
         with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123 - a descriptor
             parts = []
             try:
+                self._infos[name] = info = os.fstat(descriptor)
                 # Read in one piece of its size, so that a large file cannot demand a second copy.
-                left = min(os.fstat(descriptor).st_size, limit) + 1
+                left = min(info.st_size, limit) + 1
                 while left and (part := file.read(left)):
                     parts.append(part)
                     left -= len(part)
@@ -197,6 +212,10 @@ class SealedFolder(ModelFolder):
         if not left:
             raise FormatError(f"{name} is larger than {limit} bytes, or grew while it was read")
         return b"".join(parts)
+
+    def stamp(self, name: str) -> str:
+        """The ``file_stamp`` of a small file that was read."""
+        return file_stamp(self._infos[name]) if name in self._infos else ""
 
     def replace(self, name: str, content: bytes) -> None:
         """Replace a small file of this folder, and not of another folder that replaced it.

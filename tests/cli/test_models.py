@@ -119,6 +119,23 @@ def test_a_shard_of_a_tree(cli: Cli, site: Path, sealed: Path) -> None:
         assert (ran.code, "--shard is for a tree" in ran.err) == (3, True)
 
 
+def test_a_rewrap_of_a_tree_is_resumed(cli: Cli, site: Path, sealed: Path) -> None:
+    assert cli("seal", "model", "other.sealed").code == 0
+    assert cli("keys", "rotate", "local:models").code == 0
+    assert "changed 2, failed 0, finished before 0" in cli("rewrap", ".", "--resume", "done").out
+    assert cli("rewrap", ".").code == 0
+    assert "changed 0, failed 0, finished before 2" in cli("rewrap", ".", "--resume", "done").out
+    ran = cli("rewrap", ".", "--resume", "done", "--json")
+    *lines, summary = (json.loads(line) for line in ran.out.splitlines())
+    assert [line["skipped"] for line in lines] == [True, True]
+    assert (summary["models"], summary["changed"], summary["skipped"]) == (2, 0, 2)
+    for arguments in ([sealed, "--resume", "done"], [".", "--resume", "done", "-n"]):
+        assert cli("rewrap", *arguments).code == 3
+    ran = cli("rewrap", ".", "--resume", "done", "--shard", "1/2")
+    assert (ran.code, "differs in shard" in ran.err) == (3, True)
+    assert "remove it" in ran.hint
+
+
 @pytest.mark.parametrize(
     "command", [["verify"], ["sign", "--if-signed-by", "publisher.pem"], ["reseal"]]
 )

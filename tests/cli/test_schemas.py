@@ -25,6 +25,7 @@ def test_every_format_that_the_core_prints_has_a_schema() -> None:
         for file in [*root.rglob("cli/*.py"), *root.rglob("_verbs/*.py")]
         for name in re.findall(r'"(keymgmt-[a-z-]+/\d+)"', file.read_text("utf-8"))
     }
+    printed.remove("keymgmt-journal/1")  # a file, of which no line is printed
     there = {each.name for each in SCHEMAS.iterdir()}
     assert {name.replace("/", "-") + ".json" for name in printed} == there
 

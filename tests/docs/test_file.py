@@ -102,6 +102,8 @@ def test_a_fleet(desk: Any) -> None:
     (joined,) = (ran for command, ran in desk.told.items() if "parts:" in command)
     whole = {"parts": ["1/2", "2/2"], "models": 3, "failed": 0, "exit_code": 0}
     assert json.loads(joined.out) == whole
+    (skipped,) = (ran for command, ran in desk.told.items() if "jq .skipped" in command)
+    assert skipped.out == "3\n"
     usage = json.loads(desk.run("cat usage.json").out)
     (use,) = usage["keys"]
     use["only_way_into"].sort()

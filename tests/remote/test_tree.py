@@ -48,19 +48,25 @@ def found(trees: Any, config: Any, **more: Any) -> list[Any]:
     return list(find_models(trees, remote=config.remote, **more))
 
 
-def test_every_model_is_found_once(
-    pages: None, tree: str, s3: S3, config: Any, access: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The addresses that were asked for."""
     from keymgmt._remote.http import Http
 
-    asked: list[str] = []
+    urls: list[str] = []
     request = Http.request
 
     def counted(http: Http, method: str, url: str, **more: Any) -> Any:
-        asked.append(url)
+        urls.append(url)
         return request(http, method, url, **more)
 
     monkeypatch.setattr(Http, "request", counted)
+    return urls
+
+
+def test_every_model_is_found_once(
+    pages: None, tree: str, s3: S3, config: Any, access: Any, asked: list[str]
+) -> None:
     keys = config(access=access(s3.address))
     wanted = [f"{tree}/{name}" for name in NAMES]
     assert sorted(found(tree, keys)) == wanted
@@ -117,6 +123,50 @@ def test_a_tree_is_rewrapped_and_counted(
     assert [getattr(item, "state", item) for item in verified] == ["verified"] * 6
     # Another tree, of which the name begins alike.
     assert len(keymgmt.inspect(f"{tree}-of-another/m", keys=keys).groups) == 1
+
+
+def test_a_rewrap_goes_on_where_it_was(
+    tree: str, s3: S3, config: Any, access: Any, asked: list[str], tmp_path: Path
+) -> None:
+    """Of a finished model nothing is requested but its name and ETag, in the listing."""
+    keys = config(access=access(s3.address))
+
+    def run() -> dict[str, bool]:
+        done = keymgmt.rewrap_tree(tree, add=["local:b"], keys=keys, resume=tmp_path / "journal")
+        asked.clear()
+        names = {}
+        for item in done:
+            assert isinstance(item, keymgmt.Rewrapped), item
+            names[item.path.removeprefix(f"{tree}/")] = item.skipped
+        return names
+
+    assert run() == dict.fromkeys(NAMES, False)
+    assert run() == dict.fromkeys(NAMES, True)
+    assert len(asked) == 1
+    keymgmt.rewrap(f"{tree}/z", add=["local:c"], keys=keys)
+    assert run() == dict.fromkeys(NAMES, True) | {"z": False}
+    assert len(asked) > 1
+    assert run() == dict.fromkeys(NAMES, True)
+
+
+def test_the_etags_of_a_listing_are_those_of_the_objects(
+    pages: None, tree: str, s3: S3, config: Any, access: Any
+) -> None:
+    """Also of a model whose two files are on two pages; where they are further apart, of none."""
+    from keymgmt._trust.candidate import Candidate
+
+    keys = config(access=access(s3.address))
+    path = tree.removeprefix("s3://models/")
+    for number in range(20):
+        obstore.put(s3.store, f"{path}/z/l{number}", b"")
+    etags: dict[str, str] = {}
+    for model in find_models(tree, remote=keys.remote, etags=etags):
+        with Candidate.read(model, keys.remote) as candidate:
+            candidate.policy()
+            assert etags.pop(model, "") == (
+                "" if model.endswith("/z") else candidate.folder.stamp("keys.json")
+            )
+    assert not etags
 
 
 def test_a_second_rewrap_at_the_same_time_is_refused(
