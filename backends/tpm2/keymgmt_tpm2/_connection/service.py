@@ -120,7 +120,8 @@ class Service(ForkSafe):
                     return self._once(operation, deadline, pinned)
                 except TpmError as error:
                     if error.code in BUSY or error.code == PCR_CHANGED or self._is_full(error):
-                        again = deadline.remaining > deadline.seconds / 2
+                        # A call that may take long, as making a key, is told of it as soon.
+                        again = deadline.seconds - deadline.remaining < settings.timeout / 2
                     else:
                         # If the answer to a PIN was lost, sending it again may count as a second
                         # wrong try.
