@@ -7,7 +7,8 @@ demo:
 
 # For an editor, a debugger and pytest: every package, editable, and what the tests need.
 venv:
-	@uv=$$(.ci/uv) && .ci/packages && $$uv sync --frozen --all-packages --all-extras
+	@uv=$$(.ci/uv) && .ci/packages && { $$uv sync --frozen --all-packages --all-extras || \
+	    { .ci/packages build-essential libtss2-dev pkg-config python3-dev; exit 1; }; }
 
 # TOX="-e py311-core" runs less.
 test:
@@ -22,7 +23,7 @@ lint:
 nightly:
 	@KEYMGMT_TEST_NIGHTLY=1 .ci/test -e nightly,fuzz,other-programs,docs
 
-# The two commands on fresh Debian 12 and 13 machines, as root. TOX="-e py314-core" tests less.
+# README's and CONTRIBUTING's commands on fresh Debian 12 and 13 machines, as root. TOX="-e py314-core" tests less.
 fresh:
 	@TOX='$(TOX)' .ci/fresh
 

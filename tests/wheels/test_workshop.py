@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import programs
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -62,14 +63,7 @@ def release(clone: Path, version: str) -> subprocess.CompletedProcess[str]:
     (clone / ".tools" / "bin").mkdir(parents=True, exist_ok=True)
     (clone / ".tools" / "bin" / "uv").symlink_to(uv)
     path = [folder for folder in os.environ["PATH"].split(":") if Path(folder) != uv.parent]
-    return subprocess.run(
-        command,
-        cwd=clone,
-        env=os.environ | {"PATH": ":".join(path)},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    return programs.run(*command, cwd=clone, env=os.environ | {"PATH": ":".join(path)}, timeout=280)
 
 
 def test_a_release_sets_every_version_and_builds_it(clone: Path) -> None:
@@ -146,12 +140,8 @@ def test_the_table_of_environments_is_that_of_tox() -> None:
 
 
 def test_the_hooks_find_nothing(clone: Path) -> None:
-    done = subprocess.run(
-        ["uvx", "--quiet", "pre-commit", "run", "--all-files"],
-        cwd=clone,
-        capture_output=True,
-        text=True,
-        timeout=280,
+    done = programs.run(
+        "uvx", "--quiet", "pre-commit", "run", "--all-files", cwd=clone, timeout=280
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("Passed") == 2
@@ -170,7 +160,7 @@ def test_github_understands_its_files(schema: str, files: str) -> None:
     found = sorted((ROOT / ".github").glob(files))
     assert found
     command = ["uvx", "--quiet", "check-jsonschema", "--builtin-schema", f"vendor.{schema}"]
-    done = subprocess.run([*command, *found], capture_output=True, text=True, timeout=280)
+    done = programs.run(*command, *found, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -186,13 +176,7 @@ def test_a_python_that_is_named_and_not_here_fails_ci_and_is_skipped_at_a_desk(c
     project.write_text(project.read_text().replace(":: 3.14", ":: 3.99"))
     desk = {name: value for name, value in os.environ.items() if name != "CI"}
     for environment, code in ((desk, 0), (desk | {"CI": "true"}, 1)):
-        done = subprocess.run(
-            [clone / ".ci" / "test", "--version"],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=280,
-        )
+        done = programs.run(clone / ".ci" / "test", "--version", env=environment, timeout=280)
         assert "Python 3.99: not here" in done.stdout
         assert (done.returncode, "tox" in done.stdout) == (code, code == 0), done.stderr
 
@@ -214,31 +198,44 @@ def test_benchmarks_are_compared(tmp_path: Path) -> None:
     assert ["a, load", "cpu", "1", "1", "1.00", ""] in rows
 
 
-def test_who_may_not_install_is_told_what_to_ask_for(clone: Path, tmp_path: Path) -> None:
-    """In one line: a person who is neither root nor has sudo, on a machine without python3-venv."""
+@pytest.fixture
+def poor(tmp_path: Path) -> dict[str, str]:
+    """The environment of who is neither root nor has sudo, on a machine that lacks all packages."""
     tools = tmp_path / "bin"
     tools.mkdir()
-    for tool in ("sh", "dirname", "apt-get", "dpkg-query"):
+    for tool in ("sh", "dirname", "apt-get", "grep", "make"):
         if (found := shutil.which(tool)) is None:
             pytest.skip(f"no {tool}")
         (tools / tool).symlink_to(found)
     for name, script in (("id", "echo 1000"), ("python3", "exit 1"), ("dpkg-query", "exit 1")):
-        (tools / name).unlink(missing_ok=True)
         (tools / name).write_text(f"#!/bin/sh\n{script}\n")
         (tools / name).chmod(0o755)
-    for program in ("uv", "test"):
-        done = subprocess.run(
-            [clone / ".ci" / program],
-            env={"PATH": str(tools)},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert done.returncode == 1
-        assert done.stdout == ""
-        assert done.stderr == (
-            "neither root nor sudo: ask somebody who may for: apt-get install python3-venv\n"
-        )
+    return {"PATH": str(tools)}
+
+
+ASK = "neither root nor sudo: ask somebody who may for: apt-get install "
+
+
+@pytest.mark.parametrize("program", ["uv", "test"])
+def test_who_may_not_install_is_told_what_to_ask_for(
+    clone: Path, poor: dict[str, str], program: str
+) -> None:
+    done = programs.run(clone / ".ci" / program, env=poor)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"{ASK}python3-venv\n"
+
+
+def test_where_nothing_can_be_built_the_last_line_says_what_is_missing(
+    clone: Path, poor: dict[str, str]
+) -> None:
+    uv = Path(poor["PATH"], "uv")
+    uv.write_text("#!/bin/sh\necho fatal error: Python.h >&2; exit 1\n")
+    uv.chmod(0o755)
+    done = programs.run("make", "venv", cwd=clone, env=poor)
+    assert done.returncode == 2
+    _, last, end = done.stderr.splitlines()[-3:]
+    assert last == f"{ASK}build-essential libtss2-dev pkg-config python3-dev"
+    assert end.startswith("make: *** ")
 
 
 def test_the_packages_that_are_installed_are_named() -> None:
@@ -261,9 +258,7 @@ def make(clone: Path, tmp_path: Path) -> Callable[..., str]:
     environment.pop("CI", None)
 
     def run(*arguments: str) -> str:
-        done = subprocess.run(
-            ["make", *arguments], cwd=clone, env=environment, capture_output=True, text=True
-        )
+        done = programs.run("make", *arguments, cwd=clone, env=environment, timeout=2400)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -279,7 +274,7 @@ def test_the_commands_of_contributing_work_on_a_fresh_machine(
     assert re.findall(r"^\$ make (\w+)  ", page, re.MULTILINE)[:2] == ["venv", "check"]
     make("venv")
     command = [clone / ".venv" / "bin" / "pytest", "-q", "tests/sealed", "-k", "digest"]
-    done = subprocess.run(command, cwd=clone, capture_output=True, text=True)
+    done = programs.run(*command, cwd=clone, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "check: OK" in make("check")
 
