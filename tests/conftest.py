@@ -148,15 +148,14 @@ def within() -> Within:
 
     A limit of this process would hold for pytest as well, which writes its own output.
     """
-    from keymgmt.testing._process import in_fork
+    from forks import in_child
 
     def run(limit: int, value: int, call: Callable[[], object]) -> None:
-        def limited() -> str:
+        def limited() -> None:
             resource.setrlimit(limit, (value, value))
             call()
-            return "done"
 
-        assert in_fork(limited, 60) == "done"
+        in_child(limited)
 
     return run
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import programs
 import pytest
 from swtpm import Swtpm
 
@@ -42,13 +43,8 @@ class Site:
         """Run a command with a config of these tables; returns its output."""
         config = self.folder / "keymgmt.toml"
         config.write_text(tables + '[policy]\npublishers = { "publisher.pem" = ["*"] }\n')
-        done = subprocess.run(
-            [sys.executable, "-m", "keymgmt.cli", "--config", config, *arguments],
-            capture_output=True,
-            text=True,
-            cwd=self.folder,
-            env=self.environment,
-            timeout=120,
+        done = programs.run_keymgmt(
+            "--config", config, *arguments, cwd=self.folder, env=self.environment
         )
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + (done.stderr if code else "")

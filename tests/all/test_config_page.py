@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from programs import run
 from scripts import load_script
 
 from keymgmt._config.config import _File
@@ -49,4 +49,4 @@ def test_the_man_pages_are_those_of_the_commands() -> None:
     if shutil.which("groff") is None:
         pytest.skip("no groff to look for mistakes in the pages")
     command = ["groff", "-man", "-Tutf8", "-ww", "-z", *map(str, sorted(files))]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stderr == ""
+    assert run(*command, check=True).stderr == ""

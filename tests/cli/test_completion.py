@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import run
 
 Cli = Callable[..., Any]
 Type = Callable[[str, str], None]
@@ -26,7 +27,7 @@ def test_the_shell_completes_providers_and_keys(cli: Cli, site: Path) -> None:
             "_TYPER_COMPLETE_ARGS": f"keymgmt {words}",
         }
         command = [sys.executable, "-c", "from keymgmt.cli import main; main()"]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+        done = run(*command, env=environment)
         return done.stdout.replace("\\", "")
 
     assert "local:" in complete("keys show loc")
@@ -156,14 +157,7 @@ def test_fish_completes(
 ) -> None:
     fish = require_tool("fish", package="fish")
     install("fish", environment)
-    asked = subprocess.run(
-        [fish, "-c", 'complete --do-complete "$argv"', typed],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-    )
+    asked = run(fish, "-c", 'complete --do-complete "$argv"', typed, env=environment, check=True)
     lines = asked.stdout.splitlines()
     assert len(lines) == len(offered), asked
     assert all(map(str.startswith, sorted(lines), offered)), asked

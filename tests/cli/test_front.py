@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import typer
+from programs import run_python
 
 import keymgmt.cli as keymgmt_cli
 from keymgmt._system import entry_points
@@ -168,13 +169,7 @@ def imports_nothing_heavy(
         "atexit.register(lambda: print([n for n in sys.modules if n.startswith(heavy)]))\n"
         "from keymgmt.cli import main\nmain()\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        timeout=60,
-    )
+    done = run_python(program, *arguments, env=os.environ | environment)
     assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
     return done.stdout
 

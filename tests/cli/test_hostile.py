@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
 import sys
+
+from programs import run
 
 from keymgmt.sealed.keys import Group, UnlockPolicy
 
@@ -35,13 +36,7 @@ def test_an_audit_event_is_one_line(site, cli):
     exported = cli("keys", "export", "local:d", "-o", str(odd))
     fingerprint = exported.err.split()[-1]
     command = [sys.executable, "-P", "-m", "keymgmt.cli", "-v", "seal", "model", "m.sealed"]
-    done = subprocess.run(
-        [*command, "--to", f"@{odd}", "--fingerprint", fingerprint],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run(*command, "--to", f"@{odd}", "--fingerprint", fingerprint)
     assert done.returncode == 0, done.stderr
     assert "recipient=" in done.stderr
     assert "\x1b" not in done.stderr

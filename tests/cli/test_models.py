@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import run
 
 import keymgmt.cli._output
 
@@ -226,12 +227,10 @@ def test_with_json_nothing_else_is_on_stdout(cli: Cli, site: Path) -> None:
 def test_audit_events_show_with_verbose_and_hold_no_secret(cli: Cli, sealed: Path) -> None:
     key_file = json.loads((sealed.parent / "keys" / "models.jwks").read_text())
     command = [sys.executable, "-m", "keymgmt.cli", "-v", "verify", str(sealed)]
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=sealed.parent, timeout=60)
+    ran = run(*command, cwd=sealed.parent)
     assert "keymgmt.audit: event=unwrap" in ran.stderr
     assert key_file["keys"][0]["k"] not in ran.stdout + ran.stderr
-    quiet = subprocess.run(
-        command[:3] + command[4:], capture_output=True, text=True, timeout=60, cwd=sealed.parent
-    )
+    quiet = run(*(command[:3] + command[4:]), cwd=sealed.parent)
     assert "event=" not in quiet.stderr
 
 
@@ -289,7 +288,7 @@ _run.run([])
 def test_a_signal_that_comes_during_a_fork_is_not_lost(number: int) -> None:
     """Python cannot raise there, nor in a ``__del__``, and only tells of what it ignored."""
     command = [sys.executable, "-c", _FORKS, str(int(number))]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    ran = run(*command)
     assert (ran.returncode, ran.stderr) == (128 + number, "")
 
 
@@ -313,7 +312,7 @@ _run.run([])
 def test_a_signal_that_a_library_turns_into_its_own_error_is_no_traceback(number: int) -> None:
     """As pydantic does while it makes a class, which our modules do when they are imported."""
     command = [sys.executable, "-c", _CONVERTS, str(int(number))]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    ran = run(*command)
     assert (ran.returncode, ran.stderr) == (128 + number, "")
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 
 pytest.importorskip("keymgmt_file")
@@ -21,7 +22,7 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 def run(tmp_path: Path) -> Run:
     def keymgmt(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-P", "-m", "keymgmt.cli", *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+        done = programs.run(*command, cwd=tmp_path)
         assert done.returncode == code, done.stdout + done.stderr
         return done
 
@@ -87,9 +88,7 @@ def test_what_was_made_and_cannot_be_deleted_is_named(config: Path, tmp_path: Pa
         "if __name__ == '__main__': main()\n"
     )
     arguments = ("plugin", "check", "local:kek", "-c", str(config), "--create-keys", "--json")
-    done = subprocess.run(
-        [sys.executable, "-P", program, *arguments], capture_output=True, text=True, timeout=120
-    )
+    done = programs.run(sys.executable, "-P", program, *arguments)
     made = json.loads(done.stdout)
     assert [each for each in made["checks"] if each["outcome"] == "failed"] == []
     assert made["left"]
@@ -178,7 +177,7 @@ def test_what_the_operator_has_to_mend_ends_it_before_the_first_check(
 def test_without_pytest_it_says_what_to_install(config: Path) -> None:
     code = "import sys; sys.modules['pytest'] = None; from keymgmt.cli import main; main()"
     command = [sys.executable, "-P", "-c", code, "plugin", "check", "local", "-c", str(config)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = programs.run(*command)
     assert done.returncode == 3
     assert 'pip install "keymgmt[testing]"' in done.stderr
 

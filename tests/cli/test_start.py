@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import run, run_python
 
 Install = Callable[..., Path]
 Cli = Callable[..., Any]
@@ -17,7 +18,7 @@ GROUP = "keymgmt.commands"
 
 def keymgmt(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "keymgmt.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return run(*command)
 
 
 def test_help_imports_neither_openvino_nor_a_backend() -> None:
@@ -31,9 +32,7 @@ except SystemExit as end:
     assert not end.code, end.code
 print([name for name in sys.modules if name.startswith(("openvino", "keymgmt_", "numpy"))])
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
-    )
+    done = run_python(program, check=True)
     assert "--config" in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
 

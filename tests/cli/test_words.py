@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import run
 
 Cli = Callable[..., Any]
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="root alone mounts")
@@ -259,13 +260,7 @@ def test_without_a_config_it_says_where_it_looked(cli: Cli, tmp_path: Path) -> N
 
 def test_a_config_from_a_pipe(site: Path) -> None:
     """``-c <(...)``: a shell's pipe is no place for a config, and the sentence says so."""
-    ran = subprocess.run(
-        ["bash", "-c", f"{sys.executable} -m keymgmt doctor -c <(cat keymgmt.toml)"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=site,
-    )
+    ran = run("bash", "-c", f"{sys.executable} -m keymgmt doctor -c <(cat keymgmt.toml)", cwd=site)
     assert ran.returncode == 3
     assert "is not a regular file" in ran.stderr
     assert "hint: " in ran.stderr
@@ -312,7 +307,7 @@ def test_a_config_that_this_user_may_not_read(site: Path) -> None:
     )
     (site / "keymgmt.toml").chmod(0o600)
     command = [sys.executable, "-c", code, site / "keymgmt.toml"]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    ran = run(*command)
     assert ran.stdout.endswith(
         "Permission denied; let this user read it, or name another one: -c FILE\n"
     ), ran.stderr
@@ -338,6 +333,7 @@ def test_what_the_library_warns_of_is_shown_once(cli: Cli, sealed: Path, site: P
         assert "event=" not in ran.err
 
 
+@pytest.mark.once
 def test_what_an_onnx_names_is_told_before_it_is_sealed(cli: Cli, site: Path) -> None:
     onnx = pytest.importorskip("onnx")
     helper, tensors = onnx.helper, onnx.TensorProto

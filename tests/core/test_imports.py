@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from programs import run_python
 
 # What may be imported from where: each part only from those before it.
 ORDER = [
@@ -132,9 +133,7 @@ def test_every_module_of_the_core_imports_without_any_backend() -> None:
     names = [name for name in modules("keymgmt") if not name.endswith("__main__")]
     program = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)\n"
     program += "print([name for name in sys.modules if name.startswith(('openvino', 'keymgmt_'))])"
-    done = subprocess.run(
-        [sys.executable, "-c", program, *names], capture_output=True, text=True, timeout=60
-    )
+    done = run_python(program, *names)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "[]\n"
 

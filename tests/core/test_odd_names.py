@@ -60,35 +60,3 @@ def test_a_terminal_that_cannot_show_a_character(encoding: str, tmp_path: Path) 
     assert b"Traceback" not in done.stderr
     assert b"\\u6a21" in done.stderr
     assert done.returncode == 3
-
-
-LATIN = """
-import sys
-import keymgmt
-config = sys.argv[1]
-keymgmt.seal("plain", "m.sealed", keys=config, name="m")
-keymgmt.verify("m.sealed", keys=config)
-with keymgmt.open("m.sealed", keys=config) as model:
-    names = [entry.path for entry in model.manifest.files]
-    assert names == ["poids-\\u00e9t\\u00e9.bin"], names
-keymgmt.unseal("m.sealed", "again", keys=config)
-"""
-
-
-def test_a_file_system_encoding_other_than_utf_8(tmp_path: Path) -> None:
-    pytest.importorskip("keymgmt_file")
-    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    (tmp_path / "plain").mkdir()
-    name = "poids-\u00e9t\u00e9.bin"
-    (tmp_path / "plain" / name).write_bytes(b"weights")
-
-    def run(*command: str) -> subprocess.CompletedProcess[bytes]:
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, timeout=60, check=False
-        )
-
-    assert run(sys.executable, "-m", "keymgmt.cli", "init", "site").returncode == 0
-    done = run(sys.executable, "-c", LATIN, "site/keymgmt.toml")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "again" / name).read_bytes() == b"weights"
-    assert (tmp_path / "m.sealed" / "payload" / f"{name}.floe").is_file()

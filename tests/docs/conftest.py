@@ -27,6 +27,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 from markdown_it import MarkdownIt
 from swtpm import Swtpm
@@ -281,14 +282,7 @@ class Desk:
             answers = typed if isinstance(typed, list) else typed()
             self.last = _at_a_terminal(arguments, environment, answers)
         else:
-            done = subprocess.run(
-                arguments,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=600,
-            )
+            done = programs.run(*arguments, env=environment, stdin=subprocess.DEVNULL, timeout=600)
             self.last = Ran(done.returncode, done.stdout, done.stderr)
         if code is not None and self.last.code != code:
             pytest.fail(f"{command}\nexit code {self.last.code}, not {code}:\n{self.last.said}")

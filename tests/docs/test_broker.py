@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import ssl
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from gramine import Gramine
 from loopback import Authority, free_port
 from quotes import MRENCLAVE, World
+from tees import gramine_toml, mounted
+from waiting import until
 
 pytest.importorskip("keymgmt_broker_service")
 pytestmark = [pytest.mark.once, pytest.mark.timeout(600)]
 
 
 @pytest.fixture
-def port(desk: Any, require_tool: Callable[..., Path], tmp_path: Path) -> int:
+def port(desk: Any, require_tool: Callable[..., Path], tmp_path: Path) -> Iterator[int]:
     """A desk where the broker has its certificate, and the machine an enclave."""
     require_tool("openssl")
     authority, world, port = Authority(tmp_path / "tls"), World(), free_port()
@@ -30,7 +31,7 @@ def port(desk: Any, require_tool: Callable[..., Path], tmp_path: Path) -> int:
     desk.config.parent.mkdir(parents=True, mode=0o700)
     (desk.config.parent / "broker-ca.pem").write_bytes(authority.ca_file.read_bytes())
     root = world.write(desk.work / "collateral")
-    gramine = Gramine(tmp_path / "enclave", world.sgx)
+    enclave = tmp_path / "enclave"
     collateral = 'collateral = "collateral"\n'
     desk.stand_ins = {
         "0.0.0.0:8443": f"127.0.0.1:{port}",
@@ -38,29 +39,24 @@ def port(desk: Any, require_tool: Callable[..., Path], tmp_path: Path) -> int:
         "/etc/keymgmt/keymgmt.toml": str(desk.config),
         "1" * 64: MRENCLAVE.hex(),
         collateral: f'{collateral}unsafe_root = "{root}"\n',
-        'evidence = "sgx"\nrecipients': f"evidence = {gramine.toml}\nrecipients",
+        'evidence = "sgx"\nrecipients': f"evidence = {gramine_toml(enclave)}\nrecipients",
     }
-    return port
+    with mounted("sgx", world, enclave, require_tool):
+        yield port
 
 
 def test_the_page(desk: Any, docs: Any, port: int) -> None:
     (config,) = (each for each in docs.blocks("docs/broker.md") if each.text.startswith("listen"))
 
-    def listens(_lines: object) -> None:
+    def answers() -> bool:
         context = ssl.create_default_context(cafile=desk.config.parent / "broker-ca.pem")
-        end = time.monotonic() + 60
-        while True:
-            made = http.client.HTTPSConnection("127.0.0.1", port, context=context)
-            try:
-                made.request("GET", "/healthz")
-            except OSError:
-                assert time.monotonic() < end
-                time.sleep(0.1)
-            else:
-                assert made.getresponse().status == 200
-                return
+        made = http.client.HTTPSConnection("127.0.0.1", port, context=context)
+        with contextlib.suppress(OSError):
+            made.request("GET", "/healthz")
+            return made.getresponse().status == 200
+        return False
 
-    desk.served = {"keymgmt broker serve --config broker.toml": listens}
+    desk.served = {"keymgmt broker serve --config broker.toml": lambda _: until(answers, 60)}
     desk.run_page(
         "docs/broker.md",
         given={

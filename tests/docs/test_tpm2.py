@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from swtpm import free_ports
+from eventlog import ACTION, event, log
+from swtpm import free_ports, maker
 
 pytest.importorskip("keymgmt_tpm2")
 pytest.importorskip("keymgmt_file")
@@ -35,34 +34,13 @@ def manufacture(desk: Any, require_tool: Callable[..., Path]) -> None:
     require_tool("swtpm_setup", package="swtpm-tools")
     localca = require_tool("swtpm_localca", package="swtpm-tools")
     ca = desk.folder / "ca"
-    ca.mkdir()
-    (ca / "options").write_text(
-        "--platform-manufacturer ACME\n--platform-version 2.1\n--platform-model Test\n"
-    )
-    (ca / "localca.conf").write_text(
-        f"statedir={ca}\nsigningkey={ca}/signkey.pem\nissuercert={ca}/issuercert.pem\n"
-        f"certserial={ca}/certserial\n"
-    )
-    (ca / "setup.conf").write_text(
-        f"create_certs_tool={localca}\ncreate_certs_tool_config={ca}/localca.conf\n"
-        f"create_certs_tool_options={ca}/options\nactive_pcr_banks=sha256\n"
-    )
-    desk.run(
-        f"mkdir tpm && swtpm_setup --tpm2 --tpmstate tpm --config {ca}/setup.conf "
-        f"--create-ek-cert --lock-nvram --pcr-banks sha256 --logfile {ca}/log && "
-        f"cat {ca}/*cert.pem > maker.pem"
-    )
+    options = " ".join(maker(ca, localca))
+    desk.run(f"mkdir tpm && swtpm_setup --tpmstate tpm {options} && cat {ca}/*cert.pem > maker.pem")
 
 
 def event_log() -> bytes:
-    """What a machine measured, in the format of the TCG: one event for each of PCR 0, 2 and 7."""
-    sha256 = 0x000B
-    spec = b"Spec ID Event03\0" + struct.pack("<IBBBBIHHB", 0, 0, 2, 0, 2, 1, sha256, 32, 0)
-    log = struct.pack("<II20sI", 0, 3, bytes(20), len(spec)) + spec
-    for index in (0, 2, 7):
-        digest = hashlib.sha256(b"event").digest()
-        log += struct.pack("<IIIH32sI5s", index, 5, 1, sha256, digest, 5, b"event")
-    return log
+    """What a machine measured: one event for each of PCR 0, 2 and 7."""
+    return log(*(event(index, ACTION, b"event") for index in (0, 2, 7)))
 
 
 def configured(desk: Any, tcti: str, more: str = "") -> None:

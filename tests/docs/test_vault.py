@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import re
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from loopback import free_port
 
 pytest.importorskip("keymgmt_vault")
 # Many short processes, which a busy machine makes long.
@@ -17,12 +17,6 @@ pytestmark = [pytest.mark.once, pytest.mark.timeout(1200)]
 
 MODEL = "echo net > model.xml && echo weights > model.bin"
 ADMIN = 'path "transit/*" { capabilities = ["create", "read", "update", "list"] }'
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import run
 
 DEPLOY = Path(__file__).parents[2] / "examples" / "deploy"
 
@@ -29,9 +29,7 @@ def test_the_unit(needs_root, site, require_tool, tmp_path):
     there = unit.replace("ExecStart=keymgmt", "ExecStart=/bin/true")
     there = there.replace(":/etc/keymgmt/vault-secret", ":/etc/hostname")
     (tmp_path / "llama.service").write_text(there)
-    done = subprocess.run(
-        [verify, "verify", tmp_path / "llama.service"], capture_output=True, text=True, timeout=60
-    )
+    done = run(verify, "verify", tmp_path / "llama.service")
     assert (done.returncode, done.stderr) == (0, "")
     # As the unit runs it: a user without any rights, without new privileges.
     site.own(1234)

@@ -10,11 +10,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
+from waiting import until
 
 OTHER = 1234  # a user of no account
 PYTHON = "/usr/bin/python3"  # a program outside of our environment, without keymgmt
@@ -74,12 +76,7 @@ def running(site: Any, *arguments: object, user: int | None = None) -> Iterator[
 
 
 def as_user(user: int, *command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", *command],
-        capture_output=True,
-        text=True,
-        timeout=20,
-    )
+    return programs.run("setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", *command)
 
 
 def test_the_program_sees_the_files_and_nobody_else_does(needs_root, site):
@@ -163,9 +160,7 @@ def test_in_a_user_namespace_it_keeps_its_user_and_has_no_capabilities(needs_roo
 def test_the_kernel_refuses_noswap_in_a_user_namespace(needs_root):
     program = "mount -t tmpfs -o noswap x /mnt; echo $?; mount -t ramfs x /mnt; echo $?"
     command = ["setpriv", f"--reuid={OTHER}", f"--regid={OTHER}", "--clear-groups"]
-    done = subprocess.run(
-        [*command, "unshare", "-Urm", "sh", "-c", program], capture_output=True, text=True
-    )
+    done = programs.run(*command, "unshare", "-Urm", "sh", "-c", program)
     refused, taken = done.stdout.split()
     assert refused != "0"
     assert taken == "0"
@@ -423,7 +418,7 @@ def test_a_program_that_forks_daemons(needs_root, site):
         timeout=60,
     )
     assert done.returncode == 3
-    wait_for(lambda: out.exists() and out.read_text() == "hello\ndone\n")
+    until(lambda: out.exists() and out.read_text() == "hello\ndone\n")
 
 
 def test_no_core_dump(needs_root, site):
@@ -443,13 +438,6 @@ def test_no_core_dump(needs_root, site):
         done = site.run(*user, "--", *crash, cwd=folder)
         assert done.returncode == -signal.SIGSEGV
         assert list(folder.iterdir()) == []
-
-
-def wait_for(what: Callable[[], bool]) -> None:
-    until = time.monotonic() + 30
-    while not what():
-        assert time.monotonic() < until
-        time.sleep(0.05)
 
 
 READS = """
@@ -508,7 +496,7 @@ def test_with_a_parent_that_stays_signals_and_their_exit_are_passed_on(needs_roo
         program = int(process.first)
         process.kill()
         process.wait(20)
-        wait_for(lambda: not Path(f"/proc/{program}").exists())
+        until(lambda: not Path(f"/proc/{program}").exists())
     assert site.run(*arguments, "/no/such/program").returncode == 127
     for wrong in ("port:0", "port:x", "file:relative", "command:", "command:'", "8000", "url:x"):
         assert site.run("--drop-when-ready", wrong, "--", "true").returncode == 3
@@ -540,7 +528,7 @@ def test_killed_at_any_moment_nothing_is_left(needs_root, site):
         time.sleep(chance.uniform(0, 0.9))
         process.send_signal(chance.choice([signal.SIGKILL, signal.SIGTERM]))
         assert process.wait(20) in (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM)
-    wait_for(lambda: not ours())
+    until(lambda: not ours())
     assert mounts() == before
     assert not list(Path("/tmp").glob("keymgmt/m"))
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import rich
+from programs import run
 
 import keymgmt
 from keymgmt._mount.folders import MemfdFolder
@@ -165,7 +166,7 @@ def test_a_caller_with_ambient_capabilities_keeps_them_to_itself(needs_root, sit
         line[2] = line[2].replace("os.setresuid(user, user, user)", "pass")
         line[2] = line[2].replace("os.setresgid(user, user, user)", "pass")
         line[6:6] = [str(setpriv), *ids, f"--inh-caps={caps}", f"--ambient-caps={caps}"]
-        done = subprocess.run(line, env=site.env(), capture_output=True, text=True, cwd="/")
+        done = run(*line, env=site.env(), cwd="/")
         found = dict(each.split() for each in done.stdout.splitlines())
         assert found == dict.fromkeys(found, "0" * 16), done.stderr
         assert len(found) == 4, done.stderr
@@ -180,15 +181,11 @@ def test_a_core_dump_has_no_memory_in_it(needs_root, site, via, user):
     # 1 is what keeps a dump from a handler. Where the limit is 0, root may raise it to that, if it
     # has the capability, and for others there is the filter.
     for before, after in ((1 << 20, {"1"}), (0, {"0"} if user else {"0", "1"})):
-        done = subprocess.run(
-            [
-                "prlimit",
-                f"--core={before}:{before}",
-                *site.command("--via", via, "--", "sh", "-c", script, user=user),
-            ],
+        done = run(
+            "prlimit",
+            f"--core={before}:{before}",
+            *site.command("--via", via, "--", "sh", "-c", script, user=user),
             env=site.env(),
-            capture_output=True,
-            text=True,
             cwd="/",
         )
         filters, *words = done.stdout.split()
@@ -225,7 +222,7 @@ def test_the_first_process_of_a_container_tells_the_signal_by_its_code(needs_roo
     arguments = ["--drop-when-ready", "file:/tmp/never", "--user", "nobody", "--"]
     line = site.command(*arguments, "sh", "-c", "kill -KILL $$")
     first = ["unshare", "-p", "-f", "--mount-proc", *line]
-    done = subprocess.run(first, env=site.env(), capture_output=True, text=True, cwd="/")
+    done = run(*first, env=site.env(), cwd="/")
     assert done.returncode == 128 + signal.SIGKILL, done.stderr
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import run
 
 pytest.importorskip("gguf")
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(900)]
@@ -43,7 +44,7 @@ def test_it_answers_as_from_the_plain_file(
     subprocess.run([npm, "install", *options, site.root, *packages], check=True, timeout=600)
     (site.root / "run.mjs").write_text(PROGRAM)
     line = [str(node), str(site.root / "run.mjs")]
-    plain = subprocess.run([*line, site.plain], capture_output=True, text=True, timeout=120)
+    plain = run(*line, site.plain)
     assert plain.returncode == 0, plain.stderr
     assert len(plain.stdout.split()) == 8
     for via in ("mount", "memfd"):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from programs import run
 
 OTHER = 1234
 PROGRAM = """
@@ -70,7 +71,7 @@ except keymgmt.errors.KeymgmtError as error:
     print(error, "|", error.hint)
 """
     line = [*site.command(user=OTHER)[:-5], sys.executable, "-c", program, str(site.sealed)]
-    done = subprocess.run(line, env=site.env(), capture_output=True, text=True, timeout=60)
+    done = run(*line, env=site.env())
     assert "Invalid argument" in done.stdout, done.stderr
     assert "several threads" in done.stdout
     assert "keymgmt.mount" in done.stdout
@@ -96,7 +97,7 @@ ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # so that the links can be read
 print(before == (os.readlink("/proc/self/ns/user"), os.readlink("/proc/self/ns/mnt")))
 """
     line = [*site.command(user=user)[:-5], sys.executable, "-c", program, str(site.sealed)]
-    done = subprocess.run(line, env=site.env(), capture_output=True, text=True, timeout=60)
+    done = run(*line, env=site.env())
     said, same = done.stdout.splitlines()
     assert "permits no private file system" in said, done.stderr
     assert "non-dumpable (keymgmt.harden, keymgmt.mount)" in said
@@ -125,6 +126,6 @@ except keymgmt.errors.ConfigError as error:
     print(error, "|", error.hint)
 """
     line = [*site.command(user=user)[:-5], sys.executable, "-c", program, str(file)]
-    done = subprocess.run(line, env=site.env(), capture_output=True, text=True, timeout=60)
+    done = run(*line, env=site.env())
     assert "its owner does not exist" in done.stdout, done.stderr
     assert "run it as another user than 65534" in done.stdout

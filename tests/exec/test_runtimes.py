@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import run
 
 np = pytest.importorskip("numpy")
 onnx = pytest.importorskip("onnx")
@@ -94,7 +95,7 @@ def answer(program: str, folder: str) -> list[str]:
 def test_it_answers_as_from_plain_files(needs_root, runtimes, name):
     program = PROGRAMS[name]
     line = answer(program, str(runtimes.plain))
-    plain = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    plain = run(*line)
     assert plain.returncode == 0, plain.stderr
     found = runtimes.run("--", *answer(program, "{sealed}"))
     assert (found.returncode, found.stdout) == (0, plain.stdout), found.stderr
@@ -112,7 +113,7 @@ with keymgmt.private_folder(sys.argv[1], name="m") as folder:
 {textwrap.indent(PROGRAMS[name], "    ")}
 """
     found = [
-        subprocess.run(line, capture_output=True, text=True, timeout=120, env=runtimes.env())
+        run(*line, env=runtimes.env())
         for line in (
             answer(PROGRAMS[name], str(runtimes.plain)),
             [sys.executable, "-c", program, str(runtimes.sealed)],

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import run
 
 pytestmark = pytest.mark.nightly
 SIZE = 4 << 20
@@ -55,7 +56,7 @@ def swap(tmp_path: Path, require_tool: Callable[..., Path]) -> Iterator[Callable
     file.write_bytes(bytes(4 * SIZE))
     file.chmod(0o600)
     subprocess.run([require_tool("mkswap"), file], check=True, capture_output=True)
-    on = subprocess.run([require_tool("swapon"), file], capture_output=True, text=True)
+    on = run(require_tool("swapon"), file)
     if on.returncode:
         pytest.skip(f"no swap may be made here: {on.stderr.strip()}")
 
@@ -98,6 +99,6 @@ def test_memfds_are_and_it_is_said(needs_root, canary, swap):
 
 def test_what_a_loader_holds_is_not_swapped_out(canary, swap):
     line = [sys.executable, "-c", FROM_MEMORY, canary.sealed]
-    done = subprocess.run(line, capture_output=True, text=True, env=canary.env(), timeout=120)
+    done = run(*line, env=canary.env())
     assert (done.returncode, done.stdout.strip()) == (0, str(SIZE)), done.stderr
     assert not swap()

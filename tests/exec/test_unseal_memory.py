@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from programs import run
 
 SWAP = "Filename\tType\tSize\tUsed\tPriority\n/dev/sda9 partition 1000 0 -2\n"
 
@@ -24,7 +25,7 @@ def unseal(site: Any, where: Path, *options: str, swap: str = "") -> tuple[int, 
     target = options[-1]
     command = [sys.executable, "-m", "keymgmt.cli", "unseal", str(site.sealed), "--memory"]
     line = ["unshare", "-m", "sh", "-c", script, "sh", target, *command, *options]
-    done = subprocess.run(line, env=site.env(), capture_output=True, text=True, timeout=60)
+    done = run(*line, env=site.env())
     return done.returncode, done.stdout + done.stderr
 
 
@@ -44,7 +45,7 @@ def test_where_it_goes(needs_root, site, tmp_path):
 
 
 def test_a_disk_is_refused_and_nothing_is_left(needs_root, site, tmp_path):
-    on = subprocess.run(["stat", "-f", "-c", "%T", tmp_path], capture_output=True, text=True).stdout
+    on = run("stat", "-f", "-c", "%T", tmp_path).stdout
     code, said = unseal(site, tmp_path, str(tmp_path / "m"))
     if on.strip() in ("tmpfs", "ramfs"):
         assert code == 0

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from programs import run_python
 
 pytest.importorskip("keymgmt_openvino", reason="these are tests of the loader")
 
@@ -18,7 +19,6 @@ from keymgmt_openvino import _memory
 from keymgmt_openvino._memory import Memory
 from keymgmt_openvino_demo import _magika
 from keymgmt_openvino_demo._throwaway_keys import make_throwaway_keys
-from waiting import until
 
 import keymgmt
 from keymgmt import Config
@@ -92,12 +92,7 @@ def child() -> Child:
     """
 
     def run(program: str, *arguments: object) -> tuple[str, str]:
-        done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        done = run_python(textwrap.dedent(program), *arguments)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip(), done.stderr
 
@@ -122,9 +117,3 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[Watched]:
     seen: list[Watched] = []
     monkeypatch.setattr(_memory, "Memory", lambda size: Watched(size, seen))
     return seen
-
-
-@pytest.fixture(name="until")
-def wait_until() -> Callable[..., None]:
-    """Wait for a condition: what is in use elsewhere is wiped a moment after its end."""
-    return until

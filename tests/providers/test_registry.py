@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from programs import run
 
 from keymgmt import Config
 from keymgmt._providers.registry import backends, load_backend, load_evidence
@@ -146,7 +146,7 @@ def test_nothing_is_imported_from_the_working_directory(
         (work / f"{trap}.py").write_text("raise SystemExit('a trap')")
     script = Path(sys.executable).with_name("keymgmt")
     command = [script, "backends", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=work, timeout=120)
+    done = run(*command, cwd=work)
     assert done.returncode == 0, done.stderr
     assert "a trap" not in done.stdout + done.stderr
     assert '"acme-hsm"' in done.stdout

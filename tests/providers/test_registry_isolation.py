@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import textwrap
 import time
@@ -11,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from programs import run
 
 import keymgmt
 from keymgmt._config.config import Config
@@ -133,9 +133,7 @@ except Exception as error:
 def ask(here: Path, *start: str, path: Path | None = None) -> str:
     places = [path, Path(keymgmt.__file__).parents[1]]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(p) for p in places if p)}
-    done = subprocess.run(
-        [sys.executable, *start], capture_output=True, text=True, cwd=here, env=environment
-    )
+    done = run(sys.executable, *start, cwd=here, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

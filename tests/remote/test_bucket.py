@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import programs
 import pytest
 from bits import flipped
 from s3 import S3, SECRET, USER
@@ -252,7 +252,7 @@ def test_the_command_line(place: str, s3_config: Path) -> None:
             *arguments,
             "--json",
         ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = programs.run(*command)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 

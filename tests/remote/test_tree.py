@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import obstore
+import programs
 import pytest
 from s3 import S3, SECRET, USER
 from webserver import Seen, Serve, reply
@@ -327,7 +327,7 @@ def test_the_command_line(tree: str, s3_config: Path) -> None:
             *arguments,
             "--json",
         ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = programs.run(*command)
         assert done.returncode == code, done.stderr
         if arguments[0] == "keys":
             return [json.loads(done.stdout)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -13,7 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
+from forks import in_child
 from loopback import Authority
 from webserver import Quirk, Seen, Serve, Web, files_of, reply, serve_range
 
@@ -130,7 +131,7 @@ def test_the_command_line(site: Any, sealed: Path, serve: Serve, authority: Auth
 
     def run(*arguments: str) -> Any:
         command = [sys.executable, "-P", "-m", "keymgmt", "-c", str(file), *arguments, "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = programs.run(*command)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
@@ -138,9 +139,7 @@ def test_the_command_line(site: Any, sealed: Path, serve: Serve, authority: Auth
     assert run("verify", f"{web.url}/m.sealed")["opened_by"] == ["local"]
     command = [sys.executable, "-P", "-m", "keymgmt", "-c", str(file)]
     for verb in (["reseal"], ["sign"], ["keys", "usage"]):
-        done = subprocess.run(
-            [*command, *verb, f"{web.url}/m.sealed"], capture_output=True, text=True, timeout=60
-        )
+        done = programs.run(*command, *verb, f"{web.url}/m.sealed")
         assert done.returncode == 3, verb
         assert "not a folder of this machine" in done.stdout + done.stderr, verb
     assert run("doctor", "--open", f"{web.url}/m.sealed")["findings"]
@@ -388,10 +387,11 @@ def test_a_forked_child_reads_on(site: Any, sealed: Path, serve: Serve, config: 
     web = serve(files_of(site.root))
     with keymgmt.open(f"{web.url}/m.sealed", keys=config()) as model:
         model.read("model.xml")
-        child = os.fork()
-        if not child:
-            os._exit(model.read("model.xml") != (site.plain / "model.xml").read_bytes())
-        assert os.waitpid(child, 0)[1] == 0
+
+        def read() -> None:
+            assert model.read("model.xml") == (site.plain / "model.xml").read_bytes()
+
+        in_child(read)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "keys.json", "signatures.json"])

@@ -8,7 +8,6 @@ import gc
 import io
 import os
 import random
-import subprocess
 import sys
 import threading
 import weakref
@@ -18,6 +17,7 @@ from typing import Literal
 
 import pytest
 import whole_floe
+from programs import run_python
 
 from keymgmt import floe
 from keymgmt.errors import ConfigError, FormatError, IntegrityError, SealedModelError
@@ -459,12 +459,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     size = 300 << 20
     with (tmp_path / "sparse").open("wb") as file:
         file.truncate(size)
-    result = subprocess.run(
-        [sys.executable, "-c", SEAL_AND_VERIFY, tmp_path / "sparse", tmp_path / "out", str(size)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    result = run_python(SEAL_AND_VERIFY, tmp_path / "sparse", tmp_path / "out", size, check=True)
     cores = len(os.sched_getaffinity(0))
     assert int(result.stdout) < (16 + 8 * cores) * 1024  # KiB
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import shutil
-import socket
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from loopback import Authority, free_port
-from waiting import until
+from waiting import until_it_listens
 
 
 @dataclass
@@ -72,12 +70,5 @@ def serve_registry(
     with log.open("wb") as file:
         command = [program, "serve", folder / "config.yml"]
         process = subprocess.Popen(command, stdout=file, stderr=file)
-
-    def up() -> bool:
-        assert process.poll() is None, log.read_text()
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-            return True
-        return False
-
-    until(up)
+    until_it_listens(port, process, log.read_text)
     return RegistryServer(f"127.0.0.1:{port}", folder / "blobs", log, authority.ca_file, process)

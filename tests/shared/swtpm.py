@@ -8,9 +8,31 @@ import random
 import signal
 import socket
 import subprocess
-import time
 from pathlib import Path
 from typing import Self
+
+from waiting import until
+
+
+def maker(folder: Path, localca: Path) -> list[str]:
+    """Options by which swtpm_setup makes a TPM whose endorsement key a maker certified.
+
+    The maker's certificates come to be in ``folder``, which is made.
+    """
+    folder.mkdir()
+    (folder / "options").write_text(
+        "--platform-manufacturer ACME\n--platform-version 2.1\n--platform-model Test\n"
+    )
+    (folder / "localca.conf").write_text(
+        f"statedir={folder}\nsigningkey={folder}/signkey.pem\n"
+        f"issuercert={folder}/issuercert.pem\ncertserial={folder}/certserial\n"
+    )
+    (folder / "setup.conf").write_text(
+        f"create_certs_tool={localca}\ncreate_certs_tool_config={folder}/localca.conf\n"
+        f"create_certs_tool_options={folder}/options\nactive_pcr_banks=sha256\n"
+    )
+    options = ["--tpm2", "--create-ek-cert", "--lock-nvram", "--pcr-banks", "sha256"]
+    return [*options, "--config", f"{folder}/setup.conf", "--logfile", f"{folder}/log"]
 
 
 def free_ports() -> int:
@@ -46,23 +68,23 @@ class Swtpm:
         command += ["--server", f"type=tcp,port={self.port},bindaddr=127.0.0.1"]
         command += ["--ctrl", f"type=tcp,port={self.port + 1},bindaddr=127.0.0.1"]
         command += ["--flags", "not-need-init,startup-clear"]
-        with (self.state / "stderr").open("wb") as said:
-            self.process = subprocess.Popen(command, stderr=said)
-        end = time.monotonic() + 20
-        while time.monotonic() < end:
-            if self.process.poll() is not None:
-                said = (self.state / "stderr").read_text()
-                raise RuntimeError(f"swtpm ended: {said}")
-            with (
-                contextlib.suppress(OSError, EOFError),
-                socket.create_connection(("127.0.0.1", self.port), 5) as data,
-            ):
-                # That it listens is not enough: it answers once both of its ports are served.
-                data.sendall(bytes.fromhex("80010000000a0000017c"))  # TPM2_GetTestResult
-                message(data)
-                return
-            time.sleep(0.005)
-        raise RuntimeError("swtpm does not listen")
+        said = self.state / "stderr"
+        with said.open("wb") as file:
+            self.process = subprocess.Popen(command, stderr=file)
+        until(self._answers, said=said.read_text)
+
+    def _answers(self) -> bool:
+        """That it listens is not enough: it answers once both of its ports are served."""
+        assert self.process is not None
+        assert self.process.poll() is None, (self.state / "stderr").read_text()
+        with (
+            contextlib.suppress(OSError, EOFError),
+            socket.create_connection(("127.0.0.1", self.port), 5) as data,
+        ):
+            data.sendall(bytes.fromhex("80010000000a0000017c"))  # TPM2_GetTestResult
+            message(data)
+            return True
+        return False
 
     def kill(self) -> None:
         if self.process is not None:

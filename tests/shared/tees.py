@@ -1,23 +1,27 @@
 """The files in which Gramine and the kernel give quotes, simulated by a file system of FUSE.
 
-Run as a program: ``tees.py KIND MOUNT WORK``. KIND ``sgx`` makes ``user_report_data`` and ``quote``
-as Gramine does, ``tdx`` the folders of configfs-tsm. WORK gets the collateral of the root of these
-quotes (``collateral``, ``root.der``). A file ``fault`` there says what goes wrong next, and how
-often: the name of an errno, ``stale`` for a quote of other report data, ``long`` for no quote.
+Kind ``sgx`` has ``user_report_data`` and ``quote`` as Gramine has them, ``tdx`` the folders of
+configfs-tsm. The file that is named for faults says what goes wrong next, and how often: the name
+of an errno, ``stale`` for a quote of other report data, ``long`` for no quote.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import multiprocessing
 import os
 import stat
-import sys
+import subprocess
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import mfusepy
+import pytest
 from quotes import World
+from waiting import until
 
 PROVIDER = b"tdx_guest\n"
 
@@ -25,9 +29,8 @@ PROVIDER = b"tdx_guest\n"
 class Tee(mfusepy.Operations):  # type: ignore[misc]
     """Both kinds: files of bytes, and what is committed when a file is closed."""
 
-    def __init__(self, kind: str, work: Path) -> None:
-        self._kind, self._work, self._world = kind, work, World()
-        self._world.write(work / "collateral", [kind])
+    def __init__(self, kind: str, world: World, faults: Path | None) -> None:
+        self._kind, self._world, self._faults = kind, world, faults
         self._folders: dict[str, dict[str, bytes]] = {"/": {}}
         if kind == "sgx":
             self._folders["/"] = {"user_report_data": bytes(64), "quote": b""}
@@ -43,8 +46,8 @@ class Tee(mfusepy.Operations):  # type: ignore[misc]
         return files, name
 
     def _fault(self) -> str:
-        path = self._work / "fault"
-        if not path.exists():
+        path = self._faults
+        if path is None or not path.exists():
             return ""
         word, _, count = path.read_text().partition(" ")
         if int(count or "1") <= 1:
@@ -122,6 +125,39 @@ class Tee(mfusepy.Operations):  # type: ignore[misc]
         return 0
 
 
-if __name__ == "__main__":
-    kind, mount, work = sys.argv[1:]
-    mfusepy.FUSE(Tee(kind, Path(work)), mount, foreground=True, direct_io=True)
+def _serve(kind: str, world: World, folder: Path, faults: Path | None) -> None:
+    mfusepy.FUSE(Tee(kind, world, faults), str(folder), foreground=True, direct_io=True)
+
+
+@contextlib.contextmanager
+def mounted(
+    kind: str,
+    world: World,
+    folder: Path,
+    require_tool: Callable[..., Path],
+    faults: Path | None = None,
+) -> Iterator[Path]:
+    """A new folder with the files of a kind of TEE, whose quotes are of a world."""
+    unmount = require_tool("fusermount3", package="fuse3")
+    if not Path("/dev/fuse").exists():
+        pytest.skip("this kernel, or the container, has no FUSE")
+    folder.mkdir()
+    arguments = (kind, world, folder, faults)
+    process = multiprocessing.get_context("fork").Process(target=_serve, args=arguments)
+    process.start()
+    try:
+        until(lambda: os.path.ismount(folder) or not process.is_alive())
+        if not process.is_alive():
+            say = pytest.fail if os.environ.get("CI") else pytest.skip
+            say("no file system can be mounted here")
+        yield folder
+    finally:
+        subprocess.run([unmount, "-u", "-z", folder], check=False, capture_output=True)
+        process.terminate()
+        process.join()
+
+
+def gramine_toml(folder: Path) -> str:
+    """What stands for ``"sgx"`` in a config, for a folder of that kind."""
+    files = f'user_report_data = "{folder}/user_report_data", quote = "{folder}/quote"'
+    return f'{{ kind = "sgx", {files} }}'

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from programs import run, run_python
 
 from keymgmt._system.cgroup import groups
 
@@ -42,7 +42,7 @@ def new_group(request: pytest.FixtureRequest) -> Iterator[Path]:
 def run_in(group: Path, program: str, *arguments: object) -> list[int]:
     enter = "import os, sys; open(sys.argv[1] + '/cgroup.procs', 'w').write(str(os.getpid()))\n"
     command = [sys.executable, "-c", enter + program, str(group), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = run(*command)
     assert done.returncode == 0, done.stderr
     return [int(word) for word in done.stdout.split()]
 
@@ -110,5 +110,5 @@ if not os.fork():
     os._exit(0)
 os.wait()
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = run_python(program)
     assert done.stdout.split() == ["1", "0", "1"], done.stderr

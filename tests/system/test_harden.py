@@ -7,8 +7,9 @@ import subprocess
 import sys
 
 import pytest
+from forks import NOBODY, nobody_can
+from programs import run, run_python
 
-NOBODY = 65534
 PR_SET_DUMPABLE, PR_SET_PTRACER = 4, 0x59616D61
 
 # argv: harden or not. As root it becomes nobody first, since root may read anybody. A change of
@@ -31,19 +32,8 @@ sys.stdin.readline()
 
 
 def readable_by_its_user(pid: int) -> bool:
-    """Fork, become the same user, and try to open the process's memory."""
-    reader = os.fork()
-    if not reader:
-        try:
-            if os.geteuid() == 0:
-                os.setgroups([])
-                os.setgid(NOBODY)
-                os.setuid(NOBODY)
-            os.close(os.open(f"/proc/{pid}/mem", os.O_RDONLY))
-        except OSError:
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(reader, 0)[1]) == 0
+    """Whether the same user can open the process's memory."""
+    return nobody_can(lambda: os.close(os.open(f"/proc/{pid}/mem", os.O_RDONLY)))
 
 
 @pytest.mark.parametrize(("how", "readable"), [("harden", False), ("leave", True)])
@@ -62,17 +52,13 @@ def test_others_of_the_same_user(how, readable):
 def test_core_dumps_are_off_for_good():
     program = "import keymgmt, resource; keymgmt.harden(); keymgmt.harden();"
     program += "print(*resource.getrlimit(resource.RLIMIT_CORE))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = run_python(program)
     assert done.stdout == "0 0\n", done.stderr
 
 
 def test_a_tracer_is_told(require_tool, tmp_path):
     strace = require_tool("strace", package="strace")
     program = "import keymgmt; keymgmt.harden()"
-    done = subprocess.run(
-        [strace, "-o", tmp_path / "trace", sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-    )
+    done = run(strace, "-o", tmp_path / "trace", sys.executable, "-c", program)
     assert done.returncode == 1
     assert "traces this one" in done.stderr

@@ -6,12 +6,12 @@ import grp
 import os
 import pwd
 import struct
-import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
+from programs import run
 
 from keymgmt._system.trusted_file import read_file
 from keymgmt.errors import ConfigError, ProviderUnavailable
@@ -192,7 +192,7 @@ def test_a_bind_mount_of_another_owner(tmp_path: Path, file: Path) -> None:
     (other / "file").write_bytes(b"theirs")
     os.chown(other, 12345, -1)
     command = [sys.executable, "-c", program, str(other), str(file.parent), str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = run(*command)
     if "Operation not permitted" in done.stderr:
         pytest.skip("this container may not mount")
     assert f"in {file.parent}, is refused: it belongs to user 12345" in done.stdout, done.stderr

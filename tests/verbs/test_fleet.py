@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 from loopback import Authority, free_port
 
@@ -66,9 +67,7 @@ def test_with_gnu_parallel(
     (tree / "m1.sealed" / "manifest.json").rename(tree / "m1.sealed" / "gone")
 
     def run(code: int) -> dict[str, int]:
-        done = subprocess.run(
-            command, cwd=work, env=environment, capture_output=True, text=True, timeout=300
-        )
+        done = programs.run(*command, cwd=work, env=environment, timeout=300)
         assert done.returncode == code, done.stderr
         joined: dict[str, int] = json.loads(done.stdout)
         return joined
@@ -104,12 +103,8 @@ def test_the_indexed_job(tree: Path, environment: dict[str, str]) -> None:
         line = line.replace(mine, theirs)
     models = 0
     for index in range(3):
-        done = subprocess.run(
-            [*container["command"], line],
-            env={**environment, "JOB_COMPLETION_INDEX": str(index)},
-            capture_output=True,
-            text=True,
-            timeout=120,
+        done = programs.run(
+            *container["command"], line, env={**environment, "JOB_COMPLETION_INDEX": str(index)}
         )
         assert done.returncode == 0, done.stderr
         models += json.loads(done.stdout.splitlines()[-1])["changed"]

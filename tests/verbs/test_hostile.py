@@ -8,11 +8,11 @@ import os
 import resource
 import shutil
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
+from programs import run_python
 
 import keymgmt
 import keymgmt.sealed.folder
@@ -224,13 +224,7 @@ def test_a_signature_file_that_is_a_fifo(site, tmp_path):
         "try: resolve_group('@' + sys.argv[1], Config({}))\n"
         "except keymgmt.errors.KeymgmtError as error: print(type(error).__name__)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(file)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_python(code, file)
     assert done.stdout.strip() == "ConfigError", done.stderr
 
 
@@ -288,13 +282,7 @@ def test_many_small_parts_cost_little_memory(site, name, start, size, most, part
         "try: keymgmt.inspect(sys.argv[1])\n"
         "except FormatError: print(peak() - before)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(path)],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    done = run_python(code, path, timeout=200)
     assert int(done.stdout) < most << 10, done.stderr
 
 
@@ -322,13 +310,7 @@ def test_a_policy_of_64_mib_costs_two_bytes_for_each_of_its_own(tmp_path, count,
         "except (FormatError, IntegrityError) as error: print(type(error).__name__)\n"
         "print(peak() - before)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=True,
-    )
+    done = run_python(code, tmp_path, timeout=200, check=True)
     error, cost = done.stdout.split()
     assert error == ("IntegrityError" if blob > 3 else "FormatError")
     assert int(cost) << 10 < 2 * len(data)
@@ -368,13 +350,7 @@ def test_a_payload_of_holes_costs_no_memory_of_its_size(site):
         "    try: model.read(sys.argv[3])\n"
         "    except IntegrityError: print(peak() - before)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(path), str(site.root / "unsigned.toml"), name],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    done = run_python(code, path, site.root / "unsigned.toml", name, timeout=200)
     assert int(done.stdout) < 32 << 10, done.stderr
 
 

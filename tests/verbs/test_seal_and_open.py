@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from programs import run_python
 
 import keymgmt
 from keymgmt import errors
@@ -320,7 +321,5 @@ def test_failed_events_stay_off_stderr_unless_somebody_listens(site):
         "except keymgmt.errors.CannotUnlock: print('refused')\n"
     )
     site.seal()
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=site.root, capture_output=True, text=True, check=True
-    )
+    done = run_python(code, cwd=site.root, check=True)
     assert (done.stdout, done.stderr) == ("refused\n", "")

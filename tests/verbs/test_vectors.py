@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from programs import run_python
 
 import keymgmt
 from keymgmt import Config, errors
@@ -142,13 +143,7 @@ def test_command_line(tmp_path, config_file):
             continue
         path = VECTORS / name / "model.sealed"
         calls.append(json.dumps([name, "--config", str(config_file), "verify", str(path)]))
-    done = subprocess.run(
-        [sys.executable, "-c", RUNNER],
-        input="\n".join(calls),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = run_python(RUNNER, input="\n".join(calls), check=True)
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(answers) == len(calls)
     for name, code, _, err in answers:

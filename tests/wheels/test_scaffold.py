@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from programs import run
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,9 +40,7 @@ def fresh(core: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _run(folder: Path, *command: object) -> str:
-    done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, cwd=folder, timeout=300
-    )
+    done = run(*command, cwd=folder, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -15,6 +15,7 @@ from email import message_from_bytes
 from email.message import Message
 from pathlib import Path
 
+import programs
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -167,9 +168,7 @@ def test_pip_installs_the_wheels_without_uv(dist: Path, tmp_path: Path) -> None:
     manuals = {file.name for file in (tmp_path / "venv" / "share" / "man" / "man1").iterdir()}
     assert {"keymgmt.1", "keymgmt-seal.1", "keymgmt-file.1"} <= manuals
     assert not list(tmp_path.glob("venv/lib/*/site-packages/keymgmt*/man"))
-    done = subprocess.run(
-        [program, "--version"], capture_output=True, text=True, check=True, env=environment
-    )
+    done = programs.run(program, "--version", check=True, env=environment)
     assert done.stdout.startswith("keymgmt 0.")
 
 

@@ -7,19 +7,18 @@ the API reference of AWS KMS says. What ran on it did not run on AWS.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from scripts import load_script
+from waiting import until_it_listens
 
 from keymgmt.backend import KeyProvider
 
@@ -44,13 +43,7 @@ class Moto:
             stderr=subprocess.DEVNULL,
             env=environment,
         )
-        end = time.monotonic() + 60
-        while True:
-            assert self.process.poll() is None, "moto_server ended"
-            assert time.monotonic() < end, "moto_server does not listen"
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                break
-            time.sleep(0.05)
+        until_it_listens(port, self.process)
         self.port = port
         self.address = f"http://127.0.0.1:{port}"
 

@@ -8,8 +8,6 @@ import http.server
 import json
 import os
 import ssl
-import subprocess
-import sys
 import threading
 import time
 import traceback
@@ -23,6 +21,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from programs import run_python
 
 from keymgmt import Config
 from keymgmt.backend import AccessDenied, ConfigError, Dek, ProviderError, ProviderUnavailable
@@ -500,13 +499,7 @@ def planted(tmp_path: Path) -> dict[str, str]:
 
 
 def run_there(settings: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(settings)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_python(PROGRAM, json.dumps(settings), env=environment)
     assert done.returncode == 0, done.stderr
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer
@@ -620,13 +613,7 @@ def test_the_first_login_is_not_logged(kms: Any, metadata: Any, tmp_path: Path) 
     }
     settings = {"region": "eu-central-1", "endpoint": kms.address, "sts_endpoint": kms.address}
     settings["auth"] = {"method": "environment"}
-    done = subprocess.run(
-        [sys.executable, "-c", LOGGING + PROGRAM, json.dumps(settings)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_python(LOGGING + PROGRAM, json.dumps(settings), env=environment)
     assert "assumed-role/task/t-1" in done.stdout, done.stderr
     assert "secret-of-the-task" not in done.stderr
 
@@ -696,7 +683,7 @@ def test_botocore_is_imported_by_the_first_call() -> None:
         "import keymgmt_aws._commands\n"
         "print([name for name in sys.modules if name.startswith(('botocore', 'urllib3'))])"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = run_python(program)
     assert done.stdout == "[]\n", done.stderr
 
 

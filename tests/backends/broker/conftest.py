@@ -8,7 +8,6 @@ import signal
 import ssl
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 from loopback import free_port
 from quotes import MRENCLAVE, World
+from waiting import until
 
 from keymgmt import load_config
 from keymgmt.backend import ConfigPath, Evidence, KeyProvider, Settings
@@ -113,11 +113,13 @@ class Service:
                 stdout=log,
                 stderr=log,
             )
-        end = time.monotonic() + 60
-        while self.status() != 200:
+
+        def up() -> bool:
+            assert self.process is not None
             assert self.process.poll() is None, self.said()
-            assert time.monotonic() < end, self.said()
-            time.sleep(0.05)
+            return self.status() == 200
+
+        until(up, said=self.said)
 
     def status(self) -> int | None:
         made = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)

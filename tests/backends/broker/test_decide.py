@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 
 pytest.importorskip("keymgmt_broker_service")
@@ -201,9 +201,7 @@ def test_what_is_wrong_in_the_config_is_said_before_anything_begins(
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "keymgmt", *arguments], capture_output=True, text=True, timeout=60
-    )
+    return programs.run_keymgmt(*arguments)
 
 
 def test_a_config_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from gramine import Gramine
 from quotes import MR_TD, RTMRS, World
+from tees import gramine_toml, mounted
 
 pytest.importorskip("keymgmt_broker_service")
 
@@ -31,16 +32,17 @@ with BrokerProvider("proven", settings).unwrap(wrapped, b"c") as dek:
 
 
 @pytest.fixture
-def enclave(tmp_path: Path, world: World) -> Gramine:
-    return Gramine(tmp_path / "enclave", world.sgx)
+def enclave(tmp_path: Path, world: World, require_tool: Callable[..., Path]) -> Iterator[Path]:
+    with mounted("sgx", world, tmp_path / "enclave", require_tool) as folder:
+        yield folder
 
 
 @pytest.fixture
-def settings(shared_service: Any, enclave: Gramine, recipients: dict[str, Path]) -> BrokerSettings:
+def settings(shared_service: Any, enclave: Path, recipients: dict[str, Path]) -> BrokerSettings:
     evidence = {
         "kind": "sgx",
-        "user_report_data": enclave.report_data,
-        "quote": enclave.quote,
+        "user_report_data": enclave / "user_report_data",
+        "quote": enclave / "quote",
     }
     return BrokerSettings(service=shared_service.address, evidence=evidence, recipients=recipients)
 
@@ -80,7 +82,7 @@ def test_the_same_for_a_guest_of_tdx(make_service: Any, client: Any) -> None:
 
 
 def test_a_model_runs_in_openvino(
-    shared_service: Any, enclave: Gramine, recipients: dict[str, Path], tmp_path: Path
+    shared_service: Any, enclave: Path, recipients: dict[str, Path], tmp_path: Path
 ) -> None:
     ov = pytest.importorskip("openvino")
     np = pytest.importorskip("numpy")
@@ -95,7 +97,7 @@ def test_a_model_runs_in_openvino(
     file = tmp_path / "keymgmt.toml"
     file.write_text(
         f'[providers.proven]\nbackend = "broker"\nservice = "{shared_service.address}"\n'
-        f'evidence = {enclave.toml}\nrecipients = {{ model = "{recipients["model"]}" }}\n'
+        f'evidence = {gramine_toml(enclave)}\nrecipients = {{ model = "{recipients["model"]}" }}\n'
         "[policy]\nrequire_signature = false\n"
     )
     keymgmt.seal(tmp_path / "model", tmp_path / "m.sealed", to=["proven:model"], keys=file)

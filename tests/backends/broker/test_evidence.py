@@ -2,54 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from keymgmt_broker._evidence_sgx import GramineEvidence, GramineSettings
 from keymgmt_broker._evidence_tdx import TsmEvidence, TsmSettings
 from keymgmt_broker._quote_layout import report_data_of
+from tees import mounted
 
 from keymgmt.backend import AccessDenied, ProviderUnavailable, load_evidence
 
 ASKED = hashlib.sha256(b"a request").digest()
-PROGRAM = Path(__file__).parents[2] / "shared" / "tees.py"
 
 
 @pytest.fixture
-def tee(require_tool, tmp_path) -> Iterator[Callable[[str], Path]]:
+def tee(require_tool, tmp_path, world):
     """Mount the files of a kind of TEE; ``tmp_path / "fault"`` says what goes wrong next."""
-    unmount = require_tool("fusermount3", package="fuse3")
-    if not Path("/dev/fuse").exists():
-        pytest.skip("this kernel, or the container, has no FUSE")
-    mounted = []
-
-    def mount(kind: str) -> Path:
-        folder = tmp_path / kind
-        folder.mkdir()
-        command = [sys.executable, str(PROGRAM), kind, str(folder), str(tmp_path)]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        mounted.append((process, folder))
-        while not os.path.ismount(folder):
-            if process.poll() is not None:
-                said = process.stderr.read() if process.stderr else ""
-                if os.environ.get("CI"):
-                    pytest.fail(f"no file system is mounted: {said}")
-                pytest.skip(f"no file system can be mounted here: {said[-200:]}")
-            time.sleep(0.01)
-        return folder
-
-    yield mount
-    for process, folder in mounted:
-        subprocess.run([unmount, "-u", "-z", str(folder)], check=False, capture_output=True)
-        process.terminate()
-        process.communicate()
+    with contextlib.ExitStack() as stack:
+        yield lambda kind: stack.enter_context(
+            mounted(kind, world, tmp_path / kind, require_tool, tmp_path / "fault")
+        )
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import until
 
 pytest.importorskip("keymgmt_broker_service")
 
@@ -615,13 +616,6 @@ def workers(service: Any) -> list[int]:
         for pid in service.family()[1:]
         if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
     ]
-
-
-def until(call: Callable[[], object], seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not call():
-        assert time.monotonic() < end, f"not in {seconds:g} seconds"
-        time.sleep(0.05)
 
 
 def test_a_config_that_became_wrong_leaves_the_old_one_running(

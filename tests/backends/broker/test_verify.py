@@ -7,13 +7,13 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 import tomllib
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
@@ -53,7 +53,7 @@ def run_keymgmt(tmp_path):
     def run(*arguments, code=0) -> str:
         command = [sys.executable, "-m", "keymgmt", *map(str, arguments)]
         home = {**os.environ, "HOME": str(tmp_path), "COLUMNS": "120"}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=home)
+        done = programs.run(*command, env=home)
         assert done.returncode == code, done.stderr + done.stdout
         return done.stdout
 

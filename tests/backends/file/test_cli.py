@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 from keymgmt_file import FileProvider, FileSettings
 
@@ -41,14 +42,7 @@ def command(site: Path, *arguments: str) -> list[str]:
 
 
 def run(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(site, *arguments),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    return programs.run(*command(site, *arguments), stdin=subprocess.DEVNULL)
 
 
 def type_in(site: Path, arguments: list[str], answers: list[str]) -> tuple[int, str]:
@@ -168,9 +162,7 @@ def test_accept_a_key_file_that_was_restored(site: Path) -> None:
     files = FileProvider("local", FileSettings(path=site / "keys"))
     files.rotate_key("release")
     (site / "keys" / "release.jwks").write_bytes(backup)
-    doctor = subprocess.run(
-        [*command(site)[:-1], "doctor"], capture_output=True, text=True, timeout=120, check=False
-    )
+    doctor = programs.run(*command(site)[:-1], "doctor")
     assert doctor.returncode != 0
     assert "lacks version 2" in doctor.stdout + doctor.stderr
     said = run(site, "accept", "local:release")

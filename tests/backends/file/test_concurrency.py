@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forks import in_child
 from keymgmt_file import FileProvider, FileSettings
 from keymgmt_file._keys import LOCK
 from keymgmt_file._passphrase import Passphrase
@@ -426,15 +427,12 @@ def test_a_fork_unwraps_and_rotates(files: FileProvider) -> None:
     files.create_key("release", "aes256", {})
     with Dek.generate() as dek:
         wrapped = files.wrap("release", dek, b"")
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                code = 0 if files.unwrap(wrapped, b"") == dek else 2
-                files.rotate_key("release")
-            finally:
-                os._exit(code)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+        def use() -> None:
+            assert files.unwrap(wrapped, b"") == dek
+            files.rotate_key("release")
+
+        in_child(use)
         assert files.describe_key("release").newest == "2", "seen at once"
 
 

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA384
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
 from cryptography.hazmat.primitives.serialization import load_der_public_key
+from forks import NOBODY, in_child
 from hypothesis import example, given
 from hypothesis import strategies as st
 from keymgmt_file import FileProvider
@@ -313,23 +314,20 @@ def test_refused_when_it_belongs_to_another(files: FileProvider, path: Path) -> 
 def test_another_user_is_denied(files: FileProvider, path: Path) -> None:
     files.create_key("release", "aes256", {})
     wrapped = files.wrap("release", Dek.generate(), b"")
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            os.setuid(65534)
-            for call in (
-                lambda: files.unwrap(wrapped, b""),
-                lambda: files.rotate_key("release"),
-                lambda: files.create_key("another", "aes256", {}),
-                files.list_keys,
-            ):
-                with pytest.raises(AccessDenied, match="permission denied"):
-                    call()
-            code = 2 if files.check().ok else 0
-        finally:
-            os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    def use() -> None:
+        os.setuid(NOBODY)
+        for call in (
+            lambda: files.unwrap(wrapped, b""),
+            lambda: files.rotate_key("release"),
+            lambda: files.create_key("another", "aes256", {}),
+            files.list_keys,
+        ):
+            with pytest.raises(AccessDenied, match="permission denied"):
+                call()
+        assert not files.check().ok
+
+    in_child(use)
 
 
 def test_a_key_file_is_a_regular_file(files: FileProvider, path: Path, tmp_path: Path) -> None:

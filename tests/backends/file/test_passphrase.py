@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
+from forks import in_child
 from keymgmt_file import FileProvider, FileSettings
 from keymgmt_file._passphrase import Passphrase
 
@@ -325,15 +325,12 @@ def test_asked_once_for_all_keys_threads_and_forks(
         assert counter.asked == 1
 
         wrapped = files.wrap("key-aes256", dek, b"")
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                code = 0 if files.unwrap(wrapped, b"") == dek and counter.asked == 1 else 2
-            finally:
-                os._exit(code)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
+        def again() -> None:
+            assert files.unwrap(wrapped, b"") == dek
+            assert counter.asked == 1
+
+        in_child(again)
         files.close()
         files.list_keys()
         assert counter.asked == 2, "close wiped what was opened"
@@ -357,14 +354,11 @@ def test_a_fork_while_another_thread_is_asked(path: Path, monkeypatch: pytest.Mo
         thread = threading.Thread(target=files.list_keys)
         thread.start()
         asked.wait()
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                code = 0 if files.describe_key("key-aes256").newest == "1" else 2
-            finally:
-                os._exit(code)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+        def look() -> None:
+            assert files.describe_key("key-aes256").newest == "1"
+
+        in_child(look)
         answer.set()
         thread.join()
 

@@ -7,7 +7,6 @@ import itertools
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any
 import pytest
 from keymgmt_pkcs11 import Pkcs11Provider, Pkcs11Settings
 from keymgmt_pkcs11._module import open_module
+from programs import run
+from waiting import until
 
 from keymgmt.backend import SecretSource
 
@@ -62,7 +63,7 @@ class Token:
         """Run OpenSC's pkcs11-tool against this token."""
         command = ["pkcs11-tool", "--module", str(self.module), "--token-label", self.label]
         command += ["--login", "--pin", self.pin] if login else []
-        done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120)
+        done = run(*command, *arguments)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
@@ -290,10 +291,7 @@ def faulty(_faulty: tuple[Token, Faults]) -> Iterator[Token]:
     while token.made:
         token.made.pop().close()
     # What was abandoned in a hung call closes its session when the call comes back.
-    end = time.monotonic() + 10
-    while faults.sessions and time.monotonic() < end:
-        time.sleep(0.01)
-    assert faults.sessions == 0, "a session was leaked"
+    until(lambda: faults.sessions == 0, 10, lambda: "a session was leaked")
 
 
 @pytest.fixture

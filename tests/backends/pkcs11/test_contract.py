@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PatientContract
 
 from keymgmt.backend import KeyNotFound, ProviderUnavailable
-from keymgmt.testing import Hook, ProviderContract, ProviderFactory
+from keymgmt.testing import Hook, ProviderFactory
 
 DEVICE_REMOVED = 0x32
 
@@ -53,7 +54,7 @@ def key_of_kind(token: Any, kind: str) -> str:
     return f"kit-{kind}"
 
 
-class Pkcs11Contract(ProviderContract):
+class Pkcs11Contract(PatientContract):
     """What both modules share."""
 
     kind = "aes256"
@@ -63,8 +64,8 @@ class Pkcs11Contract(ProviderContract):
         raise NotImplementedError
 
     @pytest.fixture
-    def provider_factory(self, token: Any) -> ProviderFactory:
-        return lambda: token.provider(timeout=20.0, allow_oaep_sha1=True)
+    def provider_factory(self, token: Any, time_limit: float) -> ProviderFactory:
+        return lambda: token.provider(timeout=time_limit, allow_oaep_sha1=True)
 
     @pytest.fixture
     def wrap_key(self, token: Any) -> str:
@@ -134,16 +135,6 @@ class TestNss(Pkcs11Contract):
     @pytest.fixture
     def token(self, nss_token: Any) -> Any:
         return nss_token
-
-    @pytest.fixture
-    def provider_factory(self, token: Any, request: pytest.FixtureRequest) -> ProviderFactory:
-        # What waits for a module that hangs waits this long; the rest has time on a busy machine.
-        limit = 3.0 if {"hang_service", "break_service"} & set(request.fixturenames) else 20.0
-        return lambda: token.provider(timeout=limit, allow_oaep_sha1=True)
-
-    @pytest.fixture
-    def time_limit(self) -> float:
-        return 3.0
 
     @pytest.fixture
     def break_service(self, nss_faults: Any) -> Hook:

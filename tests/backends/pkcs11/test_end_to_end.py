@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
@@ -154,15 +155,10 @@ def test_a_model_opens_with_plain_python_pkcs11_and_the_spec_alone(
         listed(label, b"wrap", hashlib.sha384(raw).digest(), nonce, place)
     ).hexdigest()
     blob = base64.b64decode(recipient["blob"]).hex()
-    done = subprocess.run(
-        [
-            *(sys.executable, "-c", PLAIN, str(softhsm_token.module), softhsm_token.label),
-            *(softhsm_token.pin, recipient["version"], blob, context),
-        ],
-        capture_output=True,
-        text=True,
+    done = programs.run(
+        *(sys.executable, "-c", PLAIN, str(softhsm_token.module), softhsm_token.label),
+        *(softhsm_token.pin, recipient["version"], blob, context),
         check=True,
-        timeout=60,
     )
     info = listed(label, b"commitment", bytes.fromhex(manifest["id"]))
     dek = bytes.fromhex(done.stdout.strip())

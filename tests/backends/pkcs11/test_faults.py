@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import in_child
 from waiting import until
 
 from keymgmt.backend import (
@@ -103,16 +104,13 @@ def test_a_wrong_pin_is_tried_once(faulty: Any, faults: Any, tmp_path: Path) -> 
     assert faults.calls("C_Login") == 1
     assert sum("not sent again" in str(error) for error in errors) == 11
     assert faults.sessions == 0
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
+
+    def again() -> None:
+        with pytest.raises(AccessDenied):
             faulty.provider(**settings).list_keys()
-        except AccessDenied:
-            status = 0 if faults.calls("C_Login") == 1 else 2
-        finally:
-            os._exit(status)
-    assert os.waitpid(child, 0)[1] == 0
+        assert faults.calls("C_Login") == 1
+
+    in_child(again)
     # The right PIN from its own source is not held against.
     assert faulty.provider().list_keys() is not None
 
@@ -299,15 +297,12 @@ def test_a_fork_does_not_wait_for_a_hung_call(faulty: Any, faults: Any, key: str
         faults.hang("C_Decrypt")
         with pytest.raises(ProviderUnavailable):
             provider.unwrap(wrapped, b"c")
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                faults.clear()
-                status = 0 if provider.unwrap(wrapped, b"c") == dek else 2
-            finally:
-                os._exit(status)
-        assert os.waitpid(child, 0)[1] == 0
+
+        def use() -> None:
+            faults.clear()
+            assert provider.unwrap(wrapped, b"c") == dek
+
+        in_child(use)
 
 
 def test_missing_module_and_other_libraries(

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 from keymgmt_pkcs11._cryptoki import CkMechanism
 from pkcs11 import Attribute, Mechanism
@@ -168,12 +169,11 @@ def test_no_token_and_why(faulty: Any, tmp_path: Path) -> None:
     )
 
     def run(*arguments: str) -> tuple[int, str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "keymgmt.cli", "-c", "keymgmt.toml", *arguments],
-            capture_output=True,
-            text=True,
+        done = programs.run_keymgmt(
+            "-c",
+            "keymgmt.toml",
+            *arguments,
             cwd=tmp_path,
-            timeout=60,
             env={**os.environ, "SOFTHSM2_CONF": str(config)},
         )
         return done.returncode, done.stdout + done.stderr
@@ -194,13 +194,8 @@ def test_a_module_that_crashes_as_it_is_unloaded(faulty: Any, key: str, tmp_path
     )
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, *arguments],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            timeout=60,
-            env={**os.environ, "FAULT_CRASHES": "1"},
+        return programs.run(
+            sys.executable, *arguments, cwd=tmp_path, env={**os.environ, "FAULT_CRASHES": "1"}
         )
 
     # So it really does crash.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
     load_der_public_key,
 )
+from programs import run_python
 
 from keymgmt.backend import Dek, UnsupportedOperation
 
@@ -99,13 +98,7 @@ def test_plain_python_pkcs11_opens_aes_gcm(token: Any) -> None:
     with Dek.generate() as dek:
         wrapped = provider.wrap("k", dek, CONTEXT)
         arguments = (str(token.module), token.label, token.pin, wrapped.version)
-        done = subprocess.run(
-            [sys.executable, "-c", PLAIN, *arguments, wrapped.blob.hex(), CONTEXT.hex()],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=True,
-        )
+        done = run_python(PLAIN, *arguments, wrapped.blob.hex(), CONTEXT.hex(), check=True)
         assert bytes.fromhex(done.stdout.strip()) == dek.view()
 
 

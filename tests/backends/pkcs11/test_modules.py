@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
+from forks import in_child
 from keymgmt_pkcs11 import Pkcs11Provider
 from keymgmt_pkcs11._kinds import KINDS
 from swtpm import Swtpm
@@ -45,7 +47,7 @@ def running(*command: object, **options: Any) -> Iterator[subprocess.Popen[str]]
 
 
 def run(*command: object) -> None:
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
+    done = programs.run(*command)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -208,12 +210,9 @@ def wraps_and_unwraps(factory: ProviderFactory, key: str) -> None:
         for thread in threads:
             thread.join()
         assert not wrong
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                status = 0 if provider.unwrap(wrapped, b"c") == dek else 2
-            finally:
-                os._exit(status)
-        assert os.waitpid(child, 0)[1] == 0
-        assert provider.unwrap(wrapped, b"c") == dek
+
+        def use() -> None:
+            assert provider.unwrap(wrapped, b"c") == dek
+
+        in_child(use)
+        use()

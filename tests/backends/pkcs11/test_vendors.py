@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +18,7 @@ from keymgmt_pkcs11._cryptoki import LibraryInfo
 from keymgmt_pkcs11._keys import KeyObject
 from keymgmt_pkcs11._kinds import kind_of, purpose_of
 from keymgmt_pkcs11._quirks import quirks_of
+from programs import run, run_keymgmt
 
 from keymgmt.backend import ConfigError, Dek, KeyRetired, UnsupportedOperation, UnwrapFailed
 
@@ -196,14 +196,7 @@ def test_the_manuals_commands_for_a_security_team(
         .replace("keymgmt ", f"{sys.executable} -m keymgmt.cli -c keymgmt.toml ")
     )
     assert script.count("pkcs11-tool") == 3
-    done = subprocess.run(
-        ["bash", "-euc", script],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=120,
-        env=dict(os.environ),
-    )
+    done = run("bash", "-euc", script, cwd=tmp_path, env=dict(os.environ))
     assert done.returncode == 0, done.stdout + done.stderr
     provider = token.provider(keys={"resnet50": {"label": "Model KEK 2026"}})
     with Dek.generate() as dek:
@@ -217,12 +210,6 @@ def test_the_manuals_commands_for_a_security_team(
     token.tool("--keygen", "--key-type", "AES:32", "--label", "open", "--id", "09", "--sensitive")
     with Dek.generate() as dek, pytest.raises(UnsupportedOperation, match="CKA_PRIVATE is false"):
         token.provider().wrap("open", dek, b"c")
-    done = subprocess.run(
-        [sys.executable, "-m", "keymgmt.cli", "-c", "keymgmt.toml", "doctor"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=60,
-    )
+    done = run_keymgmt("-c", "keymgmt.toml", "doctor", cwd=tmp_path)
     assert done.returncode == 1
     assert "CKA_PRIVATE is false" in done.stdout

@@ -5,20 +5,20 @@ from __future__ import annotations
 import contextlib
 import shutil
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self
 
+import programs
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from keymgmt_tpm2 import Tpm2Provider, Tpm2Settings
-from swtpm import Swtpm, free_ports, message
+from swtpm import Swtpm, free_ports, maker, message
 
 import keymgmt.cli
 from keymgmt.backend import SecretSource
@@ -230,25 +230,10 @@ def manufactured(tmp_path_factory, require_tool):
     localca = require_tool("swtpm_localca", package="swtpm-tools")
     folder = tmp_path_factory.mktemp("maker")
     ca, state = folder / "ca", folder / "state"
-    ca.mkdir()
+    options = maker(ca, localca)
     state.mkdir()
-    (folder / "options").write_text(
-        "--platform-manufacturer ACME\n--platform-version 2.1\n--platform-model Test\n"
-    )
-    (folder / "localca.conf").write_text(
-        f"statedir={ca}\nsigningkey={ca}/signkey.pem\nissuercert={ca}/issuercert.pem\n"
-        f"certserial={ca}/certserial\n"
-    )
-    (folder / "setup.conf").write_text(
-        f"create_certs_tool={localca}\ncreate_certs_tool_config={folder}/localca.conf\n"
-        f"create_certs_tool_options={folder}/options\nactive_pcr_banks=sha256\n"
-    )
-    command = [str(setup), "--tpm2", "--tpmstate", str(state), "--config", f"{folder}/setup.conf"]
-    command += ["--create-ek-cert", "--lock-nvram", "--pcr-banks", "sha256"]
-    result = subprocess.run(
-        [*command, "--logfile", f"{folder}/log"], capture_output=True, text=True, check=False
-    )
-    log = (folder / "log").read_text() if (folder / "log").exists() else ""
+    result = programs.run(setup, "--tpmstate", state, *options)
+    log = (ca / "log").read_text() if (ca / "log").exists() else ""
     assert result.returncode == 0, f"{result.stderr}\n{log}"
     return state, ca
 

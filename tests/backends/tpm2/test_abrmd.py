@@ -9,6 +9,7 @@ import time
 
 import pytest
 from keymgmt_tpm2 import Tpm2Provider
+from waiting import until
 
 from keymgmt.backend import Dek, ProviderUnavailable
 
@@ -30,10 +31,7 @@ def managed(swtpm, settings, require_tool, monkeypatch):
             manager = subprocess.Popen(command, stderr=subprocess.DEVNULL)
             changed = settings.model_copy(update={"tcti": "tabrmd:bus_type=session"})
             with Tpm2Provider("tpm", changed) as provider:
-                end = time.monotonic() + 30
-                while provider.check().findings[0].status != "ok":
-                    assert time.monotonic() < end, provider.check()
-                    time.sleep(0.05)
+                until(lambda: provider.check().findings[0].status == "ok", said=provider.check)
             yield changed
         finally:
             for process in (manager, session):

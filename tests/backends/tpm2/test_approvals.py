@@ -6,7 +6,6 @@ import base64
 import hashlib
 import json
 import logging
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from keymgmt_tpm2 import Tpm2Provider
 from keymgmt_tpm2.policy import _authorize
 from keymgmt_tpm2.policy._approval import Approval
 from keymgmt_tpm2.policy._policy import Approver, Counter, PcrState
+from programs import run
 
 from keymgmt.backend import AccessDenied, Dek, KeyNotFound, ProviderUnavailable
 
@@ -205,7 +205,7 @@ def signed_by_systemd(key, tmp_path, tcti) -> str:
     command = [MEASURE, "sign", f"--linux={tmp_path}/kernel", "--bank=sha256"]
     command += [f"--private-key={tmp_path}/private.pem", f"--public-key={tmp_path}/kernel.pem"]
     command += ["--phase=enter-initrd", f"--tpm2-device={tcti}"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return run(*command, check=True).stdout
 
 
 @pytest.mark.parametrize("sign", [signed_by_hand, signed_by_systemd])

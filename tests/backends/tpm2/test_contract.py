@@ -5,22 +5,23 @@ from __future__ import annotations
 import pytest
 from keymgmt_tpm2 import Tpm2Provider
 from keymgmt_tpm2.policy._anchor import create_anchor
+from patience import PatientContract
 
 from keymgmt.backend import SecretSource
-from keymgmt.testing import ProviderContract
 
 
-class TestTpm2(ProviderContract):
+class TestTpm2(PatientContract):
     @pytest.fixture
     def settings(self, swtpm, set_up):
-        settings = set_up(swtpm, timeout=6.0)
+        settings = set_up(swtpm, timeout=20.0)
         with Tpm2Provider("tpm", settings) as provider:
             name = create_anchor(provider.service, None).name
         return settings.model_copy(update={"anchor": name.hex()})
 
     @pytest.fixture
-    def provider_factory(self, settings):
-        return lambda: Tpm2Provider("tpm", settings)
+    def provider_factory(self, settings, time_limit):
+        limited = settings.model_copy(update={"timeout": time_limit})
+        return lambda: Tpm2Provider("tpm", limited)
 
     @pytest.fixture
     def wrap_key(self, settings):
@@ -44,10 +45,6 @@ class TestTpm2(ProviderContract):
         return swtpm.restart
 
     @pytest.fixture
-    def time_limit(self):
-        return 8.0
-
-    @pytest.fixture
     def wraps_offline(self):
         return True
 
@@ -57,7 +54,7 @@ class TestTpm2WithPin(TestTpm2):
 
     @pytest.fixture
     def settings(self, swtpm, set_up, pin_file):
-        return set_up(swtpm, timeout=6.0, pin={"file": pin_file})
+        return set_up(swtpm, timeout=20.0, pin={"file": pin_file})
 
     @pytest.fixture
     def wrap_key(self, settings):

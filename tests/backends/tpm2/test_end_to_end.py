@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import requires
 from pathlib import Path
 
+import programs
 import pytest
 
 import keymgmt.cli
@@ -175,7 +176,7 @@ def test_a_fleet_without_its_tpms(site, tmp_path):
     )
     seal = [sys.executable, "-c", program, "-c", "keymgmt.toml", "seal", "model", "m.sealed"]
     seal += ["--name", "m", "--to", f"@{site.home}/device7.recipient"]
-    refused = subprocess.run(seal, cwd=build, capture_output=True, text=True, check=False)
+    refused = programs.run(*seal, cwd=build)
     assert refused.returncode == 4
     assert "read its fingerprint out" in refused.stderr
     sealed = subprocess.run([*seal, "--fingerprint", fingerprint], cwd=build, check=False)
@@ -377,13 +378,11 @@ def test_approvers_and_verifiers_need_no_tpm_libraries(tmp_path):
         ("tpm pcrs tpm", 3, "no srk_name"),
         ("tpm setup tpm", 6, "TPM libraries are not usable"),
     ):
-        ran = subprocess.run(
-            [sys.executable, "-c", program, *arguments.split()],
+        ran = programs.run_python(
+            program,
+            *arguments.split(),
             cwd=tmp_path,
             env=os.environ | {"KEYMGMT_CONFIG": str(tmp_path / "keymgmt.toml")},
-            capture_output=True,
-            text=True,
-            check=False,
         )
         assert ran.returncode == code, ran.stderr
         assert said in ran.stdout + ran.stderr

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import struct
-import subprocess
 
 import pytest
 from eventlog import ACTION, NO_ACTION, SEPARATOR, event, log
 from hypothesis import given
 from hypothesis import strategies as st
 from keymgmt_tpm2.policy._eventlog import read_event_log, replay
+from programs import run
 
 from keymgmt.backend import ConfigError
 
@@ -26,7 +26,7 @@ def test_replayed_like_tpm2_tools(tmp_path, require_tool):
     tool = require_tool("tpm2_eventlog", package="tpm2-tools")
     path = tmp_path / "log"
     path.write_bytes(log(*EVENTS))
-    shown = subprocess.run([str(tool), str(path)], capture_output=True, text=True, check=True)
+    shown = run(tool, path, check=True)
     for bank in ("sha1", "sha256"):
         values = replay(path.read_bytes(), bank)
         assert sorted(values) == [0, 4, 7]

@@ -8,8 +8,6 @@ import multiprocessing
 import os
 import signal
 import stat
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -19,6 +17,7 @@ from bits import flipped
 from keymgmt_tpm2 import Tpm2Provider, Tpm2Settings
 from keymgmt_tpm2._connection.tpm import Tpm
 from keymgmt_tpm2._setup import set_up as make_root_key
+from programs import run_python
 
 from keymgmt.backend import (
     ConfigError,
@@ -117,9 +116,7 @@ def test_no_permission():
     # Imports first: the interpreter may lie where nobody else may look.
     lines = program.splitlines()
     program = "\n".join([*lines[1:3], lines[0], *lines[3:]])
-    result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60
-    )
+    result = run_python(program)
     assert f"no permission to use {device}" in result.stdout, result.stderr
     assert "tss" in result.stdout
 

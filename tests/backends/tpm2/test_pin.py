@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
-import os
 import threading
 
 import pytest
+from forks import in_child
 from keymgmt_tpm2 import Tpm2Provider
 from keymgmt_tpm2._setup import LockoutChange, set_up
 
@@ -158,14 +157,12 @@ def test_a_person_is_asked_once_for_all_threads_and_forks(prompting, wrapped, mo
     person = Person(monkeypatch, RIGHT)
     assert unwrap_in_threads(prompting, wrapped, 6) == (6, 0)
     assert person.asked == 1
-    child = os.fork()
-    if not child:
-        code = 1
-        with contextlib.suppress(Exception):
-            prompting.unwrap(wrapped, CONTEXT).wipe()
-            code = 0 if person.asked == 1 else 2
-        os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    def use():
+        prompting.unwrap(wrapped, CONTEXT).wipe()
+        assert person.asked == 1
+
+    in_child(use)
     prompting.close()
     prompting.unwrap(wrapped, CONTEXT).wipe()
     assert person.asked == 2, "nothing is kept by a closed provider"

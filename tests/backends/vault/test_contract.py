@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PatientContract
 
-from keymgmt.testing import Hook, ProviderContract, ProviderFactory
+from keymgmt.testing import Hook, ProviderFactory
 
 # A token for everything that the contract asks for, and no more.
 POLICY = """
@@ -33,16 +34,18 @@ def role(server: Any) -> tuple[str, str]:
     return server.approle(POLICY)
 
 
-class TestVault(ProviderContract):
+class TestVault(PatientContract):
     """With AppRole; ``create`` on encrypt, so that only our look stops the upsert trap."""
 
     @pytest.fixture
     def provider_factory(
-        self, server: Any, role: tuple[str, str], secret_file: Any
+        self, server: Any, role: tuple[str, str], secret_file: Any, time_limit: float
     ) -> ProviderFactory:
-        return self.factory(server, role[0], role[1], secret_file)
+        return self.factory(server, role[0], role[1], secret_file, time_limit)
 
-    def factory(self, server: Any, role_id: str, secret_id: str, place: Any) -> ProviderFactory:
+    def factory(
+        self, server: Any, role_id: str, secret_id: str, place: Any, limit: float = 20.0
+    ) -> ProviderFactory:
         from keymgmt_vault import VaultProvider, VaultSettings
 
         settings = VaultSettings.model_validate(
@@ -54,8 +57,8 @@ class TestVault(ProviderContract):
                     "role_id": place(role_id),
                     "secret_id": place(secret_id),
                 },
-                "timeout": 4.0,
-                "call_timeout": 2.0,
+                "timeout": limit,
+                "call_timeout": limit / 2,
             }
         )
         return lambda: VaultProvider("site", settings)
@@ -98,10 +101,6 @@ class TestVault(ProviderContract):
     @pytest.fixture
     def expire_login(self, server: Any) -> Hook:
         return lambda: server.do("PUT", "sys/leases/revoke-prefix/auth/approle/login")
-
-    @pytest.fixture
-    def time_limit(self) -> float:
-        return 4.0
 
     @pytest.fixture
     def secret_values(self, server: Any, role: tuple[str, str]) -> list[bytes]:

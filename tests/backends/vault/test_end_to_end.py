@@ -17,9 +17,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
+from waiting import until
 
 import keymgmt
 
@@ -83,13 +85,8 @@ def site(dev: Dev, tmp_path: Path) -> Path:
 
 def runner(dev: Dev, directory: Path) -> Callable[..., str]:
     def run(*arguments: object, code: int = 0) -> str:
-        ran = subprocess.run(
-            [sys.executable, "-m", "keymgmt.cli", "-c", "keymgmt.toml", *map(str, arguments)],
-            cwd=directory,
-            env=dev.environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
+        ran = programs.run_keymgmt(
+            "-c", "keymgmt.toml", *arguments, cwd=directory, env=dev.environment
         )
         assert ran.returncode == code, ran.stdout + ran.stderr
         return ran.stdout + ran.stderr
@@ -223,9 +220,7 @@ def test_a_model_runs(dev: Dev, site: Path) -> None:
     assert answer.tolist() == [[0, 2, 0, 4]]
 
 
-def test_the_dev_server_ends_with_its_command(
-    bao_binary: Path, tmp_path: Path, wait_for: Callable[..., None]
-) -> None:
+def test_the_dev_server_ends_with_its_command(bao_binary: Path, tmp_path: Path) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         dev = Dev(tmp_path / number.name, tmp_path)
         port = int(dev.address.rpartition(":")[2])
@@ -238,19 +233,13 @@ def test_the_dev_server_ends_with_its_command(
             with socket.socket() as probe:
                 return probe.connect_ex(("127.0.0.1", port)) != 0
 
-        wait_for(gone, "the server ended too")
+        until(gone)
 
 
 def test_a_port_in_use(dev: Dev, tmp_path: Path) -> None:
     port = dev.address.rpartition(":")[2]
     arguments = ["vault", "dev", "--port", port, "--directory", str(tmp_path / "second")]
-    ran = subprocess.run(
-        [sys.executable, "-m", "keymgmt.cli", *arguments],
-        env=dev.environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    ran = programs.run_keymgmt(*arguments, env=dev.environment)
     assert ran.returncode == 6
     assert "does not start" in ran.stderr
     assert "port" in ran.stderr

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vaults import ONE_TRY
 
 from keymgmt import Config
 from keymgmt.backend import (
@@ -29,7 +30,6 @@ from keymgmt.backend import (
     WrongKey,
 )
 
-ONE_TRY = 2.0  # seconds, in which a busy machine too gets an answer
 DECRYPT_ONLY = 'path "transit/decrypt/model" { capabilities = ["update"] }'
 
 

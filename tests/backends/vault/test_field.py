@@ -20,27 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import in_child
+from programs import run
+from vaults import JSON, ONE_TRY, UNWRAP, approle, errors, opens
+from waiting import until
 
 import keymgmt
 from keymgmt.backend import AccessDenied, Dek, ProviderUnavailable, WrappedKey, WrongKey
-
-ONE_TRY = 2.0  # seconds, in which a busy machine too gets an answer
-UNWRAP = 'path "transit/decrypt/*" { capabilities = ["update"] }'
-JSON = {"Content-Type": "application/json"}
-
-
-def opens(provider: Any, wrapped: WrappedKey) -> bool:
-    with provider.unwrap(wrapped, b"c") as dek:
-        return bytes(dek.view()) == bytes(32)
-
-
-def approle(bao: Any, secret_file: Any, name: str, **options: Any) -> dict[str, Any]:
-    role_id, secret_id = bao.approle(UNWRAP, name, **options)
-    return {
-        "method": "approle",
-        "role_id": secret_file(role_id),
-        "secret_id": secret_file(secret_id),
-    }
 
 
 def tokens(bao: Any) -> set[str]:
@@ -100,7 +86,7 @@ def test_a_pause_that_outlasts_the_call_does_not_hide_the_reason(
     import keymgmt_vault._connection as connection
 
     before = gateway()
-    before.before = lambda method, path, body: (503, JSON, b'{"errors": ["out of order"]}')
+    before.before = lambda method, path, body: (503, JSON, errors("out of order"))
     sleep = time.sleep
     monkeypatch.setattr(connection.time, "sleep", lambda seconds: sleep(seconds + ONE_TRY))
     with pytest.raises(ProviderUnavailable, match="out of order"):
@@ -284,7 +270,7 @@ def test_a_login_that_a_standby_refused_waits_for_the_leader(
             said = {"ha_enabled": True, "is_self": False, "leader_address": address}
             return 200, JSON, json.dumps(said).encode()
         if path == "auth/approle/login":
-            return 400, JSON, b'{"errors": ["invalid role or secret ID"]}'
+            return 400, JSON, errors("invalid role or secret ID")
         return None
 
     def leads(method: str, path: str, body: Any) -> Any:
@@ -322,6 +308,7 @@ def test_a_lost_login_is_not_sent_again(
 # Tokens: renewed while they live, and left behind by nobody.
 
 
+@pytest.mark.once
 def test_a_token_is_renewed_while_nothing_is_opened(
     make: Any, bao: Any, wrapped: WrappedKey, secret_file: Any
 ) -> None:
@@ -332,6 +319,7 @@ def test_a_token_is_renewed_while_nothing_is_opened(
     assert opens(provider, wrapped)
 
 
+@pytest.mark.once
 def test_a_renewal_that_fails_costs_nobody_an_unwrap(
     make: Any,
     bao: Any,
@@ -345,7 +333,7 @@ def test_a_renewal_that_fails_costs_nobody_an_unwrap(
 
     def fail(method: str, path: str, body: Any) -> Any:
         if path == "auth/token/renew-self" and time.monotonic() < heals:
-            return 500, JSON, b'{"errors": ["renewal is out of order"]}'
+            return 500, JSON, errors("renewal is out of order")
         return None
 
     before.before = fail
@@ -354,16 +342,18 @@ def test_a_renewal_that_fails_costs_nobody_an_unwrap(
     end = time.monotonic() + 9
     while time.monotonic() < end:
         assert opens(provider, wrapped)
+        time.sleep(0.02)
     assert before.count("auth/token/renew-self") > 2
     assert "was not renewed" in caplog.text
 
 
+@pytest.mark.once
 def test_a_token_that_died_is_not_renewed_for_ever(
     make: Any, bao: Any, wrapped: WrappedKey, gateway: Any, secret_file: Any, caplog: Any
 ) -> None:
     before = gateway()
     before.before = lambda method, path, body: (
-        (403, JSON, b'{"errors": ["permission denied"]}') if path.endswith("renew-self") else None
+        (403, JSON, errors("permission denied")) if path.endswith("renew-self") else None
     )
     provider = make(address=before.address, auth=approle(bao, secret_file, "dies", token_ttl="2s"))
     assert opens(provider, wrapped)
@@ -374,6 +364,7 @@ def test_a_token_that_died_is_not_renewed_for_ever(
     assert before.count("auth/approle/login") == 2
 
 
+@pytest.mark.once
 def test_a_token_that_will_die_is_said_before(
     make: Any, bao: Any, wrapped: WrappedKey, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -388,36 +379,33 @@ def test_a_token_that_will_die_is_said_before(
     assert said
 
 
-@pytest.mark.filterwarnings("ignore:This process")
 def test_the_thread_of_a_token_ends_with_its_provider(
-    make: Any, bao: Any, wrapped: WrappedKey, secret_file: Any, wait_for: Any
+    make: Any, bao: Any, wrapped: WrappedKey, secret_file: Any
 ) -> None:
-    wait_for(lambda: not threads_of_tokens(), "other providers are gone")
+    until(lambda: not threads_of_tokens())
     auth = approle(bao, secret_file, "thread")
     provider = make(bao, auth=auth)
     assert not threads_of_tokens()
     assert opens(provider, wrapped)
     assert len(threads_of_tokens()) == 1
-    child = os.fork()
-    if child == 0:
-        code = 1
-        with contextlib.suppress(BaseException):
-            none = not threads_of_tokens()
-            code = 0 if none and opens(provider, wrapped) and len(threads_of_tokens()) == 1 else 2
-        os._exit(code)
-    assert os.waitpid(child, 0)[1] == 0
+
+    def use() -> None:
+        assert not threads_of_tokens()
+        assert opens(provider, wrapped)
+        assert len(threads_of_tokens()) == 1
+
+    in_child(use)
     provider.close()
-    wait_for(lambda: not threads_of_tokens(), "the thread ended")
+    until(lambda: not threads_of_tokens())
     from keymgmt_vault import VaultProvider
 
     dropped = VaultProvider("site", provider.settings)
     assert opens(dropped, wrapped)
     del dropped
     gc.collect()
-    wait_for(lambda: not threads_of_tokens(), "the thread of a dropped provider ended")
+    until(lambda: not threads_of_tokens())
 
 
-@pytest.mark.filterwarnings("ignore:This process")
 def test_close_revokes_what_this_process_logged_in_for(
     make: Any, bao: Any, wrapped: WrappedKey, secret_file: Any
 ) -> None:
@@ -427,12 +415,12 @@ def test_close_revokes_what_this_process_logged_in_for(
         provider = make(bao, auth=auth)
         assert opens(provider, wrapped)
         assert len(tokens(bao) - before) == 1
-        child = os.fork()
-        if child == 0:
+
+        def use(provider: Any = provider) -> None:
             provider.unwrap(wrapped, b"c").wipe()
             provider.close()
-            os._exit(0)
-        assert os.waitpid(child, 0)[1] == 0
+
+        in_child(use)
         assert len(tokens(bao) - before) == 1, "a child revoked its parent's token"
         provider.close()
         assert tokens(bao) <= before
@@ -542,7 +530,7 @@ def test_a_wrong_secret_id_is_not_sent_until_the_role_is_locked(
         "VaultProvider('site', settings).list_keys()"
     )
     command = [sys.executable, "-c", opening, json.dumps({"address": before.address, "auth": auth})]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = run(*command)
     assert "not sent again" in done.stderr
     assert before.count("auth/approle/login") == 1
     way_out = str(caught.value.hint).rpartition(": ")[2]
@@ -559,11 +547,9 @@ def test_a_wrong_secret_id_is_not_sent_until_the_role_is_locked(
     assert before.count("auth/approle/login") == 3
     # What others may write is not believed.
     note.write_text(note.read_text().replace("invalid", "FORGED"))
-    assert "FORGED" in subprocess.run(command, capture_output=True, text=True, timeout=60).stderr
+    assert "FORGED" in run(*command).stderr
     note.chmod(0o666)
-    assert (
-        "FORGED" not in subprocess.run(command, capture_output=True, text=True, timeout=60).stderr
-    )
+    assert "FORGED" not in run(*command).stderr
     # Another secret id is another try.
     Path(auth["secret_id"]["file"]).write_text(good)
     assert opens(make(address=before.address, auth=auth), wrapped)
@@ -733,6 +719,7 @@ def test_a_person_who_types_a_secret_has_time(
     assert opens(make(bao, auth=auth, timeout=1.0), wrapped)
 
 
+@pytest.mark.once
 def test_nobody_is_asked_by_the_thread_that_keeps_a_token_alive(
     make: Any,
     bao: Any,
@@ -740,7 +727,6 @@ def test_nobody_is_asked_by_the_thread_that_keeps_a_token_alive(
     secret_file: Any,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    wait_for: Any,
 ) -> None:
     role_id, secret_id = bao.approle(UNWRAP, "asked", token_ttl="8s", token_max_ttl="8s")
     asked: list[threading.Thread] = []
@@ -754,7 +740,7 @@ def test_nobody_is_asked_by_the_thread_that_keeps_a_token_alive(
     secrets = {"role_id": secret_file(role_id), "secret_id": {"prompt": "Secret id"}}
     provider = make(bao, auth={"method": "approle", **secrets})
     assert opens(provider, wrapped)
-    wait_for(lambda: "cannot be renewed" in caplog.text or len(asked) > 1, "the thread's turn")
+    until(lambda: "cannot be renewed" in caplog.text or len(asked) > 1)
     assert opens(provider, wrapped)
     assert set(asked) == {threading.current_thread()}
 
@@ -842,9 +828,7 @@ def test_a_warning_that_the_context_was_ignored_is_read(
 # The development server.
 
 
-def test_the_dev_server_ends_with_a_killed_parent(
-    bao_binary: Path, tmp_path: Path, wait_for: Any
-) -> None:
+def test_the_dev_server_ends_with_a_killed_parent(bao_binary: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "keymgmt.cli", "vault", "dev", "--directory"]
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
     with subprocess.Popen(
@@ -859,4 +843,4 @@ def test_the_dev_server_ends_with_a_killed_parent(
             with socket.socket() as probe:
                 return probe.connect_ex(("127.0.0.1", port)) != 0
 
-        wait_for(gone, "the server ended")
+        until(gone)

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 import pytest
+from vaults import JSON, ONE_TRY, UNWRAP, errors, opens
 
 from keymgmt.backend import (
     AccessDenied,
@@ -21,19 +22,7 @@ from keymgmt.backend import (
     WrappedKey,
 )
 
-ONE_TRY = 2.0  # seconds, in which a busy machine too gets an answer
-UNWRAP = 'path "transit/decrypt/*" { capabilities = ["update"] }'
 HTML = {"Content-Type": "text/html"}
-JSON = {"Content-Type": "application/json"}
-
-
-def opens(provider: Any, wrapped: WrappedKey) -> bool:
-    with provider.unwrap(wrapped, b"c") as dek:
-        return bytes(dek.view()) == bytes(32)
-
-
-def errors(*words: str) -> bytes:
-    return json.dumps({"errors": words}).encode()
 
 
 @pytest.mark.parametrize(

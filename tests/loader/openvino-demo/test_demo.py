@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+
+from programs import run_keymgmt
 
 
 def test_demo_shows_it_all_and_leaves_nothing(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "keymgmt.cli", "demo"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "TMPDIR": str(tmp_path), "HOME": str(tmp_path / "home")},
+    done = run_keymgmt(
+        "demo", env={**os.environ, "TMPDIR": str(tmp_path), "HOME": str(tmp_path / "home")}
     )
     assert done.returncode == 0, done.stderr
     shown = " ".join(done.stdout.split())

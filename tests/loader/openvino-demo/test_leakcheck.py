@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from keymgmt_openvino_demo import leakcheck as module
 from keymgmt_openvino_demo._canary import Canary
 from keymgmt_openvino_demo._watch import Watch, search_folders
+from programs import run_python
 
 PLAIN = """
 import sys
@@ -39,10 +39,9 @@ def check(tmp_path, monkeypatch):
         folder.mkdir()
 
     def run(*arguments: object, path: str | None = None, program: str = PROGRAM):
-        done = subprocess.run(
-            [sys.executable, "-c", program, *map(str, arguments)],
-            capture_output=True,
-            text=True,
+        done = run_python(
+            program,
+            *arguments,
             timeout=240,
             cwd=tmp_path / "cwd",
             env={

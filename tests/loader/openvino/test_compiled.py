@@ -15,6 +15,8 @@ import openvino as ov
 import pytest
 from bits import flipped
 from keymgmt_openvino import load
+from programs import run_python
+from waiting import until
 
 import keymgmt
 from keymgmt._system import free_memory
@@ -186,7 +188,7 @@ def test_trust_comes_first(sealed, cache, answer):
         answer(sealed, cache=cache)
 
 
-def test_its_memory_is_wiped_at_close(sealed, cache, site, answer, watched, until):
+def test_its_memory_is_wiped_at_close(sealed, cache, site, answer, watched):
     answer(sealed, cache=cache)
     del watched[:]
     with load(sealed, keys=site, cache=cache) as model:
@@ -356,7 +358,7 @@ def test_one_that_another_process_writes_is_left_to_it(sealed, cache, answer, ca
 
 
 def test_what_openvino_does_not_take_back_is_compiled_and_not_made_again(
-    seal, cache, site, caplog, watched, until
+    seal, cache, site, caplog, watched
 ):
     graph = Path(__file__).parent / "models" / "whisper" / "openvino_decoder_model.xml"
     decoder = seal(graph, "decoder")
@@ -385,12 +387,8 @@ def test_fewer_instructions_by_the_environment_make_it_anew(
         "import sys; from keymgmt_openvino import load\n"
         "load(sys.argv[1], keys=sys.argv[2], cache=sys.argv[3])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, sealed, site.path, cache],
-        env=os.environ | {variable: value},
-        capture_output=True,
-        text=True,
-        check=True,
+    done = run_python(
+        script, sealed, site.path, cache, env=os.environ | {variable: value}, check=True
     )
     assert "does not take back" not in done.stderr
     assert kept(cache).read_bytes() != before

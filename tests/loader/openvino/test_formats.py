@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import openvino as ov
 import pytest
 from keymgmt_openvino import load, read
 from openvino import opset13 as op
+from programs import run
 
 from keymgmt.errors import FormatError
 
@@ -59,9 +59,7 @@ def test_several_graphs_are_listed_and_a_wrong_name_too(several, site):
 
 def test_run_takes_the_name_of_a_graph(several, site):
     command = [sys.executable, "-m", "keymgmt.cli", "--config", site.path, "run", several[1]]
-    done = subprocess.run(
-        [*command, "--file", "det.xml", "--json"], capture_output=True, text=True, timeout=120
-    )
+    done = run(*command, "--file", "det.xml", "--json")
     assert done.returncode == 0, done.stderr
 
 

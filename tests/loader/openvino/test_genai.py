@@ -20,6 +20,8 @@ import openvino_genai as ov_genai
 import pytest
 from keymgmt_openvino import genai
 from keymgmt_openvino.genai import load_adapter, load_llm, load_path_pipeline
+from programs import run_python
+from waiting import until
 
 import keymgmt
 from keymgmt._system import free_memory
@@ -55,7 +57,7 @@ def folder(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("options", [{}, {"ATTENTION_BACKEND": "SDPA"}], ids=["default", "sdpa"])
-def test_greedy_tokens_are_those_of_plaintext(options, sealed, site, expected, watched, until):
+def test_greedy_tokens_are_those_of_plaintext(options, sealed, site, expected, watched):
     with load_llm(sealed, name="tiny-llm", keys=site, **options) as llm:
         assert [llm.generate(prompt, **GREEDY) for prompt in PROMPTS] == expected
         assert llm(PROMPTS[0], **GREEDY) == expected[0]
@@ -214,7 +216,7 @@ def test_a_model_of_another_pipeline(seal, site):
     assert "load_path_pipeline" in str(caught.value.hint)
 
 
-def test_a_held_tokenizer_is_named(sealed, site, watched, until):
+def test_a_held_tokenizer_is_named(sealed, site, watched):
     llm = load_llm(sealed, keys=site)
     tokenizer = llm.get_tokenizer()
     with pytest.raises(ModelInUse, match="or its pipeline or tokenizer is held elsewhere"):
@@ -224,7 +226,7 @@ def test_a_held_tokenizer_is_named(sealed, site, watched, until):
     until(lambda: all(memory.zeros() for memory in watched))
 
 
-def test_a_tokenizer_of_another_version(folder, seal, site, watched, until):
+def test_a_tokenizer_of_another_version(folder, seal, site, watched):
     tokenizer = folder / "openvino_tokenizer.xml"
     tokenizer.write_text(
         tokenizer.read_text().replace('"BPETokenizer"', '"BPETokenizerOfNextYear"')
@@ -236,7 +238,7 @@ def test_a_tokenizer_of_another_version(folder, seal, site, watched, until):
 
 
 @pytest.mark.parametrize("options", [{}, {"generation_config": "x"}], ids=["graph", "option"])
-def test_what_genai_refuses_leaves_zeros(options, folder, seal, site, watched, until):
+def test_what_genai_refuses_leaves_zeros(options, folder, seal, site, watched):
     if not options:
         graph = folder / "openvino_model.xml"
         graph.write_text(graph.read_text().replace('type="Gather"', 'type="GatherOfNextYear"'))
@@ -254,7 +256,7 @@ def test_configs_that_are_no_json(folder, seal, site):
         load_llm(seal(folder, "broken"), keys=site)
 
 
-def test_broken_weights_leave_zeros(sealed, site, watched, tmp_path, until):
+def test_broken_weights_leave_zeros(sealed, site, watched, tmp_path):
     damaged = Path(shutil.copytree(sealed, tmp_path / "damaged.sealed"))
     payload = damaged / "payload" / "openvino_model.bin.floe"
     content = bytearray(payload.read_bytes())
@@ -287,7 +289,7 @@ def test_what_writes_a_model_to_a_disk_is_refused(options, sealed, site):
         load_llm(sealed, keys=site, **options)
 
 
-def test_closing_while_it_generates(sealed, site, watched, until):
+def test_closing_while_it_generates(sealed, site, watched):
     started, go_on, said = threading.Event(), threading.Event(), []
 
     def slowly(_: str) -> None:
@@ -348,7 +350,7 @@ def test_a_lora_adapter_from_memory(sealed, site, seal, tmp_path, expected, watc
         load_adapter(seal(folder, "adapter"), "nothing.safetensors", keys=site)
 
 
-def test_an_adapter_that_genai_refuses_leaves_zeros(seal, site, tmp_path, watched, until):
+def test_an_adapter_that_genai_refuses_leaves_zeros(seal, site, tmp_path, watched):
     folder = tmp_path / "adapter"
     folder.mkdir()
     lora(folder / "adapter_model.safetensors", 3.0)
@@ -428,12 +430,7 @@ def test_peak_memory_is_that_of_a_plaintext_load(seal, site, tmp_path):
     subprocess.run([*script, TINY, plain, "512"], check=True, timeout=120)
     found = {}
     for kind, path in (("plain", plain), ("sealed", seal(plain, "large"))):
-        done = subprocess.run(
-            [sys.executable, "-c", PEAK, kind, path, site.path],
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        done = run_python(PEAK, kind, path, site.path)
         assert done.returncode == 0, done.stderr
         peak, said = done.stdout.split(maxsplit=1)
         found[kind] = int(peak), said
@@ -445,5 +442,5 @@ def test_peak_memory_is_that_of_a_plaintext_load(seal, site, tmp_path):
 def test_genai_is_imported_only_when_it_is_used():
     assert genai.ov_genai is ov_genai
     program = "import sys, keymgmt_openvino; print('openvino_genai' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = run_python(program)
     assert done.stdout == "False\n"

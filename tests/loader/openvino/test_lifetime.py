@@ -11,8 +11,10 @@ import time
 import numpy as np
 import openvino as ov
 import pytest
+from forks import in_child
 from keymgmt_openvino import _memory, load, read
 from keymgmt_openvino._memory import Memory, release
+from waiting import until
 
 from keymgmt.errors import IntegrityError, KeymgmtError, ModelInUse
 from keymgmt.loading import private_bytes
@@ -53,7 +55,7 @@ def test_weights_that_compiling_replaced_are_wiped_at_once(seal, site, watched, 
         assert model(ones)[0].tobytes() == expected.tobytes()
 
 
-def test_dropping_the_model_wipes(magika_sealed, site, watched, until):
+def test_dropping_the_model_wipes(magika_sealed, site, watched):
     model = load(magika_sealed, keys=site)
     model(INPUTS)
     (memory,) = watched
@@ -61,9 +63,7 @@ def test_dropping_the_model_wipes(magika_sealed, site, watched, until):
     until(memory.zeros)
 
 
-def test_a_held_request_stays_right_and_delays_the_wipe(
-    magika_sealed, site, watched, expected, until
-):
+def test_a_held_request_stays_right_and_delays_the_wipe(magika_sealed, site, watched, expected):
     model = load(magika_sealed, keys=site)
     request = model.create_infer_request()
     (memory,) = watched
@@ -78,9 +78,7 @@ def test_a_held_request_stays_right_and_delays_the_wipe(
     until(memory.zeros)
 
 
-def test_a_queue_is_seen_though_python_does_not_know_it(
-    magika_sealed, site, watched, expected, until
-):
+def test_a_queue_is_seen_though_python_does_not_know_it(magika_sealed, site, watched, expected):
     answers = []
     model = load(magika_sealed, keys=site)
     queue = ov.AsyncInferQueue(model, 2)
@@ -100,7 +98,7 @@ def test_a_queue_is_seen_though_python_does_not_know_it(
     model.close()
 
 
-def test_the_compiled_model_and_its_copies_are_seen(magika_sealed, site, watched, expected, until):
+def test_the_compiled_model_and_its_copies_are_seen(magika_sealed, site, watched, expected):
     model = load(magika_sealed, keys=site)
     compiled = model.compiled
     with pytest.raises(ModelInUse, match="compiled model"):
@@ -133,7 +131,7 @@ def kept_exception(model):
     ids=["request", "result", "port", "compiled", "queue", "graph", "exception"],
 )
 def test_a_block_ends_without_an_error_whatever_is_still_held(
-    keep, magika_sealed, site, watched, until, caplog
+    keep, magika_sealed, site, watched, caplog
 ):
     with load(magika_sealed, keys=site) as model:
         kept = keep(model)
@@ -158,9 +156,7 @@ def test_an_error_leaves_the_block_as_it_is(magika_sealed, site, caplog):
     assert kept[0].infer({0: INPUTS})
 
 
-def test_it_is_released_though_nobody_can_name_its_users(
-    magika_sealed, site, watched, monkeypatch, until
-):
+def test_it_is_released_though_nobody_can_name_its_users(magika_sealed, site, watched, monkeypatch):
     model = load(magika_sealed, keys=site)
     request = model.create_infer_request()
 
@@ -190,7 +186,7 @@ def test_it_is_used_like_a_compiled_model(magika_ir, magika_sealed, site, core, 
 
 
 def test_what_was_compiled_from_a_read_graph_delays_the_wipe(
-    magika_sealed, site, watched, core, expected, until
+    magika_sealed, site, watched, core, expected
 ):
     graph = read(magika_sealed, keys=site, core=core)
     compiled = core.compile_model(graph, "CPU")
@@ -223,7 +219,7 @@ def test_damaged_weights_leave_zeros(magika_sealed, site, watched, tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["read_model", "compile_model"])
-def test_an_exception_in_openvino_wipes(stage, magika_sealed, site, watched, until):
+def test_an_exception_in_openvino_wipes(stage, magika_sealed, site, watched):
     class Failing(ov.Core):
         pass
 
@@ -301,7 +297,7 @@ def test_too_few_descriptors_to_count_users_are_no_unknown_layout(child):
     assert said.split() == ["True", "True", "False"]
 
 
-def test_several_models_end_in_any_order(magika_sealed, site, watched, expected, until):
+def test_several_models_end_in_any_order(magika_sealed, site, watched, expected):
     models = [load(magika_sealed, keys=site) for _ in range(3)]
     requests = [model.create_infer_request() for model in models]
     for model in models:
@@ -334,14 +330,12 @@ def test_memory_of_odd_sizes():
 
 def test_a_forked_process_may_not_use_it(magika_sealed, site):
     with load(magika_sealed, keys=site) as model:
-        pid = os.fork()
-        if not pid:
-            try:
+
+        def use():
+            with pytest.raises(KeymgmtError, match="forked"):
                 model(INPUTS)
-            except KeymgmtError as error:
-                os._exit(0 if "forked" in str(error) else 1)
-            os._exit(2)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+        in_child(use)
         assert model(INPUTS)
 
 

@@ -12,8 +12,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-
-NOBODY = 65534
+from forks import NOBODY, nobody_can
 
 
 def python(program: str, *arguments: object, **options) -> subprocess.CompletedProcess[str]:
@@ -160,18 +159,7 @@ def test_another_process_of_the_same_user_cannot_follow(how, readable, tree, sit
     ) as process:
         target = process.stdout.readline().strip()
         path = target.replace("self", str(process.pid))
-        reader = os.fork()
-        if not reader:
-            try:
-                if os.geteuid() == 0:
-                    os.setgroups([])
-                    os.setgid(NOBODY)
-                    os.setuid(NOBODY)
-                Path(path).stat()
-            except OSError:
-                os._exit(1)
-            os._exit(0)
-        found = os.waitstatus_to_exitcode(os.waitpid(reader, 0)[1]) == 0
+        found = nobody_can(Path(path).stat)
         process.stdin.write("\n")
         process.stdin.flush()
     assert found == readable

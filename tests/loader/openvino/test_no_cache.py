@@ -17,6 +17,7 @@ import pytest
 from keymgmt_openvino import _no_disk, load, read
 from keymgmt_openvino.genai import load_draft_model, load_llm
 from openvino import opset13 as op
+from programs import run
 
 from keymgmt.errors import ConfigError
 
@@ -103,14 +104,10 @@ def test_no_file_is_made_anywhere(verb, canary, seal, site, tmp_path, require_to
     strace = require_tool("strace", package="strace")
     sealed = canary[1] if verb == "load" else seal(HERE / "tiny-llm", "tiny-llm")
     trace, folder = tmp_path / "trace", tmp_path / "cache"
-    done = subprocess.run(
-        [
-            *(strace, "-f", "-qq", "-o", trace, "-e", "trace=open,openat,openat2,creat,mkdir"),
-            *(sys.executable, "-B", "-c", EVERYTHING),
-            *(__file__, verb, sealed, site.path, folder),
-        ],
-        capture_output=True,
-        text=True,
+    done = run(
+        *(strace, "-f", "-qq", "-o", trace, "-e", "trace=open,openat,openat2,creat,mkdir"),
+        *(sys.executable, "-B", "-c", EVERYTHING),
+        *(__file__, verb, sealed, site.path, folder),
         timeout=280,
         cwd=tmp_path,
         env={**os.environ, "HOME": str(tmp_path)},

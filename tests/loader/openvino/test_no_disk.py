@@ -14,6 +14,7 @@ from pathlib import Path
 import keymgmt_openvino  # noqa: F401 - before OpenVINO: no telemetry
 import numpy as np
 import pytest
+from programs import run
 
 HERE = Path(__file__).parent
 WHISPER = HERE / "models" / "whisper"
@@ -142,13 +143,9 @@ def test_no_file_that_a_template_or_config_names_is_opened(how, seal, site, tmp_
         file.write_text(json.dumps(content))
     sealed = seal(folder, "hostile")
     trace = tmp_path / "trace"
-    done = subprocess.run(
-        [
-            *(strace, "-f", "-qq", "-o", trace, "-e", "trace=open,openat,openat2"),
-            *(sys.executable, "-c", OPENER, how, sealed, site.path),
-        ],
-        capture_output=True,
-        text=True,
+    done = run(
+        *(strace, "-f", "-qq", "-o", trace, "-e", "trace=open,openat,openat2"),
+        *(sys.executable, "-c", OPENER, how, sealed, site.path),
         timeout=240,
     )
     assert done.returncode == 0, done.stderr

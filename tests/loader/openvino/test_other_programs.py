@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 import pytest
+from programs import run_python
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[2] / "docs" / "other-programs.md"
@@ -98,12 +99,10 @@ def prepare(kind: str, plain: Path) -> tuple[Path, str]:
 
 
 def answer(program: str, here: Path, config: Path) -> np.ndarray:
-    done = subprocess.run(
-        [sys.executable, "-c", f"{BEFORE}{program}\nnp.save('answer.npy', np.asarray(answer))"],
+    done = run_python(
+        f"{BEFORE}{program}\nnp.save('answer.npy', np.asarray(answer))",
         cwd=here,
         env={**os.environ, "KEYMGMT_CONFIG": str(config), "HOME": str(here)},
-        capture_output=True,
-        text=True,
         timeout=280,
     )
     assert done.returncode == 0, done.stderr

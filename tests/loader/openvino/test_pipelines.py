@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from programs import run
 
 HERE = Path(__file__).parent
 MODELS = HERE / "models"
@@ -43,13 +44,9 @@ def answers(embedder, seal, site) -> dict[str, dict]:
     """What ``pipelines.py`` says, by kind."""
     folders = FOLDERS | {"TextEmbeddingPipeline": embedder}
     sealed = {folder: seal(folder, folder.name) for folder in set(folders.values())}
-    done = subprocess.run(
-        [
-            *(sys.executable, HERE / "pipelines.py", site.path),
-            *(f"{kind}={folder}={sealed[folder]}" for kind, folder in folders.items()),
-        ],
-        capture_output=True,
-        text=True,
+    done = run(
+        *(sys.executable, HERE / "pipelines.py", site.path),
+        *(f"{kind}={folder}={sealed[folder]}" for kind, folder in folders.items()),
         timeout=240,
     )
     assert done.returncode == 0, done.stderr

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from programs import run, run_python
 
 HERE = Path(__file__).parent
 LOAD_ONCE = HERE / "load_once.py"
@@ -77,14 +78,10 @@ def test_no_file_is_written_and_no_socket_made(require_tool, magika_sealed, site
     trace = tmp_path / "trace"
     home = tmp_path / "home"
     home.mkdir()
-    done = subprocess.run(
-        [
-            *(strace, "-f", "-qq", "-o", trace),
-            *("-e", "trace=%file,%network,ftruncate,memfd_create"),
-            *(sys.executable, "-B", LOAD_ONCE, "sealed", magika_sealed, site.path),
-        ],
-        capture_output=True,
-        text=True,
+    done = run(
+        *(strace, "-f", "-qq", "-o", trace),
+        *("-e", "trace=%file,%network,ftruncate,memfd_create"),
+        *(sys.executable, "-B", LOAD_ONCE, "sealed", magika_sealed, site.path),
         timeout=280,
         env={**os.environ, "HOME": str(home)},
     )
@@ -153,12 +150,8 @@ def without_the_right_to_lock(limit: int):
 def test_weights_are_locked_within_the_limit_and_the_rest_is_said_where_there_is_swap(
     limit, locked, swap, magika_sealed, site
 ):
-    done = subprocess.run(
-        [sys.executable, "-c", LOCKED, magika_sealed, site.path, swap],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        preexec_fn=without_the_right_to_lock(limit),
+    done = run_python(
+        LOCKED, magika_sealed, site.path, swap, preexec_fn=without_the_right_to_lock(limit)
     )
     assert done.returncode == 0, done.stderr
     found, size = done.stdout.split()

@@ -13,17 +13,12 @@ import numpy as np
 import openvino as ov
 import pytest
 from openvino import opset13 as op
+from programs import run, run_keymgmt
 
 
 def keymgmt(*arguments: object, config: Path | None = None, **env: str):
     options = ["--config", config] if config else []
-    return subprocess.run(
-        [sys.executable, "-m", "keymgmt.cli", *map(str, [*options, *arguments])],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, **env},
-    )
+    return run_keymgmt(*[*options, *arguments], env={**os.environ, **env})
 
 
 def test_run_with_random_inputs(magika_sealed, site, check_schema, check_formats):
@@ -140,7 +135,7 @@ def test_run_streams_a_language_models_answer(tiny_llm, site, check_schema):
 def test_run_takes_the_prompt_from_stdin_and_refuses_none(tiny_llm, site):
     command = [sys.executable, "-m", "keymgmt.cli", "--config", site.path, "run", tiny_llm]
     for text, code in (("Hello there\n", 0), ("  \n", 3)):
-        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=120)
+        done = run(*command, input=text)
         assert done.returncode == code, done.stderr
     assert "the prompt is empty" in done.stderr
     assert "--prompt" in done.stderr

@@ -11,6 +11,7 @@ import numpy as np
 import openvino as ov
 import pytest
 from keymgmt_openvino import _load, _read, load
+from waiting import until
 
 WEIGHTS = np.random.default_rng(3).standard_normal((64, 64)).astype(np.float32)
 
@@ -50,7 +51,7 @@ class Interrupt:
         return self
 
 
-def test_an_interrupt_before_any_line(small, site, watched, core, until):
+def test_an_interrupt_before_any_line(small, site, watched, core):
     with load(small, keys=site, core=core) as model:  # imports and caches what is made once
         expected = model(np.ones((1, 64), np.float32))[0].tobytes()
 

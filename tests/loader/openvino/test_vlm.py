@@ -7,8 +7,6 @@ import errno
 import gc
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +17,8 @@ import openvino as ov
 import openvino_genai as ov_genai
 import pytest
 from keymgmt_openvino.genai import load_llm, load_vlm
+from programs import run_python
+from waiting import until
 
 from keymgmt.errors import ConfigError, FormatError, IntegrityError, KeymgmtError, ModelInUse
 
@@ -52,7 +52,7 @@ def folder(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("options", [{}, {"ATTENTION_BACKEND": "SDPA"}], ids=["default", "sdpa"])
-def test_greedy_tokens_are_those_of_plaintext(options, sealed, site, watched, until):
+def test_greedy_tokens_are_those_of_plaintext(options, sealed, site, watched):
     expected = describe(ov_genai.VLMPipeline(LLAVA, "CPU", **options))
     with load_vlm(sealed, name="llava", keys=site, **options) as vlm:
         assert describe(vlm) == expected
@@ -81,12 +81,7 @@ with genai.load_vlm(sys.argv[1], keys=sys.argv[2]) as vlm:
     print(sum("memfd:keymgmt" in line for line in open("/proc/self/maps")))
 print(len(os.listdir("/proc/self/fd")) - before)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program, sealed, site.path],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_python(program, sealed, site.path)
     assert done.returncode == 0, done.stderr
     names, *rest = done.stdout.splitlines()
     plain = {path.name for path in LLAVA.iterdir()}
@@ -127,7 +122,7 @@ def test_a_cache_is_refused(sealed, site):
 @pytest.mark.parametrize(
     "broken", ["preprocessor_config.json", "openvino_vision_embeddings_model.xml"]
 )
-def test_what_genai_refuses_leaves_zeros(broken, folder, seal, site, watched, until):
+def test_what_genai_refuses_leaves_zeros(broken, folder, seal, site, watched):
     (folder / broken).write_text("{not json, nor xml")
     with pytest.raises(KeymgmtError, match="OpenVINO GenAI cannot build broken"):
         load_vlm(seal(folder, "broken"), keys=site)
@@ -136,7 +131,7 @@ def test_what_genai_refuses_leaves_zeros(broken, folder, seal, site, watched, un
     until(lambda: all(memory.zeros() for memory in watched))
 
 
-def test_damaged_weights_leave_zeros(sealed, site, watched, tmp_path, until):
+def test_damaged_weights_leave_zeros(sealed, site, watched, tmp_path):
     damaged = Path(shutil.copytree(sealed, tmp_path / "damaged.sealed"))
     payload = damaged / "payload" / "openvino_vision_embeddings_model.bin.floe"
     content = bytearray(payload.read_bytes())
@@ -148,7 +143,7 @@ def test_damaged_weights_leave_zeros(sealed, site, watched, tmp_path, until):
     until(lambda: all(memory.zeros() for memory in watched))
 
 
-def test_closing_while_it_generates(sealed, site, watched, until):
+def test_closing_while_it_generates(sealed, site, watched):
     started, go_on, said = threading.Event(), threading.Event(), []
 
     def slowly(_: str) -> None:
