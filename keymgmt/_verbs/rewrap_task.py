@@ -11,6 +11,7 @@ from keymgmt._config.calls import Answers, has_ability
 from keymgmt._crypto.dek import Dek
 from keymgmt._providers.contract import SupportsBatchUnwrap, SupportsBatchWrap
 from keymgmt._providers.names import KeyRef
+from keymgmt._providers.registry import backends
 from keymgmt._trust.policy import load_publishers
 from keymgmt._trust.recipients import ProviderKey, RecipientFile, resolve_groups
 from keymgmt.errors import ConfigError, ProviderError
@@ -160,6 +161,8 @@ class Task:
         """Look up the groups; raises as ``rewrap``."""
         if to and (add or drop):
             raise ConfigError("--set names all groups, so there is none to add or to drop")
+        for text in drop:
+            _refuse_provider(text, config)
         texts = [*add, *to]
         return cls(
             config,
@@ -170,6 +173,23 @@ class Task:
             force=force,
             dry_run=dry_run,
             tree=tree,
+        )
+
+
+def _refuse_provider(text: str, config: Config) -> None:
+    """ConfigError where a group to drop is named by providers, before any model is changed.
+
+    Another provider of that backend may have a key of the same name, which would be dropped too.
+    """
+    shown = []
+    for member in text.split("+"):
+        name, colon, key = member.partition(":")
+        is_provider = name in config.provider_names and name not in backends()
+        shown.append(f"{config.backend_of(name) if is_provider else name}{colon}{key}")
+    if (meant := "+".join(shown)) != text:
+        raise ConfigError(
+            f"{text} names a provider, and a group to drop is named as `inspect` shows it",
+            hint=f"--drop {meant}",
         )
 
 

@@ -108,7 +108,7 @@ def complete_member(context: typer.Context, incomplete: str) -> list[str]:
         need_folder(model)  # no server is asked while somebody types
         groups = keymgmt.inspect(model).groups
     except KeymgmtError:
-        return complete_key(context, incomplete)
+        return []
     return sorted(
         each for each in {"+".join(group) for group in groups} if each.startswith(incomplete)
     )

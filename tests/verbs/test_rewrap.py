@@ -121,6 +121,20 @@ def test_what_cannot_be_dropped(site, tree_of, drop, says):
     assert tree_of(path) == before
 
 
+def test_a_group_to_drop_that_is_named_by_its_provider_changes_no_model_of_a_tree(site, tree_of):
+    path = site.seal("local:a+local:b")
+    before = tree_of(path)
+    arguments = {"keys": site.config(), "add": ["local:c"], "drop": ["local:a@1+local:b"]}
+    for run in (
+        lambda: keymgmt.rewrap(path, **arguments),
+        lambda: list(keymgmt.rewrap_tree(path.parent, **arguments)),
+    ):
+        with pytest.raises(errors.ConfigError, match="names a provider") as caught:
+            run()
+        assert caught.value.hint == "--drop file:a@1+file:b"
+        assert tree_of(path) == before
+
+
 def test_rewrap_never_wraps_to_a_recipient_that_was_added(site, tree_of):
     path, other = site.seal(), site.seal("local:b", target="n.sealed")
     from keymgmt.sealed.keys import UnlockPolicy
