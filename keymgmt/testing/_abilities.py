@@ -105,11 +105,8 @@ class AbilityChecks(ContractFixtures):
 
     def _serves(self, manager: Any, name: str, kind: str, purpose: str, dek: Dek) -> None:
         if purpose == "wrap":
-            wrapped = self.demand.works(partial(manager.wrap, name, dek, b"c"), f"{kind}: wrap()")
-            unwrapped = self.demand.works(
-                partial(manager.unwrap, wrapped, b"c"), f"{kind}: unwrap()"
-            )
-            self.demand.same_key(unwrapped, dek, f"{kind}: unwrap()")
+            wrapped = self.demand.wraps(manager, name, dek, f"{kind}: wrap()")
+            self.demand.unwraps(manager, wrapped, dek, f"{kind}: unwrap()")
             if isinstance(manager, SupportsSigning):
                 self.demand.refused(
                     partial(manager.sign, name, b"m"),
@@ -162,7 +159,7 @@ class AbilityChecks(ContractFixtures):
         name = new_key("wrap")
         wraps: list[WrappedKey] = []
         for _ in range(3):
-            wraps.append(self.demand.works(partial(manager.wrap, name, dek, b"c"), "wrap()"))
+            wraps.append(self.demand.wraps(manager, name, dek))
             info = manager.describe_key(name)
             self.demand.that(
                 wraps[-1].version == info.newest,
@@ -180,8 +177,7 @@ class AbilityChecks(ContractFixtures):
         self.demand.that(listed == versions, f"describe_key() lists {listed}, made were {versions}")
         for wrapped in wraps:
             subject = f"unwrap() of version {wrapped.version} after two rotations"
-            unwrapped = self.demand.works(partial(manager.unwrap, wrapped, b"c"), subject)
-            self.demand.same_key(unwrapped, dek, subject)
+            self.demand.unwraps(manager, wrapped, dek, subject)
         if manager.rotates_unseen:
             return
         self.demand.refused(
@@ -201,10 +197,10 @@ class AbilityChecks(ContractFixtures):
         if manager.rotates_unseen:
             self._refuses_to_retire(manager, name, dek)
             return
-        wraps = [self.demand.works(partial(manager.wrap, name, dek, b"c"), "wrap()")]
+        wraps = [self.demand.wraps(manager, name, dek)]
         for _ in range(2):
             self.demand.works(partial(manager.rotate_key, name), "rotate_key()")
-            wraps.append(self.demand.works(partial(manager.wrap, name, dek, b"c"), "wrap()"))
+            wraps.append(self.demand.wraps(manager, name, dek))
         first, *others = wraps
         info = self.demand.works(
             partial(manager.retire_version, name, first.version), "retire_version()"
@@ -222,8 +218,7 @@ class AbilityChecks(ContractFixtures):
         )
         for wrapped in others:
             subject = f"unwrap() of version {wrapped.version}, which was not retired,"
-            unwrapped = self.demand.works(partial(manager.unwrap, wrapped, b"c"), subject)
-            self.demand.same_key(unwrapped, dek, subject)
+            self.demand.unwraps(manager, wrapped, dek, subject)
         self.demand.refused(
             partial(manager.retire_version, name, others[-1].version),
             "retire_version() of the newest version",
@@ -235,21 +230,17 @@ class AbilityChecks(ContractFixtures):
             ConfigError,
             KeyNotFound,
         )
-        unwrapped = self.demand.works(
-            partial(manager.unwrap, others[-1], b"c"), "unwrap() afterwards"
-        )
-        self.demand.same_key(unwrapped, dek, "unwrap() of the newest version")
+        self.demand.unwraps(manager, others[-1], dek, "unwrap() of the newest version")
 
     def _refuses_to_retire(self, manager: Any, name: str, dek: Dek) -> None:
-        wrapped = self.demand.works(partial(manager.wrap, name, dek, b"c"), "wrap()")
+        wrapped = self.demand.wraps(manager, name, dek)
         for version, kind in ((wrapped.version, UnsupportedOperation), ("no-such", KeyNotFound)):
             self.demand.refused(
                 partial(manager.retire_version, name, version),
                 f"retire_version() of version {version!r}, where the service rotates unseen,",
                 kind,
             )
-        unwrapped = self.demand.works(partial(manager.unwrap, wrapped, b"c"), "unwrap() afterwards")
-        self.demand.same_key(unwrapped, dek, "unwrap() after retire_version() refused")
+        self.demand.unwraps(manager, wrapped, dek, "unwrap() after retire_version() refused")
 
     # Deletion.
 
@@ -264,8 +255,8 @@ class AbilityChecks(ContractFixtures):
         if not claimed:
             self.skip("this provider does not claim SupportsKeyDeletion")
         name, other = new_key("wrap"), new_key("wrap")
-        wrapped = self.demand.works(partial(manager.wrap, name, dek, b"c"), "wrap()")
-        kept = self.demand.works(partial(manager.wrap, other, dek, b"c"), "wrap()")
+        wrapped = self.demand.wraps(manager, name, dek)
+        kept = self.demand.wraps(manager, other, dek)
         try:
             until = manager.delete_key(name)
         except (AccessDenied, UnsupportedOperation) as error:
@@ -286,10 +277,7 @@ class AbilityChecks(ContractFixtures):
             self.demand.works(partial(datetime.fromisoformat, until), "the time of the deletion")
             states = {each.state for each in manager.describe_key(name).versions}
             self.demand.that(states == {"retired"}, f"its versions are {sorted(states)}")
-        unwrapped = self.demand.works(
-            partial(manager.unwrap, kept, b"c"), "unwrap() with another key"
-        )
-        self.demand.same_key(unwrapped, dek, "unwrap() with another key")
+        self.demand.unwraps(manager, kept, dek, "unwrap() with another key")
 
     # Signing.
 
@@ -364,8 +352,7 @@ class AbilityChecks(ContractFixtures):
         again = Recipient.from_bytes(recipient.to_bytes())
         wrapped = wrap_for(again, dek, b"c")
         subject = "unwrap() of an offline wrap"
-        unwrapped = self.demand.works(partial(provider.unwrap, wrapped, b"c"), subject)
-        self.demand.same_key(unwrapped, dek, subject)
+        self.demand.unwraps(provider, wrapped, dek, subject)
         self.demand.refused(
             partial(provider.unwrap, wrapped, b"d"), f"{subject} with another context", UnwrapFailed
         )

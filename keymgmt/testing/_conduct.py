@@ -28,7 +28,7 @@ from keymgmt.backend import (
     is_name,
 )
 from keymgmt.testing import _process
-from keymgmt.testing._demand import describe, find_secret, raised
+from keymgmt.testing._demand import describe, raised
 from keymgmt.testing._fixtures import ContractFixtures, ProviderFactory
 
 __all__ = ["ConductChecks"]
@@ -100,7 +100,7 @@ class ConductChecks(ContractFixtures):
         behind.
         """
         self.demand.works(provider.close, "close() before the first use")
-        wrapped = self.demand.works(partial(provider.wrap, wrap_key, dek, b"c"), "wrap()")
+        wrapped = self.demand.wraps(provider, wrap_key, dek)
         for count in ("first", "second"):
             self.demand.works(provider.close, f"the {count} close()")
         try:
@@ -119,13 +119,10 @@ class ConductChecks(ContractFixtures):
         """Closing one provider leaves another of the same service working, because configs share
         services; look at logins, sessions and libraries that the process has once.
         """
-        wrapped = self.demand.works(partial(provider.wrap, wrap_key, dek, b"c"), "wrap()")
+        wrapped = self.demand.wraps(provider, wrap_key, dek)
         with provider_factory() as other:
-            self.demand.works(partial(other.wrap, wrap_key, dek, b"c"), "wrap() of the other")
-        unwrapped = self.demand.works(
-            partial(provider.unwrap, wrapped, b"c"), "unwrap() afterwards"
-        )
-        self.demand.same_key(unwrapped, dek, "unwrap() after the other was closed")
+            self.demand.wraps(other, wrap_key, dek, "wrap() of the other")
+        self.demand.unwraps(provider, wrapped, dek, "unwrap() after the other was closed")
 
     def test_check(self, provider: KeyProvider[Any], wrap_key: str) -> None:
         """check() of a service without a fault returns a Health with findings, none of them failed,
@@ -177,7 +174,7 @@ class ConductChecks(ContractFixtures):
         """close() while another thread calls ends every call with the right key or a ProviderError,
         because shutdown does not wait; look whether close() takes the lock that calls hold.
         """
-        wrapped = self.demand.works(partial(provider.wrap, wrap_key, dek, b"c"), "wrap()")
+        wrapped = self.demand.wraps(provider, wrap_key, dek)
         failures: list[str] = []
         done = threading.Event()
 
@@ -210,7 +207,7 @@ class ConductChecks(ContractFixtures):
         provider goes on working in the parent, because servers fork their workers; look for a check
         of os.getpid() before a connection is used again.
         """
-        wrapped = self.demand.works(partial(provider.wrap, wrap_key, dek, b"c"), "wrap()")
+        wrapped = self.demand.wraps(provider, wrap_key, dek)
         for _ in range(2):
             answer = _process.in_fork(
                 partial(_round_trip, provider, wrapped, dek), time_limit + self.patience
@@ -226,7 +223,7 @@ class ConductChecks(ContractFixtures):
         at that moment stays locked in the child for ever; look for locks that are not made anew
         after fork (os.register_at_fork, or a check of os.getpid() before the lock).
         """
-        wrapped = self.demand.works(partial(provider.wrap, wrap_key, dek, b"c"), "wrap()")
+        wrapped = self.demand.wraps(provider, wrap_key, dek)
         done = threading.Event()
 
         def work() -> None:
@@ -261,7 +258,7 @@ class ConductChecks(ContractFixtures):
         kind = type(provider)
         if lives_in_this_process:
             self.skip("this service exists only in this process")
-        wrapped = self.demand.works(partial(provider.wrap, wrap_key, dek, b"c"), "wrap()")
+        wrapped = self.demand.wraps(provider, wrap_key, dek)
         task = (kind.__module__, kind.__qualname__, provider.name, wrapped, b"c")
         settings = self.demand.works(partial(pickle.dumps, provider.settings), "pickling settings")
         answer = _process.in_spawn((*task, settings), bytes(dek.view()), time_limit + 45)
@@ -286,7 +283,7 @@ class ConductChecks(ContractFixtures):
         result changes no other, because the caller alone decides how long a key lives; look for
         caches and for buffers kept in attributes.
         """
-        wrapped = self.demand.works(partial(provider.wrap, wrap_key, dek, b"c"), "wrap()")
+        wrapped = self.demand.wraps(provider, wrap_key, dek)
         first = self.demand.works(partial(provider.unwrap, wrapped, b"c"), "unwrap()")
         second = self.demand.works(partial(provider.unwrap, wrapped, b"c"), "unwrap()")
         first.wipe()
@@ -313,7 +310,7 @@ class ConductChecks(ContractFixtures):
         missing = f"kit-missing-{secrets.token_hex(6)}"
         with caplog.at_level(logging.NOTSET):
             logging.getLogger().setLevel(logging.DEBUG)
-            wrapped = self.demand.works(partial(provider.wrap, wrap_key, dek, b"c"), "wrap()")
+            wrapped = self.demand.wraps(provider, wrap_key, dek)
             provider.unwrap(wrapped, b"c").wipe()
             seen = {
                 "the provider": f"{provider!r} {provider} {provider:}",
@@ -339,8 +336,7 @@ class ConductChecks(ContractFixtures):
         seen["the records of the log"] = "\n".join(repr(vars(r)) for r in caplog.records)
         hidden = [bytes(dek.view()), *secret_values]
         for where, text in seen.items():
-            spelling = find_secret(text, hidden)
-            self.demand.that(not spelling, f"a secret stands in {where} {spelling}")
+            self.demand.hides(text, hidden, where)
 
 
 def _round_trip(provider: KeyProvider[Any], wrapped: WrappedKey, dek: Dek) -> str:

@@ -12,16 +12,13 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
 import pytest
 from pydantic import BaseModel
 
-from keymgmt.backend import SecretSource
+from keymgmt.backend import Dek, KeyProvider, SecretSource, WrappedKey
 from keymgmt.errors import KeymgmtError
-
-if TYPE_CHECKING:
-    from keymgmt.backend import Dek
 
 __all__ = [
     "Demand",
@@ -58,8 +55,6 @@ class Demand:
 
     def same_key(self, dek: object, expected: Dek, subject: str) -> None:
         """Fail unless ``dek`` is the data key that was wrapped; nothing of either is shown."""
-        from keymgmt.backend import Dek
-
         self.that(isinstance(dek, Dek), f"{subject} gave {type(dek).__name__}, not a Dek")
         self.that(dek == expected, f"{subject} gave another data key than the one that was wrapped")
 
@@ -69,6 +64,35 @@ class Demand:
             return call()
         except Exception as error:  # noqa: BLE001 - reported whatever it is
             self.fail(f"{subject} raised {describe(error)}")
+
+    def wraps(
+        self,
+        provider: KeyProvider[Any],
+        key: str,
+        dek: Dek,
+        subject: str = "wrap()",
+        *,
+        context: bytes = b"c",
+    ) -> WrappedKey:
+        """Return the wrapped ``dek``; fail where ``wrap`` raises."""
+        return self.works(lambda: provider.wrap(key, dek, context), subject)
+
+    def unwraps(
+        self,
+        provider: KeyProvider[Any],
+        wrapped: WrappedKey,
+        dek: Dek,
+        subject: str = "unwrap()",
+        *,
+        context: bytes = b"c",
+    ) -> None:
+        """Fail unless ``wrapped`` unwraps to ``dek``."""
+        self.same_key(self.works(lambda: provider.unwrap(wrapped, context), subject), dek, subject)
+
+    def hides(self, text: str | bytes, secrets: Iterable[bytes], where: str) -> None:
+        """Fail where one of ``secrets`` is in ``text``, in whatever spelling."""
+        spelling = find_secret(text, secrets)
+        self.that(not spelling, f"a secret stands in {where} {spelling}")
 
     def refused(self, call: Callable[[], object], subject: str, *kinds: type[E]) -> E:
         """Return the error with which ``call`` refuses; fail where it is of another kind or none.

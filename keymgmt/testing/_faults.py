@@ -22,7 +22,7 @@ from keymgmt.backend import (
     LockedOut,
     ProviderUnavailable,
 )
-from keymgmt.testing._demand import describe, find_secret, join, printed, raised
+from keymgmt.testing._demand import describe, join, printed, raised
 from keymgmt.testing._fixtures import ContractFixtures, Hook, ProviderFactory
 
 __all__ = ["FaultChecks"]
@@ -92,7 +92,7 @@ class FaultChecks(ContractFixtures):
         """
         broken = self.need(break_service, "break_service")
         heal = self.need(heal_service, "heal_service")
-        wrapped = self.demand.works(partial(provider.wrap, wrap_key, dek, b"c"), "wrap()")
+        wrapped = self.demand.wraps(provider, wrap_key, dek)
         with provider_factory() as other:
             broken()
             for which, each_provider in (("a connected", provider), ("a new", other)):
@@ -133,7 +133,7 @@ class FaultChecks(ContractFixtures):
         that no longer listens.
         """
         broken = self.need(break_service, "break_service")
-        self.demand.works(partial(provider.wrap, wrap_key, dek, b"c"), "wrap()")
+        self.demand.wraps(provider, wrap_key, dek)
         broken()
         subject = "close() with the service gone"
 
@@ -165,7 +165,7 @@ class FaultChecks(ContractFixtures):
         """
         hang = self.need(hang_service, "hang_service")
         heal = self.need(heal_service, "heal_service")
-        wrapped = self.demand.works(partial(provider.wrap, wrap_key, dek, b"c"), "wrap()")
+        wrapped = self.demand.wraps(provider, wrap_key, dek)
         with provider_factory() as other:
             hang()
             for which, each_provider in (("a connected", provider), ("a new", other)):
@@ -198,7 +198,7 @@ class FaultChecks(ContractFixtures):
         """
         hang = self.need(hang_service, "hang_service")
         heal = self.need(heal_service, "heal_service")
-        wrapped = self.demand.works(partial(provider.wrap, wrap_key, dek, b"c"), "wrap()")
+        wrapped = self.demand.wraps(provider, wrap_key, dek)
         hang()
         failures: list[str] = []
 
@@ -234,13 +234,12 @@ class FaultChecks(ContractFixtures):
         refusal, and whether it is tried again exactly once.
         """
         expire = self.need(expire_login, "expire_login")
-        wrapped = self.demand.works(partial(provider.wrap, wrap_key, dek, b"c"), "wrap()")
+        wrapped = self.demand.wraps(provider, wrap_key, dek)
         for _ in range(2):
             expire()
-            unwrapped = self.demand.works(partial(provider.unwrap, wrapped, b"c"), "unwrap()")
-            self.demand.same_key(unwrapped, dek, "after the login ended, unwrap()")
+            self.demand.unwraps(provider, wrapped, dek, "after the login ended, unwrap()")
         expire()
-        self.demand.works(partial(provider.wrap, wrap_key, dek, b"c"), "after that, wrap()")
+        self.demand.wraps(provider, wrap_key, dek, "after that, wrap()")
 
     def test_denied(
         self,
@@ -257,15 +256,14 @@ class FaultChecks(ContractFixtures):
         """
         if denied_factory is None:
             self.skip("the fixture denied_factory was not supplied")
-        wrapped = self.demand.works(partial(provider.wrap, wrap_key, dek, b"c"), "wrap()")
+        wrapped = self.demand.wraps(provider, wrap_key, dek)
         with denied_factory() as denied:
             calls: list[Call] = [("unwrap()", partial(denied.unwrap, wrapped, b"c"))]
             if not wraps_offline:
                 calls.append(("wrap()", partial(denied.wrap, wrap_key, dek, b"c")))
             for name, call in calls:
                 error = self.demand.refused(call, name, AccessDenied, LockedOut)
-                spelling = find_secret(printed(error), [bytes(dek.view()), *secret_values])
-                self.demand.that(not spelling, f"a secret stands in its error {spelling}")
+                self.demand.hides(printed(error), [bytes(dek.view()), *secret_values], "its error")
             health = self.demand.works(denied.check, "check()")
             self.demand.that(not health.ok, "check() reported that all is well")
 
@@ -286,7 +284,7 @@ class FaultChecks(ContractFixtures):
         """
         broken = self.need(break_service, "break_service")
         name = f"kit-missing-{secrets.token_hex(6)}"
-        wrapped = self.demand.works(partial(provider.wrap, wrap_key, dek, b"c"), "wrap()")
+        wrapped = self.demand.wraps(provider, wrap_key, dek)
         caplog.set_level("DEBUG")
         broken()
         hidden = [bytes(dek.view()), *secret_values]
@@ -297,7 +295,5 @@ class FaultChecks(ContractFixtures):
         if not wraps_offline:
             calls.append(("wrap()", partial(provider.wrap, wrap_key, dek, b"c")))
         for label, call in calls:
-            spelling = find_secret(raised(call), hidden)
-            self.demand.that(not spelling, f"a secret stands in the error of {label} {spelling}")
-        spelling = find_secret(caplog.text, hidden)
-        self.demand.that(not spelling, f"a secret stands in the log {spelling}")
+            self.demand.hides(raised(call), hidden, f"the error of {label}")
+        self.demand.hides(caplog.text, hidden, "the log")

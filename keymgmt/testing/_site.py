@@ -179,21 +179,28 @@ def site_contract(site: Site) -> type[ProviderContract]:
 
     def hook(name: str) -> Hook | None:
         run = site.hooks.get(name)
+        if run is None:
+            return None
 
         def careful() -> None:
             try:
-                assert run is not None  # noqa: S101 - careful is returned only then
                 run()
             except Exception as error:  # noqa: BLE001 - a hook may raise any error
                 # Every other check would fail too if the service stays broken.
                 pytest.exit(f"the hook {name} failed: {type(error).__name__}: {error}")
 
-        return careful if run is not None else None
+        return careful
 
     class SiteContract(ProviderContract):
-        @pytest.fixture
-        def provider_factory(self) -> ProviderFactory:
-            return _factory(site.provider)
+        provider_factory = _given(_factory(site.provider))
+        may_create_keys = _given(site.may_create_keys)
+        made_keys = _given(site.made_keys)
+        denied_factory = _given(_factory(site.denied) if site.denied is not None else None)
+        break_service = _given(hook("break_service"))
+        hang_service = _given(hook("hang_service"))
+        heal_service = _given(hook("heal_service"))
+        expire_login = _given(hook("expire_login"))
+        time_limit = _given(site.time_limit)
 
         @pytest.fixture
         def wrap_key(self, request: pytest.FixtureRequest) -> str:
@@ -218,39 +225,17 @@ def site_contract(site: Site) -> type[ProviderContract]:
         def signing_key(self, request: pytest.FixtureRequest) -> str:
             return site.signing_key or _make(request, "sign")
 
-        @pytest.fixture
-        def may_create_keys(self) -> bool:
-            return site.may_create_keys
-
-        @pytest.fixture
-        def made_keys(self) -> list[str]:
-            return site.made_keys
-
-        @pytest.fixture
-        def denied_factory(self) -> ProviderFactory | None:
-            return _factory(site.denied) if site.denied is not None else None
-
-        @pytest.fixture
-        def break_service(self) -> Hook | None:
-            return hook("break_service")
-
-        @pytest.fixture
-        def hang_service(self) -> Hook | None:
-            return hook("hang_service")
-
-        @pytest.fixture
-        def heal_service(self) -> Hook | None:
-            return hook("heal_service")
-
-        @pytest.fixture
-        def expire_login(self) -> Hook | None:
-            return hook("expire_login")
-
-        @pytest.fixture
-        def time_limit(self) -> float:
-            return site.time_limit
-
     return SiteContract
+
+
+def _given(value: Any) -> Any:
+    """A fixture that gives ``value``."""
+
+    @pytest.fixture
+    def given(_self: object) -> Any:
+        return value
+
+    return given
 
 
 def _make(request: pytest.FixtureRequest, purpose: str) -> str:

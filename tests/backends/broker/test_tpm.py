@@ -102,7 +102,7 @@ def test_a_quote_is_verified_once_whatever_the_number_of_policies(
     for _ in range(3):
         with pytest.raises(Refused, match="another boot state"):
             judge(other)
-    assert judge(wanted).said["ek"]
+    assert judge(wanted).facts["ek"]
     assert len(verified) == 1
 
 

@@ -79,7 +79,7 @@ def refused(reason, *arguments, kind=Refused, **options):
 
 
 def test_enclaves_that_are_wanted(world, tmp_path):
-    said = judge(world, world.sgx(ASKED), SGX, tmp_path / "c").said
+    said = judge(world, world.sgx(ASKED), SGX, tmp_path / "c").facts
     assert said["mrenclave"] == MRENCLAVE.hex()
     assert (said["tcb"], said["fmspc"], said["svn"]) == ("UpToDate", "00906ed50000", "3")
     assert judge(world, world.sgx(ASKED, mrenclave=bytes(32)), SIGNED, tmp_path / "c")
@@ -90,7 +90,7 @@ def test_enclaves_that_are_wanted(world, tmp_path):
 
 @pytest.mark.parametrize("form", [{}, {"version": 5}, {"version": 5, "newer": True}])
 def test_guests_that_are_wanted(world, tmp_path, form):
-    assert judge(world, world.tdx(ASKED, **form), TDX, tmp_path / "c").said["mr_td"] == MR_TD.hex()
+    assert judge(world, world.tdx(ASKED, **form), TDX, tmp_path / "c").facts["mr_td"] == MR_TD.hex()
     assert judge(
         world, world.tdx(ASKED, **form), TDX, tmp_path / "c", attributes=["0000001000000000"]
     )
@@ -192,7 +192,7 @@ def test_states_of_the_tcb(tmp_path):
     one = ["INTEL-SA-00615"]
     refused("by INTEL-SA-00289 too", world, quote, SGX, tmp_path / "c", tcb=states, advisories=one)
     both = [*one, "INTEL-SA-00289"]
-    said = judge(world, quote, SGX, tmp_path / "c", tcb=states, advisories=both).said
+    said = judge(world, quote, SGX, tmp_path / "c", tcb=states, advisories=both).facts
     assert said["advisories"] == "INTEL-SA-00615, INTEL-SA-00289"
     old = World(status="OutOfDate")
     refused("TCB is OutOfDate", old, old.tdx(ASKED), TDX, tmp_path / "d", tcb=states)
@@ -431,7 +431,7 @@ def test_recorded_evidence_is_genuine_and_of_another_request(recorded, kind):
     # What it was made for is known: then all of it is accepted.
     place = 48 + 320 if kind == "sgx" else 48 + 520
     made_for = quotes[kind][place : place + 64]
-    said = verify(quotes[kind], made_for, ready, collateral, now).said
+    said = verify(quotes[kind], made_for, ready, collateral, now).facts
     assert said["tcb"] == WHOLE[kind].get("tcb", ["UpToDate"])[0]
     with pytest.raises(NotReady, match="expired"):
         verify(quotes[kind], made_for, ready, collateral, int(time.time()))
