@@ -16,6 +16,7 @@ Sealing: *limit* is a bare loop of read, ``encrypt_into``, BLAKE3 and write.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import mmap
@@ -47,6 +48,7 @@ from measure import (
 
 from keymgmt import floe
 from keymgmt.floe import HEADER_LENGTH, OVERHEAD
+from keymgmt.sealed.ciphertext import FileCiphertext
 from keymgmt.sealed.digests import DigestName
 from keymgmt.sealed.payload import PayloadReader, digest_payload, seal_payload
 
@@ -167,7 +169,13 @@ def run_case(case: dict[str, str | int]) -> Run:
 
         def work(buffer: bytearray) -> None:
             with PayloadReader(
-                fd, size, key=KEY, aad=b"", segment_length=segment, digest=digest, root=root
+                FileCiphertext(os.dup(fd)),
+                size,
+                key=KEY,
+                aad=b"",
+                segment_length=segment,
+                digest=digest,
+                root=root,
             ) as reader:
                 reader.read_into(buffer)
 
@@ -208,10 +216,13 @@ def main() -> None:
         for segment in segments:
             path = directory / f"{segment}.floe"
             seal(directory / "plain", path, segment, "blake3")
-            with path.open("rb") as file:
+            with contextlib.closing(FileCiphertext(os.open(path, os.O_RDONLY))) as source:
                 roots = {
                     digest: digest_payload(
-                        file.fileno(), options.size, segment_length=segment, digest=digest
+                        source,
+                        options.size,
+                        segment_length=segment,
+                        digest=digest,
                     ).hex()
                     for digest in DIGESTS
                 }

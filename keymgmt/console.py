@@ -46,13 +46,9 @@ def _console_class() -> type[Console]:
     return _Console
 
 
-def clean(text: object, *, lines: bool = False) -> str:
-    """``text`` in one line, with what is not printable shown as an escape.
-
-    ``lines`` keeps its line ends, for a text that this program made of several lines.
-    """
-    parts = str(text).split("\n") if lines else [str(text)]
-    return "\n".join(map(printable, parts))
+def clean(text: object) -> str:
+    """``text`` in one line, with what is not printable shown as an escape."""
+    return printable(str(text))
 
 
 def print_json(value: Any) -> None:

@@ -104,8 +104,7 @@ def resolve_groups(
         )
     if len(set(texts)) != len(texts):
         raise ConfigError("the same group of recipients is named twice")
-    given = frozenset(map(plain_fingerprint, fingerprints))
-    groups = [_resolve(text, config, given) for text in texts]
+    groups = [resolve_group(text, config, fingerprints) for text in texts]
     tried: set[Wrap] = set()
     check = (profile or PROFILES["default"]).check_recipient
     with Dek.generate() as probe:
@@ -121,14 +120,11 @@ def resolve_groups(
 
 def resolve_group(text: str, config: Config, fingerprints: Sequence[str] = ()) -> list[Wrap]:
     """Turn one ``--to`` text into ways to wrap, untried; raises as ``resolve_groups``."""
-    return _resolve(text, config, frozenset(map(plain_fingerprint, fingerprints)))
-
-
-def _resolve(text: str, config: Config, fingerprints: frozenset[str]) -> list[Wrap]:
+    given = frozenset(map(plain_fingerprint, fingerprints))
     wraps: list[Wrap] = []
     for member in parse_group(text):
         if member.startswith("@"):
-            wraps.append(_recipient_file(Path(member[1:]), config, fingerprints))
+            wraps.append(_recipient_file(Path(member[1:]), config, given))
             continue
         reference = KeyRef.parse(member)
         if reference.version is not None:

@@ -94,7 +94,6 @@ class Usage:
 def usage(
     *trees: str | os.PathLike[str],
     prove: Config | str | os.PathLike[str] | None = None,
-    by_name: bool = False,
     keys: Config | str | os.PathLike[str] | None = None,
     shard: str | None = None,
 ) -> Usage:
@@ -105,7 +104,6 @@ def usage(
             counts once.
         prove: a loaded config, or the path of one: its providers are asked for the keys of
             recipients without a public key. By default no key service is asked.
-        by_name: count by name alone, also where public keys differ under one name.
         keys: a loaded config, or the path of one, with the login of a bucket; by default that of
             ``prove``, else the config that is found. It is not read for folders alone.
         shard: only this part of each folder, such as ``2/8``, as for ``keymgmt.rewrap_tree``.
@@ -133,12 +131,11 @@ def usage(
                 versions = set()
                 for member, wrapped in enumerate(group.recipients):
                     context = group.context(policy.manifest, member)
-                    known: tuple[KnownBy, str] = ("name", "")
-                    if not by_name:
-                        try:
-                            known = _identity(wrapped, context, provers)
-                        except ProviderError as error:
-                            failures.append(Failure(str(path), error))
+                    try:
+                        known = _identity(wrapped, context, provers)
+                    except ProviderError as error:
+                        known = ("name", "")
+                        failures.append(Failure(str(path), error))
                     versions.add((wrapped.backend, wrapped.key, wrapped.version, *known))
                 groups.append(versions)
             for version_id in set().union(*groups):

@@ -58,12 +58,13 @@ class FileCiphertext:
 
     threads: int | None = None
 
-    def __init__(self, fd: int, *, owns_fd: bool = True) -> None:
-        """``owns_fd``: ``close`` closes the descriptor."""
-        self._fd, self._owns_fd = fd, owns_fd
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
 
     def length(self) -> int:
-        """Bytes of the file."""
+        """Bytes of the file; ValueError if it is closed."""
+        if self._fd < 0:
+            raise ValueError("this ciphertext is closed")
         return os.fstat(self._fd).st_size
 
     def parts(self) -> Parts:
@@ -71,10 +72,10 @@ class FileCiphertext:
         return _FileParts(self._fd)
 
     def close(self) -> None:
-        """Close the descriptor if this object owns it."""
-        if self._owns_fd:
-            self._owns_fd = False
+        """Close the descriptor; may be called again."""
+        if self._fd >= 0:
             os.close(self._fd)
+            self._fd = -1
 
 
 class _FileParts:

@@ -27,7 +27,7 @@ from keymgmt._system.fork import ForkSafe
 from keymgmt._system.pages import BLOCK, FreshMemory, unwritten
 from keymgmt.errors import ConfigError, IntegrityError
 from keymgmt.floe import HEADER_LENGTH, OVERHEAD, FloeDecryptor, FloeEncryptor, FloeParameters
-from keymgmt.sealed.ciphertext import FileCiphertext, read_exactly, write_exactly
+from keymgmt.sealed.ciphertext import read_exactly, write_exactly
 from keymgmt.sealed.digests import DigestName, digest_length, leaf_hash, tree_root
 
 if TYPE_CHECKING:
@@ -326,7 +326,7 @@ def _read_header(source: Ciphertext) -> bytes:
 
 
 def digest_payload(
-    source: int | Ciphertext,
+    source: Ciphertext,
     size: int,
     *,
     segment_length: int,
@@ -336,7 +336,7 @@ def digest_payload(
     """The root of a payload file's digest tree, without any key.
 
     Args:
-        source: a descriptor that is open for reading, or what else the ciphertext is read with.
+        source: the ciphertext; it stays open.
         size: bytes of the plaintext, as the manifest says.
         segment_length: bytes of one encrypted segment.
         digest: the hash of the tree.
@@ -346,9 +346,7 @@ def digest_payload(
         IntegrityError: the file does not have the length that ``size`` makes.
         OSError: reading failed.
     """
-    return _learn_leaves(
-        _ciphertext(source), _Layout(size, segment_length), digest, progress
-    ).root()
+    return _learn_leaves(source, _Layout(size, segment_length), digest, progress).root()
 
 
 def digest_in_order(
@@ -373,10 +371,6 @@ def digest_in_order(
         leaves.add(index, segment)
         each(segment)
     return leaves.root()
-
-
-def _ciphertext(source: int | Ciphertext) -> Ciphertext:
-    return FileCiphertext(source, owns_fd=False) if isinstance(source, int) else source
 
 
 def _learn_leaves(
@@ -406,7 +400,7 @@ class PayloadReader:
 
     def __init__(
         self,
-        source: int | Ciphertext,
+        source: Ciphertext,
         size: int,
         *,
         key: Buffer,
@@ -419,8 +413,7 @@ class PayloadReader:
         """Check the file's length and its header; nothing else is read yet.
 
         Args:
-            source: a descriptor that is open for reading and stays the caller's; or what else the
-                ciphertext is read with, which is closed with this reader, and if this raises.
+            source: the ciphertext, which is closed with this reader, and if this raises.
             size: bytes of the plaintext, as the manifest says.
             key: 32 bytes, of this one file.
             aad: what the ciphertext is bound to.
@@ -435,7 +428,7 @@ class PayloadReader:
             OSError: reading failed.
         """
         self.size = size
-        self._source = _ciphertext(source)
+        self._source = source
         self._digest, self._root = digest, root
         try:
             self._layout = _Layout(size, segment_length)

@@ -26,6 +26,7 @@ with atheris.instrument_imports(include=["keymgmt", "rfc8785"]):
     from keymgmt._providers.recipient_file import Recipient
     from keymgmt._remote.artifact import Artifact, blob_of
     from keymgmt.errors import KeymgmtError
+    from keymgmt.sealed.ciphertext import FileCiphertext
     from keymgmt.sealed.keys import UnlockPolicy
     from keymgmt.sealed.manifest import Manifest
     from keymgmt.sealed.payload import PayloadReader
@@ -63,7 +64,13 @@ def payload(data: bytes) -> None:
     os.pwrite(SCRATCH, content, 0)
     buffer = bytearray(size)
     with PayloadReader(
-        SCRATCH, size, key=KEY, aad=AAD, segment_length=SEGMENT, digest="blake3", root=None
+        FileCiphertext(os.dup(SCRATCH)),
+        size,
+        key=KEY,
+        aad=AAD,
+        segment_length=SEGMENT,
+        digest="blake3",
+        root=None,
     ) as reader:
         try:
             reader.read_into(buffer)

@@ -22,6 +22,7 @@ from programs import run_python
 from keymgmt import floe
 from keymgmt.errors import ConfigError, FormatError, IntegrityError, SealedModelError
 from keymgmt.floe import FloeParameters
+from keymgmt.sealed.ciphertext import FileCiphertext
 from keymgmt.sealed.digests import leaf_hash, tree_root
 from keymgmt.sealed.payload import PayloadReader, digest_payload, seal_payload
 
@@ -52,10 +53,17 @@ class Sealed:
     def size(self) -> int:
         return len(self.plaintext)
 
+    def ciphertext(self) -> FileCiphertext:
+        return FileCiphertext(os.dup(self.fd))
+
+    def digested(self) -> bytes:
+        with contextlib.closing(self.ciphertext()) as source:
+            return digest_payload(source, self.size, segment_length=L, digest=self.digest)
+
     def reader(self, *, checked: bool = True, aad: bytes = AAD, key: bytes = KEY) -> PayloadReader:
         root = self.root if checked else None
         return PayloadReader(
-            self.fd,
+            self.ciphertext(),
             self.size,
             key=key,
             aad=aad,
@@ -165,7 +173,7 @@ def test_the_root_is_the_tree_over_header_and_segments(tmp_path: Path, digest: D
     parts = [ciphertext[:74]] + [ciphertext[74 + i * L : 74 + (i + 1) * L] for i in range(4)]
     root = tree_root(digest, b"".join(leaf_hash(digest, part) for part in parts))
     assert sealed.root == root
-    assert digest_payload(sealed.fd, sealed.size, segment_length=L, digest=digest) == root
+    assert sealed.digested() == root
     with sealed.reader() as reader:
         reader.verify()
     sealed.close()
@@ -196,9 +204,7 @@ def test_any_flipped_byte_is_refused(tmp_path: Path, checked: bool) -> None:
     for offset in sorted(places):
         sealed.flip(offset)
         check_refused(sealed, checked=checked)
-        assert digest_payload(sealed.fd, sealed.size, segment_length=L, digest="blake3") != (
-            sealed.root
-        )
+        assert sealed.digested() != sealed.root
         sealed.flip(offset)
     with sealed.reader(checked=checked) as reader:
         reader.verify()
@@ -213,14 +219,14 @@ def test_another_length_is_refused(sealed: Sealed, checked: bool) -> None:
             os.truncate(sealed.path, other)
             check_refused(sealed, checked=checked)
             with pytest.raises(IntegrityError, match=f"has {other} bytes"):
-                digest_payload(sealed.fd, sealed.size, segment_length=L, digest="blake3")
+                sealed.digested()
             os.truncate(sealed.path, length)
 
 
 def test_another_size_is_refused(sealed: Sealed) -> None:
     for size in {sealed.size - 1, sealed.size + 1, sealed.size + STEP} - {-1}:
         with pytest.raises(IntegrityError, match="bytes seal to"):
-            PayloadReader(sealed.fd, size, key=KEY, aad=AAD, segment_length=L)
+            PayloadReader(sealed.ciphertext(), size, key=KEY, aad=AAD, segment_length=L)
 
 
 @pytest.mark.parametrize("checked", [True, False])
@@ -244,7 +250,7 @@ def test_another_key_context_or_segment_length_is_refused(seven: Sealed) -> None
         seven.reader(aad=b"files/other.bin")
     # A segment length that makes the same number of segments, and so the same length of file.
     with pytest.raises(FormatError, match="parameters"):
-        PayloadReader(seven.fd, seven.size, key=KEY, aad=AAD, segment_length=L + 1)
+        PayloadReader(seven.ciphertext(), seven.size, key=KEY, aad=AAD, segment_length=L + 1)
 
 
 def test_a_valid_ciphertext_of_another_root_is_refused_and_wiped(seven: Sealed) -> None:
@@ -437,6 +443,7 @@ def test_a_full_disk_is_the_systems_error(seven: Sealed) -> None:
 SEAL_AND_VERIFY = """
 import os, sys
 from pathlib import Path
+from keymgmt.sealed.ciphertext import FileCiphertext
 from keymgmt.sealed.payload import PayloadReader, seal_payload
 source, target, size = os.open(sys.argv[1], os.O_RDONLY), sys.argv[2], int(sys.argv[3])
 fd = os.open(target, os.O_RDWR | os.O_CREAT)
@@ -446,7 +453,7 @@ def peak_kib():
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 before = peak_kib()
 root = seal_payload(source, size, fd, **common)
-with PayloadReader(fd, size, root=root, **common) as reader:
+with PayloadReader(FileCiphertext(fd), size, root=root, **common) as reader:
     reader.verify()
     with reader.open() as file:
         file.seek(size - 10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import os
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from keymgmt import inspect
 from keymgmt._crypto.dek import Dek
 from keymgmt.errors import FormatError
 from keymgmt.sealed import derive
+from keymgmt.sealed.ciphertext import FileCiphertext
 from keymgmt.sealed.keys import UnlockPolicy
 from keymgmt.sealed.manifest import Manifest, manifest_hash
 from keymgmt.sealed.payload import PayloadReader
@@ -49,19 +51,18 @@ def test_our_code_computes_the_same():
 
 def test_our_code_opens_the_folder():
     assert inspect(MODEL).groups == (("file:a@1", "file:b@1"),)
-    with (MODEL / "payload/model.bin.floe").open("rb") as file:
-        reader = PayloadReader(
-            file.fileno(),
-            12,
-            key=VALUES["file_key"],
-            aad=VALUES["aad"],
-            segment_length=4096,
-            digest="blake3",
-            root=VALUES["digest"],
-        )
+    descriptor = os.open(MODEL / "payload/model.bin.floe", os.O_RDONLY)
+    with PayloadReader(
+        FileCiphertext(descriptor),
+        12,
+        key=VALUES["file_key"],
+        aad=VALUES["aad"],
+        segment_length=4096,
+        digest="blake3",
+        root=VALUES["digest"],
+    ) as reader:
         content = bytearray(12)
         reader.read_into(content)
-        reader.close()
     assert content == VALUES["plaintext"] == b"hello, model"
 
 
