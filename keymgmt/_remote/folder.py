@@ -11,7 +11,7 @@ from keymgmt._remote.bucket import bucket_storage
 from keymgmt._remote.cache import CachedStorage
 from keymgmt._remote.location import BUCKETS, Location
 from keymgmt._remote.patience import Patience
-from keymgmt._remote.registry import RegistryStorage
+from keymgmt._remote.registry import Registry
 from keymgmt._remote.storage import changed
 from keymgmt._remote.web import web_storage
 from keymgmt._system.deadline import begin
@@ -174,7 +174,7 @@ def has_model(location: Location, settings: Remote) -> bool:
 def _open(location: Location, settings: Remote) -> RemoteFolder:
     storage: Storage
     if location.scheme == "oci":
-        storage = RegistryStorage(location, settings)
+        storage = Registry(location, settings)
     else:
         make = bucket_storage if location.scheme in BUCKETS else web_storage
         storage = make(location, settings, Patience(settings.deadline, str(location)))

@@ -81,15 +81,6 @@ class Location:
         """Scheme and host, as in the config: ``[remote.access."ORIGIN"]``."""
         return f"{self.scheme}://{self.host}"
 
-    @property
-    def loopback(self) -> bool:
-        """Whether the host is this machine."""
-        return is_loopback(self.host)
-
-    def below(self, name: str) -> Location:
-        """The location of the file ``name`` below this location."""
-        return Location(self.scheme, self.host, f"{self.path}/{name}".lstrip("/"), self.reference)
-
     def __str__(self) -> str:
         joint = "@" if self.reference.startswith("sha256:") else ":" if self.reference else ""
         path = f"/{self.path}" if self.path else ""

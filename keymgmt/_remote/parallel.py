@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import threading
 from collections.abc import Callable, Collection
-from concurrent.futures import Future
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 __all__ = ["Parallel"]
 
@@ -47,34 +45,27 @@ class Parallel:
 
     def map(self, work: Callable[[T], R], things: Collection[T]) -> list[R]:
         """The result of ``work`` for each thing, in their order; the first error ends them all."""
-        left = queue.SimpleQueue[tuple[int, T]]()
-        done = queue.SimpleQueue[tuple[int, Future[R]]]()
-        for pair in enumerate(things):
-            left.put(pair)
+        left = iter(enumerate(things))  # next() of it is one step under the GIL
+        done = queue.SimpleQueue[tuple[int, R | None, BaseException | None]]()
 
         def run() -> None:
-            with contextlib.suppress(queue.Empty):
-                while not self._stopped:
-                    number, thing = left.get_nowait()
-                    done.put((number, _try(work, thing)))
+            for number, thing in left:
+                if self._stopped:
+                    return
+                try:
+                    done.put((number, work(thing), None))
+                except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+                    done.put((number, None, error))
 
         for _ in range(min(_THREADS, len(things))):
             threading.Thread(target=run, name="keymgmt-transfer", daemon=True).start()
-        results: dict[int, R] = {}
+        results: dict[int, Any] = {}
+        failure: BaseException | None = None
         try:
-            while len(results) < len(things):
-                number, future = done.get()
-                results[number] = future.result()
-        except BaseException:
-            self._stopped = True
-            raise
+            while failure is None and len(results) < len(things):
+                number, results[number], failure = done.get()
+        finally:
+            self._stopped = failure is not None or len(results) < len(things)
+        if failure is not None:
+            raise failure
         return [results[number] for number in range(len(things))]
-
-
-def _try(work: Callable[[T], R], thing: T) -> Future[R]:
-    future = Future[R]()
-    try:
-        future.set_result(work(thing))
-    except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits for it
-        future.set_exception(error)
-    return future

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from keymgmt._config.remote import Remote
     from keymgmt._remote.location import Location
 
-__all__ = ["Registry", "RegistryStorage"]
+__all__ = ["Registry"]
 
 # Also what is none of ours is asked for: else a registry converts it, or says that it is broken.
 _ACCEPT: Final = ", ".join(
@@ -35,8 +35,11 @@ _ACCEPT: Final = ", ".join(
 )
 
 
-class Registry:
-    """The repository of a location, for any thread; a context manager that closes it."""
+class Registry(ForkSafe):
+    """The repository of a location, for any thread, and the files of the model that is there.
+
+    A context manager: at its end, transfers in threads that were abandoned end too.
+    """
 
     def __init__(self, location: Location, settings: Remote, *, push: bool = False) -> None:
         """Make a client; nothing is sent yet. ConfigError where the config is wrong."""
@@ -48,6 +51,11 @@ class Registry:
         scope = "pull,push" if push else "pull"
         login = Login(location, settings, access, self._patience, scope)
         self._http = Http(self._base, settings, access, self._patience, login)
+        self._artifact: Artifact | None = None
+        super().__init__()
+
+    def _renew(self) -> None:
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -55,16 +63,28 @@ class Registry:
     def __exit__(self, *_: object) -> None:
         self._patience.end()  # for threads that were abandoned
 
-    def find(self) -> Artifact | None:
-        """The artifact that is at the location now; None where there is none.
+    @property
+    def artifact(self) -> Artifact:
+        """The artifact at the location; a tag is looked up once, so that it cannot move meanwhile.
 
         Raises:
+            ConfigError: there is none.
             FormatError: the artifact is not a sealed model.
             IntegrityError: the manifest does not have the digest that was announced or requested.
             StorageError: it is not to be had.
         """
-        data = self._manifest()
-        return None if data is None else Artifact.parse(data)
+        with self._lock:
+            if self._artifact is None:
+                data = self._manifest()
+                if data is None:
+                    raise ConfigError(
+                        f"{self._location} is not there: the registry knows no such repository or "
+                        "tag",
+                        hint="a registry may also say so to who may not read it: look at its name, "
+                        'and at [remote.access."oci://HOST"] in the config',
+                    )
+                self._artifact = Artifact.parse(data)
+            return self._artifact
 
     def digest(self) -> str | None:
         """The digest of the manifest that is at the location now; None where there is none."""
@@ -127,16 +147,17 @@ class Registry:
                 raise self.missing(name) from None
             raise
 
-    def part(self, blob: Blob, start: int, end: int, name: str) -> memoryview:
-        """The bytes of a blob from ``start`` to before ``end``; only a whole blob is hashed.
+    def part(self, name: str, start: int, end: int, pin: str = "") -> Part | None:  # noqa: ARG002
+        """A part of a file, as ``Storage.part``; raises also as ``artifact``.
 
-        Raises:
-            IntegrityError: it is missing, or another.
-            StorageError: it is not to be had, or not in ranges.
+        Only of a whole blob the digest is checked.
         """
+        blob = self.artifact.files.get(name)
+        if blob is None:
+            return None
         end = min(end, blob.size)
         if not start and end == blob.size:
-            return memoryview(self.read(blob, end, name))
+            return Part(memoryview(self.read(blob, end, name)), blob.size, blob.digest)
         headers = {"Range": f"bytes={start}-{end - 1}"}
         reply = self._http.request(
             "GET", self._blob(blob), headers=headers, good=(200, 206, 404), limit=end - start
@@ -145,7 +166,14 @@ class Registry:
             raise self.missing(name)
         if total_of(reply, start, end) != blob.size:
             raise self.another(name)
-        return reply.body
+        return Part(reply.body, blob.size, blob.digest)
+
+    def replace(self, name: str, content: bytes, pin: str) -> str:  # noqa: ARG002
+        """Refuse with ConfigError: only a push changes a registry."""
+        raise ConfigError(
+            f"{self._location} is in a registry, where nothing is changed",
+            hint="pull the model, change it, and push it",
+        )
 
     def has(self, blob: Blob) -> bool:
         """Whether the repository has the blob."""
@@ -189,14 +217,6 @@ class Registry:
             limit=0,
         )
 
-    def nothing(self) -> ConfigError:
-        """The error for a location without an artifact."""
-        return ConfigError(
-            f"{self._location} is not there: the registry knows no such repository or tag",
-            hint="a registry may also say so to who may not read it: look at its name, and at "
-            '[remote.access."oci://HOST"] in the config',
-        )
-
     def missing(self, name: str) -> IntegrityError:
         """The error for a blob that the registry lacks."""
         return IntegrityError(
@@ -213,42 +233,3 @@ class Registry:
 
     def _blob(self, blob: Blob) -> str:
         return f"{self._base}/blobs/{blob.digest}"
-
-
-class RegistryStorage(ForkSafe):
-    """The files of a model in a registry; the tag is resolved once, so it cannot move meanwhile."""
-
-    def __init__(self, location: Location, settings: Remote) -> None:
-        """Make a client; nothing is sent yet. ConfigError where the config is wrong."""
-        self._registry = Registry(location, settings)
-        self._location = location
-        self._artifact: Artifact | None = None
-        super().__init__()
-
-    def _renew(self) -> None:
-        self._lock = threading.Lock()
-
-    def part(self, name: str, start: int, end: int, pin: str = "") -> Part | None:  # noqa: ARG002
-        """A part of a file, as ``Storage.part``; ConfigError where the location has no artifact."""
-        with self._lock:
-            if self._artifact is None:
-                self._artifact = self._registry.find()
-            artifact = self._artifact
-        if artifact is None:
-            raise self._registry.nothing()
-        blob = artifact.files.get(name)
-        if blob is None:
-            return None
-        content = self._registry.part(blob, start, end, name)
-        return Part(content, blob.size, blob.digest)
-
-    def replace(self, name: str, content: bytes, pin: str) -> str:  # noqa: ARG002
-        """Refuse: only a push changes a registry.
-
-        Raises:
-            ConfigError: always.
-        """
-        raise ConfigError(
-            f"{self._location} is in a registry, where nothing is changed",
-            hint="pull the model, change it, and push it",
-        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from http import HTTPStatus as S
 from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
@@ -21,17 +22,15 @@ if TYPE_CHECKING:
 __all__ = ["WebStorage", "total_of", "web_storage"]
 
 _RANGE: Final = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
-_OK, _PARTIAL, _NOT_FOUND, _GONE, _CONFLICT, _CHANGED, _NO_SUCH_RANGE = (
-    200,
-    206,
-    404,
-    410,
-    409,
-    412,
-    416,
+_GOOD: Final = (
+    S.OK,
+    S.PARTIAL_CONTENT,
+    S.NOT_FOUND,
+    S.GONE,
+    S.PRECONDITION_FAILED,
+    S.REQUESTED_RANGE_NOT_SATISFIABLE,
 )
-_GOOD: Final = frozenset({_OK, _PARTIAL, _NOT_FOUND, _GONE, _CHANGED, _NO_SUCH_RANGE})
-_PUT: Final = frozenset({_OK, _NOT_FOUND, _CONFLICT, _CHANGED})
+_PUT: Final = (S.OK, S.NOT_FOUND, S.CONFLICT, S.PRECONDITION_FAILED)
 _KEPT: Final = "/%~!$&'()*+,;=:@"  # what a path may have as it is
 
 
@@ -57,11 +56,11 @@ class WebStorage:
         if pin.startswith('"'):  # a weak ETag (W/"...") equals none in this condition
             headers["If-Match"] = pin
         reply = self._http.request("GET", url, headers=headers, good=_GOOD, limit=end - start)
-        if reply.status in (_NOT_FOUND, _GONE) and not pin:
+        if reply.status in (S.NOT_FOUND, S.GONE) and not pin:
             return None
-        if reply.status == _NO_SUCH_RANGE and not start and not pin:
+        if reply.status == S.REQUESTED_RANGE_NOT_SATISFIABLE and not start and not pin:
             return Part(memoryview(b""), 0, "")  # no range of an empty file has anything
-        if reply.status not in (_OK, _PARTIAL):
+        if reply.status not in (S.OK, S.PARTIAL_CONTENT):
             raise changed(shown(url))
         total = total_of(reply, start, end)
         new_pin = reply.headers.get("etag") or reply.headers.get("last-modified") or ""
@@ -82,7 +81,7 @@ class WebStorage:
         )
         now = self.part(name, 0, len(content) + 1)
         # Refused, but stored: an earlier try succeeded, and its reply was lost.
-        if reply.status == _OK or (now is not None and now.content == content):
+        if reply.status == S.OK or (now is not None and now.content == content):
             return now.pin if now is not None else ""
         raise IntegrityError(
             f"{shown(url)} was replaced by somebody else meanwhile, and is as they left it",
@@ -102,7 +101,7 @@ def web_storage(location: Location, settings: Remote, patience: Patience) -> Web
 def total_of(reply: Reply, start: int, end: int) -> int:
     """The length in bytes of the whole file, of which the reply has a part."""
     where = shown(reply.url)
-    if reply.status == _PARTIAL:
+    if reply.status == S.PARTIAL_CONTENT:
         match = _RANGE.fullmatch(reply.headers.get("content-range", ""))
         first, last, total = map(int, match.groups()) if match else (-1, -1, -1)
         if first == start and last == min(end, total) - 1 and len(reply.body) == last + 1 - first:

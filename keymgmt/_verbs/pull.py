@@ -143,9 +143,7 @@ def pull(
     if target.exists() and not target.is_dir():
         raise ConfigError(f"{target} exists and is no folder", hint="name another one")
     with use_config(keys) as config, Registry(source, config.remote) as registry:
-        artifact = registry.find()
-        if artifact is None:
-            raise registry.nothing()
+        artifact = registry.artifact
         try:
             with resumable_directory(target, artifact.blob(MANIFEST).digest) as folder:
                 work = _Pull(source, target, artifact, registry, folder)

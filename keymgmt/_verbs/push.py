@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from keymgmt import floe
@@ -36,6 +36,7 @@ __all__ = ["Pushed", "push", "registry_location"]
 
 log = logging.getLogger("keymgmt")
 Progress = Callable[[int, int], object]
+Read = Callable[[int, int], bytes | memoryview]
 
 
 @dataclass(frozen=True)
@@ -212,50 +213,42 @@ class _Upload:
 
     def run(self) -> int:
         """Send the files that the registry does not have; returns their bytes."""
-        files = self.artifact.files
-        config = blob_of(self.artifact.config)
-        sent = sum(self._transfers.map(self._put, files))
+        artifact = self.artifact
+        sent = sum(self._transfers.map(self._put, artifact.files))
+        config = blob_of(artifact.config)
         if not self._registry.has(config):
-            self._registry.put(config, partial(_Content, self.artifact.config, lambda _: None))
+            self._registry.put(config, lambda: io.BytesIO(artifact.config))
         return sent
 
     def _put(self, name: str) -> int:
-        blob = self.artifact.files[name]
+        blob, advance = self.artifact.files[name], self._transfers.advance
         if self._registry.has(blob):
-            self._transfers.advance(blob.size)
+            advance(blob.size)
             return 0
-        if name in self._small:
-            self._registry.put(blob, partial(_Content, self._small[name], self._transfers.advance))
-        else:
-            with self._open(self._paths[name]) as source:
-                self._registry.put(blob, partial(_File, source, blob, self._transfers.advance))
+        with contextlib.ExitStack() as stack:
+            small = self._small.get(name)
+            if small is None:
+                source = stack.enter_context(self._open(self._paths[name]))
+                self._registry.put(blob, lambda: _Body(source.parts().read, blob, advance))
+            else:
+                self._registry.put(
+                    blob, lambda: _Body(lambda start, count: small[start:][:count], blob, advance)
+                )
         return blob.size
 
 
-class _Content:
-    """Bytes in memory, as the body of a request."""
+class _Body:
+    """A file as the body of a request; it is not sent to its end if it has changed."""
 
-    def __init__(self, content: bytes, advance: Callable[[int], object]) -> None:
-        self._left, self._advance = memoryview(content), advance
-
-    def read(self, size: int = -1, /) -> bytes:
-        part = bytes(self._left[: size if size >= 0 else None])
-        self._left = self._left[len(part) :]
-        self._advance(len(part))
-        return part
-
-
-class _File:
-    """A payload file, as the body of a request; it is not sent to its end if it has changed."""
-
-    def __init__(self, source: Ciphertext, blob: Blob, advance: Callable[[int], object]) -> None:
-        self._parts, self._blob, self._advance = source.parts(), blob, advance
+    def __init__(self, read: Read, blob: Blob, advance: Callable[[int], object]) -> None:
+        """``read`` gives bytes by position and number."""
+        self._read, self._blob, self._advance = read, blob, advance
         self._done, self._digest = 0, hashlib.sha256()
 
     def read(self, size: int = -1, /) -> bytes:
         left = self._blob.size - self._done
         try:
-            part = bytes(self._parts.read(self._done, min(size, left) if size >= 0 else left))
+            part = bytes(self._read(self._done, min(size, left) if size >= 0 else left))
         except OSError as error:
             # Otherwise urllib3 would report a fault of the connection.
             raise translate(error, "the file that is sent") from error

@@ -26,7 +26,7 @@ from webserver import Seen, Serve, Web, reply
 import keymgmt
 from keymgmt._remote.artifact import MEDIA_TYPE, Artifact, Blob, blob_of
 from keymgmt._remote.location import Location
-from keymgmt._remote.registry import RegistryStorage
+from keymgmt._remote.registry import Registry
 from keymgmt._verbs.find_models import find_models
 from keymgmt.errors import (
     ConfigError,
@@ -664,7 +664,7 @@ def test_a_child_is_not_held_up_by_a_look_up_of_its_parent(fake: Fake) -> None:
 
     fake.bend = slow
     remote = keymgmt.Config({"remote": {"ca_file": str(fake.ca_file)}}).remote
-    storage = RegistryStorage(Location.parse(fake.place), remote)
+    storage = Registry(Location.parse(fake.place), remote)
     keys = fake.files["keys.json"]
     thread = threading.Thread(target=storage.part, args=("keys.json", 0, len(keys)))
     thread.start()
