@@ -48,13 +48,19 @@ from keymgmt._providers.recipient_file import (
 )
 from keymgmt._providers.registry import load_evidence
 from keymgmt._providers.secret_source import ConfigPath, SecretSource, read_projected
+from keymgmt._providers.trial import try_key
 from keymgmt._providers.versions import (
+    check_backend,
     check_kind,
+    check_mechanism,
+    check_options,
     check_retirable,
     key_exists,
+    no_public_part,
     no_version,
     not_held,
     version_retired,
+    wrong_purpose,
 )
 from keymgmt._system.address import is_loopback, split_address
 from keymgmt._system.audit import audit
@@ -132,8 +138,11 @@ __all__ = [
     "anchor_after",
     "audit",
     "bare",
+    "check_backend",
     "check_key",
     "check_kind",
+    "check_mechanism",
+    "check_options",
     "check_retirable",
     "check_trusted",
     "dump_json",
@@ -155,6 +164,7 @@ __all__ = [
     "load_json",
     "lock_file",
     "make_folder",
+    "no_public_part",
     "no_version",
     "not_held",
     "open_with_ecdh",
@@ -168,8 +178,10 @@ __all__ = [
     "split_address",
     "sync_directory",
     "target_of",
+    "try_key",
     "version_retired",
     "wipe",
     "within",
     "wrap_for",
+    "wrong_purpose",
 ]

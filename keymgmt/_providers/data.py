@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from keymgmt._providers.names import is_key, is_name, is_version
-from keymgmt.errors import FormatError
+from keymgmt.errors import AccessDenied, FormatError, KeymgmtError
 
 __all__ = [
     "MAX_BLOB",
@@ -93,6 +93,12 @@ class Finding:
     status: Status
     detail: str = ""
     hint: str | None = None
+
+    @classmethod
+    def failure(cls, name: str, error: KeymgmtError, *, may_lack: bool = False) -> Finding:
+        """The finding for a failure; a right that this machine ``may_lack`` is only skipped."""
+        skipped = may_lack and isinstance(error, AccessDenied)
+        return cls(name, "skipped" if skipped else "failed", str(error), error.hint)
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def _check(config: Config, name: str, key: str | None) -> Health:
     try:
         return within(SECONDS, label, lambda: config.provider(name).check(key))
     except KeymgmtError as error:
-        return Health((Finding("provider", "failed", str(error), error.hint),))
+        return Health((Finding.failure("provider", error),))
     except Exception as error:  # noqa: BLE001 - a stranger's backend; the others are still checked
         detail = f"{type(error).__name__}: {error}"
         return Health((Finding("provider", "failed", detail, "report it to the backend's author"),))

@@ -249,7 +249,7 @@ class MemoryProvider(
                     with Dek.generate() as dek:
                         self.unwrap(self.wrap(key, dek, b"check"), b"check").wipe()
         except KeymgmtError as error:
-            return Health((Finding("service", "failed", str(error), error.hint),))
+            return Health((Finding.failure("service", error),))
         return Health((Finding("service", "ok", f"memory {service.name}"),))
 
     def _info(self, name: str, key: _Key) -> KeyInfo:

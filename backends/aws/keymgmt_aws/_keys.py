@@ -26,7 +26,11 @@ from keymgmt.backend import (
     Signature,
     UnsupportedOperation,
     check_kind,
+    check_options,
+    key_exists,
+    no_public_part,
     no_version,
+    wrong_purpose,
 )
 from keymgmt_aws._connection import Service, member
 from keymgmt_aws._settings import SYMMETRIC, key_id
@@ -65,11 +69,7 @@ def usable(info: KeyInfo, purpose: str) -> KeyInfo:
         ProviderUnavailable: it is in another state.
     """
     if info.purpose != purpose:
-        kinds = ", ".join(name for name, does in KINDS.items() if does == purpose)
-        raise UnsupportedOperation(
-            f"the key {info.key!r} is {info.kind} and does not {purpose}",
-            hint=f"kinds that do: {kinds}",
-        )
+        raise wrong_purpose(info.key, info.kind, purpose, KINDS)
     state, ends = info.detail["state"], info.detail.get("deletion")
     if state in _RETIRED:
         condition = "disabled" if state == "Disabled" else "pending deletion"
@@ -100,10 +100,10 @@ class Keys:
     def create(self, kms: Service, key: str, kind: str, options: Mapping[str, str]) -> KeyInfo:
         """Create a key and its alias; ConfigError if the alias exists."""
         check_kind(kind, KINDS, "aws")
+        check_options(options, {"multi-region": "yes"}, "aws")
         multi_region = {"yes": True, "no": False}.get(options.get("multi-region", "no"))
-        if set(options) - {"multi-region"} or multi_region is None:
-            given = ", ".join(f"{name}={value}"[:80] for name, value in options.items())
-            raise ConfigError(f"no such option: {given}", hint="known: multi-region=yes")
+        if multi_region is None:
+            raise ConfigError("multi-region is neither yes nor no", hint="say multi-region=yes")
         alias = self._settings.native(key)
         if not alias.startswith("alias/"):
             raise ConfigError(
@@ -116,10 +116,7 @@ class Keys:
         except UnsupportedOperation as error:
             raise ConfigError(f"{alias} exists already, and is not usable") from error
         else:
-            raise ConfigError(
-                f"there is a key {alias} already",
-                hint=f"choose another name; see: keymgmt keys show {self._name}:{key}",
-            )
+            raise key_exists(key, f"AWS KMS as {alias}", self._name)
         purpose, spec, _ = _SPECS[kind]
         about = {"KeySpec": spec, "KeyUsage": _USAGES[purpose], "MultiRegion": multi_region}
         created = kms("create", alias, "create_key", Description=f"keymgmt {key}", **about)
@@ -197,10 +194,7 @@ class Keys:
     def recipient(self, kms: Service, info: KeyInfo) -> Recipient:
         """The public part of a key that wraps."""
         if usable(info, "wrap").kind == "symmetric":
-            raise UnsupportedOperation(
-                f"the key {info.key!r} is symmetric and has no public part",
-                hint="make one of kind rsa-3072: keymgmt keys create PROVIDER:KEY --kind rsa-3072",
-            )
+            raise no_public_part(info.key, info.kind, self._name, "rsa-3072")
         return Recipient(RSA_OAEP_256, "aws", info.key, info.newest, self.public_key(kms, info))
 
     def signer(self, kms: Service, key: str, version: str | None) -> tuple[KeyInfo, bytes]:

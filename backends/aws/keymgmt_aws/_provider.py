@@ -130,7 +130,7 @@ class AwsProvider(
 
     def check(self, key: str | None = None) -> Health:
         """See KeyProvider; the identity, then the key, the rights on it, and the context."""
-        findings = _checks.findings(self, self.describe_key, self.sign, self._connection, key)
+        findings = _checks.findings(self, self.describe_key, self._connection, key)
         return Health(tuple(findings))
 
     def close(self) -> None:

@@ -17,9 +17,9 @@ from keymgmt.backend import (
     UnsupportedOperation,
     UnwrapFailed,
     WrappedKey,
-    WrongKey,
+    check_backend,
+    check_mechanism,
     inner_unwrap,
-    is_key,
     not_held,
     wrap_for,
 )
@@ -53,18 +53,11 @@ class Wrapping:
     def unwrap(self, kms: Service, wrapped: WrappedKey, context: bytes) -> Dek:
         """See KeyProvider; one call, or none if by the settings the wrap is of another key."""
         key, mechanism = wrapped.key, wrapped.mechanism
-        if wrapped.backend != "aws" or not is_key(key):
-            raise WrongKey(f"{wrapped} was not wrapped by AWS KMS")
+        check_backend(wrapped, "aws")
         native = self._settings.native(key)
         if key_id(native) not in (None, wrapped.version):
             raise not_held(wrapped, self._name)
-        if mechanism not in self._settings.allowed(key):
-            add = f"add it to mechanisms of [providers.{self._name}.keys.{key}]"
-            known = f"known: {', '.join(MECHANISMS)}"
-            raise UnsupportedOperation(
-                f"the config does not allow {mechanism} for the key {key!r}",
-                hint=add if mechanism in MECHANISMS else known,
-            )
+        check_mechanism(wrapped, self._settings.allowed(key), MECHANISMS, self._name)
         try:
             if mechanism == SYMMETRIC:
                 return self._decrypt(kms, wrapped, wrapped.blob, self._bound(context))

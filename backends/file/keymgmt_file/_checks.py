@@ -4,15 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from keymgmt.backend import (
-    Dek,
-    Finding,
-    Health,
-    KeymgmtError,
-    KeyProvider,
-    SupportsSigning,
-    UnwrapFailed,
-)
+from keymgmt.backend import Finding, Health, KeymgmtError, KeyProvider, try_key
 from keymgmt_file._keys import KeyFiles
 
 __all__ = ["check"]
@@ -24,14 +16,14 @@ def check(provider: KeyProvider[Any], files: KeyFiles, key: str | None) -> Healt
         findings = [_directory(files)]
         names = files.names() if key is None else [key]
     except KeymgmtError as error:
-        return Health((Finding("key directory", "failed", str(error), error.hint),))
+        return Health((Finding.failure("key directory", error),))
     for name in names:
         try:
             info = files.current(name).info()
             if key is not None:
-                _try(provider, name, info.purpose)
+                try_key(provider, name, info.purpose)
         except KeymgmtError as error:
-            findings.append(Finding(f"key {name}", "failed", str(error), error.hint))
+            findings.append(Finding.failure(f"key {name}", error))
         else:
             use = "" if key is None else f", {info.purpose}s"
             detail = f"{info.kind}, version {info.newest}{use}"
@@ -49,12 +41,3 @@ def _directory(files: KeyFiles) -> Finding:
         lock = f"lock the others with: keymgmt file lock {files.provider}"
         return Finding(name, "warning", detail, lock)
     return Finding(name, "ok", detail)
-
-
-def _try(provider: KeyProvider[Any], key: str, purpose: str) -> None:
-    if isinstance(provider, SupportsSigning) and purpose == "sign":
-        provider.sign(key, b"keymgmt check")
-        return
-    with Dek.generate() as dek, provider.unwrap(provider.wrap(key, dek, b""), b"") as again:
-        if dek != again:
-            raise UnwrapFailed(f"the key {key!r} does not unwrap what it wrapped")

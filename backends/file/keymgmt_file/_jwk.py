@@ -32,12 +32,12 @@ from keymgmt.backend import (
     JsonReader,
     KeyInfo,
     KeyVersion,
-    UnsupportedOperation,
     fill_random,
     hpke_generate,
     hpke_public,
     load_json,
     wipe,
+    wrong_purpose,
 )
 from keymgmt_file._errors import damaged
 
@@ -175,10 +175,8 @@ class KeySet:
     def require(self, purpose: str | None) -> KeySet:
         """The key itself; UnsupportedOperation if it has another purpose than ``purpose``."""
         if purpose not in (None, self.kind.purpose):
-            raise UnsupportedOperation(
-                f"the key {self.key!r} is {self.kind.name}, which does not {purpose}",
-                hint="a key has one purpose; create another key for this",
-            )
+            kinds = {kind.name: kind.purpose for kind in _KINDS}
+            raise wrong_purpose(self.key, self.kind.name, str(purpose), kinds)
         return self
 
     @property

@@ -9,7 +9,6 @@ from typing import ClassVar, Literal
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from keymgmt.backend import (
-    ConfigError,
     Dek,
     Health,
     KeyInfo,
@@ -24,13 +23,15 @@ from keymgmt.backend import (
     SupportsKeyManagement,
     SupportsOfflineRecipients,
     SupportsSigning,
-    UnsupportedOperation,
     WrappedKey,
     WrongKey,
+    check_backend,
     check_key,
     check_kind,
+    check_options,
     check_retirable,
     key_exists,
+    no_public_part,
     no_version,
     not_held,
     version_retired,
@@ -138,8 +139,7 @@ class FileProvider(
         look_up: Callable[[str], KeySet | ProviderError],
         had: Callable[[str, str], bool],
     ) -> Dek:
-        if wrapped.backend != self.backend:
-            raise WrongKey(f"{wrapped} is of another backend")
+        check_backend(wrapped, self.backend)
         keys = look_up(wrapped.key)
         if isinstance(keys, KeyNotFound):
             if had(wrapped.key, wrapped.version):
@@ -161,10 +161,7 @@ class FileProvider(
         """See SupportsOfflineRecipients."""
         keys = self.key_files.current(key, "wrap")
         if not keys.kind.is_hpke:
-            raise UnsupportedOperation(
-                f"the key {key!r} is {keys.kind.name}, which has no public part",
-                hint=f"keymgmt keys create {self.name}:NAME --kind hpke-x25519",
-            )
+            raise no_public_part(key, keys.kind.name, self.name, "hpke-x25519")
         return _wrapping.recipient(keys)
 
     def public_key(self, key: str, version: str | None = None) -> bytes:
@@ -180,8 +177,7 @@ class FileProvider(
         """See SupportsKeyManagement; it takes no options, and makes the directory if need be."""
         check_key(key)
         check_kind(kind, KINDS, "file")
-        if options:
-            raise ConfigError(f"the backend file knows no option {next(iter(options))!r}")
+        check_options(options, {}, "file")
         keys = KeySet(key, KINDS[kind])
         with self.key_files.changing(create=True):
             if key in self.key_files.names():

@@ -26,6 +26,7 @@ from keymgmt.backend import (
     UnwrapFailed,
     WrappedKey,
     WrongKey,
+    check_backend,
     check_key,
     check_kind,
     check_retirable,
@@ -132,9 +133,7 @@ class Pkcs11Provider(
 
     def unwrap(self, wrapped: WrappedKey, context: bytes) -> Dek:
         """See KeyProvider."""
-        if wrapped.backend != self.backend:
-            raise WrongKey(f"{wrapped} is of another backend")
-        check_key(wrapped.key)
+        check_backend(wrapped, self.backend)
 
         def call(session: Session) -> Dek:
             key_object, fits = self._holding(session, wrapped)

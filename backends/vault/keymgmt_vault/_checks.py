@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import ssl
 import time
 from collections.abc import Iterator
@@ -12,7 +11,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hvac.api.auth_methods import Token
 
-from keymgmt.backend import AccessDenied, Dek, Finding, Health, KeyInfo, KeymgmtError, check_key
+from keymgmt.backend import (
+    AccessDenied,
+    Finding,
+    KeyInfo,
+    KeymgmtError,
+    KeyProvider,
+    check_key,
+    try_key,
+)
 from keymgmt_vault._errors import NodeFailure, Refusal
 from keymgmt_vault._settings import Address
 
@@ -20,9 +27,8 @@ if TYPE_CHECKING:
     from keymgmt_vault._keys import Keys
     from keymgmt_vault._session import Session
     from keymgmt_vault._transport import Node
-    from keymgmt_vault._wrapping import Wrapping
 
-__all__ = ["check"]
+__all__ = ["findings"]
 
 _DAY: Final = 86400
 _CERTIFICATE: Final = "certificate of "
@@ -32,14 +38,10 @@ _HEALTH: Final = (
 )
 
 
-def check(session: Session, keys: Keys, wrapping: Wrapping, key: str | None) -> Health:
-    """Check everything once; after a failure the checks that depend on it are skipped."""
-    return Health(tuple(_findings(session, keys, wrapping, key)))
-
-
-def _findings(
-    session: Session, keys: Keys, wrapping: Wrapping, key: str | None
+def findings(
+    provider: KeyProvider[Any], session: Session, keys: Keys, key: str | None
 ) -> Iterator[Finding]:
+    """Check everything once; after a failure the checks that depend on it are skipped."""
     nodes = session.connection.nodes.candidates()
     with ThreadPoolExecutor(len(nodes)) as pool:
         per_node = list(itertools.chain(*pool.map(lambda node: list(_node(session, node)), nodes)))
@@ -52,15 +54,15 @@ def _findings(
             session.log_in()
             token = _token(session)
     except KeymgmtError as error:
-        yield _failed("login", error)
+        yield Finding.failure("login", error)
         return
     yield token
     if token.status != "failed" and key is not None:
-        yield from _key(session, keys, wrapping, key)
+        yield from _key(provider, session, keys, key)
 
 
-def _failed(name: str, error: KeymgmtError | NodeFailure) -> Finding:
-    return Finding(name, "failed", str(error), error.hint)
+def _failed(name: str, failure: NodeFailure) -> Finding:
+    return Finding(name, "failed", str(failure), failure.hint)
 
 
 def _node(session: Session, node: Node | Address) -> Iterator[Finding]:
@@ -71,8 +73,11 @@ def _node(session: Session, node: Node | Address) -> Iterator[Finding]:
                 yield from _node(session, each)
             return
         status, answer = connection.ask_node(node, _HEALTH)
-    except (NodeFailure, KeymgmtError) as error:
-        yield _failed(str(node), error)
+    except NodeFailure as failure:
+        yield _failed(str(node), failure)
+        return
+    except KeymgmtError as error:
+        yield Finding.failure(str(node), error)
         return
     health = answer if isinstance(answer, dict) else {}
     version = str(health.get("version", "of unknown version"))[:40]
@@ -129,15 +134,14 @@ def _token(session: Session) -> Finding:
     return Finding("login", "ok", f"{text}, the token lives {ttl} s and is renewed or replaced")
 
 
-def _key(session: Session, keys: Keys, wrapping: Wrapping, key: str) -> Iterator[Finding]:
-    context = os.urandom(32)
+def _key(provider: KeyProvider[Any], session: Session, keys: Keys, key: str) -> Iterator[Finding]:
     described: KeyInfo | None = None
     try:
-        described = keys.read(check_key(key)).info()
+        described = keys.read(check_key(key)).info
     except AccessDenied:
         yield Finding("key", "skipped", f"the policy does not allow to read the key {key}")
     except KeymgmtError as error:
-        yield _failed("key", error)
+        yield Finding.failure("key", error)
         return
     else:
         exportable = "exportable" in described.detail or "plaintext backup" in described.detail
@@ -150,34 +154,17 @@ def _key(session: Session, keys: Keys, wrapping: Wrapping, key: str) -> Iterator
             else None,
         )
         yield from _upsert(session)
+    name, purpose, good = "round trip", "wrap", "wrapped and unwrapped"
     if described is not None and described.purpose == "sign":
-        yield _signs(keys, key)
-        return
-    yield from _grants(session, key)
-    step = "wrap"
-    try:
-        with Dek.generate() as dek:
-            wrapped = wrapping.wrap(key, dek, context)
-            step = "unwrap"
-            with wrapping.unwrap(wrapped, context) as again:
-                same = again == dek
-    except AccessDenied:
-        yield Finding("round trip", "skipped", f"the policy does not allow to {step}")
-    except KeymgmtError as error:
-        yield _failed("round trip", error)
+        name, purpose, good = "signature", "sign", "signed"
     else:
-        text = "wrapped and unwrapped" if same else "another data key came back"
-        yield Finding("round trip", "ok" if same else "failed", text)
-
-
-def _signs(keys: Keys, key: str) -> Finding:
+        yield from _grants(session, key)
     try:
-        keys.sign(key, b"keymgmt doctor")
-    except AccessDenied:
-        return Finding("signature", "skipped", "the policy does not allow to sign")
+        try_key(provider, key, purpose)
     except KeymgmtError as error:
-        return _failed("signature", error)
-    return Finding("signature", "ok", "signed")
+        yield Finding.failure(name, error, may_lack=True)
+    else:
+        yield Finding(name, "ok", good)
 
 
 def _grants(session: Session, key: str) -> Iterator[Finding]:

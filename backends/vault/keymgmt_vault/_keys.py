@@ -31,8 +31,12 @@ from keymgmt.backend import (
     Signature,
     UnsupportedOperation,
     check_kind,
+    check_options,
     check_retirable,
+    key_exists,
+    no_public_part,
     no_version,
+    wrong_purpose,
 )
 from keymgmt_vault._errors import Refusal, Verb, refused
 from keymgmt_vault._login import text_of
@@ -40,7 +44,6 @@ from keymgmt_vault._settings import KINDS, RSA
 
 if TYPE_CHECKING:
     from keymgmt_vault._session import Session
-    from keymgmt_vault._settings import VaultSettings
 
 __all__ = ["Described", "Keys"]
 
@@ -52,57 +55,44 @@ _PERIOD: Final = re.compile(r"[1-9][0-9]{0,5}[smh]")
 _SIGNATURE: Final = re.compile(r"vault:v([1-9][0-9]{0,8}):([A-Za-z0-9+/]{4,8000}={0,2})")
 _MAX_VERSIONS: Final = 10_000
 _AT_ONCE: Final = 8
+_DELETED: Final = "soft-deleted"
 log: Final = logging.getLogger("keymgmt.vault")
 
 
 @dataclass(frozen=True)
 class Described:
-    """The server's description of a Transit key."""
+    """The server's description of a Transit key.
 
-    settings: VaultSettings
-    key: str
+    Attributes:
+        info: the key as keymgmt describes it.
+        native: its name in Transit.
+        floor: the oldest version that decrypts (``min_decryption_version``).
+        versions: the server's own entry of each version.
+    """
+
+    info: KeyInfo
     native: str
-    kind: str
-    purpose: Literal["wrap", "sign"]
-    newest: int
-    oldest: int
     floor: int
-    deleted: bool
     versions: Mapping[str, Any]
-    detail: Mapping[str, str]
-
-    def info(self) -> KeyInfo:
-        """The key as a KeyInfo."""
-        versions = tuple(
-            KeyVersion(str(number), self._state(number), _created(self.versions.get(str(number))))
-            for number in range(self.oldest, self.newest + 1)
-        )
-        return KeyInfo(self.key, self.purpose, self.kind, versions, self.detail)
-
-    def _state(self, number: int) -> Literal["active", "old", "retired"]:
-        if self.deleted or number < self.floor:
-            return "retired"
-        return "active" if number == self.newest else "old"
-
-    def alive(self) -> Described:
-        """The key itself; KeyRetired if it was soft-deleted."""
-        if self.deleted:
-            raise refused("soft-deleted", "read", self.native, self.settings, "")
-        return self
 
     def public_key(self, version: str | None = None) -> bytes:
         """A version's public key, by default the newest's, as DER SubjectPublicKeyInfo."""
         if version not in (None, *self.versions):
             raise no_version(self.native, str(version), sorted(self.versions, key=int))
-        entry = self.versions.get(version or str(self.newest))
+        entry = self.versions.get(version or self.info.newest)
         text = text_of(entry if isinstance(entry, dict) else {}, "public_key")
         try:
-            if self.kind == "ed25519":
+            if self.info.kind == "ed25519":
                 raw = Ed25519PublicKey.from_public_bytes(binascii.a2b_base64(text))
                 return raw.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
             return PublicKey.from_pem(text.encode()).der
         except (ValueError, ConfigError) as error:
             raise ProviderUnavailable("the server's answer is not a public key") from error
+
+    def recipient(self) -> Recipient:
+        """The public part of the newest version of an RSA key."""
+        key, newest = self.info.key, self.info.newest
+        return Recipient(RSA_OAEP_256, "vault", key, newest, self.public_key())
 
 
 class Keys:
@@ -145,7 +135,7 @@ class Keys:
         oldest = max(1, _number({"min_available_version": 0, **data}, "min_available_version"))
         if not oldest <= newest < oldest + _MAX_VERSIONS:
             raise ProviderUnavailable("the server's answer has no sensible versions")
-        settings = self._settings
+        settings, known = self._settings, data["keys"]
         entry = settings.keys.get(key)
         purpose: Literal["wrap", "sign"] = KINDS[kind]
         if kind in RSA and entry and entry.purpose:
@@ -159,38 +149,60 @@ class Keys:
             detail["deletion"] = "allowed"
         if period := data.get("auto_rotate_period"):
             detail["auto-rotate"] = f"{period} s"
-        if deleted := data.get("soft_deleted") is True:
-            detail["soft-deleted"] = "yes: restore it before it is used"
-        known = data["keys"]
-        return Described(
-            settings, key, native, kind, purpose, newest, oldest, floor, deleted, known, detail
+        if data.get("soft_deleted") is True:
+            detail[_DELETED] = "yes: restore it before it is used"
+
+        def state(number: int) -> Literal["active", "old", "retired"]:
+            if _DELETED in detail or number < floor:
+                return "retired"
+            return "active" if number == newest else "old"
+
+        versions = tuple(
+            KeyVersion(str(number), state(number), _created(known.get(str(number))))
+            for number in range(oldest, newest + 1)
         )
+        return Described(KeyInfo(key, purpose, kind, versions, detail), native, floor, known)
+
+    def usable(self, key: str, purpose: str | None = None, *, fresh: bool = False) -> Described:
+        """``read`` a key that is not soft-deleted, and that is for ``purpose`` if that is given.
+
+        Raises:
+            KeyRetired: it was soft-deleted.
+            UnsupportedOperation: it is for something else.
+        """
+        described = self.read(key, fresh=fresh)
+        info = described.info
+        if _DELETED in info.detail:
+            raise refused("soft-deleted", "read", described.native, self._settings, "")
+        if purpose is not None and purpose != info.purpose:
+            error = wrong_purpose(key, info.kind, purpose, KINDS)
+            if info.kind in RSA:
+                error.hint = (
+                    "the config says what an RSA key is for: "
+                    f'[providers.{self._session.name}.keys.{key}] purpose = "{purpose}"'
+                )
+            raise error
+        return described
 
     def create(self, key: str, kind: str, options: Mapping[str, str]) -> KeyInfo:
         """Create a key that cannot be exported; ConfigError if the key exists."""
         check_kind(kind, KINDS, "vault")
-        unknown = set(options) - {"auto-rotate"}
+        check_options(options, {"auto-rotate": "2160h"}, "vault")
         period = options.get("auto-rotate")
-        if unknown or (period is not None and not _PERIOD.fullmatch(period)):
-            raise ConfigError(
-                f"no option {min(unknown)!r}" if unknown else f"{period!r} is not a period",
-                hint="known: auto-rotate, such as auto-rotate=2160h",
-            )
+        if period is not None and not _PERIOD.fullmatch(period):
+            raise ConfigError(f"{period!r} is not a period", hint="write it as 2160h")
         native = self._settings.native(key)
         # For a key that exists, Transit answers success and changes nothing, so look first.
         with contextlib.suppress(KeyNotFound):
             with contextlib.suppress(UnsupportedOperation):
                 self.read(key)
-            raise ConfigError(
-                f"there is a Transit key {native!r} already",
-                hint=f"choose another name; see: keymgmt keys show {self._session.name}:{key}",
-            )
+            raise key_exists(key, f"Transit as {native!r}", self._session.name)
         never = ("exportable", "allow_plaintext_backup", "derived")
         body: dict[str, Any] = {"type": kind, **dict.fromkeys(never, False)}
         if period is not None:
             body["auto_rotate_period"] = period
         self._write("create", native, "", body)
-        return self.read(key).info()
+        return self.read(key).info
 
     def _write(self, verb: Verb, native: str, rest: str, body: Mapping[str, Any]) -> None:
         path = f"/v1/{self._settings.mount}/keys/{native}{rest}"
@@ -224,7 +236,7 @@ class Keys:
     def _look(self, key: str) -> KeyInfo | bool:
         """The key; False where it may not be read, True where it is not usable."""
         try:
-            return self.read(key).info()
+            return self.read(key).info
         except AccessDenied:
             return False
         except (UnsupportedOperation, KeyNotFound):
@@ -232,19 +244,19 @@ class Keys:
 
     def rotate(self, key: str) -> KeyInfo:
         """Add a version."""
-        before = self.read(key).alive()
+        before = self.usable(key)
         self._write("rotate", before.native, "/rotate", {})
-        return self.read(key).info()
+        return self.read(key).info
 
     def retire(self, key: str, version: str) -> KeyInfo:
         """Raise ``min_decryption_version`` past the oldest version that is in use."""
         # A standby that lags may answer with an older floor, which would lower the present floor.
-        before = self.read(key, fresh=True).alive()
-        known = {entry.version: entry.state for entry in before.info().versions}
+        before = self.usable(key, fresh=True)
+        known = {entry.version: entry.state for entry in before.info.versions}
         check_retirable(key, version, list(known), self._session.name)
         if known[version] == "retired":
-            return before.info()
-        floor = max(before.floor, before.oldest)
+            return before.info
+        floor = max(before.floor, int(before.info.versions[0].version))
         if int(version) != floor:
             raise ConfigError(
                 f"retiring version {version} would retire the versions before it too",
@@ -252,14 +264,14 @@ class Keys:
             )
         body = {"min_decryption_version": int(version) + 1}
         self._write("retire", before.native, "/config", body)
-        return self.read(key).info()
+        return self.read(key).info
 
     def delete(self, key: str) -> None:
         """Set ``deletion_allowed``, without which Transit refuses, and delete the key."""
         described = self.read(key, fresh=True)
         path = f"/v1/{self._settings.mount}/keys/{described.native}"
         connection = self._session.connection
-        allowed = "deletion" in described.detail
+        allowed = "deletion" in described.info.detail
         if not allowed:
             self._write("retire", described.native, "/config", {"deletion_allowed": True})
         try:
@@ -276,45 +288,29 @@ class Keys:
 
     def recipient(self, key: str) -> Recipient:
         """The public part of the newest version of an RSA key that wraps."""
-        described = self.read(key).alive()
-        if described.kind not in RSA or described.purpose != "wrap":
-            raise UnsupportedOperation(
-                f"the key {key!r} is {described.kind} and has no public part to wrap for",
-                hint="make one of kind rsa-3072: keymgmt keys create PROVIDER:KEY --kind rsa-3072",
-            )
-        newest = str(described.newest)
-        return Recipient(RSA_OAEP_256, "vault", key, newest, described.public_key())
-
-    def signing(self, key: str) -> Described:
-        """A key that signs; UnsupportedOperation for one that wraps."""
-        described = self.read(key).alive()
-        if described.purpose != "sign":
-            raise UnsupportedOperation(
-                f"the key {key!r} is {described.kind} and wraps; it does not sign",
-                hint="an RSA key signs if the config says so: "
-                f'[providers.{self._session.name}.keys.{key}] purpose = "sign"'
-                if described.kind in RSA
-                else "a key that signs is of kind ed25519, ecdsa-p256 or ecdsa-p384",
-            )
-        return described
+        described = self.usable(key, "wrap")
+        info = described.info
+        if info.kind not in RSA:
+            raise no_public_part(key, info.kind, self._session.name, "rsa-3072")
+        return described.recipient()
 
     def sign(self, key: str, message: bytes) -> Signature:
         """Sign with the version whose public key is returned with it."""
         with self._session.connection.operation():
-            described = self.signing(key)
-            public = described.public_key()
+            described = self.usable(key, "sign")
+            newest, public = described.info.newest, described.public_key()
             data = self._session.call(
                 "sign",
                 described.native,
                 lambda: self._session.transit.sign_data(
                     described.native,
-                    key_version=described.newest,
+                    key_version=int(newest),
                     mount_point=self._settings.mount,
-                    **_algorithm(described.kind, message),
+                    **_algorithm(described.info.kind, message),
                 ),
             )
         match = _SIGNATURE.fullmatch(text_of(data, "signature"))
-        if match is None or int(match[1]) != described.newest:
+        if match is None or match[1] != newest:
             raise ProviderUnavailable(
                 "the server's answer is not a signature of the newest version"
             )

@@ -117,7 +117,7 @@ class VaultProvider(
     @bare
     def describe_key(self, key: str) -> KeyInfo:
         """See SupportsKeyManagement."""
-        return self._keys.read(check_key(key)).info()
+        return self._keys.read(check_key(key)).info
 
     @bare
     def rotate_key(self, key: str) -> KeyInfo:
@@ -142,7 +142,7 @@ class VaultProvider(
     @bare
     def public_key(self, key: str, version: str | None = None) -> bytes:
         """See SupportsSigning."""
-        return self._keys.signing(check_key(key)).public_key(version)
+        return self._keys.usable(check_key(key), "sign").public_key(version)
 
     @bare
     def sign(self, key: str, message: bytes) -> Signature:
@@ -151,7 +151,7 @@ class VaultProvider(
 
     def check(self, key: str | None = None) -> Health:
         """See KeyProvider; each address, then the login and its token, then the key."""
-        return _checks.check(self._session, self._keys, self._wrapping, key)
+        return Health(tuple(_checks.findings(self, self._session, self._keys, key)))
 
     def close(self) -> None:
         """See KeyProvider; it logs out, may be used again, and then logs in again."""

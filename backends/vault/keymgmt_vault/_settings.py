@@ -25,7 +25,6 @@ from keymgmt.backend import (
 
 __all__ = [
     "AEAD",
-    "INNER",
     "KINDS",
     "MECHANISMS",
     "RSA",
@@ -43,8 +42,7 @@ __all__ = [
 
 AEAD: Final = ("aes256-gcm96", "chacha20-poly1305", "xchacha20-poly1305")
 RSA: Final = ("rsa-2048", "rsa-3072", "rsa-4096")
-INNER: Final = "rsa-oaep-sha256+inner"
-MECHANISMS: Final = (*AEAD, INNER, RSA_OAEP_256)
+MECHANISMS: Final = (*AEAD, RSA_OAEP_256)
 KINDS: Final[Mapping[str, Literal["wrap", "sign"]]] = {
     **dict.fromkeys(AEAD, "wrap"),
     **dict.fromkeys(RSA, "wrap"),
@@ -318,7 +316,7 @@ class VaultSettings(Settings):
         """Whether ``key`` may be a key of this provider, by ``keys_prefix``."""
         return key.startswith(self.keys_prefix or "")
 
-    def allows(self, key: str, mechanism: str) -> bool:
-        """Whether a blob of ``mechanism`` may be unwrapped with ``key``."""
+    def allowed(self, key: str) -> tuple[str, ...]:
+        """The mechanisms whose blobs may be unwrapped with ``key``."""
         entry = self.keys.get(key)
-        return mechanism in (entry.mechanisms if entry and entry.mechanisms else MECHANISMS)
+        return tuple(entry.mechanisms) if entry and entry.mechanisms else MECHANISMS

@@ -1,9 +1,9 @@
 """Wrapping and unwrapping with Transit, and the ciphertexts that it makes.
 
 A key type with additional data binds the context itself (``associated_data``). RSA has none, so
-there the core's InnerKey does, as in what others sealed to an exported RSA key. The blob of an AEAD
-type is Transit's ciphertext as it stands, so ``bao write transit/decrypt/NAME ciphertext=...
-associated_data=...`` opens it.
+there the core's InnerKey binds it; wrapping is done here with the public key, as by anybody who has
+the key's recipient file. The blob of an AEAD type is Transit's ciphertext as it stands, so ``bao
+write transit/decrypt/NAME ciphertext=... associated_data=...`` opens it.
 """
 
 from __future__ import annotations
@@ -16,25 +16,24 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from keymgmt.backend import (
     DEK_LENGTH,
-    RSA_OAEP_256,
     Dek,
     ProviderError,
     ProviderUnavailable,
-    UnsupportedOperation,
     UnwrapFailed,
     WrappedKey,
     WrongKey,
+    check_backend,
+    check_mechanism,
     inner_unwrap,
-    inner_wrap,
-    is_key,
+    wrap_for,
 )
 from keymgmt_vault._errors import Refusal, Verb, refused
 from keymgmt_vault._login import text_of
 from keymgmt_vault._session import unbound
-from keymgmt_vault._settings import AEAD, INNER, KINDS, MECHANISMS, RSA
+from keymgmt_vault._settings import AEAD, MECHANISMS, RSA
 
 if TYPE_CHECKING:
-    from keymgmt_vault._keys import Keys
+    from keymgmt_vault._keys import Described, Keys
     from keymgmt_vault._session import Session
 
 __all__ = ["Wrapping"]
@@ -75,45 +74,23 @@ class Wrapping:
     def wrap_batch(
         self, key: str, items: Sequence[tuple[Dek, bytes]]
     ) -> list[WrappedKey | ProviderError]:
-        """See SupportsBatchWrap; an RSA key, which has an inner key for each, takes them singly."""
+        """See SupportsBatchWrap; to an RSA key is wrapped here, with its public part."""
         answers: list[WrappedKey | ProviderError] = []
         step = _BATCH - 1  # and one for the proof
         for start in range(0, len(items), step):
+            part = items[start : start + step]
             with self._session.connection.operation():
-                described = self._keys.read(key).alive()
-                mechanism = INNER if described.kind in RSA else described.kind
-                if described.purpose != "wrap" or mechanism not in MECHANISMS:
-                    kinds = ", ".join(kind for kind, purpose in KINDS.items() if purpose == "wrap")
-                    raise UnsupportedOperation(
-                        f"the key {key!r} is {described.kind} and does not wrap",
-                        hint=f"a key that wraps is of kind {kinds}",
-                    )
-                part = items[start : start + step]
-                for blob in self._blobs(described.native, mechanism, part):
-                    if isinstance(blob, ProviderError):
-                        answers.append(blob)
-                    else:
-                        version = _version_of(_ciphertext(blob, mechanism))
-                        answers.append(WrappedKey("vault", key, str(version), mechanism, blob))
+                described = self._keys.usable(key, "wrap")
+                if described.info.kind in RSA:
+                    recipient = described.recipient()
+                    answers += [wrap_for(recipient, dek, context) for dek, context in part]
+                else:
+                    answers += self._encrypt(described, part)
         return answers
 
-    def _blobs(
-        self, native: str, mechanism: str, items: Sequence[tuple[Dek, bytes]]
-    ) -> list[bytes | ProviderError]:
-        if mechanism in AEAD:
-            return self._encrypt(native, items)
-
-        def encrypt(inner: Dek) -> bytes:
-            (blob,) = self._encrypt(native, [(inner, b"")])
-            if isinstance(blob, ProviderError):
-                raise blob
-            return blob
-
-        return [inner_wrap(dek, context, encrypt) for dek, context in items]
-
     def _encrypt(
-        self, native: str, items: Sequence[tuple[Dek, bytes]]
-    ) -> list[bytes | ProviderError]:
+        self, described: Described, items: Sequence[tuple[Dek, bytes]]
+    ) -> list[WrappedKey | ProviderError]:
         batch = []
         for dek, context in items:
             batch.append({"plaintext": base64.b64encode(dek.view()).decode()})
@@ -124,18 +101,18 @@ class Wrapping:
             # The proof that the server reads associated_data at all: it refuses what is no base64.
             # Older ones ignore the member, and then another context opens what was wrapped.
             batch.append({"plaintext": "AAAA", "associated_data": "!"})
-        results = self._batch("encrypt", native, batch)
+        results = self._batch("encrypt", described.native, batch)
         if bound and not _failure_of(results.pop()):
             raise unbound()
-        return [self._encrypted(native, result) for result in results]
+        return [self._encrypted(described, result) for result in results]
 
-    def _encrypted(self, native: str, result: Any) -> bytes | ProviderError:
+    def _encrypted(self, described: Described, result: Any) -> WrappedKey | ProviderError:
         if words := _failure_of(result):
-            return self._refused("encrypt", native, words)
-        text = text_of(result, "ciphertext")
-        if _version_of(text) is None:
+            return self._refused("encrypt", described.native, words)
+        text, info = text_of(result, "ciphertext"), described.info
+        if (version := _version_of(text)) is None:
             return ProviderUnavailable("the server's answer is no Transit ciphertext")
-        return text.encode()
+        return WrappedKey("vault", info.key, version, info.kind, text.encode())
 
     def _refused(self, verb: Verb, native: str, words: str) -> ProviderError:
         return refused(Refusal(400, [words]).code, verb, native, self._settings, words)
@@ -202,24 +179,15 @@ class Wrapping:
             return error
 
     def _prepare(self, wrapped: WrappedKey, context: bytes) -> _Item:
-        if wrapped.backend != "vault":
-            raise WrongKey(f"{wrapped} was not wrapped by a Vault")
-        if not is_key(wrapped.key):
-            # Never into a URL, whatever way it came past WrappedKey.
-            raise WrongKey("what was wrapped names no key")
+        check_backend(wrapped, "vault")
         if not self._settings.may_hold(wrapped.key):
             raise WrongKey(f"{wrapped} is not of this machine: its key has not our keys_prefix")
-        if wrapped.mechanism not in MECHANISMS:
-            raise UnsupportedOperation(f"{wrapped} was wrapped by an unknown mechanism")
-        if not self._settings.allows(wrapped.key, wrapped.mechanism):
-            raise UnsupportedOperation(
-                f"the config does not allow {wrapped.mechanism} for the key {wrapped.key!r}",
-                hint=f"add it to mechanisms of [providers.{self._session.name}.keys.{wrapped.key}]",
-            )
+        allowed = self._settings.allowed(wrapped.key)
+        check_mechanism(wrapped, allowed, MECHANISMS, self._session.name)
         bound = wrapped.mechanism in AEAD
         associated = (base64.b64encode(context).decode() or None) if bound else None
-        ciphertext = _ciphertext(wrapped.blob, wrapped.mechanism, wrapped.version)
-        known = {"pk"} if wrapped.mechanism == RSA_OAEP_256 else set()
+        ciphertext = _ciphertext(wrapped)
+        known = set[str]() if bound else {"pk"}
         version = _version_of(ciphertext)
         if version is None or not set(wrapped.params) <= known:
             # It cannot decrypt; the server says whether key and version are there at all.
@@ -237,14 +205,14 @@ def _failure_of(result: Any) -> str:
     return str(result.get("error") or "")[:300]
 
 
-def _ciphertext(blob: bytes, mechanism: str, version: str = "") -> str:
+def _ciphertext(wrapped: WrappedKey) -> str:
     """What Transit decrypts of a blob; anything outside its alphabet is what no ciphertext has."""
-    if mechanism not in AEAD:
-        blob = blob[2 : 2 + int.from_bytes(blob[:2], "big")]
-    if mechanism == RSA_OAEP_256:
-        # Sealed by somebody with the public key, and so without Transit's prefix.
-        return f"vault:v{version}:{base64.b64encode(blob).decode()}"
-    return blob.decode("ascii", "replace")
+    if wrapped.mechanism in AEAD:
+        return wrapped.blob.decode("ascii", "replace")
+    # Made with the public key, and so without Transit's prefix; an InnerKey's first part.
+    length = int.from_bytes(wrapped.blob[:2], "big")
+    inner = base64.b64encode(wrapped.blob[2 : 2 + length]).decode()
+    return f"vault:v{wrapped.version}:{inner}"
 
 
 def _version_of(text: str) -> str | None:

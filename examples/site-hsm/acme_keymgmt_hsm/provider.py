@@ -164,7 +164,7 @@ class AcmeHsmProvider(KeyProvider[AcmeHsmSettings]):
                     self.unwrap(self.wrap(key, dek, b"check"), b"check").wipe()
                 found.append(Finding("key", "ok", f"{key}: wraps and unwraps"))
         except KeymgmtError as error:
-            return Health((Finding("service", "failed", str(error), error.hint),))
+            return Health((Finding.failure("service", error),))
         return Health(tuple(found))
 
     def close(self) -> None:

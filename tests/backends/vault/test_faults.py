@@ -361,13 +361,14 @@ def test_an_answer_that_is_none(
 @pytest.mark.once
 @pytest.mark.parametrize("text", ["vault:v1:" + "A" * 70_000, "\ud800", "vault:v1:\u00e9AAA", "x"])
 def test_a_ciphertext_that_is_none(make: Any, bao: Any, gateway: Any, text: str) -> None:
-    """Of an RSA key it goes into an inner key's blob, which has room for 65535 bytes of it."""
-    bao.do("POST", "transit/keys/large-answers", {"type": "rsa-2048"})
+    """A blob has room for 8192 bytes of it."""
     before = gateway()
-    answer = json.dumps({"data": {"batch_results": [{"ciphertext": text}]}}).encode()
+    # The second item is the proof that the server binds contexts, which it must refuse.
+    results = [{"ciphertext": text}, {"error": "no base64"}]
+    answer = json.dumps({"data": {"batch_results": results}}).encode()
     before.before = lambda method, path, _: (200, {}, answer) if "/encrypt/" in path else None
     with Dek.generate() as dek, pytest.raises(ProviderUnavailable, match="the server's answer"):
-        make(address=before.address, token=bao.root).wrap("large-answers", dek, b"c")
+        make(address=before.address, token=bao.root).wrap("model", dek, b"c")
 
 
 def test_words_of_the_server_are_shown_short_and_plain(
@@ -499,7 +500,7 @@ def test_mechanisms_are_allow_listed(make: Any, bao: Any, wrapped: WrappedKey) -
         make(bao).unwrap(replace(wrapped, mechanism="none"), b"c")
     # A blob that claims to be of another mechanism than it is fails like a damaged one.
     with pytest.raises(UnwrapFailed):
-        make(bao).unwrap(replace(wrapped, mechanism="rsa-oaep-sha256+inner"), b"c")
+        make(bao).unwrap(replace(wrapped, mechanism="RSA-OAEP-256"), b"c")
 
 
 def test_hostile_names_reach_no_url(make: Any, bao: Any, wrapped: WrappedKey) -> None:

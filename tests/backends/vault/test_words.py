@@ -11,11 +11,13 @@ from types import TracebackType
 from typing import Any
 
 import pytest
+from keymgmt_vault._keys import Described
 from vaults import JSON, ONE_TRY, UNWRAP, errors, opens
 
 from keymgmt.backend import (
     AccessDenied,
     Dek,
+    KeyInfo,
     KeymgmtError,
     ProviderError,
     ProviderUnavailable,
@@ -282,7 +284,7 @@ def test_no_secret_is_in_an_error_or_its_frames(
     for auth in (token, approle):
         provider = make(address=before.address, auth=auth, timeout=0.3)
         if auth is token and operation == "wrap":
-            provider._wrapping._keys.read = lambda key: Key()
+            provider._wrapping._keys.usable = described
         with Dek(b"SECRET-DATA-KEY-SECRET-DATA-KEY!") as dek:
             calls: dict[str, Callable[[], Any]] = {
                 "unwrap": lambda p=provider: p.unwrap(wrapped, b"c"),
@@ -302,10 +304,7 @@ def test_no_secret_is_in_an_error_or_its_frames(
                 assert secret not in text, text
 
 
-class Key:
+def described(key: str, purpose: str) -> Described:
     """A key as the server would have described it."""
-
-    kind, purpose, native = "aes256-gcm96", "wrap", "model"
-
-    def alive(self) -> Key:
-        return self
+    assert purpose == "wrap"
+    return Described(KeyInfo(key, "wrap", "aes256-gcm96", ()), key, 1, {})
