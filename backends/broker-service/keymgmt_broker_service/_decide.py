@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Self
 
@@ -128,9 +128,17 @@ class Broker:
         if self.nonces.is_repeat(request.nonce):
             said["repeat"] = "yes"
         entry = self.settings.keys.get(request.wrapped.key)
+        of_kind = [
+            name for name, each in self.settings.policies.items() if each.evidence == request.kind
+        ]
+        names = [name for name in entry.allow if name in of_kind] if entry else []
+        # Also where no policy gives the key: who has proved nothing does not learn which keys there
+        # are, nor which kinds of evidence a key takes.
+        policy, claims = self._verify(request, names or of_kind)
         if entry is None:
             raise Refusal("key", "no such key under [keys]")
-        policy, claims = self._verify(request, entry)
+        if not names:
+            raise Refusal("policy", f"no policy of the key for evidence {request.kind}")
         said |= {"policy": policy, **claims.facts}
         dek = self._unwrap(request, entry)
         try:
@@ -141,10 +149,8 @@ class Broker:
         finally:
             dek.wipe()
 
-    def _verify(self, request: Request, entry: KeyEntry) -> tuple[str, Claims]:
-        """The first policy of this key that the evidence satisfies, and what the evidence says."""
-        policies = self.settings.policies
-        names = [name for name in entry.allow if policies[name].evidence == request.kind]
+    def _verify(self, request: Request, names: Sequence[str]) -> tuple[str, Claims]:
+        """The first of these policies that the evidence satisfies, and what the evidence says."""
         if not names:
             raise Refusal("policy", f"no policy for evidence {request.kind}")
         try:

@@ -16,7 +16,8 @@ pytest.importorskip("keymgmt_broker_service")
 from keymgmt_broker import BrokerSettings
 from keymgmt_broker.protocol import STATUS, Request
 from keymgmt_broker_service._decide import Broker, Refusal
-from keymgmt_broker_service._settings import load_service_settings
+from keymgmt_broker_service._settings import KeyEntry, load_service_settings
+from keymgmt_broker_service._verify import TdxPolicy
 from loopback import Authority
 from quotes import MRENCLAVE
 
@@ -92,6 +93,30 @@ def test_a_failure_behind_the_broker_is_told_in_one_word_and_logged_in_full(
     assert word in STATUS
     assert "4711" in caplog.text
     assert f"refused={word}" in caplog.text
+
+
+def test_key_names_cannot_be_tried_without_evidence(broker: Broker, prove: Any) -> None:
+    """A known key, an unknown one, and one that takes other evidence are refused in one word."""
+    tdx = TdxPolicy.model_validate({"evidence": "tdx", "mr_td": ["00" * 48], "firmware_only": True})
+    settings = broker.settings
+    settings = settings.model_copy(
+        update={
+            "policies": {**settings.policies, "guest": tdx},
+            "keys": {**settings.keys, "guests": KeyEntry(key="site:guests", allow=["guest"])},
+        }
+    )
+    broker = replace(broker, settings=settings)
+    words: dict[bool, dict[str, str]] = {True: {}, False: {}}
+    for key in ("model", "guests", "absent"):
+        for good in (False, True):
+            wrapped = WrappedKey("broker", key, "1", "hpke-p256", b"blob", {"error": "WrongKey"})
+            request = Request(broker.nonces.make(), "hpke-p384", b"", wrapped, b"", "sgx")
+            evidence = prove(request.report_data if good else bytes(32))
+            with pytest.raises(Refusal) as raised:
+                broker.answer(request.with_evidence(evidence).to_bytes(), "192.0.2.1")
+            words[good][key] = raised.value.word
+    assert set(words[False].values()) == {"evidence"}
+    assert words[True] == {"model": "wrong-key", "guests": "policy", "absent": "key"}
 
 
 def test_evidence_that_cannot_be_judged_now_is_no_refusal_for_good(
