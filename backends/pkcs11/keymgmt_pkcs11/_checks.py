@@ -247,8 +247,7 @@ def _tried(session: Session, key: KeyObject, name: str) -> list[tuple[bool, str]
     results = []
     for each, mechanism in MECHANISMS.items():
         if each in fits and mechanism.wraps(key):
-            code = fits[each][1]
-            good, text = _timed(each, lambda m=mechanism, c=code: round_trip(session, key, m, c))  # type: ignore[misc]
+            good, text = _timed(each, lambda m=mechanism: round_trip(session, key, m))  # type: ignore[misc]
             results.append((good, text))
             if not good:
                 session.renew()

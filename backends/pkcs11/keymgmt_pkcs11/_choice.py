@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from keymgmt.backend import ConfigError, Dek, KeyRetired, UnsupportedOperation, UnwrapFailed
 from keymgmt_pkcs11._errors import CkError
 from keymgmt_pkcs11._kinds import shortcomings
-from keymgmt_pkcs11._wrapping import MECHANISMS, KeyInUse, Wrapping, fitting
+from keymgmt_pkcs11._wrapping import MECHANISMS, KeyInUse, Wrapping
 
 if TYPE_CHECKING:
     from keymgmt_pkcs11._connection import Session
@@ -41,21 +41,26 @@ def require_promises(key: KeyObject, settings: Pkcs11Settings, name: str) -> Non
 
 def allowed(
     session: Session, key: KeyObject, settings: Pkcs11Settings, name: str
-) -> dict[str, tuple[Wrapping, int]]:
-    """Every mechanism that ``key`` may be used with: name -> mechanism and the module's code."""
+) -> dict[str, Wrapping]:
+    """Every mechanism that ``key`` may be used with, by its name."""
     only = settings.entry(name).mechanism
     if only is not None and only not in MECHANISMS:
         raise ConfigError(
             f"the mechanism {only!r} of the key {name!r} is not known",
             hint=f"known: {', '.join(MECHANISMS)}",
         )
-    quirks = session.module.quirks
-    return fitting(key, quirks, sha1=settings.allow_oaep_sha1, only=only)
+    broken = session.module.quirks.broken
+    return {
+        each: mechanism
+        for each, mechanism in MECHANISMS.items()
+        if mechanism.fits(key)
+        and each not in broken
+        and (settings.allow_oaep_sha1 or each != "RSA-OAEP")
+        and only in (None, each)
+    }
 
 
-def choose(
-    session: Session, key: KeyObject, settings: Pkcs11Settings, name: str
-) -> tuple[Wrapping, int]:
+def choose(session: Session, key: KeyObject, settings: Pkcs11Settings, name: str) -> Wrapping:
     """The mechanism to wrap with: the first that fits and survives a round trip.
 
     Raises:
@@ -69,12 +74,12 @@ def choose(
         raise KeyRetired(f"the newest version of the key {name!r} was switched off: {key}")
     require_promises(key, settings, name)
     why: list[str] = []
-    for mechanism, code in allowed(session, key, settings, name).values():
+    for mechanism in allowed(session, key, settings, name).values():
         if not mechanism.wraps(key):
             why.append(f"{mechanism.name}: it may unwrap only")
             continue
         try:
-            round_trip(session, key, mechanism, code)
+            round_trip(session, key, mechanism)
         except CkError as error:
             if error.passing:
                 raise
@@ -85,8 +90,8 @@ def choose(
         except UnwrapFailed:
             why.append(f"{mechanism.name}: it does not unwrap what it wrapped")
         else:
-            session.cache["choose", key.handle, name] = (mechanism, code)
-            return mechanism, code
+            session.cache["choose", key.handle, name] = mechanism
+            return mechanism
     broken = session.module.quirks.broken
     why += [f"{each}: {text}" for each, text in broken.items() if MECHANISMS[each].fits(key)]
     raise UnsupportedOperation(
@@ -97,7 +102,7 @@ def choose(
     )
 
 
-def round_trip(session: Session, key: KeyObject, mechanism: Wrapping, code: int) -> None:
+def round_trip(session: Session, key: KeyObject, mechanism: Wrapping) -> None:
     """Wrap a random secret and unwrap it.
 
     Raises:
@@ -105,7 +110,7 @@ def round_trip(session: Session, key: KeyObject, mechanism: Wrapping, code: int)
         CkError: the module refused.
     """
     with Dek.generate() as dek:
-        use = KeyInUse(session, key, code)
+        use = KeyInUse(session, key)
         blob = mechanism.wrap(use, dek, _CONTEXT)
         with mechanism.unwrap(use, blob, _CONTEXT) as again:
             if again != dek:

@@ -123,8 +123,8 @@ class Pkcs11Provider(
 
         def call(session: Session) -> WrappedKey:
             key_object = self._versions(session, key).newest
-            mechanism, code = choose(session, key_object, self.settings, key)
-            blob = mechanism.wrap(KeyInUse(session, key_object, code), dek, context)
+            mechanism = choose(session, key_object, self.settings, key)
+            blob = mechanism.wrap(KeyInUse(session, key_object), dek, context)
             return WrappedKey(
                 self.backend, key, key_object.version, mechanism.name, blob, key_object.params
             )
@@ -145,8 +145,7 @@ class Pkcs11Provider(
                 )
             if wrapped.params != key_object.params:
                 raise WrongKey(f"{wrapped} is for another key of this name and version")
-            mechanism, code = fits[wrapped.mechanism]
-            use = KeyInUse(session, key_object, code)
+            mechanism, use = fits[wrapped.mechanism], KeyInUse(session, key_object)
             try:
                 return mechanism.unwrap(use, wrapped.blob, context)
             except CkError as error:
@@ -156,7 +155,7 @@ class Pkcs11Provider(
 
     def _holding(
         self, session: Session, wrapped: WrappedKey
-    ) -> tuple[KeyObject, dict[str, tuple[Wrapping, int]]]:
+    ) -> tuple[KeyObject, dict[str, Wrapping]]:
         """The key object of a version and its mechanisms, remembered for this connection."""
         version = (wrapped.key, wrapped.version)
         held = session.cache.get(version)
@@ -203,7 +202,7 @@ class Pkcs11Provider(
                 use.session.renew()
                 if not mechanism.wraps(use.key):
                     raise error
-                round_trip(use.session, use.key, mechanism, use.code)
+                round_trip(use.session, use.key, mechanism)
         raise UnwrapFailed(
             f"{wrapped} of {self.name!r} does not authenticate",
             hint="it was damaged, bound to another model, or wrapped with another key of this name",
@@ -223,8 +222,7 @@ class Pkcs11Provider(
                     f"{key_object} has no public key that others can wrap to",
                     hint="make one: keymgmt keys create PROVIDER:KEY --kind ecdh-p256",
                 )
-            mechanism, code = fits[kind]
-            round_trip(session, key_object, mechanism, code)
+            round_trip(session, key_object, fits[kind])
             token = session.token
             attributes = {
                 "kind": key_object.type.lower() + str(key_object.bits),

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Final, Literal
 from pkcs11 import Attribute
 from pydantic import Field, field_validator, model_validator
 
-from keymgmt.backend import ConfigError, ConfigPath, KeyName, SecretSource, Settings, is_key
-from keymgmt_pkcs11._uri import TOKEN, Pkcs11Uri
+from keymgmt.backend import ConfigPath, KeyName, SecretSource, Settings, is_key
+from keymgmt_pkcs11._uri import parse_uri
 
 __all__ = ["CreateSettings", "KeyEntry", "Pkcs11Settings"]
 
@@ -136,55 +136,33 @@ class Pkcs11Settings(Settings):
     keys: dict[KeyName, KeyEntry] = Field(default_factory=dict)
     init_args: Annotated[str, Field(max_length=4096)] | None = None
 
-    @field_validator("uri")
-    @classmethod
-    def _uri_names_a_token(cls, text: str | None) -> str | None:
-        if text is None:
-            return None
-        try:
-            uri = Pkcs11Uri.parse(text)
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
-        if "pin-value" in uri.query or "pin-source" in uri.query:
-            raise ValueError('the URI must not hold a PIN; set pin = { file = "PATH" }')
-        if "module-name" in uri.query:
-            raise ValueError("module-name is not a path; use module-path, or the setting module")
-        if uri.id is not None or not set(uri.path) <= TOKEN:
-            raise ValueError("this URI must name the token only; name keys in the table keys")
-        if uri.vendor:
-            raise ValueError(f"the attribute {next(iter(uri.vendor))!r} is not known")
-        return text
-
     @model_validator(mode="after")
     def _one_of_each(self) -> Pkcs11Settings:
-        uri = self.selector_uri
+        uri = self._from_uri
         if self.uri is not None and any(
             part is not None for part in (self.token, self.serial, self.slot)
         ):
             raise ValueError("name the token by uri, or by token, serial and slot, not by both")
-        if (self.module is None) == ("module-path" not in uri.query):
+        if (self.module is None) == ("module-path" not in uri):
             raise ValueError("name the library once: module, or module-path in the uri")
-        if "module-path" in uri.query and not uri.query["module-path"].startswith("/"):
-            raise ValueError("module-path in the uri must be an absolute path")
         if (self.login == "user") != (self.pin is not None):
             raise ValueError("login = 'user' needs a pin, and any other login has no pin")
         return self
 
     @property
-    def selector_uri(self) -> Pkcs11Uri:
-        """The parsed ``uri``, without attributes where the settings have no ``uri``."""
-        return Pkcs11Uri.parse(self.uri or "pkcs11:")
+    def _from_uri(self) -> dict[str, str]:
+        return parse_uri(self.uri) if self.uri is not None else {}
 
     @property
     def library(self) -> Path:
         """The path of the module."""
-        return self.module or Path(self.selector_uri.query["module-path"])
+        return self.module or Path(self._from_uri["module-path"])
 
     @property
     def selector(self) -> dict[str, str]:
         """Attributes that select the token: RFC 7512 name -> value; empty for the only token."""
         if self.uri is not None:
-            return dict(self.selector_uri.path)
+            return {name: text for name, text in self._from_uri.items() if name != "module-path"}
         parts = {"token": self.token, "serial": self.serial}
         if self.slot is not None:
             parts["slot-id"] = str(self.slot)

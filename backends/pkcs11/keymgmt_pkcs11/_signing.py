@@ -8,15 +8,14 @@ Each signature is verified before it is returned.
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Final
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
-from cryptography.hazmat.primitives.asymmetric.utils import Prehashed, encode_dss_signature
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from pkcs11 import MGF, Mechanism
 
-from keymgmt.backend import ProviderUnavailable, UnsupportedOperation
+from keymgmt.backend import ProviderUnavailable, PublicKey, UnsupportedOperation
 from keymgmt_pkcs11._cryptoki import CkMechanism
 from keymgmt_pkcs11._wrapping import KeyInUse
 
@@ -55,27 +54,20 @@ def sign(session: Session, key: KeyObject, message: bytes) -> bytes:
         UnsupportedOperation: the key is of no kind that can sign.
         ProviderUnavailable: the token gave a signature that its public key does not verify.
     """
-    public = require_signing(key).public
-    algorithm: hashes.HashAlgorithm = hashes.SHA384() if key.bits == 384 else hashes.SHA256()
-    digest = hashes.Hash(algorithm)
-    digest.update(message)
-    hashed = digest.finalize()
-    try:
-        if isinstance(public, rsa.RSAPublicKey):
-            mechanism = CkMechanism(Mechanism.RSA_PKCS_PSS, Mechanism.SHA256, MGF.SHA256, _SALT)
-            signature = bytes(KeyInUse(session, key).apply("Sign", mechanism, hashed))
-            pss = padding.PSS(padding.MGF1(algorithm), _SALT)
-            public.verify(signature, hashed, pss, Prehashed(algorithm))
-        elif isinstance(public, ec.EllipticCurvePublicKey):
-            raw = KeyInUse(session, key).apply("Sign", CkMechanism(Mechanism.ECDSA), hashed)
-            half = len(raw) // 2
-            signature = encode_dss_signature(
-                int.from_bytes(raw[:half], "big"), int.from_bytes(raw[half:], "big")
-            )
-            public.verify(signature, hashed, ec.ECDSA(Prehashed(algorithm)))
-    except InvalidSignature as error:
+    public, use = require_signing(key).public, KeyInUse(session, key)
+    digest = hashlib.new("sha384" if key.bits == 384 else "sha256", message).digest()
+    if isinstance(public, rsa.RSAPublicKey):
+        pss = CkMechanism(Mechanism.RSA_PKCS_PSS, Mechanism.SHA256, MGF.SHA256, _SALT)
+        signature = bytes(use.apply("Sign", pss, digest))
+    else:
+        raw = use.apply("Sign", CkMechanism(Mechanism.ECDSA), digest)
+        half = len(raw) // 2
+        signature = encode_dss_signature(
+            int.from_bytes(raw[:half], "big"), int.from_bytes(raw[half:], "big")
+        )
+    if not PublicKey(key.der).verifies(message, signature):
         raise ProviderUnavailable(
             f"the token signed with {key}, and its public key does not verify the signature",
             hint="see whether two key pairs share this label and id",
-        ) from error
+        )
     return signature

@@ -46,9 +46,8 @@ if TYPE_CHECKING:
 
     from keymgmt_pkcs11._connection import Session
     from keymgmt_pkcs11._keys import KeyObject
-    from keymgmt_pkcs11._quirks import Quirks
 
-__all__ = ["MECHANISMS", "KeyInUse", "Wrapping", "fitting"]
+__all__ = ["MECHANISMS", "KeyInUse", "Wrapping"]
 
 W = TypeVar("W")
 R = TypeVar("R")
@@ -60,16 +59,19 @@ _REFUSED_IV: Final = frozenset({Ckr.MECHANISM_PARAM_INVALID, Ckr.ARGUMENTS_BAD})
 
 @dataclass(slots=True)
 class KeyInUse:
-    """A key in an open session, and the module's code for the mechanism that wraps with it."""
+    """A key in an open session."""
 
     session: Session
     key: KeyObject
-    code: int = 0
 
     @property
     def ck(self) -> Cryptoki:
         """The functions of the module."""
         return self.session.ck
+
+    def code(self, wrapping: Wrapping) -> int:
+        """The number of a mechanism, which some modules have different from the standard."""
+        return self.session.module.quirks.codes.get(wrapping.name, wrapping.code)
 
     def apply(self, verb: Verb, mechanism: CkMechanism, data: Buffer) -> bytearray:
         """Encrypt, decrypt or sign; with a login for this use, where the key requires it."""
@@ -120,7 +122,7 @@ class AesGcm(Wrapping):
 
     def wrap(self, use: KeyInUse, dek: Dek, context: bytes) -> bytes:
         def encrypt(iv: bytes) -> bytes:
-            mechanism = CkMechanism.gcm(use.code, iv, context)
+            mechanism = CkMechanism.gcm(use.code(self), iv, context)
             sealed = bytes(use.apply("Encrypt", mechanism, dek.view()))
             body, appended = sealed[: DEK_LENGTH + _TAG], sealed[DEK_LENGTH + _TAG :]
             # Read after the call: CloudHSM has written its own IV over ours.
@@ -137,7 +139,7 @@ class AesGcm(Wrapping):
             raise UnwrapFailed(f"the wrapped key has {len(blob)} bytes, too few or many for its IV")
 
         def decrypt(appended: bool) -> Dek:
-            mechanism = CkMechanism.gcm(use.code, b"" if appended else iv, context)
+            mechanism = CkMechanism.gcm(use.code(self), b"" if appended else iv, context)
             ciphertext = body + iv if appended else body
             return _to_dek(use.apply("Decrypt", mechanism, ciphertext))
 
@@ -162,7 +164,7 @@ class AesKeyWrap(Wrapping):
             with _session_object(
                 use, lambda accepted: use.ck.create(use.session.handle, accepted), (template,)
             ) as handle:
-                mechanism = CkMechanism(use.code)
+                mechanism = CkMechanism(use.code(self))
                 return use.ck.wrap_key(use.session.handle, mechanism, use.key.handle, handle)
 
         return inner_wrap(dek, context, inside)
@@ -170,7 +172,7 @@ class AesKeyWrap(Wrapping):
     def unwrap(self, use: KeyInUse, blob: bytes, context: bytes) -> Dek:
         def inside(wrapped: bytes) -> Dek:
             _check_length(wrapped, DEK_LENGTH + 8)
-            return _unwrapped(use, CkMechanism(use.code), wrapped)
+            return _unwrapped(use, CkMechanism(use.code(self)), wrapped)
 
         return inner_unwrap(blob, context, inside)
 
@@ -211,7 +213,7 @@ class RsaOaepLabel(Wrapping):
 
     def _decrypt(self, use: KeyInUse, blob: bytes, label: bytes) -> Dek:
         _check_length(blob, (use.key.bits + 7) // 8)
-        mechanism = CkMechanism.oaep(use.code, self.hash_code, self.mgf_code, label)
+        mechanism = CkMechanism.oaep(use.code(self), self.hash_code, self.mgf_code, label)
         if not use.key.can("decrypt"):
             return _unwrapped(use, mechanism, blob)
         return _to_dek(use.apply("Decrypt", mechanism, blob))
@@ -254,7 +256,7 @@ class HpkeP256(Wrapping):
     def unwrap(self, use: KeyInUse, blob: bytes, context: bytes) -> Dek:
         enc, ciphertext = hpke_split(self.name, blob)
         length = self.bits // 8
-        mechanism = CkMechanism.ecdh(use.code, enc)
+        mechanism = CkMechanism.ecdh(use.code(self), enc)
         template = _secret_template(KeyType.GENERIC_SECRET)
         sized = template | {Attribute.VALUE_LEN: length}
 
@@ -293,27 +295,6 @@ MECHANISMS: Final = {
     )
 }
 """Every mechanism by name, in the order of preference."""
-
-
-def fitting(
-    key: KeyObject, quirks: Quirks, *, sha1: bool, only: str | None
-) -> dict[str, tuple[Wrapping, int]]:
-    """The mechanisms that a key may be used with: name -> mechanism and the module's code.
-
-    Args:
-        key: the key as read.
-        quirks: where the module differs from the standard.
-        sha1: whether the operator allows OAEP with SHA-1.
-        only: the mechanism that the operator fixed for this key, if any.
-    """
-    return {
-        name: (mechanism, quirks.codes.get(name, mechanism.code))
-        for name, mechanism in MECHANISMS.items()
-        if mechanism.fits(key)
-        and name not in quirks.broken
-        and (sha1 or name != RsaOaepSha1.name)
-        and only in (None, name)
-    }
 
 
 def _aes256(key: KeyObject) -> bool:
