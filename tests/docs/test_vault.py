@@ -148,15 +148,10 @@ def test_its_hints(desk: Any, server: str) -> None:
     desk.follow("backends/vault", "keymgmt keys create PROVIDER:KEY", PROVIDER="site", KEY="a")
     desk.run("keymgmt seal model.xml a.sealed --to site:a")
     desk.fails("keymgmt keys export site:a --format recipient -o a.recipient")
-    desk.follow(
-        "backends/vault",
-        "keymgmt keys create PROVIDER:KEY --kind rsa-3072",
-        PROVIDER="site",
-        KEY="office",
-    )
+    desk.follow("keymgmt", "keymgmt keys create {}:NAME --kind {}", NAME="office")
     desk.run("keymgmt keys export site:office --format recipient -o office.recipient")
     desk.fails("keymgmt keys create site:a")
-    desk.follow("backends/vault", "keymgmt keys show {}:{}")
+    desk.follow("keymgmt", "keymgmt keys rotate {}:{}")
     assert "disable_upsert" in desk.run("keymgmt doctor site:a").said
     desk.follow("backends/vault", "bao write {}/config/keys disable_upsert=true")
     assert "disable_upsert" not in desk.run("keymgmt doctor site:a").said
