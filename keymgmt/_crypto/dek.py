@@ -27,11 +27,12 @@ _SMALL: Final = 4096
 def wipe(buffer: Buffer) -> None:
     """Overwrite a writable, contiguous buffer of any length with zeros, in place."""
     view = memoryview(buffer).cast("B")
-    if len(view) <= _SMALL:
-        view[:] = bytes(len(view))
+    size = len(view)
+    if size <= _SMALL:
+        view[:] = bytes(size)
     else:
-        array = (ctypes.c_char * len(view)).from_buffer(view)
-        ctypes.memset(array, 0, len(view))
+        array = (ctypes.c_char * size).from_buffer(view)
+        ctypes.memset(array, 0, size)
         del array
 
 
@@ -72,9 +73,10 @@ class Dek:
 
     @classmethod
     def join(cls, shares: Iterable[Dek]) -> Dek:
-        """XOR shares, 32 bytes each, into the key that ``split`` was given."""
-        joined = cls(bytes(DEK_LENGTH))
-        for share in shares:
+        """XOR shares, one at least, into the key that ``split`` was given."""
+        first, *others = shares
+        joined = cls(first.view())
+        for share in others:
             for index, byte in enumerate(share.view()):
                 joined._bytes[index] ^= byte
         return joined

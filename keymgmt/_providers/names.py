@@ -16,7 +16,9 @@ __all__ = ["KEY", "VERSION", "KeyRef", "check_key", "is_key", "is_name", "is_ver
 
 KEY: Final = r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?"
 VERSION: Final = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,126}[A-Za-z0-9])?"
-_NAME: Final = r"[a-z0-9](?:[a-z0-9_-]{0,30}[a-z0-9])?"
+_NAME: Final = re.compile(r"[a-z0-9](?:[a-z0-9_-]{0,30}[a-z0-9])?")
+_KEY: Final = re.compile(KEY)
+_VERSION: Final = re.compile(VERSION)
 _KEY_HELP: Final = (
     "lower-case letters, digits, '.', '_' and '-', at most 64, "
     "beginning and ending with a letter or digit, without '..'"
@@ -25,17 +27,17 @@ _KEY_HELP: Final = (
 
 def is_key(text: object) -> bool:
     """Whether ``text`` is a key name."""
-    return isinstance(text, str) and bool(re.fullmatch(KEY, text)) and ".." not in text
+    return isinstance(text, str) and bool(_KEY.fullmatch(text)) and ".." not in text
 
 
 def is_version(text: object) -> bool:
     """Whether ``text`` is a key version as a provider reports it, at most 128 characters."""
-    return isinstance(text, str) and bool(re.fullmatch(VERSION, text)) and ".." not in text
+    return isinstance(text, str) and bool(_VERSION.fullmatch(text)) and ".." not in text
 
 
 def is_name(text: object) -> bool:
     """Whether ``text`` is the name of a provider or backend, at most 32 characters."""
-    return isinstance(text, str) and bool(re.fullmatch(_NAME, text))
+    return isinstance(text, str) and bool(_NAME.fullmatch(text))
 
 
 def check_key(text: str) -> str:

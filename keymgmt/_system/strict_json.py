@@ -23,7 +23,7 @@ _HEX: Final = re.compile(r"(?:[0-9a-f]{2})*")
 
 def dump_json(value: Any) -> bytes:
     """Encode objects, arrays, strings, integers and null as RFC 8785; FormatError for odd text."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    text = _ENCODER.encode(value)
     if text.isascii():
         # Of strings in ASCII, integers and null this is RFC 8785 already (a test compares), and
         # a policy of ten thousand recipients is read ten times as fast.
@@ -32,6 +32,38 @@ def dump_json(value: Any) -> bytes:
         return rfc8785.dumps(value)
     except (rfc8785.CanonicalizationError, UnicodeError) as error:
         raise FormatError(f"the value cannot be written as canonical JSON: {error}") from error
+
+
+class _Refused(ValueError):
+    """What is wrong in a file, whose name is not known here."""
+
+
+def _integer(text: str) -> int:
+    # The length is looked at first: converting a long number takes quadratic time.
+    if len(text) > 17 or abs(int(text)) > MAX_INTEGER:
+        raise _Refused("holds an integer of 2^53 or more")
+    return int(text)
+
+
+def _refuse(text: str) -> NoReturn:
+    raise _Refused(f"holds {text[:20]!r}, and only integers are numbers here")
+
+
+def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    object_ = dict(pairs)
+    if len(object_) != len(pairs):
+        raise _Refused("has a member twice")
+    return object_
+
+
+# Made once, because making them takes as long as reading a small file.
+_ENCODER: Final = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+_DECODER: Final = json.JSONDecoder(
+    parse_int=_integer,
+    parse_float=_refuse,
+    parse_constant=_refuse,
+    object_pairs_hook=_members,
+)
 
 
 def load_json(
@@ -61,32 +93,13 @@ def load_json(
     if _has_more_parts(data, parts):
         raise FormatError(f"{label} has more than {parts} members and elements")
 
-    def integer(text: str) -> int:
-        # The length is looked at first: converting a long number takes quadratic time.
-        if len(text) > 17 or abs(int(text)) > MAX_INTEGER:
-            raise FormatError(f"{label} holds an integer of 2^53 or more")
-        return int(text)
-
-    def refuse(text: str) -> NoReturn:
-        raise FormatError(f"{label} holds {text[:20]!r}, and only integers are numbers here")
-
-    def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        object_ = dict(pairs)
-        if len(object_) != len(pairs):
-            raise FormatError(f"{label} has a member twice")
-        return object_
-
     try:
-        value = json.loads(
-            data.decode("utf-8", "strict"),
-            parse_int=integer,
-            parse_float=refuse,
-            parse_constant=refuse,
-            object_pairs_hook=members,
-        )
+        value = _DECODER.decode(data.decode("utf-8", "strict"))
         spelled = dump_json(value) if canonical else data
     except FormatError:
         raise
+    except _Refused as error:
+        raise FormatError(f"{label} {error}") from None
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{label} is not JSON: {type(error).__name__}") from error
     if not isinstance(value, dict):

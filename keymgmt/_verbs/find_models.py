@@ -46,6 +46,7 @@ __all__ = [
 CHUNK: Final = 128
 _THREADS: Final = 8
 _OURS: Final = b'"keymgmt-'
+_OF_A_MODEL: Final = frozenset({MANIFEST, KEYS, SIGNATURES, PAYLOAD})
 _NAME: Final = operator.attrgetter("name")
 T = TypeVar("T")
 Place = Path | str
@@ -242,7 +243,8 @@ def _walk(
                 below.append(entry.path)
             elif root in before:
                 yield None
-        if _is_model(Path(folder), {entry.name for entry in children}):
+        ours = _OF_A_MODEL.intersection(entry.name for entry in children)
+        if ours and _is_model(Path(folder), ours):
             yield Path(folder)
         waiting += below
 
@@ -271,13 +273,12 @@ def _unreadable(path: Path, error: OSError, kind: type[KeymgmtError] = SealedMod
 def is_model(folder: Path) -> bool:
     """Whether a folder is, or was, a sealed model; true where it cannot be read."""
     try:
-        return _is_model(folder, {entry.name for entry in folder.iterdir()})
+        return _is_model(folder, _OF_A_MODEL.intersection(entry.name for entry in folder.iterdir()))
     except OSError:
         return True
 
 
-def _is_model(folder: Path, names: set[str]) -> bool:
-    ours = names & {MANIFEST, KEYS, SIGNATURES, PAYLOAD}
+def _is_model(folder: Path, ours: frozenset[str]) -> bool:
     if not ours:
         return False
     if ours >= {MANIFEST, KEYS, PAYLOAD}:

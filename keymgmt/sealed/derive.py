@@ -7,6 +7,7 @@ bytes, big-endian, so that no two lists give the same bytes; the first is the fo
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import hmac
 from typing import TYPE_CHECKING, Final
@@ -28,10 +29,14 @@ __all__ = ["commitment", "device_key", "file_key", "keys_mac", "payload_aad", "w
 
 _KEY: Final = 32  # of FLOE
 _HASH: Final = 48  # of SHA-384
+_FORMAT: Final = len(FORMAT).to_bytes(4, "big") + FORMAT.encode()
 
 
 def _encode(*parts: bytes) -> bytes:
-    return b"".join(len(part).to_bytes(4, "big") + part for part in (FORMAT.encode(), *parts))
+    encoded = _FORMAT
+    for part in parts:
+        encoded += len(part).to_bytes(4, "big") + part
+    return encoded
 
 
 def _derive(dek: Dek, length: int, *parts: bytes) -> bytearray:
@@ -69,7 +74,7 @@ def device_key(dek: Dek, manifest_hash: bytes, secret: Buffer, info: bytes) -> b
     return key
 
 
-def keys_mac(dek: Dek, model_id: bytes, policy: Iterable[bytes]) -> bytes:
+def keys_mac(dek: Dek, model_id: bytes, policy: Iterable[Buffer]) -> bytes:
     """HMAC-SHA-384 over the canonical keys.json, in parts, without its member ``mac``."""
     key = _derive(dek, _HASH, b"keys mac", model_id)
     try:
@@ -81,6 +86,7 @@ def keys_mac(dek: Dek, model_id: bytes, policy: Iterable[bytes]) -> bytes:
         wipe(key)
 
 
+@functools.lru_cache(1024)  # it is asked for again at each step
 def wrap_context(manifest_hash: bytes, nonce: bytes, count: int, index: int) -> bytes:
     """The context of share ``index`` in a group of ``count`` shares, 48 bytes."""
     position = count.to_bytes(2, "big") + index.to_bytes(2, "big")

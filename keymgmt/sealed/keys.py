@@ -8,6 +8,7 @@ recipient that somebody added. This is the only file that rewrap replaces.
 from __future__ import annotations
 
 import base64
+import functools
 import hmac
 import os
 import re
@@ -122,8 +123,11 @@ class UnlockPolicy:
         if any(not 1 <= len(group.recipients) <= MAX_GROUP for group in groups):
             raise FormatError(f"a group has 1 to {MAX_GROUP} recipients")
         _check_profile(manifest, groups)
-        mac = keys_mac(dek, manifest.id, _pieces(manifest_hash, groups))
-        return cls(manifest_hash, tuple(groups), mac)
+        covered = b"".join(_pieces(manifest_hash, groups))
+        mac = keys_mac(dek, manifest.id, [covered])
+        member = _MAC % mac.hex().encode()
+        data = b"".join([covered[:-_END_LENGTH], member, covered[-_END_LENGTH:]])
+        return cls(manifest_hash, tuple(groups), mac)._written_as(data)
 
     def check_profile(self, manifest: Manifest) -> None:
         """FormatError where the model's profile does not allow the mechanism of a recipient."""
@@ -134,7 +138,9 @@ class UnlockPolicy:
 
     def check_mac(self, dek: Dek, model_id: bytes) -> None:
         """IntegrityError unless a holder of the data key wrote exactly this policy."""
-        expected = keys_mac(dek, model_id, _pieces(self.manifest, self.groups))
+        data = memoryview(self._data)
+        covered = data[: -_END_LENGTH - _MAC_LENGTH], data[-_END_LENGTH:]
+        expected = keys_mac(dek, model_id, covered)
         if not hmac.compare_digest(expected, self.mac):
             raise IntegrityError(
                 "keys.json was changed by somebody without the data key: its MAC is wrong",
@@ -143,10 +149,18 @@ class UnlockPolicy:
 
     def to_bytes(self) -> bytes:
         """The canonical bytes of keys.json; FormatError where the file would be too large."""
-        data = b"".join(_pieces(self.manifest, self.groups, self.mac))
-        if len(data) > MAX_KEYS:
+        if len(self._data) > MAX_KEYS:
             raise FormatError(f"keys.json would be larger than {MAX_KEYS} bytes")
-        return data
+        return self._data
+
+    @functools.cached_property
+    def _data(self) -> bytes:
+        return b"".join(_pieces(self.manifest, self.groups, self.mac))
+
+    def _written_as(self, data: bytes) -> Self:
+        """Keep the canonical bytes, of which there is one spelling, so that none is made again."""
+        self.__dict__["_data"] = data
+        return self
 
     @classmethod
     def from_bytes(cls, data: bytes) -> UnlockPolicy:
@@ -158,7 +172,7 @@ class UnlockPolicy:
         """
         if len(data) > MAX_KEYS:
             raise FormatError(f"keys.json is larger than {MAX_KEYS} bytes")
-        return _Parser(data).policy()
+        return _Parser(data).policy()._written_as(data)
 
 
 # In the canonical form (RFC 8785) members have one order, there is no white space, and no string of
@@ -173,6 +187,10 @@ _RECIPIENT: Final = re.compile(
     rb'"version":"([A-Za-z0-9._-]{1,128})"\}'
 )
 _PARAM: Final = re.compile(rb'"([a-z0-9_]{1,32})":"([A-Za-z0-9._=+/-]{0,256})"')
+_MAC: Final = b',"mac":"%b"'
+_LAST: Final = b',"manifest":"%b"}'
+_MAC_LENGTH: Final = len(_MAC % bytes(96))
+_END_LENGTH: Final = len(_LAST % bytes(96))
 _END: Final = re.compile(rb',"mac":"([0-9a-f]{96})","manifest":"([0-9a-f]{96})"\}')
 
 
@@ -297,5 +315,5 @@ def _pieces(manifest: bytes, groups: Sequence[Group], mac: bytes | None = None) 
         )
     yield b"]"
     if mac is not None:
-        yield b',"mac":"%b"' % mac.hex().encode()
-    yield b',"manifest":"%b"}' % manifest.hex().encode()
+        yield _MAC % mac.hex().encode()
+    yield _LAST % manifest.hex().encode()

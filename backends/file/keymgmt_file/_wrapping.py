@@ -45,13 +45,15 @@ def wrap(keys: KeySet, dek: Dek, context: bytes) -> WrappedKey:
     if keys.kind.is_hpke:
         return wrap_for(recipient(keys), dek, context)
     version, salt = keys.newest, os.urandom(_SALT)
-    derived = _derive(keys, version, salt, context)
+    with keys.secret(version) as secret:
+        recogniser = _recogniser(secret, salt)
+        derived = _derive(secret, keys.key, version, salt, context)
     try:
         # A fixed nonce is safe, because the derived key encrypts only this message.
         sealed = AESGCM(derived).encrypt(bytes(12), dek.view(), context)
     finally:
         wipe(derived)
-    params = {"recogniser": _recogniser(keys, version, salt)}
+    params = {"recogniser": recogniser}
     return WrappedKey(BACKEND, keys.key, version, keys.kind.marks["alg"], salt + sealed, params)
 
 
@@ -76,14 +78,15 @@ def _unwrap_aes(keys: KeySet, wrapped: WrappedKey, context: bytes) -> Dek:
     if len(wrapped.blob) != _BLOB:
         raise UnwrapFailed(f"{wrapped} is malformed")
     salt, sealed = wrapped.blob[:_SALT], wrapped.blob[_SALT:]
-    if wrapped.params["recogniser"] != _recogniser(keys, wrapped.version, salt):
-        raise WrongKey(
-            f"{wrapped} was wrapped by another key of that name",
-            hint="each directory has its own key; put the right key file here, or seal to this key "
-            "too",
-        )
+    with keys.secret(wrapped.version) as secret:
+        if wrapped.params["recogniser"] != _recogniser(secret, salt):
+            raise WrongKey(
+                f"{wrapped} was wrapped by another key of that name",
+                hint="each directory has its own key; put the right key file here, or seal to this "
+                "key too",
+            )
+        derived = _derive(secret, keys.key, wrapped.version, salt, context)
     plain = bytearray(DEK_LENGTH)
-    derived = _derive(keys, wrapped.version, salt, context)
     try:
         AESGCM(derived).decrypt_into(bytes(12), sealed, context, plain)
         return Dek(plain)
@@ -110,18 +113,16 @@ def _unwrap_hpke(keys: KeySet, wrapped: WrappedKey, context: bytes) -> Dek:
         return hpke_open(keys.kind.name, secret, wrapped.blob, context)
 
 
-def _recogniser(keys: KeySet, version: str, salt: bytes) -> str:
+def _recogniser(secret: bytearray, salt: bytes) -> str:
     """A value by which the holder of the key recognises its wraps; to others it looks random."""
-    with keys.secret(version) as secret:
-        return HKDFExpand(SHA384(), 8, _RECOGNISER + salt).derive(secret).hex()
+    return HKDFExpand(SHA384(), 8, _RECOGNISER + salt).derive(secret).hex()
 
 
-def _derive(keys: KeySet, version: str, salt: bytes, context: bytes) -> bytearray:
+def _derive(secret: bytearray, key: str, version: str, salt: bytes, context: bytes) -> bytearray:
     info = bytearray(_LABEL)
-    for part in (keys.key.encode(), version.encode(), context):
+    for part in (key.encode(), version.encode(), context):
         # Each part has its length in front, so that no two lists of parts give the same bytes.
         info += len(part).to_bytes(4, "big") + part
     derived = bytearray(32)
-    with keys.secret(version) as secret:
-        HKDF(SHA384(), 32, salt, bytes(info)).derive_into(secret, derived)
+    HKDF(SHA384(), 32, salt, bytes(info)).derive_into(secret, derived)
     return derived
