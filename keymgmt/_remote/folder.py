@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -21,6 +21,7 @@ from keymgmt.sealed.folder import MANIFEST, ModelFolder, payload_name
 if TYPE_CHECKING:
     from keymgmt._config.remote import Remote
     from keymgmt._remote.storage import Part, Storage
+    from keymgmt._system.steps import Wait
     from keymgmt.sealed.ciphertext import Ciphertext
 
 __all__ = ["RemoteFolder", "has_model", "open_folder"]
@@ -74,9 +75,13 @@ class RemoteFolder(ModelFolder):
         _check_length(content, 0, part.total)
         return content
 
-    def replace(self, name: str, content: bytes) -> None:
+    def replacing(self, name: str, content: bytes) -> Generator[Wait, None, None]:
         """Replace a small file unless it was replaced since it was read; raises as ``Storage``."""
+        yield partial(self._replace, name, content)
+
+    def _replace(self, name: str, content: bytes) -> None:
         self._pins[name] = self._storage.replace(name, content, self._pins.get(name, ""))
+        self.check_written(name, content)
 
     def stamp(self, name: str) -> str:
         """The ETag of a small file that was read."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import hashlib
 import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final
 
@@ -22,6 +23,8 @@ from keymgmt.errors import ConfigError
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+    from keymgmt._system.steps import Wait
+
 __all__ = [
     "from_system",
     "left_behind",
@@ -29,6 +32,7 @@ __all__ = [
     "naming",
     "new_directory",
     "replace_file",
+    "replace_in",
     "replacing",
     "resumable_directory",
     "save_file",
@@ -41,6 +45,7 @@ _AT_FDCWD: Final = -100
 _RENAME_NOREPLACE: Final = 1
 _RENAME_EXCHANGE: Final = 2
 _TEMPORARY: Final = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp", re.DOTALL)
+_NEW_FILE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 _ACCESS_LISTS: Final = ("system.posix_acl_access", "system.posix_acl_default")
 
 
@@ -119,7 +124,38 @@ def replace_file(
     with replacing(path, mode=mode, exclusive=exclusive) as file:
         file.write(content)
         if keep:
-            _keep_readers(path, file.fileno())
+            _keep_readers(str(path), file.fileno())
+
+
+def replace_in(folder: int, name: str, content: Buffer) -> Generator[Wait, None, None]:
+    """``replace_file`` in steps, in an open folder, for a file whose readers stay.
+
+    Args:
+        folder: descriptor of the folder, which stays open meanwhile.
+        name: of the file in it.
+        content: the whole new content.
+
+    Yields:
+        A call that syncs the new file, and one that syncs the folder after the file was renamed.
+
+    Raises:
+        OSError: as the system says; the old file is whole and the temporary one is gone.
+    """
+    temporary = _temporary(name)
+    descriptor = os.open(temporary, _NEW_FILE, 0o644, dir_fd=folder)
+    try:
+        with open(descriptor, "wb", buffering=0) as file:  # noqa: PTH123 - a descriptor
+            left = memoryview(content)
+            while left:
+                left = left[file.write(left) :]
+            _keep_readers(f"/proc/self/fd/{folder}/{name}", descriptor)
+            yield functools.partial(os.fsync, descriptor)
+        os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=folder)
+        raise
+    yield functools.partial(os.fsync, folder)
 
 
 def save_file(path: Path, content: Buffer, *, mode: int = 0o644, force: bool = False) -> None:
@@ -149,10 +185,9 @@ def replacing(path: Path, *, mode: int = 0o644, exclusive: bool = False) -> Iter
 
     Arguments and errors are those of ``replace_file``.
     """
-    temporary = _temporary(path)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    temporary = _beside(path)
     with naming(path):
-        descriptor = os.open(temporary, flags, mode)
+        descriptor = os.open(temporary, _NEW_FILE, mode)
     try:
         with naming(path), open(descriptor, "wb", closefd=True) as file:  # noqa: PTH123 - a descriptor
             yield file
@@ -243,7 +278,7 @@ def resumable_directory(target: Path, label: str) -> Iterator[Path]:
         OSError: as the system says.
     """
     number = hashlib.sha256(label.encode()).hexdigest()[:16]
-    temporary = target.with_name(f".{_stem(target)}.{number}.tmp")
+    temporary = target.with_name(f".{_stem(target.name)}.{number}.tmp")
     with naming(target):
         while True:
             with contextlib.suppress(FileExistsError):
@@ -303,8 +338,9 @@ def _keep_access(old: Path, new: Path) -> None:
                 _keep_access_lists(like, path)
 
 
-def _keep_access_lists(old: Path, new: Path | int) -> None:
-    for name in _ACCESS_LISTS:
+def _keep_access_lists(old: Path | str, new: Path | int) -> None:
+    # A file has only the first of them.
+    for name in _ACCESS_LISTS[: 1 if isinstance(new, int) else 2]:
         try:
             content = os.getxattr(old, name)
         except OSError as error:
@@ -314,15 +350,16 @@ def _keep_access_lists(old: Path, new: Path | int) -> None:
             os.setxattr(new, name, content)
 
 
-def _keep_readers(path: Path, descriptor: int) -> None:
+def _keep_readers(path: str, descriptor: int) -> None:
     try:
-        old = path.lstat()
+        old = os.lstat(path)
     except FileNotFoundError:
         return
     if stat.S_ISREG(old.st_mode):
-        mode = stat.S_IMODE(old.st_mode) & 0o666
+        new, mode = os.fstat(descriptor), stat.S_IMODE(old.st_mode) & 0o666
         try:
-            os.fchown(descriptor, old.st_uid, old.st_gid)
+            if (new.st_uid, new.st_gid) != (old.st_uid, old.st_gid):
+                os.fchown(descriptor, old.st_uid, old.st_gid)
         except PermissionError:
             try:
                 os.fchown(descriptor, -1, old.st_gid)
@@ -332,13 +369,14 @@ def _keep_readers(path: Path, descriptor: int) -> None:
                         f"{path} is read by the group {old.st_gid}, which this user cannot keep",
                         hint="run this as its owner, or as a member of that group",
                     ) from error
-        os.fchmod(descriptor, mode)
+        if stat.S_IMODE(new.st_mode) != mode:
+            os.fchmod(descriptor, mode)
         _keep_access_lists(path, descriptor)
 
 
 def left_behind(target: Path) -> list[Path]:
     """Temporary files and folders of ``target``: those in use, and what killed processes left."""
-    stem = _stem(target)
+    stem = _stem(target.name)
     prefix = f".{stem}."
     return [
         target.parent / name
@@ -353,20 +391,24 @@ def target_of(name: str) -> str | None:
     return match[1] if match else None
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{_stem(path)}.{os.urandom(8).hex()}.tmp")
+def _beside(path: Path) -> Path:
+    return path.with_name(_temporary(path.name))
 
 
-def _stem(path: Path) -> str:
+def _temporary(name: str) -> str:
+    return f".{_stem(name)}.{os.urandom(8).hex()}.tmp"
+
+
+def _stem(name: str) -> str:
     # With dot, number and ending at most 255 bytes, which is the limit of Linux file systems
     # (NAME_MAX). Bytes are cut, and not characters, since a name need not be UTF-8.
-    return os.fsdecode(os.fsencode(path.name)[:200])
+    return os.fsdecode(os.fsencode(name)[:200])
 
 
 def _make_locked(target: Path, mode: int, stack: contextlib.ExitStack) -> tuple[Path, int]:
     """A new temporary folder and its descriptor, locked while in use; ``stack`` removes it."""
     while True:
-        temporary = _temporary(target)
+        temporary = _beside(target)
         # Registered before the folder is made, so that no interrupt comes between the two; nobody
         # else has a folder of this random name. After an exchange it is the name of the old folder,
         # which goes then; after a plain rename nothing has this name.
@@ -428,7 +470,7 @@ def _rename(source: Path, target: Path, flags: int) -> None:
         raise OSError(code, os.strerror(code), str(target))
     if flags == _RENAME_EXCHANGE:
         # Not atomic here: the old folder waits under a third name until the new one is in place.
-        aside = _temporary(target)
+        aside = _beside(target)
         target.rename(aside)
         try:
             source.rename(target)

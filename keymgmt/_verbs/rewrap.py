@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 from keymgmt._config.config import use_config
 from keymgmt._system.audit import audit
+from keymgmt._system.steps import finish
 from keymgmt._trust.candidate import admit
 from keymgmt._trust.unlock import Unlocker
 from keymgmt._verbs.rewrap_groups import EXIT_CODES, GroupChange, Work, not_opened
 from keymgmt._verbs.rewrap_task import Task, Wanted
-from keymgmt.errors import CannotUnlock, ConfigError, IntegrityError
+from keymgmt.errors import CannotUnlock, ConfigError
 from keymgmt.sealed.folder import KEYS
 from keymgmt.sealed.keys import MAX_KEYS
 
 if TYPE_CHECKING:
     from keymgmt._config.config import Config
-    from keymgmt._trust.candidate import Candidate
+    from keymgmt._system.steps import Wait
 
 __all__ = ["ChangedMeanwhile", "Rewrapped", "rewrap", "rewrap_one", "rewrap_steps"]
 
@@ -75,7 +76,7 @@ class Rewrapped:
         return cls(value["path"], value["name"], value["changed"], groups, left, skipped)
 
 
-Steps = Generator[Wanted, None, "Rewrapped"]
+Steps = Generator["Wanted | Wait", None, "Rewrapped"]
 
 
 def rewrap(
@@ -137,13 +138,7 @@ class ChangedMeanwhile(Exception):
 
 def rewrap_one(path: str | os.PathLike[str], task: Task, name: str | None = None) -> Rewrapped:
     """Rewrap one model; raises as ``rewrap``."""
-    steps = rewrap_steps(path, task, name)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            done: Rewrapped = end.value
-            return done
+    return finish(rewrap_steps(path, task, name))
 
 
 def rewrap_steps(
@@ -156,7 +151,8 @@ def rewrap_steps(
     """Rewrap one model step by step; before each step it yields its requests to providers.
 
     It is ``locked`` from the beginning, or only for writing, so that no lock is held while a key
-    service is asked. Raises as ``rewrap``; ChangedMeanwhile where another process changed it.
+    service is asked; then it does not wait for the lock either, so that a caller may write many
+    models at once. Raises as ``rewrap``; ChangedMeanwhile where another process changes it.
     """
     candidate, _ = admit(path, task.config, name, task.publishers)
     with candidate:
@@ -197,13 +193,14 @@ def rewrap_steps(
             if not task.force:
                 work.check_opens_here(str(path))
             if work.changed and not task.dry_run:
-                yield Wanted(writes=True)
+                yield Wanted(last=True)
                 if not locked:
-                    candidate.folder.lock()
+                    if not candidate.folder.lock(wait=False):
+                        raise ChangedMeanwhile
                     candidate.folder.clean(KEYS)
                     if candidate.folder.read(KEYS, MAX_KEYS) != policy.to_bytes():
                         raise ChangedMeanwhile
-                _replace_keys(candidate, data)
+                yield from candidate.folder.replacing(KEYS, data)
                 audit("rewrap", model=manifest.id.hex(), name=manifest.name)
             elif not (locked or task.dry_run) and candidate.folder.in_use(KEYS):
                 raise ChangedMeanwhile
@@ -212,12 +209,3 @@ def rewrap_steps(
             if task.journal is not None and not result.exit_code:
                 task.journal.add(path, candidate.folder.stamp(KEYS), work.wrapped)
             return result
-
-
-def _replace_keys(candidate: Candidate, data: bytes) -> None:
-    candidate.folder.replace(KEYS, data)
-    if candidate.folder.read(KEYS, MAX_KEYS) != data:
-        raise IntegrityError(
-            f"{candidate.folder.path}/{KEYS} does not read back as it was written",
-            hint="look at the disk; the other files of the model were not touched",
-        )

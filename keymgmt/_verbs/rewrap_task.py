@@ -42,14 +42,14 @@ class Wanted:
         wraps: provider, key, data key or share, and context of each request to wrap.
         unwrapped: answers to ``unwraps``; the unlocker removes each that it uses.
         wrapped: (provider, key, context) -> answer.
-        writes: there are no more requests: the next step writes to the disk, and waits for it.
+        last: there are no more requests: the next step locks the model, to write it.
     """
 
     unwraps: Sequence[tuple[str, WrappedKey, bytes]] = ()
     wraps: Sequence[tuple[str, str, Dek, bytes]] = ()
     unwrapped: Answers = field(default_factory=dict)
     wrapped: dict[tuple[str, str, bytes], WrappedKey | ProviderError] = field(default_factory=dict)
-    writes: bool = False
+    last: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """Rewrap of many sealed models: in step, with few calls to a key service and many writes at once.
 
 The models of a chunk take each step together, so that their requests to a provider go into one
-call. Writing is mostly waiting for the disk: threads write one chunk while the next takes its
-steps. A model is locked only while it is written, and each thread holds one lock, so two runs over
-one tree never wait for each other in a circle. A model that another process changed meanwhile is
-done again under its lock.
+call. Writing is mostly waiting for the disk: threads wait for the disk with one chunk while the
+next takes its steps. A model is locked only while its chunk is written, and no lock is waited for
+meanwhile, so two runs over one tree never wait for each other in a circle. A model that another
+process changes is done again under its lock when no other is held.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import itertools
 import os
 import resource
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 from keymgmt._config.calls import unwrap_many, wrap_many
 from keymgmt._config.config import use_config
 from keymgmt._remote.location import Location, is_location
+from keymgmt._system.steps import next_step, outcome
 from keymgmt._verbs.find_models import CHUNK, Failure, Place, find_models, guarded
 from keymgmt._verbs.journal import Journal
 from keymgmt._verbs.rewrap import (
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from keymgmt._config.config import Config
     from keymgmt._crypto.dek import Dek
     from keymgmt._providers.data import WrappedKey
+    from keymgmt._system.steps import Wait
 
 __all__ = ["rewrap_tree"]
 
@@ -138,56 +140,66 @@ def _unfinished(
 
 
 def _in_chunks(found: Iterable[Place | Result], task: Task) -> Iterator[Result]:
-    """The results of each chunk, in the order of the tree, while it and the next are at work."""
+    """The results of each chunk, in the order of the tree, while the next one is at work.
+
+    No model is locked while a result is handed out.
+    """
     found = iter(found)
-    # Each model has two files open, and two chunks are at work.
+    # While it is written each model has three files open, and one of the next chunk has one.
     size = min(CHUNK, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8))
     with ThreadPoolExecutor(_THREADS, "keymgmt rewrap") as pool:
-        before = _Chunk([], task, pool)
+        chunk, following = _Chunk((), task, pool), _Chunk((), task, pool)
         try:
-            while chunk := list(itertools.islice(found, size)):
-                now = _Chunk(chunk, task, pool)
-                try:
-                    now.begin()
-                    yield from before.results()
-                except BaseException:
-                    now.close()
-                    raise
-                before = now
-            yield from before.results()
+            while True:
+                writing = chunk.write()
+                following = _Chunk(tuple(itertools.islice(found, size)), task, pool)
+                while writing:
+                    following.ask()
+                    writing = chunk.write()
+                yield from chunk.results()
+                if not following.models:
+                    return
+                while following.ask():
+                    pass
+                chunk = following
         finally:
-            before.close()
+            chunk.close()
+            following.close()
 
 
 class _Model:
-    """One model of a chunk: its remaining steps, or its result."""
+    """One model of a chunk: what it waits for, or its result."""
 
     def __init__(self, path: Place, task: Task) -> None:
         self.path = path
         self.wanted: Wanted | None = None
-        self.future: Future[None] | None = None
+        self.wait: Wait | None = None
         self.steps = rewrap_steps(path, task, locked=False)
         self._result: Result | None = None
+        self._failure: BaseException | None = None
         self._next = guarded(self._advance)
 
-    def step(self) -> None:
-        """Go on to the next requests to providers, or to the end."""
+    def step(self, failure: BaseException | None = None) -> None:
+        """Go on to the next requests or wait, or to the end; ``failure`` is of the last wait."""
+        self._failure = failure
         self._result = self._next(self.path)
 
     def _advance(self, _: Place) -> Any:
-        self.wanted = None
+        self.wanted = self.wait = None
         try:
-            self.wanted = next(self.steps)
+            step = next_step(self.steps, self._failure)
         except StopIteration as end:
             return end.value
         except ChangedMeanwhile:
-            pass
+            return None
+        if isinstance(step, Wanted):
+            self.wanted = step
+        else:
+            self.wait = step
         return None
 
     def result(self, task: Task) -> Result:
-        """The result; waits for the disk, or for the process that changes the model."""
-        if self.future is not None:
-            self.future.result()
+        """The result; waits for the process that changes the model."""
         return self._result or guarded(partial(rewrap_one, task=task))(self.path)
 
 
@@ -198,34 +210,52 @@ class _Chunk:
         self, found: Sequence[Place | Result], task: Task, pool: ThreadPoolExecutor
     ) -> None:
         self._task, self._pool = task, pool
-        self._models = [each if isinstance(each, Result) else _Model(each, task) for each in found]
+        self.models = [each if isinstance(each, Result) else _Model(each, task) for each in found]
+        self._asking = [model for model in self.models if isinstance(model, _Model)]
+        self._writing: list[_Model] = []
+        self._failures: Iterable[BaseException | None] = ()
 
-    def begin(self) -> None:
-        """Take every model as far as possible without waiting for the disk or for another run."""
-        task, pool = self._task, self._pool
-        # A provider that takes one request at a time gets those of several models in parallel.
-        each = map if task.in_few_calls else pool.map
-        waiting = [model for model in self._models if isinstance(model, _Model)]
-        while waiting:
-            list(each(_Model.step, waiting))
-            for model in waiting:
-                if model.wanted is not None and model.wanted.writes:
-                    model.future = pool.submit(model.step)
-            waiting = [model for model in waiting if model.wanted and not model.wanted.writes]
-            _ask(task, [model.wanted for model in waiting if model.wanted])
+    def ask(self) -> bool:
+        """Take each model one step further, but to no write; False where all are as far as that."""
+        # A provider that takes one request at a time gets those of several models in parallel, and
+        # so does a bucket.
+        far = any(isinstance(model.path, str) for model in self._asking)
+        each = map if self._task.in_few_calls and not far else self._pool.map
+        list(each(_Model.step, self._asking))
+        self._writing += [m for m in self._asking if m.wanted and m.wanted.last]
+        self._asking = [m for m in self._asking if m.wanted and not m.wanted.last]
+        _ask(self._task, [model.wanted for model in self._asking if model.wanted])
+        return bool(self._asking)
+
+    def write(self) -> bool:
+        """Take each write to its next wait, which begins in threads; False where all are done."""
+        for model, failure in itertools.zip_longest(self._writing, self._failures):
+            model.step(failure)
+        self._writing = [model for model in self._writing if model.wait]
+        waits = [model.wait for model in self._writing if model.wait]
+        # Each thread makes several of the calls, since a change of threads takes longer than most
+        # of what is done between them.
+        several = -(-len(waits) // _THREADS) or 1
+        parts = [waits[begin : begin + several] for begin in range(0, len(waits), several)]
+        self._failures = itertools.chain.from_iterable(self._pool.map(_outcomes, parts))
+        return bool(waits)
 
     def results(self) -> Iterator[Result]:
         """The result of each model, in order."""
-        for model in self._models:
+        for model in self.models:
             yield model.result(self._task) if isinstance(model, _Model) else model
 
     def close(self) -> None:
         """Leave every unfinished model unchanged and unlocked."""
-        models = [model for model in self._models if isinstance(model, _Model)]
-        for model in models:
-            if model.future is not None and not model.future.cancel():
-                wait([model.future])
-            model.steps.close()
+        with contextlib.suppress(CancelledError):
+            list(self._failures)
+        for model in self.models:
+            if isinstance(model, _Model):
+                model.steps.close()
+
+
+def _outcomes(waits: Iterable[Wait]) -> list[BaseException | None]:
+    return [outcome(wait) for wait in waits]
 
 
 def _ask(task: Task, wanted: Sequence[Wanted]) -> None:

@@ -14,15 +14,17 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
-from keymgmt._system.files import from_system, left_behind, replace_file, to_system
+from keymgmt._system.files import from_system, left_behind, replace_in, to_system
 from keymgmt._system.locks import lock_file
 from keymgmt._system.refused import translate
+from keymgmt._system.steps import finish
 from keymgmt.errors import ConfigError, FormatError, IntegrityError, SealedModelError
 from keymgmt.sealed.ciphertext import FileCiphertext
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
+    from keymgmt._system.steps import Wait
     from keymgmt.sealed.ciphertext import Ciphertext
     from keymgmt.sealed.manifest import Manifest
 
@@ -86,12 +88,24 @@ class ModelFolder(ABC):
         """
 
     @abstractmethod
-    def replace(self, name: str, content: bytes) -> None:
-        """Replace a small file, unless another process replaced it meanwhile.
+    def replacing(self, name: str, content: bytes) -> Generator[Wait, None, None]:
+        """Replace a small file in steps, unless another process replaced it, and read it back.
 
         Raises:
-            IntegrityError: it was replaced meanwhile; it is left as it is.
+            IntegrityError: it was replaced meanwhile, and is left as it is; or it reads otherwise.
         """
+
+    def replace(self, name: str, content: bytes) -> None:
+        """``replacing``, here and now; raises the same."""
+        finish(self.replacing(name, content))
+
+    def check_written(self, name: str, content: bytes) -> None:
+        """IntegrityError unless a small file reads back as it was written."""
+        if self.read(name, len(content) + 1) != content:
+            raise IntegrityError(
+                f"{self.path}/{name} does not read back as it was written",
+                hint="look at the disk; the other files of the model were not touched",
+            )
 
     @abstractmethod
     def stamp(self, name: str) -> str:
@@ -117,8 +131,9 @@ class ModelFolder(ABC):
     def close(self) -> None:  # noqa: B027
         """Close the handle; may be called again."""
 
-    def lock(self) -> None:  # noqa: B027
-        """Wait until no other process changes this folder, and lock it."""
+    def lock(self, *, wait: bool = True) -> bool:  # noqa: ARG002
+        """Lock this folder when nobody else changes it; without ``wait``, False if one does."""
+        return True
 
     def check_place(self) -> None:  # noqa: B027
         """IntegrityError where another folder, or none, is at the path by now."""
@@ -198,17 +213,18 @@ class SealedFolder(ModelFolder):
             raise FormatError(
                 f"{self.path} has no {name}", hint="it is no sealed model, or not all of one"
             ) from error
-        with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123 - a descriptor
-            parts = []
-            try:
-                self._infos[name] = info = os.fstat(descriptor)
-                # Read in one piece of its size, so that a large file cannot demand a second copy.
-                left = min(info.st_size, limit) + 1
-                while left and (part := file.read(left)):
-                    parts.append(part)
-                    left -= len(part)
-            except OSError as error:
-                raise SealedModelError(f"cannot read {name}: {error.strerror}") from error
+        parts = []
+        try:
+            self._infos[name] = info = os.fstat(descriptor)
+            # Read in one piece of its size, so that a large file cannot demand a second copy.
+            left = min(info.st_size, limit) + 1
+            while left and (part := os.read(descriptor, left)):
+                parts.append(part)
+                left -= len(part)
+        except OSError as error:
+            raise SealedModelError(f"cannot read {name}: {error.strerror}") from error
+        finally:
+            os.close(descriptor)
         if not left:
             raise FormatError(f"{name} is larger than {limit} bytes, or grew while it was read")
         return b"".join(parts)
@@ -217,15 +233,16 @@ class SealedFolder(ModelFolder):
         """The ``file_stamp`` of a small file that was read."""
         return file_stamp(self._infos[name]) if name in self._infos else ""
 
-    def replace(self, name: str, content: bytes) -> None:
+    def replacing(self, name: str, content: bytes) -> Generator[Wait, None, None]:
         """Replace a small file of this folder, and not of another folder that replaced it.
 
         Raises:
-            IntegrityError: another folder is at the path by now; it is left as it is.
+            IntegrityError: another folder is at the path by now, and is left as it is; or the file
+                does not read back as it was written.
             OSError: writing failed; the old file is whole.
         """
         try:
-            replace_file(Path(f"/proc/self/fd/{self._fd}") / name, content, keep=True)
+            yield from replace_in(self._fd, name, content)
         except OSError as error:
             if isinstance(error, FileNotFoundError):
                 self.check_place()
@@ -235,6 +252,7 @@ class SealedFolder(ModelFolder):
                 ) from error
             raise OSError(error.errno, error.strerror, str(self.path / name)) from error
         self.check_place()
+        self.check_written(name, content)
 
     def check_place(self) -> None:
         """IntegrityError where another folder, or none, is at the path by now."""
@@ -248,10 +266,11 @@ class SealedFolder(ModelFolder):
                 hint="somebody sealed or resealed it meanwhile; run this again if it is needed",
             )
 
-    def lock(self) -> None:
-        """Wait until no other process changes this folder; the lock ends when the folder is closed.
+    def lock(self, *, wait: bool = True) -> bool:
+        """Lock this folder when nobody else changes it; without ``wait``, False if one does.
 
-        While the lock is held, the folder contains a file ``.keymgmt.lock``.
+        The lock ends when the folder is closed. While it is held, the folder contains a file
+        ``.keymgmt.lock``.
 
         Raises:
             ConfigError: the lock was held for a minute, or this user cannot write in the folder.
@@ -259,14 +278,16 @@ class SealedFolder(ModelFolder):
         """
         # Anybody who may read the folder could lock the folder itself. Those who may write in it
         # are its owner and, where it has the right, its group.
-        mode = os.fstat(self._fd).st_mode
-        shared = 0o060 if mode & 0o020 else 0
+        info = os.fstat(self._fd)
+        mode = 0o660 if info.st_mode & 0o020 else 0o600
         file = Path(f"/proc/self/fd/{self._fd}") / LOCK
         try:
             self._held.enter_context(
-                lock_file(file, _WAIT, mode=0o600 | shared, like=os.fstat(self._fd), remove=True)
+                lock_file(file, _WAIT if wait else 0, mode=mode, like=info, remove=True)
             )
         except TimeoutError as error:
+            if not wait:
+                return False
             raise ConfigError(
                 f"somebody else has changed {self.path} for {_WAIT:g} seconds",
                 hint="a rewrap, sign, reseal or seal --force is at work there; try again "
@@ -286,6 +307,7 @@ class SealedFolder(ModelFolder):
                 ) from error
             raise OSError(error.errno, error.strerror, str(self.path)) from error
         self.check_place()
+        return True
 
     def clean(self, name: str) -> None:
         """Remove what killed replacements of a small file left; the lock is held."""

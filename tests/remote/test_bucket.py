@@ -170,13 +170,13 @@ def test_of_two_rewraps_the_second_is_refused(
 
     keys, where = config(access=access(s3.address)), f"s3://models/{place}"
     both = threading.Barrier(2, timeout=30)
-    replace = RemoteFolder.replace
+    replace = RemoteFolder._replace
 
     def together(folder: Any, name: str, content: bytes) -> None:
         both.wait()
         replace(folder, name, content)
 
-    monkeypatch.setattr(RemoteFolder, "replace", together)
+    monkeypatch.setattr(RemoteFolder, "_replace", together)
     ends: dict[str, object] = {}
 
     def rewrap(group: str) -> None:

@@ -181,7 +181,7 @@ def test_a_second_rewrap_at_the_same_time_is_refused(
     from keymgmt._remote.folder import RemoteFolder
 
     keys = config(access=access(s3.address))
-    replace = RemoteFolder.replace
+    replace = RemoteFolder._replace
     met: list[str] = []
 
     def late(folder: Any, name: str, content: bytes) -> None:
@@ -190,7 +190,7 @@ def test_a_second_rewrap_at_the_same_time_is_refused(
             keymgmt.rewrap(folder.path, add=["local:c"], keys=keys)
         replace(folder, name, content)
 
-    monkeypatch.setattr(RemoteFolder, "replace", late)
+    monkeypatch.setattr(RemoteFolder, "_replace", late)
     done = list(keymgmt.rewrap_tree(tree, add=["local:b"], keys=keys))
     failed = [item for item in done if isinstance(item, keymgmt.Failure)]
     assert [(item.path, type(item.error)) for item in failed] == [

@@ -132,16 +132,16 @@ def test_a_model_that_is_exchanged_under_the_verb(site, tree_of, monkeypatch, ve
     """What was made for the old model is not written into the new one."""
     path, config = site.seal(), site.config()
     new = {}
-    original = keymgmt.sealed.folder.replace_file
+    original = keymgmt.sealed.folder.replace_in
 
-    def exchange_first(target, content, **options):
+    def exchange_first(*arguments):
         monkeypatch.undo()
         path.rename(site.root / "old.sealed")
         site.seal("local:b")
         new.update(tree_of(path))
-        return original(target, content, **options)
+        return original(*arguments)
 
-    monkeypatch.setattr("keymgmt.sealed.folder.replace_file", exchange_first)
+    monkeypatch.setattr("keymgmt.sealed.folder.replace_in", exchange_first)
     more = {"add": ["local:c"]} if verb == "rewrap" else {"key": "local:stranger"}
     with pytest.raises(errors.IntegrityError, match="exchanged"):
         getattr(keymgmt, verb)(path, keys=config, **more)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import signal
 import subprocess
@@ -477,11 +479,11 @@ def test_what_another_run_changed_meanwhile_is_not_overwritten(site, tree, monke
     real = SealedFolder.lock
     others = [path]
 
-    def lock(folder):
+    def lock(folder, **how):
         if folder.path == path and others:
             others.pop()
             keymgmt.rewrap(path, keys=config, add=["local:b"])
-        real(folder)
+        return real(folder, **how)
 
     monkeypatch.setattr(SealedFolder, "lock", lock)
     done = {item.path: item for item in keymgmt.rewrap_tree(tree, keys=config)}
@@ -508,6 +510,46 @@ def test_two_rotations_of_one_tree_at_once(site, tree, monkeypatch):
     assert {(type(item), item.exit_code) for item in one + other} == {(keymgmt.Rewrapped, 0)}
     assert sorted(a.changed + b.changed for a, b in zip(one, other, strict=True)) == [1] * 64
     assert not list(tree.rglob(".*"))
+
+
+def test_a_disk_that_fails_under_one_model_of_a_tree(site, tree, monkeypatch):
+    """Its keys.json is the old one, nothing lies about, and the others are done."""
+    site.provider.rotate_key("a")
+    path, real = tree / "d0" / "m0.sealed", os.fsync
+
+    def fsync(descriptor):
+        file = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if file.parent == path and file.name.startswith(".keys.json."):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        done = list(keymgmt.rewrap_tree(tree, keys=site.config()))
+    (failure,) = (item for item in done if isinstance(item, keymgmt.Failure))
+    assert failure.path == str(path)
+    assert os.strerror(errno.EIO) in str(failure.error)
+    assert groups(path) == ["file:a@1"]
+    assert not list(tree.rglob(".*"))
+    again = list(keymgmt.rewrap_tree(tree, keys=site.config()))
+    assert [item.path for item in again if item.changed] == [str(path)]
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_no_model_is_locked_while_a_result_is_handed_out(site, tree, monkeypatch, stop):
+    """Whoever takes the results may take his time, or may stop."""
+    monkeypatch.setattr("keymgmt._verbs.rewrap_tree.CHUNK", 2)
+    site.provider.rotate_key("a")
+    done = keymgmt.rewrap_tree(tree, keys=site.config())
+    for item in done:
+        assert item.changed
+        assert not list(tree.rglob(".*"))
+        keymgmt.rewrap(item.path, keys=site.config(), add=["local:b"])
+        if stop:
+            break
+    done.close()
+    assert not list(tree.rglob(".*"))
+    assert all(group[0] in ("file:a@1", "file:a@2") for group in map(groups, tree.glob("*/m*")))
 
 
 def test_shards_of_a_tree_join_to_the_whole(site, tree, tmp_path):
