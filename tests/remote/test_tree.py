@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -11,6 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 import obstore
 import programs
 import pytest
+from rounds import rewrap_killed
 from s3 import S3, SECRET, USER
 from webserver import Seen, Serve, reply
 
@@ -167,6 +170,53 @@ def test_the_etags_of_a_listing_are_those_of_the_objects(
                 "" if model.endswith("/z") else candidate.folder.stamp("keys.json")
             )
     assert not etags
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+def test_a_rewrap_of_a_tree_killed_at_random_points(
+    site: Any, sealed: Path, s3: S3, s3_config: Path
+) -> None:
+    path = f"killed/{site.root.name}"
+    for number in range(24):
+        s3.put(sealed, f"{path}/m{number}")
+    rewrap_killed(
+        f"s3://models/{path}",
+        s3_config,
+        lambda: site.provider.rotate_key("a"),
+        lambda model: s3.read(f"{model.removeprefix('s3://models/')}/keys.json"),
+        site.root / "journal",
+        30,
+    )
+
+
+def test_two_rotations_at_once(site: Any, tree: str, s3: S3, config: Any, access: Any) -> None:
+    """Whoever comes second to a model is refused there, and leaves it as the first made it."""
+    site.provider.rotate_key("a")
+    keys = config(access=access(s3.address))
+    begin = threading.Barrier(2)
+
+    def rotate(_: int) -> list[keymgmt.Rewrapped | keymgmt.Failure]:
+        begin.wait()
+        return list(keymgmt.rewrap_tree(tree, keys=keys))
+
+    with ThreadPoolExecutor(2) as pool:
+        done = [item for run in pool.map(rotate, range(2)) for item in run]
+    changed = [item.path for item in done if isinstance(item, keymgmt.Rewrapped) and item.changed]
+    assert sorted(changed) == [f"{tree}/{name}" for name in NAMES]
+    refused = [item.error for item in done if isinstance(item, keymgmt.Failure)]
+    assert {type(error) for error in refused} <= {IntegrityError}
+    assert all("replaced by somebody else" in str(error) for error in refused)
+    usage = keymgmt.usage(tree, keys=keys)
+    assert [(use.version, use.opens) for use in usage.keys] == [("2", 6)]
+    assert {type(item) for item in keymgmt.verify_tree(tree, keys=keys)} == {keymgmt.Done}
+    assert not any(item.changed for item in rewrapped(tree, keys))
+
+
+def rewrapped(tree: str, keys: Any) -> list[keymgmt.Rewrapped]:
+    done = list(keymgmt.rewrap_tree(tree, keys=keys))
+    assert all(isinstance(item, keymgmt.Rewrapped) for item in done), done
+    return done  # type: ignore[return-value]
 
 
 def test_a_second_rewrap_at_the_same_time_is_refused(

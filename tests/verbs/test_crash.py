@@ -8,12 +8,12 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from rounds import Rounds, rewrap_killed
 
 import keymgmt
 from keymgmt import errors
@@ -23,33 +23,8 @@ pytestmark = pytest.mark.once
 NIGHTLY = os.environ.get("KEYMGMT_TEST_NIGHTLY")
 ROUNDS = 500 if NIGHTLY else 100 if os.environ.get("CI") else 15
 
-# One process that forks a child for each round: the imports are paid for once. The child seals or
-# unseals; the parent kills it after the time that it is told.
-SCRIPT = """
-import os, signal, sys, time
-import keymgmt
-verb, config, source, target = sys.argv[1:5]
-config = keymgmt.load_config(config)
-for line in sys.stdin:
-    delay = float(line)
-    child = os.fork()
-    if child == 0:
-        try:
-            if verb == "seal":
-                keymgmt.seal(source, target, to=["local:a"], keys=config, force=True)
-            else:
-                keymgmt.unseal(source, target, keys=config)
-            os._exit(0)
-        except BaseException as error:
-            os.write(2, repr(error).encode())
-            os._exit(1)
-    if delay >= 0:
-        time.sleep(delay)
-        os.kill(child, signal.SIGKILL)
-    start = time.monotonic()
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    print(status, time.monotonic() - start, flush=True)
-"""
+SEAL = "keymgmt.seal(words[0], words[1], to=['local:a'], keys=config, force=True)"
+UNSEAL = "keymgmt.unseal(words[0], words[1], keys=config)"
 
 
 @pytest.fixture
@@ -63,72 +38,66 @@ def config_file(site) -> Path:
     return file
 
 
-class Rounds:
-    def __init__(self, *arguments: object) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, *map(str, arguments)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(self, delay: float) -> tuple[int, float]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(f"{delay}\n")
-        self._process.stdin.flush()
-        status, took = self._process.stdout.readline().split()
-        return int(status), float(took)
-
-    def close(self) -> None:
-        self._process.communicate()
-
-
 def left_behind(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if path.name.endswith(".tmp")]
 
 
 def test_seal_killed_at_random_points(site, config_file):
     target = site.root / "k.sealed"
-    rounds = Rounds("seal", config_file, site.plain, target)
     config = keymgmt.load_config(config_file)
-    status, whole = rounds.run(-1)
-    assert status == 0
-    killed = 0
-    for _ in range(ROUNDS):
-        if random.random() < 0.5:
-            shutil.rmtree(target, ignore_errors=True)
-        existed = target.exists()
-        status, _ = rounds.run(random.uniform(0, whole * 1.2))
-        killed += status == -signal.SIGKILL
-        assert status in (0, -signal.SIGKILL)
-        assert target.exists() or not existed
-        if target.exists():
-            with keymgmt.open(target, keys=config) as model:
-                assert model.read("model.bin") == (site.plain / "model.bin").read_bytes()
-    assert killed > ROUNDS // 5
-    assert rounds.run(-1)[0] == 0
-    rounds.close()
+    with Rounds(SEAL, config_file, site.plain, target) as rounds:
+        status, whole = rounds.run(-1)
+        assert status == 0
+        killed = 0
+        for _ in range(ROUNDS):
+            if random.random() < 0.5:
+                shutil.rmtree(target, ignore_errors=True)
+            existed = target.exists()
+            status, _ = rounds.run(random.uniform(0, whole * 1.2))
+            killed += status == -signal.SIGKILL
+            assert status in (0, -signal.SIGKILL)
+            assert target.exists() or not existed
+            if target.exists():
+                with keymgmt.open(target, keys=config) as model:
+                    assert model.read("model.bin") == (site.plain / "model.bin").read_bytes()
+        assert killed > ROUNDS // 5
+        assert rounds.run(-1)[0] == 0
     assert left_behind(site.root) == []
 
 
 def test_unseal_killed_at_random_points(site, config_file, tree_of):
     path, target = site.seal(), site.root / "plain"
-    rounds = Rounds("unseal", config_file, path, target)
-    status, whole = rounds.run(-1)
-    assert status == 0
-    killed = 0
-    for _ in range(ROUNDS):
+    with Rounds(UNSEAL, config_file, path, target) as rounds:
+        status, whole = rounds.run(-1)
+        assert status == 0
+        killed = 0
+        for _ in range(ROUNDS):
+            shutil.rmtree(target, ignore_errors=True)
+            status, _ = rounds.run(random.uniform(0, whole * 1.2))
+            killed += status == -signal.SIGKILL
+            if target.exists():
+                assert tree_of(target) == tree_of(site.plain)
+        assert killed > ROUNDS // 5
         shutil.rmtree(target, ignore_errors=True)
-        status, _ = rounds.run(random.uniform(0, whole * 1.2))
-        killed += status == -signal.SIGKILL
-        if target.exists():
-            assert tree_of(target) == tree_of(site.plain)
-    assert killed > ROUNDS // 5
-    shutil.rmtree(target, ignore_errors=True)
-    assert rounds.run(-1)[0] == 0
-    rounds.close()
+        assert rounds.run(-1)[0] == 0
     assert left_behind(site.root) == [], "plaintext that a kill left is swept up by the next"
+
+
+def test_rewrap_of_a_tree_killed_at_random_points(site, config_file):
+    tree = site.root / "tree"
+    tree.mkdir()
+    first = site.seal(target="tree/m0.sealed")
+    for number in range(1, 48):
+        shutil.copytree(first, tree / f"m{number}.sealed")
+    rewrap_killed(
+        tree,
+        config_file,
+        lambda: site.provider.rotate_key("a"),
+        lambda path: (Path(path) / "keys.json").read_bytes(),
+        site.root / "journal",
+        100 if NIGHTLY else 4,
+    )
+    assert not list(tree.rglob(".*"))
 
 
 @pytest.fixture

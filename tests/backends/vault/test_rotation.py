@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rounds import rewrap_killed
 
 import keymgmt
 
@@ -164,10 +165,15 @@ def test_a_service_that_is_down_is_told_and_asked_once(
         assert {item.exit_code for item in done} == {0}
 
 
+@pytest.mark.parametrize("resume", [None, "journal"])
 def test_a_service_that_goes_down_in_the_middle(
-    services: Services, gateway: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    services: Services,
+    gateway: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    resume: str | None,
 ) -> None:
     """What it answered for is done, the rest is told, and the next run does it: nothing twice."""
+    journal = {"resume": services.folder / resume} if resume else {}
     monkeypatch.setattr("keymgmt._verbs.rewrap_tree.CHUNK", 4)
     tree, front = services.folder / "tree", gateway()
     with services.config("site") as sealing:
@@ -184,7 +190,7 @@ def test_a_service_that_goes_down_in_the_middle(
     front.before = down
     through = {"address": front.address, "ca_file": None, "timeout": 2.0}
     with services.config("site", site=through) as config:
-        first = rewrap(tree, config)
+        first = rewrap(tree, config, **journal)
     assert [item.changed for item in first] == [True] * 4 + [False] * 8
     assert {item.exit_code for item in first[4:]} == {6}
     assert not list(tree.rglob(".*"))
@@ -192,11 +198,40 @@ def test_a_service_that_goes_down_in_the_middle(
     front.before = lambda *_: None
     front.seen.clear()
     with services.config("site", site=through) as config:
-        again = rewrap(tree, config)
+        again = rewrap(tree, config, **journal)
     assert [item.changed for item in again] == [False] * 4 + [True] * 8
+    assert [item.skipped for item in again] == [bool(resume)] * 4 + [False] * 8
     assert {item.exit_code for item in again} == {0}
-    # In batches: less than one request a model.
-    assert len([path for _, path, _ in front.seen if path.startswith("here/")]) == 11
+    # In batches: less than one request a model. With a journal the four are not asked for, but the
+    # key is: whether it was rotated meanwhile.
+    asked = [path for _, path, _ in front.seen if path.startswith("here/")]
+    assert len(asked) == (10 if resume else 11)
+
+
+@pytest.mark.nightly
+@pytest.mark.once
+@pytest.mark.timeout(900)
+def test_a_rewrap_of_a_tree_killed_at_random_points(services: Services, bao: Any) -> None:
+    tree, file = services.folder / "tree", services.folder / "keymgmt.toml"
+    file.write_text(
+        f'[policy]\nrequire_signature = false\n[providers.site]\nbackend = "vault"\n'
+        f'address = "{bao.address}"\nca_file = "{bao.authority.ca_file}"\nmount = "here"\n'
+        f'auth = {{ method = "token", token = {{ file = "{services.folder}/token" }} }}\n'
+    )
+    with services.config("site") as config:
+        first = services.seal(tree / "m0.sealed", [f"site:{services.al}"], config)
+        for number in range(1, 48):
+            shutil.copytree(first, tree / f"m{number}.sealed")
+        provider: Any = config.provider("site")
+        rewrap_killed(
+            tree,
+            file,
+            lambda: provider.rotate_key(services.al),
+            lambda path: (Path(path) / "keys.json").read_bytes(),
+            services.folder / "journal",
+            50,
+        )
+    assert not list(tree.rglob(".*"))
 
 
 def test_a_service_that_denies_is_told(services: Services, two_sites: Path, bao: Any) -> None:
