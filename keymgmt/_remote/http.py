@@ -30,10 +30,11 @@ from keymgmt.errors import ConfigError, KeymgmtError, StorageDenied, StorageUnav
 
 if TYPE_CHECKING:
     import urllib3
+    from _typeshed import SupportsRead
 
     from keymgmt._config.remote import Access, Remote
 
-__all__ = ["Body", "Http", "Reply", "Sink", "Try", "basic", "origin_of", "redirected", "shown"]
+__all__ = ["Http", "Reply", "Sink", "Try", "basic", "origin_of", "redirected", "shown"]
 
 _TRIES: Final = 6
 _BUSY: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -64,13 +65,6 @@ class Sink(Protocol):
 
     def restart(self) -> None:
         """Forget all parts: the body is sent again from its beginning."""
-
-
-class Body(Protocol):
-    """The body of a request: ``read`` gives its next bytes, and none at its end."""
-
-    def read(self, size: int = -1, /) -> bytes:
-        """At most ``size`` bytes."""
 
 
 class _Again(Exception):
@@ -152,7 +146,7 @@ class _Socket(ssl.SSLSocket):
 class _Sent:
     """A body that is being sent, in the time of a try."""
 
-    def __init__(self, body: Body, attempt: Try) -> None:
+    def __init__(self, body: SupportsRead[bytes], attempt: Try) -> None:
         self._body, self._attempt = body, attempt
 
     def read(self, size: int = -1, /) -> bytes:
@@ -398,7 +392,7 @@ class Http:
         attempt: Try,
         *,
         headers: Mapping[str, str] | None = None,
-        body: bytes | Callable[[], Body] | None = None,
+        body: bytes | Callable[[], SupportsRead[bytes]] | None = None,
         good: Collection[int],
         read: Callable[[Reply], object] = lambda reply: reply.read(0),
     ) -> Reply:
@@ -437,7 +431,7 @@ class Http:
         method: str,
         url: str,
         headers: dict[str, str],
-        body: bytes | Body | None,
+        body: bytes | SupportsRead[bytes] | None,
         attempt: Try,
     ) -> Iterator[Reply]:
         """The reply to a request; the body is read inside."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Self
 
 from keymgmt._remote.artifact import MAX_ARTIFACT, MEDIA_TYPE, Artifact, Blob, blob_of
-from keymgmt._remote.http import Body, Http, Sink, Try, redirected
+from keymgmt._remote.http import Http, Sink, Try, redirected
 from keymgmt._remote.login import Login
 from keymgmt._remote.patience import Patience
 from keymgmt._remote.storage import Part
@@ -19,6 +19,8 @@ from keymgmt._system.fork import ForkSafe
 from keymgmt.errors import ConfigError, IntegrityError, StorageUnavailable
 
 if TYPE_CHECKING:
+    from _typeshed import SupportsRead
+
     from keymgmt._config.remote import Remote
     from keymgmt._remote.location import Location
 
@@ -180,7 +182,7 @@ class Registry(ForkSafe):
         reply = self._http.request("HEAD", self._blob(blob), good=(200, 404), limit=0)
         return reply.status == 200
 
-    def put(self, blob: Blob, body: Callable[[], Body]) -> None:
+    def put(self, blob: Blob, body: Callable[[], SupportsRead[bytes]]) -> None:
         """Upload a blob; ``body`` opens its content, once for each try.
 
         Raises:

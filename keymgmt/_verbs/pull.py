@@ -12,14 +12,14 @@ import hashlib
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from keymgmt import floe
 from keymgmt._config.config import use_config
-from keymgmt._remote.artifact import Artifact, Blob, blob_of, hash_file
+from keymgmt._remote.artifact import Blob, blob_of, hash_file
 from keymgmt._remote.folder import RemoteFolder
 from keymgmt._remote.location import need_folder
 from keymgmt._remote.origin import Origin
@@ -146,7 +146,7 @@ def pull(
         artifact = registry.artifact
         try:
             with resumable_directory(target, artifact.blob(MANIFEST).digest) as folder:
-                work = _Pull(source, target, artifact, registry, folder)
+                work = _Pull(source, target, registry, folder)
                 work.admit(config, name)
                 state = work.finish(force, progress)
         except OSError as error:
@@ -163,14 +163,13 @@ class _Pull:
         self,
         source: Location,
         target: Path,
-        artifact: Artifact,
         registry: Registry,
         folder: Path,
     ) -> None:
         self._source, self._target = source, target
-        self._artifact, self._registry = artifact, registry
+        self._artifact, self._registry = registry.artifact, registry
         self._folder = folder
-        self._origin = Origin.of(source, artifact).to_bytes()
+        self._origin = Origin.of(source, self._artifact).to_bytes()
         self.received = 0
 
     def admit(self, config: Config, name: str | None) -> None:
@@ -217,7 +216,7 @@ class _Pull:
         size = sum(blob.size for blob in self._payload.values())
         self._transfers = Parallel(progress, size)
         if not os.path.lexists(self._target):
-            self._fetch(set())
+            self._fetch(self._payload)
             self._put_in_place(None)
             return "new"
         look = replaceable(self._target)
@@ -228,21 +227,17 @@ class _Pull:
                 look(self._target)
             if not force:
                 self._check_unchanged(old)
+            missing = self._missing(old) if same else self._payload.keys()
+            if not missing:
+                return self._update(old)
             if same:
-                here = self._here(old)
-                if here == self._payload.keys():
-                    return self._update(old)
-                # A payload file is missing or damaged: the other ones are kept.
-                self._fetch(self._keep(here))
-                old.check_place()
-                self._put_in_place(look)
-                return "updated"
-            if not force:
+                missing |= self._keep(self._payload.keys() - missing)
+            elif not force:
                 self._check_succession()
-            self._fetch(set())
+            self._fetch(missing)
             old.check_place()
             self._put_in_place(look)
-            return "replaced"
+            return "updated" if same else "replaced"
 
     def _check_succession(self) -> None:
         """Refuse to replace another model, or a later release."""
@@ -273,39 +268,36 @@ class _Pull:
                     hint="push it first, or take what the registry has with --force",
                 )
 
-    def _here(self, old: SealedFolder) -> set[str]:
-        """The payload files of the old folder that have the digest of the artifact."""
+    def _missing(self, old: SealedFolder) -> set[str]:
+        """The payload files that the old folder lacks, or that are damaged there."""
 
         def whole(path: str) -> bool:
-            blob, read = self._payload[path], [0]
-
-            def advance(count: int) -> None:
-                read[0] += count
-                self._transfers.advance(count)
-
-            try:
-                with contextlib.closing(old.open_payload(path)) as source:
-                    if source.length() == blob.size and hash_file(source, advance) == blob:
+            blob, advance = self._payload[path], self._transfers.advance
+            with (
+                contextlib.suppress(SealedModelError),
+                contextlib.closing(old.open_payload(path)) as source,
+            ):
+                if source.length() == blob.size:
+                    if hash_file(source, advance) == blob:
                         return True
-            except SealedModelError:
-                pass
-            self._transfers.advance(-read[0])
+                    advance(-blob.size)
             return False
 
         looked_at = zip(self._payload, self._transfers.map(whole, self._payload), strict=True)
-        return {path for path, same in looked_at if same}
+        return {path for path, same in looked_at if not same}
 
     def _keep(self, here: set[str]) -> set[str]:
-        """Hard-link payload files of the old folder into the new one, where the disk can."""
-        kept = set()
+        """Hard-link payload files of the old folder into the new one; those that cannot be."""
+        left = set()
         for path in here:
             name = to_system(payload_name(path))
             make_folder((self._folder / name).parent)
             (self._folder / name).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
+            try:
                 os.link(self._target / name, self._folder / name, follow_symlinks=False)
-                kept.add(path)
-        return kept
+            except OSError:
+                left.add(path)
+        return left
 
     def _update(self, old: SealedFolder) -> Literal["updated", "current"]:
         changed = False
@@ -318,10 +310,9 @@ class _Pull:
             old.replace(ORIGIN, self._origin)
         return "updated" if changed else "current"
 
-    def _fetch(self, kept: set[str]) -> None:
+    def _fetch(self, paths: Collection[str]) -> None:
         make_folder(self._folder / PAYLOAD)
-        left = [path for path in self._payload if path not in kept]
-        missing = sum(self._payload[path].size for path in left)
+        missing = sum(self._payload[path].size for path in paths)
         there = sum(
             file.stat().st_size for file in (self._folder / PAYLOAD).rglob("*") if file.is_file()
         )
@@ -331,7 +322,7 @@ class _Pull:
                 f"{self._target} needs {missing - there} bytes more, and the disk has {free}",
                 hint="make room there, and run it again: what came so far is kept",
             )
-        self.received += sum(self._transfers.map(self._fetch_one, left))
+        self.received += sum(self._transfers.map(self._fetch_one, paths))
 
     def _fetch_one(self, path: str) -> int:
         name = payload_name(path)
@@ -340,19 +331,22 @@ class _Pull:
         # After a killed pull this may be a link to a file of the old model, which stays unwritten.
         if file.exists() and file.lstat().st_nlink > 1:
             file.unlink()
-        with _open_download(file, self._payload[path], self._transfers.advance) as download:
-            resumed, received = download.done > 0, 0
-            while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        try:
+            download = _Download(descriptor, self._payload[path], self._transfers.advance)
+            received = 0
+            # What an earlier try left may be of another content: then all of it comes once more.
+            for _ in range(2 if download.done else 1):
                 before = download.done
                 self._registry.fetch(self._payload[path], download, name)
                 received += download.done - before
                 if download.whole:
                     return received
                 download.restart()
-                if not resumed:
-                    file.unlink()
-                    raise self._registry.another(name)
-                resumed = False
+        finally:
+            os.close(descriptor)
+        file.unlink()
+        raise self._registry.another(name)
 
     def _put_in_place(self, look: Callable[[Path], object] | None) -> None:
         with new_directory(self._target, replaceable=look) as made:
@@ -405,13 +399,3 @@ class _Download:
         self._advance(-self.done)
         os.ftruncate(self._descriptor, 0)
         self.done, self._hash = 0, hashlib.sha256()
-
-
-@contextlib.contextmanager
-def _open_download(file: Path, blob: Blob, advance: Callable[[int], object]) -> Iterator[_Download]:
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    descriptor = os.open(file, flags, 0o644)
-    try:
-        yield _Download(descriptor, blob, advance)
-    finally:
-        os.close(descriptor)
