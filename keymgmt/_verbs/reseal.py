@@ -105,7 +105,9 @@ def reseal(
                 manifest = write_sealed(
                     folder,
                     {
-                        entry.path: Content(entry.size, partial(model.reader, entry.path))
+                        entry.path: Content(
+                            entry.path, entry.size, partial(model.reader, entry.path)
+                        )
                         for entry in old.files
                     },
                     dek,

@@ -122,7 +122,10 @@ def seal(
             ):
                 manifest = write_sealed(
                     folder,
-                    {path: Content(file.size, file.open) for path, file in model.files.items()},
+                    {
+                        path: Content(str(file.path), file.size, file.open)
+                        for path, file in model.files.items()
+                    },
                     dek,
                     groups,
                     signer,
@@ -167,10 +170,12 @@ class Content:
     """A plain file to seal.
 
     Attributes:
+        name: for messages: the path of a plain file, or its name in a sealed model.
         size: length in bytes.
         open: gives a descriptor of a plain file, or a reader of an open sealed model's.
     """
 
+    name: str
     size: int
     open: Callable[[], AbstractContextManager[int | PayloadReader]]
 
@@ -240,6 +245,7 @@ def write_sealed(
                     aad=payload_aad(template.id, path),
                     segment_length=template.segment_length,
                     digest=template.digest,
+                    name=content.name,
                     progress=step(progress, done, total),
                 )
         finally:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 from keymgmt import floe
 from keymgmt._crypto.dek import wipe
 from keymgmt._system.cgroup import cpus
+from keymgmt._system.files import naming
 from keymgmt._system.fork import ForkSafe
 from keymgmt._system.pages import BLOCK, FreshMemory, unwritten
 from keymgmt.errors import ConfigError, IntegrityError
@@ -193,8 +194,9 @@ class _Sealer:
         layout: _Layout,
         encryptor: FloeEncryptor,
         leaves: _Leaves,
+        name: str,
     ) -> None:
-        self._source, self._target_fd = source, target_fd
+        self._source, self._target_fd, self._name = source, target_fd, name
         self._layout, self._encryptor, self._leaves = layout, encryptor, leaves
         length = layout.segment_of(0)[1]
         self._plaintext = memoryview(unwritten(length - OVERHEAD))
@@ -208,8 +210,11 @@ class _Sealer:
             plaintext = self._source[start : start + length]
         elif isinstance(self._source, PayloadReader):
             self._source.read_segment_into(index, plaintext)
-        elif not read_exactly(self._source, plaintext, start):
-            raise _changed()
+        else:
+            with naming(self._name):  # else it would be taken for an error of the target
+                whole = read_exactly(self._source, plaintext, start)
+            if not whole:
+                raise _changed(self._name)
         final = index == self._layout.count - 1
         self._encryptor.encrypt_segment_into(index, final, plaintext, segment)
         self._leaves.add(index, segment)
@@ -220,9 +225,9 @@ class _Sealer:
         wipe(self._plaintext)
 
 
-def _changed() -> ConfigError:
+def _changed(name: str) -> ConfigError:
     return ConfigError(
-        "the file changed while it was being sealed", hint="seal it when nothing writes to it"
+        f"{name} changed while it was being sealed", hint="seal it when nothing writes to it"
     )
 
 
@@ -235,6 +240,7 @@ def seal_payload(
     aad: bytes,
     segment_length: int,
     digest: DigestName,
+    name: str = "the file",
     progress: Progress | None = None,
 ) -> bytes:
     """Encrypt a file of exactly ``size`` bytes to an empty file; the root of its digest tree.
@@ -250,6 +256,7 @@ def seal_payload(
         aad: what the ciphertext is bound to.
         segment_length: bytes of one encrypted segment.
         digest: the hash of the tree.
+        name: of the source, for messages.
         progress: called in this thread with the bytes done so far; what it raises ends the work.
 
     Raises:
@@ -259,18 +266,18 @@ def seal_payload(
     layout = _Layout(size, segment_length)
     before = _state(source)
     if before is not None and before[0] != size:
-        raise _changed()
+        raise _changed(name)
     with FloeEncryptor(key, aad, FloeParameters(segment_length)) as encryptor:
         leaves = _Leaves(digest, encryptor.header, layout.count)
         write_exactly(target_fd, memoryview(encryptor.header), 0)
         _in_parallel(
             None,
             layout,
-            lambda: _Sealer(source, target_fd, layout, encryptor, leaves),
+            lambda: _Sealer(source, target_fd, layout, encryptor, leaves, name),
             progress,
         )
     if _state(source) != before:
-        raise _changed()
+        raise _changed(name)
     return leaves.root()
 
 

@@ -415,16 +415,39 @@ def test_a_source_that_changes_is_refused(tmp_path: Path) -> None:
                 aad=AAD,
                 segment_length=L,
                 digest="blake3",
+                name="weights.bin",
                 progress=progress,
             )
 
         seal(5 * STEP)
         for size in (5 * STEP - 1, 5 * STEP + 1):
-            with pytest.raises(ConfigError, match="changed"):
+            with pytest.raises(ConfigError, match=r"weights\.bin changed"):
                 seal(size)
         for change in (STEP, 6 * STEP):
-            with pytest.raises(ConfigError, match="changed"):
+            with pytest.raises(ConfigError, match=r"weights\.bin changed"):
                 seal(source.stat().st_size, change)
+
+
+def test_an_error_of_reading_names_the_source_and_not_the_target(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(bytes(STEP))
+    # A file that is open for writing alone cannot be read, as a bad disk cannot.
+    with (tmp_path / "out").open("wb") as out:
+        unreadable = os.open(source, os.O_WRONLY)
+        try:
+            with pytest.raises(OSError, match=r"Bad file descriptor: 'weights\.bin'"):
+                seal_payload(
+                    unreadable,
+                    STEP,
+                    out.fileno(),
+                    key=KEY,
+                    aad=AAD,
+                    segment_length=L,
+                    digest="blake3",
+                    name="weights.bin",
+                )
+        finally:
+            os.close(unreadable)
 
 
 def test_a_full_disk_is_the_systems_error(seven: Sealed) -> None:
