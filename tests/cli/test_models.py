@@ -328,15 +328,17 @@ def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(
     assert ran.json()["name"] == "model"
 
 
-def test_progress_is_a_bar_on_a_terminal(site: Path) -> None:
+def run_with_a_terminal_for_stderr(*arguments: str) -> tuple[str, str]:
+    """What a command showed on the terminal, and its stdout."""
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "keymgmt.cli", "seal", "model", "model.sealed", "--json"]
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
+    command = [sys.executable, "-P", "-m", "keymgmt", *arguments]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=theirs, cwd=site, env=environment
+        command, stdout=subprocess.PIPE, stderr=theirs, env=environment, text=True
     ) as process:
         os.close(theirs)
         shown = b""
+        # Read while it runs: a terminal holds 4 KiB, and on a busy machine it draws more than that.
         # Linux ends the reading of a terminal whose last writer is gone with EIO.
         with contextlib.suppress(OSError):
             while part := os.read(ours, 4096):
@@ -344,8 +346,13 @@ def test_progress_is_a_bar_on_a_terminal(site: Path) -> None:
         out, _ = process.communicate(timeout=60)
     os.close(ours)
     assert process.returncode == 0
-    assert b"sealing" in shown
-    assert "━".encode() in shown
+    return shown.decode(), out
+
+
+def test_progress_is_a_bar_on_a_terminal(site: Path) -> None:
+    shown, out = run_with_a_terminal_for_stderr("seal", "model", "model.sealed", "--json")
+    assert "sealing" in shown
+    assert "━" in shown
     assert json.loads(out)["manifest"]["name"] == "model"
 
 
@@ -362,21 +369,8 @@ def test_progress_over_a_tree_names_the_model_at_hand(
     assert f"{doing}: 0 done, tree/[b]a.sealed: 100 %" in lines
     assert f"{doing}: 1 done, tree/b.sealed: 100 %" in lines
     assert lines[-1] == f"{doing}: 2"
-    ours, theirs = pty.openpty()
-    program = [sys.executable, "-m", "keymgmt", command, "tree", "--json"]
-    with subprocess.Popen(
-        program, stdout=subprocess.PIPE, stderr=theirs, env=os.environ | {"TERM": "xterm"}
-    ) as process:
-        os.close(theirs)
-        shown = b""
-        # Read while it runs: a terminal holds 4 KiB, and on a busy machine it draws more than that.
-        with contextlib.suppress(OSError):
-            while part := os.read(ours, 4096):
-                shown += part
-        out, _ = process.communicate(timeout=60)
-    os.close(ours)
-    assert process.returncode == 0
-    assert doing.encode() in shown
+    shown, out = run_with_a_terminal_for_stderr(command, "tree", "--json")
+    assert doing in shown
     assert json.loads(out.splitlines()[-1])["models"] == 2
 
 

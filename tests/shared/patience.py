@@ -1,4 +1,4 @@
-"""The contract of every provider, with time limits that suit a busy machine."""
+"""The contract of every provider, as the tests of our backends use it."""
 
 from __future__ import annotations
 
@@ -13,3 +13,7 @@ class PatientContract(ProviderContract):
     @pytest.fixture
     def time_limit(self, request: pytest.FixtureRequest) -> float:
         return 3.0 if {"hang_service", "break_service"} & set(request.fixturenames) else 20.0
+
+    @pytest.fixture
+    def wrap_key(self) -> str:
+        return "model"

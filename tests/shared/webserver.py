@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.server
 import re
 import ssl
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,20 +29,24 @@ class Seen:
 
 @dataclass
 class Web:
-    """A web server; ``answer(request, handler)`` writes what it answers."""
+    """A web server; ``answer(request, handler)`` writes what it answers.
+
+    An answer of False ends the connection instead.
+    """
 
     url: str
     seen: list[Seen] = field(default_factory=list)
+    connections: int = 0
 
 
-Answer = Callable[[Seen, Any], None]
+Answer = Callable[[Seen, Any], bool | None]
 Serve = Callable[..., Web]
 Quirk = Callable[[Seen, Any, bytes], bool]
 
 
 def reply(handler: Any, status: int, body: bytes = b"", **headers: str) -> None:
     """Answer with a status and a body whose length is said."""
-    handler.send_response(status)
+    handler.send_response_only(status)
     said = {name.replace("_", "-"): value for name, value in headers.items()}
     for name, value in {"Content-Length": str(len(body)), **said}.items():
         handler.send_header(name, value)
@@ -50,14 +55,35 @@ def reply(handler: Any, status: int, body: bytes = b"", **headers: str) -> None:
         handler.wfile.write(body)
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    request_queue_size = 128
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of clients that went away."""
+
+
 def start_web(
-    answer: Answer, *, by: Authority | None = None
+    answer: Answer,
+    *,
+    by: Authority | None = None,
+    tls: ssl.SSLContext | None = None,
+    host: str = "127.0.0.1",
+    port: int = 0,
 ) -> tuple[Web, http.server.ThreadingHTTPServer]:
-    """Start a server, with TLS where an authority is given; whoever calls shuts it down."""
+    """Start a server, with TLS where an authority or a context is given.
+
+    Whoever calls shuts it down.
+    """
     web = Web("")
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
+
+        def setup(self) -> None:
+            web.connections += 1
+            super().setup()
 
         def handle_one_request(self) -> None:
             try:
@@ -65,27 +91,43 @@ def start_web(
             except OSError:  # the client has seen enough
                 self.close_connection = True
 
+        def __getattr__(self, name: str) -> Any:
+            # http.server looks for do_GET, do_POST, do_LIST, ...; who asks for a tunnel gets none.
+            if name.startswith("do_") and name != "do_CONNECT":
+                return self._any
+            raise AttributeError(name)
+
         def _any(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)
             said = {name.lower(): value for name, value in self.headers.items()}
             request = Seen(self.command, self.path, said, self.rfile.read(length))
             web.seen.append(request)
-            answer(request, self)
-
-        do_GET = do_HEAD = do_PUT = do_POST = do_PATCH = _any  # noqa: N815
+            if answer(request, self) is False:
+                self.close_connection = True
 
         def log_message(self, *arguments: Any) -> None:
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = _Server((host, port), Handler)
     if by:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(*by.issue("server"))
-        server.socket = context.wrap_socket(server.socket, server_side=True)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    web.url = f"http{'s' if by else ''}://127.0.0.1:{server.server_address[1]}"
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(*by.issue("server"))
+    if tls:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    web.url = f"http{'s' if tls else ''}://{host}:{server.server_port}"
     return web, server
+
+
+@contextlib.contextmanager
+def serving(answer: Answer) -> Iterator[Web]:
+    """A server for the length of a block."""
+    web, server = start_web(answer)
+    try:
+        yield web
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def files_of(root: Path, quirk: Quirk | None = None) -> Answer:

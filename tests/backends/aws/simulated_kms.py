@@ -12,7 +12,6 @@ import base64
 import functools
 import hashlib
 import hmac
-import http.server
 import json
 import os
 import secrets
@@ -32,6 +31,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, mldsa, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import Prehashed
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from webserver import Seen, Web, reply, start_web
 
 ACCOUNT = "111122223333"
 
@@ -105,7 +105,7 @@ class Simulated:
         self.clock = 0.0
         self.session_seconds = 3600.0
         self.page = 50
-        self.connections = 0
+        self._webs: list[Web] = []
         self._answering = threading.Event()
         self._answering.set()
         self.port = 0
@@ -114,49 +114,24 @@ class Simulated:
     # The server.
 
     def open(self) -> None:
-        simulated = self
+        web, self.server = start_web(self._reply, tls=self.tls, port=self.port)
+        self._webs.append(web)
+        self.port, self.address = self.server.server_port, web.url
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            disable_nagle_algorithm = True
+    @property
+    def connections(self) -> int:
+        return sum(web.connections for web in self._webs)
 
-            def setup(self) -> None:
-                simulated.connections += 1
-                super().setup()
-
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                if simulated.server is not server:
-                    self.close_connection = True
-                    return
-                simulated._answering.wait(30)
-                answer = simulated.answer(dict(self.headers.items()), body)
-                if answer is False:
-                    self.close_connection = True
-                    return
-                status, headers, content = answer
-                self.send_response_only(status)
-                for name, value in {**headers, "Content-Length": str(len(content))}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-                pass
-
-        class Server(http.server.ThreadingHTTPServer):
-            request_queue_size = 128
-            daemon_threads = True
-
-            def handle_error(self, request: Any, client_address: Any) -> None:
-                pass
-
-        server = self.server = Server(("127.0.0.1", self.port), Handler)
-        self.port = server.server_port
-        self.address = f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}"
-        if self.tls is not None:
-            server.socket = self.tls.wrap_socket(server.socket, server_side=True)
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    def _reply(self, request: Seen, handler: Any) -> bool | None:
+        if self.server is not handler.server:
+            return False
+        self._answering.wait(30)
+        answer = self.answer(dict(handler.headers.items()), request.body)
+        if answer is False:
+            return False
+        status, headers, content = answer
+        reply(handler, status, content, **headers)
+        return None
 
     def close(self) -> None:
         """Go away: connections that are open get no further answer."""

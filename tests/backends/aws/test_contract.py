@@ -55,10 +55,6 @@ class TestOnMoto(PatientContract):
         return factory(moto.address, auth, time_limit, keys=keys)
 
     @pytest.fixture
-    def wrap_key(self) -> str:
-        return "model"
-
-    @pytest.fixture
     def other_wrap_key(self) -> str:
         return "other"
 
@@ -110,10 +106,6 @@ class TestSimulated(PatientContract):
     ) -> ProviderFactory:
         kms.make("model")
         return factory(kms.address, auth, time_limit)
-
-    @pytest.fixture
-    def wrap_key(self) -> str:
-        return "model"
 
     @pytest.fixture
     def recipient_key(self, kms: Any) -> str:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import http.server
 import json
 import os
 import ssl
-import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -22,6 +20,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from programs import run_python
+from webserver import Seen, reply, serving
 
 from keymgmt import Config
 from keymgmt.backend import AccessDenied, ConfigError, Dek, ProviderError, ProviderUnavailable
@@ -61,28 +60,15 @@ def metadata() -> Iterator[Any]:
     service = Service()
     service.answers, service.seen = {}, []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def answer(self) -> None:
-            service.seen.append((self.command, self.path, dict(self.headers.items())))
-            body = service.answers.get(f"{self.command} {self.path}")
-            self.send_response(307 if service.redirect else 404 if body is None else 200)
-            self.send_header("Location", service.redirect)
-            self.end_headers()
-            self.wfile.write((body or "").encode())
+    def answer(request: Seen, handler: Any) -> None:
+        service.seen.append((request.method, request.path, dict(handler.headers.items())))
+        body = service.answers.get(f"{request.method} {request.path}")
+        status = 307 if service.redirect else 404 if body is None else 200
+        reply(handler, status, (body or "").encode(), Location=service.redirect)
 
-        def __getattr__(self, name: str) -> Any:
-            if name in ("do_GET", "do_PUT"):
-                return self.answer
-            raise AttributeError(name)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        service.address = f"http://127.0.0.1:{server.server_port}"  # type: ignore[attr-defined]
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    with serving(answer) as web:
+        service.address = web.url  # type: ignore[attr-defined]
         yield service
-        server.shutdown()
 
 
 def container_words(session: dict[str, Any]) -> str:

@@ -30,10 +30,6 @@ class TestBroker(PatientContract):
         return lambda: client(instance.address, evidence={"kind": "sgx", "proves": "nothing"})
 
     @pytest.fixture
-    def wrap_key(self) -> str:
-        return "model"
-
-    @pytest.fixture
     def other_wrap_key(self) -> str:
         return "other"
 

@@ -18,12 +18,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from waiting import until
+from webserver import Seen, reply, serving
 
 pytest.importorskip("keymgmt_broker_service")
 
@@ -420,43 +420,20 @@ def test_a_slow_key_service_behind_the_broker_holds_up_nobody_for_long(
     assert words[3:] == ["unavailable"]
 
 
-class Relay(ThreadingHTTPServer):
-    """Something between client and service, which changes answers."""
-
-    daemon_threads = True
-
-    def __init__(self, port: int, change: Callable[[str, bytes, bytes], bytes]) -> None:
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
-                made = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-                with contextlib.closing(made):
-                    made.request("POST", self.path, body)
-                    answer = made.getresponse()
-                    data = change(self.path, body, answer.read())
-                self.send_response(answer.status)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self.server_port}"
-
-
 @contextlib.contextmanager
 def relaying(service: Any, change: Callable[[str, bytes, bytes], bytes]) -> Iterator[str]:
-    relay = Relay(service.port, change)
-    threading.Thread(target=relay.serve_forever, daemon=True).start()
-    try:
-        yield relay.address
-    finally:
-        relay.shutdown()
-        relay.server_close()
+    """Something between client and service, which changes answers."""
+
+    def relay(request: Seen, handler: Any) -> None:
+        made = http.client.HTTPConnection("127.0.0.1", service.port, timeout=30)
+        with contextlib.closing(made):
+            made.request("POST", request.path, request.body)
+            answer = made.getresponse()
+            data = change(request.path, request.body, answer.read())
+        reply(handler, answer.status, data)
+
+    with serving(relay) as web:
+        yield web.url
 
 
 def test_an_answer_to_somebody_else_opens_for_nobody(shared_service: Any, client: Any) -> None:
@@ -688,23 +665,11 @@ def test_what_the_client_is_told_of_a_refusal(
 
 @pytest.mark.parametrize("status", [200, 301, 404, 503])
 def test_a_page_of_something_else_is_no_answer(client: Any, status: int) -> None:
-    class Page(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.send_response(status)
-            self.send_header("Location", "http://127.0.0.1:1/")
-            self.send_header("Content-Length", "6")
-            self.end_headers()
-            self.wfile.write(b"<html>")
+    def page(_: Seen, handler: Any) -> None:
+        reply(handler, status, b"<html>", Location="http://127.0.0.1:1/")
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Page)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    provider = client(f"http://127.0.0.1:{server.server_port}")
-    with Dek.generate() as dek:
+    with serving(page) as web, Dek.generate() as dek:
+        provider = client(web.url)
         wrapped = provider.wrap("model", dek, b"c")
-    with pytest.raises(ProviderUnavailable, match="this is no answer of a key broker"):
-        provider.unwrap(wrapped, b"c")
-    server.shutdown()
-    server.server_close()
+        with pytest.raises(ProviderUnavailable, match="this is no answer of a key broker"):
+            provider.unwrap(wrapped, b"c")

@@ -13,7 +13,6 @@ import signal
 import socket
 import ssl
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import pytest
 from loopback import Authority, free_port
 from programs import run, run_python
 from waiting import until, until_it_listens
+from webserver import Seen, reply, start_web
 
 from keymgmt.backend import KeyProvider, WrappedKey
 
@@ -328,61 +328,31 @@ class Gateway:
     to end the connection; ``after(method, path)`` may return False to lose the real answer.
     """
 
-    def __init__(self, bao: Bao, host: str = "127.0.0.1", port: int = 0) -> None:
+    def __init__(self, bao: Bao, **place: Any) -> None:
         self.seen: list[tuple[str, str, Any]] = []
-        self.connections = 0
         self.before: Callable[[str, str, Any], Any] = lambda method, path, body: None
         self.after: Callable[[str, str], Any] = lambda method, path: None
         self.prefix = ""
-        gateway = self
+        self._bao = bao
+        self._web, self.server = start_web(self._answer, **place)
+        self.port, self.address = self.server.server_port, self._web.url
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
+    @property
+    def connections(self) -> int:
+        return self._web.connections
 
-            def setup(self) -> None:
-                gateway.connections += 1
-                super().setup()
-
-            def __getattr__(self, name: str) -> Any:
-                # http.server looks for do_GET, do_POST, do_LIST, ...
-                if name.startswith("do_"):
-                    return self._answer
-                raise AttributeError(name)
-
-            def _answer(self) -> None:
-                data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                body = json.loads(data) if data else None
-                path = self.path.removeprefix(gateway.prefix).removeprefix("/v1/")
-                gateway.seen.append((self.command, path, body))
-                mine = gateway.before(self.command, path, body)
-                if mine is False:
-                    self.close_connection = True
-                    return
-                if mine is None:
-                    mine = gateway.forward(bao, self.command, path, body, self.headers)
-                if gateway.after(self.command, path) is False:
-                    self.close_connection = True
-                    return
-                status, headers, content = mine
-                self.send_response_only(status)
-                for name, value in {**headers, "Content-Length": str(len(content))}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-                pass
-
-        class Server(http.server.ThreadingHTTPServer):
-            request_queue_size = 128
-
-            def handle_error(self, request: Any, client_address: Any) -> None:
-                pass
-
-        self.server = Server((host, port), Handler)
-        self.port = self.server.server_port
-        self.address = f"http://{host}:{self.port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+    def _answer(self, request: Seen, handler: Any) -> bool | None:
+        method, body = request.method, json.loads(request.body) if request.body else None
+        path = request.path.removeprefix(self.prefix).removeprefix("/v1/")
+        self.seen.append((method, path, body))
+        mine = self.before(method, path, body)
+        if mine is None:
+            mine = self.forward(self._bao, method, path, body, handler.headers)
+        if mine is False or self.after(method, path) is False:
+            return False
+        status, headers, content = mine
+        reply(handler, status, content, **headers)
+        return None
 
     @staticmethod
     def forward(bao: Bao, method: str, path: str, body: Any, headers: Any) -> Any:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import http.server
 import json
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from vaults import UNWRAP, approle, opens
 from waiting import until
+from webserver import Seen, reply, serving
 
 from keymgmt.backend import AccessDenied, Dek, ProviderUnavailable, UnwrapFailed, WrappedKey
 
@@ -188,29 +187,18 @@ def test_jwt(make: Any, bao: Any, wrapped: WrappedKey, secret_file: Any, mount: 
         assert token not in f"{caught.value!r} {caught.value.__cause__!r}"
 
 
-class TokenReview(http.server.BaseHTTPRequestHandler):
+def review(request: Seen, handler: Any) -> None:
     """The one call of the Kubernetes API that the server makes; OpenBao's side is real."""
-
-    good = "eyJhbGciOiJSUzI1NiJ9.service-account"
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        known = body["spec"]["token"] == jwt_of_pod
-        user = {
-            "username": "system:serviceaccount:models:runner",
-            "uid": "1",
-            "groups": ["system:serviceaccounts"],
-        }
-        status = {"authenticated": known} | ({"user": user} if known else {"error": "unknown"})
-        answer = json.dumps(body | {"status": status}).encode()
-        self.send_response(201)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(answer)))
-        self.end_headers()
-        self.wfile.write(answer)
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-        pass
+    body = json.loads(request.body)
+    known = body["spec"]["token"] == jwt_of_pod
+    user = {
+        "username": "system:serviceaccount:models:runner",
+        "uid": "1",
+        "groups": ["system:serviceaccounts"],
+    }
+    status = {"authenticated": known} | ({"user": user} if known else {"error": "unknown"})
+    answer = json.dumps(body | {"status": status}).encode()
+    reply(handler, 201, answer, Content_Type="application/json")
 
 
 _pod_key = ec.generate_private_key(ec.SECP256R1())
@@ -227,12 +215,10 @@ jwt_of_pod = jwt(
 
 
 def test_kubernetes(make: Any, bao: Any, wrapped: WrappedKey, tmp_path: Path) -> None:
-    api = http.server.ThreadingHTTPServer(("127.0.0.1", 0), TokenReview)
-    threading.Thread(target=api.serve_forever, daemon=True).start()
-    try:
+    with serving(review) as api:
         bao.do("POST", "sys/auth/kubernetes", {"type": "kubernetes"})
         config = {
-            "kubernetes_host": f"http://127.0.0.1:{api.server_port}",
+            "kubernetes_host": api.url,
             "kubernetes_ca_cert": bao.authority.ca_file.read_text(),
             "token_reviewer_jwt": jwt_of_pod,
             "disable_iss_validation": True,
@@ -263,9 +249,6 @@ def test_kubernetes(make: Any, bao: Any, wrapped: WrappedKey, tmp_path: Path) ->
         token.chmod(0o666)
         with pytest.raises(ProviderUnavailable, match="others can write it"):
             make(bao, auth=auth).unwrap(wrapped, b"c")
-    finally:
-        api.shutdown()
-        api.server_close()
 
 
 class TestAgent:

@@ -64,10 +64,6 @@ class TestVault(PatientContract):
         return lambda: VaultProvider("site", settings)
 
     @pytest.fixture
-    def wrap_key(self) -> str:
-        return "model"
-
-    @pytest.fixture
     def other_wrap_key(self) -> str:
         return "other"
 

@@ -13,11 +13,10 @@ pytest.importorskip("urllib3")
 
 
 def test_it_says_what_the_model_in_a_folder_says(magika_sealed, site):
-    from webserver import files_of, start_web
+    from webserver import files_of, serving
 
-    web, server = start_web(files_of(magika_sealed.parent))
-    where = f"{web.url}/{magika_sealed.name}"
-    try:
+    with serving(files_of(magika_sealed.parent)) as web:
+        where = f"{web.url}/{magika_sealed.name}"
         given = np.zeros((1, 2048), np.int32)
         with load(magika_sealed, keys=site.path) as model:
             expected = model({"bytes": given})["target_label"].copy()
@@ -26,6 +25,3 @@ def test_it_says_what_the_model_in_a_folder_says(magika_sealed, site):
         command = [sys.executable, "-m", "keymgmt.cli", "--config", site.path, "run", where]
         done = run(*command)
         assert done.returncode == 0, done.stderr
-    finally:
-        server.shutdown()
-        server.server_close()
