@@ -19,7 +19,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import IO, TYPE_CHECKING, Any, Final, Protocol, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, Final, TypeVar, cast
 from urllib.parse import urljoin, urlsplit
 
 from keymgmt._remote.patience import MIB, Patience
@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from _typeshed import SupportsRead
 
     from keymgmt._config.remote import Access, Remote
+    from keymgmt._remote.download import Download
 
-__all__ = ["Http", "Reply", "Sink", "Try", "basic", "origin_of", "redirected", "shown"]
+__all__ = ["Http", "Reply", "Try", "basic", "origin_of", "redirected", "shown"]
 
 _TRIES: Final = 6
 _BUSY: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -47,24 +48,6 @@ _MAX_WAIT: Final = 10.0
 _REFUSED_BODY: Final = 1 << 16
 _LIES: Final = "the server, or a proxy on the way, is broken or hostile"
 T = TypeVar("T")
-
-
-class Sink(Protocol):
-    """Receives a large body, part by part.
-
-    Attributes:
-        size: length of the whole body, in bytes.
-        done: bytes that were received.
-    """
-
-    size: int
-    done: int
-
-    def write(self, part: bytes) -> None:
-        """Add the next part."""
-
-    def restart(self) -> None:
-        """Forget all parts: the body is sent again from its beginning."""
 
 
 class _Again(Exception):
@@ -326,8 +309,8 @@ class Http:
             )
         )
 
-    def fetch(self, url: str, sink: Sink) -> None:
-        """Download the rest of a body into ``sink``, with new tries as long as each brings more.
+    def fetch(self, url: str, download: Download) -> bool:
+        """Download the rest of a body, with new tries as long as each brings more; false for 404.
 
         Of a server that ignores ranges, the whole body is read again.
 
@@ -336,29 +319,33 @@ class Http:
         """
 
         def read(reply: Reply) -> None:
-            start = sink.done
+            start = download.done
+            if reply.status == 404:
+                return
             if reply.status == 200 and start:
-                sink.restart()
+                download.restart()
             ranged = reply.headers.get("content-range", "")
             if reply.status == 206 and not ranged.startswith(f"bytes {start}-"):
                 raise StorageUnavailable(
                     f"{shown(url)} gives another range than was asked for", hint=_LIES
                 )
-            for part in reply.parts(sink.size - sink.done):
-                if sink.done + len(part) > sink.size:
+            for part in reply.parts(download.size - download.done):
+                if download.done + len(part) > download.size:
                     raise StorageUnavailable(
-                        f"{shown(url)} is longer than {sink.size} bytes", hint=_LIES
+                        f"{shown(url)} is longer than {download.size} bytes", hint=_LIES
                     )
-                sink.write(part)
-            if sink.done < sink.size:
+                download.write(part)
+            if download.done < download.size:
                 raise _Again(_cut_short(url))
 
-        def work(attempt: Try) -> None:
-            headers = {"Range": f"bytes={sink.done}-{sink.size - 1}"} if sink.done else {}
-            self.once("GET", url, attempt, headers=headers, good=(200, 206), read=read)
+        def work(attempt: Try) -> bool:
+            headers = (
+                {"Range": f"bytes={download.done}-{download.size - 1}"} if download.done else {}
+            )
+            reply = self.once("GET", url, attempt, headers=headers, good=(200, 206, 404), read=read)
+            return reply.status != 404
 
-        if sink.done < sink.size:
-            self.retry(work, lambda: sink.done)
+        return download.done == download.size or self.retry(work, lambda: download.done)
 
     def retry(self, work: Callable[[Try], T], progress: Callable[[], int] = lambda: 0) -> T:
         """Do ``work``, and repeat it while its fault may pass.
@@ -468,7 +455,8 @@ def origin_of(url: str) -> tuple[str, str, int]:
 
     urllib3, which connects, parses the address: urllib sees another host where a backslash is.
     """
-    parts = _urllib3().util.parse_url(url)
+    # Without the query: an address that is signed has a long one, which is slow to parse.
+    parts = _urllib3().util.parse_url(url.partition("?")[0])
     if "\\" in url:
         raise ValueError
     return (

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Self
 
 from keymgmt._remote.artifact import MAX_ARTIFACT, MEDIA_TYPE, Artifact, Blob, blob_of
-from keymgmt._remote.http import Http, Sink, Try, redirected
+from keymgmt._remote.download import Download
+from keymgmt._remote.http import Http, Try, redirected
 from keymgmt._remote.login import Login
 from keymgmt._remote.patience import Patience
 from keymgmt._remote.storage import Part
@@ -19,6 +20,8 @@ from keymgmt._system.fork import ForkSafe
 from keymgmt.errors import ConfigError, IntegrityError, StorageUnavailable
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from _typeshed import SupportsRead
 
     from keymgmt._config.remote import Remote
@@ -129,25 +132,35 @@ class Registry(ForkSafe):
         size = min(limit, blob.size)
         reply = self._http.request("GET", self._blob(blob), good=(200, 404), limit=size)
         if reply.status == 404:
-            raise self.missing(name)
+            raise self._missing(name)
         content = bytes(reply.body)
         if not reply.whole or blob_of(content) != blob:
-            raise self.another(name)
+            raise self._another(name)
         return content
 
-    def fetch(self, blob: Blob, sink: Sink, name: str) -> None:
-        """Download the rest of a large blob into ``sink``; the caller checks the digest.
+    def download(self, blob: Blob, file: Path, name: str, advance: Callable[[int], object]) -> int:
+        """Download a large blob, or what an earlier try left of it, into a file; bytes that came.
+
+        ``advance`` as for ``Download``.
 
         Raises:
-            IntegrityError: it is missing.
-            StorageError: it is not to be had.
+            IntegrityError: it is missing, or another; of another one nothing is left.
+            StorageError: it is not to be had; what came is kept.
+            OSError: the file cannot be written.
         """
-        try:
-            self._http.fetch(self._blob(blob), sink)
-        except StorageUnavailable:
-            if not self.has(blob):
-                raise self.missing(name) from None
-            raise
+        with Download(file, blob, advance) as download:
+            received = 0
+            # What an earlier try left may be of another content: then all of it comes once more.
+            for _ in range(2 if download.done else 1):
+                before = download.done
+                if not self._http.fetch(self._blob(blob), download):
+                    raise self._missing(name)
+                received += download.done - before
+                if download.whole:
+                    return received
+                download.restart()
+        file.unlink()
+        raise self._another(name)
 
     def part(self, name: str, start: int, end: int, pin: str = "") -> Part | None:  # noqa: ARG002
         """A part of a file, as ``Storage.part``; raises also as ``artifact``.
@@ -165,9 +178,9 @@ class Registry(ForkSafe):
             "GET", self._blob(blob), headers=headers, good=(200, 206, 404), limit=end - start
         )
         if reply.status == 404:
-            raise self.missing(name)
+            raise self._missing(name)
         if total_of(reply, start, end) != blob.size:
-            raise self.another(name)
+            raise self._another(name)
         return Part(reply.body, blob.size, blob.digest)
 
     def replace(self, name: str, content: bytes, pin: str) -> str:  # noqa: ARG002
@@ -219,14 +232,14 @@ class Registry(ForkSafe):
             limit=0,
         )
 
-    def missing(self, name: str) -> IntegrityError:
+    def _missing(self, name: str) -> IntegrityError:
         """The error for a blob that the registry lacks."""
         return IntegrityError(
             f"{self._location} is not whole: the registry lacks its {name}",
             hint="it was deleted there, or never came: push the model again",
         )
 
-    def another(self, name: str) -> IntegrityError:
+    def _another(self, name: str) -> IntegrityError:
         """The error for a blob whose content does not have its digest."""
         return IntegrityError(
             f"the registry gave another {name} of {self._location} than its digest says",

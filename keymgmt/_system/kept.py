@@ -20,7 +20,7 @@ class Kept(ForkSafe):
     """
 
     def _renew(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # what is made may need another thing
         self._things: dict[Hashable, tuple[object, Any]] = {}
 
     def get(self, name: Hashable, state: object, make: Callable[[], T]) -> T:

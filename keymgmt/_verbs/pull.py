@@ -8,7 +8,6 @@ files follow; the artifact gives the digest of each, and the sealed manifest its
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shlex
 import shutil
@@ -39,7 +38,6 @@ from keymgmt._trust.candidate import Candidate
 from keymgmt._verbs.push import registry_location
 from keymgmt._verbs.seal import replaceable
 from keymgmt.errors import ConfigError, FormatError, KeymgmtError, RollbackError, SealedModelError
-from keymgmt.sealed.ciphertext import write_exactly
 from keymgmt.sealed.folder import (
     KEYS,
     MANIFEST,
@@ -331,22 +329,7 @@ class _Pull:
         # After a killed pull this may be a link to a file of the old model, which stays unwritten.
         if file.exists() and file.lstat().st_nlink > 1:
             file.unlink()
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        try:
-            download = _Download(descriptor, self._payload[path], self._transfers.advance)
-            received = 0
-            # What an earlier try left may be of another content: then all of it comes once more.
-            for _ in range(2 if download.done else 1):
-                before = download.done
-                self._registry.fetch(self._payload[path], download, name)
-                received += download.done - before
-                if download.whole:
-                    return received
-                download.restart()
-        finally:
-            os.close(descriptor)
-        file.unlink()
-        raise self._registry.another(name)
+        return self._registry.download(self._payload[path], file, name, self._transfers.advance)
 
     def _put_in_place(self, look: Callable[[Path], object] | None) -> None:
         with new_directory(self._target, replaceable=look) as made:
@@ -366,36 +349,3 @@ class _Read(Storage):
         if content is None:
             return None
         return Part(memoryview(content)[start:end], len(content), pin)
-
-
-class _Download:
-    """The download of one file, which goes on after the bytes of an earlier try."""
-
-    def __init__(self, descriptor: int, blob: Blob, advance: Callable[[int], object]) -> None:
-        self._descriptor, self._blob, self._advance = descriptor, blob, advance
-        self.size, self.done = blob.size, 0
-        self._hash = hashlib.sha256()
-        if os.fstat(descriptor).st_size > blob.size:
-            os.ftruncate(descriptor, 0)
-        while part := os.pread(descriptor, 1 << 20, self.done):
-            self._take(part)
-
-    def _take(self, part: bytes) -> None:
-        self._hash.update(part)
-        self.done += len(part)
-        self._advance(len(part))
-
-    @property
-    def whole(self) -> bool:
-        """Whether the whole file has arrived and has its digest."""
-        return f"sha256:{self._hash.hexdigest()}" == self._blob.digest
-
-    def write(self, part: bytes) -> None:
-        self._advance(0)
-        write_exactly(self._descriptor, memoryview(part), self.done)
-        self._take(part)
-
-    def restart(self) -> None:
-        self._advance(-self.done)
-        os.ftruncate(self._descriptor, 0)
-        self.done, self._hash = 0, hashlib.sha256()

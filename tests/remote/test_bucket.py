@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -260,6 +261,22 @@ def test_the_command_line(place: str, s3_config: Path) -> None:
     assert run("rewrap", where, "--add", "local:b")["format"]
     assert len(run("inspect", where)["groups"]) == 2
     assert run("verify", where)["opened_by"] == ["local"]
+
+
+def test_a_person_is_asked_for_the_secret_once(
+    site: Any, place: str, s3: S3, config: Any, access: Access, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each command asks anew; all requests of one are signed with what was typed."""
+    typed: list[str] = []
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("getpass.getpass", lambda prompt: typed.append(prompt) or SECRET)
+    login = access(s3.address)["s3://models"] | {"secret": {"prompt": "secret of models"}}
+    for commands in (1, 2):
+        with config(access={"s3://models": login}) as keys:
+            for _ in range(2):
+                assert keymgmt.inspect(f"s3://models/{place}", keys=keys).groups
+            assert keymgmt.usage(f"s3://models/{place}", keys=keys).models == 1
+        assert typed == ["secret of models: "] * commands
 
 
 @pytest.mark.parametrize("scheme", ["gs", "az"])
