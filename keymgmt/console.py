@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table
 
-__all__ = ["clean", "console", "print_json", "print_line", "table"]
+__all__ = ["clean", "console", "print_json", "print_line", "say", "table"]
 
 _PIPE_WIDTH: Final = 160
 
@@ -49,6 +49,11 @@ def _console_class() -> type[Console]:
 def clean(text: object) -> str:
     """``text`` in one line, with what is not printable shown as an escape."""
     return printable(str(text))
+
+
+def say(text: object, *, stderr: bool = False) -> None:
+    """Print a line for people, cleaned, and never broken: it may hold a path or a command."""
+    console(stderr=stderr).print(clean(text), soft_wrap=True)
 
 
 def print_json(value: Any) -> None:

@@ -16,7 +16,7 @@ import hmac
 import os
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.hashes import SHA384
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from keymgmt._crypto.dek import wipe
+from keymgmt._system.closing import Closing
 from keymgmt.errors import FormatError, IntegrityError
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def ciphertext_length(size: int, segment_length: int) -> int:
     return HEADER_LENGTH + size + OVERHEAD * segment_count(size, segment_length)
 
 
-class _Segments:
+class _Segments(Closing):
     """The state of both directions: IV, AAD, message key and the AES key in use."""
 
     def __init__(self, key: Buffer, aad: bytes, parameters: FloeParameters, iv: bytes) -> None:
@@ -146,12 +147,6 @@ class _Segments:
         self._message_key = bytearray()
         # The library clears its copy of the AES key when the last reference is gone.
         self._cipher = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def __del__(self) -> None:
         if hasattr(self, "_message_key"):

@@ -18,7 +18,7 @@ import re
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -32,6 +32,7 @@ from keymgmt._providers.names import is_name
 from keymgmt._providers.recipient_file import plain_fingerprint
 from keymgmt._providers.registry import backends, load_backend
 from keymgmt._providers.secret_source import CREDENTIALS, ConfigPath, expand_home
+from keymgmt._system.closing import Closing
 from keymgmt._system.fork import ForkSafe
 from keymgmt._system.trusted_file import read_file
 from keymgmt.errors import ConfigError
@@ -226,7 +227,7 @@ class _File(Settings):
     remote: Remote = Field(default_factory=Remote)
 
 
-class Config(ForkSafe):
+class Config(ForkSafe, Closing):
     """A loaded config and the providers made from it, each once and when first asked for.
 
     Safe to share between threads, and with forked children. A context manager that closes its
@@ -275,11 +276,6 @@ class Config(ForkSafe):
             raise ConfigError(f"{where} has no backend", hint='add a line such as backend = "file"')
         if not isinstance(table.get("distribution", ""), str):
             raise ConfigError(f"{where} distribution: write the name of a distribution in quotes")
-
-    @property
-    def base(self) -> Path:
-        """The directory to which relative paths are relative."""
-        return self._base
 
     @property
     def provider_tables(self) -> bytes:
@@ -419,12 +415,6 @@ class Config(ForkSafe):
         self.remote.kept.clear()
         for provider in providers.values():
             provider.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<Config {self.path or ''} providers={list(self._tables)}>"

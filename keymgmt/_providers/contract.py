@@ -17,13 +17,13 @@ from typing import (
     Generic,
     Literal,
     NoReturn,
-    Self,
     TypeVar,
 )
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from keymgmt._providers.names import is_key
+from keymgmt._system.closing import Closing
 from keymgmt.errors import ProviderError
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ KeyName = Annotated[str, AfterValidator(_key_name)]
 S = TypeVar("S", bound=Settings)
 
 
-class KeyProvider(ABC, Generic[S]):
+class KeyProvider(Closing, Generic[S]):
     """One configured key service.
 
     To construct a provider is cheap and does no I/O; it connects on first use. It is safe to use
@@ -132,12 +132,6 @@ class KeyProvider(ABC, Generic[S]):
 
     def close(self) -> None:
         """End sessions and connections, and wipe all secrets; may be called again."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r}>"

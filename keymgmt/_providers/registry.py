@@ -18,7 +18,7 @@ from typing import Any, Final
 from keymgmt._providers.contract import API_VERSION, KeyProvider, Settings
 from keymgmt._providers.evidence import Evidence
 from keymgmt._providers.names import is_name
-from keymgmt._system.entry_points import installed_entry_points, working_directory
+from keymgmt._system.entry_points import announced, source_of, working_directory
 from keymgmt.errors import BackendNotInstalled
 
 __all__ = ["BackendInfo", "backends", "load_backend", "load_evidence"]
@@ -49,16 +49,17 @@ class BackendInfo:
 
 def backends(group: str = BACKENDS) -> dict[str, tuple[BackendInfo, ...]]:
     """All announced backends by name; a name with more than one entry is ambiguous."""
-    announced: dict[str, dict[tuple[str, str], BackendInfo]] = {}
-    for entry in installed_entry_points(group):
-        # A distribution that was removed by half may have neither name nor version.
-        distribution = (entry.dist and entry.dist.name) or "unknown"
-        version = (entry.dist and entry.dist.version) or "unknown"
-        # A distribution may stand on sys.path twice; the first one wins, as for imports.
-        announced.setdefault(entry.name, {}).setdefault(
-            (distribution, entry.value), BackendInfo(entry.name, distribution, version, entry)
+    return {
+        name: tuple(
+            BackendInfo(name, source_of(entry), _version(entry), entry) for entry in entries
         )
-    return {name: tuple(announced[name].values()) for name in sorted(announced)}
+        for name, entries in announced(group).items()
+    }
+
+
+def _version(entry: EntryPoint) -> str:
+    # A distribution that was removed by half may have none.
+    return (entry.dist and entry.dist.version) or "unknown"
 
 
 @functools.cache

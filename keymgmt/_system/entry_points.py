@@ -9,17 +9,26 @@ import sys
 from importlib.metadata import Distribution, EntryPoint, entry_points
 from pathlib import Path
 
-__all__ = ["installed_entry_points", "working_directory"]
+__all__ = ["announced", "source_of", "working_directory"]
 
 
-def installed_entry_points(group: str) -> list[EntryPoint]:
-    """The entry points of a group, without those of the working directory."""
+def announced(group: str) -> dict[str, list[EntryPoint]]:
+    """The entry points of a group by name, sorted; a name with more than one is ambiguous.
+
+    Those of the working directory are left out. A distribution may stand on ``sys.path`` twice; the
+    first one wins, as for imports.
+    """
     stray = working_directory()
-    return [
-        entry
-        for entry in entry_points(group=group)
-        if entry.dist is None or _folder_of(entry.dist) != stray
-    ]
+    found: dict[str, dict[tuple[str, str], EntryPoint]] = {}
+    for entry in entry_points(group=group):
+        if entry.dist is None or _folder_of(entry.dist) != stray:
+            found.setdefault(entry.name, {}).setdefault((source_of(entry), entry.value), entry)
+    return {name: list(found[name].values()) for name in sorted(found)}
+
+
+def source_of(entry: EntryPoint) -> str:
+    """The name of an entry point's distribution, which one that was removed by half may lack."""
+    return (entry.dist and entry.dist.name) or "an unknown distribution"
 
 
 def working_directory() -> Path | None:

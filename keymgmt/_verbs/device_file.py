@@ -13,9 +13,10 @@ import hashlib
 import os
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final
 
 from keymgmt._crypto.dek import fill_random, wipe
+from keymgmt._system.closing import Closing
 from keymgmt._system.files import left_behind, replace_file, replacing
 from keymgmt._system.locks import lock_file
 from keymgmt._system.trusted_file import check_trusted, read_file
@@ -36,7 +37,7 @@ _SEGMENT: Final = 1 << 20
 _FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a FIFO does not block
 
 
-class DeviceFile:
+class DeviceFile(Closing):
     """One such file, which may not exist yet; a context manager that wipes its key."""
 
     def __init__(
@@ -111,12 +112,6 @@ class DeviceFile:
     def close(self) -> None:
         """Wipe the key; may be called again."""
         wipe(self._key)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 @contextlib.contextmanager

@@ -8,11 +8,12 @@ import os
 import threading
 import weakref
 from collections import defaultdict
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from keymgmt._config.config import use_config
 from keymgmt._crypto.dek import Dek, wipe
 from keymgmt._system.audit import audit
+from keymgmt._system.closing import Closing
 from keymgmt._system.fork import ForkSafe
 from keymgmt._system.pages import unwritten
 from keymgmt._trust.candidate import admit
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["SealedModel", "open_model"]
 
 
-class SealedModel(ForkSafe):
+class SealedModel(ForkSafe, Closing):
     """An open sealed model; a context manager that wipes its keys on exit.
 
     Every read is verified before it returns: each segment is authenticated, and where the config
@@ -189,12 +190,6 @@ class SealedModel(ForkSafe):
             files = list(self._files)
         for file in files:
             file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<SealedModel {self.manifest.name} release {self.manifest.release}>"

@@ -18,6 +18,7 @@ from keymgmt._system.swap import unencrypted_swap
 from keymgmt._trust.candidate import step
 from keymgmt._verbs.open import open_model
 from keymgmt.errors import ConfigError
+from keymgmt.sealed.ciphertext import write_exactly
 
 if TYPE_CHECKING:
     from keymgmt._config.config import Config
@@ -110,7 +111,7 @@ def _write_plain(
 ) -> None:
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     done = 0
-    with open(descriptor, "wb", buffering=0) as output, contextlib.ExitStack() as stack:  # noqa: PTH123 - a descriptor
+    with open(descriptor, "wb", buffering=0), contextlib.ExitStack() as stack:  # noqa: PTH123 - a descriptor
         buffer = memoryview(bytearray(model.manifest.segment_length))
         with model.naming(path):
             content = stack.enter_context(model.open(path))
@@ -120,9 +121,7 @@ def _write_plain(
                 count = content.readinto(buffer)
             if not count:
                 break
-            written = 0
-            while written < count:
-                written += output.write(buffer[written:count])
+            write_exactly(descriptor, buffer[:count], done)
             done += count
             if progress is not None:
                 progress(done)

@@ -11,7 +11,7 @@ from typer import _completion_classes
 from typer import _completion_shared as scripts
 
 from keymgmt.cli._options import Json
-from keymgmt.console import clean, console, print_json
+from keymgmt.console import print_json, say
 from keymgmt.errors import KeymgmtError
 
 __all__ = ["complete", "completion"]
@@ -117,4 +117,4 @@ def completion(
     elif script_file is None:
         typer.echo(script)
     else:
-        console().print(f"installed {clean(script_file)}; a new shell uses it", soft_wrap=True)
+        say(f"installed {script_file}; a new shell uses it")

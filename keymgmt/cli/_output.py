@@ -15,10 +15,12 @@ import typer
 
 from keymgmt._system.terminal import drawing
 from keymgmt._system.words import counted
-from keymgmt.console import clean, console, print_json, print_line, table
+from keymgmt.console import clean, console, print_json, print_line, say, table
 from keymgmt.errors import CannotUnlock, ConfigError, ProviderUnavailable, WrongKey
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from keymgmt._config.config import Config
     from keymgmt._providers.data import Finding
     from keymgmt._verbs.find_models import Failure
@@ -51,14 +53,19 @@ _REFUSES: Final = "this config would not open it"
 _UNKNOWN: Final = "whether this config would open it could not be checked"
 
 
-def print_error(error: KeymgmtError, *, as_json: bool = False) -> None:
-    """Print ``error:`` and ``hint:``, and for CannotUnlock the attempts; also as JSON if asked."""
+def _print(out: Console, label: str, style: str, text: object) -> None:
+    """Print a line whose label has a style."""
     from rich.text import Text
 
+    out.print(Text.assemble((label, style), clean(text)), soft_wrap=True)
+
+
+def print_error(error: KeymgmtError, *, as_json: bool = False) -> None:
+    """Print ``error:`` and ``hint:``, and for CannotUnlock the attempts; also as JSON if asked."""
     if as_json:
         print_json({"format": ERROR, "error": error.to_json()})
     out = console(stderr=True)
-    out.print(Text.assemble(("error: ", "bold red"), clean(error)), soft_wrap=True)
+    _print(out, "error: ", "bold red", error)
     if isinstance(error, CannotUnlock) and error.attempts:
         # Attempts with keys that this config might hold come first.
         attempts = sorted(error.attempts, key=lambda each: isinstance(each.error, WrongKey))
@@ -78,7 +85,7 @@ def print_error(error: KeymgmtError, *, as_json: bool = False) -> None:
         if len(attempts) > _MANY:
             out.print(f"... and {len(attempts) - _MANY} more")
     if error.hint:
-        out.print(Text.assemble(("hint: ", "bold cyan"), clean(error.hint)), soft_wrap=True)
+        _print(out, "hint: ", "bold cyan", error.hint)
 
 
 def fail(error: KeymgmtError, document: dict[str, object]) -> NoReturn:
@@ -90,14 +97,10 @@ def fail(error: KeymgmtError, document: dict[str, object]) -> NoReturn:
 
 def print_finding(subject: str, finding: Finding) -> None:
     """Print one finding of a check, and its hint unless its status is ok."""
-    from rich.text import Text
-
-    out = console()
     line = subject + (f": {finding.detail}" if finding.detail else "")
-    style = _STYLES[finding.status]
-    out.print(Text.assemble((f"{finding.status:8}", style), clean(line)), soft_wrap=True)
+    _print(console(), f"{finding.status:8}", _STYLES[finding.status], line)
     if finding.hint and finding.status != "ok":
-        out.print(f"{'':8}hint: {clean(finding.hint)}", soft_wrap=True)
+        say(f"{'':8}hint: {finding.hint}")
 
 
 @contextlib.contextmanager
@@ -167,20 +170,17 @@ def ask_to_type(name: str, warning: str) -> None:
     """
     if not sys.stdin.isatty():
         raise ConfigError(f"{warning}, and nobody is there to ask", hint="to go on, give --yes")
-    console(stderr=True).print(clean(warning), soft_wrap=True)
+    say(warning, stderr=True)
     if typer.prompt(f"Type {name} to go on", default="", show_default=False, err=True) != name:
         raise ConfigError(f"that is not {name}, so nothing was done")
 
 
 def print_warning(problem: KeymgmtError, subject: str = "") -> None:
     """Print ``warning:`` and ``hint:`` for a command that succeeds, but perhaps not as expected."""
-    from rich.text import Text
-
     out = console(stderr=True)
-    text = ": ".join(filter(None, [subject, str(problem)]))
-    out.print(Text.assemble(("warning: ", "yellow"), clean(text)), soft_wrap=True)
+    _print(out, "warning: ", "yellow", ": ".join(filter(None, [subject, str(problem)])))
     if problem.hint:
-        out.print(Text.assemble(("hint: ", "bold"), clean(problem.hint)), soft_wrap=True)
+        _print(out, "hint: ", "bold", problem.hint)
 
 
 def tell_refusal(refused: KeymgmtError | None) -> None:
@@ -195,7 +195,7 @@ def tell_failure(failure: Failure, form: str, *, as_json: bool) -> None:
     error = failure.error
     if as_json:
         print_line({"format": form, **failure.to_json()})
-    console(stderr=True).print(f"{clean(failure.path)}: {clean(error)}", soft_wrap=True)
+    say(f"{failure.path}: {error}", stderr=True)
 
 
 def is_tree(
@@ -257,10 +257,9 @@ def tell_tree(
             if as_json:
                 print_line({"format": form, **item.to_json()})
             else:
-                console().print(f"{clean(item.path)}: {item.state}", soft_wrap=True)
+                say(f"{item.path}: {item.state}")
             if item.detail.get("refusal"):
-                text = f"{clean(item.path)}: {_REFUSES}: {clean(item.detail['refusal'])}"
-                console(stderr=True).print(text, soft_wrap=True)
+                say(f"{item.path}: {_REFUSES}: {item.detail['refusal']}", stderr=True)
     code = worst({failure.error.exit_code for failure in failed})
     models = states.total()
     if failed and not models and not as_json:
@@ -270,7 +269,7 @@ def tell_tree(
         print_line({"format": form, **counts, "shard": shard, "exit_code": code})
     else:
         listed = ", ".join(f"{state} {count}" for state, count in sorted(states.items()))
-        console().print(f"{counted(models, 'model')}: {listed}; failed {len(failed)}")
+        say(f"{counted(models, 'model')}: {listed}; failed {len(failed)}")
     if code:
         raise typer.Exit(code)
 

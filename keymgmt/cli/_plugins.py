@@ -38,12 +38,9 @@ _EXTRAS: Final = {
 def announced() -> dict[str, list[EntryPoint]]:
     """Announced commands by name; a name with more than one entry is ambiguous."""
     # Imported here, since it imports the package email, and most runs need no other distribution.
-    from keymgmt._system.entry_points import installed_entry_points
+    from keymgmt._system import entry_points
 
-    commands: dict[str, dict[tuple[str, str], EntryPoint]] = {}
-    for entry in installed_entry_points(GROUP):
-        commands.setdefault(entry.name, {}).setdefault((_source(entry), entry.value), entry)
-    return {name: list(commands[name].values()) for name in sorted(commands)}
+    return entry_points.announced(GROUP)
 
 
 class CommandGroup(TyperGroup):
@@ -101,19 +98,21 @@ class CommandGroup(TyperGroup):
 
 
 def _load(entries: list[EntryPoint]) -> typer.Typer:
+    from keymgmt._system.entry_points import source_of
+
     entry = entries[0]
     if len(entries) > 1:
-        names = " and ".join(_source(each) for each in entries)
+        names = " and ".join(source_of(each) for each in entries)
         raise ConfigError(
             f"the command {entry.name!r} is provided twice, by {names}", hint="uninstall one"
         )
-    source = f"the command {entry.name!r} of {_source(entry)}"
+    source = f"the command {entry.name!r} of {source_of(entry)}"
     try:
         loaded = entry.load()
     except Exception as error:
         raise ConfigError(
             f"{source} fails to import: {type(error).__name__}: {error}",
-            hint=f"repair it with: pip install --force-reinstall {_source(entry)}",
+            hint=f"repair it with: pip install --force-reinstall {source_of(entry)}",
         ) from error
     if not isinstance(loaded, typer.Typer):
         raise ConfigError(f"{source} is not a typer.Typer", hint="report it to its author")
@@ -121,9 +120,7 @@ def _load(entries: list[EntryPoint]) -> typer.Typer:
 
 
 def _line(entry: EntryPoint) -> str:
+    from keymgmt._system.entry_points import source_of
+
     summary = entry.dist and entry.dist.metadata.json.get("summary")
-    return printable(f"From {_source(entry)}" + (f": {summary}" if summary else "."))
-
-
-def _source(entry: EntryPoint) -> str:
-    return entry.dist.name if entry.dist else "an unknown distribution"
+    return printable(f"From {source_of(entry)}" + (f": {summary}" if summary else "."))

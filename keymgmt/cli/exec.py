@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,7 @@ import typer
 import keymgmt
 from keymgmt.cli._options import Model, Name
 from keymgmt.cli._output import print_warning, progress
-from keymgmt.console import clean, console
+from keymgmt.console import console, say
 from keymgmt.errors import ConfigError, KeymgmtError
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def exec_(
     _prepare_to_tell()
     launch = Launch(
         command,
-        tell=_tell,
+        tell=partial(say, stderr=True),
         at=at,
         user=None if user is None else _find_user(user),
         private_tmp=not shared_tmp,
@@ -177,12 +178,6 @@ def _prepare_to_tell() -> None:
     from rich.text import Text
 
     console(stderr=True).render_lines(Text("-"))
-
-
-def _tell(text: str) -> None:
-    from rich.text import Text
-
-    console(stderr=True).print(Text(clean(text)), soft_wrap=True)
 
 
 def _warn(text: str, hint: str | None) -> None:

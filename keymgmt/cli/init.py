@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from keymgmt.cli._options import Json
-from keymgmt.console import clean, console, print_json
+from keymgmt.console import print_json, say
 from keymgmt.errors import ConfigError, KeyNotFound, ProviderUnavailable
 
 if TYPE_CHECKING:
@@ -103,13 +103,13 @@ def init(
         said = {name: str(value) for name, value in {**made, "public_key": public}.items()}
         print_json({"format": "keymgmt-init/1", **said})
         return
-    out = console()
-    out.print(f"config     {clean(path)}")
-    out.print(f"key        local:{kek} ({wraps})")
-    out.print(f"publisher  local:{publisher} ({signs}), public part in {clean(public)}")
-    out.print(f"\nBack up {clean(directory / 'keys')}, encrypted: without it, nothing opens again.")
+    say(f"config     {path}")
+    say(f"key        local:{kek} ({wraps})")
+    say(f"publisher  local:{publisher} ({signs}), public part in {public}")
+    say("")
+    say(f"Back up {directory / 'keys'}, encrypted: without it, nothing opens again.")
     if named:
-        out.print(f"Use it with: export KEYMGMT_CONFIG={clean(shlex.quote(str(path.absolute())))}")
+        say(f"Use it with: export KEYMGMT_CONFIG={shlex.quote(str(path.absolute()))}")
 
 
 def _ensure(provider: SupportsKeyManagement, key: str, purpose: str) -> str:

@@ -12,7 +12,7 @@ import keymgmt
 from keymgmt._remote.location import is_location
 from keymgmt.cli._options import Json, Model, ModelOrTree, Name, Shard
 from keymgmt.cli._output import is_tree, print_finding, progress, tell_refusal, tell_tree
-from keymgmt.console import clean, console, print_json, table
+from keymgmt.console import clean, console, print_json, say, table
 from keymgmt.errors import ConfigError, FormatError
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def verify(
         print_json({"format": "keymgmt-verify/1", **verification.to_json()})
         return
     manifest = verification.manifest
-    console().print(f"{clean(manifest.name)}, release {manifest.release}, id {manifest.id.hex()}")
+    say(f"{manifest.name}, release {manifest.release}, id {manifest.id.hex()}")
     for finding in verification.findings:
         print_finding(finding.name, finding)
 
@@ -132,10 +132,9 @@ def show(
         # Free text, which must not look like one of the lines above or below.
         *((f"metadata {name}", text) for name, text in manifest.metadata.items()),
     ]
-    facts = [(_one_line(name), _one_line(fact)) for name, fact in facts]
-    width = max(len(name) for name, _ in facts)
+    width = max(len(clean(name)) for name, _ in facts)
     for name, fact in facts:
-        out.print(f"{name:{width}}  {fact}", soft_wrap=True)
+        say(f"{clean(name):{width}}  {fact}")
     out.print()
     limit = None if everything else _MANY
     files = [(entry.path, decimal(entry.size)) for entry in manifest.files]
@@ -149,15 +148,11 @@ def show(
     for signer in inspection.signers:
         until = inspection.expiries.get(signer)
         line = f"signed by  {signer}" + (f", until {until}" if until else "")
-        out.print(line if verified else f"{line}, says signatures.json, unchecked", soft_wrap=True)
+        say(line if verified else f"{line}, says signatures.json, unchecked")
     if not inspection.signers:
-        out.print("not signed")
-
-
-def _one_line(text: object) -> str:
-    return clean(text).replace("\n", "\\n")
+        say("not signed")
 
 
 def _more(count: int, limit: int | None) -> None:
     if limit is not None and count > limit:
-        console().print(f"... and {count - limit} more: --all")
+        say(f"... and {count - limit} more: --all")

@@ -27,13 +27,11 @@ from keymgmt.cli._options import (
     place,
 )
 from keymgmt.cli._output import ask_to_type, fail, print_warning, write_result
-from keymgmt.cli._state import State
-from keymgmt.console import clean, console, print_json, table
+from keymgmt.console import console, print_json, say, table
 from keymgmt.errors import (
     ConfigError,
     KeymgmtError,
     KeyRetired,
-    UnsupportedOperation,
     UntrustedPublisher,
 )
 
@@ -44,10 +42,18 @@ if TYPE_CHECKING:
     from keymgmt._providers.names import KeyRef
     from keymgmt._providers.recipient_file import Recipient
     from keymgmt._verbs.retire import Need
-    from keymgmt._verbs.usage import KeyUse
 
 __all__ = ["app"]
 
+Trees = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tree",
+        parser=place,
+        metavar="TREE",
+        help="Refuse while a sealed model at or below TREE opens with it; may be repeated.",
+    ),
+]
 NamesOnly = Annotated[
     bool,
     typer.Option(
@@ -89,7 +95,10 @@ def create(
     if kind is None:
         kinds = [name for name, use in provider.key_kinds.items() if use == purpose]
         if not kinds:
-            raise UnsupportedOperation(f"the keys of {reference.provider} do not {purpose}")
+            raise ConfigError(
+                f"the keys of {reference.provider} do not {purpose}",
+                hint="see what each backend can do with: keymgmt backends",
+            )
         kind = kinds[0]
     elif sign and provider.key_kinds.get(kind, "sign") != "sign":
         raise ConfigError(f"a key of kind {kind!r} does not sign", hint="leave out --sign")
@@ -146,7 +155,7 @@ def list_keys(context: typer.Context, provider: Provider = None, as_json: Json =
             )
         )
     for name, problem in failed[1:]:
-        typer.echo(f"{name}: {clean(problem)}", err=True)
+        say(f"{name}: {problem}", stderr=True)
     if failed:
         raise failed[0][1]
 
@@ -214,32 +223,34 @@ def export(
     Example:
         keymgmt keys export local:publisher -o publisher.pem
     """
+    from keymgmt._config.calls import require
     from keymgmt._crypto.signatures import PublicKey
     from keymgmt._providers.contract import SupportsOfflineRecipients, SupportsSigning
 
-    reference, provider = _find(context, key, version=True)
+    reference = _reference(key, version=True)
+    config = context.obj.config()
     fingerprint: str | None = None
     signature: Path | None = None
     if form is None:
-        form = _natural_form(reference, provider)
+        form = _natural_form(reference, config.provider(reference.provider))
     if sign is not None and (form != "recipient" or output is None):
         raise ConfigError("--sign signs a recipient file: it needs --output")
     if form == "pem":
-        if not isinstance(provider, SupportsSigning):
-            raise UnsupportedOperation(f"the provider {reference.provider} does not sign")
-        content = PublicKey(provider.public_key(reference.key, reference.version)).to_pem()
+        signer = require(config, reference.provider, SupportsSigning, "does not sign")
+        content = PublicKey(signer.public_key(reference.key, reference.version)).to_pem()
     elif reference.version is not None:
         raise ConfigError(
             f"others seal to the newest version of a key, and not to {reference}",
             hint=f"leave out the version: {reference.provider}:{reference.key}",
         )
     elif form == "recipient":
-        if not isinstance(provider, SupportsOfflineRecipients):
-            raise UnsupportedOperation(
-                f"the keys of {reference.provider} have no public part to which others seal",
-                hint="seal where this provider is configured: --to " + str(reference),
-            )
-        recipient = provider.export_recipient(reference.key)
+        exporter = require(
+            config,
+            reference.provider,
+            SupportsOfflineRecipients,
+            "has no keys with a public part, to which others seal",
+        )
+        recipient = exporter.export_recipient(reference.key)
         content, fingerprint = recipient.to_bytes(), recipient.fingerprint
     else:
         raise ConfigError(f"no format {form!r}", hint="formats: pem, recipient")
@@ -263,18 +274,16 @@ def export(
 
 
 def _tell_next(form: str, output: Path | None, fingerprint: str | None) -> None:
-    out = console(stderr=True)
     if output is not None:
-        name = clean(output)
-        out.print(f"wrote {name}", soft_wrap=True)
+        say(f"wrote {output}", stderr=True)
         if form == "pem":
-            step = f'where models are opened: publishers = {{ "{name}" = ["*"] }} under [policy]'
+            step = f'where models are opened: publishers = {{ "{output}" = ["*"] }} under [policy]'
         else:
-            step = f"where models are sealed: --to @{name}"
-        out.print(f"next, {step}", soft_wrap=True)
+            step = f"where models are sealed: --to @{output}"
+        say(f"next, {step}", stderr=True)
     if fingerprint is not None:
         # Whoever seals to the file compares this, sent by another channel, with the received file.
-        out.print(f"fingerprint {fingerprint}", soft_wrap=True)
+        say(f"fingerprint {fingerprint}", stderr=True)
 
 
 @app.command()
@@ -314,18 +323,18 @@ def vouch(
         }
         print_json({"format": "keymgmt-vouch/1", **said})
     else:
-        console(stderr=True).print(f"wrote {clean(signature)}", soft_wrap=True)
+        say(f"wrote {signature}", stderr=True)
 
 
 def _vouch(
     context: typer.Context, recipient: Recipient, file: Path, sign: str, *, force: bool
 ) -> Path:
+    from keymgmt._config.calls import require
     from keymgmt._providers.contract import SupportsSigning
     from keymgmt._providers.recipient_file import recipient_message, signatures_file
 
-    reference, signer = _find(context, sign)
-    if not isinstance(signer, SupportsSigning):
-        raise UnsupportedOperation(f"{reference.provider} does not sign")
+    reference = _reference(sign, version=False)
+    signer = require(context.obj.config(), reference.provider, SupportsSigning, "does not sign")
     signature = signer.sign(reference.key, recipient_message(recipient))
     target = file.with_name(file.name + ".sig")
     write_result(signatures_file([signature]), target, force=force)
@@ -341,14 +350,7 @@ def retire(
             metavar="PROVIDER:KEY@VERSION", help="A version.", autocompletion=complete_key
         ),
     ],
-    tree: Annotated[
-        list[str] | None,
-        typer.Option(
-            parser=place,
-            metavar="TREE",
-            help="Refuse while the version opens a sealed model at or below it; may be repeated.",
-        ),
-    ] = None,
+    tree: Trees = None,
     names_only: NamesOnly = False,
     as_json: Json = False,
 ) -> None:
@@ -374,14 +376,7 @@ def retire(
 def delete(
     context: typer.Context,
     key: Key,
-    tree: Annotated[
-        list[str] | None,
-        typer.Option(
-            parser=place,
-            metavar="TREE",
-            help="Refuse while the key opens a sealed model at or below it; may be repeated.",
-        ),
-    ] = None,
+    tree: Trees = None,
     names_only: NamesOnly = False,
     force: Annotated[
         bool, typer.Option("--force", "-f", help="Do not check whether a model needs the key.")
@@ -400,19 +395,16 @@ def delete(
         keymgmt keys delete local:old --tree /srv/models
         keymgmt keys delete local:old --force --yes
     """
+    from keymgmt._config.calls import require
     from keymgmt._providers.contract import SupportsKeyDeletion
 
     reference, provider = _managed(context, key)
-    if not isinstance(provider, SupportsKeyDeletion):
-        raise UnsupportedOperation(
-            f"the provider {reference.provider} cannot delete keys",
-            hint="delete it in the key service itself",
-        )
+    config = context.obj.config()
+    deleter = require(config, reference.provider, SupportsKeyDeletion, "deletes no keys")
     if force and tree:
         raise ConfigError("--force and --tree exclude each other", hint="leave one of them out")
     if names_only and not tree:
         raise ConfigError("--names-only needs a tree", hint="name a tree with --tree")
-    config = context.obj.config()
     info = provider.describe_key(reference.key)
     need = None
     if not force:
@@ -426,16 +418,14 @@ def delete(
             )
     if not yes:
         ask_to_type(str(reference), f"what only {reference} opens never opens again")
-    until = provider.delete_key(reference.key)
+    until = deleter.delete_key(reference.key)
     if as_json:
         said = {"format": "keymgmt-delete/1", "reference": str(reference), "until": until}
         print_json({**said, **_looked_at(need)})
     elif until is None:
-        console().print(f"deleted {clean(reference)}")
+        say(f"deleted {reference}")
     else:
-        console().print(
-            f"{clean(reference)} cannot be used any more, and is deleted at {clean(until)}"
-        )
+        say(f"{reference} cannot be used any more, and is deleted at {until}")
     _tell_unneeded(need)
 
 
@@ -446,7 +436,7 @@ def _looked_at(need: Need | None) -> dict[str, Any]:
 def _tell_unneeded(need: Need | None) -> None:
     if need:
         said = f"none of {counted(need.models, 'model')} looked at needs it"
-        console(stderr=True).print(said if need.proved else f"{said}, by name")
+        say(said if need.proved else f"{said}, by name", stderr=True)
 
 
 def _refuse_named(config: Config, reference: KeyRef) -> None:
@@ -464,10 +454,10 @@ def _refuse_needed(
     """The result of checking the trees; ConfigError if a model needs the key."""
     need = keymgmt.needs(str(reference), *trees, keys=config, names_only=names_only)
     for link in need.links:
-        console(stderr=True).print(f"followed {clean(link.path)} to {clean(link.target)}")
+        say(f"followed {link.path} to {link.target}", stderr=True)
     if need.verdict != "not_referenced":
         for path in need.opens:
-            console(stderr=True).print(f"{clean(path)}: it opens with {reference}", soft_wrap=True)
+            say(f"{path}: it opens with {reference}", stderr=True)
         _tell_failures(need.failures)
     try:
         need.check()
@@ -520,8 +510,7 @@ def usage(
     if result.failures and not result.models and not (as_json or as_csv):
         _tell_failures(result.failures[1:])
         raise result.failures[0].error
-    uses = [(*_identity(use), use.opens, len(use.only_way_into)) for use in result.keys]
-    named = {use[:3] for use in uses}
+    named = {(use.backend, use.key, use.version) for use in result.keys}
     missing: list[tuple[str, str, str]] = []
     for text in key or []:
         reference, provider = _managed(context, text)
@@ -539,74 +528,60 @@ def usage(
     elif as_csv:
         number = "unknown" if result.failures else 0
         writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerows([columns, *uses])
+        writer.writerow(columns)
+        for use in result.keys:
+            counts = use.opens, len(use.only_way_into)
+            writer.writerow(
+                (use.backend, use.key, use.version, use.known_by, use.identity, *counts)
+            )
         writer.writerows((*identity, "name", "", number, number) for identity in missing)
     else:
-        rows = [
-            (
-                *use[:3],
-                _known_by(use),
-                f"opens {counted(use[5], 'model')}, is the only way into {use[6]}",
-            )
-            for use in uses
-        ]
+        rows = []
+        for use in result.keys:
+            known_by = f"{use.known_by} {use.identity[:16]}".strip()
+            opens = f"opens {counted(use.opens, 'model')}"
+            way = f"{opens}, is the only way into {len(use.only_way_into)}"
+            rows.append((use.backend, use.key, use.version, known_by, way))
         here = "tree" if shard is None else f"part ({shard}) of it"
         text = "unknown: not all could be read" if result.failures else f"not named in this {here}"
         rows += [(*identity, "name", text) for identity in missing]
         console().print(table(["backend", "key", "version", "known by", "in this tree"], rows))
-        console().print(
-            f"{counted(result.models, 'model')}, unauthenticated: whoever can write here can hide "
-            "a model"
-        )
+        models = counted(result.models, "model")
+        say(f"{models}, unauthenticated: whoever can write here can hide a model")
         for link in result.links:
-            console().print(f"followed {clean(link.path)} to {clean(link.target)}")
+            say(f"followed {link.path} to {link.target}")
     _tell_failures(result.failures)
     if result.failures:
         raise typer.Exit(result.failures[0].error.exit_code)
 
 
-def _identity(use: KeyUse) -> tuple[str, str, str, str, str]:
-    return use.backend, use.key, use.version, use.known_by, use.identity
-
-
-def _known_by(use: Sequence[object]) -> str:
-    return f"{use[3]} {str(use[4])[:16]}".strip()
-
-
 def _tell_failures(failures: Sequence[keymgmt.Failure]) -> None:
     for failure in failures:
-        console(stderr=True).print(f"{clean(failure.path)}: {clean(failure.error)}", soft_wrap=True)
+        say(f"{failure.path}: {failure.error}", stderr=True)
 
 
-def _find(
-    context: typer.Context, text: str, *, version: bool = False
-) -> tuple[KeyRef, KeyProvider[Any]]:
+def _reference(text: str, *, version: bool) -> KeyRef:
+    """Read ``PROVIDER:KEY``; ConfigError where it has a version and none is allowed."""
     from keymgmt._providers.names import KeyRef
 
-    state: State = context.obj
     reference = KeyRef.parse(text)
     if reference.version is not None and not version:
         raise ConfigError(f"not a key: {text}", hint=f"leave out the version: {text.split('@')[0]}")
-    return reference, state.config().provider(reference.provider)
+    return reference
 
 
 def _managed(
     context: typer.Context, text: str, *, version: bool = False
 ) -> tuple[KeyRef, SupportsKeyManagement]:
+    """A key, or one version of it, and its provider, which manages keys."""
+    from keymgmt._config.calls import require
     from keymgmt._providers.contract import SupportsKeyManagement
-    from keymgmt._providers.names import KeyRef
 
-    state: State = context.obj
-    reference = KeyRef.parse(text)
+    reference = _reference(text, version=version)
     if version and reference.version is None:
         raise ConfigError(f"which version of {text}?", hint=f"write {text}@VERSION")
-    if not version and reference.version is not None:
-        raise ConfigError(f"not a key: {text}", hint=f"leave out the version: {text.split('@')[0]}")
-    provider = state.config().provider(reference.provider)
-    if not isinstance(provider, SupportsKeyManagement):
-        raise UnsupportedOperation(
-            f"the backend {provider.backend} does not manage keys", hint="use the service's tools"
-        )
+    config = context.obj.config()
+    provider = require(config, reference.provider, SupportsKeyManagement, "does not manage keys")
     return reference, provider
 
 
@@ -627,9 +602,8 @@ def _show(reference: KeyRef, info: KeyInfo, as_json: bool, **more: object) -> No
     if as_json:
         print_json({"format": "keymgmt-key/1", **_plain(name, info), **more})
         return
-    out = console()
-    out.print(f"{clean(name)}: {clean(info.kind)}, {info.purpose}s")
+    say(f"{name}: {info.kind}, {info.purpose}s")
     for detail, value in info.detail.items():
-        out.print(f"{clean(detail)}: {clean(value)}")
+        say(f"{detail}: {value}")
     rows = [(each.version, each.state, each.created or "-") for each in info.versions]
-    out.print(table(["version", "state", "created"], rows))
+    console().print(table(["version", "state", "created"], rows))

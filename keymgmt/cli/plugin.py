@@ -17,7 +17,7 @@ import typer
 from keymgmt.cli._options import Json
 from keymgmt.cli._scaffold import write_scaffold
 from keymgmt.cli._state import State
-from keymgmt.console import clean, console, print_json, table
+from keymgmt.console import clean, console, print_json, say, table
 from keymgmt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ def check(
         keymgmt plugin check site:resnet50 --report kit.json
     """
     from keymgmt._config.config import load_config
+    from keymgmt._system.files import save_file
 
     try:
         from keymgmt.testing._run import run_contract
@@ -153,7 +154,7 @@ def check(
                 out.print(f"left in the service: {clean(name)}: {clean(why)}", soft_wrap=True)
     document = {**_report(site, versions, results), "left": left}
     if report is not None:
-        write_report(report, document)
+        save_file(report, json.dumps(document, indent=2).encode() + b"\n", force=True)
     if as_json:
         print_json(document)
     else:
@@ -219,13 +220,6 @@ def _report(site: Site, versions: dict[str, str], results: list[Result]) -> dict
         "counts": {name: counts[name] for name in ("passed", "failed", "skipped")},
         "checks": [asdict(result) for result in results],
     }
-
-
-def write_report(path: Path, report: dict[str, Any]) -> None:
-    """Write the JSON report in place of an older one."""
-    from keymgmt._system.files import replace_file
-
-    replace_file(path, json.dumps(report, indent=2).encode() + b"\n")
 
 
 def _print(site: Site, versions: dict[str, str], results: list[Result]) -> None:
@@ -308,8 +302,7 @@ def new(
         names = [str(path) for path in files]
         print_json({"format": "keymgmt-plugin-new/1", "directory": str(target), "files": names})
         return
-    out = console()
     for path in files:
-        out.print(clean(target / path))
-    out.print()
-    out.print(f"Next: cd {clean(target)} and read README.md")
+        say(target / path)
+    say("")
+    say(f"Next: cd {target} and read README.md")

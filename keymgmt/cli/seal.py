@@ -34,7 +34,7 @@ from keymgmt.cli._output import (
     tell_tree,
 )
 from keymgmt.cli.inspect import show
-from keymgmt.console import clean, console, print_json
+from keymgmt.console import print_json, say
 from keymgmt.errors import KeymgmtError
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def seal(
     show(inspection, as_json=as_json, verified=True)
     manifest = inspection.manifest
     if said := why_not_loaded(manifest.kind, manifest.main, manifest.by_path):
-        console(stderr=True).print(f"note: {clean(said)}", soft_wrap=True)
+        say(f"note: {said}", stderr=True)
 
 
 def _tell_source(found: Source) -> None:
@@ -128,7 +128,7 @@ def _tell_source(found: Source) -> None:
         ("empty folders are not sealed", found.empty),
     ):
         if paths:
-            console(stderr=True).print(f"{title}: {clean(_some(paths))}", soft_wrap=True)
+            say(f"{title}: {_some(paths)}", stderr=True)
 
 
 def _some(paths: Sequence[str]) -> str:
@@ -172,11 +172,9 @@ def unseal(
         said = {"directory": str(directory), "name": manifest.name, "files": files}
         print_json({"format": "keymgmt-unseal/1", **said})
         return
-    console().print(
-        f"{clean(manifest.name)}: {counted(len(manifest.files), 'file')} in {clean(directory)}"
-    )
+    say(f"{manifest.name}: {counted(len(manifest.files), 'file')} in {directory}")
     where = "in memory" if memory else "on a disk"
-    console(stderr=True).print(f"this is plaintext {where}: delete it when you are done")
+    say(f"this is plaintext {where}: delete it when you are done", stderr=True)
 
 
 def sign(
@@ -230,7 +228,7 @@ def sign(
         made = keymgmt.sign_tree(model, **options, shard=shard)
         tell_tree(lambda _: made, "signing", "keymgmt-sign/1", shard=shard, as_json=as_json)
         return
-    console(stderr=True).print(f"{clean(model)} {_signed_by(model, config)}", soft_wrap=True)
+    say(f"{model} {_signed_by(model, config)}", stderr=True)
     with progress("checking digests") as done:
         signed = keymgmt.sign(model, **options, progress=done)
     refused = refusal(model, config)
@@ -240,8 +238,8 @@ def sign(
         shown = {"path": str(model), "signed": signed, "unopened": unopened, "refusal": said}
         print_json({"format": "keymgmt-sign/1", **shown})
         return
-    said = f"signed {clean(model)}" + (f", until {until:%Y-%m-%d %H:%M}" if until else "")
-    console().print(said + (", unopened: who made it was not checked" if unopened else ""))
+    said = f"signed {model}" + (f", until {until:%Y-%m-%d %H:%M}" if until else "")
+    say(said + (", unopened: who made it was not checked" if unopened else ""))
 
 
 def _signed_by(model: str, config: Config) -> str:

@@ -10,10 +10,11 @@ import contextlib
 import errno
 import os
 import stat
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final
 
+from keymgmt._system.closing import Closing
 from keymgmt._system.files import from_system, left_behind, replace_in, to_system
 from keymgmt._system.locks import lock_file
 from keymgmt._system.refused import translate
@@ -69,7 +70,7 @@ def file_stamp(info: os.stat_result) -> str:
     return f"{info.st_ino}-{info.st_size}-{info.st_mtime_ns}-{info.st_ctime_ns}"
 
 
-class ModelFolder(ABC):
+class ModelFolder(Closing):
     """The interface of a sealed model's folder, which need not be on this machine.
 
     Attributes:
@@ -125,27 +126,27 @@ class ModelFolder(ABC):
 
     # The methods below do nothing for a folder that is not on this machine.
 
-    def expect(self, *names: str) -> None:  # noqa: B027
+    def expect(self, *names: str) -> None:
         """Small files that are read soon."""
 
-    def close(self) -> None:  # noqa: B027
+    def close(self) -> None:
         """Close the handle; may be called again."""
 
     def lock(self, *, wait: bool = True) -> bool:  # noqa: ARG002
         """Lock this folder when nobody else changes it; without ``wait``, False if one does."""
         return True
 
-    def check_place(self) -> None:  # noqa: B027
+    def check_place(self) -> None:
         """IntegrityError where another folder, or none, is at the path by now."""
 
-    def clean(self, name: str) -> None:  # noqa: B027
+    def clean(self, name: str) -> None:
         """Remove what killed replacements of a small file left; the lock is held."""
 
     def in_use(self, name: str) -> bool:  # noqa: ARG002
         """Whether somebody replaces a small file, or was killed while doing so."""
         return False
 
-    def check_listing(self, manifest: Manifest) -> None:  # noqa: B027
+    def check_listing(self, manifest: Manifest) -> None:
         """FormatError where payload/ holds anything that the manifest does not list."""
 
     def others(self) -> list[str]:
@@ -187,24 +188,8 @@ class SealedFolder(ModelFolder):
             os.close(self._fd)
             self._fd = -1
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    @property
-    def descriptor(self) -> int:
-        """The directory handle."""
-        return self._fd
-
     def read(self, name: str, limit: int, *, optional: bool = False) -> bytes:
-        """Read a small file at the top of the folder, at most ``limit`` bytes.
-
-        Raises:
-            FormatError: missing (unless ``optional``, which gives ``b""``), too large, no file.
-            SealedModelError: the system cannot read it.
-        """
+        """See ModelFolder."""
         try:
             descriptor = self._open(name)
         except FileNotFoundError as error:
@@ -244,15 +229,18 @@ class SealedFolder(ModelFolder):
         try:
             yield from replace_in(self._fd, name, content)
         except OSError as error:
-            if isinstance(error, FileNotFoundError):
-                self.check_place()
-            if error.errno in (errno.EISDIR, errno.ELOOP):
-                raise ConfigError(
-                    f"{self.path / LOCK} is not a file: it is not ours", hint="remove it"
-                ) from error
-            raise OSError(error.errno, error.strerror, str(self.path / name)) from error
+            raise self._translated(error, name) from error
         self.check_place()
         self.check_written(name, content)
+
+    def _translated(self, error: OSError, name: str) -> Exception:
+        """What an error in writing a small file means; IntegrityError where the folder is gone."""
+        if isinstance(error, FileNotFoundError):
+            self.check_place()
+        file = str(self.path / name)
+        if error.errno in (errno.EISDIR, errno.ELOOP):
+            return ConfigError(f"{file} is not a file: it is not ours", hint="remove it")
+        return OSError(error.errno, error.strerror, file)
 
     def check_place(self) -> None:
         """IntegrityError where another folder, or none, is at the path by now."""
@@ -299,13 +287,7 @@ class SealedFolder(ModelFolder):
                 hint="run it as a user who may write there",
             ) from error
         except OSError as error:
-            if isinstance(error, FileNotFoundError):
-                self.check_place()
-            if error.errno in (errno.EISDIR, errno.ELOOP):
-                raise ConfigError(
-                    f"{self.path / LOCK} is not a file: it is not ours", hint="remove it"
-                ) from error
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
+            raise self._translated(error, LOCK) from error
         self.check_place()
         return True
 
@@ -321,12 +303,7 @@ class SealedFolder(ModelFolder):
         return os.path.lexists(self.path / LOCK) or bool(left_behind(self.path / name))
 
     def open_payload(self, path: str) -> Ciphertext:
-        """Open the ciphertext of a model's file; the caller closes it.
-
-        Raises:
-            IntegrityError: it is missing.
-            FormatError: it, or a folder above it, is no regular file or folder.
-        """
+        """See ModelFolder."""
         try:
             return FileCiphertext(self._open(payload_name(path)))
         except FileNotFoundError as error:

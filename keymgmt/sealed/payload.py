@@ -18,11 +18,12 @@ import itertools
 import os
 import threading
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Protocol
 
 from keymgmt import floe
 from keymgmt._crypto.dek import wipe
 from keymgmt._system.cgroup import cpus
+from keymgmt._system.closing import Closing
 from keymgmt._system.files import naming
 from keymgmt._system.fork import ForkSafe
 from keymgmt._system.pages import BLOCK, FreshMemory, unwritten
@@ -398,7 +399,7 @@ class Learned(ForkSafe):
         self.lock = threading.Lock()
 
 
-class PayloadReader:
+class PayloadReader(Closing):
     """Decrypts one payload file: all of it in parallel, or any part.
 
     A context manager that wipes the derived keys. Any thread may call any method, except ``close``
@@ -526,12 +527,6 @@ class PayloadReader:
         """Wipe the derived keys; may be called again."""
         self._decryptor.close()
         self._source.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class _PayloadFile(io.RawIOBase, ForkSafe):

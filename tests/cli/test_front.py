@@ -194,10 +194,8 @@ def test_completing_a_provider_reads_the_config_and_no_more(
 def test_what_is_installed_is_looked_for_once(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every distribution of the environment is asked, however many commands there are."""
     asked: list[str] = []
-    real = entry_points.installed_entry_points
-    monkeypatch.setattr(
-        entry_points, "installed_entry_points", lambda group: asked.append(group) or real(group)
-    )
+    real = entry_points.announced
+    monkeypatch.setattr(entry_points, "announced", lambda group: asked.append(group) or real(group))
     assert cli("--help").code == 0
     assert asked == ["keymgmt.commands"]
 

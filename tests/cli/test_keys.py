@@ -327,3 +327,42 @@ def test_a_key_is_not_deleted_by_the_way(cli: Cli, sealed: Path) -> None:
         "reference": "local:former",
         "until": None,
     }
+
+
+TOY = """
+from typing import ClassVar
+from keymgmt.backend import Health, KeyProvider, Settings
+
+class Toy(KeyProvider[Settings]):
+    backend: ClassVar[str] = "toy"
+    Settings = Settings
+    def wrap(self, key, dek, context): ...
+    def unwrap(self, wrapped, context): ...
+    def check(self, key=None): return Health(())
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("keys", "create", "toy:a"),
+        ("keys", "show", "toy:a"),
+        ("keys", "rotate", "toy:a"),
+        ("keys", "retire", "toy:a@1"),
+        ("keys", "delete", "toy:a", "--force", "--yes"),
+        ("keys", "export", "toy:a"),
+        ("keys", "export", "toy:a", "--format", "recipient"),
+        ("sign", "model.sealed", "toy:a"),
+    ],
+    ids=" ".join,
+)
+def test_what_a_backend_cannot_do_is_a_wrong_argument_for_every_command(
+    cli: Cli, site: Path, sealed: Path, install: Callable[..., Path], arguments: tuple[str, ...]
+) -> None:
+    install("toy-keymgmt", "keymgmt.backends", {"toy": "toy_backend:Toy"}, toy_backend=TOY)
+    with (site / "keymgmt.toml").open("a") as config:
+        config.write('[providers.toy]\nbackend = "toy"\n')
+    ran = cli(*arguments)
+    assert ran.code == 3, ran.err
+    assert ran.error.startswith("the provider toy (toy) ")
+    assert "keymgmt backends" in ran.hint

@@ -35,6 +35,17 @@ def test_init_without_a_directory_is_found_by_every_application(cli: Cli, tmp_pa
     assert keymgmt.load_config().path == tmp_path / "xdg" / "keymgmt" / "keymgmt.toml"
 
 
+def test_a_command_that_is_to_be_copied_is_one_line_however_narrow_the_terminal(
+    terminal: Callable[..., Any], tmp_path: Path
+) -> None:
+    pytest.importorskip("keymgmt_file")
+    folder = tmp_path / ("deep" * 20)
+    ran = terminal("init", folder, cwd=tmp_path)
+    assert ran.end() == 0, ran.seen
+    assert f"export KEYMGMT_CONFIG={folder}/keymgmt.toml".encode() in ran.seen
+    assert f"Back up {folder}/keys, encrypted".encode() in ran.seen
+
+
 def test_init_replaces_nothing(cli: Cli, site: Path) -> None:
     before = {path: path.read_bytes() for path in site.rglob("*") if path.is_file()}
     ran = cli("init", ".")

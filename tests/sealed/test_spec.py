@@ -12,9 +12,10 @@ import pytest
 
 from keymgmt import inspect
 from keymgmt._crypto.dek import Dek
-from keymgmt.errors import FormatError
+from keymgmt.errors import ConfigError, FormatError
 from keymgmt.sealed import derive
 from keymgmt.sealed.ciphertext import FileCiphertext
+from keymgmt.sealed.folder import SealedFolder
 from keymgmt.sealed.keys import UnlockPolicy
 from keymgmt.sealed.manifest import Manifest, manifest_hash
 from keymgmt.sealed.payload import PayloadReader
@@ -72,3 +73,9 @@ def test_created_is_a_day_in_ascii(created):
     text = JSON["manifest.json"].replace("2026-01-01", created)
     with pytest.raises(FormatError):
         Manifest.from_bytes(text.encode())
+
+
+def test_what_is_in_the_way_of_a_small_file_is_named(tmp_path):
+    (tmp_path / "keys.json").mkdir()
+    with SealedFolder(tmp_path) as folder, pytest.raises(ConfigError, match=r"keys\.json is not a"):
+        folder.replace("keys.json", b"{}")

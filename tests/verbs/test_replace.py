@@ -200,7 +200,7 @@ def test_a_file_system_without_locks_is_named(site, monkeypatch):
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", failing)
-    with pytest.raises(OSError, match=r"No locks available: '.*m\.sealed'"):
+    with pytest.raises(OSError, match=r"No locks available: '.*m\.sealed/\.keymgmt\.lock'"):
         keymgmt.rewrap(path, add=["local:b"], keys=site.config())
 
 
