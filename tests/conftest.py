@@ -335,13 +335,13 @@ def ends_quietly() -> Callable[..., None]:
         begun = time.monotonic()
         with start(*program, *arguments, cwd=cwd, stdout=theirs) as process:
             os.close(theirs)
-            _, said = process.communicate(timeout=120)
+            _, said = process.communicate(timeout=600)
         whole = time.monotonic() - begun
         assert process.returncode == 128 + signal.SIGPIPE, said
         assert b"Traceback" not in said
         closed = ("sh", "-c", 'exec "$@" >&-', "sh")
         with start(*closed, *program, *arguments, cwd=cwd) as process:
-            _, said = process.communicate(timeout=120)
+            _, said = process.communicate(timeout=600)
         assert process.returncode == 1, said
         assert said.endswith(b"error: stdout: Bad file descriptor\n")
         for step in range(moments):
@@ -349,7 +349,7 @@ def ends_quietly() -> Callable[..., None]:
                 _wait_for_main(process)
                 time.sleep(0.7 * whole * step / moments)
                 process.send_signal(signal.SIGINT)
-                _, said = process.communicate(timeout=120)
+                _, said = process.communicate(timeout=600)
             assert process.returncode in (128 + signal.SIGINT, -signal.SIGINT, 0), said
             assert b"Traceback" not in said
 

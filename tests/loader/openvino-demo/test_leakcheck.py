@@ -233,5 +233,6 @@ def test_a_program_of_exec(check, require_tool, tmp_path, writes):
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(1800)  # it searches all of /tmp five times, and others write there too
 def test_a_leakcheck_that_is_stopped_prints_no_traceback(tmp_path, ends_quietly):
     ends_quietly("leakcheck", "--json", cwd=tmp_path)
