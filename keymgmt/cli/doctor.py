@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Final, ParamSpec
 
 import typer
@@ -15,7 +17,7 @@ from keymgmt.cli._options import Json, complete_key, place
 from keymgmt.cli._output import print_finding
 from keymgmt.cli._state import State
 from keymgmt.console import print_json
-from keymgmt.errors import Attempt, KeymgmtError
+from keymgmt.errors import Attempt, ConfigError, KeymgmtError
 
 if TYPE_CHECKING:
     from keymgmt._config.config import Config
@@ -151,7 +153,6 @@ def _module(config: Config) -> Finding:
 
 def _policy(config: Config) -> Iterator[Finding]:
     from keymgmt._providers.data import Finding
-    from keymgmt._providers.names import parse_group
 
     policy = config.policy
     yield Finding("config", "ok", str(config.path))
@@ -179,12 +180,17 @@ def _policy(config: Config) -> Iterator[Finding]:
         yield _attempt("release memory", _remembered, config)
     if config.seal.sign:
         finding = _attempt("[seal] sign", _sealing, config)
-        # Only a warning: the check of its provider reports a key that fails.
-        yield replace(finding, status="warning") if finding.status == "failed" else finding
+        name, colon, _ = config.seal.sign.partition(":")
+        if finding.status == "failed" and colon and name in config.provider_names:
+            # Only a warning: the check of that provider reports a key that fails.
+            finding = replace(finding, status="warning")
+        yield finding
     for group in config.seal.to:
-        for member in parse_group(group):
-            if member.startswith("@"):
-                yield _attempt(f"recipient {member}", _recipient, member[1:])
+        members = group.split("+")
+        for file in (member for member in members if member.startswith("@")):
+            yield _attempt(f"recipient {file}", _recipient, file[1:])
+        if keys := [member for member in members if not member.startswith("@")]:
+            yield _attempt(f"[seal] to {group}", _wraps, config, "+".join(keys))
 
 
 def _remembered(config: Config) -> str:
@@ -206,6 +212,17 @@ def _sealing(config: Config) -> str:
     return f"{config.seal.sign}, {public.id[:16]}"
 
 
+def _wraps(config: Config, keys: str) -> str:
+    from keymgmt._system.deadline import within
+    from keymgmt._trust.recipients import resolve_groups
+    from keymgmt.sealed.profiles import find_profile
+
+    profile = find_profile(config.seal.profile)
+    resolve = partial(resolve_groups, [keys], config, profile=profile)
+    within(SECONDS, f"wrapping with {keys}", resolve)
+    return f"wrapped with {keys}"
+
+
 def _signer(config: Config, file: str, role: str) -> str:
     from keymgmt._crypto.signatures import algorithm_of
 
@@ -220,9 +237,10 @@ def _recipient(path: str) -> str:
 
 
 def _seal_keys(config: Config) -> Iterator[str]:
-    from keymgmt._providers.names import KeyRef, parse_group
+    from keymgmt._providers.names import KeyRef
 
-    for group in config.seal.to:
-        yield from (member for member in parse_group(group) if not member.startswith("@"))
-    if config.seal.sign:
-        yield str(KeyRef.parse(config.seal.sign))
+    named = [member for group in config.seal.to for member in group.split("+")]
+    for text in (*named, config.seal.sign or "@"):
+        # What is no key, or malformed, is a finding of the policy.
+        with contextlib.suppress(ConfigError):
+            yield str(KeyRef.parse(text))

@@ -176,6 +176,32 @@ def test_doctor_looks_at_the_release_memory(cli: Cli, site: Path) -> None:
     assert "is damaged" in found[0]["detail"]
 
 
+@pytest.mark.parametrize(
+    ("seal", "said"),
+    [
+        ('to = ["lokal:models"]', "no provider named 'lokal'"),
+        ('to = ["local:models+lokal:models"]', "no provider named 'lokal'"),
+        ('to = ["local:publisher"]', "does not wrap"),
+        ('to = ["local:models@1"]', "the newest version"),
+        ('to = ["local:models+local:models"]', "the same key twice"),
+        ('to = ["local"]', "not a key reference"),
+        ('to = [""]', "not a key reference"),
+        ('sign = "lokal:publisher"', "no provider named 'lokal'"),
+        ('sign = "local"', "not a key reference"),
+    ],
+)
+def test_doctor_fails_where_sealing_as_the_config_says_would(
+    cli: Cli, site: Path, seal: str, said: str
+) -> None:
+    config = site / "keymgmt.toml"
+    config.write_text(config.read_text().partition("[seal]")[0] + f"[seal]\n{seal}\n")
+    ran = cli("doctor", "--json")
+    failed = [each for each in ran.json()["findings"] if each["status"] == "failed"]
+    assert ran.code == 1
+    assert [each["name"].split()[0] for each in failed] == ["[seal]"]
+    assert said in failed[0]["detail"]
+
+
 def test_doctor_warns_where_unsigned_models_open(cli: Cli, site: Path) -> None:
     (site / "keymgmt.toml").write_text(
         '[providers.local]\nbackend = "file"\npath = "keys"\n[policy]\nrequire_signature = false\n'
