@@ -79,6 +79,8 @@ class WebStorage:
         reply = self._http.request(
             "PUT", url, headers={"If-Match": pin}, body=content, good=_PUT, limit=1 << 16
         )
+        if reply.status == S.OK and (etag := reply.headers.get("etag")):
+            return etag
         now = self.part(name, 0, len(content) + 1)
         # Refused, but stored: an earlier try succeeded, and its reply was lost.
         if reply.status == S.OK or (now is not None and now.content == content):

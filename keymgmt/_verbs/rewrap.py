@@ -19,7 +19,7 @@ from keymgmt._trust.candidate import admit
 from keymgmt._trust.unlock import Unlocker
 from keymgmt._verbs.rewrap_groups import EXIT_CODES, GroupChange, Work, not_opened
 from keymgmt._verbs.rewrap_task import Task, Wanted
-from keymgmt.errors import CannotUnlock, ConfigError
+from keymgmt.errors import CannotUnlock, ConfigError, IntegrityError
 from keymgmt.sealed.folder import KEYS
 from keymgmt.sealed.keys import MAX_KEYS
 
@@ -133,7 +133,10 @@ def rewrap(
 
 
 class ChangedMeanwhile(Exception):
-    """Another process changes the model, or was killed while doing so: begin again, ``locked``."""
+    """Another process changes the model, or was killed while doing so: begin again, ``locked``.
+
+    Where nothing can be locked, as in a bucket, the second time it is an IntegrityError.
+    """
 
 
 def rewrap_one(path: str | os.PathLike[str], task: Task, name: str | None = None) -> Rewrapped:
@@ -198,9 +201,15 @@ def rewrap_steps(
                     if not candidate.folder.lock(wait=False):
                         raise ChangedMeanwhile
                     candidate.folder.clean(KEYS)
-                    if candidate.folder.read(KEYS, MAX_KEYS) != policy.to_bytes():
+                    folder = candidate.folder
+                    if folder.locks and folder.read(KEYS, MAX_KEYS) != policy.to_bytes():
                         raise ChangedMeanwhile
-                yield from candidate.folder.replacing(KEYS, data)
+                try:
+                    yield from candidate.folder.replacing(KEYS, data)
+                except IntegrityError as error:
+                    if locked or candidate.folder.locks:
+                        raise
+                    raise ChangedMeanwhile from error
                 audit("rewrap", model=manifest.id.hex(), name=manifest.name)
             elif not (locked or task.dry_run) and candidate.folder.in_use(KEYS):
                 raise ChangedMeanwhile

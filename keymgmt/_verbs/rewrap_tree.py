@@ -70,7 +70,8 @@ def rewrap_tree(
     ``keymgmt.rewrap``.
 
     ``tree`` may be a path in a bucket, as the text ``s3://BUCKET/PATH``: its objects are listed in
-    pages. If somebody else replaces the groups of one of its models meanwhile, that is a Failure.
+    pages. A model of which somebody else replaces the groups meanwhile is done again; the second
+    time that is a Failure.
 
     ``shard``, such as ``"2/8"``, selects one part of the tree by the paths of the models below it.
     The parts may run at the same time, on machines that mount the tree at different paths. It is

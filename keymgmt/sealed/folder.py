@@ -12,7 +12,7 @@ import os
 import stat
 from abc import abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from keymgmt._system.closing import Closing
 from keymgmt._system.files import from_system, left_behind, replace_in, to_system
@@ -75,9 +75,12 @@ class ModelFolder(Closing):
 
     Attributes:
         path: the path or location, for messages.
+        locks: whether it can be locked. Where it cannot, two processes that replace a file are kept
+            apart by the refusal of the second.
     """
 
     path: str | Path
+    locks: ClassVar[bool] = False
 
     @abstractmethod
     def read(self, name: str, limit: int, *, optional: bool = False) -> bytes:
@@ -156,6 +159,8 @@ class ModelFolder(Closing):
 
 class SealedFolder(ModelFolder):
     """An open sealed model's folder; a context manager that closes its handle."""
+
+    locks = True
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Open the folder.

@@ -262,11 +262,11 @@ def test_a_group_that_no_model_of_a_tree_has_is_told(site, tree):
     """A misspelt group to drop must not pass for one that was dropped."""
     config = site.config()
     keymgmt.rewrap(tree / "d0" / "m0.sealed", keys=config, add=["local:b"])
-    done = list(keymgmt.rewrap_tree(tree, keys=config, drop=["file:b", "local:b"]))
+    done = list(keymgmt.rewrap_tree(tree, keys=config, drop=["file:b", "file:nobody"]))
     (failure,) = (item for item in done if isinstance(item, keymgmt.Failure))
     assert failure.path == str(tree)
     assert isinstance(failure.error, errors.ConfigError)
-    assert "local:b" in str(failure.error)
+    assert "file:nobody" in str(failure.error)
     assert sum(item.changed for item in done if isinstance(item, keymgmt.Rewrapped)) == 1
     assert groups(tree / "d0" / "m0.sealed") == ["file:a@1"]
 
