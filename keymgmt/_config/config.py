@@ -395,7 +395,9 @@ class Config(ForkSafe, Closing):
         try:
             return PublicKey.from_pem(bytes(content)).der
         except ConfigError as error:
-            raise ConfigError(f"the public key {file} is refused: {error}") from error
+            raise ConfigError(
+                f"the public key {file} is refused: {error}", hint=error.hint
+            ) from error
 
     def _unknown(self, name: str, where: str) -> ConfigError:
         near = difflib.get_close_matches(name, self._tables, n=1)

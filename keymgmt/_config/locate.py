@@ -87,7 +87,7 @@ def read_config(file: Path, *, absent: str = "make one with: keymgmt init") -> d
     )
     _check_dots(file, content)
     try:
-        return tomllib.loads(content.decode())
+        return tomllib.loads(content.decode("utf-8-sig"))  # some editors write a byte-order mark
     except (ValueError, RecursionError) as error:  # bad TOML, bad UTF-8, or too long a number
         raise ConfigError(f"{file} is not TOML: {error}") from error
 

@@ -133,7 +133,8 @@ class PublicKey:
         try:
             key = serialization.load_pem_public_key(pem)
         except (ValueError, UnsupportedAlgorithm) as error:
-            raise ConfigError("not a public key in PEM") from error
+            said, hint = _what_else(pem)
+            raise ConfigError(said, hint=hint) from error
         return cls(_encode(key))
 
     def to_pem(self) -> bytes:
@@ -141,6 +142,18 @@ class PublicKey:
         return serialization.load_der_public_key(self.der).public_bytes(
             serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
         )
+
+
+def _what_else(pem: bytes) -> tuple[str, str]:
+    """What a text is that is no public key in PEM, and the way to one."""
+    if b"PRIVATE KEY-----" in pem:
+        hint = "its public part: openssl pkey -pubout -in FILE -out FILE.pub"
+        return "it holds a private key, and belongs to its owner alone", hint
+    if b"-----BEGIN CERTIFICATE" in pem:
+        hint = "the public key in it: openssl x509 -noout -pubkey -in FILE -out FILE.pub"
+        return "it holds a certificate, and not a public key", hint
+    hint = "export it with: keymgmt keys export PROVIDER:KEY --format pem"
+    return "not a public key in PEM", hint
 
 
 def _encode(key: Any) -> bytes:

@@ -258,6 +258,12 @@ def test_the_library_never_reads_the_working_directory(
     assert load_config().path == named
 
 
+def test_a_byte_order_mark_of_an_editor_is_no_part_of_the_config(tmp_path: Path) -> None:
+    path = tmp_path / "keymgmt.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD.encode())
+    assert load_config(path).provider_names
+
+
 def test_a_home_that_is_relative_is_no_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

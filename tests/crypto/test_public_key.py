@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import subprocess
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
@@ -54,6 +55,19 @@ def test_another_spelling_is_the_same_key(spelling):
     assert PublicKey(other).id == hashlib.sha384(usual).hexdigest()
     pem = b"-----BEGIN PUBLIC KEY-----\n%b\n-----END PUBLIC KEY-----\n" % base64.b64encode(other)
     assert PublicKey.from_pem(pem) == PublicKey(usual)
+
+
+@pytest.mark.parametrize("kind", ["private key", "certificate"])
+def test_a_file_beside_the_public_key_says_how_to_get_that(kind, tmp_path, require_tool):
+    openssl = str(require_tool("openssl"))
+    make = "req -x509 -newkey ed25519 -nodes -subj /CN=release -keyout private_key -out certificate"
+    subprocess.run([openssl, *make.split()], cwd=tmp_path, check=True, capture_output=True)
+    file = kind.replace(" ", "_")
+    with pytest.raises(ConfigError, match=f"it holds a {kind}") as caught:
+        PublicKey.from_pem((tmp_path / file).read_bytes())
+    command = caught.value.hint.partition("openssl ")[2].replace("FILE", file)
+    subprocess.run([openssl, *command.split()], cwd=tmp_path, check=True)
+    assert PublicKey.from_pem((tmp_path / f"{file}.pub").read_bytes())
 
 
 def test_what_is_no_key_has_no_id():
