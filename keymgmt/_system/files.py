@@ -128,15 +128,12 @@ def replace_file(
 
 
 def replace_in(folder: int, name: str, content: Buffer) -> Generator[Wait, None, None]:
-    """``replace_file`` in steps, in an open folder, for a file whose readers stay.
+    """``replace_file`` in an open folder, for a file whose readers stay; as work in steps.
 
     Args:
         folder: descriptor of the folder, which stays open meanwhile.
         name: of the file in it.
         content: the whole new content.
-
-    Yields:
-        A call that syncs the new file, and one that syncs the folder after the file was renamed.
 
     Raises:
         OSError: as the system says; the old file is whole and the temporary one is gone.
@@ -149,13 +146,17 @@ def replace_in(folder: int, name: str, content: Buffer) -> Generator[Wait, None,
             while left:
                 left = left[file.write(left) :]
             _keep_readers(f"/proc/self/fd/{folder}/{name}", descriptor)
-            yield functools.partial(os.fsync, descriptor)
-        os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+            yield functools.partial(_put, descriptor, temporary, folder, name)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary, dir_fd=folder)
         raise
-    yield functools.partial(os.fsync, folder)
+
+
+def _put(descriptor: int, temporary: str, folder: int, name: str) -> None:
+    os.fsync(descriptor)
+    os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+    os.fsync(folder)
 
 
 def save_file(path: Path, content: Buffer, *, mode: int = 0o644, force: bool = False) -> None:
@@ -376,11 +377,11 @@ def _keep_readers(path: str, descriptor: int) -> None:
 
 def left_behind(target: Path) -> list[Path]:
     """Temporary files and folders of ``target``: those in use, and what killed processes left."""
-    stem = _stem(target.name)
+    folder, stem = target.parent, _stem(target.name)
     prefix = f".{stem}."
     return [
-        target.parent / name
-        for name in os.listdir(target.parent)  # noqa: PTH208 - thousands, and few are ours
+        folder / name
+        for name in os.listdir(folder)  # noqa: PTH208 - thousands, and few are ours
         if name.startswith(prefix) and target_of(name) == stem
     ]
 

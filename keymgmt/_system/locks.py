@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,11 +61,13 @@ def _open(path: Path, mode: int, like: os.stat_result | None) -> int:
             with contextlib.suppress(FileNotFoundError):  # removed by whoever held it
                 return os.open(path, _FLAGS)
         else:
-            if like is not None:
+            made = os.fstat(descriptor)
+            if like is not None and (made.st_uid, made.st_gid) != (like.st_uid, like.st_gid):
                 with contextlib.suppress(PermissionError):
                     owner = like.st_uid if os.geteuid() == 0 else -1
                     os.fchown(descriptor, owner, like.st_gid)
-            os.fchmod(descriptor, mode)
+            if stat.S_IMODE(made.st_mode) != mode:
+                os.fchmod(descriptor, mode)
             return descriptor
 
 

@@ -7,6 +7,7 @@ expired, expected name and release floor. Only then is a key service asked, else
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
@@ -128,7 +129,7 @@ class Candidate:
             raise
         return cls(folder, data, manifest, signatures)
 
-    @property
+    @functools.cached_property
     def hash(self) -> bytes:
         """SHA-384 of manifest.json."""
         return manifest_hash(self.data)

@@ -12,9 +12,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import queue
 import resource
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -148,20 +149,19 @@ def _in_chunks(found: Iterable[Place | Result], task: Task) -> Iterator[Result]:
     found = iter(found)
     # While it is written each model has three files open, and one of the next chunk has one.
     size = min(CHUNK, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8))
-    with ThreadPoolExecutor(_THREADS, "keymgmt rewrap") as pool:
+    with ThreadPoolExecutor(2 * _THREADS, "keymgmt rewrap") as pool:
         chunk, following = _Chunk((), task, pool), _Chunk((), task, pool)
         try:
             while True:
                 writing = chunk.write()
                 following = _Chunk(tuple(itertools.islice(found, size)), task, pool)
+                while following.ask():
+                    pass
                 while writing:
-                    following.ask()
                     writing = chunk.write()
                 yield from chunk.results()
                 if not following.models:
                     return
-                while following.ask():
-                    pass
                 chunk = following
         finally:
             chunk.close()
@@ -175,20 +175,19 @@ class _Model:
         self.path = path
         self.wanted: Wanted | None = None
         self.wait: Wait | None = None
+        self.failure: BaseException | None = None
         self.steps = rewrap_steps(path, task, locked=False)
         self._result: Result | None = None
-        self._failure: BaseException | None = None
         self._next = guarded(self._advance)
 
-    def step(self, failure: BaseException | None = None) -> None:
+    def step(self) -> None:
         """Go on to the next requests or wait, or to the end; ``failure`` is of the last wait."""
-        self._failure = failure
         self._result = self._next(self.path)
 
     def _advance(self, _: Place) -> Any:
         self.wanted = self.wait = None
         try:
-            step = next_step(self.steps, self._failure)
+            step = next_step(self.steps, self.failure)
         except StopIteration as end:
             return end.value
         except ChangedMeanwhile:
@@ -214,7 +213,7 @@ class _Chunk:
         self.models = [each if isinstance(each, Result) else _Model(each, task) for each in found]
         self._asking = [model for model in self.models if isinstance(model, _Model)]
         self._writing: list[_Model] = []
-        self._failures: Iterable[BaseException | None] = ()
+        self._waiting: list[Future[None]] = []
 
     def ask(self) -> bool:
         """Take each model one step further, but to no write; False where all are as far as that."""
@@ -230,16 +229,16 @@ class _Chunk:
 
     def write(self) -> bool:
         """Take each write to its next wait, which begins in threads; False where all are done."""
-        for model, failure in itertools.zip_longest(self._writing, self._failures):
-            model.step(failure)
+        wait(self._waiting)
+        for model in self._writing:
+            model.step()
         self._writing = [model for model in self._writing if model.wait]
-        waits = [model.wait for model in self._writing if model.wait]
-        # Each thread makes several of the calls, since a change of threads takes longer than most
-        # of what is done between them.
-        several = -(-len(waits) // _THREADS) or 1
-        parts = [waits[begin : begin + several] for begin in range(0, len(waits), several)]
-        self._failures = itertools.chain.from_iterable(self._pool.map(_outcomes, parts))
-        return bool(waits)
+        waits = queue.SimpleQueue[_Model]()
+        for model in self._writing:
+            waits.put(model)
+        threads = min(_THREADS, len(self._writing))
+        self._waiting = [self._pool.submit(_wait_for, waits) for _ in range(threads)]
+        return bool(self._writing)
 
     def results(self) -> Iterator[Result]:
         """The result of each model, in order."""
@@ -248,15 +247,18 @@ class _Chunk:
 
     def close(self) -> None:
         """Leave every unfinished model unchanged and unlocked."""
-        with contextlib.suppress(CancelledError):
-            list(self._failures)
+        wait(self._waiting)
         for model in self.models:
             if isinstance(model, _Model):
                 model.steps.close()
 
 
-def _outcomes(waits: Iterable[Wait]) -> list[BaseException | None]:
-    return [outcome(wait) for wait in waits]
+def _wait_for(models: queue.SimpleQueue[_Model]) -> None:
+    with contextlib.suppress(queue.Empty):
+        while True:
+            model = models.get_nowait()
+            if model.wait is not None:
+                model.failure = outcome(model.wait)
 
 
 def _ask(task: Task, wanted: Sequence[Wanted]) -> None:

@@ -184,6 +184,7 @@ def test_more_files_than_a_model_may_have(site, monkeypatch):
 @pytest.mark.parametrize("call", ["fsync", "fchmod"])
 def test_an_error_of_a_descriptor_names_the_path(site, monkeypatch, call):
     path = site.seal()
+    (path / "keys.json").chmod(0o640)
 
     def failing(*_):
         raise OSError(5, "Input/output error")
