@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from keymgmt._config.config import Config
     from keymgmt._config.remote import Remote
     from keymgmt._trust.policy import Publisher, Vouched
-    from keymgmt._trust.release_memory import Known, ReleaseMemory
+    from keymgmt._trust.release_memory import ReleaseMemory, Remembered
 
 __all__ = ["Candidate", "admit", "refusal", "step", "wrong_digest"]
 
@@ -65,7 +65,7 @@ class Trust:
 
     vouched: Vouched | None
     memory: ReleaseMemory | None
-    known: Known | None
+    known: Remembered | None
 
     def remember(self, candidate: Candidate) -> None:
         """Remember the release of ``candidate``, after all its digests were checked.

@@ -200,7 +200,7 @@ def check_expiry(
     latest: str | None = None
     if seen is not None and now < seen:
         problem = f"the clock says {now}, and {seen} was seen on this machine before"
-        _say(policy, name, problem, refuse=strict, hint="set the clock")
+        _refuse_or_warn(policy, name, problem, refuse=strict, hint="set the clock")
     for publisher in signed:
         stated = signatures.expiry(publisher.key.id)
         expires = stated.expires if stated else None
@@ -221,7 +221,7 @@ def check_expiry(
         problems.append(f"{publisher.file.name} vouched for it until {expires}")
     count = policy.signatures.get(name, 1)
     if len(standing) < count:
-        _say(policy, name, "; ".join(problems), refuse=True, hint=_RENEW)
+        _refuse_or_warn(policy, name, "; ".join(problems), refuse=True, hint=_RENEW)
         return Vouched(tuple(signed), latest)
     # Sorted by the end of their time, the latest first, and "~", which sorts behind every digit,
     # for never. The model expires when fewer than ``count`` are left: with the count-th of them.
@@ -232,7 +232,7 @@ def check_expiry(
 _RENEW: Final = "its publisher renews it with: keymgmt sign MODEL PROVIDER:KEY --expires 30d"
 
 
-def _say(policy: Policy, name: str, problem: str, *, refuse: bool, hint: str) -> None:
+def _refuse_or_warn(policy: Policy, name: str, problem: str, *, refuse: bool, hint: str) -> None:
     error = ModelExpired(f"{name} has expired: {problem}", hint=hint)
     if refuse and policy.expired == "refuse":
         raise error

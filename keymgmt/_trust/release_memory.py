@@ -33,7 +33,7 @@ from keymgmt.sealed.times import check_time, utc_text
 if TYPE_CHECKING:
     from keymgmt._config.config import Config
 
-__all__ = ["Known", "ReleaseMemory", "release_memory"]
+__all__ = ["ReleaseMemory", "Remembered", "release_memory"]
 
 FORMAT: Final = "keymgmt-releases/1"
 ANCHORED: Final = "keymgmt-releases/2"
@@ -46,14 +46,14 @@ _DAY: Final = len("2026-01-01")
 
 
 @dataclass(frozen=True)
-class Known:
+class Remembered:
     """One state of the memory; ``before`` is the anchor's value before it was bound to it."""
 
     releases: dict[str, int] = field(default_factory=dict)
     time: str | None = None
     before: bytes = b""
 
-    def with_open(self, name: str, release: int, now: str, precision: int) -> Known | None:
+    def with_open(self, name: str, release: int, now: str, precision: int) -> Remembered | None:
         """The state after a release of ``name`` was opened now; None where nothing changes."""
         later = now[:precision] > (self.time or "")[:precision]
         if not later and release <= self.releases.get(name, -1):
@@ -78,7 +78,7 @@ class Known:
         return {"before": self.before.hex(), "releases": self.releases, "time": self.time}
 
     @classmethod
-    def read(cls, reader: JsonReader, where: str) -> Known:
+    def read(cls, reader: JsonReader, where: str) -> Remembered:
         """Read the members of ``to_json`` other than ``before``; FormatError where one is wrong."""
         entries = JsonReader(reader.members("releases"), f"releases in {where}")
         time = reader.text_or_none("time", limit=20)
@@ -101,7 +101,7 @@ class ReleaseMemory:
     anchor: Callable[[Callable[[SupportsAnchor], Any]], Any] | None = None
     provider: str = ""
 
-    def recall(self) -> Known:
+    def recall(self) -> Remembered:
         """The state that counts.
 
         Raises:
@@ -126,7 +126,7 @@ class ReleaseMemory:
                 return self._state()[0]
 
     def remember(
-        self, name: str, release: int, *, time: bool = False, known: Known | None = None
+        self, name: str, release: int, *, time: bool = False, known: Remembered | None = None
     ) -> None:
         """Remember ``release`` of ``name`` if it is the highest, and with ``time`` the time now.
 
@@ -138,15 +138,15 @@ class ReleaseMemory:
             RollbackError, ProviderError: as ``recall``; or the anchor does not move.
         """
         now = utc_text(datetime.now(UTC) - _LITTLE) if time else ""
-        news = name, release, now, _DAY if self.anchor else _HOUR
-        if self._counts(known or self.recall(), news):
+        opened = name, release, now, _DAY if self.anchor else _HOUR
+        if self._is_current(known or self.recall(), opened):
             return
         with self._locked():
             held, value = self._state()
-            if self._counts(held, news):
+            if self._is_current(held, opened):
                 return
             # An unchanged state is written too where the anchor was not bound to any state yet.
-            new = held.with_open(*news) or held
+            new = held.with_open(*opened) or held
             if value is None or self.anchor is None:
                 self._write({"format": FORMAT, "releases": new.releases, "time": new.time})
                 return
@@ -155,11 +155,11 @@ class ReleaseMemory:
             self._write({"format": ANCHORED, "states": [each.to_json() for each in states]})
             self.anchor(lambda provider: provider.move_anchor(value, new.step))
 
-    def _counts(self, held: Known, news: tuple[str, int, str, int]) -> bool:
-        """Whether ``held`` needs no change by ``news``, and is bound where there is an anchor."""
-        return held.with_open(*news) is None and (self.anchor is None or bool(held.before))
+    def _is_current(self, held: Remembered, opened: tuple[str, int, str, int]) -> bool:
+        """Whether ``held`` needs no change by ``opened``, and is bound where there is an anchor."""
+        return held.with_open(*opened) is None and (self.anchor is None or bool(held.before))
 
-    def _state(self) -> tuple[Known, bytes | None]:
+    def _state(self) -> tuple[Remembered, bytes | None]:
         """The state that counts, and the value of the anchor.
 
         The anchor is read first: a file that is written later still has the state of this value.
@@ -169,7 +169,7 @@ class ReleaseMemory:
         if value is None or value == ANCHOR_START:
             # The anchor is bound to no state yet. A file that says otherwise is from before the
             # anchor was set up, or was written just before the power failed.
-            return (replace(states[-1], before=b"") if states else Known()), value
+            return (replace(states[-1], before=b"") if states else Remembered()), value
         for state in states:
             if state.before and state.after == value:
                 return state, value
@@ -183,7 +183,7 @@ class ReleaseMemory:
         error.exit_code = ConfigError.exit_code
         raise error
 
-    def _read(self) -> list[Known]:
+    def _read(self) -> list[Remembered]:
         """The states in the file, the newest last; none where there is no file."""
         path = self.path
         try:
@@ -195,7 +195,7 @@ class ReleaseMemory:
         try:
             reader = load_json(content, path.name, MAX_FILE)
             if reader.text("format", limit=32) == FORMAT:
-                return [Known.read(reader, path.name)]
+                return [Remembered.read(reader, path.name)]
             reader = load_json(content, path.name, MAX_FILE)
             reader.version(ANCHORED, "another version of keymgmt wrote it")
             listed = reader.array("states", least=1, most=2)
@@ -204,7 +204,7 @@ class ReleaseMemory:
             for each in listed:
                 state = JsonReader(each, f"a state in {path.name}")
                 before = state.hex("before", length=32)
-                states.append(replace(Known.read(state, path.name), before=before))
+                states.append(replace(Remembered.read(state, path.name), before=before))
         except FormatError as error:
             raise ConfigError(
                 f"{path} is damaged: {error}",
@@ -224,19 +224,19 @@ class ReleaseMemory:
                 f"{self.path} would have {len(content)} bytes, and at most {MAX_FILE} are read",
                 hint="it remembers every name of a model that was opened here: use fewer names",
             )
-        with self._kept():
+        with self._naming_file():
             replace_file(self.path, content, mode=0o600, keep=True)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            with self._kept():
+            with self._naming_file():
                 lock = self.path.with_name(f".{self.path.name}.lock")
                 stack.enter_context(lock_file(lock, _WAIT))
             yield
 
     @contextlib.contextmanager
-    def _kept(self) -> Iterator[None]:
+    def _naming_file(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:

@@ -132,7 +132,7 @@ class Unlocker:
             if dek is not None:
                 try:
                     self._policy.check_mac(dek, self._manifest.id)
-                    self._say_fallback(index)
+                    self._check_fallback(index)
                 except BaseException:
                     dek.wipe()
                     raise
@@ -160,8 +160,8 @@ class Unlocker:
                 first.setdefault(attempt.provider, attempt)
         return tuple(first.values())
 
-    def _say_fallback(self, index: int) -> None:
-        """Report the providers that did not work.
+    def _check_fallback(self, index: int) -> None:
+        """Report the providers that did not work; CannotUnlock where the config refuses that.
 
         A device that opens its models by its second way in for a year is a fault that nobody would
         notice otherwise.

@@ -21,7 +21,7 @@ from keymgmt._trust.unlock import Opened, Unlocker
 from keymgmt._verbs.device_file import DeviceFile
 from keymgmt.errors import IntegrityError, KeymgmtError, SealedModelError
 from keymgmt.sealed.derive import commitment, device_key, file_key, payload_aad
-from keymgmt.sealed.payload import Learned, PayloadReader
+from keymgmt.sealed.payload import CheckedLeaves, PayloadReader
 
 if TYPE_CHECKING:
     import io
@@ -73,7 +73,7 @@ class SealedModel(ForkSafe, Closing):
         self._dek = dek
         self._check_digests = check_digests
         self._files: weakref.WeakSet[io.RawIOBase] = weakref.WeakSet()
-        self._learned: defaultdict[str, Learned] = defaultdict(Learned)
+        self._checked_leaves: defaultdict[str, CheckedLeaves] = defaultdict(CheckedLeaves)
         self._closed = False
         super().__init__()
 
@@ -175,7 +175,7 @@ class SealedModel(ForkSafe, Closing):
                 segment_length=manifest.segment_length,
                 digest=manifest.digest,
                 root=entry.digest if self._check_digests else None,
-                learned=self._learned[entry.path],
+                checked_leaves=self._checked_leaves[entry.path],
             )
 
     def close(self) -> None:
@@ -219,12 +219,10 @@ def open_model(
         candidate, trust = admit(path, config, name)
         try:
             return _unlock(candidate, trust, config)
-        except KeymgmtError as error:
-            audit("load", error=error, model=candidate.manifest.id.hex())
+        except BaseException as error:
             candidate.folder.close()
-            raise
-        except BaseException:
-            candidate.folder.close()
+            if isinstance(error, KeymgmtError):
+                audit("load", error=error, model=candidate.manifest.id.hex())
             raise
 
 

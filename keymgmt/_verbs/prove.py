@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from keymgmt._providers.names import KeyRef
     from keymgmt.sealed.keys import UnlockPolicy
 
-__all__ = ["Prover", "Provers"]
+__all__ = ["Holders", "Prover"]
 
 Answer = bool | ProviderError
 # After one of these errors each further question would fail alike, or do harm.
@@ -78,7 +78,7 @@ class Prover:
     ) -> None:
         """``names_only`` compares names and tries no key; a ``retired`` version cannot be tried."""
         self._config, self._reference = config, reference
-        self._retired, self._provers = retired, Provers(config)
+        self._retired, self._holders = retired, Holders(config)
         self.tries = not (names_only or retired)
         self._backend = config.backend_of(reference.provider)
         self._has_public: bool | None = None
@@ -141,8 +141,8 @@ class Prover:
                         if self._retired:
                             answers[n][g][m] = self._guess(wrapped, context)
                             continue
-                        very = replace(wrapped, key=key, version=version)
-                        items.append((very, context))
+                        as_this_version = replace(wrapped, key=key, version=version)
+                        items.append((as_this_version, context))
                         positions.append((n, g, m))
         for (n, g, m), (wrapped, _), answer in zip(positions, items, self._ask(items), strict=True):
             answers[n][g][m] = self._meaning(wrapped, answer)
@@ -154,7 +154,7 @@ class Prover:
             return True
         # A retired version opens nothing, so a recipient that opens here is of another one.
         with suppress(ProviderError):
-            if self._provers.holder(wrapped, context) is not None:
+            if self._holders.holder(wrapped, context) is not None:
                 return False
         untried = UnsupportedOperation(
             f"{self._reference} is retired, so it cannot be tried",
@@ -196,7 +196,7 @@ class Prover:
         return self._has_public
 
 
-class Provers:
+class Holders:
     """All providers of a config: which of them holds the key of a recipient?"""
 
     def __init__(self, config: Config) -> None:

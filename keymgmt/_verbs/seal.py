@@ -180,7 +180,7 @@ class Content:
     open: Callable[[], AbstractContextManager[int | PayloadReader]]
 
 
-def _say_indistinct(groups: Sequence[Sequence[Wrap]], policy: UnlockPolicy) -> None:
+def _warn_of_indistinct(groups: Sequence[Sequence[Wrap]], policy: UnlockPolicy) -> None:
     """Warn of recipients that only a trial tells apart: keys of one name in two key services."""
     holders: dict[tuple[str, ...], set[str]] = {}
     for wraps, group in zip(groups, policy.groups, strict=True):
@@ -257,7 +257,7 @@ def write_sealed(
     policy = UnlockPolicy.make(
         dek, manifest, digest, [wrap_group(dek, digest, wraps) for wraps in groups]
     )
-    _say_indistinct(groups, policy)
+    _warn_of_indistinct(groups, policy)
     signatures = Signatures()
     if signer is not None:
         signatures = signatures.with_signature(*signer.sign(data))

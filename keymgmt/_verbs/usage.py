@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from keymgmt._config.config import use_config
 from keymgmt._remote.location import has_location
 from keymgmt._verbs.find_models import Failure, Link, find_models, read_models
-from keymgmt._verbs.prove import Provers
+from keymgmt._verbs.prove import Holders
 from keymgmt.errors import ProviderError
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def usage(
     uses: dict[tuple[str, str, str, KnownBy, str], KeyUse] = {}
     models = 0
     with contextlib.ExitStack() as stack:
-        provers = Provers(stack.enter_context(use_config(prove))) if prove is not None else None
+        holders = Holders(stack.enter_context(use_config(prove))) if prove is not None else None
         remote = None
         if has_location(trees):
             remote = stack.enter_context(use_config(prove if keys is None else keys)).remote
@@ -132,7 +132,7 @@ def usage(
                 for member, wrapped in enumerate(group.recipients):
                     context = group.context(policy.manifest, member)
                     try:
-                        known = _identity(wrapped, context, provers)
+                        known = _identity(wrapped, context, holders)
                     except ProviderError as error:
                         known = ("name", "")
                         failures.append(Failure(str(path), error))
@@ -147,9 +147,9 @@ def usage(
     return Usage(models, used, tuple(links), tuple(failures), shard)
 
 
-def _identity(wrapped: WrappedKey, context: bytes, provers: Provers | None) -> tuple[KnownBy, str]:
+def _identity(wrapped: WrappedKey, context: bytes, holders: Holders | None) -> tuple[KnownBy, str]:
     public = wrapped.params.get("pk", "")
     if public:
         return "public key", public
-    holder = provers.holder(wrapped, context) if provers is not None else None
+    holder = holders.holder(wrapped, context) if holders is not None else None
     return ("provider", holder) if holder is not None else ("name", "")

@@ -76,8 +76,8 @@ def verify(
             raise ConfigError("--name is for one model, and this is a tree of them")
         config = context.obj.config()
         tell_tree(
-            lambda told: keymgmt.verify_tree(
-                model, keys=config, signature_only=signature_only, shard=shard, progress=told
+            lambda within: keymgmt.verify_tree(
+                model, keys=config, signature_only=signature_only, shard=shard, progress=within
             ),
             "verifying",
             "keymgmt-verify/1",

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     Progress = Callable[[int], object]  # told how many bytes of plaintext are done, in total
 
-__all__ = ["Learned", "PayloadReader", "digest_in_order", "digest_payload", "seal_payload"]
+__all__ = ["CheckedLeaves", "PayloadReader", "digest_in_order", "digest_payload", "seal_payload"]
 
 _PROGRESS_INTERVAL = 0.1  # seconds
 
@@ -354,7 +354,7 @@ def digest_payload(
         IntegrityError: the file does not have the length that ``size`` makes.
         OSError: reading failed.
     """
-    return _learn_leaves(source, _Layout(size, segment_length), digest, progress).root()
+    return _hash_leaves(source, _Layout(size, segment_length), digest, progress).root()
 
 
 def digest_in_order(
@@ -381,7 +381,7 @@ def digest_in_order(
     return leaves.root()
 
 
-def _learn_leaves(
+def _hash_leaves(
     source: Ciphertext, layout: _Layout, digest: DigestName, progress: Progress | None
 ) -> _Leaves:
     layout.check_file(source)
@@ -390,7 +390,7 @@ def _learn_leaves(
     return leaves
 
 
-class Learned(ForkSafe):
+class CheckedLeaves(ForkSafe):
     """The leaf hashes of one file whose root was checked; readers of that file may share it."""
 
     leaves: _Leaves | None = None
@@ -416,7 +416,7 @@ class PayloadReader(Closing):
         segment_length: int,
         digest: DigestName = "blake3",
         root: bytes | None = None,
-        learned: Learned | None = None,
+        checked_leaves: CheckedLeaves | None = None,
     ) -> None:
         """Check the file's length and its header; nothing else is read yet.
 
@@ -428,7 +428,7 @@ class PayloadReader(Closing):
             segment_length: bytes of one encrypted segment.
             digest: the hash of the tree.
             root: of the digest tree; None where digests are not to be checked.
-            learned: the leaf hashes of an earlier reader of the same file with the same root.
+            checked_leaves: of an earlier reader of the same file with the same root.
 
         Raises:
             FormatError: no FLOE header of these parameters.
@@ -446,7 +446,7 @@ class PayloadReader(Closing):
         except BaseException:
             self._source.close()
             raise
-        self._learned = learned or Learned()
+        self._checked_leaves = checked_leaves or CheckedLeaves()
 
     def read_into(self, buffer: Buffer, progress: Progress | None = None) -> None:
         """Decrypt all of it into ``buffer``, which is writable and has exactly ``size`` bytes.
@@ -497,20 +497,20 @@ class PayloadReader(Closing):
     def _accept(self, leaves: _Leaves) -> None:
         if leaves.root() != self._root:
             raise IntegrityError("the payload file is not the one that the manifest lists")
-        self._learned.leaves = leaves
+        self._checked_leaves.leaves = leaves
 
     def read_segment_into(self, index: int, target: Buffer) -> int:
         """Decrypt segment ``index`` into the start of ``target``; its bytes of plaintext.
 
         Where a root is given, the first call hashes the whole file and later ones compare.
         """
-        with self._learned.lock:
-            if self._root is not None and self._learned.leaves is None:
-                self._accept(_learn_leaves(self._source, self._layout, self._digest, None))
+        with self._checked_leaves.lock:
+            if self._root is not None and self._checked_leaves.leaves is None:
+                self._accept(_hash_leaves(self._source, self._layout, self._digest, None))
         _, length = self._layout.plaintext_of(index)
         segment = self._source.parts().read(*self._layout.segment_of(index))
-        if self._learned.leaves is not None:
-            self._learned.leaves.check(index, segment)
+        if self._checked_leaves.leaves is not None:
+            self._checked_leaves.leaves.check(index, segment)
         self._decryptor.decrypt_segment_into(
             index, index == self._layout.count - 1, segment, memoryview(target).cast("B")[:length]
         )

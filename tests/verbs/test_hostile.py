@@ -387,7 +387,7 @@ def test_a_tree_that_is_nested_deeper_than_a_path_may_be_long(site, tmp_path, mo
     assert "File name too long" in str(failure.error)
 
 
-@pytest.mark.parametrize("held", ["config", "cache", "model", "file", "file, learning"])
+@pytest.mark.parametrize("held", ["config", "cache", "model", "file", "file, leaves"])
 def test_a_fork_while_another_thread_holds_a_lock(site, held):
     """The child goes on with what its parent had: nobody there would ever let go of the lock."""
     path = site.seal()
@@ -404,7 +404,7 @@ def test_a_fork_while_another_thread_holds_a_lock(site, held):
             "cache": config.cache._lock,
             "model": model._lock,
             "file": file._lock,
-            "file, learning": file._reader._learned.lock,
+            "file, leaves": file._reader._checked_leaves.lock,
         }
         taken, done = threading.Event(), threading.Event()
 
