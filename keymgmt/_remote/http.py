@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import IO, TYPE_CHECKING, Any, Final, TypeVar, cast
 from urllib.parse import urljoin, urlsplit
 
-from keymgmt._remote.patience import MIB, Patience
+from keymgmt._remote.patience import Patience
 from keymgmt._system.address import is_loopback
 from keymgmt._system.fork import ForkSafe
 from keymgmt._system.pages import unwritten
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from keymgmt._config.remote import Access, Remote
     from keymgmt._remote.download import Download
 
-__all__ = ["Http", "Reply", "Try", "basic", "origin_of", "redirected", "shown"]
+__all__ = ["Http", "Reply", "basic", "origin_of", "redirected", "shown"]
 
 _TRIES: Final = 6
 _BUSY: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -58,43 +58,10 @@ class _Again(Exception):
         self.error, self.after = error, after
 
 
-class Try:
-    """One try of a request.
-
-    Attributes:
-        end: when it must have ended (``time.monotonic``). Its share of the model's time begins anew
-            with each MiB that arrives or is sent.
-    """
-
-    def __init__(self, patience: Patience, left: int) -> None:
-        """``left`` is how often it is still tried, this time included."""
-        self._patience, self._left, self._moved = patience, left, 0
-        self.end = time.monotonic() + patience.share(left)
-
-    def whole(self) -> None:
-        """Take all the time there is, and leave none for another try."""
-        self._left = 1
-        self.end = time.monotonic() + self._patience.share(1)
-
-    def moved(self, count: int) -> None:
-        """Bytes arrived or were sent; raises where that was too late."""
-        self._patience.moved(count)
-        self._moved += count
-        if self._moved >= MIB:
-            self._moved = 0
-            self.end = time.monotonic() + self._patience.share(self._left)
-        self.check()
-
-    def check(self) -> None:
-        """Raise if the time of this try is over."""
-        if time.monotonic() > self.end:
-            raise _Again(self._patience.over())
-
-
 class _Thread(threading.local):
-    """The try that this thread is at; None outside of a request."""
+    """Whose request this thread is at; None outside of one."""
 
-    attempt: Try | None = None
+    patience: Patience | None = None
 
 
 _thread: Final = _Thread()
@@ -104,7 +71,7 @@ class _Unsigned(logging.Filter):
     """Keeps what an address is signed with out of the log of urllib3, which has it at DEBUG."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if _thread.attempt is not None and isinstance(record.args, tuple):
+        if _thread.patience is not None and isinstance(record.args, tuple):
             record.args = tuple(
                 arg.partition("?")[0] if isinstance(arg, str) else arg for arg in record.args
             )
@@ -121,7 +88,7 @@ class _Socket(ssl.SSLSocket):
     """
 
     def recv_into(self, *arguments: Any, **named: Any) -> int:
-        if _thread.attempt is not None and time.monotonic() > _thread.attempt.end:
+        if _thread.patience is not None and _thread.patience.left_to_try < 0:
             raise TimeoutError
         return super().recv_into(*arguments, **named)
 
@@ -129,12 +96,12 @@ class _Socket(ssl.SSLSocket):
 class _Sent:
     """A body that is being sent, in the time of a try."""
 
-    def __init__(self, body: SupportsRead[bytes], attempt: Try) -> None:
-        self._body, self._attempt = body, attempt
+    def __init__(self, body: SupportsRead[bytes], patience: Patience) -> None:
+        self._body, self._patience = body, patience
 
     def read(self, size: int = -1, /) -> bytes:
         part = self._body.read(size)
-        self._attempt.moved(len(part))
+        self._patience.moved(len(part))
         return part
 
 
@@ -149,9 +116,9 @@ class Reply:
         whole: whether ``body`` is the whole body.
     """
 
-    def __init__(self, raw: urllib3.BaseHTTPResponse, url: str, attempt: Try) -> None:
+    def __init__(self, raw: urllib3.BaseHTTPResponse, url: str, patience: Patience) -> None:
         """Of the body nothing is read yet."""
-        self._raw, self._attempt = raw, attempt
+        self._raw, self._patience = raw, patience
         self.status, self.url = raw.status, url
         self.headers = {name.lower(): value for name, value in raw.headers.items()}
         self.body, self.whole = memoryview(b""), False
@@ -160,12 +127,12 @@ class Reply:
         """Parts of the body as they arrive, until its end or one byte more than ``limit``."""
         received = 0
         while received <= limit:
-            with _sending(self.url, self._attempt):
+            with _sending(self.url, self._patience):
                 part = self._raw.read1(min(_CHUNK, limit - received + 1), decode_content=False)
+                self._patience.moved(len(part))
             if not part:
                 return
             received += len(part)
-            self._attempt.moved(len(part))
             yield part
 
     def read(self, limit: int) -> None:
@@ -298,10 +265,9 @@ class Http:
             StorageUnavailable: any other status that is not in ``good``, or no reply in time.
         """
         return self.retry(
-            lambda attempt: self.once(
+            lambda: self.once(
                 method,
                 url,
-                attempt,
                 headers=headers,
                 body=body,
                 good=good,
@@ -338,27 +304,28 @@ class Http:
             if download.done < download.size:
                 raise _Again(_cut_short(url))
 
-        def work(attempt: Try) -> bool:
+        def work() -> bool:
             headers = (
                 {"Range": f"bytes={download.done}-{download.size - 1}"} if download.done else {}
             )
-            reply = self.once("GET", url, attempt, headers=headers, good=(200, 206, 404), read=read)
+            reply = self.once("GET", url, headers=headers, good=(200, 206, 404), read=read)
             return reply.status != 404
 
         return download.done == download.size or self.retry(work, lambda: download.done)
 
-    def retry(self, work: Callable[[Try], T], progress: Callable[[], int] = lambda: 0) -> T:
+    def retry(self, work: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
         """Do ``work``, and repeat it while its fault may pass.
 
         Args:
-            work: called with the try.
+            work: makes requests by ``once``.
             progress: the bytes done; where they have grown, the tries are counted anew.
         """
         best, tries = progress(), 0
         with self._patience.waiting():
             while True:
                 try:
-                    return work(Try(self._patience, _TRIES - tries))
+                    self._patience.begin_try(_TRIES - tries)
+                    return work()
                 except _Again as again:
                     if progress() > best:
                         best, tries = progress(), 0
@@ -376,7 +343,6 @@ class Http:
         self,
         method: str,
         url: str,
-        attempt: Try,
         *,
         headers: Mapping[str, str] | None = None,
         body: bytes | Callable[[], SupportsRead[bytes]] | None = None,
@@ -391,7 +357,7 @@ class Http:
             if self.authorization and home:
                 all_headers["Authorization"] = self.authorization
             opened = body() if callable(body) else body
-            with self._send(method, url, all_headers, opened, attempt) as reply:
+            with self._send(method, url, all_headers, opened) as reply:
                 if reply.status in good:
                     read(reply)
                     return reply
@@ -419,16 +385,16 @@ class Http:
         url: str,
         headers: dict[str, str],
         body: bytes | SupportsRead[bytes] | None,
-        attempt: Try,
     ) -> Iterator[Reply]:
         """The reply to a request; the body is read inside."""
         if body is not None:
-            attempt.whole()  # the server replies when it has stored the body, which may take long
-        left = max(0.001, attempt.end - time.monotonic())
+            # The server replies when it has stored the body, and that may take long.
+            self._patience.begin_try(1)
+        left = max(0.001, self._patience.left_to_try)
         timeout = min(self._timeout, left)
         if body is not None and not isinstance(body, bytes):
-            body = _Sent(body, attempt)
-        with _sending(url, attempt):
+            body = _Sent(body, self._patience)
+        with _sending(url, self._patience):
             raw = self._connections.to(url).request(
                 method,
                 url,
@@ -440,7 +406,7 @@ class Http:
                 timeout=_urllib3().Timeout(connect=timeout, read=timeout if body is None else left),
             )
         try:
-            yield Reply(raw, url, attempt)
+            yield Reply(raw, url, self._patience)
         finally:
             raw.close()  # the connection returns to its pool only if the body was read to its end
 
@@ -523,11 +489,11 @@ def _cut_short(url: str) -> StorageUnavailable:
 
 
 @contextlib.contextmanager
-def _sending(url: str, attempt: Try) -> Iterator[None]:
+def _sending(url: str, patience: Patience) -> Iterator[None]:
     """Translate faults of a connection; an invalid certificate is not tried again."""
     from urllib3 import exceptions
 
-    _thread.attempt = attempt
+    _thread.patience = patience
     try:
         yield
     except (exceptions.HTTPError, OSError) as error:
@@ -544,8 +510,9 @@ def _sending(url: str, attempt: Try) -> Iterator[None]:
             ) from error
         if isinstance(error, exceptions.NewConnectionError | ConnectionRefusedError):
             message = "is not reached"
-        elif isinstance(error, exceptions.TimeoutError):
-            attempt.check()
+        elif isinstance(error, exceptions.TimeoutError | TimeoutError):
+            if patience.left_to_try < 0:
+                raise _Again(patience.over()) from error
             message = "did not answer in time"
         elif isinstance(error.__cause__ or error, exceptions.IncompleteRead):
             raise _Again(_cut_short(url)) from error
@@ -555,7 +522,7 @@ def _sending(url: str, attempt: Try) -> Iterator[None]:
             message = f"broke the connection ({type(error).__name__})"
         raise _Again(StorageUnavailable(f"{where} {message}", hint=hint)) from error
     finally:
-        _thread.attempt = None
+        _thread.patience = None
 
 
 def _certificate_error(error: BaseException) -> ssl.SSLCertVerificationError | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 from keymgmt._remote.artifact import MAX_ARTIFACT, MEDIA_TYPE, Artifact, Blob, blob_of
 from keymgmt._remote.download import Download
-from keymgmt._remote.http import Http, Try, redirected
+from keymgmt._remote.http import Http, redirected
 from keymgmt._remote.login import Login
 from keymgmt._remote.patience import Patience
 from keymgmt._remote.storage import Part
@@ -203,8 +203,8 @@ class Registry(ForkSafe):
         """
         begin = f"{self._base}/blobs/uploads/"
 
-        def work(attempt: Try) -> None:
-            reply = self._http.once("POST", begin, attempt, body=b"", good=(202, 404))
+        def work() -> None:
+            reply = self._http.once("POST", begin, body=b"", good=(202, 404))
             if reply.status == 404:
                 raise StorageUnavailable(
                     f"{self._location.origin} has no repository {self._location.path}",
@@ -217,7 +217,7 @@ class Registry(ForkSafe):
                 "Content-Length": str(blob.size),
             }
             url = f"{address}{joint}digest={blob.digest.replace(':', '%3A')}"
-            self._http.once("PUT", url, attempt, headers=headers, body=body, good=(201,))
+            self._http.once("PUT", url, headers=headers, body=body, good=(201,))
 
         self._http.retry(work)
 

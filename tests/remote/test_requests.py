@@ -275,7 +275,8 @@ def test_time_counts_while_something_is_under_way(clock: list[float]) -> None:
 
 def test_nobody_waits_after_the_end(clock: list[float]) -> None:
     patience = Patience(60, "m")
+    patience.moved(10)
     patience.end()
-    patience.moved(MIB)
+    patience.moved(10)
     with patience.waiting(), pytest.raises(StorageUnavailable):
         patience.check()

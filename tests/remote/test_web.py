@@ -337,8 +337,8 @@ def test_a_server_that_is_too_slow(
 ) -> None:
     web = serve(files_of(site.root, is_slow))
     with (
-        keymgmt.open(f"{web.url}/m.sealed", keys=config(deadline=0.5)) as model,
-        pytest.raises(StorageUnavailable, match=r"within 0.5 seconds|in time"),
+        keymgmt.open(f"{web.url}/m.sealed", keys=config(deadline=3)) as model,
+        pytest.raises(StorageUnavailable, match="within 3 seconds"),
     ):
         model.read("model.bin")
 
