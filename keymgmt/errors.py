@@ -167,7 +167,14 @@ class ModelExpired(SealedModelError):
 
 
 class ProviderError(KeymgmtError):
-    """A key service did not do what was asked; the next candidate is tried."""
+    """A key service did not do what was asked; the next candidate is tried.
+
+    ``passing`` says that the same call may succeed on a new connection, another node or later.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None, passing: bool = False) -> None:
+        super().__init__(message, hint=hint)
+        self.passing = passing
 
 
 class BackendNotInstalled(ProviderError):

@@ -77,4 +77,5 @@ class FaultTable(Generic[Code]):
             shown: the code as the service's manual spells it, else ``code`` itself.
         """
         fault = self.find(code, operation)
-        return fault.error(f"{doing}: {fault.message} ({shown or code})", hint=fault.hint)
+        message = f"{doing}: {fault.message} ({shown or code})"
+        return fault.error(message, hint=fault.hint, passing=fault.passing)

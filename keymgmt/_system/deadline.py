@@ -60,6 +60,19 @@ class Deadline:
         finally:
             self._end += time.monotonic() - begin
 
+    @contextlib.contextmanager
+    def hold(self, lock: threading.Lock | threading.Semaphore) -> Iterator[None]:
+        """Hold a lock inside; ProviderUnavailable if other threads hold it until time is over."""
+        if not lock.acquire(timeout=self.remaining):
+            raise ProviderUnavailable(
+                f"{self.label}: other threads of this process were first for {self.seconds:.3g} s",
+                hint="look whether the service hangs; a larger timeout lets more threads wait",
+            )
+        try:
+            yield
+        finally:
+            lock.release()
+
     def run(self, call: Callable[[], R]) -> R:
         """``within`` the seconds that are left."""
         self.check()

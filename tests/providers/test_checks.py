@@ -10,6 +10,8 @@ from keymgmt.backend import (
     AccessDenied,
     ConfigError,
     Dek,
+    Fault,
+    FaultTable,
     Finding,
     ProviderUnavailable,
     UnsupportedOperation,
@@ -85,3 +87,13 @@ def test_an_option_that_is_not_known_is_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         check_options({"size": "1"}, {}, "file")
     assert caught.value.hint == "it takes: none"
+
+
+def test_a_fault_says_whether_it_passes() -> None:
+    table = FaultTable[str](
+        {"busy": Fault(ProviderUnavailable, "it is busy", passing=True)},
+        unknown=Fault(ProviderUnavailable, "it failed"),
+    )
+    assert table.error("busy", "asking").passing
+    assert not table.error("else", "asking").passing
+    assert not AccessDenied("no").passing

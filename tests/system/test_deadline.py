@@ -81,3 +81,18 @@ def test_a_deadline_that_is_over_begins_nothing() -> None:
     with pytest.raises(ProviderUnavailable):
         deadline.run(lambda: begun.append(1))
     assert begun == []
+
+
+def test_a_lock_is_waited_for_until_the_time_is_over() -> None:
+    lock = threading.Lock()
+    with Deadline(60, "a test").hold(lock):
+        assert lock.locked()
+        with (
+            pytest.raises(ProviderUnavailable, match="a test: other threads"),
+            Deadline(0.05, "a test").hold(lock),
+        ):
+            pytest.fail("held by two")
+    assert not lock.locked()
+    with pytest.raises(ZeroDivisionError), Deadline(60, "a test").hold(lock):
+        raise ZeroDivisionError
+    assert not lock.locked()

@@ -28,18 +28,10 @@ if TYPE_CHECKING:
 
     from keymgmt_broker._settings import Address
 
-__all__ = ["Connection", "Passing"]
+__all__ = ["Connection"]
 
 _MAX_PEM: Final = 4 << 20
 _CLOSED: Final = (http.client.RemoteDisconnected, ConnectionError, ssl.SSLEOFError)
-
-
-class Passing(Exception):
-    """An error that may not occur at another address, or later."""
-
-    def __init__(self, error: ProviderError) -> None:
-        super().__init__(str(error))
-        self.error = error
 
 
 class Connection:
@@ -71,13 +63,12 @@ class Connection:
         """Send one request; the answer's JSON, of the format ``expected``.
 
         Raises:
-            Passing: no whole answer, or a refusal that may pass.
-            ProviderError: the service refuses; ``doing`` begins the message.
+            ProviderError: no whole answer, or the service refuses; ``doing`` begins the message.
         """
         try:
             status, data = self._exchange(method, path, body)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise Passing(self._unreachable(error, doing)) from error
+            raise self._unreachable(error, doing) from error
         label = f"the answer of {self._address}"
         if status == 200:
             with contextlib.suppress(FormatError):
@@ -107,15 +98,14 @@ class Connection:
             raise http.client.HTTPException("an answer that is too long, or was cut off")
         return response.status, data
 
-    def _refusal(self, status: int, data: bytes, label: str, doing: str) -> Exception:
+    def _refusal(self, status: int, data: bytes, label: str, doing: str) -> ProviderError:
         word = ""
         with contextlib.suppress(FormatError):
             reader = read(data, REFUSAL, label, MAX_ANSWER)
             word = reader.text("refused", limit=32)
         if STATUS.get(word) != status or not is_name(word):
             word = f"status {status}"
-        error = FAULTS.error(word, doing)
-        return Passing(error) if FAULTS.find(word).passing else error
+        return FAULTS.error(word, doing)
 
     def _unreachable(self, error: Exception, doing: str) -> ProviderError:
         if isinstance(error, ssl.SSLCertVerificationError):
@@ -123,11 +113,13 @@ class Connection:
                 f"{doing}: the certificate of {self._address} is not accepted: "
                 f"{error.verify_message}",
                 hint="look at ca_file, at the name in service, and at the clock of this machine",
+                passing=True,
             )
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         return ProviderUnavailable(
             f"{doing}: {self._address} cannot be reached: {reason or type(error).__name__}",
             hint="look whether the service runs there, and at service in the config",
+            passing=True,
         )
 
 

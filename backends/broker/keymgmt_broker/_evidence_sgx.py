@@ -8,9 +8,7 @@ is given away: another library of this enclave may use the same files.
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, ClassVar, Final
 
@@ -51,21 +49,7 @@ class _Turn(ForkSafe):
     """The lock of the process; a child that Gramine forks is an enclave with files of its own."""
 
     def _renew(self) -> None:
-        self._lock = threading.Lock()
-
-    @contextlib.contextmanager
-    def held(self, seconds: float) -> Iterator[None]:
-        """Hold the lock; ProviderUnavailable where other threads hold it for so long."""
-        lock = self._lock
-        if not lock.acquire(timeout=seconds):
-            raise ProviderUnavailable(
-                "other threads asked this enclave for quotes all the time",
-                hint="look whether the host's AESM service hangs; a larger timeout lets more wait",
-            )
-        try:
-            yield
-        finally:
-            lock.release()
+        self.lock = threading.Lock()
 
 
 _turn: Final = _Turn()
@@ -90,7 +74,7 @@ class GramineEvidence(Evidence[GramineSettings]):
         return deadline.run(lambda: self._in_turn(wanted, deadline))
 
     def _in_turn(self, wanted: bytes, deadline: Deadline) -> bytes:
-        with _turn.held(deadline.remaining):
+        with deadline.hold(_turn.lock):
             for _ in range(_TRIES):
                 quote = self._read(wanted)
                 if report_data_of(quote) == wanted:

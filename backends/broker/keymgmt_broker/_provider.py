@@ -35,7 +35,7 @@ from keymgmt.backend import (
     within,
     wrap_for,
 )
-from keymgmt_broker._connection import Connection, Passing
+from keymgmt_broker._connection import Connection
 from keymgmt_broker._settings import Address, BrokerSettings
 from keymgmt_broker.protocol import (
     ANSWER,
@@ -112,14 +112,13 @@ class BrokerProvider(KeyProvider[BrokerSettings]):
     def unwrap(self, wrapped: WrappedKey, context: bytes) -> Dek:
         """See KeyProvider; two requests, and evidence between them."""
         check_backend(wrapped, BACKEND)
-        seconds = self.settings.timeout
-        deadline = Deadline(seconds, _WHAT)
-        return within(seconds, _WHAT, lambda: self._unwrap(wrapped, context, deadline))
+        deadline = Deadline(self.settings.timeout, _WHAT)
+        return deadline.run(lambda: self._unwrap(wrapped, context, deadline))
 
     def _unwrap(self, wrapped: WrappedKey, context: bytes, deadline: Deadline) -> Dek:
         doing = f"unwrapping with the key {wrapped.key!r}"
         addresses = self.settings.addresses
-        failed: Passing | None = None
+        failed: ProviderError | None = None
         for pause in _PAUSES:
             time.sleep(pause * random.uniform(0.5, 1))  # noqa: S311 - no secret
             for left, address in zip(range(len(addresses), 0, -1), addresses, strict=True):
@@ -127,10 +126,12 @@ class BrokerProvider(KeyProvider[BrokerSettings]):
                 try:
                     with Connection(address, self.settings.ca_file, share) as connection:
                         return self._ask(connection, wrapped, context, doing)
-                except Passing as error:
+                except ProviderError as error:
+                    if not error.passing:
+                        raise
                     failed = error
         assert failed is not None  # noqa: S101 - there is an address
-        raise failed.error from failed
+        raise failed
 
     def _ask(self, connection: Connection, wrapped: WrappedKey, context: bytes, doing: str) -> Dek:
         kind, settings = self.settings.hpke, self.settings
@@ -151,7 +152,7 @@ class BrokerProvider(KeyProvider[BrokerSettings]):
             try:
                 return hpke_open(kind, private, sealed, answer_info(request.report_data))
             except UnwrapFailed as error:
-                raise Passing(_not_ours(doing, "is not for this request")) from error
+                raise _not_ours(doing, "is not for this request") from error
         finally:
             wipe(private)
 
@@ -192,8 +193,6 @@ class BrokerProvider(KeyProvider[BrokerSettings]):
         try:
             with Connection(address, self.settings.ca_file, seconds) as connection:
                 connection.call("GET", HEALTH_PATH, b"", HEALTH, "looking whether it is well")
-        except Passing as passing:
-            return Finding.failure(str(address), passing.error)
         except ProviderError as error:
             return Finding.failure(str(address), error)
         return Finding(str(address), "ok", "it answers")
@@ -204,7 +203,7 @@ def _base64(answer: JsonReader, name: str, doing: str) -> bytes:
         data = answer.base64(name, limit=_MAX_SEALED)
         answer.end()
     except FormatError as error:
-        raise Passing(_not_ours(doing, "cannot be read")) from error
+        raise _not_ours(doing, "cannot be read") from error
     return data
 
 
@@ -212,4 +211,5 @@ def _not_ours(doing: str, what: str) -> ProviderUnavailable:
     return ProviderUnavailable(
         f"{doing}: the broker's answer {what}",
         hint="look whether service is its address, and what stands between that may answer for it",
+        passing=True,
     )

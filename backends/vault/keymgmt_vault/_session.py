@@ -160,16 +160,9 @@ class Session(ForkSafe):
                 self._log_in()
             return self._lease is not None and self._lease.token != dead.token
 
-    @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
+    def _turn(self) -> contextlib.AbstractContextManager[None]:
         """Hold the lock; waiting for the login of another thread ends by the deadline."""
-        lock = self._lock
-        if not lock.acquire(timeout=self.connection.deadline.remaining):
-            raise ProviderUnavailable("the login of another thread gave no answer in time")
-        try:
-            yield
-        finally:
-            lock.release()
+        return self.connection.deadline.hold(self._lock)
 
     def _log_in(self) -> None:
         lease, now = self._login.get(), time.monotonic()
