@@ -12,7 +12,7 @@ import base64
 import binascii
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from keymgmt.backend import (
     DEK_LENGTH,
@@ -41,20 +41,6 @@ __all__ = ["Wrapping"]
 # OpenBao refused a body with 245 to 250 items and additional data ("maximum number of strings").
 _BATCH: Final = 200
 _CIPHERTEXT: Final = re.compile(r"vault:v([1-9][0-9]{0,8}):[A-Za-z0-9+/]{4,8000}={0,2}")
-
-
-class _Item(NamedTuple):
-    """One blob as Transit takes it; ``context`` is bound by it, or by the inner key."""
-
-    native: str
-    ciphertext: str
-    associated: str | None
-
-    def body(self) -> dict[str, str]:
-        body = {"ciphertext": self.ciphertext}
-        if self.associated:
-            body["associated_data"] = self.associated
-        return body
 
 
 class Wrapping:
@@ -120,47 +106,38 @@ class Wrapping:
     def _batch(self, verb: Verb, native: str, items: list[dict[str, str]]) -> list[Any]:
         # Without the code, one bad item is status 400 for all.
         body = {"batch_input": items, "partial_failure_response_code": 200}
-        path = f"/v1/{self._settings.mount}/{verb}/{native}"
-        connection = self._session.connection
-        data = self._session.call(verb, native, lambda: connection.post(path, json=body))
-        results = data.get("batch_results")
+        results = self._post(verb, native, body).get("batch_results")
         if not isinstance(results, list) or len(results) != len(items):
             raise ProviderUnavailable("the server's answer has not one result for each item")
         return results
 
+    def _post(self, verb: Verb, native: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        path = f"/v1/{self._settings.mount}/{verb}/{native}"
+        connection = self._session.connection
+        return self._session.call(verb, native, lambda: connection.post(path, json=body))
+
     def unwrap(self, wrapped: WrappedKey, context: bytes) -> Dek:
         """See KeyProvider; one call."""
-        item = self._prepare(wrapped, context)
-        session = self._session
-        data = session.call(
-            "decrypt",
-            item.native,
-            lambda: session.transit.decrypt_data(
-                item.native,
-                item.ciphertext,
-                associated_data=item.associated,
-                mount_point=self._settings.mount,
-            ),
-        )
-        return _finish(wrapped, context, data)
+        native, item = self._prepare(wrapped, context)
+        return _finish(wrapped, context, self._post("decrypt", native, item))
 
     def unwrap_batch(
         self, items: Sequence[tuple[WrappedKey, bytes]]
     ) -> Sequence[Dek | ProviderError]:
         """See SupportsBatchUnwrap; one call for each 200 items of a key."""
         answers: dict[int, Dek | ProviderError] = {}
-        groups: dict[str, list[tuple[int, _Item]]] = {}
+        groups: dict[str, list[tuple[int, dict[str, str]]]] = {}
         for index, (wrapped, context) in enumerate(items):
             try:
-                item = self._prepare(wrapped, context)
-                groups.setdefault(item.native, []).append((index, item))
+                native, item = self._prepare(wrapped, context)
+                groups.setdefault(native, []).append((index, item))
             except ProviderError as error:
                 answers[index] = error
         for native, group in groups.items():
             for start in range(0, len(group), _BATCH):
                 chunk = group[start : start + _BATCH]
                 try:
-                    results = self._batch("decrypt", native, [item.body() for _, item in chunk])
+                    results = self._batch("decrypt", native, [item for _, item in chunk])
                 except ProviderError as error:
                     answers |= dict.fromkeys((index for index, _ in chunk), error)
                     continue
@@ -178,24 +155,27 @@ class Wrapping:
         except ProviderError as error:
             return error
 
-    def _prepare(self, wrapped: WrappedKey, context: bytes) -> _Item:
+    def _prepare(self, wrapped: WrappedKey, context: bytes) -> tuple[str, dict[str, str]]:
+        """The name in Transit, and the body that has it decrypt a wrap."""
         check_backend(wrapped, "vault")
         if not self._settings.may_hold(wrapped.key):
             raise WrongKey(f"{wrapped} is not of this machine: its key has not our keys_prefix")
         allowed = self._settings.allowed(wrapped.key)
         check_mechanism(wrapped, allowed, MECHANISMS, self._session.name)
         bound = wrapped.mechanism in AEAD
-        associated = (base64.b64encode(context).decode() or None) if bound else None
         ciphertext = _ciphertext(wrapped)
         known = set[str]() if bound else {"pk"}
         version = _version_of(ciphertext)
         if version is None or not set(wrapped.params) <= known:
             # It cannot decrypt; the server says whether key and version are there at all.
-            ciphertext, associated = f"vault:v{wrapped.version}:{'A' * 80}", None
+            ciphertext, context = f"vault:v{wrapped.version}:{'A' * 80}", b""
             version = _version_of(ciphertext)
         if version != wrapped.version:
             raise WrongKey(f"the blob of {wrapped} is of no such version")
-        return _Item(self._settings.native(wrapped.key), ciphertext, associated)
+        item = {"ciphertext": ciphertext}
+        if bound and context:
+            item["associated_data"] = base64.b64encode(context).decode()
+        return self._settings.native(wrapped.key), item
 
 
 def _failure_of(result: Any) -> str:
