@@ -46,7 +46,7 @@ BOUNDS = {"manifest.json": 1 << 24, "keys.json": 1 << 26, "signatures.json": 1 <
 
 # Section 4.1. A recipient or signature of None is any.
 CNSA2 = ["AES-GCM", "AES-KW", "AES-KWP", "HKDF-SHA384-A256GCM", "aes256-gcm96", "hpke-mlkem1024"]
-FIPS = [*CNSA2, "hpke-p256", "hpke-p384", "RSA-OAEP-256", "RSA-OAEP-256-L"]
+FIPS = [*CNSA2, "hpke-p256", "hpke-p384", "RSA-OAEP-256"]
 PROFILES = {
     "default": (blake3.blake3, None, None),
     "fips": (hashlib.sha256, FIPS, None),

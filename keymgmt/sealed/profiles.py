@@ -61,7 +61,7 @@ _CNSA2: Final = frozenset(
     {"HKDF-SHA384-A256GCM", "aes256-gcm96", "AES-GCM", "AES-KWP", "AES-KW", "hpke-mlkem1024"}
     | {"SYMMETRIC_DEFAULT"}  # of AWS KMS: AES-256-GCM
 )
-_FIPS: Final = _CNSA2 | frozenset({"hpke-p256", "hpke-p384", "RSA-OAEP-256", "RSA-OAEP-256-L"})
+_FIPS: Final = _CNSA2 | frozenset({"hpke-p256", "hpke-p384", "RSA-OAEP-256"})
 PROFILES: Final[Mapping[str, Profile]] = {
     profile.name: profile
     for profile in (

@@ -24,7 +24,7 @@ from keymgmt_pkcs11._kinds import Kind, kind_of, shortcomings
 
 if TYPE_CHECKING:
     from keymgmt_pkcs11._connection import Session
-    from keymgmt_pkcs11._settings import CreateSettings, KeyEntry, Pkcs11Settings
+    from keymgmt_pkcs11._settings import CreateSettings, Pkcs11Settings
 
     Template = dict[Any, Any]
 
@@ -62,8 +62,8 @@ def generate(
     Raises:
         UnsupportedOperation: the module cannot create such a key, or gave it other attributes.
     """
-    entry = settings.entry(key)
-    name: Template = {_A.LABEL: (entry.label or key).encode(), _A.ID: identifier}
+    label = settings.entry(key).label or key
+    name: Template = {_A.LABEL: label.encode(), _A.ID: identifier}
     try:
         handles = _generate(session, kind, bits, {_A.TOKEN: True, **name}, settings.create)
     except CkError as error:
@@ -75,12 +75,10 @@ def generate(
             ) from error
         raise
     try:
-        key_object = _find(session, key, entry, identifier)
-        _prove(session, kind, key_object, settings, key)
+        return _proven(session, kind, identifier, settings, key)
     except BaseException:
         destroy(session, handles)
         raise
-    return key_object
 
 
 def session_key(session: Session, kind: Kind) -> tuple[KeyObject, tuple[int, ...]]:
@@ -122,7 +120,7 @@ def _templates(
 ) -> Iterator[tuple[Template, Template]]:
     """Templates of the public and of the secret or private key, the fullest first.
 
-    Some modules refuse a template that sets an attribute which they set themselves. ``_prove``
+    Some modules refuse a template that sets an attribute which they set themselves. ``_proven``
     reads the attributes back, also those that a template leaves out.
     """
     secret: Template = {_A.PRIVATE: True, _A.SENSITIVE: True, _A.EXTRACTABLE: False, **name}
@@ -153,16 +151,12 @@ def _templates(
     yield public, secret
 
 
-def _find(session: Session, key: str, entry: KeyEntry, identifier: bytes) -> KeyObject:
-    key_object = find_versions(session, key, entry).get(identifier.hex())
-    if key_object is None:
+def _proven(
+    session: Session, kind: Kind, identifier: bytes, settings: Pkcs11Settings, name: str
+) -> KeyObject:
+    key = find_versions(session, name, settings.entry(name)).get(identifier.hex())
+    if key is None:
         raise UnsupportedOperation("the module did not keep the label and id of a new key")
-    return key_object
-
-
-def _prove(
-    session: Session, kind: Kind, key: KeyObject, settings: Pkcs11Settings, name: str
-) -> None:
     wrong = list(shortcomings(key, settings, name).values())
     if (actual := kind_of(key)) is not kind:
         wrong.append(f"its usages are those of {actual.name if actual else 'no kind'}")
@@ -178,6 +172,7 @@ def _prove(
             f"the module let the secret of a new key out ({how}); the key was destroyed",
             hint="do not use this module for secrets",
         )
+    return key
 
 
 def _extraction(session: Session, key: KeyObject) -> str | None:

@@ -185,10 +185,10 @@ class CkMechanism:
         return cls(code, iv, len(iv), 8 * len(iv), aad, len(aad), 128)
 
     @classmethod
-    def oaep(cls, code: int, digest: int, mgf: int, label: bytes) -> CkMechanism:
-        """RSA-OAEP (RFC 8017, section 7.1)."""
+    def oaep(cls, code: int, digest: int, mgf: int) -> CkMechanism:
+        """RSA-OAEP (RFC 8017, section 7.1) with an empty label."""
         # 1 is CKZ_DATA_SPECIFIED, the only source of a label that the standard has.
-        return cls(code, digest, mgf, 1, label, len(label))
+        return cls(code, digest, mgf, 1, b"", 0)
 
     @classmethod
     def ecdh(cls, code: int, point: bytes) -> CkMechanism:

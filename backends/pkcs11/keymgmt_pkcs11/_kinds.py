@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from pkcs11 import Attribute, KeyType, Mechanism
 
-from keymgmt.backend import ConfigError
+from keymgmt.backend import ConfigError, check_options
 from keymgmt_pkcs11._keys import USAGES, KeyObject
 
 if TYPE_CHECKING:
@@ -74,15 +74,12 @@ KINDS: Final = {
 
 def bits_of(kind: Kind, options: Mapping[str, str]) -> int:
     """The size of a new key; ConfigError for an option that its kind does not have."""
-    for name, value in options.items():
-        if name != "bits" or kind.type is not KeyType.RSA:
-            raise ConfigError(
-                f"a key of kind {kind.name} has no option {name!r}",
-                hint="rsa-oaep and rsa-pss take bits=2048, 3072 or 4096",
-            )
-        if value not in _RSA_BITS:
-            raise ConfigError(f"bits={value!r} is not one of {', '.join(_RSA_BITS)}")
-    return int(options.get("bits", kind.bits))
+    known = {"bits": "3072"} if kind.type is KeyType.RSA else {}
+    check_options(options, known, f"pkcs11 for a key of kind {kind.name}")
+    bits = options.get("bits", str(kind.bits))
+    if "bits" in options and bits not in _RSA_BITS:
+        raise ConfigError(f"bits={bits!r} is not one of {', '.join(_RSA_BITS)}")
+    return int(bits)
 
 
 def kind_of(key: KeyObject) -> Kind | None:

@@ -119,17 +119,16 @@ class Pkcs11Provider(
 
     def wrap(self, key: str, dek: Dek, context: bytes) -> WrappedKey:
         """See KeyProvider; wraps with the newest version and the first mechanism that works."""
-        check_key(key)
 
-        def call(session: Session) -> WrappedKey:
-            key_object = self._versions(session, key).newest
+        def call(session: Session, versions: Versions) -> WrappedKey:
+            key_object = versions.newest
             mechanism = choose(session, key_object, self.settings, key)
             blob = mechanism.wrap(KeyInUse(session, key_object), dek, context)
             return WrappedKey(
                 self.backend, key, key_object.version, mechanism.name, blob, key_object.params
             )
 
-        return self.connection.run(f"wrapping with {key!r}", call)
+        return self._with("wrapping with", key, call)
 
     def unwrap(self, wrapped: WrappedKey, context: bytes) -> Dek:
         """See KeyProvider."""
@@ -210,10 +209,9 @@ class Pkcs11Provider(
 
     def export_recipient(self, key: str) -> Recipient:
         """See SupportsOfflineRecipients; EC keys, and RSA keys that do OAEP with SHA-256."""
-        check_key(key)
 
-        def call(session: Session) -> Recipient:
-            key_object = self._versions(session, key).newest
+        def call(session: Session, versions: Versions) -> Recipient:
+            key_object = versions.newest
             require_promises(key_object, self.settings, key)
             fits = allowed(session, key_object, self.settings, key)
             kind = next((name for name in fits if name in (*HPKE_KINDS, RSA_OAEP_256)), None)
@@ -239,32 +237,20 @@ class Pkcs11Provider(
                 kind, self.backend, key, key_object.version, key_object.public_bytes, attributes
             )
 
-        return self.connection.run(f"exporting {key!r}", call)
+        return self._with("exporting", key, call)
 
     def public_key(self, key: str, version: str | None = None) -> bytes:
         """See SupportsSigning."""
-        check_key(key)
-        return self.connection.run(
-            f"reading {key!r}", lambda session: self._signing(session, key, version).der
-        )
+        return self._with("reading", key, lambda _, versions: _signing(versions, version).der)
 
     def sign(self, key: str, message: bytes) -> Signature:
         """See SupportsSigning; the token signs a digest, and the signature is verified here."""
-        check_key(key)
 
-        def call(session: Session) -> Signature:
-            key_object = self._signing(session, key)
+        def call(session: Session, versions: Versions) -> Signature:
+            key_object = _signing(versions)
             return Signature(sign(session, key_object, message), key_object.der)
 
-        return self.connection.run(f"signing with {key!r}", call)
-
-    def _signing(self, session: Session, key: str, version: str | None = None) -> KeyObject:
-        versions = self._versions(session, key)
-        key_object = versions.newest if version is None else versions.get(version)
-        if key_object is None:
-            known = [each.version for each in versions.objects]
-            raise no_version(key, str(version), known)
-        return require_signing(key_object)
+        return self._with("signing with", key, call)
 
     def create_key(self, key: str, kind: str, options: Mapping[str, str]) -> KeyInfo:
         """See SupportsKeyManagement; RSA kinds take ``bits``."""
@@ -310,18 +296,12 @@ class Pkcs11Provider(
 
     def describe_key(self, key: str) -> KeyInfo:
         """See SupportsKeyManagement."""
-        check_key(key)
-        return self.connection.run(
-            f"reading {key!r}",
-            lambda session: self._info(session, self._versions(session, key)),
-        )
+        return self._with("reading", key, self._info)
 
     def rotate_key(self, key: str) -> KeyInfo:
         """See SupportsKeyManagement; the new version is of the kind and size of the newest."""
-        check_key(key)
 
-        def call(session: Session) -> KeyInfo:
-            versions = self._versions(session, key)
+        def call(session: Session, versions: Versions) -> KeyInfo:
             newest = versions.newest
             kind = kind_of(newest)
             if kind is None:
@@ -339,32 +319,29 @@ class Pkcs11Provider(
                     )
             return self._generate(session, key, kind, newest.bits, identifier)
 
-        return self._change(f"rotating {key!r}", call)
+        return self._with("rotating", key, call, changes=True)
 
     def retire_version(self, key: str, version: str) -> KeyInfo:
         """See SupportsKeyManagement; switches the version's usages off in the token."""
-        check_key(key)
 
-        def call(session: Session) -> KeyInfo:
-            versions = self._versions(session, key)
+        def call(session: Session, versions: Versions) -> KeyInfo:
             check_retirable(key, version, [v.version for v in versions.objects], self.name)
             key_object = versions.get(version)
             assert key_object is not None  # noqa: S101 - check_retirable saw it
             return self._restrict(session, key, key_object, None)
 
-        return self._change(f"retiring {key!r}", call)
+        return self._with("retiring", key, call, changes=True)
 
     def delete_key(self, key: str) -> None:
         """See SupportsKeyDeletion; the objects of every version are destroyed."""
-        check_key(key)
 
-        def call(session: Session) -> None:
-            for key_object in self._versions(session, key).objects:
+        def call(session: Session, versions: Versions) -> None:
+            for key_object in versions.objects:
                 for handle in find_halves(session, key_object):
                     session.ck.destroy(session.handle, handle)
             session.cache.clear()
 
-        self._change(f"deleting {key!r}", call)
+        self._with("deleting", key, call, changes=True)
 
     def restrict_key(self, key: str, kind: str | None = None) -> KeyInfo:
         """Switch off every usage of the newest version that its kind does not need.
@@ -380,10 +357,9 @@ class Pkcs11Provider(
             UnsupportedOperation: the key cannot be of this kind, or the token does not permit the
                 change.
         """
-        check_key(key)
 
-        def call(session: Session) -> KeyInfo:
-            key_object = self._versions(session, key).newest
+        def call(session: Session, versions: Versions) -> KeyInfo:
+            key_object = versions.newest
             wanted = KINDS.get(kind) if kind is not None else kind_of(key_object)
             if wanted is None or (wanted.type.name, wanted.bits) != (
                 key_object.type,
@@ -396,7 +372,7 @@ class Pkcs11Provider(
                 )
             return self._restrict(session, key, key_object, wanted)
 
-        return self._change(f"restricting {key!r}", call)
+        return self._with("restricting", key, call, changes=True)
 
     def _restrict(
         self, session: Session, key: str, key_object: KeyObject, kind: Kind | None
@@ -418,6 +394,19 @@ class Pkcs11Provider(
     def close(self) -> None:
         """Close every session of this process; the next call opens a new session."""
         self.connection.close()
+
+    def _with(
+        self,
+        doing: str,
+        key: str,
+        call: Callable[[Session, Versions], T],
+        *,
+        changes: bool = False,
+    ) -> T:
+        """Run ``call`` with a session and the versions of a key, which exists."""
+        check_key(key)
+        run = self._change if changes else self.connection.run
+        return run(f"{doing} {key!r}", lambda session: call(session, self._versions(session, key)))
 
     def _change(self, operation: str, call: Callable[[Session], T]) -> T:
         if self.settings.read_only:
@@ -446,6 +435,14 @@ class Pkcs11Provider(
             versions.listed(),
             {name: value for name, value in detail.items() if value},
         )
+
+
+def _signing(versions: Versions, version: str | None = None) -> KeyObject:
+    key_object = versions.newest if version is None else versions.get(version)
+    if key_object is None:
+        known = [each.version for each in versions.objects]
+        raise no_version(versions.key, str(version), known)
+    return require_signing(key_object)
 
 
 def _retired(key: str, key_object: KeyObject) -> KeyRetired:

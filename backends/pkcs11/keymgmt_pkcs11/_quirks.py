@@ -59,10 +59,7 @@ _KNOWN: Final = (
     replace(
         _SOFTHSM,
         before=(2, 7),
-        broken={
-            "RSA-OAEP-256-L": "SoftHSM does OAEP only with SHA-1 and without a label",
-            "RSA-OAEP-256": "SoftHSM does OAEP only with SHA-1",
-        },
+        broken={"RSA-OAEP-256": "SoftHSM does OAEP only with SHA-1"},
     ),
     _SOFTHSM,
     Quirks(

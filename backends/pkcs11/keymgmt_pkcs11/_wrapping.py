@@ -4,8 +4,7 @@
     AES-GCM         AES decrypt           additional data        IV (12, 16), ciphertext, tag (16)
     AES-KWP         AES unwrap            InnerKey               RFC 5649 inside an InnerKey
     AES-KW          AES unwrap            InnerKey               RFC 3394 inside an InnerKey
-    RSA-OAEP-256-L  RSA decrypt           OAEP label             RFC 8017, SHA-256, MGF1-SHA-256
-    RSA-OAEP-256    RSA decrypt           InnerKey               the same without a label
+    RSA-OAEP-256    RSA decrypt           InnerKey               RFC 8017, SHA-256, MGF1-SHA-256
     RSA-OAEP        RSA decrypt           InnerKey               SHA-1, MGF1-SHA-1; by opt-in only
     hpke-p256/384   EC derive             HPKE info              RFC 9180, by CKM_ECDH1_DERIVE
 
@@ -188,10 +187,13 @@ class AesKeyWrapPadded(AesKeyWrap):
     code = Mechanism.AES_KEY_WRAP_KWP
 
 
-class RsaOaepLabel(Wrapping):
-    """RSA-OAEP with the context as its label; encrypted here, with the public key."""
+class RsaOaep256(Wrapping):
+    """The mechanism of recipient files with RSA keys: an InnerKey under OAEP with SHA-256.
 
-    name = "RSA-OAEP-256-L"
+    It is encrypted here, with the public key.
+    """
+
+    name = RSA_OAEP_256
     code = Mechanism.RSA_PKCS_OAEP
     hash: ClassVar[hashes.HashAlgorithm] = hashes.SHA256()
     hash_code: ClassVar[Mechanism] = Mechanism.SHA256
@@ -201,34 +203,20 @@ class RsaOaepLabel(Wrapping):
         return key.type == "RSA" and key.can("decrypt", "unwrap") and key.bits >= 2048
 
     def wrap(self, use: KeyInUse, dek: Dek, context: bytes) -> bytes:
-        return self._encrypt(use.key, dek, context or None)
+        public = use.key.public
+        assert isinstance(public, rsa.RSAPublicKey)  # noqa: S101 - see wraps()
+        oaep = padding.OAEP(padding.MGF1(self.hash), self.hash, None)
+        return inner_wrap(dek, context, lambda inner: public.encrypt(bytes(inner.view()), oaep))
 
     def unwrap(self, use: KeyInUse, blob: bytes, context: bytes) -> Dek:
-        return self._decrypt(use, blob, context)
+        def inside(wrapped: bytes) -> Dek:
+            _check_length(wrapped, (use.key.bits + 7) // 8)
+            mechanism = CkMechanism.oaep(use.code(self), self.hash_code, self.mgf_code)
+            if not use.key.can("decrypt"):
+                return _unwrapped(use, mechanism, wrapped)
+            return _to_dek(use.apply("Decrypt", mechanism, wrapped))
 
-    def _encrypt(self, key: KeyObject, secret: Dek, label: bytes | None) -> bytes:
-        assert isinstance(key.public, rsa.RSAPublicKey)  # noqa: S101 - see wraps()
-        oaep = padding.OAEP(padding.MGF1(self.hash), self.hash, label)
-        return key.public.encrypt(bytes(secret.view()), oaep)
-
-    def _decrypt(self, use: KeyInUse, blob: bytes, label: bytes) -> Dek:
-        _check_length(blob, (use.key.bits + 7) // 8)
-        mechanism = CkMechanism.oaep(use.code(self), self.hash_code, self.mgf_code, label)
-        if not use.key.can("decrypt"):
-            return _unwrapped(use, mechanism, blob)
-        return _to_dek(use.apply("Decrypt", mechanism, blob))
-
-
-class RsaOaep256(RsaOaepLabel):
-    """The mechanism of recipient files with RSA keys: an InnerKey under OAEP with SHA-256."""
-
-    name = RSA_OAEP_256
-
-    def wrap(self, use: KeyInUse, dek: Dek, context: bytes) -> bytes:
-        return inner_wrap(dek, context, lambda inner: self._encrypt(use.key, inner, None))
-
-    def unwrap(self, use: KeyInUse, blob: bytes, context: bytes) -> Dek:
-        return inner_unwrap(blob, context, lambda wrapped: self._decrypt(use, wrapped, b""))
+        return inner_unwrap(blob, context, inside)
 
 
 class RsaOaepSha1(RsaOaep256):
@@ -287,7 +275,6 @@ MECHANISMS: Final = {
         AesGcm(),
         AesKeyWrapPadded(),
         AesKeyWrap(),
-        RsaOaepLabel(),
         RsaOaep256(),
         RsaOaepSha1(),
         HpkeP256(),
