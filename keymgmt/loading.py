@@ -7,7 +7,7 @@ that an ONNX file keeps in other files. The C library is here too.
 """
 
 from keymgmt._crypto.dek import wipe
-from keymgmt._crypto.memory import PrivateMemory, guard, private_bytes, unguard
+from keymgmt._crypto.memory import PrivateMemory, guard, joined_bytes, private_bytes, unguard
 from keymgmt._system.free_memory import check_free_memory
 from keymgmt._system.libc import libc
 from keymgmt._verbs.device_file import DeviceFile
@@ -26,6 +26,7 @@ __all__ = [
     "file_bytes",
     "file_memory",
     "guard",
+    "joined_bytes",
     "libc",
     "move_external",
     "outside_part",

@@ -17,7 +17,7 @@ from keymgmt._system.swap import unencrypted_swap
 from keymgmt.errors import KeymgmtError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
 __all__ = ["PrivateMemory", "guard", "private_bytes", "unguard"]
 
@@ -131,3 +131,14 @@ def private_bytes(size: int) -> Iterator[tuple[bytes, memoryview]]:
         yield data, memoryview(array).cast("B")
     finally:
         ctypes.memset(array, 0, size)
+
+
+@contextlib.contextmanager
+def joined_bytes(parts: Collection[bytes | memoryview]) -> Iterator[bytes]:
+    """The parts as one ``bytes``, as ``private_bytes``."""
+    with private_bytes(sum(map(len, parts))) as (data, room):
+        position = 0
+        for part in parts:
+            room[position : position + len(part)] = part
+            position += len(part)
+        yield data

@@ -172,13 +172,8 @@ def _grants(session: Session, key: str) -> Iterator[Finding]:
     native, mount = session.settings.native(key), session.settings.mount
     paths = {verb: f"{mount}/{verb}/{native}" for verb in ("encrypt", "decrypt")}
     try:
-        data = session.call(
-            "read",
-            native,
-            lambda: session.connection.post(
-                "/v1/sys/capabilities-self", json={"paths": list(paths.values())}
-            ),
-        )
+        body = {"paths": list(paths.values())}
+        data = session.call("read", native, "post", "/v1/sys/capabilities-self", json=body)
     except KeymgmtError:
         return
     for verb, path in paths.items():
@@ -200,9 +195,8 @@ def _grants(session: Session, key: str) -> Iterator[Finding]:
 
 
 def _upsert(session: Session) -> Iterator[Finding]:
-    path = f"/v1/{session.settings.mount}/config/keys"
     try:
-        data = session.call("read", "", lambda: session.connection.get(path))
+        data = session.transit("read", "", "get", "config/keys")
     except KeymgmtError:
         # Few policies grant this. It is not needed, since each wrap reads the key first.
         return

@@ -243,23 +243,18 @@ _CAPABILITY: Final = {"read": "read", "create": "create", "list": "list", "delet
 
 
 def refused(
-    code: str, verb: Verb, native: str, settings: VaultSettings, words: str
+    code: str, verb: Verb, native: str, settings: VaultSettings, words: str, path: str
 ) -> ProviderError:
-    """The error for a refusal of ``verb`` on the Transit key ``native``."""
+    """The error for a refusal of ``verb`` on the Transit key ``native``, asked at ``path``."""
     mount = settings.mount
     place = f"{mount}/{native}" if native else mount
-    path = f"{mount}/keys/{native}" if native else f"{mount}/keys"
-    if verb in ("encrypt", "decrypt", "sign"):
-        path = f"{mount}/{verb}/{native}"
-    elif verb in ("rotate", "retire"):
-        path += "/rotate" if verb == "rotate" else "/config"
     fault = _REFUSALS.find(code, verb)
     fields = {
         "capability": _CAPABILITY.get(verb, "update"),
         "mount": mount,
         "namespace": settings.namespace,
         "native": native,
-        "path": path,
+        "path": path.removeprefix("/v1/"),
         "place": place,
         "verb": verb,
         "words": words or "no reason given",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import hashlib
 import logging
 import re
 from collections.abc import Mapping
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
@@ -47,10 +47,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Described", "Keys"]
 
-_ECDSA: Final = {
-    "ecdsa-p256": ("sha2-256", hashes.SHA256()),
-    "ecdsa-p384": ("sha2-384", hashes.SHA384()),
-}
 _PERIOD: Final = re.compile(r"[1-9][0-9]{0,5}[smh]")
 _SIGNATURE: Final = re.compile(r"vault:v([1-9][0-9]{0,8}):([A-Za-z0-9+/]{4,8000}={0,2})")
 _MAX_VERSIONS: Final = 10_000
@@ -117,10 +113,7 @@ class Keys:
             UnsupportedOperation: the key is of a type that keymgmt does not use.
         """
         native = self._settings.native(key)
-        path = f"/v1/{self._settings.mount}/keys/{native}"
-        data = self._session.call(
-            "read", native, lambda: self._session.connection.get(path, fresh=fresh)
-        )
+        data = self._session.transit("read", native, "get", f"keys/{native}", fresh=fresh)
         kind, versions = data.get("type"), data.get("keys")
         if str(kind) not in KINDS or not isinstance(versions, dict) or data.get("derived"):
             raise UnsupportedOperation(
@@ -173,7 +166,7 @@ class Keys:
         described = self.read(key, fresh=fresh)
         info = described.info
         if _DELETED in info.detail:
-            raise refused("soft-deleted", "read", described.native, self._settings, "")
+            raise refused("soft-deleted", "read", described.native, self._settings, "", "")
         if purpose is not None and purpose != info.purpose:
             error = wrong_purpose(key, info.kind, purpose, KINDS)
             if info.kind in RSA:
@@ -205,19 +198,13 @@ class Keys:
         return self.read(key).info
 
     def _write(self, verb: Verb, native: str, rest: str, body: Mapping[str, Any]) -> None:
-        path = f"/v1/{self._settings.mount}/keys/{native}{rest}"
-        connection = self._session.connection
-        self._session.call(
-            verb, native, lambda: connection.post(path, json=body, operation="change")
-        )
+        path = f"keys/{native}{rest}"
+        self._session.transit(verb, native, "post", path, json=body, operation="change")
 
     def list(self) -> list[KeyInfo]:
         """Every usable key that may be read, by name; the log names those that may not be read."""
-        session = self._session
         try:
-            data = session.call(
-                "list", "", lambda: session.transit.list_keys(mount_point=self._settings.mount)
-            )
+            data = self._session.transit("list", "", "list", "keys")
         except ProviderError as error:
             # Transit answers 404 without a reason while it has no key at all.
             if isinstance(error.__cause__, Refusal) and error.__cause__.code == "absent":
@@ -227,20 +214,16 @@ class Keys:
         keys = map(self._settings.ours, map(str, names if isinstance(names, list) else []))
         ours = sorted({key for key in keys if key is not None and self._settings.may_hold(key)})
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            results = list(pool.map(self._look, ours))
-        denied = [key for key, info in zip(ours, results, strict=True) if info is False]
-        if denied:
-            log.warning("the policy does not allow to read the keys %s", ", ".join(denied))
-        return [info for info in results if isinstance(info, KeyInfo)]
+            return [info for info in pool.map(self._look, ours) if info is not None]
 
-    def _look(self, key: str) -> KeyInfo | bool:
-        """The key; False where it may not be read, True where it is not usable."""
+    def _look(self, key: str) -> KeyInfo | None:
         try:
             return self.read(key).info
         except AccessDenied:
-            return False
-        except (UnsupportedOperation, KeyNotFound):
-            return True
+            log.warning("the policy does not allow to read the key %s", key)
+        except (UnsupportedOperation, KeyNotFound) as error:
+            log.info("left out: %s", error)
+        return None
 
     def rotate(self, key: str) -> KeyInfo:
         """Add a version."""
@@ -269,21 +252,17 @@ class Keys:
     def delete(self, key: str) -> None:
         """Set ``deletion_allowed``, without which Transit refuses, and delete the key."""
         described = self.read(key, fresh=True)
-        path = f"/v1/{self._settings.mount}/keys/{described.native}"
-        connection = self._session.connection
+        native = described.native
         allowed = "deletion" in described.info.detail
         if not allowed:
-            self._write("retire", described.native, "/config", {"deletion_allowed": True})
+            self._write("retire", native, "/config", {"deletion_allowed": True})
         try:
-            self._session.call(
-                "delete",
-                described.native,
-                lambda: connection.request("delete", path, operation="change"),
-            )
+            path = f"keys/{native}"
+            self._session.transit("delete", native, "delete", path, operation="change")
         except ProviderError:
             if not allowed:
                 with contextlib.suppress(ProviderError):
-                    self._write("retire", described.native, "/config", {"deletion_allowed": False})
+                    self._write("retire", native, "/config", {"deletion_allowed": False})
             raise
 
     def recipient(self, key: str) -> Recipient:
@@ -298,17 +277,9 @@ class Keys:
         """Sign with the version whose public key is returned with it."""
         with self._session.connection.operation():
             described = self.usable(key, "sign")
-            newest, public = described.info.newest, described.public_key()
-            data = self._session.call(
-                "sign",
-                described.native,
-                lambda: self._session.transit.sign_data(
-                    described.native,
-                    key_version=int(newest),
-                    mount_point=self._settings.mount,
-                    **_algorithm(described.info.kind, message),
-                ),
-            )
+            native, newest, public = described.native, described.info.newest, described.public_key()
+            body = {"key_version": int(newest), **_algorithm(described.info.kind, message)}
+            data = self._session.transit("sign", native, "post", f"sign/{native}", json=body)
         match = _SIGNATURE.fullmatch(text_of(data, "signature"))
         if match is None or match[1] != newest:
             raise ProviderUnavailable(
@@ -319,16 +290,15 @@ class Keys:
 
 def _algorithm(kind: str, message: bytes) -> dict[str, Any]:
     if kind == "ed25519":
-        return {"hash_input": base64.b64encode(message).decode()}
-    name, algorithm = _ECDSA.get(kind, ("sha2-256", hashes.SHA256()))
-    digest = hashes.Hash(algorithm)
-    digest.update(message)
+        return {"input": base64.b64encode(message).decode()}
+    bits = "384" if kind == "ecdsa-p384" else "256"
+    digest = hashlib.new(f"sha{bits}", message).digest()
     options: dict[str, Any] = {
-        "hash_input": base64.b64encode(digest.finalize()).decode(),
+        "input": base64.b64encode(digest).decode(),
         "prehashed": True,
-        "hash_algorithm": name,
+        "hash_algorithm": f"sha2-{bits}",
     }
-    if kind in _ECDSA:
+    if kind.startswith("ecdsa"):
         return options | {"marshaling_algorithm": "asn1"}
     return options | {"signature_algorithm": "pss", "salt_length": "hash"}
 

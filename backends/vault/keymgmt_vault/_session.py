@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from hvac.api.auth_methods import Token
-from hvac.api.secrets_engines import Transit
 
 from keymgmt.backend import Deadline, ForkSafe, KeymgmtError, ProviderError, ProviderUnavailable
 from keymgmt_vault._connection import Connection
@@ -42,7 +41,6 @@ class Session(ForkSafe):
         self.name = name
         self.settings = settings
         self.connection = Connection(settings)
-        self.transit = Transit(self.connection)
         self._auth = settings.auth
         self._login = Login(settings, self.connection)
         self._lease: Lease | None = None
@@ -61,33 +59,47 @@ class Session(ForkSafe):
         """Whether requests carry a token of the session; the listener of an agent adds its own."""
         return not (isinstance(self._auth, AgentAuth) and self._auth.sink is None)
 
-    def call(self, verb: Verb, native: str, action: Callable[[], Any]) -> dict[str, Any]:
-        """Run ``action`` logged in, once more if the token had died, and return its ``data``.
+    def transit(
+        self, verb: Verb, native: str, method: str, path: str, **options: Any
+    ) -> dict[str, Any]:
+        """``call`` with a path of the Transit engine, such as ``keys/NAME``."""
+        return self.call(verb, native, method, f"/v1/{self.settings.mount}/{path}", **options)
+
+    def call(
+        self, verb: Verb, native: str, method: str, path: str, **options: Any
+    ) -> dict[str, Any]:
+        """Send a request logged in, once more if the token had died, and return its ``data``.
 
         Args:
-            verb: what ``action`` does, for ``_errors.refused``.
+            verb: what the request does, for ``_errors.refused``.
             native: the key's name in Transit; empty where it concerns no key.
-            action: one request through ``connection``.
+            method: as in ``Connection.request``.
+            path: from ``/v1/`` on, made of checked parts.
+            options: the other options of ``Connection.request``.
 
         Raises:
             AccessDenied: the token has expired, or its policy does not allow this.
             ProviderUnavailable: no answer that can be used.
             ProviderError: any other refusal, see ``_errors.refused``.
         """
+
+        def action() -> Any:
+            return self.connection.request(method, path, **options)
+
         with self.connection.operation(), self._running_call():
             lease = self.log_in()
             try:
                 answer = self._patiently(action)
             except Refusal as refusal:
                 if refusal.code != "dead token" or not self._replace(lease):
-                    raise self._refused(refusal, verb, native) from refusal
+                    raise self._refused(refusal, verb, native, path) from refusal
                 try:
                     answer = action()
                 except Refusal as second:
                     if second.code == "dead token" and not isinstance(self._auth, TokenAuth):
                         # A new token was refused too, so more logins would not help for now.
                         self._no_login_until = time.monotonic() + _NO_NEW_LOGIN
-                    raise self._refused(second, verb, native) from second
+                    raise self._refused(second, verb, native, path) from second
         if not isinstance(answer, dict):
             return {}
         warnings = answer.get("warnings")
@@ -98,12 +110,12 @@ class Session(ForkSafe):
         data = answer.get("data")
         return data if isinstance(data, dict) else {}
 
-    def _refused(self, refusal: Refusal, verb: Verb, native: str) -> ProviderError:
+    def _refused(self, refusal: Refusal, verb: Verb, native: str, path: str) -> ProviderError:
         if refusal.code == "dead token" and not self.needs_token:
             return ProviderUnavailable(
                 "the agent has not logged in, or its token died", hint=LOGIN_HINTS["agent"]
             )
-        return refused(refusal.code, verb, native, self.settings, refusal.words)
+        return refused(refusal.code, verb, native, self.settings, refusal.words, path)
 
     def _patiently(self, action: Callable[[], Any]) -> Any:
         """Run ``action``, and wait for an agent that has not logged in yet, as during a boot."""

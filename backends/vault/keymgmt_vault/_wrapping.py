@@ -101,25 +101,23 @@ class Wrapping:
         return WrappedKey("vault", info.key, version, info.kind, text.encode())
 
     def _refused(self, verb: Verb, native: str, words: str) -> ProviderError:
-        return refused(Refusal(400, [words]).code, verb, native, self._settings, words)
+        path = f"{self._settings.mount}/{verb}/{native}"
+        return refused(Refusal(400, [words]).code, verb, native, self._settings, words, path)
 
     def _batch(self, verb: Verb, native: str, items: list[dict[str, str]]) -> list[Any]:
         # Without the code, one bad item is status 400 for all.
         body = {"batch_input": items, "partial_failure_response_code": 200}
-        results = self._post(verb, native, body).get("batch_results")
+        data = self._session.transit(verb, native, "post", f"{verb}/{native}", json=body)
+        results = data.get("batch_results")
         if not isinstance(results, list) or len(results) != len(items):
             raise ProviderUnavailable("the server's answer has not one result for each item")
         return results
 
-    def _post(self, verb: Verb, native: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        path = f"/v1/{self._settings.mount}/{verb}/{native}"
-        connection = self._session.connection
-        return self._session.call(verb, native, lambda: connection.post(path, json=body))
-
     def unwrap(self, wrapped: WrappedKey, context: bytes) -> Dek:
         """See KeyProvider; one call."""
         native, item = self._prepare(wrapped, context)
-        return _finish(wrapped, context, self._post("decrypt", native, item))
+        data = self._session.transit("decrypt", native, "post", f"decrypt/{native}", json=item)
+        return _finish(wrapped, context, data)
 
     def unwrap_batch(
         self, items: Sequence[tuple[WrappedKey, bytes]]

@@ -18,9 +18,9 @@ from keymgmt.loading import (
     choose_file,
     file_bytes,
     file_memory,
+    joined_bytes,
     move_external,
     outside_part,
-    private_bytes,
 )
 
 if TYPE_CHECKING:
@@ -80,12 +80,7 @@ def load(
         data, room = stack.enter_context(file_bytes(sealed, chosen, copies=_COPIES))
         outside = _Outside(sealed, chosen)
         if parts := move_external(room, outside.label, outside.move):
-            size = sum(map(len, parts))
-            data, target = stack.enter_context(private_bytes(size))
-            position = 0
-            for part in parts:
-                target[position : position + len(part)] = part
-                position += len(part)
+            data = stack.enter_context(joined_bytes(parts))
             check_free_memory((_COPIES - 1) * outside.size, title)
             names = list(outside.names)
             memories = [outside.memories[outside.names[each]] for each in names]

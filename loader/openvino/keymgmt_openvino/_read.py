@@ -12,9 +12,9 @@ from keymgmt.loading import (
     check_free_memory,
     choose_file,
     file_bytes,
+    joined_bytes,
     move_external,
     outside_part,
-    private_bytes,
 )
 from keymgmt_openvino._ask import ask
 from keymgmt_openvino._memory import Memory, filled, release
@@ -85,11 +85,7 @@ def _read_onnx(sealed: SealedModel, core: ov.Core, path: str, label: str, cannot
             if parts is None:
                 return ask(cannot, core.read_model, data)
             check_free_memory(copied, sealed.manifest.name)
-            with private_bytes(sum(map(len, parts))) as (moved, target):
-                position = 0
-                for part in parts:
-                    target[position : position + len(part)] = part
-                    position += len(part)
+            with joined_bytes(parts) as moved:
                 return ask(cannot, core.read_model, moved)
     finally:
         for memory in files.values():
