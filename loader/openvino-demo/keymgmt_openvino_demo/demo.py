@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shlex
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from keymgmt import Config, Inspection
+    from keymgmt import Config
 
 __all__ = ["app"]
 
@@ -86,12 +88,6 @@ def _title(out: Console) -> None:
     )
 
 
-@dataclass
-class _Refusal:
-    what: str
-    error: KeymgmtError | None
-
-
 class _Demo:
     def __init__(self, out: Console, base: Path) -> None:
         self.out, self.base = out, base
@@ -100,8 +96,8 @@ class _Demo:
 
     def run(self) -> None:
         self._heading(1, "Keys", "a config, a key that wraps (KEK) and a publisher's signing key")
-        self._command("keymgmt init site")
-        config = make_throwaway_keys(self.home)
+        self._keymgmt("init", "site")
+        config = keymgmt.load_config(self.home / "keymgmt.toml")
         shown = (self.home / "keymgmt.toml").read_text().strip()
         self.out.print(Syntax(shown, "toml", background_color="default"))
 
@@ -116,28 +112,15 @@ class _Demo:
         )
 
         self._heading(3, "Seal", "encrypt, wrap the data key, sign")
-        self._command(
-            "keymgmt seal magika.xml magika.sealed --name magika --release 1 \\\n"
-            "      --to local:models --sign local:publisher"
-        )
-        began = time.perf_counter()
-        inspection = keymgmt.seal(
-            plain,
-            self.sealed,
-            to=["local:models"],
-            sign="local:publisher",
-            keys=config,
-            name="magika",
-            release=1,
-        )
-        self.out.print(f"sealed and signed in {time.perf_counter() - began:.2f} s")
+        named = ("--name", "magika", "--release", "1")
+        keys = ("--to", "local:models", "--sign", "local:publisher")
+        self._keymgmt("seal", "plain/magika.xml", self.sealed.name, *named, *keys)
         self._show_folder()
         self._show_bytes(weights)
-        self._command("keymgmt inspect magika.sealed        # needs no key")
-        self._show_inspection(inspection)
 
         self._heading(4, "Run", "the sealed copy beside the plaintext one, on CPU")
-        self._command('with load("magika.sealed", name="magika") as model: model(inputs)')
+        line = 'with load("magika.sealed", name="magika") as model: model(inputs)'
+        self.out.print(Text.assemble(("> ", "dim"), line))
         self._compare(plain, config)
 
         self._heading(5, "Refuse", "the same model, after somebody had a hand in it")
@@ -151,8 +134,21 @@ class _Demo:
             style="dim",
         )
 
-    def _command(self, line: str) -> None:
-        self.out.print(Text.assemble(("$ " if line.startswith("keymgmt") else "> ", "dim"), line))
+    def _keymgmt(self, *words: str) -> None:
+        """Show a command and run it, in the demo's folder and with its config."""
+        self.out.print(Text.assemble(("$ ", "dim"), f"keymgmt {shlex.join(words)}"))
+        settings = {"KEYMGMT_CONFIG": str(self.home / "keymgmt.toml")}
+        command = [sys.executable, "-m", "keymgmt.cli", *words]
+        done = subprocess.run(
+            command,
+            cwd=self.base,
+            env=os.environ | settings | {"COLUMNS": str(self.out.width)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+        self.out.print(Text.from_ansi(done.stdout.decode().rstrip()))
+        done.check_returncode()
 
     def _show_folder(self) -> None:
         said = {
@@ -184,21 +180,6 @@ class _Demo:
             with file.open("rb") as stream:
                 stream.seek(offset)
                 table.add_row(title, stream.read(16).hex(" "))
-        self.out.print(table)
-
-    def _show_inspection(self, inspection: Inspection) -> None:
-        manifest = inspection.manifest
-        table = Table(box=None, pad_edge=False, show_header=False)
-        table.add_column(style="dim")
-        table.add_column()
-        rows = {
-            "name": f"{manifest.name}, release {manifest.release}",
-            "opens with": " or ".join(" + ".join(group) for group in inspection.groups),
-            "signed by": ", ".join(f"key {each[:16]}..." for each in inspection.signers),
-            "kind": f"{manifest.kind}, {len(manifest.files)} files, {manifest.size:,} bytes",
-        }
-        for key, value in rows.items():
-            table.add_row(key, clean(value))
         self.out.print(table)
 
     def _compare(self, plain: Path, config: Config) -> None:
@@ -245,7 +226,7 @@ class _Demo:
             self.home / "keymgmt.toml",
         ]
 
-    def _refusals(self, config: Config) -> Iterator[_Refusal]:
+    def _refusals(self, config: Config) -> Iterator[tuple[str, KeymgmtError | None]]:
         weights = Path("payload") / "magika.bin.floe"
 
         with self._copy() as copy:
@@ -254,23 +235,24 @@ class _Demo:
                 byte = file.read(1)[0]
                 file.seek(1_000_000)
                 file.write(bytes([byte ^ 1]))
-            yield _Refusal("one bit of the weights flipped", self._try(copy, config))
+            yield "one bit of the weights flipped", self._try(copy, config)
 
         with self._copy() as copy:
             os.truncate(copy / weights, (copy / weights).stat().st_size - 1000)
-            yield _Refusal("the last 1000 bytes cut off", self._try(copy, config))
+            yield "the last 1000 bytes cut off", self._try(copy, config)
 
         thief = self.base / "thief"
         with make_throwaway_keys(thief) as strict:
-            yield _Refusal("signed by a publisher not trusted", self._try(self.sealed, strict))
+            yield "signed by a publisher not trusted", self._try(self.sealed, strict)
         # The thief trusts the real publisher; what is missing is the key.
         shutil.copy(self.home / "publisher.pem", thief)
         with keymgmt.load_config(thief / "keymgmt.toml") as stolen:
-            yield _Refusal("the folder stolen, another key", self._try(self.sealed, stolen))
+            yield "the folder stolen, another key", self._try(self.sealed, stolen)
 
-        yield _Refusal(
+        cache = {"CACHE_DIR": str(self.base / "cache")}
+        yield (
             "OpenVINO's plaintext cache switched on",
-            self._try(self.sealed, config, ov_config={"CACHE_DIR": str(self.base / "cache")}),
+            self._try(self.sealed, config, ov_config=cache),
         )
 
     @contextlib.contextmanager
@@ -289,21 +271,20 @@ class _Demo:
             return error
         return None
 
-    def _show_refusals(self, refusals: Iterator[_Refusal]) -> None:
+    def _show_refusals(self, refusals: Iterator[tuple[str, KeymgmtError | None]]) -> None:
         table = Table(box=box.SIMPLE, pad_edge=False)
         table.add_column("what was done", max_width=24)
         table.add_column("what load() says")
-        for refusal in refusals:
-            error = refusal.error
+        for what, error in refusals:
             if error is None:
-                raise KeymgmtError(f"it was not refused: {refusal.what}")
+                raise KeymgmtError(f"it was not refused: {what}")
             said = Text.assemble((type(error).__name__, "bold red"), ": ", clean(error))
             for attempt in getattr(error, "attempts", ()):
                 why = f"{attempt.recipient}: {type(attempt.error).__name__}: {attempt.error}"
                 said.append(f"\n  {clean(why)}", style="dim")
             if error.hint:
                 said.append(f"\nhint: {clean(error.hint)}", style="cyan")
-            table.add_row(refusal.what, said)
+            table.add_row(what, said)
             table.add_row()
         self.out.print(table)
 

@@ -16,7 +16,7 @@ def test_demo_shows_it_all_and_leaves_nothing(tmp_path):
     for expected in (
         "manifest.json",
         "magika.bin.floe",
-        "opens with file:models@1",
+        "1 file:models@1",
         "python 0.99",
         ".so elf ",
         "IntegrityError",
