@@ -82,6 +82,21 @@ def test_a_folder_from_requests_to_recipients(office, genuine):
     run("seal", "devices/m", "m.sealed", "--name", "m", "--to", "@devices/d3.recipient")
 
 
+def test_who_has_not_answered_yet_is_told(office, genuine):
+    folder, run, challenge, accept = office
+    said = run(*challenge[:-1])
+    assert said.count("challenged, endorsement key ") == COUNT
+    answer(genuine, folder)
+    (folder / "d1.response").unlink()
+    said = run(*accept)
+    assert counts(said) == (COUNT - 1, 0, 0)
+    assert lines(said)[-1]["waiting"] == 1
+    assert [line["path"] for line in lines(said) if line.get("state") == "waiting"] == [
+        "devices/d1.request"
+    ]
+    assert "refused 0, not answered yet 1" in run(*accept[:-1])
+
+
 def test_one_bad_file_names_itself_and_does_not_stop_the_others(office, genuine):
     folder, run, challenge, accept = office
     (folder / "d1.request").write_bytes(b"{")

@@ -9,6 +9,7 @@ where it was: what it left is recognised by its content, and anything else is le
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -76,11 +77,13 @@ class Outcome:
         path: the device's file, a request or a response.
         done: the result of this run, or None where an earlier run made it.
         error: why there is no result, or None.
+        waiting: whether the device has not answered yet.
     """
 
     path: Path
     done: tuple[Request, Recipient | None] | None = None
     error: KeymgmtError | None = None
+    waiting: bool = False
 
 
 def challenge_one(path: Path, output: Path, state: Path, makers: Makers) -> Request:
@@ -155,7 +158,7 @@ def challenge_all(folder: Path, makers: Makers) -> Iterator[Outcome]:
 def accept_all(
     folder: Path, makers: Makers, decision: Decision, attester: Attester | None
 ) -> Iterator[Outcome]:
-    """An attested recipient for each response of a folder that has none.
+    """An attested recipient for each response of a folder that has none; then who is waited for.
 
     Raises:
         ProviderError: the attester's key does not sign, so that nothing would be accepted.
@@ -167,7 +170,12 @@ def accept_all(
             return Outcome(path)
         return Outcome(path, accept_one(path, output, state, makers, lambda _: decision, attester))
 
-    return _each(_files(folder, ".response"), one)
+    unanswered = (
+        Outcome(state.with_suffix(".request"), waiting=True)
+        for state in _files(folder, ".state")
+        if not os.path.lexists(state.with_suffix(".response"))
+    )
+    return itertools.chain(_each(_files(folder, ".response"), one), unanswered)
 
 
 def _each(paths: list[Path], work: Callable[[Path], Outcome]) -> Iterator[Outcome]:

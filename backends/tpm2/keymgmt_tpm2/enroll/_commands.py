@@ -269,12 +269,16 @@ def _stated(request: Request, recipient: Recipient | None = None) -> dict[str, o
 def _tell_all(outcomes: Iterable[_batch.Outcome], word: str, *, as_json: bool) -> None:
     """Print what became of each file, and a summary; exit 4 where one was refused."""
     counts = {word: 0, "before": 0, "failed": 0}
+    if word == "accepted":
+        counts["waiting"] = 0
     for each in outcomes:
         said: dict[str, object] = {"format": FORMAT, "path": str(each.path)}
         if each.error is not None:
             state, error = "failed", each.error
             said["error"] = error.to_json()
             console(stderr=True).print(f"{clean(each.path)}: {clean(error)}", soft_wrap=True)
+        elif each.waiting:
+            state = "waiting"
         elif each.done is None:
             state = "before"
         else:
@@ -284,13 +288,14 @@ def _tell_all(outcomes: Iterable[_batch.Outcome], word: str, *, as_json: bool) -
         if as_json:
             print_line({**said, "state": state})
         elif state == word:
-            console().print(f"{clean(each.path)}: {word}", soft_wrap=True)
+            ek = f", endorsement key {said['ek']}" if word == "challenged" else ""
+            console().print(f"{clean(each.path)}: {word}{ek}", soft_wrap=True)
     code = IntegrityError.exit_code if counts["failed"] else 0
     if as_json:
         print_line({"format": FORMAT, **counts, "exit_code": code})
     else:
-        before, failed = counts["before"], counts["failed"]
-        console().print(f"{word} {counts[word]}, done before {before}, refused {failed}")
+        names = {"before": "done before", "failed": "refused", "waiting": "not answered yet"}
+        console().print(", ".join(f"{names.get(key, key)} {n}" for key, n in counts.items()))
     if code:
         raise typer.Exit(code)
 
