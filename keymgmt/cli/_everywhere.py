@@ -10,7 +10,6 @@ import copy
 import inspect
 import re
 from collections.abc import Callable, Iterable
-from enum import Enum
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args, get_origin
@@ -161,8 +160,6 @@ def adopt(command: Any) -> Any:
 def _value(annotation: Any) -> str | None:
     if get_origin(annotation) is Literal:
         return "|".join(get_args(annotation))
-    if isinstance(annotation, type) and issubclass(annotation, Enum):
-        return "|".join(str(choice.value) for choice in annotation)
     kinds = (annotation, *get_args(annotation))
     return next((_VALUES[kind] for kind in kinds if kind in _VALUES), None)
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -23,14 +22,6 @@ if TYPE_CHECKING:
     from keymgmt._system.namespace import User
 
 __all__ = ["exec_"]
-
-
-class Via(StrEnum):
-    """How the program gets the files."""
-
-    auto = "auto"
-    mount = "mount"
-    memfd = "memfd"
 
 
 def exec_(
@@ -57,9 +48,9 @@ def exec_(
         typer.Option(metavar="NAME", help="Run the program as this user; as root."),
     ] = None,
     via: Annotated[
-        Via,
+        Literal["auto", "mount", "memfd"],
         typer.Option(help="A private mount, or memfds where no mount is permitted."),
-    ] = Via.auto,
+    ] = "auto",
     shared_tmp: Annotated[
         bool,
         typer.Option("--shared-tmp", help="Leave /tmp and /var/tmp as they are; needs --at."),
@@ -104,10 +95,10 @@ def exec_(
             "give it a user of its own: --user NAME",
         )
     refused: str | None = "--via memfd was given"
-    if via is not Via.memfd:
+    if via != "memfd":
         launch.check_places()
         refused = why_it_fails(launch.try_out)
-        if refused and via is Via.mount:
+        if refused and via == "mount":
             raise no_namespace(refused, "or give --via memfd")
 
     empty_core_dumps()  # while /proc/self is this user's: what is non-dumpable is root's
@@ -121,7 +112,7 @@ def exec_(
         launch.into_mount(fill)
         return
     _check_memfd(launch)
-    if via is Via.auto:
+    if via == "auto":
         problem = no_namespace(refused, "--via memfd takes this way and does not say so")
         _warn(f"{problem}: memfds behind links are used instead", problem.hint)
     if swap := keymgmt.unencrypted_swap():

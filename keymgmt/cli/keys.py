@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -196,10 +196,9 @@ def export(
     context: typer.Context,
     key: Key,
     form: Annotated[
-        str | None,
+        Literal["pem", "recipient"] | None,
         typer.Option(
             "--format",
-            metavar="pem|recipient",
             help="The public key of a publisher (pem), or a recipient file that others seal to; "
             "else by the purpose of the key.",
         ),
@@ -243,7 +242,7 @@ def export(
             f"others seal to the newest version of a key, and not to {reference}",
             hint=f"leave out the version: {reference.provider}:{reference.key}",
         )
-    elif form == "recipient":
+    else:
         exporter = require(
             config,
             reference.provider,
@@ -252,8 +251,6 @@ def export(
         )
         recipient = exporter.export_recipient(reference.key)
         content, fingerprint = recipient.to_bytes(), recipient.fingerprint
-    else:
-        raise ConfigError(f"no format {form!r}", hint="formats: pem, recipient")
     if output is not None or not as_json:
         write_result(content, output, force=force)
     if sign is not None and output is not None:
@@ -585,7 +582,7 @@ def _managed(
     return reference, provider
 
 
-def _natural_form(reference: KeyRef, provider: KeyProvider[Any]) -> str:
+def _natural_form(reference: KeyRef, provider: KeyProvider[Any]) -> Literal["pem", "recipient"]:
     from keymgmt._providers.contract import SupportsKeyManagement, SupportsOfflineRecipients
 
     if isinstance(provider, SupportsKeyManagement):

@@ -45,7 +45,6 @@ def test_the_kind_follows_from_what_the_key_is_for(cli: Cli, site: Path) -> None
         (("show", "local:models@1"), "not a key", "leave out the version"),
         (("retire", "local:models"), "which version", "local:models@VERSION"),
         (("retire", "local:models@1"), "newest", "keys rotate local:models"),
-        (("export", "local:publisher", "--format", "der"), "no format 'der'", "pem, recipient"),
         (("export", "local:publisher", "--sign", "local:publisher"), "--output", ""),
     ],
 )

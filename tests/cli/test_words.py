@@ -150,6 +150,10 @@ def test_a_misspelt_word_is_3_everywhere(
         (("seal", "model", "x", "--release", "-1"), "--release: below 0: '-1'"),
         (("plugin", "check", "a", "--time-limit", "x"), "--time-limit: not a number: 'x'"),
         (("exec", "x", "--via", "foo", "--", "ls"), "--via: 'foo' is not one of 'auto', 'mount',"),
+        (
+            ("keys", "export", "local:a", "--format", "der"),
+            "--format: 'der' is not one of 'pem', 'recipient'",
+        ),
         (("completion", "tcsh"), "bash|zsh|fish: 'tcsh' is not one of 'bash', 'zsh', 'fish'"),
         (("completion",), "Missing argument 'bash|zsh|fish'. Choose from: bash, zsh, fish"),
     ],
@@ -160,7 +164,10 @@ def test_a_value_of_another_kind_is_said_in_plain_words(
     ran = cli(*arguments)
     assert ran.code == 2
     assert ran.error.startswith(said)
-    assert ran.hint == f"keymgmt {' '.join(arguments[: 1 + (arguments[0] == 'plugin')])} --help"
+    assert (
+        ran.hint
+        == f"keymgmt {' '.join(arguments[: 1 + (arguments[0] in ('plugin', 'keys'))])} --help"
+    )
 
 
 def test_the_variable_that_names_no_config_is_named(
