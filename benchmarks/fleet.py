@@ -5,9 +5,10 @@
 Every model is one of its own, sealed and signed, with 4 KiB of weights: copies would share answers
 of a key service. The cases, each in a fresh process after the key was rotated:
 
-*seal* one after the other; *rewrap*; *again*, which finds nothing to do; *dry run* after another
-rotation; *usage*, which asks no key service. The key service is the file backend, or an OpenBao
-development server of this machine (``keymgmt-vault-dev``), whose CPU is not in the figure.
+*seal* one after the other; *rewrap*; *again*, which finds nothing to do, and writes a journal;
+*resumed*, with that journal; *dry run* after another rotation; *usage*, which asks no key service.
+The key service is the file backend, or an OpenBao development server of this machine
+(``keymgmt-vault-dev``), whose CPU is not in the figure.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from measure import Run, add_json, finish, machine, median, table, timed
 import keymgmt
 from keymgmt._crypto.signatures import PublicKey
 
-CASES = ("seal", "rewrap", "again", "dry run", "usage")
+CASES = ("seal", "rewrap", "again", "resumed", "dry run", "usage")
 
 
 @contextlib.contextmanager
@@ -74,12 +75,15 @@ def work(case: str, home: Path, count: int) -> int:
             return count
         if case == "usage":
             return keymgmt.usage(tree).models
+        journal = home / "journal" if case in ("again", "resumed") else None
         done = [
-            (item.changed, item.exit_code)
-            for item in keymgmt.rewrap_tree(tree, keys=config, dry_run=case == "dry run")
+            (item.changed, item.skipped, item.exit_code)
+            for item in keymgmt.rewrap_tree(
+                tree, keys=config, dry_run=case == "dry run", resume=journal
+            )
             if isinstance(item, keymgmt.Rewrapped)
         ]
-    assert set(done) == {(case != "again", 0)}, set(done)
+    assert set(done) == {(journal is None, case == "resumed", 0)}, set(done)
     return len(done)
 
 

@@ -21,8 +21,9 @@ import os
 import threading
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final
 
+from keymgmt._system.closing import Closing
 from keymgmt._system.files import replace_file
 from keymgmt._system.locks import acquire_lock, release_lock
 from keymgmt._system.refused import translate
@@ -44,7 +45,7 @@ _LINE: Final = 1 << 16  # a path has at most 4096 bytes, each written with at mo
 _HINT: Final = "name another file, or remove it: then every model is looked at again"
 
 
-class Journal:
+class Journal(Closing):
     """A journal that is open for one run; a context manager that closes it.
 
     Attributes:
@@ -106,11 +107,11 @@ class Journal:
 
     def _read(self, head: bytes) -> int:
         """Read the file; returns where its last whole line ends."""
-        end = 0
+        end, limit = 0, max(len(head), _LINE)
         with open(self._fd, "rb", closefd=False) as file:
-            for number, line in enumerate(iter(partial(file.readline, _LINE), b""), 1):
+            for number, line in enumerate(iter(partial(file.readline, limit), b""), 1):
                 torn = not line.endswith(b"\n")
-                if torn and number > 1 and len(line) < _LINE:
+                if torn and number > 1 and len(line) < limit:
                     break  # the run was killed while it wrote this
                 try:
                     self._take(line, head if number == 1 else None)
@@ -124,7 +125,7 @@ class Journal:
         return end
 
     def _take(self, line: bytes, head: bytes | None) -> None:
-        reader = load_json(line, "it", _LINE, canonical=False)
+        reader = load_json(line, "it", len(line), canonical=False)
         if head is not None:
             reader.version(FORMAT, _HINT)
             mine, its = json.loads(head)["job"], reader.members("job")
@@ -149,7 +150,7 @@ class Journal:
         reader.end()
 
     def _hash(self, path: str, stamp: str) -> int:
-        text = os.fsencode(f"{path}\0{stamp}")
+        text = f"{path}\0{stamp}".encode(errors="surrogatepass")
         digest = hashlib.blake2b(text, digest_size=8, key=self._salt).digest()
         return int.from_bytes(digest, "big")
 
@@ -197,11 +198,11 @@ class Journal:
                 if written < len(content):
                     self.broken = KeymgmtError(f"{self.path}: the disk is full")
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        release_lock(self._fd)
+    def close(self) -> None:
+        """Give back the lock, and close the file."""
+        if self._fd >= 0:
+            release_lock(self._fd)
+        self._fd = -1
 
 
 def _line(value: Mapping[str, Any]) -> bytes:

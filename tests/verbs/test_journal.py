@@ -248,7 +248,17 @@ def test_a_name_that_is_no_text(site, tree, run):
     odd = Path(os.fsdecode(bytes(tree) + b"/\xff\xe9"))
     (tree / "m0.sealed").rename(odd)
     assert len(run()["changed"]) == 6
+    with (site.root / "journal").open("ab") as file:
+        file.write(b'{"keys": "1", "path": "\\ud800"}\n')
     assert len(run()["skipped"]) == 6
+
+
+def test_a_job_of_many_words(site, tree, run):
+    drop = [f"file:key-{number}" for number in range(8000)]
+    assert run(drop=drop, shard="1/1") == {"looked at": ALL}
+    assert run(drop=drop, shard="1/1") == {"skipped": ALL}
+    with pytest.raises(errors.ConfigError, match="of the journal"):
+        run()
 
 
 def test_nothing_is_resumed_by_a_dry_run(site, tree, run):
