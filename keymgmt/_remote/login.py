@@ -69,11 +69,13 @@ class Login:
             StorageUnavailable: the token server issues no token.
             ProviderUnavailable: the secret is missing.
         """
-        if self._access.token is not None:
-            return f"Bearer {self._access.token.read_text()}"
+        with self._patience.paused():  # a person may be asked
+            token = self._access.token.read_text() if self._access.token is not None else ""
+            credentials = self._credentials() if not token else None
+        if token:
+            return f"Bearer {token}"
         kind, _, fields = challenge.partition(" ")
         parameters = dict(re.findall(r'(\w+)="([^"]*)"', fields))
-        credentials = self._credentials()
         if kind.lower() == "bearer" and "realm" in parameters:
             realm, service = parameters["realm"], parameters.get("service", "")
             return f"Bearer {self._token(realm, service, credentials)}"

@@ -17,7 +17,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from s3 import USER
 from waiting import until
-from webserver import Answer, Seen, Serve, Web, files_of, reply
+from webserver import Answer, Seen, Serve, Web, etag_of, files_of, reply
 
 import keymgmt
 from keymgmt._remote.folder import RemoteFolder
@@ -40,6 +40,12 @@ def bucket_of(root: Path, connections: set[Any] | None = None) -> Answer:
         if connections is not None:
             connections.add(handler.connection)
         query = parse_qs(urlsplit(request.path).query)
+        if request.method == "PUT":
+            file = root.parent / request.path.partition("?")[0].lstrip("/")
+            assert request.headers["if-match"] == etag_of(file.read_bytes())
+            file.write_bytes(request.body)
+            reply(handler, 200, ETag=etag_of(request.body))
+            return
         if "list-type" not in query:
             files(request, handler)
             return
@@ -176,6 +182,17 @@ def test_the_command_line_requests_each_small_file_once(
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["path"] == "s3://models/tree/1"
     assert sorted(names(web)) == sorted(f"tree/1/{name}" for name in SMALL)
+
+
+def test_a_rewrap_makes_five_requests(
+    bucket: Path, serve: Serve, config: Config, access: Any
+) -> None:
+    web = serve(bucket_of(bucket))
+    keys = config(access=access(web.url))
+    assert keymgmt.rewrap("s3://models/tree/1", add=["local:b"], keys=keys).changed
+    # The last one reads back what was written.
+    assert [seen.method for seen in web.seen] == ["GET"] * 3 + ["PUT", "GET"]
+    assert len(keymgmt.inspect("s3://models/tree/1", keys=keys).groups) == 2
 
 
 class Large(Storage):
