@@ -39,17 +39,16 @@ _FLAGS: Final = {
 }
 
 
-def examine(name: str, settings: Pkcs11Settings, connection: Connection, key: str | None) -> Health:
+def examine(name: str, connection: Connection, key: str | None) -> Health:
     """Examine module, token and keys; with ``key``, that key only, with a round trip.
 
     Args:
         name: the name of the provider.
-        settings: the settings of the provider.
         connection: its sessions.
         key: a key name, or None for all keys.
     """
     findings: list[Finding] = []
-    about = "token"
+    settings, about = connection.settings, "token"
     try:
         findings += within(settings.timeout, f"the module of {name!r}", lambda: _module(settings))
         findings += connection.run("checking", lambda s: list(_session(connection, s)))
@@ -190,7 +189,7 @@ def _keys(provider: str, session: Session) -> Iterator[Finding]:
 
 
 def _named(session: Session, key: str) -> Iterator[Finding]:
-    versions = find_versions(session, key, session.settings.entry(key))
+    versions = find_versions(session, key)
     yield from _described(versions, session.settings)
     newest = versions.newest
     results = []
@@ -243,7 +242,7 @@ def _notes(key: KeyObject, settings: Pkcs11Settings) -> Iterator[str]:
 
 def _tried(session: Session, key: KeyObject, name: str) -> list[tuple[bool, str]]:
     quirks = session.module.quirks
-    fits = allowed(session, key, session.settings, name)
+    fits = allowed(session, key, name)
     results = []
     for each, mechanism in MECHANISMS.items():
         if each in fits and mechanism.wraps(key):

@@ -16,20 +16,19 @@ from keymgmt_pkcs11._wrapping import MECHANISMS, KeyInUse, Wrapping
 if TYPE_CHECKING:
     from keymgmt_pkcs11._connection import Session
     from keymgmt_pkcs11._keys import KeyObject
-    from keymgmt_pkcs11._settings import Pkcs11Settings
 
 __all__ = ["allowed", "choose", "require_promises", "round_trip"]
 
 _CONTEXT = b"keymgmt round trip"
 
 
-def require_promises(key: KeyObject, settings: Pkcs11Settings, name: str) -> None:
+def require_promises(session: Session, key: KeyObject, name: str) -> None:
     """Refuse to wrap with a key that lacks the properties of a safe key.
 
     Raises:
         UnsupportedOperation: the key lacks a property that the config does not waive for it.
     """
-    wrong = shortcomings(key, settings, name)
+    wrong = shortcomings(key, session.settings, name)
     if wrong:
         words = ", ".join(f'"{word}"' for word in wrong)
         raise UnsupportedOperation(
@@ -39,10 +38,9 @@ def require_promises(key: KeyObject, settings: Pkcs11Settings, name: str) -> Non
         )
 
 
-def allowed(
-    session: Session, key: KeyObject, settings: Pkcs11Settings, name: str
-) -> dict[str, Wrapping]:
-    """Every mechanism that ``key`` may be used with, by its name."""
+def allowed(session: Session, key: KeyObject, name: str) -> dict[str, Wrapping]:
+    """Every mechanism that ``key``, called ``name``, may be used with, by its name."""
+    settings = session.settings
     only = settings.entry(name).mechanism
     if only is not None and only not in MECHANISMS:
         raise ConfigError(
@@ -60,7 +58,7 @@ def allowed(
     }
 
 
-def choose(session: Session, key: KeyObject, settings: Pkcs11Settings, name: str) -> Wrapping:
+def choose(session: Session, key: KeyObject, name: str) -> Wrapping:
     """The mechanism to wrap with: the first that fits and survives a round trip.
 
     Raises:
@@ -72,9 +70,9 @@ def choose(session: Session, key: KeyObject, settings: Pkcs11Settings, name: str
         return remembered  # type: ignore[no-any-return]
     if key.retired:
         raise KeyRetired(f"the newest version of the key {name!r} was switched off: {key}")
-    require_promises(key, settings, name)
+    require_promises(session, key, name)
     why: list[str] = []
-    for mechanism in allowed(session, key, settings, name).values():
+    for mechanism in allowed(session, key, name).values():
         if not mechanism.wraps(key):
             why.append(f"{mechanism.name}: it may unwrap only")
             continue
@@ -92,12 +90,12 @@ def choose(session: Session, key: KeyObject, settings: Pkcs11Settings, name: str
         else:
             session.cache["choose", key.handle, name] = mechanism
             return mechanism
-    broken = session.module.quirks.broken
+    broken, sha1 = session.module.quirks.broken, session.settings.allow_oaep_sha1
     why += [f"{each}: {text}" for each, text in broken.items() if MECHANISMS[each].fits(key)]
     raise UnsupportedOperation(
         f"the key {name!r} ({key}) does not wrap: {'; '.join(why) or 'its attributes forbid it'}",
         hint="set allow_oaep_sha1 = true, or make a key of another kind"
-        if key.type == "RSA" and not settings.allow_oaep_sha1 and key.can("decrypt", "unwrap")
+        if key.type == "RSA" and not sha1 and key.can("decrypt", "unwrap")
         else "make one: keymgmt keys create PROVIDER:KEY --kind aes256",
     )
 

@@ -24,7 +24,7 @@ from keymgmt_pkcs11._kinds import Kind, kind_of, shortcomings
 
 if TYPE_CHECKING:
     from keymgmt_pkcs11._connection import Session
-    from keymgmt_pkcs11._settings import CreateSettings, Pkcs11Settings
+    from keymgmt_pkcs11._settings import CreateSettings
 
     Template = dict[Any, Any]
 
@@ -46,9 +46,7 @@ _REFUSED: Final = REFUSED_TEMPLATE | {Ckr.GENERAL_ERROR, Ckr.ARGUMENTS_BAD}
 _PUBLIC_EXPONENT: Final = b"\x01\x00\x01"
 
 
-def generate(
-    session: Session, kind: Kind, bits: int, identifier: bytes, key: str, settings: Pkcs11Settings
-) -> KeyObject:
+def generate(session: Session, kind: Kind, bits: int, identifier: bytes, key: str) -> KeyObject:
     """Create a key or key pair in the token, and prove it; a key that fails is destroyed.
 
     Args:
@@ -57,11 +55,11 @@ def generate(
         bits: its size.
         identifier: its CKA_ID.
         key: the key name.
-        settings: the settings of the token.
 
     Raises:
         UnsupportedOperation: the module cannot create such a key, or gave it other attributes.
     """
+    settings = session.settings
     label = settings.entry(key).label or key
     name: Template = {_A.LABEL: label.encode(), _A.ID: identifier}
     try:
@@ -75,7 +73,7 @@ def generate(
             ) from error
         raise
     try:
-        return _proven(session, kind, identifier, settings, key)
+        return _proven(session, kind, identifier, key)
     except BaseException:
         destroy(session, handles)
         raise
@@ -151,13 +149,11 @@ def _templates(
     yield public, secret
 
 
-def _proven(
-    session: Session, kind: Kind, identifier: bytes, settings: Pkcs11Settings, name: str
-) -> KeyObject:
-    key = find_versions(session, name, settings.entry(name)).get(identifier.hex())
+def _proven(session: Session, kind: Kind, identifier: bytes, name: str) -> KeyObject:
+    key = find_versions(session, name).get(identifier.hex())
     if key is None:
         raise UnsupportedOperation("the module did not keep the label and id of a new key")
-    wrong = list(shortcomings(key, settings, name).values())
+    wrong = list(shortcomings(key, session.settings, name).values())
     if (actual := kind_of(key)) is not kind:
         wrong.append(f"its usages are those of {actual.name if actual else 'no kind'}")
     if missing := {USAGES[usage] for usage in kind.secret} - key.flags:

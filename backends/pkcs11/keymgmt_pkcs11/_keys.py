@@ -236,13 +236,14 @@ def new_id(counter: int) -> bytes:
     return _MARK + counter.to_bytes(4, "big") + os.urandom(6)
 
 
-def find_versions(session: Session, key: str, entry: KeyEntry) -> Versions:
-    """The versions of a key in the token.
+def find_versions(session: Session, key: str) -> Versions:
+    """The versions of a key in the token, which the settings may name otherwise.
 
     Raises:
         KeyNotFound: there is no such key.
         UnsupportedOperation: two objects have the same label and id.
     """
+    entry = session.settings.entry(key)
     label = {} if entry.label is None else {Attribute.LABEL: _encoded(entry.label)}
     objects, unreadable = _read(
         session, [{**label, Attribute.ID: each} for each in entry.ids] or [label]

@@ -122,7 +122,7 @@ class Pkcs11Provider(
 
         def call(session: Session, versions: Versions) -> WrappedKey:
             key_object = versions.newest
-            mechanism = choose(session, key_object, self.settings, key)
+            mechanism = choose(session, key_object, key)
             blob = mechanism.wrap(KeyInUse(session, key_object), dek, context)
             return WrappedKey(
                 self.backend, key, key_object.version, mechanism.name, blob, key_object.params
@@ -160,14 +160,14 @@ class Pkcs11Provider(
         held = session.cache.get(version)
         if held is None:
             try:
-                key_object = self._versions(session, wrapped.key).get(wrapped.version)
+                key_object = find_versions(session, wrapped.key).get(wrapped.version)
             except KeyNotFound as error:
                 raise WrongKey(str(error), hint=error.hint) from error
             if key_object is None:
                 raise not_held(wrapped, self.name)
             if key_object.retired:
                 raise _retired(wrapped.key, key_object)
-            held = (key_object, allowed(session, key_object, self.settings, wrapped.key))
+            held = (key_object, allowed(session, key_object, wrapped.key))
             session.cache[version] = held
         return held
 
@@ -212,8 +212,8 @@ class Pkcs11Provider(
 
         def call(session: Session, versions: Versions) -> Recipient:
             key_object = versions.newest
-            require_promises(key_object, self.settings, key)
-            fits = allowed(session, key_object, self.settings, key)
+            require_promises(session, key_object, key)
+            fits = allowed(session, key_object, key)
             kind = next((name for name in fits if name in (*HPKE_KINDS, RSA_OAEP_256)), None)
             if kind is None:
                 raise UnsupportedOperation(
@@ -261,7 +261,7 @@ class Pkcs11Provider(
 
         def call(session: Session) -> KeyInfo:
             try:
-                find_versions(session, key, entry)
+                find_versions(session, key)
             except KeyNotFound:
                 pass
             else:
@@ -274,16 +274,16 @@ class Pkcs11Provider(
     def _generate(
         self, session: Session, key: str, kind: Kind, bits: int, identifier: bytes
     ) -> KeyInfo:
-        key_object = generate(session, kind, bits, identifier, key, self.settings)
+        key_object = generate(session, kind, bits, identifier, key)
         try:
             if kind.purpose == "wrap":
-                choose(session, key_object, self.settings, key)
+                choose(session, key_object, key)
             else:
                 sign(session, key_object, b"keymgmt check")
         except BaseException:
             destroy(session, tuple(find_halves(session, key_object)))
             raise
-        return self._info(session, self._versions(session, key))
+        return self._info(session, find_versions(session, key))
 
     def list_keys(self) -> list[KeyInfo]:
         """See SupportsKeyManagement; keys whose label is not a key name are left out."""
@@ -378,7 +378,7 @@ class Pkcs11Provider(
         self, session: Session, key: str, key_object: KeyObject, kind: Kind | None
     ) -> KeyInfo:
         switch_off(session, key_object, kind.secret | kind.public if kind else frozenset())
-        again = self._versions(session, key)
+        again = find_versions(session, key)
         left = again.get(key_object.version)
         if left is not None and (kind_of(left) is not kind if kind else not left.retired):
             raise UnsupportedOperation(
@@ -389,7 +389,7 @@ class Pkcs11Provider(
 
     def check(self, key: str | None = None) -> Health:
         """See KeyProvider; without ``key``, the attributes of every key are examined."""
-        return examine(self.name, self.settings, self.connection, key)
+        return examine(self.name, self.connection, key)
 
     def close(self) -> None:
         """Close every session of this process; the next call opens a new session."""
@@ -406,7 +406,7 @@ class Pkcs11Provider(
         """Run ``call`` with a session and the versions of a key, which exists."""
         check_key(key)
         run = self._change if changes else self.connection.run
-        return run(f"{doing} {key!r}", lambda session: call(session, self._versions(session, key)))
+        return run(f"{doing} {key!r}", lambda session: call(session, find_versions(session, key)))
 
     def _change(self, operation: str, call: Callable[[Session], T]) -> T:
         if self.settings.read_only:
@@ -416,16 +416,13 @@ class Pkcs11Provider(
         limit = max(self.settings.timeout, GENERATION_LIMIT)
         return self.connection.run(operation, call, changes=True, limit=limit)
 
-    def _versions(self, session: Session, key: str) -> Versions:
-        return find_versions(session, key, self.settings.entry(key))
-
     def _info(self, session: Session, versions: Versions) -> KeyInfo:
         last = versions.objects[-1]
         kind = kind_of(last)
         detail = {
             "label": last.label,
             "token": session.token.label,
-            "mechanisms": " ".join(allowed(session, last, self.settings, versions.key)),
+            "mechanisms": " ".join(allowed(session, last, versions.key)),
             "attributes": " ".join(sorted(last.flags)),
         }
         return KeyInfo(
