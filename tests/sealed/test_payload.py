@@ -17,7 +17,7 @@ from typing import Literal
 
 import pytest
 import whole_floe
-from programs import run_python
+from programs import PEAK_KIB, run_python
 
 from keymgmt import floe
 from keymgmt.errors import ConfigError, FormatError, IntegrityError, SealedModelError
@@ -463,17 +463,14 @@ def test_a_full_disk_is_the_systems_error(seven: Sealed) -> None:
         )
 
 
-SEAL_AND_VERIFY = """
+SEAL_AND_VERIFY = f"""
+{PEAK_KIB}
 import os, sys
-from pathlib import Path
 from keymgmt.sealed.ciphertext import FileCiphertext
 from keymgmt.sealed.payload import PayloadReader, seal_payload
 source, target, size = os.open(sys.argv[1], os.O_RDONLY), sys.argv[2], int(sys.argv[3])
 fd = os.open(target, os.O_RDWR | os.O_CREAT)
 common = dict(key=bytes(32), aad=b"", segment_length=1 << 20, digest="blake3")
-def peak_kib():
-    # Not ru_maxrss: a child begins with its parent's.
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 before = peak_kib()
 root = seal_payload(source, size, fd, **common)
 with PayloadReader(FileCiphertext(fd), size, root=root, **common) as reader:

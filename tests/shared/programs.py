@@ -6,6 +6,13 @@ import subprocess
 import sys
 from typing import Any
 
+# How much memory a program took, KiB. Not ru_maxrss: a child begins with that of its parent.
+PEAK_KIB = """
+def peak_kib():
+    with open("/proc/self/status") as status:
+        return int(status.read().split("VmHWM:")[1].split()[0])
+"""
+
 
 def run(*command: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a program to its end; its exit code and, as text, what it wrote."""

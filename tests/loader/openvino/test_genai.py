@@ -20,7 +20,7 @@ import openvino_genai as ov_genai
 import pytest
 from keymgmt_openvino import genai
 from keymgmt_openvino.genai import load_adapter, load_llm, load_path_pipeline
-from programs import run_python
+from programs import PEAK_KIB, run_python
 from waiting import until
 
 import keymgmt
@@ -407,10 +407,9 @@ def test_many_loads_grow_no_more_than_those_of_plaintext(sealed, site):
     assert ours < plain + (10 << 20)  # a leak of the weights alone would be 18 MB after 40 loads
 
 
-PEAK = """
+LOADS_LLM = """
 import sys
 import keymgmt_openvino
-from pathlib import Path
 kind, path, config = sys.argv[1:]
 if kind == "plain":
     import openvino_genai
@@ -419,8 +418,7 @@ else:
     from keymgmt_openvino.genai import load_llm
     llm = load_llm(path, keys=config)
 said = llm.generate("Hello there", max_new_tokens=4, do_sample=False)
-peak = next(l for l in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in l)
-print(int(peak.split()[1]), repr(said))
+print(peak_kib(), repr(said))
 """
 
 
@@ -430,7 +428,7 @@ def test_peak_memory_is_that_of_a_plaintext_load(seal, site, tmp_path):
     subprocess.run([*script, TINY, plain, "512"], check=True, timeout=120)
     found = {}
     for kind, path in (("plain", plain), ("sealed", seal(plain, "large"))):
-        done = run_python(PEAK, kind, path, site.path)
+        done = run_python(PEAK_KIB + LOADS_LLM, kind, path, site.path)
         assert done.returncode == 0, done.stderr
         peak, said = done.stdout.split(maxsplit=1)
         found[kind] = int(peak), said
