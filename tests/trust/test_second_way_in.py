@@ -188,6 +188,7 @@ def test_no_error_keeps_the_callers_frames_alive(
     try:
         memory, failed = load(config)
         assert memory() is None
+        assert bool(failed) is (absence is not make)
         assert all(attempt.error.__traceback__ is None for attempt in failed)
     finally:
         gc.enable()
