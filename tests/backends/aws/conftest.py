@@ -70,22 +70,20 @@ class Moto:
 
 
 @pytest.fixture(scope="session")
-def moto(
-    require_tool: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Moto]:
+def moto(require_tool, tmp_path_factory) -> Iterator[Moto]:
     made = Moto(require_tool("moto_server"), tmp_path_factory.mktemp("moto"))
     yield made
     made.end()
 
 
 @pytest.fixture
-def instance(moto: Moto) -> dict[str, str]:
+def instance(moto) -> dict[str, str]:
     """The login of an EC2 instance, of whose metadata service moto has an imitation too."""
     return {"method": "instance", "endpoint": moto.address}
 
 
 @pytest.fixture
-def kms(rsa_keys: None) -> Iterator[Any]:
+def kms(rsa_keys) -> Iterator[Any]:
     """A simulation of AWS KMS and STS of this test alone."""
     made = Simulated(REGION)
     yield made
@@ -93,7 +91,7 @@ def kms(rsa_keys: None) -> Iterator[Any]:
 
 
 @pytest.fixture
-def simulate(rsa_keys: None) -> Iterator[Callable[..., Any]]:
+def simulate(rsa_keys) -> Iterator[Callable[..., Any]]:
     """Make further simulations: ``simulate(region, tls)``."""
     made: list[Any] = []
 
@@ -114,7 +112,7 @@ def rsa_keys() -> None:
 
 
 @pytest.fixture
-def secret_file(tmp_path: Path) -> Callable[[str], dict[str, str]]:
+def secret_file(tmp_path) -> Callable[[str], dict[str, str]]:
     """Write a private file with a secret; the table that names it."""
 
     def write(value: str, name: str = "") -> dict[str, str]:
@@ -127,7 +125,7 @@ def secret_file(tmp_path: Path) -> Callable[[str], dict[str, str]]:
 
 
 @pytest.fixture
-def make(kms: Any, secret_file: Callable[[str], dict[str, str]]) -> Iterator[Make]:
+def make(kms, secret_file) -> Iterator[Make]:
     """Make a provider of the simulation: ``make(auth=..., keys=...)``, any settings."""
     from keymgmt_aws import AwsProvider, AwsSettings
 

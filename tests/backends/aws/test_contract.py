@@ -31,7 +31,7 @@ class TestOnMoto(PatientContract):
     """Symmetric keys, by their ARN; moto has no RSA decryption, no digests and no ML-DSA."""
 
     @pytest.fixture
-    def arns(self, moto: Any) -> list[str]:
+    def arns(self, moto) -> list[str]:
         # AWS would say that itself; moto repeats what it was told.
         usual = {"KeyUsage": "ENCRYPT_DECRYPT", "KeySpec": "SYMMETRIC_DEFAULT"}
         made = [moto.client().create_key(**usual) for _ in range(2)]
@@ -40,11 +40,11 @@ class TestOnMoto(PatientContract):
     @pytest.fixture
     def provider_factory(
         self,
-        moto: Any,
-        arns: list[str],
-        secret_file: SecretFile,
-        monkeypatch: pytest.MonkeyPatch,
-        time_limit: float,
+        moto,
+        arns,
+        secret_file,
+        monkeypatch,
+        time_limit,
     ) -> ProviderFactory:
         from keymgmt_aws import AwsProvider
 
@@ -65,7 +65,7 @@ class TestOnMoto(PatientContract):
     # Moto denies where AWS says IncorrectKey, and decrypts with a key that is pending deletion.
     test_blob_of_another_key = test_deletion = None
 
-    def test_damaged_blob(self, provider: Any, dek: Any) -> None:
+    def test_damaged_blob(self, provider, dek):
         """What moto does not take for another key's blob; the rest is for TestSimulated."""
         wrapped = provider.wrap("model", dek, b"c")
         for place in (40, 60, 95):  # the nonce, the tag, the ciphertext
@@ -76,15 +76,15 @@ class TestOnMoto(PatientContract):
         provider.unwrap(wrapped, b"c").wipe()
 
     @pytest.fixture
-    def hang_service(self, moto: Any) -> Hook:
+    def hang_service(self, moto) -> Hook:
         return moto.stop
 
     @pytest.fixture
-    def heal_service(self, moto: Any) -> Hook:
+    def heal_service(self, moto) -> Hook:
         return moto.go_on
 
     @pytest.fixture
-    def place_values(self, moto: Any) -> list[str]:
+    def place_values(self, moto) -> list[str]:
         return [str(moto.port), "127.0.0.1", "123456789012", REGION]
 
 
@@ -92,7 +92,7 @@ class TestSimulated(PatientContract):
     """All kinds of keys, by alias, with an assumed role whose sessions end."""
 
     @pytest.fixture
-    def auth(self, kms: Any, secret_file: SecretFile) -> dict[str, Any]:
+    def auth(self, kms, secret_file) -> dict[str, Any]:
         name, secret = kms.user
         source = {"method": "static", "access_key_id": secret_file(name)}
         source["secret_access_key"] = secret_file(secret)
@@ -101,42 +101,40 @@ class TestSimulated(PatientContract):
         }
 
     @pytest.fixture
-    def provider_factory(
-        self, kms: Any, auth: dict[str, Any], time_limit: float
-    ) -> ProviderFactory:
+    def provider_factory(self, kms, auth, time_limit) -> ProviderFactory:
         kms.make("model")
         return factory(kms.address, auth, time_limit)
 
     @pytest.fixture
-    def recipient_key(self, kms: Any) -> str:
+    def recipient_key(self, kms) -> str:
         kms.make("rsa", "RSA_2048")
         return "rsa"
 
     @pytest.fixture
-    def denied_factory(self, kms: Any, auth: dict[str, Any], secret_file: SecretFile) -> Any:
+    def denied_factory(self, kms, auth, secret_file) -> Any:
         wrong = {"secret_access_key": secret_file("not-the-secret-of-this-user")}
         return factory(kms.address, auth["source"] | wrong, 20.0)
 
     @pytest.fixture
-    def break_service(self, kms: Any) -> Hook:
+    def break_service(self, kms) -> Hook:
         return kms.close
 
     @pytest.fixture
-    def hang_service(self, kms: Any) -> Hook:
+    def hang_service(self, kms) -> Hook:
         return kms.hang
 
     @pytest.fixture
-    def heal_service(self, kms: Any) -> Iterator[Hook]:
+    def heal_service(self, kms) -> Iterator[Hook]:
         return kms.reopen
 
     @pytest.fixture
-    def expire_login(self, kms: Any) -> Hook:
+    def expire_login(self, kms) -> Hook:
         return kms.expire
 
     @pytest.fixture
-    def secret_values(self, kms: Any, provider_factory: ProviderFactory) -> list[bytes]:
+    def secret_values(self, kms, provider_factory) -> list[bytes]:
         return [kms.user[1].encode()]
 
     @pytest.fixture
-    def place_values(self, kms: Any) -> list[str]:
+    def place_values(self, kms) -> list[str]:
         return [str(kms.port), "127.0.0.1", "111122223333", REGION]

@@ -6,7 +6,6 @@ import gzip
 import json
 import re
 import traceback
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -46,9 +45,7 @@ def dek() -> Dek:
         ("PendingImport", ProviderUnavailable, "cannot be used now|in the state PendingImport"),
     ],
 )
-def test_a_key_that_cannot_be_used_now(
-    kms: Any, make: Any, dek: Dek, state: str, kind: type[ProviderError], words: str
-) -> None:
+def test_a_key_that_cannot_be_used_now(kms, make, dek, state, kind, words):
     key = kms.make("model")
     provider = make()
     wrapped = provider.wrap("model", dek, b"c")
@@ -67,14 +64,14 @@ def test_a_key_that_cannot_be_used_now(
     assert provider.unwrap(wrapped, b"c") == dek
 
 
-def test_doctor_says_when_a_key_will_be_deleted(kms: Any, make: Any) -> None:
+def test_doctor_says_when_a_key_will_be_deleted(kms, make):
     key = kms.make("model")
     key.state, key.deletion = "PendingDeletion", 1_800_000_000.0
     health = make().check("model")
     assert "pending deletion on 2027-01-15T08:00:00Z" in health.findings[-1].detail
 
 
-def test_another_key_is_known_by_its_arn_without_a_call(kms: Any, make: Any, dek: Dek) -> None:
+def test_another_key_is_known_by_its_arn_without_a_call(kms, make, dek):
     first, second = kms.make("a"), kms.make("b")
     provider = make(keys={"model": {"arn": first.arn}})
     wrapped = provider.wrap("model", dek, b"c")
@@ -85,7 +82,7 @@ def test_another_key_is_known_by_its_arn_without_a_call(kms: Any, make: Any, dek
     assert len(kms.seen) == seen
 
 
-def test_an_alias_that_was_given_to_another_key(kms: Any, make: Any, dek: Dek) -> None:
+def test_an_alias_that_was_given_to_another_key(kms, make, dek):
     old = kms.make("model")
     provider = make()
     wrapped = provider.wrap("model", dek, b"c")
@@ -102,7 +99,7 @@ def test_an_alias_that_was_given_to_another_key(kms: Any, make: Any, dek: Dek) -
         provider.unwrap(wrapped, b"c")
 
 
-def test_a_device_that_may_only_decrypt(kms: Any, make: Any, dek: Dek) -> None:
+def test_a_device_that_may_only_decrypt(kms, make, dek):
     kms.make("model")
     wrapped = make().wrap("model", dek, b"c")
     kms.deny = lambda operation, *_: None if operation == "Decrypt" else "no policy allows it"
@@ -139,7 +136,7 @@ def needs_attestation(operation: str, request: dict[str, Any], who: str) -> str 
     ],
     ids=["a Deny policy", "a grant's constraint", "an attested recipient is asked for"],
 )
-def test_denied(kms: Any, make: Any, dek: Dek, deny: Any) -> None:
+def test_denied(kms, make, dek, deny):
     kms.make("model")
     provider = make()
     wrapped = provider.wrap("model", dek, b"c")
@@ -150,7 +147,7 @@ def test_denied(kms: Any, make: Any, dek: Dek, deny: Any) -> None:
     assert kms.called("Decrypt") == 1  # a refusal is not tried again
 
 
-def test_a_missing_right_is_not_another_key(kms: Any, make: Any, dek: Dek) -> None:
+def test_a_missing_right_is_not_another_key(kms, make, dek):
     """AWS says this of a key that we may not use; what is of another key is IncorrectKey."""
     kms.make("model")
     provider = make()
@@ -165,7 +162,7 @@ def test_a_missing_right_is_not_another_key(kms: Any, make: Any, dek: Dek) -> No
     assert "keymgmt aws policy" in str(caught.value.hint)
 
 
-def test_a_grant_is_met_by_the_pairs_of_the_settings(kms: Any, make: Any, dek: Dek) -> None:
+def test_a_grant_is_met_by_the_pairs_of_the_settings(kms, make, dek):
     kms.make("model")
     kms.deny = needs_fleet
     provider = make(context={"fleet": "press-17"})
@@ -179,7 +176,7 @@ def test_a_grant_is_met_by_the_pairs_of_the_settings(kms: Any, make: Any, dek: D
         make(context={"fleet": "press-18"}).unwrap(wrapped, b"c")
 
 
-def test_what_stands_in_the_encryption_context(kms: Any, make: Any, dek: Dek) -> None:
+def test_what_stands_in_the_encryption_context(kms, make, dek):
     kms.make("model")
     make(context={"fleet": "press-17"}).wrap("model", dek, b"c")
     sent = next(request for name, request, _ in kms.seen if name == "Encrypt")
@@ -189,7 +186,7 @@ def test_what_stands_in_the_encryption_context(kms: Any, make: Any, dek: Dek) ->
     }
 
 
-def test_a_clock_that_is_wrong(kms: Any, make: Any, dek: Dek) -> None:
+def test_a_clock_that_is_wrong(kms, make, dek):
     kms.make("model")
     kms.clock = 1000.0
     with pytest.raises(AccessDenied, match="clock") as caught:
@@ -197,7 +194,7 @@ def test_a_clock_that_is_wrong(kms: Any, make: Any, dek: Dek) -> None:
     assert "clock" in str(caught.value.hint)
 
 
-def test_credentials_that_nobody_has(kms: Any, make: Any, dek: Dek, secret_file: Any) -> None:
+def test_credentials_that_nobody_has(kms, make, dek, secret_file):
     auth = {"method": "static", "access_key_id": secret_file("AKIANOBODY")}
     auth["secret_access_key"] = secret_file("no-secret-of-anybody")
     with pytest.raises(AccessDenied, match="credentials are refused"):
@@ -205,9 +202,7 @@ def test_credentials_that_nobody_has(kms: Any, make: Any, dek: Dek, secret_file:
     assert len(kms.seen) == 1
 
 
-def test_a_session_that_expired_is_replaced_once(
-    kms: Any, make: Any, dek: Dek, secret_file: Any
-) -> None:
+def test_a_session_that_expired_is_replaced_once(kms, make, dek, secret_file):
     kms.make("model")
     names = {"AccessKeyId": "id", "SecretAccessKey": "key", "SessionToken": "token"}
 
@@ -229,7 +224,7 @@ def test_a_session_that_expired_is_replaced_once(
     assert provider.unwrap(wrapped, b"c") == dek
 
 
-def test_throttled_for_a_while_and_for_ever(kms: Any, make: Any, dek: Dek) -> None:
+def test_throttled_for_a_while_and_for_ever(kms, make, dek):
     kms.make("model")
     provider = make(timeout=2.0)
     words = "You have exceeded the rate at which you may call KMS. Reduce the frequency."
@@ -273,9 +268,7 @@ BOMB = gzip.compress(bytes(1 << 22))
         (says("OptInRequired", status=403), AccessDenied, "region"),
     ],
 )
-def test_an_answer_of_trouble(
-    kms: Any, make: Any, dek: Dek, answer: Any, kind: type[ProviderError], words: str
-) -> None:
+def test_an_answer_of_trouble(kms, make, dek, answer, kind, words):
     kms.make("model")
     provider = make()
     wrapped = provider.wrap("model", dek, b"c")
@@ -289,7 +282,7 @@ def test_an_answer_of_trouble(
     assert provider.unwrap(wrapped, b"c") == dek
 
 
-def test_what_answers_with_no_data_key(kms: Any, make: Any, dek: Dek) -> None:
+def test_what_answers_with_no_data_key(kms, make, dek):
     key = kms.make("model")
     provider = make()
     wrapped = provider.wrap("model", dek, b"c")
@@ -302,7 +295,7 @@ def test_what_answers_with_no_data_key(kms: Any, make: Any, dek: Dek) -> None:
         provider.unwrap(wrapped, b"c")
 
 
-def test_a_redirect_is_not_followed(kms: Any, make: Any, dek: Dek, simulate: Any) -> None:
+def test_a_redirect_is_not_followed(kms, make, dek, simulate):
     kms.make("model")
     elsewhere = simulate("eu-central-1")
     kms.before = lambda *_: (307, {"Location": f"{elsewhere.address}/"}, b"")
@@ -312,7 +305,7 @@ def test_a_redirect_is_not_followed(kms: Any, make: Any, dek: Dek, simulate: Any
 
 
 @pytest.mark.parametrize("words", ["is pending deletion.", "is pending replica deletion."])
-def test_a_key_that_will_be_deleted(kms: Any, make: Any, dek: Dek, words: str) -> None:
+def test_a_key_that_will_be_deleted(kms, make, dek, words):
     key = kms.make("model")
     provider = make()
     wrapped = provider.wrap("model", dek, b"c")
@@ -321,7 +314,7 @@ def test_a_key_that_will_be_deleted(kms: Any, make: Any, dek: Dek, words: str) -
         provider.unwrap(wrapped, b"c")
 
 
-def test_an_endpoint_of_another_region(make: Any, dek: Dek, simulate: Any) -> None:
+def test_an_endpoint_of_another_region(make, dek, simulate):
     elsewhere = simulate("us-east-1")
     elsewhere.user = ("AKIAELSEWHERE", "secret-of-elsewhere")
     provider = make(endpoint=elsewhere.address)
@@ -331,7 +324,7 @@ def test_an_endpoint_of_another_region(make: Any, dek: Dek, simulate: Any) -> No
     assert "replica" in str(caught.value.hint)
 
 
-def test_what_changes_something_is_asked_once(kms: Any, make: Any) -> None:
+def test_what_changes_something_is_asked_once(kms, make):
     provider = make()
     kms.before = lambda operation, *_: False if operation == "CreateKey" else None
     with pytest.raises(ProviderUnavailable, match="connection broke"):
@@ -339,7 +332,7 @@ def test_what_changes_something_is_asked_once(kms: Any, make: Any) -> None:
     assert kms.called("CreateKey") == 1
 
 
-def test_an_alias_that_aws_does_not_know_for_a_while(kms: Any, make: Any) -> None:
+def test_an_alias_that_aws_does_not_know_for_a_while(kms, make):
     """Aliases are eventually consistent (AWS KMS Developer Guide), and so not asked for at once."""
 
     def before(operation: str, *_: Any) -> Any:
@@ -353,9 +346,7 @@ def test_an_alias_that_aws_does_not_know_for_a_while(kms: Any, make: Any) -> Non
     assert info.detail["state"] == "Enabled"
 
 
-def test_a_key_without_an_alias_is_told(
-    kms: Any, make: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_key_without_an_alias_is_told(kms, make, caplog):
     kms.deny = lambda operation, *_: "no" if operation == "CreateAlias" else None
     with pytest.raises(AccessDenied):
         make().create_key("model", "symmetric", {})
@@ -363,7 +354,7 @@ def test_a_key_without_an_alias_is_told(
     assert f"the key {key.arn} was made without an alias" in caplog.text
 
 
-def test_more_rotations_than_aws_allows(kms: Any, make: Any) -> None:
+def test_more_rotations_than_aws_allows(kms, make):
     kms.make("model")
     provider = make()
     for _ in range(10):
@@ -372,7 +363,7 @@ def test_more_rotations_than_aws_allows(kms: Any, make: Any) -> None:
         provider.rotate_key("model")
 
 
-def test_what_does_not_rotate_and_what_is_no_use(kms: Any, make: Any, dek: Dek) -> None:
+def test_what_does_not_rotate_and_what_is_no_use(kms, make, dek):
     kms.make("rsa", "RSA_2048")
     kms.make("mac", "HMAC_256", "GENERATE_VERIFY_MAC")
     provider = make()
@@ -385,7 +376,7 @@ def test_what_does_not_rotate_and_what_is_no_use(kms: Any, make: Any, dek: Dek) 
     assert [info.key for info in provider.list_keys()] == ["rsa"]
 
 
-def test_an_error_holds_no_frame_and_keeps_its_cause(kms: Any, make: Any, dek: Dek) -> None:
+def test_an_error_holds_no_frame_and_keeps_its_cause(kms, make, dek):
     kms.make("model")
     kms.deny = lambda *_: "no"
     with pytest.raises(AccessDenied) as caught:
@@ -397,7 +388,7 @@ def test_an_error_holds_no_frame_and_keeps_its_cause(kms: Any, make: Any, dek: D
     assert set(frames) <= {"test_an_error_holds_no_frame_and_keeps_its_cause", "run"}
 
 
-def test_only_what_is_allowed_for_a_key_unwraps(kms: Any, make: Any, dek: Dek) -> None:
+def test_only_what_is_allowed_for_a_key_unwraps(kms, make, dek):
     arn = kms.make("x").arn
     wrapped = make(keys={"model": {"arn": arn}}).wrap("model", dek, b"c")
     strict = make(keys={"model": {"arn": arn, "mechanisms": ["RSA-OAEP-256"]}})
@@ -440,7 +431,7 @@ def test_only_what_is_allowed_for_a_key_unwraps(kms: Any, make: Any, dek: Dek) -
         ({"surprise": 1}, "surprise"),
     ],
 )
-def test_settings_that_are_wrong(make: Callable[..., Any], settings: Any, words: str) -> None:
+def test_settings_that_are_wrong(make, settings, words):
     with pytest.raises(ValidationError) as caught:
         make(**settings)
     assert re.search(words, str(caught.value))

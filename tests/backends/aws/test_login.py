@@ -39,7 +39,7 @@ def works(provider: Any) -> str:
 
 
 @pytest.fixture
-def static(kms: Any, secret_file: Any) -> dict[str, Any]:
+def static(kms, secret_file) -> dict[str, Any]:
     name, secret = kms.user
     return {
         "method": "static",
@@ -86,12 +86,12 @@ def instance_answers(session: str) -> dict[str, str]:
     }
 
 
-def test_static_keys(kms: Any, make: Any, static: dict[str, Any]) -> None:
+def test_static_keys(kms, make, static):
     kms.make("model")
     assert works(make(auth=static)) == "by static: arn:aws:iam::111122223333:user/tests"
 
 
-def test_a_role_with_an_external_id(kms: Any, make: Any, static: dict[str, Any]) -> None:
+def test_a_role_with_an_external_id(kms, make, static):
     kms.make("model")
     kms.trust = lambda request: request.get("ExternalId") == "the-owner-told-us"
     auth = {"method": "role", "role_arn": ROLE, "source": static, "session_name": "press-17"}
@@ -102,9 +102,7 @@ def test_a_role_with_an_external_id(kms: Any, make: Any, static: dict[str, Any])
     assert who.endswith("assumed-role/opener/press-17")
 
 
-def test_a_role_is_assumed_again_before_its_session_ends(
-    kms: Any, make: Any, static: dict[str, Any]
-) -> None:
+def test_a_role_is_assumed_again_before_its_session_ends(kms, make, static):
     kms.make("model")
     auth = {"method": "role", "role_arn": ROLE, "source": static}
     provider = make(auth=auth)
@@ -116,7 +114,7 @@ def test_a_role_is_assumed_again_before_its_session_ends(
     assert kms.called("AssumeRole") > 2
 
 
-def test_a_web_identity_that_is_replaced_on_disk(kms: Any, make: Any, tmp_path: Path) -> None:
+def test_a_web_identity_that_is_replaced_on_disk(kms, make, tmp_path):
     kms.make("model")
     token = tmp_path / "token"
     token.write_text("first\n")
@@ -142,7 +140,7 @@ def test_a_web_identity_that_is_replaced_on_disk(kms: Any, make: Any, tmp_path: 
         works(make(auth=auth))
 
 
-def test_the_role_of_an_instance(kms: Any, make: Any, metadata: Any) -> None:
+def test_the_role_of_an_instance(kms, make, metadata):
     kms.make("model")
     metadata.answers = instance_answers(container_words(kms.session("instance/i-1")))
     auth = {"method": "instance", "endpoint": metadata.address}
@@ -159,14 +157,7 @@ def test_the_role_of_an_instance(kms: Any, make: Any, metadata: Any) -> None:
         works(make(auth=auth))
 
 
-def test_the_role_of_a_container(
-    kms: Any,
-    make: Any,
-    metadata: Any,
-    secret_file: Any,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_the_role_of_a_container(kms, make, metadata, secret_file, tmp_path, caplog):
     kms.make("model")
     caplog.set_level("DEBUG")
     metadata.answers = {"GET /creds": container_words(kms.session("task/t-1"))}
@@ -195,9 +186,7 @@ def test_the_role_of_a_container(
 
 @pytest.mark.once
 @pytest.mark.parametrize("method", ["instance", "role", "web-identity"])
-def test_a_login_at_moto(
-    moto: Any, make: Any, instance: dict[str, str], secret_file: Any, method: str
-) -> None:
+def test_a_login_at_moto(moto, make, instance, secret_file, method):
     """With the answers of another's AWS STS and metadata service; nothing is refused there."""
     # Its keys are of this account.
     role = {"method": method, "role_arn": ROLE.replace("111122223333", "123456789012")}
@@ -226,7 +215,7 @@ def profile(tmp_path: Path, config: str, credentials: str) -> dict[str, str]:
     }
 
 
-def test_a_profile(kms: Any, make: Any, tmp_path: Path) -> None:
+def test_a_profile(kms, make, tmp_path):
     kms.make("model")
     name, secret = kms.user
     keys = f"aws_access_key_id = {name}\naws_secret_access_key = {secret}\n"
@@ -240,8 +229,8 @@ def test_a_profile(kms: Any, make: Any, tmp_path: Path) -> None:
 
 
 def test_a_profile_that_is_not_there_is_not_completed_from_elsewhere(
-    kms: Any, make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    kms, make, tmp_path, monkeypatch
+):
     name, secret = kms.user
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", name)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
@@ -253,9 +242,7 @@ def test_a_profile_that_is_not_there_is_not_completed_from_elsewhere(
 
 
 @pytest.mark.parametrize("ends", ["", "; false"])
-def test_what_a_program_of_a_profile_says_stands_in_no_error(
-    make: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, ends: str
-) -> None:
+def test_what_a_program_of_a_profile_says_stands_in_no_error(make, tmp_path, caplog, ends):
     caplog.set_level("DEBUG")
     program = f"sh -c 'echo secret-of-the-program; echo secret-of-the-program >&2{ends}'"
     auth = profile(tmp_path, f"[profile press]\ncredential_process = {program}\n", "")
@@ -270,7 +257,7 @@ def test_what_a_program_of_a_profile_says_stands_in_no_error(
 
 @pytest.mark.once
 @pytest.mark.parametrize("by", ["itself", "a role"])
-def test_a_program_of_a_profile_that_hangs_is_ended(make: Any, tmp_path: Path, by: str) -> None:
+def test_a_program_of_a_profile_that_hangs_is_ended(make, tmp_path, by):
     left = tmp_path / "pid"
     program = f"credential_process = sh -c 'echo $$ > {left}; exec sleep 600'\n"
     config = f"[profile press]\n{program}"
@@ -287,14 +274,7 @@ def test_a_program_of_a_profile_that_hangs_is_ended(make: Any, tmp_path: Path, b
 
 
 @pytest.mark.parametrize("session", ["", "sso_session = press\n"])
-def test_a_session_of_sso(
-    kms: Any,
-    make: Any,
-    metadata: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    session: str,
-) -> None:
+def test_a_session_of_sso(kms, make, metadata, tmp_path, monkeypatch, session):
     """Its portal is at AWS alone, and what is sent there comes to a service of this test."""
     from keymgmt_aws import _login
 
@@ -345,9 +325,7 @@ def test_a_session_of_sso(
 
 @pytest.mark.once
 @pytest.mark.parametrize("method", ["role", "web-identity", "instance", "container"])
-def test_a_login_follows_no_redirect(
-    kms: Any, make: Any, simulate: Any, static: Any, metadata: Any, secret_file: Any, method: str
-) -> None:
+def test_a_login_follows_no_redirect(kms, make, simulate, static, metadata, secret_file, method):
     elsewhere = simulate("eu-central-1")
     place = f"{elsewhere.address}/"
     kms.before = lambda operation, *_: (
@@ -367,7 +345,7 @@ def test_a_login_follows_no_redirect(
     assert elsewhere.connections == 0
 
 
-def test_a_secret_that_is_not_there(make: Any, static: dict[str, Any], tmp_path: Path) -> None:
+def test_a_secret_that_is_not_there(make, static, tmp_path):
     auth = static | {"secret_access_key": {"file": str(tmp_path / "nowhere")}}
     with pytest.raises(ProviderUnavailable, match="nowhere"):
         works(make(auth=auth))
@@ -407,7 +385,7 @@ print(json.dumps({"said": said, "read": sorted(read), "opened": sorted(opened)})
 
 
 @pytest.fixture
-def authority(tmp_path: Path) -> tuple[Path, ssl.SSLContext]:
+def authority(tmp_path) -> tuple[Path, ssl.SSLContext]:
     """A certificate for loopback, which vouches for itself, and a server's context of it."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "tests")])
@@ -441,7 +419,7 @@ def authority(tmp_path: Path) -> tuple[Path, ssl.SSLContext]:
 
 
 @pytest.fixture
-def planted(tmp_path: Path) -> dict[str, str]:
+def planted(tmp_path) -> dict[str, str]:
     """An environment and a home that would lead everything astray, and where to."""
     home, away = tmp_path / "home", "http://127.0.0.1:9"
     models = home / ".aws" / "models" / "kms" / "2014-11-01"
@@ -492,7 +470,7 @@ def run_there(settings: dict[str, Any], environment: dict[str, str]) -> dict[str
 
 
 @pytest.fixture
-def where(simulate: Any, authority: tuple[Path, ssl.SSLContext]) -> tuple[Any, dict[str, Any]]:
+def where(simulate, authority) -> tuple[Any, dict[str, Any]]:
     """A service with TLS, and the settings to reach it."""
     certificate, context = authority
     kms = simulate("eu-central-1", context)
@@ -521,13 +499,8 @@ def where(simulate: Any, authority: tuple[Path, ssl.SSLContext]) -> tuple[Any, d
     ],
 )
 def test_nothing_of_the_environment_is_read(
-    where: Any,
-    planted: dict[str, str],
-    secret_file: Any,
-    metadata: Any,
-    tmp_path: Path,
-    method: str,
-) -> None:
+    where, planted, secret_file, metadata, tmp_path, method
+):
     kms, settings = where
     name, secret = kms.user
     token = secret_file("a-jwt")["file"]
@@ -567,9 +540,7 @@ def test_nothing_of_the_environment_is_read(
     assert read <= {"AWS_EXECUTION_ENV", "SSLKEYLOGFILE", "HOME", "PATH", "PYTHONPATH"}
 
 
-def test_only_the_method_environment_takes_what_is_around(
-    where: Any, planted: dict[str, str]
-) -> None:
+def test_only_the_method_environment_takes_what_is_around(where, planted):
     kms, settings = where
     settings["auth"] = {"method": "environment"}
     answer = run_there(settings, planted)
@@ -588,7 +559,7 @@ logging.basicConfig(level="DEBUG", stream=sys.stderr)
 """
 
 
-def test_the_first_login_is_not_logged(kms: Any, metadata: Any, tmp_path: Path) -> None:
+def test_the_first_login_is_not_logged(kms, metadata, tmp_path):
     """In ECS whoever knows the address of the credentials has them."""
     kms.make("model")
     metadata.answers = {"GET /secret-of-the-task": container_words(kms.session("task/t-1"))}
@@ -604,9 +575,7 @@ def test_the_first_login_is_not_logged(kms: Any, metadata: Any, tmp_path: Path) 
     assert "secret-of-the-task" not in done.stderr
 
 
-def test_a_renewal_that_failed_is_logged_without_the_answer(
-    kms: Any, make: Any, static: dict[str, Any], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_renewal_that_failed_is_logged_without_the_answer(kms, make, static, caplog):
     kms.make("model")
     kms.session_seconds = 700.0  # botocore renews it by now, and does without until 600
     provider = make(auth={"method": "role", "role_arn": ROLE, "source": static})
@@ -619,7 +588,7 @@ def test_a_renewal_that_failed_is_logged_without_the_answer(
     assert "the-new-secret" not in caplog.text
 
 
-def test_a_server_that_nobody_vouches_for(where: Any, make: Any, static: dict[str, Any]) -> None:
+def test_a_server_that_nobody_vouches_for(where, make, static):
     kms, settings = where
     ca_file = settings.pop("ca_file")
     with pytest.raises(ProviderUnavailable, match="certificate") as caught:
@@ -643,9 +612,7 @@ def test_a_server_that_nobody_vouches_for(where: Any, make: Any, static: dict[st
         ("eusc-de-east-1", "amazonaws.eu"),
     ],
 )
-def test_where_it_goes_without_an_endpoint(
-    make: Any, monkeypatch: pytest.MonkeyPatch, region: str, domain: str
-) -> None:
+def test_where_it_goes_without_an_endpoint(make, monkeypatch, region, domain):
     """Nothing is sent: it is the region's own AWS KMS and AWS STS, and none of another region."""
     from keymgmt_aws._transport import Client
 
@@ -660,7 +627,7 @@ def test_where_it_goes_without_an_endpoint(
     assert sent == [f"https://{one}.{region}.{domain}/" for one in ("sts", "kms")]
 
 
-def test_botocore_is_imported_by_the_first_call() -> None:
+def test_botocore_is_imported_by_the_first_call():
     program = (
         "import sys, keymgmt_aws\n"
         "settings = {'region': 'eu-central-1', 'auth': {'method': 'instance'}}\n"
@@ -673,7 +640,7 @@ def test_botocore_is_imported_by_the_first_call() -> None:
     assert done.stdout == "[]\n", done.stderr
 
 
-def test_closing_and_opening_leaks_no_descriptor(kms: Any, make: Any) -> None:
+def test_closing_and_opening_leaks_no_descriptor(kms, make):
     kms.make("model")
     provider = make()
 

@@ -33,11 +33,11 @@ Run = Callable[..., str]
 
 @pytest.fixture
 def site(
-    kms: Any,
-    secret_file: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    kms,
+    secret_file,
+    tmp_path,
+    monkeypatch,
+    capsys,
 ) -> Run:
     """A config of two regions' providers, and a way to run commands beside it."""
     name, secret = kms.user
@@ -69,7 +69,7 @@ def site(
     return run
 
 
-def test_a_model_by_the_command_line(kms: Any, site: Run, tmp_path: Path) -> None:
+def test_a_model_by_the_command_line(kms, site, tmp_path):
     """The commands of docs/backends/aws.md, in their order."""
     site("keys", "create", "cloud:resnet50")
     site("keys", "create", "cloud:publisher", "--sign")
@@ -111,9 +111,7 @@ def test_a_model_by_the_command_line(kms: Any, site: Run, tmp_path: Path) -> Non
     assert "pending deletion" in site("verify", "resnet50.sealed", code=5)
 
 
-def test_a_disabled_key_that_is_the_only_way_in_is_not_deleted_by_its_other_name(
-    kms: Any, site: Run
-) -> None:
+def test_a_disabled_key_that_is_the_only_way_in_is_not_deleted_by_its_other_name(kms, site):
     site("keys", "create", "cloud:resnet50")
     site("keys", "create", "cloud:publisher", "--sign")
     site("keys", "export", "cloud:publisher", "-o", "publisher.pem")
@@ -135,7 +133,7 @@ def test_a_disabled_key_that_is_the_only_way_in_is_not_deleted_by_its_other_name
     assert key.state == "PendingDeletion"
 
 
-def test_a_model_that_others_seal_offline(kms: Any, site: Run, tmp_path: Path) -> None:
+def test_a_model_that_others_seal_offline(kms, site, tmp_path):
     kms.make("publisher", "ML_DSA_65")
     site("keys", "export", "cloud:publisher", "-o", "publisher.pem")
     site("keys", "create", "cloud:office", "--kind", "rsa-3072")
@@ -150,7 +148,7 @@ def test_a_model_that_others_seal_offline(kms: Any, site: Run, tmp_path: Path) -
     site("keys", "rotate", "cloud:office", code=1)
 
 
-def test_the_core_alone_wraps_for_an_rsa_key(kms: Any, make: Any) -> None:
+def test_the_core_alone_wraps_for_an_rsa_key(kms, make):
     kms.make("office", "RSA_2048")
     provider = make()
     recipient = Recipient.from_bytes(provider.export_recipient("office").to_bytes())
@@ -164,7 +162,7 @@ def test_the_core_alone_wraps_for_an_rsa_key(kms: Any, make: Any) -> None:
             provider.unwrap(wrapped, b"d")
 
 
-def test_sealed_in_one_region_opened_in_another(kms: Any, make: Any, simulate: Any) -> None:
+def test_sealed_in_one_region_opened_in_another(kms, make, simulate):
     there = simulate("us-east-1")
     there.user = kms.user
     here = make()
@@ -190,7 +188,7 @@ def test_sealed_in_one_region_opened_in_another(kms: Any, make: Any, simulate: A
     other.delete_key("model")
 
 
-def test_lists_go_by_prefix_and_table_over_pages(kms: Any, make: Any) -> None:
+def test_lists_go_by_prefix_and_table_over_pages(kms, make):
     kms.page = 2
     other = kms.make()
     for name in ("b", "a", "with.dot"):
@@ -214,7 +212,7 @@ def findings(provider: Any, *key: str) -> dict[str, tuple[str, str]]:
     return {f.name: (f.status, f"{f.detail} {f.hint or ''}") for f in provider.check(*key).findings}
 
 
-def test_doctor_says_who_we_are_and_that_it_answers(kms: Any, make: Any) -> None:
+def test_doctor_says_who_we_are_and_that_it_answers(kms, make):
     found = findings(make())
     assert found["login"] == ("ok", "by static: arn:aws:iam::111122223333:user/tests ")
     assert found["service"] == ("ok", f"{kms.address} answers ")
@@ -222,7 +220,7 @@ def test_doctor_says_who_we_are_and_that_it_answers(kms: Any, make: Any) -> None
     assert findings(make())["service"][0] == "ok"
 
 
-def test_doctor_without_a_way_to_sts(kms: Any, make: Any) -> None:
+def test_doctor_without_a_way_to_sts(kms, make):
     kms.make("model")
     provider = make(sts_endpoint="http://127.0.0.1:9", timeout=1.5)
     found = findings(provider, "model")
@@ -233,7 +231,7 @@ def test_doctor_without_a_way_to_sts(kms: Any, make: Any) -> None:
     assert findings(provider)["service"][0] == "failed"
 
 
-def test_doctor_says_what_we_may(kms: Any, make: Any) -> None:
+def test_doctor_says_what_we_may(kms, make):
     kms.make("model")
     kms.make("publisher", "ECC_NIST_P256")
     provider = make(context={"fleet": "press-17"})
@@ -262,7 +260,7 @@ def test_doctor_says_what_we_may(kms: Any, make: Any) -> None:
         ("eusc-de-east-1", "aws-eusc"),
     ],
 )
-def test_a_policy_is_of_the_partition_of_its_region(make: Any, region: str, partition: str) -> None:
+def test_a_policy_is_of_the_partition_of_its_region(make, region, partition):
     from keymgmt_aws._policies import policy_of
 
     for role in ("open", "operate"):
@@ -273,7 +271,7 @@ def test_a_policy_is_of_the_partition_of_its_region(make: Any, region: str, part
         assert all(f"arn:{partition}:kms:{region}:*:key/*" in resource for resource in named)
 
 
-def test_a_policy_of_a_region_that_is_not_known(make: Any) -> None:
+def test_a_policy_of_a_region_that_is_not_known(make):
     from keymgmt_aws._policies import policy_of
 
     with pytest.raises(ConfigError, match="partition"):
@@ -285,7 +283,7 @@ def test_a_policy_of_a_region_that_is_not_known(make: Any) -> None:
         assert keys in policy_of(role, settings, "model", None)
 
 
-def test_doctor_says_whether_a_policy_asks_for_the_context(kms: Any, make: Any) -> None:
+def test_doctor_says_whether_a_policy_asks_for_the_context(kms, make):
     kms.make("model")
     provider = make(context={"fleet": "press-17"})
 
@@ -304,9 +302,7 @@ def test_doctor_says_whether_a_policy_asks_for_the_context(kms: Any, make: Any) 
     assert policies() == {"keymgmt-context": "ok", "fleet": "warning"}
 
 
-def test_doctor_notices_a_service_that_binds_nothing(
-    kms: Any, make: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_doctor_notices_a_service_that_binds_nothing(kms, make, monkeypatch):
     kms.make("model")
     monkeypatch.setattr(kms, "_bound", lambda key, request: b"")
     assert findings(make(), "model")["context"][0] == "failed"
@@ -371,7 +367,7 @@ MAY = {
 
 @pytest.mark.parametrize("named", ["by alias", "by ARN"])
 @pytest.mark.parametrize("role", MAY)
-def test_a_role_does_its_work_and_nothing_else(kms: Any, make: Any, role: str, named: str) -> None:
+def test_a_role_does_its_work_and_nothing_else(kms, make, role, named):
     from keymgmt_aws._policies import policy_of
 
     mine, other = ("publisher", "elsewhere") if role == "publish" else ("model", "elsewhere")
@@ -416,7 +412,7 @@ def test_a_role_does_its_work_and_nothing_else(kms: Any, make: Any, role: str, n
                 make(keys=keys, context=context).unwrap(wrapped, b"c")
 
 
-def test_policies_are_those_of_the_manual(site: Run, tmp_path: Path) -> None:
+def test_policies_are_those_of_the_manual(site, tmp_path):
     page = PAGE.read_text()
     for role in MAY:
         printed = site("aws", "policy", role, "cloud:resnet50")
@@ -433,14 +429,12 @@ def test_policies_are_those_of_the_manual(site: Run, tmp_path: Path) -> None:
     site("aws", "policy", "rule", "cloud:model", code=2)
 
 
-def test_every_error_of_ours_has_a_way_out(kms: Any, make: Any) -> None:
+def test_every_error_of_ours_has_a_way_out(kms, make):
     with pytest.raises(KeymgmtError) as caught:
         make().wrap("missing", Dek.generate(), b"c")
     assert "keymgmt keys create" in str(caught.value.hint)
 
 
 @pytest.mark.once
-def test_a_command_that_is_stopped_prints_no_traceback(
-    site: Run, tmp_path: Path, ends_quietly: Callable[..., None]
-) -> None:
+def test_a_command_that_is_stopped_prints_no_traceback(site, tmp_path, ends_quietly):
     ends_quietly("-c", "keymgmt.toml", "aws", "policy", "open", "cloud:resnet50", cwd=tmp_path)

@@ -198,12 +198,12 @@ Make = Callable[..., Service]
 
 
 @pytest.fixture(scope="module")
-def module_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def module_site(tmp_path_factory) -> Path:
     return make_site(tmp_path_factory.mktemp("broker") / "site")
 
 
 @pytest.fixture(scope="module")
-def shared_service(module_site: Path) -> Iterator[Service]:
+def shared_service(module_site) -> Iterator[Service]:
     """One instance with two workers for all tests of a module, which leave it as it was."""
     made = Service(module_site, workers=2)
     made.start()
@@ -212,7 +212,7 @@ def shared_service(module_site: Path) -> Iterator[Service]:
 
 
 @pytest.fixture
-def make_service(module_site: Path) -> Iterator[Make]:
+def make_service(module_site) -> Iterator[Make]:
     """Make an instance over the same site; it ends with the test."""
     made: list[Service] = []
 
@@ -240,15 +240,13 @@ def prove() -> Callable[[bytes], bytes]:
 
 
 @pytest.fixture
-def recipients(module_site: Path) -> dict[str, Path]:
+def recipients(module_site) -> dict[str, Path]:
     """The recipient files of the broker's keys, as the broker exports them."""
     return {key: module_site / f"{key}.recipient" for key in KEYS}
 
 
 @pytest.fixture
-def client(
-    recipients: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., KeyProvider[Any]]:
+def client(recipients, monkeypatch) -> Callable[..., KeyProvider[Any]]:
     """Make a provider of the backend broker whose evidence is made by the test."""
     from keymgmt_broker import BrokerProvider, BrokerSettings, _settings
 

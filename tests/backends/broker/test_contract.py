@@ -17,16 +17,16 @@ class TestBroker(PatientContract):
     """One instance with two workers, and HPKE keys of a file provider behind it."""
 
     @pytest.fixture
-    def instance(self, shared_service: Any) -> Iterator[Any]:
+    def instance(self, shared_service) -> Iterator[Any]:
         yield shared_service
         shared_service.heal()
 
     @pytest.fixture
-    def provider_factory(self, instance: Any, client: Any, time_limit: float) -> ProviderFactory:
+    def provider_factory(self, instance, client, time_limit) -> ProviderFactory:
         return lambda: client(instance.address, timeout=time_limit)
 
     @pytest.fixture
-    def denied_factory(self, instance: Any, client: Any) -> ProviderFactory:
+    def denied_factory(self, instance, client) -> ProviderFactory:
         return lambda: client(instance.address, evidence={"kind": "sgx", "proves": "nothing"})
 
     @pytest.fixture
@@ -40,17 +40,17 @@ class TestBroker(PatientContract):
     test_spawn = None  # the evidence is made in this process: see test_end_to_end
 
     @pytest.fixture
-    def break_service(self, instance: Any) -> Hook:
+    def break_service(self, instance) -> Hook:
         return instance.kill
 
     @pytest.fixture
-    def hang_service(self, instance: Any) -> Hook:
+    def hang_service(self, instance) -> Hook:
         return instance.freeze
 
     @pytest.fixture
-    def heal_service(self, instance: Any) -> Hook:
+    def heal_service(self, instance) -> Hook:
         return instance.heal
 
     @pytest.fixture
-    def place_values(self, instance: Any) -> list[str]:
+    def place_values(self, instance) -> list[str]:
         return [str(instance.port), "127.0.0.1"]

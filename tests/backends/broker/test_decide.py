@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import programs
@@ -53,7 +51,7 @@ class Behind(KeyProvider[Nothing]):
 
 
 @pytest.fixture
-def broker(tmp_path: Path, install: Callable[..., Path], module_site: Path) -> Broker:
+def broker(tmp_path, install, module_site) -> Broker:
     install("acme-behind", "keymgmt.backends", {"behind": "acme_behind:Behind"}, acme_behind=BEHIND)
     (tmp_path / "keymgmt.toml").write_text('[providers.site]\nbackend = "behind"\n')
     file = tmp_path / "broker.toml"
@@ -81,8 +79,8 @@ def broker(tmp_path: Path, install: Callable[..., Path], module_site: Path) -> B
     ],
 )
 def test_a_failure_behind_the_broker_is_told_in_one_word_and_logged_in_full(
-    broker: Broker, prove: Any, caplog: pytest.LogCaptureFixture, error: str, word: str
-) -> None:
+    broker, prove, caplog, error, word
+):
     caplog.set_level("INFO", "keymgmt.audit")
     wrapped = WrappedKey("broker", "model", "1", "hpke-p256", b"blob", {"error": error})
     public = hpke_public("hpke-p384", hpke_generate("hpke-p384"))
@@ -95,7 +93,7 @@ def test_a_failure_behind_the_broker_is_told_in_one_word_and_logged_in_full(
     assert f"refused={word}" in caplog.text
 
 
-def test_key_names_cannot_be_tried_without_evidence(broker: Broker, prove: Any) -> None:
+def test_key_names_cannot_be_tried_without_evidence(broker, prove):
     """A known key, an unknown one, and one that takes other evidence are refused in one word."""
     tdx = TdxPolicy.model_validate({"evidence": "tdx", "mr_td": ["00" * 48], "firmware_only": True})
     settings = broker.settings
@@ -119,9 +117,7 @@ def test_key_names_cannot_be_tried_without_evidence(broker: Broker, prove: Any) 
     assert words[True] == {"model": "wrong-key", "guests": "policy", "absent": "key"}
 
 
-def test_evidence_that_cannot_be_judged_now_is_no_refusal_for_good(
-    broker: Broker, prove: Any
-) -> None:
+def test_evidence_that_cannot_be_judged_now_is_no_refusal_for_good(broker, prove):
     broker = replace(broker, collateral=None)
     wrapped = WrappedKey("broker", "model", "1", "hpke-p256", b"blob")
     request = Request(broker.nonces.make(), "hpke-p384", b"", wrapped, b"", "sgx")
@@ -141,9 +137,7 @@ class Counting:
         return self._verifier.verify_with_policy(*arguments)
 
 
-def test_a_quote_is_verified_once_whatever_the_number_of_policies(
-    broker: Broker, prove: Any
-) -> None:
+def test_a_quote_is_verified_once_whatever_the_number_of_policies(broker, prove):
     assert broker.collateral is not None
     verifier = Counting(broker.collateral.verifier)
     wanted = broker.settings.policies["press"]
@@ -206,9 +200,7 @@ GOOD = {
         ({"collateral": ""}, "policies.press is of sgx and needs collateral"),
     ],
 )
-def test_what_is_wrong_in_the_config_is_said_before_anything_begins(
-    tmp_path: Path, change: dict[str, str], said: str
-) -> None:
+def test_what_is_wrong_in_the_config_is_said_before_anything_begins(tmp_path, change, said):
     (tmp_path / "keymgmt.toml").write_text('[providers.site]\nbackend = "file"\npath = "keys"\n')
     for name, size, mode in (("short.key", 4, 0o600), ("open.key", 32, 0o644)):
         (tmp_path / name).write_bytes(bytes(size))
@@ -229,20 +221,20 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return programs.run_keymgmt(*arguments)
 
 
-def test_a_config_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_config_that_is_not_there_is_named(tmp_path):
     done = run("broker", "serve", "--config", str(tmp_path / "none.toml"))
     assert done.returncode == 3
     assert "--config FILE" in done.stderr
 
 
-def test_a_place_that_is_taken_is_said(make_service: Any) -> None:
+def test_a_place_that_is_taken_is_said(make_service):
     service = make_service()
     done = run("broker", "serve", "--config", str(service.config))
     assert done.returncode == 3
     assert "Address already in use" in done.stderr
 
 
-def test_export_writes_what_is_sealed_to(make_service: Any, tmp_path: Path) -> None:
+def test_export_writes_what_is_sealed_to(make_service, tmp_path):
     config = str(make_service(start=False).config)
     file = tmp_path / "model.recipient"
     done = run("broker", "export", "model", "-o", str(file), "--config", config)
@@ -277,9 +269,7 @@ def test_export_writes_what_is_sealed_to(make_service: Any, tmp_path: Path) -> N
         ({"hpke": "hpke-p256"}, "hpke"),
     ],
 )
-def test_what_is_wrong_in_the_settings_of_a_client(
-    tmp_path: Path, client: Any, change: dict[str, Any], said: str
-) -> None:
+def test_what_is_wrong_in_the_settings_of_a_client(tmp_path, client, change, said):
     client()  # the evidence of the tests is installed now
     lines = {"service": "http://127.0.0.1:8443", "evidence": "sgx"} | change
     file = tmp_path / "settings.toml"
@@ -298,9 +288,7 @@ def toml(value: Any) -> str:
     return f'"{value}"' if isinstance(value, str) else str(value)
 
 
-def test_a_path_in_the_settings_of_evidence_is_relative_to_the_config(
-    tmp_path: Path, client: Any
-) -> None:
+def test_a_path_in_the_settings_of_evidence_is_relative_to_the_config(tmp_path, client):
     client()
     file = tmp_path / "settings.toml"
     file.write_text(
@@ -311,8 +299,8 @@ def test_a_path_in_the_settings_of_evidence_is_relative_to_the_config(
 
 
 def test_over_tls_the_service_is_the_one_that_the_authority_vouches_for(
-    make_service: Any, client: Any, module_site: Path
-) -> None:
+    make_service, client, module_site
+):
     authority, other = Authority(module_site / "tls"), Authority(module_site / "other")
     certificate, key = authority.issue("server")
     key.chmod(0o600)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from quotes import MR_TD, RTMRS, World
+from quotes import MR_TD, RTMRS
 from tees import gramine_toml, mounted
 
 pytest.importorskip("keymgmt_broker_service")
@@ -32,13 +31,13 @@ with BrokerProvider("proven", settings).unwrap(wrapped, b"c") as dek:
 
 
 @pytest.fixture
-def enclave(tmp_path: Path, world: World, require_tool: Callable[..., Path]) -> Iterator[Path]:
+def enclave(tmp_path, world, require_tool) -> Iterator[Path]:
     with mounted("sgx", world, tmp_path / "enclave", require_tool) as folder:
         yield folder
 
 
 @pytest.fixture
-def settings(shared_service: Any, enclave: Path, recipients: dict[str, Path]) -> BrokerSettings:
+def settings(shared_service, enclave, recipients) -> BrokerSettings:
     evidence = {
         "kind": "sgx",
         "user_report_data": enclave / "user_report_data",
@@ -47,7 +46,7 @@ def settings(shared_service: Any, enclave: Path, recipients: dict[str, Path]) ->
     return BrokerSettings(service=shared_service.address, evidence=evidence, recipients=recipients)
 
 
-def test_a_process_that_is_spawned_unwraps_with_gramines_files(settings: BrokerSettings) -> None:
+def test_a_process_that_is_spawned_unwraps_with_gramines_files(settings):
     provider = BrokerProvider("proven", settings)
     with Dek.generate() as dek:
         wrapped = provider.wrap("model", dek, b"c")
@@ -61,13 +60,13 @@ def test_a_process_that_is_spawned_unwraps_with_gramines_files(settings: BrokerS
         assert done.stdout == bytes(dek.view())
 
 
-def test_doctor_says_what_the_broker_makes_of_this_machine(settings: BrokerSettings) -> None:
+def test_doctor_says_what_the_broker_makes_of_this_machine(settings):
     health = BrokerProvider("proven", settings).check()
     assert health.ok, health
     assert {finding.name for finding in health.findings} >= {"evidence sgx", "round trip model"}
 
 
-def test_the_same_for_a_guest_of_tdx(make_service: Any, client: Any) -> None:
+def test_the_same_for_a_guest_of_tdx(make_service, client):
     wanted = ", ".join(f'"{each.hex()}"' for each in (RTMRS[1],))
     service = make_service(
         policy=f'evidence = "tdx"\nmr_td = ["{MR_TD.hex()}"]\nrtmr1 = [{wanted}]\n'
@@ -81,9 +80,7 @@ def test_the_same_for_a_guest_of_tdx(make_service: Any, client: Any) -> None:
         client(service.address, evidence="sgx").unwrap(wrapped, b"c")
 
 
-def test_a_model_runs_in_openvino(
-    shared_service: Any, enclave: Path, recipients: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_model_runs_in_openvino(shared_service, enclave, recipients, tmp_path):
     ov = pytest.importorskip("openvino")
     np = pytest.importorskip("numpy")
     load = pytest.importorskip("keymgmt_openvino").load

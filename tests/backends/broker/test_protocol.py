@@ -28,11 +28,11 @@ REQUEST = Request(
 )
 
 
-def test_a_request_comes_back_as_it_was() -> None:
+def test_a_request_comes_back_as_it_was():
     assert Request.from_bytes(REQUEST.to_bytes()) == REQUEST
 
 
-def test_the_report_data_covers_everything_but_the_evidence() -> None:
+def test_the_report_data_covers_everything_but_the_evidence():
     others = [
         replace(REQUEST, nonce=b"m" * NONCE_LENGTH),
         replace(REQUEST, hpke="hpke-p256"),
@@ -63,7 +63,7 @@ def test_the_report_data_covers_everything_but_the_evidence() -> None:
     assert answer_info(data[0]) != answer_info(data[1])
 
 
-def test_the_report_data_is_what_it_has_always_been() -> None:
+def test_the_report_data_is_what_it_has_always_been():
     expected = "db3ae724eef60bb0feb8ab4d209fdd546926f7f8056fa66d53fb8528ac8feab7"
     assert REQUEST.report_data.hex() == expected
 
@@ -100,12 +100,12 @@ def changed(**members: Any) -> bytes:
         b'{"a":' * 5000,
     ],
 )
-def test_a_request_that_is_spelled_in_another_way_is_refused(body: bytes) -> None:
+def test_a_request_that_is_spelled_in_another_way_is_refused(body):
     with pytest.raises(FormatError):
         Request.from_bytes(body)
 
 
-def test_the_largest_request_fits_its_bound() -> None:
+def test_the_largest_request_fits_its_bound():
     wrapped = WrappedKey(
         "broker", "k" * 64, "v" * 64, "m" * 32, bytes(8192), {f"p{n}": "v" * 60 for n in range(8)}
     )
@@ -123,5 +123,5 @@ def test_the_largest_request_fits_its_bound() -> None:
     assert Request.from_bytes(body) == largest
 
 
-def test_each_word_of_a_refusal_is_a_status_of_http() -> None:
+def test_each_word_of_a_refusal_is_a_status_of_http():
     assert all(400 <= status < 600 for status in STATUS.values())

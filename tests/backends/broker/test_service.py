@@ -95,7 +95,7 @@ class Asker:
 
 
 @pytest.fixture
-def asker(shared_service: Any, client: Any, prove: Any) -> Asker:
+def asker(shared_service, client, prove) -> Asker:
     return Asker(shared_service, client(shared_service.address), prove)
 
 
@@ -106,9 +106,7 @@ def refused(answer: tuple[int, dict[str, Any]]) -> str:
     return str(body["refused"])
 
 
-def test_a_share_comes_back_to_the_machine_that_proves_itself(
-    shared_service: Any, client: Any
-) -> None:
+def test_a_share_comes_back_to_the_machine_that_proves_itself(shared_service, client):
     provider = client(shared_service.address)
     with Dek.generate() as dek, provider.unwrap(provider.wrap("model", dek, b"c"), b"c") as again:
         assert again == dek
@@ -118,7 +116,7 @@ def test_a_share_comes_back_to_the_machine_that_proves_itself(
     assert "client=127.0.0.1" in last
 
 
-def test_evidence_for_anything_else_is_refused(asker: Asker, client: Any) -> None:
+def test_evidence_for_anything_else_is_refused(asker, client):
     good = asker.request()
     other = hpke_public(HYBRID, hpke_generate(HYBRID))
     for changed in (
@@ -135,7 +133,7 @@ def test_evidence_for_anything_else_is_refused(asker: Asker, client: Any) -> Non
     assert asker.opens(good, answer)
 
 
-def test_a_replay_gives_nothing_new_to_anybody_and_is_logged(asker: Asker) -> None:
+def test_a_replay_gives_nothing_new_to_anybody_and_is_logged(asker):
     request = asker.request()
     answers = [asker.ask(request) for _ in range(4)]
     assert all(status == 200 and asker.opens(request, body) for status, body in answers)
@@ -152,9 +150,7 @@ def nonce_of(key: bytes, seconds_ago: float) -> bytes:
     return signed + hmac.digest(key, b"keymgmt broker nonce 1" + signed, hashlib.sha256)
 
 
-def test_a_nonce_counts_for_a_minute_and_only_if_it_is_of_this_broker(
-    asker: Asker, module_site: Path
-) -> None:
+def test_a_nonce_counts_for_a_minute_and_only_if_it_is_of_this_broker(asker, module_site):
     key = (module_site / "nonce.key").read_bytes()
     assert asker.ask(asker.request(nonce=nonce_of(key, 50)))[0] == 200
     for bad in (
@@ -169,7 +165,7 @@ def test_a_nonce_counts_for_a_minute_and_only_if_it_is_of_this_broker(
         assert refused(asker.ask(asker.request(nonce=bad))) == "nonce"
 
 
-def test_nothing_behind_the_broker_is_asked_before_the_evidence_is_verified(asker: Asker) -> None:
+def test_nothing_behind_the_broker_is_asked_before_the_evidence_is_verified(asker):
     damaged = asker.request(wrapped=replace(asker.wrapped, blob=b"damaged"))
     assert refused(asker.ask(damaged)) == "unwrap"
     assert refused(asker.ask(replace(damaged, evidence=b"none"))) == "evidence"
@@ -180,15 +176,15 @@ def test_nothing_behind_the_broker_is_asked_before_the_evidence_is_verified(aske
 @pytest.mark.parametrize(
     "body", [b"", b"{}", b"\xff" * 100, b"[" * 1000, b'{"format":"keymgmt-broker-request/2"}']
 )
-def test_what_is_no_request_is_refused(asker: Asker, body: bytes) -> None:
+def test_what_is_no_request_is_refused(asker, body):
     assert refused(asker.post(UNWRAP_PATH, body)) == "request"
 
 
-def test_a_public_key_to_which_nothing_can_be_sealed_is_refused(asker: Asker) -> None:
+def test_a_public_key_to_which_nothing_can_be_sealed_is_refused(asker):
     assert refused(asker.ask(asker.request(public_key=b"short"))) == "request"
 
 
-def test_a_request_that_is_too_large_is_refused_before_it_is_read(asker: Asker) -> None:
+def test_a_request_that_is_too_large_is_refused_before_it_is_read(asker):
     service = asker.service
     with socket.create_connection(("127.0.0.1", service.port), 30) as raw:
         raw.sendall(b"POST /v1/unwrap HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\n\r\n")
@@ -233,9 +229,7 @@ print("closed", flush=True)
 """
 
 
-def test_slow_clients_and_ten_thousand_connections_keep_nobody_out(
-    make_service: Any, client: Any, prove: Any
-) -> None:
+def test_slow_clients_and_ten_thousand_connections_keep_nobody_out(make_service, client, prove):
     asker = Asker(make_service(workers=2, rate=20), client(), prove)
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     count = 10_000 if files == resource.RLIM_INFINITY else min(10_000, files - 500)
@@ -259,9 +253,7 @@ def test_slow_clients_and_ten_thousand_connections_keep_nobody_out(
         b"GET /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999\r\n\r\n",
     ],
 )
-def test_what_follows_a_request_that_was_answered_has_a_bound(
-    asker: Asker, beginning: bytes
-) -> None:
+def test_what_follows_a_request_that_was_answered_has_a_bound(asker, beginning):
     """Headers after a chunked body were kept in memory, as many as came; nobody reads the body."""
     with socket.create_connection(("127.0.0.1", asker.service.port), 30) as raw:
         raw.sendall(beginning)
@@ -272,7 +264,7 @@ def test_what_follows_a_request_that_was_answered_has_a_bound(
     assert asker.ask(asker.request())[0] == 200
 
 
-def test_slow_bodies_of_many_keep_nobody_out(make_service: Any, client: Any, prove: Any) -> None:
+def test_slow_bodies_of_many_keep_nobody_out(make_service, client, prove):
     """They hold what came of them, and not what might come."""
     asker = Asker(make_service(), client(), prove)
     request = asker.request()
@@ -288,7 +280,7 @@ def test_slow_bodies_of_many_keep_nobody_out(make_service: Any, client: Any, pro
     assert status == 200, answer
 
 
-def test_what_one_address_may_ask_at_once_is_not_divided_by_the_workers() -> None:
+def test_what_one_address_may_ask_at_once_is_not_divided_by_the_workers():
     """Its connections reach workers by chance; one of 64 would refuse the third request."""
     from keymgmt_broker_service._app import _Rates
     from keymgmt_broker_service._decide import Refusal
@@ -300,7 +292,7 @@ def test_what_one_address_may_ask_at_once_is_not_divided_by_the_workers() -> Non
         rates.count("192.0.2.1")
 
 
-def test_what_is_no_http_leaves_nothing_in_the_log(asker: Asker) -> None:
+def test_what_is_no_http_leaves_nothing_in_the_log(asker):
     """Each would be a line, without an address, as often as somebody likes."""
     upgrade = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n"
     before = asker.service.said()
@@ -311,7 +303,7 @@ def test_what_is_no_http_leaves_nothing_in_the_log(asker: Asker) -> None:
     assert asker.service.said() == before
 
 
-def test_an_address_counts_however_a_balancer_spells_it() -> None:
+def test_an_address_counts_however_a_balancer_spells_it():
     """All IPv4 addresses that are written as IPv6 would be one network, with one rate."""
     from keymgmt_broker_service._app import _client
     from starlette.requests import Request as HttpRequest
@@ -323,7 +315,7 @@ def test_an_address_counts_however_a_balancer_spells_it() -> None:
     assert list(said.values()) == ["192.0.2.1", "192.0.2.1", "2001:db8::/64", "unknown"]
 
 
-def test_workers_end_with_the_process_that_watches_them(make_service: Any) -> None:
+def test_workers_end_with_the_process_that_watches_them(make_service):
     """They would keep the address, and never read a new config."""
     service = make_service()
     made = workers(service)
@@ -338,7 +330,7 @@ def test_workers_end_with_the_process_that_watches_them(make_service: Any) -> No
     service.start()
 
 
-def test_a_connection_on_which_no_request_ends_is_closed(asker: Asker) -> None:
+def test_a_connection_on_which_no_request_ends_is_closed(asker):
     """A body that nobody reads, and line ends that begin no request, come in time or not at all."""
     beginnings = (
         b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 999\r\n\r\n",
@@ -364,9 +356,7 @@ def test_a_connection_on_which_no_request_ends_is_closed(asker: Asker) -> None:
             until(lambda each=each: trickle(each))
 
 
-def test_a_client_that_asks_too_often_is_told_so(
-    make_service: Any, client: Any, prove: Any
-) -> None:
+def test_a_client_that_asks_too_often_is_told_so(make_service, client, prove):
     service = make_service(rate=2)
     asker = Asker(service, client(service.address), prove)
     words = [refused(answer) for _ in range(20) if (answer := asker.post(NONCE_PATH))[0] != 200]
@@ -397,8 +387,8 @@ class Slow(KeyProvider[Nothing]):
 
 
 def test_a_slow_key_service_behind_the_broker_holds_up_nobody_for_long(
-    make_service: Any, client: Any, prove: Any, install: Any, module_site: Path
-) -> None:
+    make_service, client, prove, install, module_site
+):
     install("acme-slow", "keymgmt.backends", {"slow": "acme_slow:Slow"}, acme_slow=SLOW)
     (module_site / "slow.toml").write_text('[providers.site]\nbackend = "slow"\n')
     service = make_service(config="slow.toml", more="concurrent = 1")
@@ -436,7 +426,7 @@ def relaying(service: Any, change: Callable[[str, bytes, bytes], bytes]) -> Iter
         yield web.url
 
 
-def test_an_answer_to_somebody_else_opens_for_nobody(shared_service: Any, client: Any) -> None:
+def test_an_answer_to_somebody_else_opens_for_nobody(shared_service, client):
     answers: list[bytes] = []
 
     def swap(path: str, _body: bytes, answer: bytes) -> bytes:
@@ -454,9 +444,7 @@ def test_an_answer_to_somebody_else_opens_for_nobody(shared_service: Any, client
             provider.unwrap(wrapped, b"c")
 
 
-def test_the_wire_shows_no_share_and_the_evidence_goes_with_one_key(
-    shared_service: Any, client: Any
-) -> None:
+def test_the_wire_shows_no_share_and_the_evidence_goes_with_one_key(shared_service, client):
     seen: list[bytes] = []
 
     def look(_path: str, body: bytes, answer: bytes) -> bytes:
@@ -476,8 +464,8 @@ def test_the_wire_shows_no_share_and_the_evidence_goes_with_one_key(
 
 
 def test_a_service_that_is_not_the_one_gives_no_model(
-    shared_service: Any, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    shared_service, client, tmp_path, monkeypatch
+):
     """Whoever answers instead can seal a share of its own choice, and no model opens with it."""
     import keymgmt
     from keymgmt.errors import CannotUnlock
@@ -518,9 +506,7 @@ def test_a_service_that_is_not_the_one_gives_no_model(
         pass
 
 
-def test_no_request_fails_while_one_of_two_instances_is_killed(
-    make_service: Any, client: Any
-) -> None:
+def test_no_request_fails_while_one_of_two_instances_is_killed(make_service, client):
     first, second = make_service(), make_service()
     provider = client(first.address, second.address)
     with Dek.generate() as dek:
@@ -534,9 +520,7 @@ def test_no_request_fails_while_one_of_two_instances_is_killed(
         provider.unwrap(wrapped, b"c").wipe()
 
 
-def test_a_nonce_of_one_instance_counts_at_the_other(
-    make_service: Any, client: Any, prove: Any
-) -> None:
+def test_a_nonce_of_one_instance_counts_at_the_other(make_service, client, prove):
     first, second = make_service(), make_service()
     asker = Asker(first, client(), prove)
     request = asker.request()
@@ -544,7 +528,7 @@ def test_a_nonce_of_one_instance_counts_at_the_other(
     assert asker.ask(request)[0] == 200
 
 
-def test_a_changed_config_is_read_without_a_failed_request(make_service: Any, client: Any) -> None:
+def test_a_changed_config_is_read_without_a_failed_request(make_service, client):
     service = make_service(workers=2)
     provider = client(service.address)
     with Dek.generate() as dek:
@@ -595,9 +579,7 @@ def workers(service: Any) -> list[int]:
     ]
 
 
-def test_a_config_that_became_wrong_leaves_the_old_one_running(
-    make_service: Any, client: Any, prove: Any
-) -> None:
+def test_a_config_that_became_wrong_leaves_the_old_one_running(make_service, client, prove):
     service = make_service()
     asker = Asker(service, client(), prove)
     service.write(keys='[keys.model]\nkey = "site:model"\nallow = ["nonesuch"]\n')
@@ -608,7 +590,7 @@ def test_a_config_that_became_wrong_leaves_the_old_one_running(
     assert service.stop() == 0
 
 
-def test_a_worker_that_dies_is_replaced(make_service: Any, client: Any, prove: Any) -> None:
+def test_a_worker_that_dies_is_replaced(make_service, client, prove):
     service = make_service()
     asker = Asker(service, client(), prove)
     (worker,) = workers(service)
@@ -620,7 +602,7 @@ def test_a_worker_that_dies_is_replaced(make_service: Any, client: Any, prove: A
     assert asker.ask(asker.request())[0] == 200
 
 
-def test_logs_are_json_where_they_are_to_be(make_service: Any, client: Any, prove: Any) -> None:
+def test_logs_are_json_where_they_are_to_be(make_service, client, prove):
     service = make_service(start=False)
     service.options = ("--log-json",)
     service.start()
@@ -631,9 +613,7 @@ def test_logs_are_json_where_they_are_to_be(make_service: Any, client: Any, prov
     assert (lines[-1]["event"], lines[-1]["outcome"]) == ("broker-unwrap", "ok")
 
 
-def test_wrap_needs_the_recipient_file_that_the_settings_name(
-    shared_service: Any, client: Any, recipients: dict[str, Path]
-) -> None:
+def test_wrap_needs_the_recipient_file_that_the_settings_name(shared_service, client, recipients):
     with Dek.generate() as dek:
         with pytest.raises(KeyNotFound, match="names no recipient file for the key 'third'"):
             client(shared_service.address).wrap("third", dek, b"")
@@ -642,9 +622,7 @@ def test_wrap_needs_the_recipient_file_that_the_settings_name(
             swapped.wrap("model", dek, b"")
 
 
-def test_what_the_client_is_told_of_a_refusal(
-    shared_service: Any, client: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_client_is_told_of_a_refusal(shared_service, client, monkeypatch):
     provider = client(shared_service.address)
     with Dek.generate() as dek:
         wrapped = provider.wrap("model", dek, b"c")
@@ -664,7 +642,7 @@ def test_what_the_client_is_told_of_a_refusal(
 
 
 @pytest.mark.parametrize("status", [200, 301, 404, 503])
-def test_a_page_of_something_else_is_no_answer(client: Any, status: int) -> None:
+def test_a_page_of_something_else_is_no_answer(client, status):
     def page(_: Seen, handler: Any) -> None:
         reply(handler, status, b"<html>", Location="http://127.0.0.1:1/")
 

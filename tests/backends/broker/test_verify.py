@@ -473,7 +473,7 @@ def test_recorded_evidence_that_was_changed_or_cut(recorded, kind):
     @hypothesis_settings(
         max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
     )
-    def one_byte(at: int, mask: int) -> None:
+    def one_byte(at, mask) -> None:
         changed = bytearray(quote)
         changed[at] ^= mask
         answer = is_refused(bytes(changed))

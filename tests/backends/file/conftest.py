@@ -14,12 +14,12 @@ Open = Callable[..., FileProvider]
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
+def path(tmp_path) -> Path:
     return tmp_path / "keys"
 
 
 @pytest.fixture
-def open_store(path: Path, tmp_path: Path) -> Iterator[Open]:
+def open_store(path, tmp_path) -> Iterator[Open]:
     """Make providers: ``open_store(passphrase="...", at=another_directory)``."""
     made: list[FileProvider] = []
 
@@ -39,11 +39,11 @@ def open_store(path: Path, tmp_path: Path) -> Iterator[Open]:
 
 
 @pytest.fixture
-def files(open_store: Open) -> FileProvider:
+def files(open_store) -> FileProvider:
     return open_store()
 
 
 @pytest.fixture
-def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+def cheap(monkeypatch) -> None:
     """New passphrase files get Argon2id parameters that take no time, and protect nothing."""
     monkeypatch.setattr("keymgmt_file._passphrase.NEW_KDF", (8, 1, 1))

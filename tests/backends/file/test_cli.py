@@ -16,7 +16,7 @@ CONFIG = '[providers.local]\nbackend = "file"\npath = "keys"\n'
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Path:
+def site(tmp_path) -> Path:
     (tmp_path / "keymgmt.toml").write_text(CONFIG)
     (tmp_path / "keymgmt.toml").chmod(0o600)
     files = FileProvider("local", FileSettings(path=tmp_path / "keys"))
@@ -73,7 +73,7 @@ def is_locked(site: Path) -> set[bool]:
     return set(files.key_files.locked_keys().values())
 
 
-def test_lock_change_unlock(site: Path) -> None:
+def test_lock_change_unlock(site):
     result = run(site, "lock")
     assert result.returncode == 3
     assert "passphrase = {" in result.stderr
@@ -108,7 +108,7 @@ def test_lock_change_unlock(site: Path) -> None:
     assert "battery" not in everything
 
 
-def test_a_passphrase_is_typed_twice_before_it_locks(site: Path) -> None:
+def test_a_passphrase_is_typed_twice_before_it_locks(site):
     add_passphrase(site, '{ prompt = "Passphrase" }')
     code, output = type_in(site, ["lock"], ["correct horse battery", "corect horse battery"])
     assert code == 3
@@ -130,7 +130,7 @@ def test_a_passphrase_is_typed_twice_before_it_locks(site: Path) -> None:
     assert "not a terminal" not in run(site, "unlock").stderr, "nothing is locked: nothing asked"
 
 
-def test_a_short_passphrase_locks_nothing_unless_it_is_to(site: Path) -> None:
+def test_a_short_passphrase_locks_nothing_unless_it_is_to(site):
     """At least 15 characters (NIST SP 800-63B-4), and not bytes; opening takes any."""
     add_passphrase(site, '{ file = "old" }')
     secret_file(site, "old", "ä" * 14)
@@ -150,14 +150,14 @@ def test_a_short_passphrase_locks_nothing_unless_it_is_to(site: Path) -> None:
     assert run(site, "unlock").returncode == 0
 
 
-def test_a_short_passphrase_is_not_asked_twice(site: Path) -> None:
+def test_a_short_passphrase_is_not_asked_twice(site):
     add_passphrase(site, '{ prompt = "Passphrase" }')
     code, output = type_in(site, ["lock"], ["short"])
     assert (code, is_locked(site)) == (3, {False})
     assert "again" not in output
 
 
-def test_accept_a_key_file_that_was_restored(site: Path) -> None:
+def test_accept_a_key_file_that_was_restored(site):
     backup = (site / "keys" / "release.jwks").read_bytes()
     files = FileProvider("local", FileSettings(path=site / "keys"))
     files.rotate_key("release")
@@ -171,7 +171,7 @@ def test_accept_a_key_file_that_was_restored(site: Path) -> None:
     assert run(site, "accept", "local").returncode == 3
 
 
-def test_which_provider(site: Path) -> None:
+def test_which_provider(site):
     result = run(site, "lock", "lokal")
     assert result.returncode == 3
     assert "did you mean 'local'" in result.stderr

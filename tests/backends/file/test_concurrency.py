@@ -117,7 +117,7 @@ def kill_everywhere(path: Path, action: Callable[[], object], look: Callable[[],
     raise AssertionError("the action never ends")
 
 
-def test_processes_that_rotate_one_key_lose_no_version(open_store: Open, path: Path) -> None:
+def test_processes_that_rotate_one_key_lose_no_version(open_store, path):
     files = open_store()
     files.create_key("release", "aes256", {})
     with Dek.generate() as dek:
@@ -131,7 +131,7 @@ def test_processes_that_rotate_one_key_lose_no_version(open_store: Open, path: P
     assert leftovers(path) == set()
 
 
-def test_processes_that_create_at_once_from_nothing(path: Path, open_store: Open) -> None:
+def test_processes_that_create_at_once_from_nothing(path, open_store):
     script = """
 from keymgmt.backend import ConfigError
 for n in range(4):
@@ -148,7 +148,7 @@ except ConfigError as error:
     assert leftovers(path) == set()
 
 
-def test_readers_never_see_a_key_half_or_gone(open_store: Open, path: Path) -> None:
+def test_readers_never_see_a_key_half_or_gone(open_store, path):
     files = open_store()
     files.create_key("release", "aes256", {})
     script = """
@@ -174,7 +174,7 @@ for n in range(25):
 
 
 @pytest.mark.usefixtures("cheap")
-def test_locking_under_readers(open_store: Open, path: Path) -> None:
+def test_locking_under_readers(open_store, path):
     files = open_store("correct horse battery")
     for number in range(6):
         files.create_key(f"key-{number}", "aes256", {})
@@ -203,7 +203,7 @@ def test_locking_under_readers(open_store: Open, path: Path) -> None:
         assert problems == []
 
 
-def test_threads_that_rotate_one_key(files: FileProvider) -> None:
+def test_threads_that_rotate_one_key(files):
     files.create_key("release", "aes256", {})
     threads = [
         threading.Thread(target=lambda: [files.rotate_key("release") for _ in range(5)])
@@ -216,7 +216,7 @@ def test_threads_that_rotate_one_key(files: FileProvider) -> None:
     assert files.describe_key("release").newest == "31"
 
 
-def test_a_process_killed_among_others_harms_none(open_store: Open, path: Path) -> None:
+def test_a_process_killed_among_others_harms_none(open_store, path):
     files = open_store()
     files.create_key("release", "aes256", {})
     script = "while True:\n print(files.rotate_key('release').newest, flush=True)"
@@ -244,7 +244,7 @@ def test_a_process_killed_among_others_harms_none(open_store: Open, path: Path) 
 @pytest.mark.once
 @pytest.mark.usefixtures("cheap")
 @pytest.mark.parametrize("locked", [False, True], ids=["plain", "locked"])
-def test_killed_at_every_step_of_a_change(open_store: Open, path: Path, locked: bool) -> None:
+def test_killed_at_every_step_of_a_change(open_store, path, locked):
     files = open_store("correct horse battery" if locked else None)
     files.create_key("release", "aes256", {})
     files.rotate_key("release")
@@ -267,7 +267,7 @@ def test_killed_at_every_step_of_a_change(open_store: Open, path: Path, locked: 
 
 
 @pytest.mark.once
-def test_killed_at_every_step_of_making_a_key(open_store: Open, path: Path) -> None:
+def test_killed_at_every_step_of_making_a_key(open_store, path):
     files = open_store()
     seen = set()
 
@@ -288,7 +288,7 @@ def test_killed_at_every_step_of_making_a_key(open_store: Open, path: Path) -> N
 @pytest.mark.once
 @pytest.mark.usefixtures("cheap")
 @pytest.mark.parametrize("action", ["lock", "unlock", "passwd"])
-def test_killed_at_every_step_of_locking(open_store: Open, path: Path, action: str) -> None:
+def test_killed_at_every_step_of_locking(open_store, path, action):
     names = ["a", "b", "c"]
     old, new, plain = (
         open_store("correct horse battery"),
@@ -349,9 +349,7 @@ def test_killed_at_every_step_of_locking(open_store: Open, path: Path, action: s
         )
 
 
-def test_the_lock_is_waited_for_and_given_up_at_last(
-    files: FileProvider, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_lock_is_waited_for_and_given_up_at_last(files, path, monkeypatch):
     files.create_key("release", "aes256", {})
     with (path / LOCK).open("rb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
@@ -371,7 +369,7 @@ def test_the_lock_is_waited_for_and_given_up_at_last(
         assert done == ["2"]
 
 
-def test_a_lock_file_that_was_removed_locks_nobody_out(files: FileProvider, path: Path) -> None:
+def test_a_lock_file_that_was_removed_locks_nobody_out(files, path):
     files.create_key("release", "aes256", {})
     with (path / LOCK).open("rb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
@@ -379,9 +377,7 @@ def test_a_lock_file_that_was_removed_locks_nobody_out(files: FileProvider, path
         assert files.rotate_key("release").newest == "2"
 
 
-def test_a_lock_file_that_is_removed_at_the_worst_moment(
-    files: FileProvider, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_file_that_is_removed_at_the_worst_moment(files, path, monkeypatch):
     files.create_key("release", "aes256", {})
     real = fcntl.flock
     calls = 0
@@ -404,7 +400,7 @@ def test_a_lock_file_that_is_removed_at_the_worst_moment(
         real(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_a_fork_in_the_middle_of_a_change_does_not_keep_the_lock(files: FileProvider) -> None:
+def test_a_fork_in_the_middle_of_a_change_does_not_keep_the_lock(files):
     files.create_key("release", "aes256", {})
     read, write = os.pipe()
     with files.key_files.changing():
@@ -423,7 +419,7 @@ def test_a_fork_in_the_middle_of_a_change_does_not_keep_the_lock(files: FileProv
         os.waitpid(child, 0)
 
 
-def test_a_fork_unwraps_and_rotates(files: FileProvider) -> None:
+def test_a_fork_unwraps_and_rotates(files):
     files.create_key("release", "aes256", {})
     with Dek.generate() as dek:
         wrapped = files.wrap("release", dek, b"")
@@ -436,7 +432,7 @@ def test_a_fork_unwraps_and_rotates(files: FileProvider) -> None:
         assert files.describe_key("release").newest == "2", "seen at once"
 
 
-def test_a_full_disk_changes_nothing(open_store: Open, path: Path) -> None:
+def test_a_full_disk_changes_nothing(open_store, path):
     files = open_store()
     files.create_key("release", "aes256", {})
     before = (path / "release.jwks").read_bytes()

@@ -6,7 +6,6 @@ import json
 import os
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from forks import NOBODY, in_child
@@ -28,7 +27,7 @@ from keymgmt.backend import (
 Open = Callable[..., FileProvider]
 
 
-def test_private_whatever_the_umask(files: FileProvider, path: Path) -> None:
+def test_private_whatever_the_umask(files, path):
     before = os.umask(0)
     try:
         files.create_key("release", "aes256", {})
@@ -40,9 +39,7 @@ def test_private_whatever_the_umask(files: FileProvider, path: Path) -> None:
 
 
 @pytest.mark.parametrize(("what", "mode"), [("", 0o750), ("", 0o701), ("release.jwks", 0o640)])
-def test_refused_when_others_can_read(
-    files: FileProvider, path: Path, what: str, mode: int
-) -> None:
+def test_refused_when_others_can_read(files, path, what, mode):
     files.create_key("release", "aes256", {})
     with Dek.generate() as dek:
         wrapped = files.wrap("release", dek, b"")
@@ -65,7 +62,7 @@ def test_refused_when_others_can_read(
         assert files.describe_key("release").newest == "1"
 
 
-def test_refused_where_others_could_exchange_it(open_store: Open, tmp_path: Path) -> None:
+def test_refused_where_others_could_exchange_it(open_store, tmp_path):
     shared = tmp_path / "shared"
     files = open_store(at=shared / "keys")
     files.create_key("release", "aes256", {})
@@ -76,9 +73,7 @@ def test_refused_where_others_could_exchange_it(open_store: Open, tmp_path: Path
 
 
 @pytest.mark.parametrize("mask", [0o000, 0o002, 0o022, 0o077])
-def test_what_is_made_is_accepted_whatever_the_umask(
-    open_store: Open, tmp_path: Path, mask: int
-) -> None:
+def test_what_is_made_is_accepted_whatever_the_umask(open_store, tmp_path, mask):
     files = open_store(at=tmp_path / "a" / "b" / "keys")
     before = os.umask(mask)
     try:
@@ -90,7 +85,7 @@ def test_what_is_made_is_accepted_whatever_the_umask(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
-def test_refused_when_it_belongs_to_another(files: FileProvider, path: Path) -> None:
+def test_refused_when_it_belongs_to_another(files, path):
     files.create_key("release", "aes256", {})
     os.chown(path / "release.jwks", 4711, -1)
     with pytest.raises(AccessDenied, match="belongs to user 4711") as caught:
@@ -99,7 +94,7 @@ def test_refused_when_it_belongs_to_another(files: FileProvider, path: Path) -> 
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_another_user_is_denied(files: FileProvider, path: Path) -> None:
+def test_another_user_is_denied(files, path):
     files.create_key("release", "aes256", {})
     wrapped = files.wrap("release", Dek.generate(), b"")
 
@@ -118,7 +113,7 @@ def test_another_user_is_denied(files: FileProvider, path: Path) -> None:
     in_child(use)
 
 
-def test_a_key_file_is_a_regular_file(files: FileProvider, path: Path, tmp_path: Path) -> None:
+def test_a_key_file_is_a_regular_file(files, path, tmp_path):
     files.create_key("release", "aes256", {})
     (path / "release.jwks").rename(tmp_path / "elsewhere")
     # A link counts as much as what it points to and everything on the way to that.
@@ -171,7 +166,7 @@ GOOD = {"kty": "oct", "alg": "HKDF-SHA384-A256GCM", "kid": "1", "k": SECRET}
         "\xff",
     ],
 )
-def test_a_damaged_file_is_said_and_kept(files: FileProvider, path: Path, content: str) -> None:
+def test_a_damaged_file_is_said_and_kept(files, path, content):
     files.create_key("release", "aes256", {})
     (path / "release.jwks").write_bytes(content.encode("latin-1", "replace"))
     with Dek.generate() as dek:
@@ -222,7 +217,7 @@ CHANGES = st.dictionaries(NAMES, JSON, max_size=2)
     | CHANGES.map(lambda change: json.dumps({"keys": [{**GOOD, **change}]}).encode())
 )
 @example(json.dumps({"keys": [GOOD]}).encode())
-def test_any_bytes_are_a_key_or_a_provider_error(content: bytes) -> None:
+def test_any_bytes_are_a_key_or_a_provider_error(content):
     try:
         reader = read_json(content, "the key file")
         if "sealed" in reader.names():
@@ -237,7 +232,7 @@ def test_any_bytes_are_a_key_or_a_provider_error(content: bytes) -> None:
     assert KeySet.parse("release", read_json(keys.dump(), "the key file")) == keys
 
 
-def test_a_file_of_any_size_is_bounded(files: FileProvider, path: Path) -> None:
+def test_a_file_of_any_size_is_bounded(files, path):
     files.create_key("release", "aes256", {})
     with (path / "release.jwks").open("r+b") as file:
         file.truncate(1 << 40)
@@ -245,7 +240,7 @@ def test_a_file_of_any_size_is_bounded(files: FileProvider, path: Path) -> None:
         files.describe_key("release")
 
 
-def test_a_directory_that_is_missing(files: FileProvider, path: Path) -> None:
+def test_a_directory_that_is_missing(files, path):
     # Not mounted, perhaps: what cannot be looked at is not reported as empty.
     with pytest.raises(ProviderUnavailable, match="does not exist"):
         files.list_keys()
@@ -267,7 +262,7 @@ def test_a_directory_that_is_missing(files: FileProvider, path: Path) -> None:
     assert not files.check().ok
 
 
-def test_files_of_others_are_left_alone(files: FileProvider, path: Path) -> None:
+def test_files_of_others_are_left_alone(files, path):
     files.create_key("release", "aes256", {})
     for name in ("README", "Release.jwks", "a..b.jwks", ".hidden.jwks", "release.jwks.bak"):
         (path / name).write_text("mine")
@@ -277,7 +272,7 @@ def test_files_of_others_are_left_alone(files: FileProvider, path: Path) -> None
     assert (path / ".hidden.jwks").read_text() == "mine"
 
 
-def test_a_directory_without_write_access_still_opens(files: FileProvider, path: Path) -> None:
+def test_a_directory_without_write_access_still_opens(files, path):
     files.create_key("release", "aes256", {})
     with Dek.generate() as dek:
         wrapped = files.wrap("release", dek, b"")

@@ -47,7 +47,7 @@ def decode(text: str) -> bytes:
     return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
 
 
-def test_a_wrap_is_what_the_manual_says(files: FileProvider, path: Path) -> None:
+def test_a_wrap_is_what_the_manual_says(files, path):
     files.create_key("release", "aes256", {})
     jwk = jwks(path, "release")["keys"][0]
     salt, dek, context = os.urandom(32), os.urandom(32), b"bound to this"
@@ -63,9 +63,7 @@ def test_a_wrap_is_what_the_manual_says(files: FileProvider, path: Path) -> None
     assert files.unwrap(wrapped, context) == Dek(dek)
 
 
-def test_a_wrap_is_recognised_by_its_holder_alone(
-    files: FileProvider, open_store: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrap_is_recognised_by_its_holder_alone(files, open_store, tmp_path, monkeypatch):
     files.create_key("release", "aes256", {})
     another = open_store(at=tmp_path / "another site")
     another.create_key("release", "aes256", {})
@@ -84,9 +82,7 @@ def test_a_wrap_is_recognised_by_its_holder_alone(
                 files.unwrap(dataclasses.replace(wraps[0], params=params), b"")
 
 
-def test_among_thousands_of_sites_with_a_key_of_one_name(
-    files: FileProvider, open_store: Open, tmp_path: Path
-) -> None:
+def test_among_thousands_of_sites_with_a_key_of_one_name(files, open_store, tmp_path):
     """Every site has made its own `release`, and opens what is sealed to all of them."""
     files.create_key("release", "aes256", {})
     another = open_store(at=tmp_path / "another site")
@@ -99,7 +95,7 @@ def test_among_thousands_of_sites_with_a_key_of_one_name(
         assert files.unwrap(files.wrap("release", dek, b""), b"") == dek
 
 
-def test_no_two_wraps_share_a_salt(files: FileProvider) -> None:
+def test_no_two_wraps_share_a_salt(files):
     files.create_key("release", "aes256", {})
     with Dek.generate() as dek:
         salts = {files.wrap("release", dek, b"").blob[:32] for _ in range(64)}
@@ -114,9 +110,7 @@ def test_no_two_wraps_share_a_salt(files: FileProvider) -> None:
         ("ml-dsa-87", lambda jwk: MLDSA87PublicKey.from_public_bytes(decode(jwk["pub"]))),
     ],
 )
-def test_a_publisher_key_is_a_jwk_that_others_read(
-    files: FileProvider, path: Path, kind: str, load: Callable
-) -> None:
+def test_a_publisher_key_is_a_jwk_that_others_read(files, path, kind, load):
     files.create_key("publisher", kind, {})
     made = files.sign("publisher", b"a manifest")
     load(jwks(path, "publisher")["keys"][0]).verify(made.signature, b"a manifest")
@@ -130,9 +124,7 @@ def test_a_publisher_key_is_a_jwk_that_others_read(
 
 
 @pytest.mark.parametrize("kind", HPKE)
-def test_others_seal_with_the_recipient_alone(
-    files: FileProvider, open_store: Open, path: Path, kind: str
-) -> None:
+def test_others_seal_with_the_recipient_alone(files, open_store, path, kind):
     files.create_key("device", kind, {})
     recipient = files.export_recipient("device")
     another = open_store(at=path.parent / "another device")
@@ -162,16 +154,14 @@ def test_others_seal_with_the_recipient_alone(
             files.unwrap(dataclasses.replace(sealed, version="2"), b"context")
 
 
-def test_a_key_without_a_public_part_is_not_exported(files: FileProvider) -> None:
+def test_a_key_without_a_public_part_is_not_exported(files):
     files.create_key("release", "aes256", {})
     with pytest.raises(UnsupportedOperation) as caught:
         files.export_recipient("release")
     assert "hpke-x25519" in str(caught.value.hint)
 
 
-def test_a_wrap_opens_under_no_other_name_version_or_mechanism(
-    files: FileProvider, path: Path
-) -> None:
+def test_a_wrap_opens_under_no_other_name_version_or_mechanism(files, path):
     files.create_key("release", "aes256", {})
     content = (path / "release.jwks").read_text()
     one = json.loads(content)["keys"][0]
@@ -192,7 +182,7 @@ def test_a_wrap_opens_under_no_other_name_version_or_mechanism(
             files.unwrap(dataclasses.replace(wrapped, params={"pk": "00"}), b"")
 
 
-def test_a_retired_version_comes_back_by_hand(files: FileProvider, path: Path) -> None:
+def test_a_retired_version_comes_back_by_hand(files, path):
     files.create_key("release", "aes256", {})
     with Dek.generate() as dek:
         wrapped = files.wrap("release", dek, b"")
@@ -219,7 +209,7 @@ def test_a_retired_version_comes_back_by_hand(files: FileProvider, path: Path) -
         assert files.rotate_key("release").newest == "3"
 
 
-def test_members_of_others_survive_a_change(files: FileProvider, path: Path) -> None:
+def test_members_of_others_survive_a_change(files, path):
     files.create_key("release", "aes256", {})
     data = jwks(path, "release")
     data["note"] = "kept in safe 4"
@@ -233,9 +223,7 @@ def test_members_of_others_survive_a_change(files: FileProvider, path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", HPKE)
-def test_nothing_is_sealed_to_a_public_key_that_is_not_the_secrets(
-    files: FileProvider, open_store: Open, path: Path, kind: str
-) -> None:
+def test_nothing_is_sealed_to_a_public_key_that_is_not_the_secrets(files, open_store, path, kind):
     files.create_key("device", kind, {})
     another = open_store(at=path.parent / "another device")
     another.create_key("device", kind, {})
@@ -252,7 +240,7 @@ def test_nothing_is_sealed_to_a_public_key_that_is_not_the_secrets(
                 call()
 
 
-def test_a_key_out_of_range_is_damage(files: FileProvider, path: Path) -> None:
+def test_a_key_out_of_range_is_damage(files, path):
     files.create_key("device", "hpke-p256", {})
     wrapped = wrap_for(files.export_recipient("device"), Dek.generate(), b"")
     data = jwks(path, "device")
@@ -265,7 +253,7 @@ def test_a_key_out_of_range_is_damage(files: FileProvider, path: Path) -> None:
         files.wrap("device", Dek.generate(), b"")
 
 
-def test_hints_name_the_way_out(files: FileProvider) -> None:
+def test_hints_name_the_way_out(files):
     files.create_key("release", "aes256", {})
     files.create_key("publisher", "ed25519", {})
     for call, error, hint in (
@@ -286,7 +274,7 @@ def test_hints_name_the_way_out(files: FileProvider) -> None:
     assert [info.key for info in files.list_keys()] == ["publisher", "release"]
 
 
-def test_check_makes_a_round_trip(files: FileProvider) -> None:
+def test_check_makes_a_round_trip(files):
     for kind in files.key_kinds:
         files.create_key(f"key-{kind}", kind, {})
         assert files.check(f"key-{kind}").ok, kind
@@ -294,9 +282,7 @@ def test_check_makes_a_round_trip(files: FileProvider) -> None:
     assert not files.check("missing").ok
 
 
-def test_nothing_secret_is_shown(
-    files: FileProvider, path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_nothing_secret_is_shown(files, path, caplog):
     caplog.set_level(logging.DEBUG)
     for kind in files.key_kinds:
         files.create_key(f"key-{kind}", kind, {})
@@ -312,6 +298,6 @@ def test_nothing_secret_is_shown(
     assert not [secret for secret in secrets if secret in shown]
 
 
-def test_created_is_a_time(files: FileProvider) -> None:
+def test_created_is_a_time(files):
     info = files.create_key("release", "aes256", {})
     assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", str(info.versions[0].created))

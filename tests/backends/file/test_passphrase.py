@@ -37,7 +37,7 @@ def change(files: FileProvider, to: FileProvider) -> None:
 
 
 @pytest.mark.usefixtures("cheap")
-def test_lock_and_unlock(open_store: Open, path: Path) -> None:
+def test_lock_and_unlock(open_store, path):
     plain = open_store()
     names = fill(plain)
     before = {name: (path / f"{name}.jwks").read_bytes() for name in names}
@@ -78,7 +78,7 @@ def test_lock_and_unlock(open_store: Open, path: Path) -> None:
         assert plain.unwrap(wrapped, b"") == dek
 
 
-def test_a_locked_directory_is_what_the_manual_says(open_store: Open, path: Path) -> None:
+def test_a_locked_directory_is_what_the_manual_says(open_store, path):
     files = open_store("correct horse battery")
     files.create_key("release", "aes256", {})
     data = json.loads((path / "passphrase.json").read_text())
@@ -103,7 +103,7 @@ def test_a_locked_directory_is_what_the_manual_says(open_store: Open, path: Path
 
 
 @pytest.mark.usefixtures("cheap")
-def test_what_is_made_in_a_locked_directory_is_locked(open_store: Open, path: Path) -> None:
+def test_what_is_made_in_a_locked_directory_is_locked(open_store, path):
     files = open_store("correct horse battery")
     fill(files)
     once = (path / "passphrase.json").read_bytes()
@@ -117,9 +117,7 @@ def test_what_is_made_in_a_locked_directory_is_locked(open_store: Open, path: Pa
     assert len(sealed) == 4, "each has a nonce of its own"
 
 
-def test_a_passphrase_that_is_new_in_the_config_locks_nothing_by_reading(
-    open_store: Open, path: Path
-) -> None:
+def test_a_passphrase_that_is_new_in_the_config_locks_nothing_by_reading(open_store, path):
     fill(open_store())
     files = open_store("correct horse battery")
     files.list_keys()
@@ -131,7 +129,7 @@ def test_a_passphrase_that_is_new_in_the_config_locks_nothing_by_reading(
 
 
 @pytest.mark.usefixtures("cheap")
-def test_a_directory_that_is_partly_locked_reads_and_heals(open_store: Open, path: Path) -> None:
+def test_a_directory_that_is_partly_locked_reads_and_heals(open_store, path):
     files = open_store("correct horse battery")
     names = fill(files)
     held = (path / "passphrase.json").read_bytes()
@@ -152,7 +150,7 @@ def test_a_directory_that_is_partly_locked_reads_and_heals(open_store: Open, pat
 
 
 @pytest.mark.usefixtures("cheap")
-def test_change_the_passphrase(open_store: Open, path: Path) -> None:
+def test_change_the_passphrase(open_store, path):
     old, new = open_store("correct horse battery"), open_store("another battery staple")
     names = fill(old)
     with Dek.generate() as dek:
@@ -174,7 +172,7 @@ def test_change_the_passphrase(open_store: Open, path: Path) -> None:
         assert caught.value.hint == "keymgmt file lock local"
 
 
-def test_locking_takes_a_passphrase_from_the_config(open_store: Open, path: Path) -> None:
+def test_locking_takes_a_passphrase_from_the_config(open_store, path):
     files = open_store()
     fill(files)
     with pytest.raises(ConfigError) as caught:
@@ -206,9 +204,7 @@ def test_locking_takes_a_passphrase_from_the_config(open_store: Open, path: Path
         None,
     ],
 )
-def test_parameters_are_bounded_before_they_are_used(
-    open_store: Open, path: Path, kdf: dict | None, cheap: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parameters_are_bounded_before_they_are_used(open_store, path, kdf, cheap, monkeypatch):
     files = open_store("correct horse battery")
     files.create_key("release", "aes256", {})
     data = json.loads((path / "passphrase.json").read_text())
@@ -225,7 +221,7 @@ def test_parameters_are_bounded_before_they_are_used(
     "damage",
     [{"sealed": "AAAA"}, {"sealed": ""}, {"sealed": 1}, {"sealed": "!"}, {"format": "x"}, {"x": 1}],
 )
-def test_a_damaged_file(open_store: Open, path: Path, file: str, damage: dict) -> None:
+def test_a_damaged_file(open_store, path, file, damage):
     files = open_store("correct horse battery")
     files.create_key("release", "aes256", {})
     data = json.loads((path / file).read_text())
@@ -243,9 +239,7 @@ def test_a_damaged_file(open_store: Open, path: Path, file: str, damage: dict) -
 
 
 @pytest.mark.usefixtures("cheap")
-def test_what_belongs_to_another_name_or_directory_does_not_open(
-    open_store: Open, path: Path, tmp_path: Path
-) -> None:
+def test_what_belongs_to_another_name_or_directory_does_not_open(open_store, path, tmp_path):
     files = open_store("correct horse battery")
     files.create_key("release", "aes256", {})
     files.create_key("another", "aes256", {})
@@ -260,9 +254,7 @@ def test_what_belongs_to_another_name_or_directory_does_not_open(
 
 
 @pytest.mark.usefixtures("cheap")
-def test_no_second_passphrase_file_while_locked_files_need_the_first(
-    open_store: Open, path: Path
-) -> None:
+def test_no_second_passphrase_file_while_locked_files_need_the_first(open_store, path):
     files = open_store("correct horse battery")
     files.create_key("release", "aes256", {})
     (path / "passphrase.json").rename(path / "away")
@@ -297,9 +289,7 @@ def prompting(path: Path) -> FileProvider:
 
 
 @pytest.mark.usefixtures("cheap")
-def test_asked_once_for_all_keys_threads_and_forks(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_asked_once_for_all_keys_threads_and_forks(path, monkeypatch):
     counter = Counter(monkeypatch, b"correct horse battery")
     with prompting(path) as files:
         fill(files)
@@ -337,7 +327,7 @@ def test_asked_once_for_all_keys_threads_and_forks(
 
 
 @pytest.mark.usefixtures("cheap")
-def test_a_fork_while_another_thread_is_asked(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fork_while_another_thread_is_asked(path, monkeypatch):
     counter = Counter(monkeypatch, b"correct horse battery")
     with prompting(path) as files:
         fill(files)
@@ -364,9 +354,7 @@ def test_a_fork_while_another_thread_is_asked(path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.usefixtures("cheap")
-def test_a_mistyped_passphrase_is_asked_again_and_not_at_once(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mistyped_passphrase_is_asked_again_and_not_at_once(path, monkeypatch):
     counter = Counter(monkeypatch, b"correct horse battery")
     with prompting(path) as files:
         fill(files)
@@ -384,9 +372,7 @@ def test_a_mistyped_passphrase_is_asked_again_and_not_at_once(
 
 
 @pytest.mark.usefixtures("cheap")
-def test_a_passphrase_that_is_mistyped_the_first_time_locks_nothing(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_passphrase_that_is_mistyped_the_first_time_locks_nothing(path, monkeypatch):
     Counter(monkeypatch, b"correct horse battery", b"corect horse battery")
     with prompting(path) as files, pytest.raises(ConfigError, match="differ"):
         files.create_key("release", "aes256", {})
@@ -394,9 +380,7 @@ def test_a_passphrase_that_is_mistyped_the_first_time_locks_nothing(
 
 
 @pytest.mark.usefixtures("cheap")
-def test_a_damaged_file_does_not_make_the_others_ask_again(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_damaged_file_does_not_make_the_others_ask_again(path, monkeypatch):
     counter = Counter(monkeypatch, b"correct horse battery")
     with prompting(path) as files:
         fill(files)
@@ -413,9 +397,7 @@ def test_a_damaged_file_does_not_make_the_others_ask_again(
 
 @pytest.mark.usefixtures("cheap")
 @pytest.mark.parametrize("file", ["release.jwks", "passphrase.json"])
-def test_a_locked_directory_is_refused_open_to_others(
-    open_store: Open, path: Path, file: str
-) -> None:
+def test_a_locked_directory_is_refused_open_to_others(open_store, path, file):
     files = open_store("correct horse battery")
     files.create_key("release", "aes256", {})
     (path / file).chmod(0o644)
@@ -424,7 +406,7 @@ def test_a_locked_directory_is_refused_open_to_others(
 
 
 @pytest.mark.usefixtures("cheap")
-def test_the_passphrase_stands_in_no_file(open_store: Open, path: Path) -> None:
+def test_the_passphrase_stands_in_no_file(open_store, path):
     files = open_store("correct horse battery staple")
     fill(files)
     content = b"".join(each.read_bytes() for each in path.iterdir())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pytest
 from keymgmt_file import FileProvider
@@ -20,12 +19,12 @@ class FileContract(ProviderContract):
     passphrase: str | None = None
 
     @pytest.fixture
-    def provider_factory(self, open_store: Open, path: Path) -> ProviderFactory:
+    def provider_factory(self, open_store, path) -> ProviderFactory:
         path.mkdir(mode=0o700)
         return lambda: open_store(self.passphrase)
 
     @pytest.fixture
-    def wrap_key(self, provider_factory: ProviderFactory) -> str:
+    def wrap_key(self, provider_factory) -> str:
         files = provider_factory()
         assert isinstance(files, FileProvider)
         files.create_key("kit", self.kind, {})
@@ -33,7 +32,7 @@ class FileContract(ProviderContract):
         return "kit"
 
     @pytest.fixture
-    def recipient_key(self, provider_factory: ProviderFactory) -> str:
+    def recipient_key(self, provider_factory) -> str:
         files = provider_factory()
         assert isinstance(files, FileProvider)
         files.create_key("kit-device", "hpke-x25519" if self.kind == "aes256" else self.kind, {})
@@ -41,11 +40,11 @@ class FileContract(ProviderContract):
         return "kit-device"
 
     @pytest.fixture
-    def break_service(self, path: Path) -> Hook:
+    def break_service(self, path) -> Hook:
         return lambda: path.rename(path.with_name("unplugged")) and None
 
     @pytest.fixture
-    def heal_service(self, path: Path) -> Hook:
+    def heal_service(self, path) -> Hook:
         def heal() -> None:
             if not path.exists():
                 path.with_name("unplugged").rename(path)
@@ -75,7 +74,7 @@ class TestFileLocked(FileContract):
     passphrase = "correct horse battery staple"
 
     @pytest.fixture
-    def denied_factory(self, open_store: Open) -> ProviderFactory:
+    def denied_factory(self, open_store) -> ProviderFactory:
         return lambda: open_store("another passphrase")
 
     @pytest.fixture

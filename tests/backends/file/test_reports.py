@@ -26,7 +26,7 @@ def secret_of(path: Path) -> str:
 FULL_DISK = (resource.RLIMIT_FSIZE, 20)
 
 
-def test_a_damaged_key_file(open_store: Open, path: Path) -> None:
+def test_a_damaged_key_file(open_store, path):
     provider = open_store()
     provider.create_key("models", "aes256", {})
     secret = secret_of(path)
@@ -38,7 +38,7 @@ def test_a_damaged_key_file(open_store: Open, path: Path) -> None:
     assert secret not in report(raised.value)
 
 
-def test_a_full_disk(open_store: Open, path: Path, within: Within) -> None:
+def test_a_full_disk(open_store, path, within):
     plain, locked = open_store(), open_store("correct horse battery")
     plain.create_key("models", "aes256", {})
     secret = secret_of(path)
@@ -52,7 +52,7 @@ def test_a_full_disk(open_store: Open, path: Path, within: Within) -> None:
     within(*FULL_DISK, change)
 
 
-def test_a_full_disk_while_unlocking(open_store: Open, path: Path, within: Within) -> None:
+def test_a_full_disk_while_unlocking(open_store, path, within):
     provider = open_store("correct horse battery")
     open_store().create_key("models", "aes256", {})
     secret = secret_of(path)
@@ -70,7 +70,7 @@ def test_a_full_disk_while_unlocking(open_store: Open, path: Path, within: Withi
 @pytest.mark.usefixtures("cheap")
 @pytest.mark.parametrize("passphrase", [None, "correct horse battery"], ids=["plain", "locked"])
 @pytest.mark.parametrize("kind", ["aes256", "hpke-x25519", "hpke-mlkem768-x25519", "ed25519"])
-def test_what_is_refused(open_store: Open, path: Path, kind: str, passphrase: str | None) -> None:
+def test_what_is_refused(open_store, path, kind, passphrase):
     provider = open_store(passphrase)
     provider.create_key("models", kind, {})
     keys = provider.key_files.read("models")

@@ -6,7 +6,6 @@ import base64
 import json
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.hashes import SHA384
@@ -55,9 +54,7 @@ def accept(files: FileProvider) -> str:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_restored_key_file_makes_no_second_version_of_a_number(
-    files: FileProvider, path: Path, kind: str
-) -> None:
+def test_a_restored_key_file_makes_no_second_version_of_a_number(files, path, kind):
     files.create_key("release", kind, {})
     backup = (path / "release.jwks").read_bytes()
     files.rotate_key("release")
@@ -80,8 +77,8 @@ def test_a_restored_key_file_makes_no_second_version_of_a_number(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_directories_that_made_different_versions_of_a_number(
-    files: FileProvider, open_store: Open, path: Path, tmp_path: Path, kind: str
-) -> None:
+    files, open_store, path, tmp_path, kind
+):
     files.create_key("release", kind, {})
     shutil.copytree(path, tmp_path / "copy")
     copy = open_store(at=tmp_path / "copy")
@@ -93,8 +90,8 @@ def test_two_directories_that_made_different_versions_of_a_number(
 
 
 def test_what_was_wrapped_under_the_other_version_is_known_as_such(
-    files: FileProvider, open_store: Open, path: Path, tmp_path: Path
-) -> None:
+    files, open_store, path, tmp_path
+):
     files.create_key("release", "aes256", {})
     shutil.copytree(path, tmp_path / "copy")
     copy = open_store(at=tmp_path / "copy")
@@ -109,9 +106,7 @@ def test_what_was_wrapped_under_the_other_version_is_known_as_such(
         assert copy.unwrap(wrapped, b"") == dek
 
 
-def test_another_key_of_the_name(
-    files: FileProvider, open_store: Open, path: Path, tmp_path: Path
-) -> None:
+def test_another_key_of_the_name(files, open_store, path, tmp_path):
     files.create_key("release", "aes256", {})
     other = open_store(at=tmp_path / "other")
     other.create_key("release", "aes256", {})
@@ -119,7 +114,7 @@ def test_another_key_of_the_name(
     assert is_refused(files, "aes256", "its version 1 is another one")
 
 
-def test_a_key_that_was_deleted_and_made_again_counts_on(files: FileProvider, path: Path) -> None:
+def test_a_key_that_was_deleted_and_made_again_counts_on(files, path):
     files.create_key("release", "aes256", {})
     files.rotate_key("release")
     (path / "release.jwks").unlink()
@@ -131,9 +126,7 @@ def test_a_key_that_was_deleted_and_made_again_counts_on(files: FileProvider, pa
     assert use(files, "aes256")
 
 
-def test_a_newer_key_file_from_elsewhere_is_taken(
-    files: FileProvider, open_store: Open, path: Path, tmp_path: Path
-) -> None:
+def test_a_newer_key_file_from_elsewhere_is_taken(files, open_store, path, tmp_path):
     files.create_key("release", "aes256", {})
     shutil.copytree(path, tmp_path / "build")
     build = open_store(at=tmp_path / "build")
@@ -145,9 +138,7 @@ def test_a_newer_key_file_from_elsewhere_is_taken(
     assert files.rotate_key("release").newest == "4"
 
 
-def test_a_directory_that_knows_nothing_takes_what_is_there(
-    files: FileProvider, path: Path
-) -> None:
+def test_a_directory_that_knows_nothing_takes_what_is_there(files, path):
     files.create_key("release", "aes256", {})
     files.create_key("another", "aes256", {})
     (path / "versions.json").unlink()
@@ -156,7 +147,7 @@ def test_a_directory_that_knows_nothing_takes_what_is_there(
     assert set(json.loads((path / "versions.json").read_text())["keys"]) == {"release"}
 
 
-def test_an_identity_is_what_the_manual_says(files: FileProvider, path: Path) -> None:
+def test_an_identity_is_what_the_manual_says(files, path):
     files.create_key("release", "ed25519", {})
     jwk = json.loads((path / "release.jwks").read_text())["keys"][0]
     secret = base64.urlsafe_b64decode(jwk["d"] + "=")
@@ -170,9 +161,7 @@ def test_an_identity_is_what_the_manual_says(files: FileProvider, path: Path) ->
 @pytest.mark.parametrize(
     "content", ["", "{}", '{"format": "x", "keys": {}}', '{"format": "keymgmt-file-versions/1"}']
 )
-def test_what_is_known_is_never_taken_for_nothing(
-    files: FileProvider, path: Path, content: str
-) -> None:
+def test_what_is_known_is_never_taken_for_nothing(files, path, content):
     files.create_key("release", "aes256", {})
     wrapped = use(files, "aes256")
     before = (path / "release.jwks").read_bytes()
@@ -198,8 +187,6 @@ def test_what_is_known_is_never_taken_for_nothing(
         ({"1": "a"}, {"2": "b"}, "none of the versions"),
     ],
 )
-def test_which_files_go_on_from_what_is_known(
-    known: dict[str, str], found: dict[str, str], why: str | None
-) -> None:
+def test_which_files_go_on_from_what_is_known(known, found, why):
     said = problem(known, found)
     assert said is None if why is None else why in str(said)

@@ -106,9 +106,7 @@ class SoftHsm:
 
 
 @pytest.fixture(scope="session")
-def softhsm(
-    require_tool: Any, softhsm_module: Path, tmp_path_factory: pytest.TempPathFactory
-) -> SoftHsm:
+def softhsm(require_tool, softhsm_module, tmp_path_factory) -> SoftHsm:
     require_tool("softhsm2-util", package="softhsm2")
     directory = tmp_path_factory.mktemp("softhsm")
     (directory / "tokens").mkdir()
@@ -123,13 +121,13 @@ def softhsm(
 
 
 @pytest.fixture(scope="session")
-def softhsm_token(softhsm: SoftHsm) -> Token:
+def softhsm_token(softhsm) -> Token:
     """A token that tests share and leave whole."""
     return softhsm.token("shared")
 
 
 @pytest.fixture
-def new_token(softhsm: SoftHsm) -> Iterator[Callable[..., Token]]:
+def new_token(softhsm) -> Iterator[Callable[..., Token]]:
     """Make a SoftHSM token for one test, which may do to it what it likes."""
     made: list[Token] = []
 
@@ -145,7 +143,7 @@ def new_token(softhsm: SoftHsm) -> Iterator[Callable[..., Token]]:
 
 
 @pytest.fixture(scope="session")
-def nss_token(require_tool: Any, tmp_path_factory: pytest.TempPathFactory) -> Token:
+def nss_token(require_tool, tmp_path_factory) -> Token:
     """The one token of an NSS key database."""
     certutil = require_tool("certutil", package="libnss3-tools")
     module = require_tool(*SOFTOKN, package="libnss3")
@@ -166,7 +164,7 @@ def nss_token(require_tool: Any, tmp_path_factory: pytest.TempPathFactory) -> To
 
 
 @pytest.fixture
-def nss_faults(nss_token: Token) -> Iterator[Faults]:
+def nss_faults(nss_token) -> Iterator[Faults]:
     faults = Faults(ctypes.CDLL(str(nss_token.module)))
     faults.clear()
     yield faults
@@ -174,7 +172,7 @@ def nss_faults(nss_token: Token) -> Iterator[Faults]:
 
 
 @pytest.fixture(autouse=True)
-def _close_providers(request: pytest.FixtureRequest) -> Iterator[None]:
+def _close_providers(request) -> Iterator[None]:
     yield
     for name in ("softhsm_token", "nss_token"):
         if name in request.fixturenames:
@@ -271,7 +269,7 @@ def build_fault_module(require_tool: Any, target: Path, directory: Path) -> Path
 
 
 @pytest.fixture(scope="session")
-def _faulty(softhsm: SoftHsm, require_tool: Any) -> tuple[Token, Faults]:
+def _faulty(softhsm, require_tool) -> tuple[Token, Faults]:
     # A copy of its own, so that its state is not that of the SoftHSM which other tests use.
     target = softhsm.directory / "libsofthsm2-behind.so"
     shutil.copy(softhsm.module, target)
@@ -282,7 +280,7 @@ def _faulty(softhsm: SoftHsm, require_tool: Any) -> tuple[Token, Faults]:
 
 
 @pytest.fixture
-def faulty(_faulty: tuple[Token, Faults]) -> Iterator[Token]:
+def faulty(_faulty) -> Iterator[Token]:
     """A SoftHSM token behind a module that fails on request."""
     token, faults = _faulty
     faults.clear()
@@ -295,14 +293,12 @@ def faulty(_faulty: tuple[Token, Faults]) -> Iterator[Token]:
 
 
 @pytest.fixture
-def faults(_faulty: tuple[Token, Faults], faulty: Token) -> Faults:
+def faults(_faulty, faulty) -> Faults:
     return _faulty[1]
 
 
 @pytest.fixture
-def faulty_copy(
-    softhsm: SoftHsm, faulty: Token, require_tool: Any, tmp_path: Path
-) -> Callable[[], tuple[Token, Faults]]:
+def faulty_copy(softhsm, faulty, require_tool, tmp_path) -> Callable[[], tuple[Token, Faults]]:
     """Make another module for the token of ``faulty``, with switches of its own."""
 
     def make() -> tuple[Token, Faults]:

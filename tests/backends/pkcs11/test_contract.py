@@ -64,27 +64,27 @@ class Pkcs11Contract(PatientContract):
         raise NotImplementedError
 
     @pytest.fixture
-    def provider_factory(self, token: Any, time_limit: float) -> ProviderFactory:
+    def provider_factory(self, token, time_limit) -> ProviderFactory:
         return lambda: token.provider(timeout=time_limit, allow_oaep_sha1=True)
 
     @pytest.fixture
-    def wrap_key(self, token: Any) -> str:
+    def wrap_key(self, token) -> str:
         return key_of_kind(token, self.kind)
 
     @pytest.fixture
-    def recipient_key(self, token: Any) -> str:
+    def recipient_key(self, token) -> str:
         return key_of_kind(token, "ecdh-p384" if self.kind == "aes256" else self.kind)
 
     @pytest.fixture
-    def secret_values(self, token: Any) -> Sequence[bytes]:
+    def secret_values(self, token) -> Sequence[bytes]:
         return [token.pin.encode()]
 
     @pytest.fixture
-    def place_values(self, token: Any) -> Sequence[str]:
+    def place_values(self, token) -> Sequence[str]:
         return [str(token.module), token.label, str(token.directory)]
 
     @pytest.fixture
-    def expire_login(self, token: Any) -> Hook:
+    def expire_login(self, token) -> Hook:
         other = token.provider()
         return lambda: log_everybody_out(other)
 
@@ -93,19 +93,19 @@ class TestSoftHsm(Pkcs11Contract):
     """AES-GCM inside SoftHSM; the service breaks when its token directory is moved away."""
 
     @pytest.fixture
-    def token(self, softhsm_token: Any) -> Any:
+    def token(self, softhsm_token) -> Any:
         return softhsm_token
 
     @pytest.fixture
-    def _away(self, token: Any, tmp_path: Path) -> Path:
+    def _away(self, token, tmp_path) -> Path:
         return tmp_path / "away"
 
     @pytest.fixture
-    def break_service(self, token: Any, _away: Path) -> Hook:
+    def break_service(self, token, _away) -> Hook:
         return lambda: token.directory.rename(_away) and None
 
     @pytest.fixture
-    def heal_service(self, token: Any, _away: Path) -> Hook:
+    def heal_service(self, token, _away) -> Hook:
         def heal() -> None:
             if _away.exists():
                 _away.rename(token.directory)
@@ -115,9 +115,7 @@ class TestSoftHsm(Pkcs11Contract):
         return heal
 
     @pytest.fixture
-    def denied_factory(
-        self, new_token: Callable[..., Any], token: Any, tmp_path: Path
-    ) -> ProviderFactory:
+    def denied_factory(self, new_token, token, tmp_path) -> ProviderFactory:
         # A login is the process's, so the one that is refused needs a token of its own.
         other = new_token()
         wrong = tmp_path / "wrong-pin"
@@ -133,19 +131,19 @@ class TestNss(Pkcs11Contract):
     used = ("C_OpenSession", "C_FindObjectsInit", "C_DecryptInit", "C_EncryptInit")
 
     @pytest.fixture
-    def token(self, nss_token: Any) -> Any:
+    def token(self, nss_token) -> Any:
         return nss_token
 
     @pytest.fixture
-    def break_service(self, nss_faults: Any) -> Hook:
+    def break_service(self, nss_faults) -> Hook:
         return lambda: [nss_faults.answer(call, DEVICE_REMOVED) for call in self.used] and None
 
     @pytest.fixture
-    def hang_service(self, nss_faults: Any) -> Hook:
+    def hang_service(self, nss_faults) -> Hook:
         return lambda: [nss_faults.hang(call) for call in self.used] and None
 
     @pytest.fixture
-    def heal_service(self, nss_faults: Any) -> Hook:
+    def heal_service(self, nss_faults) -> Hook:
         return nss_faults.clear  # type: ignore[no-any-return]
 
 

@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +65,12 @@ class Site:
 
 
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[0].partition('_')[0]}-{case[1]}")
-def site(request: pytest.FixtureRequest, tmp_path: Path) -> Site:
+def site(request, tmp_path) -> Site:
     module, kind, signs = request.param
     return Site(request.getfixturevalue(module), tmp_path, kind, signs)
 
 
-def test_seal_verify_sign_rotate_rewrap_retire(site: Site) -> None:
+def test_seal_verify_sign_rotate_rewrap_retire(site):
     site.run("seal", "model", "model.sealed", "--name", "resnet50", "--release", "3")
     policy = (site.directory / "model.sealed" / "keys.json").read_text()
     for place in (str(site.token.module), site.token.label, str(site.token.directory)):
@@ -110,9 +109,7 @@ keymgmt.seal("model", "offline.sealed", to=["@device.recipient"], name="offline"
 
 
 @pytest.mark.parametrize("kind", ["ecdh-p256", "ecdh-p384", "rsa-oaep"])
-def test_a_build_machine_seals_without_the_hsm(
-    request: pytest.FixtureRequest, tmp_path: Path, kind: str
-) -> None:
+def test_a_build_machine_seals_without_the_hsm(request, tmp_path, kind):
     module = "nss_token" if kind == "rsa-oaep" else "softhsm_token"
     site = Site(request.getfixturevalue(module), tmp_path, kind, "ecdsa-p256")
     site.run("keys", "export", f"hsm:{site.wraps}", "-o", "device.recipient")
@@ -135,9 +132,7 @@ with pkcs11.lib(module).get_token(token_label=label).open(user_pin=pin) as sessi
 """
 
 
-def test_a_model_opens_with_plain_python_pkcs11_and_the_spec_alone(
-    softhsm_token: Any, tmp_path: Path
-) -> None:
+def test_a_model_opens_with_plain_python_pkcs11_and_the_spec_alone(softhsm_token, tmp_path):
     """Sections 1, 4 and 5 of SPEC.md, and one C_Decrypt."""
     site = Site(softhsm_token, tmp_path, "aes256", "ecdsa-p256")
     site.run("seal", "model", "spec.sealed", "--name", "resnet50")
@@ -165,7 +160,7 @@ def test_a_model_opens_with_plain_python_pkcs11_and_the_spec_alone(
     assert HKDFExpand(hashes.SHA384(), 48, info).derive(dek).hex() in raw.decode()
 
 
-def test_a_model_runs(site: Site) -> None:
+def test_a_model_runs(site):
     """``keymgmt run``, where the loader is installed."""
     ov = pytest.importorskip("openvino")
     numpy = pytest.importorskip("numpy")
@@ -182,9 +177,7 @@ def test_a_model_runs(site: Site) -> None:
     assert answer.tolist() == [[0, 2, 0, 4]]
 
 
-def test_two_tokens_as_one_lock(
-    softhsm_token: Any, nss_token: Any, tmp_path: Path, new_token: Callable[..., Any]
-) -> None:
+def test_two_tokens_as_one_lock(softhsm_token, nss_token, tmp_path, new_token):
     """A group of both modules opens with both, and a third token alone is break-glass."""
     site = Site(softhsm_token, tmp_path, "aes256", "ecdsa-p256")
     spare = new_token("break glass")
@@ -210,8 +203,8 @@ def test_two_tokens_as_one_lock(
 
 @pytest.mark.once
 def test_the_question_for_a_pin_is_seen_whatever_asks(
-    softhsm_token: Any, tmp_path: Path, asks: Callable[..., None], verbs_that_ask: Any
-) -> None:
+    softhsm_token, tmp_path, asks, verbs_that_ask
+):
     site = Site(softhsm_token, tmp_path, "aes256", "ecdsa-p256")
     config = tmp_path / "keymgmt.toml"
     pin = f'pin = {{ file = "{softhsm_token.pin_file}" }}'
@@ -222,17 +215,13 @@ def test_the_question_for_a_pin_is_seen_whatever_asks(
 
 
 @pytest.mark.once
-def test_a_command_that_is_stopped_prints_no_traceback(
-    softhsm_token: Any, tmp_path: Path, ends_quietly: Callable[..., None]
-) -> None:
+def test_a_command_that_is_stopped_prints_no_traceback(softhsm_token, tmp_path, ends_quietly):
     Site(softhsm_token, tmp_path, "aes256", "ecdsa-p256")
     ends_quietly("-c", "keymgmt.toml", "pkcs11", "mechanisms", "hsm", cwd=tmp_path)
 
 
 @pytest.mark.once
-def test_a_module_that_lacks_its_own_configuration_says_where_that_is(
-    softhsm_token: Any, tmp_path: Path
-) -> None:
+def test_a_module_that_lacks_its_own_configuration_says_where_that_is(softhsm_token, tmp_path):
     """SoftHSM answers CKR_GENERAL_ERROR, whatever it did not find."""
     Site(softhsm_token, tmp_path, "aes256", "ecdsa-p256")
     ran = subprocess.run(

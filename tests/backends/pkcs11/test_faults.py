@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ GENERAL_ERROR, DEVICE_REMOVED, MECHANISM_INVALID, CANT_LOCK = 0x05, 0x32, 0x70, 
 
 
 @pytest.fixture
-def key(faulty: Any) -> str:
+def key(faulty) -> str:
     with faulty.provider() as provider:
         try:
             provider.describe_key("fault")
@@ -53,11 +52,11 @@ class TestHungOrGone(FaultChecks):
     """The kit's checks of a service that hangs, breaks and comes back."""
 
     @pytest.fixture
-    def provider_factory(self, faulty: Any) -> ProviderFactory:
+    def provider_factory(self, faulty) -> ProviderFactory:
         return lambda: faulty.provider(timeout=1.5)
 
     @pytest.fixture
-    def wrap_key(self, key: str) -> str:
+    def wrap_key(self, key) -> str:
         return key
 
     @pytest.fixture
@@ -65,7 +64,7 @@ class TestHungOrGone(FaultChecks):
         return 1.5
 
     @pytest.fixture
-    def hang_service(self, faults: Any) -> Hook:
+    def hang_service(self, faults) -> Hook:
         def hang() -> None:
             for call in ("C_OpenSession", "C_DecryptInit", "C_EncryptInit"):
                 faults.hang(call)
@@ -73,7 +72,7 @@ class TestHungOrGone(FaultChecks):
         return hang
 
     @pytest.fixture
-    def break_service(self, faults: Any) -> Hook:
+    def break_service(self, faults) -> Hook:
         def unplug() -> None:
             for call in ("C_OpenSession", "C_DecryptInit", "C_EncryptInit"):
                 faults.answer(call, DEVICE_REMOVED)
@@ -81,11 +80,11 @@ class TestHungOrGone(FaultChecks):
         return unplug
 
     @pytest.fixture
-    def heal_service(self, faults: Any) -> Hook:
+    def heal_service(self, faults) -> Hook:
         return faults.clear  # type: ignore[no-any-return]
 
 
-def test_a_wrong_pin_is_tried_once(faulty: Any, faults: Any, tmp_path: Path) -> None:
+def test_a_wrong_pin_is_tried_once(faulty, faults, tmp_path):
     settings = {"pin": wrong_pin(tmp_path / "pin"), "sessions": 8}
     providers = [faulty.provider(**settings) for _ in range(3)]
     errors: list[KeymgmtError] = []
@@ -115,7 +114,7 @@ def test_a_wrong_pin_is_tried_once(faulty: Any, faults: Any, tmp_path: Path) -> 
     assert faulty.provider().list_keys() is not None
 
 
-def test_the_pin_is_in_no_error(faulty: Any, tmp_path: Path) -> None:
+def test_the_pin_is_in_no_error(faulty, tmp_path):
     with pytest.raises(AccessDenied) as caught:
         faulty.provider(pin=wrong_pin(tmp_path / "pin", "secret-pin-4711")).list_keys()
     chain: BaseException | None = caught.value
@@ -124,7 +123,7 @@ def test_the_pin_is_in_no_error(faulty: Any, tmp_path: Path) -> None:
         chain = chain.__cause__ or chain.__context__
 
 
-def test_a_locked_pin(faulty: Any, faults: Any, tmp_path: Path) -> None:
+def test_a_locked_pin(faulty, faults, tmp_path):
     faults.locks()
     for number in range(2):
         with pytest.raises(AccessDenied, match="PIN is wrong"):
@@ -138,14 +137,14 @@ def test_a_locked_pin(faulty: Any, faults: Any, tmp_path: Path) -> None:
     assert "next wrong PIN" in findings["PIN"].detail
 
 
-def test_a_pin_that_locks_meanwhile(faulty: Any, faults: Any) -> None:
+def test_a_pin_that_locks_meanwhile(faulty, faults):
     faults.answer("C_Login", 0xA4)
     with pytest.raises(LockedOut, match="locked") as caught:
         faulty.provider().list_keys()
     assert "SO PIN" in str(caught.value.hint)
 
 
-def test_a_hung_call_costs_no_more_than_its_session(faulty: Any, faults: Any, key: str) -> None:
+def test_a_hung_call_costs_no_more_than_its_session(faulty, faults, key):
     provider = faulty.provider(timeout=0.5, sessions=3)
     with Dek.generate() as dek:
         wrapped = provider.wrap(key, dek, b"c")
@@ -170,7 +169,7 @@ def _works(provider: Any, wrapped: Any) -> bool:
     return True
 
 
-def test_an_interrupt_in_the_middle_of_a_call(faulty: Any, faults: Any, key: str) -> None:
+def test_an_interrupt_in_the_middle_of_a_call(faulty, faults, key):
     provider = faulty.provider(timeout=30.0, sessions=1)
     with Dek.generate() as dek:
         wrapped = provider.wrap(key, dek, b"c")
@@ -192,7 +191,7 @@ def test_an_interrupt_in_the_middle_of_a_call(faulty: Any, faults: Any, key: str
         assert faults.sessions == 1
 
 
-def test_the_session_limit_of_the_token(faulty: Any, faults: Any, key: str) -> None:
+def test_the_session_limit_of_the_token(faulty, faults, key):
     provider = faulty.provider(sessions=8)
     faults.limit(2)
     failures: list[str] = []
@@ -220,7 +219,7 @@ def test_the_session_limit_of_the_token(faulty: Any, faults: Any, key: str) -> N
         faulty.provider().list_keys()
 
 
-def test_a_mechanism_that_is_listed_and_refused(faulty: Any, faults: Any, key: str) -> None:
+def test_a_mechanism_that_is_listed_and_refused(faulty, faults, key):
     faults.answer("C_EncryptInit", MECHANISM_INVALID)
     provider = faulty.provider()
     with Dek.generate() as dek:
@@ -235,7 +234,7 @@ def test_a_mechanism_that_is_listed_and_refused(faulty: Any, faults: Any, key: s
         assert "aes256-kw" in provider.create_key("wrapping", "aes256-kw", {}).kind
 
 
-def test_a_token_in_trouble_is_not_a_tampered_blob(faulty: Any, faults: Any, key: str) -> None:
+def test_a_token_in_trouble_is_not_a_tampered_blob(faulty, faults, key):
     provider = faulty.provider()
     with Dek.generate() as dek:
         wrapped = provider.wrap(key, dek, b"c")
@@ -249,7 +248,7 @@ def test_a_token_in_trouble_is_not_a_tampered_blob(faulty: Any, faults: Any, key
         assert provider.unwrap(wrapped, b"c") == dek
 
 
-def test_a_token_that_makes_its_own_iv(faulty: Any, faults: Any, key: str) -> None:
+def test_a_token_that_makes_its_own_iv(faulty, faults, key):
     faults.personality("own iv")
     provider = faulty.provider()
     with Dek.generate() as dek:
@@ -257,7 +256,7 @@ def test_a_token_that_makes_its_own_iv(faulty: Any, faults: Any, key: str) -> No
         assert provider.unwrap(wrapped, b"c") == dek
 
 
-def test_a_module_that_cannot_lock(faulty: Any, faults: Any, key: str) -> None:
+def test_a_module_that_cannot_lock(faulty, faults, key):
     from keymgmt_pkcs11._module import open_module
 
     module = open_module(faulty.module, None)
@@ -290,7 +289,7 @@ def test_a_module_that_cannot_lock(faulty: Any, faults: Any, key: str) -> None:
         assert module.restart(module.generation)
 
 
-def test_a_fork_does_not_wait_for_a_hung_call(faulty: Any, faults: Any, key: str) -> None:
+def test_a_fork_does_not_wait_for_a_hung_call(faulty, faults, key):
     provider = faulty.provider(timeout=2.0)
     with Dek.generate() as dek:
         wrapped = provider.wrap(key, dek, b"c")
@@ -305,9 +304,7 @@ def test_a_fork_does_not_wait_for_a_hung_call(faulty: Any, faults: Any, key: str
         in_child(use)
 
 
-def test_missing_module_and_other_libraries(
-    softhsm_token: Any, tmp_path: Path, require_tool: Any
-) -> None:
+def test_missing_module_and_other_libraries(softhsm_token, tmp_path, require_tool):
     missing = tmp_path / "libmissing.so"
     with pytest.raises(ProviderUnavailable, match="no PKCS#11 module at"):
         softhsm_token.provider(module=missing).list_keys()
@@ -325,7 +322,7 @@ def test_missing_module_and_other_libraries(
     assert not softhsm_token.provider(module=missing).check().ok
 
 
-def test_no_such_token_or_key(softhsm_token: Any) -> None:
+def test_no_such_token_or_key(softhsm_token):
     with pytest.raises(ProviderUnavailable, match="no token is") as caught:
         softhsm_token.provider(token="nobody's").list_keys()
     assert "'shared'" in str(caught.value.hint)
@@ -333,7 +330,7 @@ def test_no_such_token_or_key(softhsm_token: Any) -> None:
         softhsm_token.provider().wrap("nothing", dek, b"")
 
 
-def test_two_tokens_of_one_label(new_token: Callable[..., Any]) -> None:
+def test_two_tokens_of_one_label(new_token):
     first, second = new_token("twin"), new_token("twin")
     with pytest.raises(ProviderUnavailable, match="2 tokens are") as caught:
         first.provider().list_keys()
@@ -352,7 +349,7 @@ def test_two_tokens_of_one_label(new_token: Callable[..., Any]) -> None:
     assert len(second.provider(token=None, uri=uri).list_keys()) == 1
 
 
-def test_a_token_that_is_initialised_anew(new_token: Callable[..., Any]) -> None:
+def test_a_token_that_is_initialised_anew(new_token):
     token = new_token("again")
     provider = token.provider()
     provider.create_key("k", "aes256", {})
@@ -387,7 +384,7 @@ def test_a_token_that_is_initialised_anew(new_token: Callable[..., Any]) -> None
             provider.unwrap(wrapped, b"c")
 
 
-def test_a_key_destroyed_between_wrap_and_unwrap(new_token: Callable[..., Any]) -> None:
+def test_a_key_destroyed_between_wrap_and_unwrap(new_token):
     token = new_token()
     provider = token.provider()
     for name in ("k", "other"):
@@ -404,7 +401,7 @@ def test_a_key_destroyed_between_wrap_and_unwrap(new_token: Callable[..., Any]) 
         assert provider.unwrap(other, b"c") == dek
 
 
-def test_two_modules_in_one_process(softhsm_token: Any, nss_token: Any) -> None:
+def test_two_modules_in_one_process(softhsm_token, nss_token):
     providers = [softhsm_token.provider(), nss_token.provider()]
     for provider in providers:
         try:
@@ -437,7 +434,7 @@ def test_two_modules_in_one_process(softhsm_token: Any, nss_token: Any) -> None:
     assert not failures
 
 
-def test_two_init_args_for_one_module(nss_token: Any) -> None:
+def test_two_init_args_for_one_module(nss_token):
     from keymgmt.backend import ConfigError
 
     assert nss_token.provider().list_keys() is not None
@@ -445,7 +442,7 @@ def test_two_init_args_for_one_module(nss_token: Any) -> None:
         nss_token.provider(init_args="configdir='sql:elsewhere'").list_keys()
 
 
-def test_a_provider_that_may_only_read(softhsm_token: Any) -> None:
+def test_a_provider_that_may_only_read(softhsm_token):
     provider = softhsm_token.provider(read_only=True)
     assert provider.list_keys() is not None
     for call in (

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 from typing import Any
 
 import programs
@@ -21,7 +20,7 @@ GENERAL_ERROR, FUNCTION_FAILED, DEVICE_REMOVED, VENDOR = 0x05, 0x06, 0x32, 0x800
 
 
 @pytest.fixture
-def key(faulty: Any) -> str:
+def key(faulty) -> str:
     with faulty.provider() as provider:
         try:
             provider.describe_key("healing")
@@ -32,9 +31,7 @@ def key(faulty: Any) -> str:
 
 @pytest.mark.parametrize("code", [GENERAL_ERROR, FUNCTION_FAILED, DEVICE_REMOVED, VENDOR])
 @pytest.mark.parametrize("calls", [("C_DecryptInit", "C_EncryptInit"), ("C_Decrypt", "C_Encrypt")])
-def test_a_module_that_heals_by_c_finalize_alone(
-    faulty: Any, faults: Any, key: str, code: int, calls: tuple[str, ...]
-) -> None:
+def test_a_module_that_heals_by_c_finalize_alone(faulty, faults, key, code, calls):
     provider = faulty.provider()
     with Dek.generate() as dek:
         wrapped = provider.wrap(key, dek, b"c")
@@ -49,9 +46,7 @@ def test_a_module_that_heals_by_c_finalize_alone(
         assert faults.calls("C_Finalize") == 1
 
 
-def test_a_module_that_does_not_heal_is_not_finalised_for_ever(
-    faulty: Any, faults: Any, key: str
-) -> None:
+def test_a_module_that_does_not_heal_is_not_finalised_for_ever(faulty, faults, key):
     provider = faulty.provider(timeout=2.0)
     with Dek.generate() as dek:
         wrapped = provider.wrap(key, dek, b"c")
@@ -65,9 +60,7 @@ def test_a_module_that_does_not_heal_is_not_finalised_for_ever(
         assert provider.unwrap(wrapped, b"c") == dek
 
 
-def test_a_module_that_the_application_initialised_is_not_finalised(
-    faulty: Any, faults: Any, key: str
-) -> None:
+def test_a_module_that_the_application_initialised_is_not_finalised(faulty, faults, key):
     from keymgmt_pkcs11._module import open_module
 
     module = open_module(faulty.module, None)
@@ -89,9 +82,7 @@ def test_a_module_that_the_application_initialised_is_not_finalised(
 
 
 @pytest.mark.parametrize("call", ["C_Initialize", "C_OpenSession", "C_Login", "C_DecryptInit"])
-def test_a_hung_module_holds_no_other_up(
-    faulty: Any, faulty_copy: Any, key: str, call: str
-) -> None:
+def test_a_hung_module_holds_no_other_up(faulty, faulty_copy, key, call):
     other, faults = faulty_copy()
     hung = other.provider(timeout=0.5)
     with Dek.generate() as dek:
@@ -113,7 +104,7 @@ def test_a_hung_module_holds_no_other_up(
             hung.close()
 
 
-def test_an_odd_object_is_skipped_and_named(faulty: Any, faults: Any, key: str) -> None:
+def test_an_odd_object_is_skipped_and_named(faulty, faults, key):
     provider = faulty.provider()
 
     def odd(session: Any) -> int:
@@ -135,7 +126,7 @@ def test_an_odd_object_is_skipped_and_named(faulty: Any, faults: Any, key: str) 
         )
 
 
-def test_the_last_reason_is_told(faulty: Any, faults: Any) -> None:
+def test_the_last_reason_is_told(faulty, faults):
     faults.answer("C_Login", 0x102, times=8)
     assert faulty.provider().list_keys() is not None
     faulty.made.pop().close()
@@ -146,7 +137,7 @@ def test_the_last_reason_is_told(faulty: Any, faults: Any) -> None:
         faulty.provider(timeout=1.0).list_keys()
 
 
-def test_doctor_does_not_send_people_to_doctor(faulty: Any, faults: Any, key: str) -> None:
+def test_doctor_does_not_send_people_to_doctor(faulty, faults, key):
     faults.answer("C_OpenSession", GENERAL_ERROR)
     provider = faulty.provider(timeout=0.5)
     with pytest.raises(ProviderUnavailable) as caught:
@@ -157,7 +148,7 @@ def test_doctor_does_not_send_people_to_doctor(faulty: Any, faults: Any, key: st
     assert not [each for each in health.findings if "keymgmt doctor" in str(each.hint)]
 
 
-def test_no_token_and_why(faulty: Any, tmp_path: Path) -> None:
+def test_no_token_and_why(faulty, tmp_path):
     """A module whose own configuration shows none, and a slot that is not initialised."""
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -187,7 +178,7 @@ def test_no_token_and_why(faulty: Any, tmp_path: Path) -> None:
     assert "SOFTHSM2_CONF" in said
 
 
-def test_a_module_that_crashes_as_it_is_unloaded(faulty: Any, key: str, tmp_path: Path) -> None:
+def test_a_module_that_crashes_as_it_is_unloaded(faulty, key, tmp_path):
     (tmp_path / "keymgmt.toml").write_text(
         f'[providers.hsm]\nbackend = "pkcs11"\nmodule = "{faulty.module}"\n'
         f'token = "{faulty.label}"\npin = {{ file = "{faulty.pin_file}" }}\n'

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +23,7 @@ CONTEXT = b"the context of a wrap"
 
 
 @pytest.fixture
-def token(new_token: Callable[..., Any], require_tool: Any) -> Any:
+def token(new_token, require_tool) -> Any:
     require_tool("pkcs11-tool", package="opensc")
     return new_token("interop")
 
@@ -40,7 +38,7 @@ def token(new_token: Callable[..., Any], require_tool: Any) -> Any:
         ("--keypairgen --key-type rsa:2048 --usage-decrypt", "rsa-oaep", "RSA-OAEP"),
     ],
 )
-def test_a_key_of_pkcs11_tool_wraps(token: Any, arguments: str, kind: str, mechanism: str) -> None:
+def test_a_key_of_pkcs11_tool_wraps(token, arguments, kind, mechanism):
     token.tool(*arguments.split(), "--private", "--label", "theirs", "--id", "0a01")
     provider = token.provider(allow_oaep_sha1=True)
     # SoftHSM adds usages that nobody asked for.
@@ -60,7 +58,7 @@ def test_a_key_of_pkcs11_tool_wraps(token: Any, arguments: str, kind: str, mecha
 
 
 @pytest.mark.parametrize("curve", ["prime256v1", "secp384r1"])
-def test_a_key_of_pkcs11_tool_signs(token: Any, curve: str) -> None:
+def test_a_key_of_pkcs11_tool_signs(token, curve):
     token.tool("--keypairgen", "--key-type", f"EC:{curve}", "--usage-sign", "--label", "pub")
     made = token.provider().sign("pub", b"message")
     key = load_der_public_key(made.public_key)
@@ -69,7 +67,7 @@ def test_a_key_of_pkcs11_tool_signs(token: Any, curve: str) -> None:
     key.verify(made.signature, b"message", ec.ECDSA(digest))
 
 
-def test_pkcs11_tool_sees_our_keys(token: Any) -> None:
+def test_pkcs11_tool_sees_our_keys(token):
     provider = token.provider()
     info = provider.create_key("ours", "aes256", {})
     listed = token.tool("--list-objects", "--type", "secrkey")
@@ -92,7 +90,7 @@ with token.open(user_pin=pin) as session:
 """
 
 
-def test_plain_python_pkcs11_opens_aes_gcm(token: Any) -> None:
+def test_plain_python_pkcs11_opens_aes_gcm(token):
     provider = token.provider()
     provider.create_key("k", "aes256", {})
     with Dek.generate() as dek:
@@ -102,7 +100,7 @@ def test_plain_python_pkcs11_opens_aes_gcm(token: Any) -> None:
         assert bytes.fromhex(done.stdout.strip()) == dek.view()
 
 
-def test_pkcs11_tool_opens_rsa_oaep(token: Any, tmp_path: Path) -> None:
+def test_pkcs11_tool_opens_rsa_oaep(token, tmp_path):
     provider = token.provider(allow_oaep_sha1=True)
     provider.create_key("k", "rsa-oaep", {"bits": "2048"})
     with Dek.generate() as dek:
@@ -120,7 +118,7 @@ def test_pkcs11_tool_opens_rsa_oaep(token: Any, tmp_path: Path) -> None:
         assert AESGCM(key).decrypt(rest[:12], rest[12:], CONTEXT) == dek.view()
 
 
-def test_pkcs11_tool_opens_hpke(token: Any, tmp_path: Path) -> None:
+def test_pkcs11_tool_opens_hpke(token, tmp_path):
     provider = token.provider()
     provider.create_key("k", "ecdh-p256", {})
     recipient = provider.export_recipient("k")

@@ -70,9 +70,7 @@ def foreign_key(
     ],
 )
 @pytest.mark.parametrize("module", ["softhsm_token", "nss_token"])
-def test_a_new_key_has_one_use_and_never_leaves(
-    request: pytest.FixtureRequest, module: str, kind: str, flags: set[str]
-) -> None:
+def test_a_new_key_has_one_use_and_never_leaves(request, module, kind, flags):
     token = request.getfixturevalue(module)
     provider = token.provider(allow_oaep_sha1=True)
     name = f"attributes-{kind}"
@@ -107,7 +105,7 @@ def test_a_new_key_has_one_use_and_never_leaves(
     assert not [f for f in provider.check(name).findings if f.status == "failed"]
 
 
-def test_versions_are_ids_in_the_order_of_their_counters(softhsm_token: Any) -> None:
+def test_versions_are_ids_in_the_order_of_their_counters(softhsm_token):
     provider = softhsm_token.provider()
     provider.create_key("counted", "aes256", {})
     for _ in range(3):
@@ -119,7 +117,7 @@ def test_versions_are_ids_in_the_order_of_their_counters(softhsm_token: Any) -> 
     assert again.describe_key("counted").newest == versions[-1]
 
 
-def test_the_config_maps_names_to_labels_and_ids(softhsm_token: Any) -> None:
+def test_the_config_maps_names_to_labels_and_ids(softhsm_token):
     plain = softhsm_token.provider()
     foreign_key(plain, "Model KEK 2026", b"\x01\x02")
     foreign_key(plain, "Model KEK 2026", b"\x01\x03")
@@ -154,7 +152,7 @@ def test_the_config_maps_names_to_labels_and_ids(softhsm_token: Any) -> None:
     assert "Model KEK 2026" in str([f.detail for f in plain.check().findings])
 
 
-def test_two_objects_of_one_label_and_id(softhsm_token: Any) -> None:
+def test_two_objects_of_one_label_and_id(softhsm_token):
     provider = softhsm_token.provider()
     foreign_key(provider, "double", b"\x07")
     with Dek.generate() as dek:
@@ -174,7 +172,7 @@ def test_two_objects_of_one_label_and_id(softhsm_token: Any) -> None:
     assert warned[0].status == "warning"
 
 
-def test_rotation_and_retirement_on_the_token(softhsm_token: Any) -> None:
+def test_rotation_and_retirement_on_the_token(softhsm_token):
     provider = softhsm_token.provider()
     provider.create_key("turn", "ecdh-p256", {})
     connected = softhsm_token.provider()
@@ -194,7 +192,7 @@ def test_rotation_and_retirement_on_the_token(softhsm_token: Any) -> None:
     assert states == ["retired", "active"]
 
 
-def test_oaep_with_sha1_is_by_opt_in(softhsm_token: Any) -> None:
+def test_oaep_with_sha1_is_by_opt_in(softhsm_token):
     open_minded = softhsm_token.provider(allow_oaep_sha1=True)
     strict = softhsm_token.provider()
     with pytest.raises(UnsupportedOperation, match="OAEP only with SHA-1") as caught:
@@ -215,7 +213,7 @@ def test_oaep_with_sha1_is_by_opt_in(softhsm_token: Any) -> None:
             open_minded.export_recipient("rsa")
 
 
-def test_a_mechanism_may_be_fixed(nss_token: Any) -> None:
+def test_a_mechanism_may_be_fixed(nss_token):
     provider = nss_token.provider(allow_oaep_sha1=True)
     provider.create_key("fixed", "rsa-oaep", {"bits": "2048"})
     with Dek.generate() as dek:
@@ -242,7 +240,7 @@ def test_a_mechanism_may_be_fixed(nss_token: Any) -> None:
             provider.unwrap(replace(made["RSA-OAEP"], mechanism="RSA-OAEP-256"), b"c")
 
 
-def test_a_wrap_for_another_device_is_known_without_decrypting(softhsm_token: Any) -> None:
+def test_a_wrap_for_another_device_is_known_without_decrypting(softhsm_token):
     provider = softhsm_token.provider()
     provider.create_key("device", "ecdh-p256", {})
     with Dek.generate() as dek:
@@ -251,14 +249,14 @@ def test_a_wrap_for_another_device_is_known_without_decrypting(softhsm_token: An
             provider.unwrap(replace(wrapped, params={"pk": "0" * 32}), b"c")
 
 
-def test_a_short_aes_key_is_not_used(softhsm_token: Any) -> None:
+def test_a_short_aes_key_is_not_used(softhsm_token):
     provider = softhsm_token.provider()
     foreign_key(provider, "short", b"\x01", bits=128)
     with Dek.generate() as dek, pytest.raises(UnsupportedOperation):
         provider.wrap("short", dek, b"c")
 
 
-def test_options_of_new_keys(softhsm_token: Any) -> None:
+def test_options_of_new_keys(softhsm_token):
     provider = softhsm_token.provider()
     for kind, options in (
         ("aes256", {"bits": "256"}),
@@ -273,7 +271,7 @@ def test_options_of_new_keys(softhsm_token: Any) -> None:
         provider.describe_key("never")
 
 
-def test_doctor_says_what_is_wrong_with_a_key(softhsm_token: Any) -> None:
+def test_doctor_says_what_is_wrong_with_a_key(softhsm_token):
     provider = softhsm_token.provider(keys={"known": KeyEntry(allow=("usages", "private"))})
     foreign_key(provider, "loose", b"\x01", extractable=True)
     foreign_key(provider, "public", b"\x01", private=False)
@@ -300,7 +298,7 @@ def test_doctor_says_what_is_wrong_with_a_key(softhsm_token: Any) -> None:
         assert provider.unwrap(wrapped, b"c") == dek
 
 
-def test_doctor_is_light_and_mechanisms_leave_nothing(faulty: Any, faults: Any) -> None:
+def test_doctor_is_light_and_mechanisms_leave_nothing(faulty, faults):
     from keymgmt_pkcs11._checks import try_kind
     from keymgmt_pkcs11._kinds import KINDS
 
@@ -326,7 +324,7 @@ def test_doctor_is_light_and_mechanisms_leave_nothing(faulty: Any, faults: Any) 
     assert provider.connection.run("counting", objects) == before
 
 
-def test_settings_refuse_what_is_ambiguous_or_unsafe(tmp_path: Path) -> None:
+def test_settings_refuse_what_is_ambiguous_or_unsafe(tmp_path):
     good: dict[str, Any] = {"module": Path("/m.so"), "pin": {"env": "PIN"}}
     assert Pkcs11Settings.model_validate({**good, "uri": "pkcs11:token=a"}).selector == {
         "token": "a"
@@ -359,13 +357,7 @@ def test_settings_refuse_what_is_ambiguous_or_unsafe(tmp_path: Path) -> None:
         assert "1234" not in str(caught.value)
 
 
-def test_the_commands(
-    softhsm_token: Any,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    check_schema: Any,
-    check_formats: Any,
-) -> None:
+def test_the_commands(softhsm_token, tmp_path, capsys, check_schema, check_formats):
     check_formats("keymgmt_pkcs11")
     from typer.testing import CliRunner
 

@@ -23,7 +23,7 @@ PROCESSES, CHILD_CALLS = 4, 1_000 if FULL else 100
 
 
 @pytest.fixture(params=["softhsm_token", "nss_token", "faulty"])
-def token(request: pytest.FixtureRequest) -> Any:
+def token(request) -> Any:
     """The two modules, and SoftHSM behind the module that counts sessions."""
     return request.getfixturevalue(request.param)
 
@@ -50,7 +50,7 @@ def unwrap_all(provider: Any, made: Any, count: int, offset: int = 0) -> str:
 
 
 @pytest.mark.timeout(1800)
-def test_threads_and_forked_processes(token: Any) -> None:
+def test_threads_and_forked_processes(token):
     provider = token.provider(timeout=60.0)
     made = prepared(provider)
     answers: list[str] = []

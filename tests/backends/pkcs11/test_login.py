@@ -10,7 +10,6 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ def another_pin(path: Path, pin: str) -> SecretSource:
 
 
 @pytest.fixture
-def key(faulty: Any) -> str:
+def key(faulty) -> str:
     with faulty.provider() as provider:
         try:
             provider.describe_key("login")
@@ -52,9 +51,7 @@ def key(faulty: Any) -> str:
 
 
 @pytest.mark.parametrize("code", [0x05, 0x06, 0x30, 0xE0, 0x80000123])
-def test_a_pin_that_was_never_accepted_is_sent_once(
-    faulty: Any, faults: Any, tmp_path: Path, code: int
-) -> None:
+def test_a_pin_that_was_never_accepted_is_sent_once(faulty, faults, tmp_path, code):
     faults.answer("C_Login", code)
     pin = another_pin(tmp_path / "pin", f"never-seen-{code}")
     for provider in (faulty.provider(pin=pin), faulty.provider(pin=pin)):
@@ -67,9 +64,7 @@ def test_a_pin_that_was_never_accepted_is_sent_once(
 
 
 @pytest.mark.parametrize("code", [0x190, 0xB0, 0xB3, 0xB1, 0x03, 0x102])
-def test_a_pin_that_was_not_compared_is_sent_again(
-    faulty: Any, faults: Any, tmp_path: Path, code: int
-) -> None:
+def test_a_pin_that_was_not_compared_is_sent_again(faulty, faults, tmp_path, code):
     faults.answer("C_Login", code, times=1)
     pin = another_pin(tmp_path / "pin", faulty.pin)
     provider = faulty.provider(pin=pin)
@@ -80,7 +75,7 @@ def test_a_pin_that_was_not_compared_is_sent_again(
     assert faults.calls("C_Login") == 2
 
 
-def test_a_module_that_hides_a_wrong_pin(faulty: Any, faults: Any, tmp_path: Path) -> None:
+def test_a_module_that_hides_a_wrong_pin(faulty, faults, tmp_path):
     faults.personality("ePass2003")
     provider = faulty.provider(pin=another_pin(tmp_path / "pin", "a-wrong-pin-0815"))
     for _ in range(3):
@@ -89,9 +84,7 @@ def test_a_module_that_hides_a_wrong_pin(faulty: Any, faults: Any, tmp_path: Pat
     assert faults.calls("C_Login") == 1
 
 
-def test_an_hsm_that_is_away_with_a_login_in_it_heals(
-    faulty: Any, faults: Any, key: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_hsm_that_is_away_with_a_login_in_it_heals(faulty, faults, key, monkeypatch):
     monkeypatch.setattr(_login, "_PAUSES", (0.05,))
     provider = faulty.provider(timeout=3.0)
     with Dek.generate() as dek:
@@ -116,9 +109,7 @@ def test_an_hsm_that_is_away_with_a_login_in_it_heals(
         assert faults.calls("C_Login") == logins + 2
 
 
-def test_no_second_pin_while_the_flags_say_that_one_was_wrong(
-    faulty: Any, faults: Any, key: str
-) -> None:
+def test_no_second_pin_while_the_flags_say_that_one_was_wrong(faulty, faults, key):
     provider = faulty.provider()
     with Dek.generate() as dek:
         wrapped = provider.wrap(key, dek, b"c")
@@ -141,7 +132,7 @@ def _wrong(faulty: Any, number: int) -> SecretSource:
     return another_pin(faulty.directory.parent.parent / f"wrong-{number}", f"wrong-{number}-0815")
 
 
-def test_a_vendors_kind_of_user(faulty: Any, faults: Any, key: str) -> None:
+def test_a_vendors_kind_of_user(faulty, faults, key):
     faults.personality("Luna FIPS")
     with pytest.raises(AccessDenied, match="no such kind of user"):
         faulty.provider(user_type=7).list_keys()
@@ -149,9 +140,7 @@ def test_a_vendors_kind_of_user(faulty: Any, faults: Any, key: str) -> None:
     assert key in {info.key for info in provider.list_keys()}
 
 
-def test_a_write_protected_token_unwraps_signs_and_lists(
-    faulty: Any, faults: Any, key: str
-) -> None:
+def test_a_write_protected_token_unwraps_signs_and_lists(faulty, faults, key):
     with faulty.provider() as writer:
         writer.create_key("protected-sign", "ecdsa-p256", {})
     faults.personality("write-protected")
@@ -165,7 +154,7 @@ def test_a_write_protected_token_unwraps_signs_and_lists(
     assert "read_only" not in str(caught.value.hint)
 
 
-def test_a_key_that_wants_the_pin_for_every_use(faulty: Any, faults: Any) -> None:
+def test_a_key_that_wants_the_pin_for_every_use(faulty, faults):
     usages = {Attribute.SIGN: True, Attribute.DECRYPT: False, Attribute.UNWRAP: False}
     name = {Attribute.TOKEN: True, Attribute.LABEL: b"each-time", Attribute.ID: b"\x01"}
 
@@ -190,7 +179,7 @@ def test_a_key_that_wants_the_pin_for_every_use(faulty: Any, faults: Any) -> Non
     assert slow.sign("each-time", b"four").signature
 
 
-def test_a_person_has_time(faulty: Any, faults: Any, key: str) -> None:
+def test_a_person_has_time(faulty, faults, key):
     with pytest.raises(UnsupportedOperation, match="no PIN pad"):
         faulty.provider(login="protected", pin=None).list_keys()
     # Of a pad: the time limit is for the calls, and not for the person.
@@ -201,8 +190,8 @@ def test_a_person_has_time(faulty: Any, faults: Any, key: str) -> None:
 
 @pytest.mark.parametrize("typed", ["the PIN", "Ctrl-C"])
 def test_the_pin_is_typed_and_an_interrupt_leaves_the_terminal_as_it_was(
-    faulty: Any, key: str, tmp_path: Path, typed: str
-) -> None:
+    faulty, key, tmp_path, typed
+):
     (tmp_path / "keymgmt.toml").write_text(
         f'[providers.hsm]\nbackend = "pkcs11"\nmodule = "{faulty.module}"\n'
         f'token = "{faulty.label}"\npin = {{ prompt = "PIN" }}\n'
@@ -233,9 +222,7 @@ def test_the_pin_is_typed_and_an_interrupt_leaves_the_terminal_as_it_was(
     os.close(theirs)
 
 
-def test_threads_that_want_a_pin_ask_for_it_once(
-    faulty: Any, key: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_threads_that_want_a_pin_ask_for_it_once(faulty, key, monkeypatch):
     asked: list[str] = []
 
     def type_it(prompt: str) -> str:
@@ -254,7 +241,7 @@ def test_threads_that_want_a_pin_ask_for_it_once(
     assert asked[0].startswith("caller")
 
 
-def test_what_is_absent_here_is_the_providers_failure(faulty: Any, tmp_path: Path) -> None:
+def test_what_is_absent_here_is_the_providers_failure(faulty, tmp_path):
     for settings in (
         {"pin": SecretSource(file=tmp_path / "nothing")},
         {"pin": SecretSource(env="KEYMGMT_NO_SUCH_PIN")},
@@ -265,7 +252,7 @@ def test_what_is_absent_here_is_the_providers_failure(faulty: Any, tmp_path: Pat
             faulty.provider(**settings).list_keys()
 
 
-def test_new_keys_as_the_config_says(new_token: Callable[..., Any]) -> None:
+def test_new_keys_as_the_config_says(new_token):
     token = new_token()
     provider = token.provider(
         create={

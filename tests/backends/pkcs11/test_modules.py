@@ -52,7 +52,7 @@ def run(*command: object) -> None:
 
 
 @pytest.fixture
-def p11_kit(new_token: Any, require_tool: Any, tmp_path: Path) -> Iterator[Any]:
+def p11_kit(new_token, require_tool, tmp_path) -> Iterator[Any]:
     """SoftHSM behind p11-kit's server, by its client."""
     server = require_tool("p11-kit", package="p11-kit")
     client = require_tool(LIBRARIES / "pkcs11" / "p11-kit-client.so", package="p11-kit")
@@ -71,7 +71,7 @@ def p11_kit(new_token: Any, require_tool: Any, tmp_path: Path) -> Iterator[Any]:
 
 
 @pytest.fixture
-def p11_kit_proxy(new_token: Any, require_tool: Any) -> Iterator[Any]:
+def p11_kit_proxy(new_token, require_tool) -> Iterator[Any]:
     """SoftHSM behind p11-kit's proxy, which has a table and sessions for each that asks it.
 
     Debian's packages tell the proxy of their modules, SoftHSM's among them.
@@ -86,7 +86,7 @@ def p11_kit_proxy(new_token: Any, require_tool: Any) -> Iterator[Any]:
 
 
 @pytest.fixture
-def tpm2_pkcs11(require_tool: Any, tmp_path: Path, token_class: Any) -> Iterator[Any]:
+def tpm2_pkcs11(require_tool, tmp_path, token_class) -> Iterator[Any]:
     """tpm2-pkcs11 over tpm2-abrmd over swtpm."""
     module = require_tool(LIBRARIES / "libtpm2_pkcs11.so.1", package="libtpm2-pkcs11-1")
     tool = require_tool("tpm2_ptool", package="libtpm2-pkcs11-tools")
@@ -130,7 +130,7 @@ def tpm2_pkcs11(require_tool: Any, tmp_path: Path, token_class: Any) -> Iterator
 
 
 @pytest.fixture
-def opencryptoki(require_tool: Any, tmp_path: Path, token_class: Any) -> Iterator[Any]:
+def opencryptoki(require_tool, tmp_path, token_class) -> Iterator[Any]:
     """openCryptoki's software token, whose state is the system's: for CI, as root."""
     module = require_tool(
         LIBRARIES / "opencryptoki" / "libopencryptoki.so.0", package="opencryptoki"
@@ -170,7 +170,7 @@ DOES = {
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", DOES)
-def test_what_a_module_does(request: pytest.FixtureRequest, name: str) -> None:
+def test_what_a_module_does(request, name):
     token = request.getfixturevalue(name)
     provider: Pkcs11Provider = token.provider(timeout=30.0, allow_oaep_sha1=True)
     assert not [f for f in provider.check().findings if f.status == "failed"]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 from reports import report
 
@@ -14,7 +11,7 @@ GENERAL_ERROR = 0x05
 
 
 @pytest.mark.parametrize("code", [0xA0, GENERAL_ERROR, 0x190])
-def test_a_pin_that_was_sent(faulty: Any, faults: Any, tmp_path: Path, code: int) -> None:
+def test_a_pin_that_was_sent(faulty, faults, tmp_path, code):
     secret = f"secret-pin-{code}-4711"
     place = tmp_path / "pin"
     place.touch(0o600)
@@ -38,7 +35,7 @@ def test_a_pin_that_was_sent(faulty: Any, faults: Any, tmp_path: Path, code: int
         ("ecdh-p256", "C_DeriveKey"),
     ],
 )
-def test_a_data_key_in_a_call_that_fails(faulty: Any, faults: Any, kind: str, call: str) -> None:
+def test_a_data_key_in_a_call_that_fails(faulty, faults, kind, call):
     provider = faulty.provider(timeout=3.0)
     key = f"report-{kind}"
     try:
@@ -57,7 +54,7 @@ def test_a_data_key_in_a_call_that_fails(faulty: Any, faults: Any, kind: str, ca
         assert secret not in repr(raised.value.__cause__)
 
 
-def test_the_right_pin_and_a_locked_token(faulty: Any, faults: Any) -> None:
+def test_the_right_pin_and_a_locked_token(faulty, faults):
     faults.answer("C_Login", 0xA4)
     with pytest.raises(LockedOut) as raised:
         faulty.provider().list_keys()

@@ -82,7 +82,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("text", EXAMPLES)
-def test_examples_of_the_rfc(text: str) -> None:
+def test_examples_of_the_rfc(text):
     means = EXAMPLES[text]
     if isinstance(means, dict):
         assert parse_uri(text) == means
@@ -92,13 +92,13 @@ def test_examples_of_the_rfc(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", WRONG)
-def test_what_the_grammar_forbids(text: str) -> None:
+def test_what_the_grammar_forbids(text):
     with pytest.raises(ValueError, match=WRONG[text]) as caught:
         parse_uri(text)
     assert "an example is" in str(caught.value)
 
 
-def test_a_pin_is_never_repeated() -> None:
+def test_a_pin_is_never_repeated():
     for part in ("pin-value=12 secret 34", "module-path=secret\x00"):
         with pytest.raises(ValueError, match="RFC 7512") as caught:
             parse_uri(f"pkcs11:token=a?{part}")
@@ -106,7 +106,7 @@ def test_a_pin_is_never_repeated() -> None:
 
 
 @given(st.text(max_size=80))
-def test_any_text_parses_or_is_an_error(text: str) -> None:
+def test_any_text_parses_or_is_an_error(text):
     for candidate in (text, f"pkcs11:{text}", f"pkcs11:token={text}", f"pkcs11:?{text}"):
         try:
             parse_uri(candidate)

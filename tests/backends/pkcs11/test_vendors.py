@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,9 +39,7 @@ PERSONALITIES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", ["aes256", "aes256-kw", "ecdh-p256"])
 @pytest.mark.parametrize("name", PERSONALITIES)
-def test_a_personality_wraps_and_unwraps(
-    faulty: Any, faults: Any, request: pytest.FixtureRequest, name: str, kind: str
-) -> None:
+def test_a_personality_wraps_and_unwraps(faulty, faults, request, name, kind):
     key = re.sub(r"[^a-z0-9]", "-", request.node.callspec.id.lower())
     # A rigid token fixes the usages itself; SoftHSM then has all of them.
     rigid = {"allow": ("usages",)} if name == "tpm2-pkcs11" else {}
@@ -71,7 +68,7 @@ def test_a_personality_wraps_and_unwraps(
     assert key in {info.key for info in fresh.list_keys()}
 
 
-def test_blobs_of_one_personality_open_on_another(faulty: Any, faults: Any) -> None:
+def test_blobs_of_one_personality_open_on_another(faulty, faults):
     """The blob is the same whoever made its IV, so an HSM can be replaced by another vendor's."""
     with faulty.provider() as provider:
         provider.create_key("portable", "aes256", {})
@@ -89,9 +86,7 @@ def test_blobs_of_one_personality_open_on_another(faulty: Any, faults: Any) -> N
 
 
 @pytest.mark.parametrize("kind", ["aes256", "ecdh-p256"])
-def test_ids_of_one_byte_are_the_versions_that_the_config_lists(
-    faulty: Any, faults: Any, kind: str
-) -> None:
+def test_ids_of_one_byte_are_the_versions_that_the_config_lists(faulty, faults, kind):
     """Some modules give a key the number of its slot, and take no other id (ykcs11 #204)."""
     name = f"short-{kind}"
     faults.personality("short ids")
@@ -124,13 +119,13 @@ def test_ids_of_one_byte_are_the_versions_that_the_config_lists(
     assert {f.status for f in fresh.check().findings if f.name == f"key {name}"} == {"ok"}
 
 
-def test_a_slow_key_pair_fails_no_command(faulty: Any, faults: Any) -> None:
+def test_a_slow_key_pair_fails_no_command(faulty, faults):
     faults.personality("slow")
     provider = faulty.provider(timeout=1.0)
     assert provider.create_key("slow-pair", "ecdsa-p256", {}).kind == "ecdsa-p256"
 
 
-def test_doctor_fails_for_a_token_that_does_nothing(faulty: Any, faults: Any) -> None:
+def test_doctor_fails_for_a_token_that_does_nothing(faulty, faults):
     provider = faulty.provider()
     found = {f.name: f for f in provider.check().findings}
     assert "aes256" in found["mechanisms"].detail
@@ -139,7 +134,7 @@ def test_doctor_fails_for_a_token_that_does_nothing(faulty: Any, faults: Any) ->
     assert found["mechanisms"].status == "failed"
 
 
-def test_a_module_that_never_ends_its_answers(faulty: Any, faults: Any) -> None:
+def test_a_module_that_never_ends_its_answers(faulty, faults):
     def look(session: Any) -> list[int]:
         ck, slot = session.ck, session.token.slot
         return [len(ck.find(session.handle, {})), len(ck.slots()), len(ck.mechanisms(slot))]
@@ -150,7 +145,7 @@ def test_a_module_that_never_ends_its_answers(faulty: Any, faults: Any) -> None:
     assert provider.connection.run("looking", look) == [65536, 4096, 4096]
 
 
-def test_attributes_are_read_in_one_call(faulty: Any, faults: Any) -> None:
+def test_attributes_are_read_in_one_call(faulty, faults):
     provider = faulty.provider()
     provider.create_key("batch", "aes256", {})
     before = faults.calls("C_GetAttributeValue")
@@ -158,7 +153,7 @@ def test_attributes_are_read_in_one_call(faulty: Any, faults: Any) -> None:
     assert faults.calls("C_GetAttributeValue") - before == 1
 
 
-def test_the_purpose_is_that_of_the_type() -> None:
+def test_the_purpose_is_that_of_the_type():
     flags = frozenset({"sign", "decrypt", "private"})
     key = KeyObject(1, "k", b"\x01", "EC", 256, flags)
     kind = kind_of(key)
@@ -166,7 +161,7 @@ def test_the_purpose_is_that_of_the_type() -> None:
     assert (kind.name, purpose_of(key)) == ("ecdsa-p256", "sign")
 
 
-def test_quirks_end_with_a_version() -> None:
+def test_quirks_end_with_a_version():
     def softhsm(*version: int) -> LibraryInfo:
         return LibraryInfo("SoftHSM", "Implementation of PKCS11", version, (2, 40))  # type: ignore[arg-type]
 
@@ -175,9 +170,7 @@ def test_quirks_end_with_a_version() -> None:
     assert quirks_of(softhsm(2, 7)).codes
 
 
-def test_the_manuals_commands_for_a_security_team(
-    new_token: Callable[..., Any], require_tool: Any, tmp_path: Path
-) -> None:
+def test_the_manuals_commands_for_a_security_team(new_token, require_tool, tmp_path):
     """Each command of the section, as it is printed, but for the names of library and PIN."""
     require_tool("pkcs11-tool", package="opensc")
     token = new_token("Model Keys")

@@ -226,7 +226,7 @@ class Secrets:
 
 
 @pytest.fixture(scope="session")
-def bao_binary(require_tool: Callable[..., Path]) -> Path:
+def bao_binary(require_tool) -> Path:
     """The server's own binary, so that signals reach it."""
     found = require_tool("bao")
     if found.read_bytes()[:4] == b"\x7fELF":
@@ -236,19 +236,17 @@ def bao_binary(require_tool: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+def authority(tmp_path_factory) -> Authority:
     return Authority(tmp_path_factory.mktemp("authority"))
 
 
 @pytest.fixture(scope="session")
-def other_authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+def other_authority(tmp_path_factory) -> Authority:
     return Authority(tmp_path_factory.mktemp("stranger"), "a stranger")
 
 
 @pytest.fixture(scope="session")
-def new_bao(
-    bao_binary: Path, authority: Authority, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[..., Bao]]:
+def new_bao(bao_binary, authority, tmp_path_factory) -> Iterator[Callable[..., Bao]]:
     """Make servers that are stopped at the end."""
     made: list[Bao] = []
 
@@ -268,7 +266,7 @@ def new_bao(
 
 
 @pytest.fixture(scope="session")
-def bao(new_bao: Callable[..., Bao]) -> Bao:
+def bao(new_bao) -> Bao:
     """The server of most tests: in memory, with TLS, Transit and a key ``model``."""
     bao = new_bao()
     bao.transit("transit", "model")
@@ -276,7 +274,7 @@ def bao(new_bao: Callable[..., Bao]) -> Bao:
 
 
 @pytest.fixture(scope="session")
-def wrapped(bao: Bao) -> WrappedKey:
+def wrapped(bao) -> WrappedKey:
     """A data key of 32 zeros, wrapped by the server itself for the context ``c``."""
     body = {"plaintext": "A" * 43 + "=", "associated_data": "Yw=="}
     text = bao.do("POST", "transit/encrypt/model", body)["data"]["ciphertext"]
@@ -284,7 +282,7 @@ def wrapped(bao: Bao) -> WrappedKey:
 
 
 @pytest.fixture(scope="session")
-def new_cluster(new_bao: Callable[..., Bao]) -> Callable[..., list[Bao]]:
+def new_cluster(new_bao) -> Callable[..., list[Bao]]:
     """Make three raft nodes with TLS, joined and unsealed; the first one leads."""
 
     def make(*, standby_reads: bool = True) -> list[Bao]:
@@ -376,7 +374,7 @@ class Gateway:
 
 
 @pytest.fixture
-def gateway(bao: Bao) -> Iterator[Callable[..., Gateway]]:
+def gateway(bao) -> Iterator[Callable[..., Gateway]]:
     made: list[Gateway] = []
 
     def make(**options: Any) -> Gateway:
@@ -389,12 +387,12 @@ def gateway(bao: Bao) -> Iterator[Callable[..., Gateway]]:
 
 
 @pytest.fixture
-def secret_file(tmp_path: Path) -> Secrets:
+def secret_file(tmp_path) -> Secrets:
     return Secrets(tmp_path)
 
 
 @pytest.fixture
-def make(secret_file: Secrets) -> Iterator[Make]:
+def make(secret_file) -> Iterator[Make]:
     """Make a provider of a server: ``make(bao, token=...)`` or any other settings."""
     from keymgmt_vault import VaultProvider, VaultSettings
 
@@ -422,7 +420,7 @@ def a_free_port() -> int:
 
 
 @pytest.fixture
-def agent(bao: Any, bao_binary: Path, tmp_path: Path) -> Iterator[Path]:
+def agent(bao, bao_binary, tmp_path) -> Iterator[Path]:
     """A real agent, not logged in: it waits for the files ``role`` and ``secret`` in its folder.
 
     It writes its token to ``sink``, and listens at ``agent.sock``.

@@ -21,7 +21,7 @@ from keymgmt.backend import AccessDenied, Dek, ProviderUnavailable, UnwrapFailed
 
 
 @pytest.fixture(scope="module", autouse=True)
-def policy(bao: Any) -> None:
+def policy(bao) -> None:
     bao.do("PUT", "sys/policies/acl/unwrap", {"policy": UNWRAP})
 
 
@@ -33,31 +33,25 @@ def keep_opening(provider: Any, wrapped: WrappedKey, seconds: float) -> None:
 
 
 @pytest.mark.once
-def test_a_login_is_renewed_in_time(
-    make: Any, bao: Any, wrapped: WrappedKey, secret_file: Any
-) -> None:
+def test_a_login_is_renewed_in_time(make, bao, wrapped, secret_file):
     """The secret id serves one login, and the token lives four seconds."""
     auth = approle(bao, secret_file, "renewed", token_ttl="4s", secret_id_num_uses=1)
     keep_opening(make(bao, auth=auth), wrapped, 9)
 
 
 @pytest.mark.once
-def test_a_login_is_replaced_before_its_greatest_age(
-    make: Any, bao: Any, wrapped: WrappedKey, secret_file: Any
-) -> None:
+def test_a_login_is_replaced_before_its_greatest_age(make, bao, wrapped, secret_file):
     auth = approle(bao, secret_file, "aged", token_ttl="2s", token_max_ttl="3s")
     keep_opening(make(bao, auth=auth), wrapped, 7)
 
 
 @pytest.mark.once
-def test_a_renewable_token_is_renewed(make: Any, bao: Any, wrapped: WrappedKey) -> None:
+def test_a_renewable_token_is_renewed(make, bao, wrapped):
     token = bao.token(UNWRAP, ttl="4s", renewable=True)
     keep_opening(make(bao, token=token), wrapped, 9)
 
 
-def test_threads_replace_a_revoked_token_once(
-    make: Any, bao: Any, wrapped: WrappedKey, secret_file: Any
-) -> None:
+def test_threads_replace_a_revoked_token_once(make, bao, wrapped, secret_file):
     auth = approle(bao, secret_file, "revoked", secret_id_num_uses=2)
     provider = make(bao, auth=auth)
     assert opens(provider, wrapped)
@@ -69,9 +63,7 @@ def test_threads_replace_a_revoked_token_once(
         provider.unwrap(wrapped, b"c")
 
 
-def test_from_the_environment(
-    make: Any, bao: Any, wrapped: WrappedKey, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_from_the_environment(make, bao, wrapped, monkeypatch):
     provider = make(bao, auth={"method": "token", "token": {"env": "SITE_TOKEN"}})
     with pytest.raises(ProviderUnavailable, match="SITE_TOKEN is not set"):
         provider.unwrap(wrapped, b"c")
@@ -84,7 +76,7 @@ def test_from_the_environment(
 
 
 @pytest.fixture(scope="module")
-def cert_role(bao: Any) -> None:
+def cert_role(bao) -> None:
     bao.do("POST", "sys/auth/cert", {"type": "cert"})
     bao.do(
         "POST",
@@ -101,15 +93,7 @@ def cert_role(bao: Any) -> None:
 class TestCertificate:
     @pytest.mark.parametrize("password", [None, b"a password"])
     @pytest.mark.parametrize("role", [None, "device"])
-    def test_logs_in(
-        self,
-        make: Any,
-        bao: Any,
-        wrapped: WrappedKey,
-        secret_file: Any,
-        role: str | None,
-        password: bytes | None,
-    ) -> None:
+    def test_logs_in(self, make, bao, wrapped, secret_file, role, password):
         cert, key = bao.authority.issue("device", client=True, password=password)
         source = {"client_key_password": secret_file(password.decode())} if password else {}
         auth = {"method": "cert"} | ({"role": role} if role else {})
@@ -120,9 +104,7 @@ class TestCertificate:
                 make(bao, auth=auth, **files).unwrap(wrapped, b"c")
             assert "client_key_password" in str(caught.value.hint)
 
-    def test_another_certificate_is_denied(
-        self, make: Any, bao: Any, wrapped: WrappedKey, other_authority: Any
-    ) -> None:
+    def test_another_certificate_is_denied(self, make, bao, wrapped, other_authority):
         for authority, name in ((bao.authority, "stranger"), (other_authority, "device")):
             cert, key = authority.issue(name, client=True)
             provider = make(
@@ -131,9 +113,7 @@ class TestCertificate:
             with pytest.raises(AccessDenied, match="login by cert was refused"):
                 provider.unwrap(wrapped, b"c")
 
-    def test_files_that_are_not_right(
-        self, make: Any, bao: Any, wrapped: WrappedKey, tmp_path: Path
-    ) -> None:
+    def test_files_that_are_not_right(self, make, bao, wrapped, tmp_path):
         cert, key = bao.authority.issue("device", client=True)
         for files, says in (
             ({"client_cert": str(tmp_path / "no"), "client_key": str(key)}, "cannot read"),
@@ -159,7 +139,7 @@ def jwt(key: ec.EllipticCurvePrivateKey, **claims: Any) -> str:
 
 
 @pytest.mark.parametrize("mount", ["jwt", "oidc"])
-def test_jwt(make: Any, bao: Any, wrapped: WrappedKey, secret_file: Any, mount: str) -> None:
+def test_jwt(make, bao, wrapped, secret_file, mount):
     key = ec.generate_private_key(ec.SECP256R1())
     public = key.public_key().public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
@@ -214,7 +194,7 @@ jwt_of_pod = jwt(
 )
 
 
-def test_kubernetes(make: Any, bao: Any, wrapped: WrappedKey, tmp_path: Path) -> None:
+def test_kubernetes(make, bao, wrapped, tmp_path):
     with serving(review) as api:
         bao.do("POST", "sys/auth/kubernetes", {"type": "kubernetes"})
         config = {
@@ -255,14 +235,14 @@ class TestAgent:
     """A real agent, logged in by AppRole: its sink file, and its socket."""
 
     @pytest.fixture
-    def logged_in(self, bao: Any, agent: Path) -> Path:
+    def logged_in(self, bao, agent) -> Path:
         role_id, secret_id = bao.approle(UNWRAP, "agent")
         (agent / "secret").write_text(secret_id)
         (agent / "role").write_text(role_id)
         until((agent / "sink").exists, said=(agent / "agent.log").read_text)
         return agent
 
-    def test_sink(self, make: Any, bao: Any, wrapped: WrappedKey, logged_in: Path) -> None:
+    def test_sink(self, make, bao, wrapped, logged_in):
         auth = {"method": "agent", "sink": {"file": str(logged_in / "sink")}}
         provider = make(bao, auth=auth)
         assert opens(provider, wrapped)
@@ -272,7 +252,7 @@ class TestAgent:
         (logged_in / "sink").write_text(bao.token(UNWRAP))
         assert opens(provider, wrapped)
 
-    def test_socket(self, make: Any, bao: Any, wrapped: WrappedKey, logged_in: Path) -> None:
+    def test_socket(self, make, bao, wrapped, logged_in):
         provider = make(address=f"unix:{logged_in}/agent.sock", auth={"method": "agent"})
         assert opens(provider, wrapped)
         with Dek.generate() as dek, pytest.raises(AccessDenied, match="does not allow"):
@@ -281,7 +261,7 @@ class TestAgent:
         assert health.ok, health
 
 
-def test_namespaces(make: Any, bao: Any, wrapped: WrappedKey) -> None:
+def test_namespaces(make, bao, wrapped):
     bao.do("POST", "sys/namespaces/team-a", {})
     bao.do("POST", "sys/mounts/keys/transit", {"type": "transit"}, namespace="team-a")
     provider = make(bao, namespace="team-a", mount="keys/transit")

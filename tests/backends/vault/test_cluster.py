@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Self
 
@@ -20,14 +19,14 @@ CALL = 1.5
 
 
 @pytest.fixture(scope="module")
-def nodes(new_cluster: Callable[..., list[Any]]) -> list[Any]:
+def nodes(new_cluster) -> list[Any]:
     nodes = new_cluster()
     nodes[0].transit("transit", "model")
     return nodes
 
 
 @pytest.fixture
-def healthy(nodes: list[Any]) -> list[Any]:
+def healthy(nodes) -> list[Any]:
     """All three nodes up, the leader first."""
     for node in nodes:
         node.send(signal.SIGCONT)
@@ -136,13 +135,7 @@ def three_kinds_of_tokens(make: Any, leader: Any, settings: Any, secret_file: An
 @pytest.mark.parametrize(
     "event", [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP, "a rolling restart"]
 )
-def test_no_unwrap_fails_when_the_leader_goes(
-    healthy: list[Any],
-    make: Any,
-    secret_file: Any,
-    event: signal.Signals | str,
-    record_property: Callable[[str, object], None],
-) -> None:
+def test_no_unwrap_fails_when_the_leader_goes(healthy, make, secret_file, event, record_property):
     leader, *others = healthy
     # An election takes as long as the machine needs; whoever asks meanwhile waits.
     settings = addresses(healthy) | {"timeout": 60.0}
@@ -181,7 +174,7 @@ def test_no_unwrap_fails_when_the_leader_goes(
     assert stream.failures == []
 
 
-def test_a_right_that_was_given_a_moment_ago_is_known(healthy: list[Any], make: Any) -> None:
+def test_a_right_that_was_given_a_moment_ago_is_known(healthy, make):
     """A standby says 403 until it has heard of the policy; the leader is asked once."""
     leader, first, _ = healthy
     root = make(token=leader.root, **addresses([leader]))
@@ -202,7 +195,7 @@ def test_a_right_that_was_given_a_moment_ago_is_known(healthy: list[Any], make: 
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_writes_survive_an_election(healthy: list[Any], make: Any, number: signal.Signals) -> None:
+def test_writes_survive_an_election(healthy, make, number):
     leader, *others = healthy
     provider = make(token=leader.root, **addresses(healthy) | {"timeout": 30.0})
     with Dek.generate() as dek:
@@ -216,7 +209,7 @@ def test_writes_survive_an_election(healthy: list[Any], make: Any, number: signa
         assert provider.unwrap(wrapped, b"c") == dek
 
 
-def test_our_own_rotation_is_seen_at_once(healthy: list[Any], make: Any) -> None:
+def test_our_own_rotation_is_seen_at_once(healthy, make):
     """A standby that has not caught up would wrap with the old version."""
     leader, first, second = healthy
     provider = make(token=leader.root, **addresses([first, second, leader]))
@@ -231,9 +224,7 @@ def test_our_own_rotation_is_seen_at_once(healthy: list[Any], make: Any) -> None
 
 
 @pytest.mark.parametrize("knows_leader", [True, False])
-def test_a_rotation_elsewhere_is_seen_by_a_standby(
-    healthy: list[Any], make: Any, knows_leader: bool
-) -> None:
+def test_a_rotation_elsewhere_is_seen_by_a_standby(healthy, make, knows_leader):
     """``version is too new`` from a standby is asked again, of the leader if it is configured."""
     leader, first, _ = healthy
     elsewhere = make(token=leader.root, **addresses([leader]))
@@ -254,7 +245,7 @@ def test_a_rotation_elsewhere_is_seen_by_a_standby(
         assert [got == dek for got in device.unwrap_batch(batch)] == [True] * 3
 
 
-def test_a_floor_is_never_lowered_by_a_standby_that_lags(healthy: list[Any], make: Any) -> None:
+def test_a_floor_is_never_lowered_by_a_standby_that_lags(healthy, make):
     leader, first, _ = healthy
     elsewhere = make(token=leader.root, **addresses([leader]))
     behind = make(token=leader.root, **addresses([first, leader]))
@@ -271,9 +262,7 @@ def test_a_floor_is_never_lowered_by_a_standby_that_lags(healthy: list[Any], mak
         assert states.count("retired") == version + 1
 
 
-def test_a_new_login_is_known_to_every_node(
-    healthy: list[Any], make: Any, secret_file: Any
-) -> None:
+def test_a_new_login_is_known_to_every_node(healthy, make, secret_file):
     """A standby refuses a secret id that it has not heard of yet; the leader is asked."""
     leader, first, second = healthy
     policy = 'path "transit/decrypt/model" { capabilities = ["update"] }'
@@ -300,9 +289,7 @@ def test_a_new_login_is_known_to_every_node(
             assert device.unwrap(wrapped, b"c") == dek
 
 
-def test_a_bad_login_does_not_lock_the_role(
-    healthy: list[Any], make: Any, secret_file: Any
-) -> None:
+def test_a_bad_login_does_not_lock_the_role(healthy, make, secret_file):
     """The server locks a role after five bad logins; one bad login of ours is at most two."""
     leader, first, second = healthy
     policy = 'path "transit/decrypt/model" { capabilities = ["update"] }'
@@ -319,7 +306,7 @@ def test_a_bad_login_does_not_lock_the_role(
             assert make(auth=good, **addresses(nodes)).unwrap(wrapped, b"c") == dek
 
 
-def test_what_is_not_there_is_still_said(healthy: list[Any], make: Any) -> None:
+def test_what_is_not_there_is_still_said(healthy, make):
     leader, first, second = healthy
     provider = make(token=leader.root, **addresses([first, second, leader]))
     with Dek.generate() as dek:
@@ -331,9 +318,7 @@ def test_what_is_not_there_is_still_said(healthy: list[Any], make: Any) -> None:
             provider.unwrap(replace(wrapped, version="9999", blob=future), b"c")
 
 
-def test_a_sealed_node_is_passed_over(
-    healthy: list[Any], make: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_sealed_node_is_passed_over(healthy, make, caplog):
     leader, first, _ = healthy
     first.kill()
     first.start()  # it comes back sealed
@@ -352,9 +337,7 @@ def test_a_sealed_node_is_passed_over(
     assert findings["round trip"].status == "ok"
 
 
-def test_without_standby_reads_an_election_is_waited_out(
-    new_cluster: Callable[..., list[Any]], make: Any
-) -> None:
+def test_without_standby_reads_an_election_is_waited_out(new_cluster, make):
     nodes = new_cluster(standby_reads=False)
     nodes[0].transit("transit", "model")
     provider = make(token=nodes[0].root, **addresses(nodes) | {"timeout": 30.0})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,14 @@ path "transit/sign/*" { capabilities = ["update"] }
 
 
 @pytest.fixture(scope="module")
-def server(new_bao: Callable[..., Any]) -> Any:
+def server(new_bao) -> Any:
     bao = new_bao()
     bao.transit("transit", "model", "other")
     return bao
 
 
 @pytest.fixture(scope="module")
-def role(server: Any) -> tuple[str, str]:
+def role(server) -> tuple[str, str]:
     return server.approle(POLICY)
 
 
@@ -38,9 +38,7 @@ class TestVault(PatientContract):
     """With AppRole; ``create`` on encrypt, so that only our look stops the upsert trap."""
 
     @pytest.fixture
-    def provider_factory(
-        self, server: Any, role: tuple[str, str], secret_file: Any, time_limit: float
-    ) -> ProviderFactory:
+    def provider_factory(self, server, role, secret_file, time_limit) -> ProviderFactory:
         return self.factory(server, role[0], role[1], secret_file, time_limit)
 
     def factory(
@@ -68,25 +66,25 @@ class TestVault(PatientContract):
         return "other"
 
     @pytest.fixture
-    def recipient_key(self, provider: Any) -> str:
+    def recipient_key(self, provider) -> str:
         if "rsa" not in [info.key for info in provider.list_keys()]:
             provider.create_key("rsa", "rsa-2048", {})
         return "rsa"
 
     @pytest.fixture
-    def denied_factory(self, server: Any, role: tuple[str, str], secret_file: Any) -> Any:
+    def denied_factory(self, server, role, secret_file) -> Any:
         return self.factory(server, role[0], "not-the-secret-id", secret_file)
 
     @pytest.fixture
-    def break_service(self, server: Any) -> Hook:
+    def break_service(self, server) -> Hook:
         return lambda: server.do("PUT", "sys/seal")
 
     @pytest.fixture
-    def hang_service(self, server: Any) -> Hook:
+    def hang_service(self, server) -> Hook:
         return lambda: server.send(signal.SIGSTOP)
 
     @pytest.fixture
-    def heal_service(self, server: Any) -> Iterator[Hook]:
+    def heal_service(self, server) -> Iterator[Hook]:
         def heal() -> None:
             server.send(signal.SIGCONT)
             server.unseal()
@@ -95,13 +93,13 @@ class TestVault(PatientContract):
         return heal
 
     @pytest.fixture
-    def expire_login(self, server: Any) -> Hook:
+    def expire_login(self, server) -> Hook:
         return lambda: server.do("PUT", "sys/leases/revoke-prefix/auth/approle/login")
 
     @pytest.fixture
-    def secret_values(self, server: Any, role: tuple[str, str]) -> list[bytes]:
+    def secret_values(self, server, role) -> list[bytes]:
         return [role[1].encode(), server.root.encode()]
 
     @pytest.fixture
-    def place_values(self, server: Any) -> list[str]:
+    def place_values(self, server) -> list[str]:
         return [str(server.port), "127.0.0.1", Path(server.directory).name]

@@ -60,7 +60,7 @@ class Dev:
 
 
 @pytest.fixture(scope="module")
-def dev(bao_binary: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dev]:
+def dev(bao_binary, tmp_path_factory) -> Iterator[Dev]:
     home = tmp_path_factory.mktemp("home")
     dev = Dev(home / "dev", home)
     yield dev
@@ -69,7 +69,7 @@ def dev(bao_binary: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 @pytest.fixture
-def site(dev: Dev, tmp_path: Path) -> Path:
+def site(dev, tmp_path) -> Path:
     """A directory with a config that trusts the site's publisher, and a model."""
     (tmp_path / "keymgmt.toml").write_text(
         f'{dev.table}[policy]\npublishers = {{ "publisher.pem" = ["*"] }}\n'
@@ -101,7 +101,7 @@ def same(left: Path, right: Path) -> bool:
     )
 
 
-def test_the_dev_server(dev: Dev, site: Path) -> None:
+def test_the_dev_server(dev, site):
     for name in ("token", "root-token", "server.log"):
         assert (dev.directory / name).stat().st_mode & 0o777 == 0o600
     root = (dev.directory / "root-token").read_text()
@@ -119,7 +119,7 @@ def test_the_dev_server(dev: Dev, site: Path) -> None:
     assert {"model", "publisher"} <= {info.key for info in provider.list_keys()}  # type: ignore[attr-defined]
 
 
-def test_policies_are_those_of_the_manual(dev: Dev, site: Path) -> None:
+def test_policies_are_those_of_the_manual(dev, site):
     run = runner(dev, site)
     for role, key in (("seal", "resnet50"), ("open", "resnet50"), ("rotate", "resnet50")):
         assert run("vault", "policy", role, f"site:{key}") in PAGE.read_text()
@@ -128,7 +128,7 @@ def test_policies_are_those_of_the_manual(dev: Dev, site: Path) -> None:
     run("vault", "policy", "open", "elsewhere:model", code=3)
 
 
-def test_seal_verify_sign_rewrap_usage(dev: Dev, site: Path) -> None:
+def test_seal_verify_sign_rewrap_usage(dev, site):
     run = runner(dev, site)
     run("seal", "model", "model.sealed", "--name", "resnet50", "--release", "3")
     assert "resnet50" in run("verify", "model.sealed")
@@ -156,7 +156,7 @@ def test_seal_verify_sign_rewrap_usage(dev: Dev, site: Path) -> None:
     assert "retired" in run("verify", "model.sealed", code=5)
 
 
-def test_a_tree_is_rewrapped(dev: Dev, site: Path) -> None:
+def test_a_tree_is_rewrapped(dev, site):
     run = runner(dev, site)
     run("keys", "create", "site:fleet")
     (site / "small").mkdir()
@@ -172,7 +172,7 @@ def test_a_tree_is_rewrapped(dev: Dev, site: Path) -> None:
         run("verify", f"tree/m{number}.sealed")
 
 
-def test_a_model_opens_with_the_servers_api_and_the_spec_alone(dev: Dev, site: Path) -> None:
+def test_a_model_opens_with_the_servers_api_and_the_spec_alone(dev, site):
     """Sections 1, 4 and 5 of SPEC.md, and one call to the server."""
     runner(dev, site)("seal", "model", "spec.sealed", "--name", "resnet50")
     raw = (site / "spec.sealed" / "manifest.json").read_bytes()
@@ -202,7 +202,7 @@ def test_a_model_opens_with_the_servers_api_and_the_spec_alone(dev: Dev, site: P
     assert commitment in raw.decode()
 
 
-def test_a_model_runs(dev: Dev, site: Path) -> None:
+def test_a_model_runs(dev, site):
     """``keymgmt run``, where the loader is installed."""
     ov = pytest.importorskip("openvino")
     numpy = pytest.importorskip("numpy")
@@ -220,7 +220,7 @@ def test_a_model_runs(dev: Dev, site: Path) -> None:
     assert answer.tolist() == [[0, 2, 0, 4]]
 
 
-def test_the_dev_server_ends_with_its_command(bao_binary: Path, tmp_path: Path) -> None:
+def test_the_dev_server_ends_with_its_command(bao_binary, tmp_path):
     for number in (signal.SIGINT, signal.SIGTERM):
         dev = Dev(tmp_path / number.name, tmp_path)
         port = int(dev.address.rpartition(":")[2])
@@ -236,7 +236,7 @@ def test_the_dev_server_ends_with_its_command(bao_binary: Path, tmp_path: Path) 
         until(gone)
 
 
-def test_a_port_in_use(dev: Dev, tmp_path: Path) -> None:
+def test_a_port_in_use(dev, tmp_path):
     port = dev.address.rpartition(":")[2]
     arguments = ["vault", "dev", "--port", port, "--directory", str(tmp_path / "second")]
     ran = programs.run_keymgmt(*arguments, env=dev.environment)
@@ -246,9 +246,7 @@ def test_a_port_in_use(dev: Dev, tmp_path: Path) -> None:
 
 
 @pytest.mark.once
-def test_the_question_for_a_token_is_seen_whatever_asks(
-    dev: Dev, site: Path, asks: Callable[..., None], verbs_that_ask: Any
-) -> None:
+def test_the_question_for_a_token_is_seen_whatever_asks(dev, site, asks, verbs_that_ask):
     config = site / "keymgmt.toml"
     text, count = re.subn(r"token = \{.*?\}", 'token = { prompt = "Token" }', config.read_text())
     assert count == 1, text
@@ -259,7 +257,5 @@ def test_the_question_for_a_token_is_seen_whatever_asks(
 
 
 @pytest.mark.once
-def test_a_command_that_is_stopped_prints_no_traceback(
-    site: Path, ends_quietly: Callable[..., None]
-) -> None:
+def test_a_command_that_is_stopped_prints_no_traceback(site, ends_quietly):
     ends_quietly("-c", "keymgmt.toml", "doctor", "site:model", cwd=site)

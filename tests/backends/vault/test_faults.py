@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from vaults import ONE_TRY
@@ -26,7 +25,6 @@ from keymgmt.backend import (
     ProviderUnavailable,
     UnsupportedOperation,
     UnwrapFailed,
-    WrappedKey,
     WrongKey,
 )
 
@@ -81,7 +79,7 @@ def rogue() -> Iterator[Callable[[], Rogue]]:
 # Where it is.
 
 
-def test_wrong_address(make: Any, bao: Any, wrapped: WrappedKey, free_port: int) -> None:
+def test_wrong_address(make, bao, wrapped, free_port):
     address = f"https://127.0.0.1:{free_port}"
     with pytest.raises(ProviderUnavailable, match="no connection") as caught:
         make(bao, address=address, timeout=ONE_TRY).unwrap(wrapped, b"c")
@@ -89,27 +87,25 @@ def test_wrong_address(make: Any, bao: Any, wrapped: WrappedKey, free_port: int)
     assert "runs" in str(caught.value.hint)
 
 
-def test_unknown_name_is_not_tried_for_long(make: Any, bao: Any, wrapped: WrappedKey) -> None:
+def test_unknown_name_is_not_tried_for_long(make, bao, wrapped):
     provider = make(bao, address="https://no-such-host.invalid:8200", timeout=60.0)
     with pytest.raises(ProviderUnavailable, match="name cannot be resolved"):
         provider.unwrap(wrapped, b"c")
 
 
-def test_wrong_authority(make: Any, bao: Any, other_authority: Any, wrapped: WrappedKey) -> None:
+def test_wrong_authority(make, bao, other_authority, wrapped):
     provider = make(bao, ca_file=str(other_authority.ca_file), timeout=60.0)
     with pytest.raises(ProviderUnavailable, match="its certificate is refused") as caught:
         provider.unwrap(wrapped, b"c")
     assert "ca_file" in str(caught.value.hint)
 
 
-def test_the_public_authorities_do_not_vouch(make: Any, bao: Any, wrapped: WrappedKey) -> None:
+def test_the_public_authorities_do_not_vouch(make, bao, wrapped):
     with pytest.raises(ProviderUnavailable, match="its certificate is refused"):
         make(bao, ca_file=None).unwrap(wrapped, b"c")
 
 
-def test_expired_certificate(
-    make: Any, new_bao: Callable[..., Any], wrapped: WrappedKey, bao: Any
-) -> None:
+def test_expired_certificate(make, new_bao, wrapped, bao):
     expired = new_bao(init=False, days=-1, listens=False)
     provider = make(expired, token=bao.root)
     with pytest.raises(ProviderUnavailable, match="certificate has expired"):
@@ -117,14 +113,14 @@ def test_expired_certificate(
     assert "renew" in str(provider.check().findings[0].hint)
 
 
-def test_certificate_of_another_host(make: Any, bao: Any, wrapped: WrappedKey) -> None:
+def test_certificate_of_another_host(make, bao, wrapped):
     with pytest.raises(ProviderUnavailable, match="refused"):
         make(bao, server_name="other.example").unwrap(wrapped, b"c")
     with make(bao, server_name="vault.example").unwrap(wrapped, b"c") as dek:
         assert bytes(dek.view()) == bytes(32)
 
 
-def test_no_tls_where_it_should_be(make: Any, bao: Any, rogue: Any, wrapped: WrappedKey) -> None:
+def test_no_tls_where_it_should_be(make, bao, rogue, wrapped):
     plain = rogue()
     plain.says("200 OK", b"{}")
     address = plain.address.replace("http:", "https:")
@@ -133,7 +129,7 @@ def test_no_tls_where_it_should_be(make: Any, bao: Any, rogue: Any, wrapped: Wra
     assert not any(bao.root.encode() in data for data in plain.seen)
 
 
-def test_missing_authority_file(make: Any, bao: Any, tmp_path: Path, wrapped: WrappedKey) -> None:
+def test_missing_authority_file(make, bao, tmp_path, wrapped):
     with pytest.raises(ProviderUnavailable, match="cannot read the ca_file"):
         make(bao, ca_file=str(tmp_path / "absent.pem")).unwrap(wrapped, b"c")
     (tmp_path / "junk.pem").write_text("junk")
@@ -181,7 +177,7 @@ def test_missing_authority_file(make: Any, bao: Any, tmp_path: Path, wrapped: Wr
         ({"keys": {"model": {"nmae": "x"}}}, "[providers.site.keys.model] nmae: unknown key"),
     ],
 )
-def test_settings_that_are_refused(settings: dict[str, Any], says: str, tmp_path: Path) -> None:
+def test_settings_that_are_refused(settings, says, tmp_path):
     table = {
         "backend": "vault",
         "address": "https://vault.example:8200",
@@ -195,7 +191,7 @@ def test_settings_that_are_refused(settings: dict[str, Any], says: str, tmp_path
     assert "secret-word" not in f"{caught.value} {caught.value.hint}"
 
 
-def test_loopback_by_name_and_by_socket(make: Any, bao: Any, wrapped: WrappedKey) -> None:
+def test_loopback_by_name_and_by_socket(make, bao, wrapped):
     for address in (f"https://localhost:{bao.port}", f"unix:{bao.socket}"):
         with make(bao, address=address).unwrap(wrapped, b"c") as dek:
             assert bytes(dek.view()) == bytes(32)
@@ -204,14 +200,8 @@ def test_loopback_by_name_and_by_socket(make: Any, bao: Any, wrapped: WrappedKey
 
 
 def test_the_environment_changes_nothing(
-    make: Any,
-    bao: Any,
-    rogue: Any,
-    other_authority: Any,
-    wrapped: WrappedKey,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
+    make, bao, rogue, other_authority, wrapped, monkeypatch, tmp_path
+):
     trap = rogue()
     for name in ("VAULT_ADDR", "BAO_ADDR", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "HTTP_PROXY"):
         monkeypatch.setenv(name, trap.address)
@@ -237,7 +227,7 @@ def test_the_environment_changes_nothing(
 
 
 @pytest.mark.once
-def test_redirects_are_not_followed(make: Any, bao: Any, rogue: Any, wrapped: WrappedKey) -> None:
+def test_redirects_are_not_followed(make, bao, rogue, wrapped):
     elsewhere, first = rogue(), rogue()
     elsewhere.says("200 OK", b'{"data": {"plaintext": "x"}}')
     for status in ("301 Moved", "302 Found", "307 Temporary Redirect", "308 Permanent Redirect"):
@@ -250,7 +240,7 @@ def test_redirects_are_not_followed(make: Any, bao: Any, rogue: Any, wrapped: Wr
 
 
 @pytest.mark.parametrize("sized", [True, False])
-def test_oversized_answer(make: Any, rogue: Any, wrapped: WrappedKey, sized: bool) -> None:
+def test_oversized_answer(make, rogue, wrapped, sized):
     server = rogue()
     length = b"Content-Length: 99999999999\r\n" if sized else b""
     sent = 0
@@ -267,7 +257,7 @@ def test_oversized_answer(make: Any, rogue: Any, wrapped: WrappedKey, sized: boo
     assert sent < 200 << 20
 
 
-def test_oversized_header(make: Any, rogue: Any, wrapped: WrappedKey) -> None:
+def test_oversized_header(make, rogue, wrapped):
     server = rogue()
 
     def flood(connection: socket.socket) -> None:
@@ -281,9 +271,7 @@ def test_oversized_header(make: Any, rogue: Any, wrapped: WrappedKey) -> None:
 
 
 @pytest.mark.parametrize("where", ["nothing", "head", "body"])
-def test_a_server_that_never_ends_its_answer(
-    make: Any, rogue: Any, wrapped: WrappedKey, where: str
-) -> None:
+def test_a_server_that_never_ends_its_answer(make, rogue, wrapped, where):
     """Not even one that sends a byte now and then holds a call beyond its limit."""
     server = rogue()
 
@@ -316,9 +304,7 @@ def test_a_server_that_never_ends_its_answer(
         b"\x15\x03\x03\x00\x02\x02\x46",
     ],
 )
-def test_a_server_that_dies_in_its_answer(
-    make: Any, bao: Any, rogue: Any, wrapped: WrappedKey, data: bytes
-) -> None:
+def test_a_server_that_dies_in_its_answer(make, bao, rogue, wrapped, data):
     server = rogue()
     server.answer = lambda connection: connection.sendall(data)
     with pytest.raises(ProviderUnavailable, match="broke"):
@@ -345,9 +331,7 @@ def test_a_server_that_dies_in_its_answer(
         (b'{"data": {"plaintext": "AAAA"}}', UnwrapFailed),
     ],
 )
-def test_an_answer_that_is_none(
-    make: Any, rogue: Any, wrapped: WrappedKey, body: bytes, error: type[Exception]
-) -> None:
+def test_an_answer_that_is_none(make, rogue, wrapped, body, error):
     server = rogue()
     server.says("200 OK", body)
     provider = make(address=server.address, token="s.token", timeout=0.5)
@@ -360,7 +344,7 @@ def test_an_answer_that_is_none(
 
 @pytest.mark.once
 @pytest.mark.parametrize("text", ["vault:v1:" + "A" * 70_000, "\ud800", "vault:v1:\u00e9AAA", "x"])
-def test_a_ciphertext_that_is_none(make: Any, bao: Any, gateway: Any, text: str) -> None:
+def test_a_ciphertext_that_is_none(make, bao, gateway, text):
     """A blob has room for 8192 bytes of it."""
     before = gateway()
     # The second item is the proof that the server binds contexts, which it must refuse.
@@ -371,9 +355,7 @@ def test_a_ciphertext_that_is_none(make: Any, bao: Any, gateway: Any, text: str)
         make(address=before.address, token=bao.root).wrap("model", dek, b"c")
 
 
-def test_words_of_the_server_are_shown_short_and_plain(
-    make: Any, rogue: Any, wrapped: WrappedKey
-) -> None:
+def test_words_of_the_server_are_shown_short_and_plain(make, rogue, wrapped):
     server = rogue()
     server.says("400 Bad", json.dumps({"errors": ["\x1b[31mred\n" + "x" * 5000]}).encode())
     with pytest.raises(Exception, match="red") as caught:
@@ -385,7 +367,7 @@ def test_words_of_the_server_are_shown_short_and_plain(
 # What is asked.
 
 
-def test_missing_mount(make: Any, bao: Any, wrapped: WrappedKey) -> None:
+def test_missing_mount(make, bao, wrapped):
     provider = make(bao, mount="absent")
     with pytest.raises(ProviderUnavailable, match="no Transit engine") as caught:
         provider.unwrap(wrapped, b"c")
@@ -396,7 +378,7 @@ def test_missing_mount(make: Any, bao: Any, wrapped: WrappedKey) -> None:
         provider.list_keys()
 
 
-def test_missing_key_is_not_made(make: Any, bao: Any, wrapped: WrappedKey) -> None:
+def test_missing_key_is_not_made(make, bao, wrapped):
     provider = make(bao)
     with Dek.generate() as dek, pytest.raises(KeyNotFound, match="no Transit key transit/modle"):
         provider.wrap("modle", dek, b"c")
@@ -405,13 +387,13 @@ def test_missing_key_is_not_made(make: Any, bao: Any, wrapped: WrappedKey) -> No
         provider.unwrap(replace(wrapped, key="modle"), b"c")
 
 
-def test_the_server_would_make_a_missing_key(bao: Any) -> None:
+def test_the_server_would_make_a_missing_key(bao):
     """The trap that the test above is about is there."""
     bao.do("POST", "transit/encrypt/made-by-mistake", {"plaintext": "AAAA"})
     assert bao.api("GET", "transit/keys/made-by-mistake")[0] == 200
 
 
-def test_denied_policy_names_the_path(make: Any, bao: Any, wrapped: WrappedKey) -> None:
+def test_denied_policy_names_the_path(make, bao, wrapped):
     provider = make(bao, token=bao.token(DECRYPT_ONLY))
     with provider.unwrap(wrapped, b"c") as dek:
         with pytest.raises(AccessDenied, match="read on transit/keys/model"):
@@ -421,9 +403,7 @@ def test_denied_policy_names_the_path(make: Any, bao: Any, wrapped: WrappedKey) 
     assert 'path "transit/decrypt/other" { capabilities = ["update"] }' in str(caught.value.hint)
 
 
-def test_an_expired_token_is_no_policy(
-    make: Any, bao: Any, wrapped: WrappedKey, secret_file: Any
-) -> None:
+def test_an_expired_token_is_no_policy(make, bao, wrapped, secret_file):
     token = bao.token(DECRYPT_ONLY)
     place = secret_file(token)
     provider = make(bao, auth={"method": "token", "token": place})
@@ -439,7 +419,7 @@ def test_an_expired_token_is_no_policy(
     provider.unwrap(wrapped, b"c").wipe()
 
 
-def test_a_token_without_the_default_policy(make: Any, bao: Any, wrapped: WrappedKey) -> None:
+def test_a_token_without_the_default_policy(make, bao, wrapped):
     """It may not look itself up, and is still not taken for an expired one."""
     provider = make(bao, token=bao.token(DECRYPT_ONLY, no_default_policy=True))
     provider.unwrap(wrapped, b"c").wipe()
@@ -448,9 +428,7 @@ def test_a_token_without_the_default_policy(make: Any, bao: Any, wrapped: Wrappe
     assert provider.check("model").ok
 
 
-def test_bad_token_and_bad_secret_id(
-    make: Any, bao: Any, wrapped: WrappedKey, secret_file: Any
-) -> None:
+def test_bad_token_and_bad_secret_id(make, bao, wrapped, secret_file):
     with pytest.raises(AccessDenied, match="expired"):
         make(bao, token="s.wrong-and-secret").unwrap(wrapped, b"c")
     role_id, _ = bao.approle(DECRYPT_ONLY, "bad-secret")
@@ -467,7 +445,7 @@ def test_bad_token_and_bad_secret_id(
         make(bao, auth=auth | {"mount": "absent"}).unwrap(wrapped, b"c")
 
 
-def test_secrets_that_others_can_read(make: Any, bao: Any, tmp_path: Path) -> None:
+def test_secrets_that_others_can_read(make, bao, tmp_path):
     (tmp_path / "token").write_text(bao.root)
     (tmp_path / "token").chmod(0o644)
     provider = make(bao, auth={"method": "token", "token": {"file": str(tmp_path / "token")}})
@@ -476,7 +454,7 @@ def test_secrets_that_others_can_read(make: Any, bao: Any, tmp_path: Path) -> No
     assert not provider.check().ok
 
 
-def test_wrong_context_and_every_flipped_byte(make: Any, bao: Any, wrapped: WrappedKey) -> None:
+def test_wrong_context_and_every_flipped_byte(make, bao, wrapped):
     provider = make(bao)
     with pytest.raises(UnwrapFailed, match="another context"):
         provider.unwrap(wrapped, b"d")
@@ -491,7 +469,7 @@ def test_wrong_context_and_every_flipped_byte(make: Any, bao: Any, wrapped: Wrap
     provider.unwrap(wrapped, b"c").wipe()
 
 
-def test_mechanisms_are_allow_listed(make: Any, bao: Any, wrapped: WrappedKey) -> None:
+def test_mechanisms_are_allow_listed(make, bao, wrapped):
     provider = make(bao, keys={"model": {"mechanisms": ["chacha20-poly1305"]}})
     with pytest.raises(UnsupportedOperation, match="does not allow") as caught:
         provider.unwrap(wrapped, b"c")
@@ -503,7 +481,7 @@ def test_mechanisms_are_allow_listed(make: Any, bao: Any, wrapped: WrappedKey) -
         make(bao).unwrap(replace(wrapped, mechanism="RSA-OAEP-256"), b"c")
 
 
-def test_hostile_names_reach_no_url(make: Any, bao: Any, wrapped: WrappedKey) -> None:
+def test_hostile_names_reach_no_url(make, bao, wrapped):
     token = bao.token('path "*" { capabilities = ["create", "read", "update", "delete", "list"] }')
     provider = make(bao, token=token)
     for name in ("../../auth/token/revoke-self", "../../sys/tools/random", "a/../../sys/seal"):
@@ -524,7 +502,7 @@ def test_hostile_names_reach_no_url(make: Any, bao: Any, wrapped: WrappedKey) ->
 # What happens to it.
 
 
-def test_sealed_server(make: Any, new_bao: Callable[..., Any]) -> None:
+def test_sealed_server(make, new_bao):
     bao = new_bao()
     bao.transit("transit", "model")
     provider = make(bao, timeout=ONE_TRY)
@@ -541,7 +519,7 @@ def test_sealed_server(make: Any, new_bao: Callable[..., Any]) -> None:
         assert provider.unwrap(wrapped, b"c") == dek
 
 
-def test_restart_between_wrap_and_unwrap(make: Any, new_bao: Callable[..., Any]) -> None:
+def test_restart_between_wrap_and_unwrap(make, new_bao):
     bao = new_bao(storage="raft")
     bao.transit("transit", "model")
     provider = make(bao, timeout=20.0)
@@ -555,7 +533,7 @@ def test_restart_between_wrap_and_unwrap(make: Any, new_bao: Callable[..., Any])
         assert make(bao).unwrap(wrapped, b"c") == dek
 
 
-def test_a_key_that_may_not_be_deleted_stays_protected(make: Any, bao: Any) -> None:
+def test_a_key_that_may_not_be_deleted_stays_protected(make, bao):
     policy = """
     path "transit/keys/kept" { capabilities = ["create", "read", "update"] }
     path "transit/keys/kept/config" { capabilities = ["update"] }
@@ -567,7 +545,7 @@ def test_a_key_that_may_not_be_deleted_stays_protected(make: Any, bao: Any) -> N
         assert "deletion" not in provider.describe_key("kept").detail
 
 
-def test_a_retired_version(make: Any, bao: Any) -> None:
+def test_a_retired_version(make, bao):
     provider = make(bao)
     provider.create_key("retiring", "aes256-gcm96", {})
     with Dek.generate() as dek:
@@ -583,7 +561,7 @@ def test_a_retired_version(make: Any, bao: Any) -> None:
             provider.unwrap(wrapped, b"c")
 
 
-def test_a_soft_deleted_key(make: Any, bao: Any) -> None:
+def test_a_soft_deleted_key(make, bao):
     provider = make(bao)
     provider.create_key("dropped", "aes256-gcm96", {})
     with Dek.generate() as dek:
@@ -603,7 +581,7 @@ def test_a_soft_deleted_key(make: Any, bao: Any) -> None:
         assert provider.unwrap(wrapped, b"c") == dek
 
 
-def test_a_rate_limit_is_waited_for(make: Any, bao: Any) -> None:
+def test_a_rate_limit_is_waited_for(make, bao):
     bao.transit("limited", "model")
     provider = make(bao, mount="limited", timeout=20.0)
     with Dek.generate() as dek:
@@ -622,9 +600,7 @@ def test_a_rate_limit_is_waited_for(make: Any, bao: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This process")
-def test_a_fork_and_its_parent_do_not_share_a_connection(
-    make: Any, bao: Any, wrapped: WrappedKey
-) -> None:
+def test_a_fork_and_its_parent_do_not_share_a_connection(make, bao, wrapped):
     provider = make(bao)
     provider.unwrap(wrapped, b"c").wipe()
     child = os.fork()

@@ -16,14 +16,12 @@ import pytest
 from vaults import JSON, UNWRAP, approle, opens
 from waiting import until
 
-from keymgmt.backend import AccessDenied, Dek, ProviderUnavailable, WrappedKey, WrongKey
+from keymgmt.backend import AccessDenied, Dek, ProviderUnavailable, WrongKey
 
 # What changes on disk.
 
 
-def test_a_replaced_ca_file_is_taken(
-    make: Any, bao: Any, wrapped: WrappedKey, other_authority: Any, tmp_path: Path
-) -> None:
+def test_a_replaced_ca_file_is_taken(make, bao, wrapped, other_authority, tmp_path):
     file = tmp_path / "ca.pem"
     file.write_bytes(other_authority.ca_file.read_bytes())
     provider = make(bao, ca_file=str(file))
@@ -38,7 +36,7 @@ def test_a_replaced_ca_file_is_taken(
     assert opens(provider, wrapped)
 
 
-def test_a_replaced_client_certificate_is_taken(make: Any, new_bao: Any, tmp_path: Path) -> None:
+def test_a_replaced_client_certificate_is_taken(make, new_bao, tmp_path):
     bao = new_bao()
     bao.transit("transit", "model")
     bao.do("PUT", "sys/policies/acl/unwrap", {"policy": UNWRAP})
@@ -67,9 +65,7 @@ def test_a_replaced_client_certificate_is_taken(make: Any, new_bao: Any, tmp_pat
         assert provider.unwrap(wrapped, b"c") == dek
 
 
-def test_a_replaced_secret_id_is_taken(
-    make: Any, bao: Any, wrapped: WrappedKey, secret_file: Any
-) -> None:
+def test_a_replaced_secret_id_is_taken(make, bao, wrapped, secret_file):
     auth = approle(bao, secret_file, "moved", secret_id_num_uses=1)
     provider = make(bao, auth=auth)
     assert opens(provider, wrapped)
@@ -80,9 +76,7 @@ def test_a_replaced_secret_id_is_taken(
 
 
 @pytest.mark.parametrize("method", ["token", "agent"])
-def test_a_replaced_token_is_taken(
-    make: Any, bao: Any, wrapped: WrappedKey, secret_file: Any, method: str
-) -> None:
+def test_a_replaced_token_is_taken(make, bao, wrapped, secret_file, method):
     """One that somebody else writes to a file, an agent's sink say."""
     first = bao.token(UNWRAP)
     place = secret_file(first)
@@ -94,14 +88,7 @@ def test_a_replaced_token_is_taken(
 
 
 @pytest.mark.parametrize("method", ["token", "approle"])
-def test_a_person_who_types_a_secret_has_time(
-    make: Any,
-    bao: Any,
-    wrapped: WrappedKey,
-    secret_file: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    method: str,
-) -> None:
+def test_a_person_who_types_a_secret_has_time(make, bao, wrapped, secret_file, monkeypatch, method):
     """The time limit is for the server, and not for who looks the secret up and types it."""
     role_id, secret_id = bao.approle(UNWRAP, "typed")
     prompt = {"prompt": "Vault"}
@@ -120,13 +107,8 @@ def test_a_person_who_types_a_secret_has_time(
 
 @pytest.mark.once
 def test_nobody_is_asked_by_the_thread_that_keeps_a_token_alive(
-    make: Any,
-    bao: Any,
-    wrapped: WrappedKey,
-    secret_file: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+    make, bao, wrapped, secret_file, monkeypatch, caplog
+):
     role_id, secret_id = bao.approle(UNWRAP, "asked", token_ttl="8s", token_max_ttl="8s")
     asked: list[threading.Thread] = []
 
@@ -147,9 +129,7 @@ def test_nobody_is_asked_by_the_thread_that_keeps_a_token_alive(
 # Many recipients.
 
 
-def test_keys_of_others_cost_no_request(
-    make: Any, bao: Any, wrapped: WrappedKey, gateway: Any
-) -> None:
+def test_keys_of_others_cost_no_request(make, bao, wrapped, gateway):
     before = gateway()
     bao.transit("transit", "device7-main", "device8-main")
     provider = make(address=before.address, token=bao.root, keys_prefix="device7-")
@@ -163,9 +143,7 @@ def test_keys_of_others_cost_no_request(
     assert [info.key for info in provider.list_keys()] == ["device7-main"]
 
 
-def test_a_refusal_costs_one_request(
-    make: Any, bao: Any, wrapped: WrappedKey, gateway: Any
-) -> None:
+def test_a_refusal_costs_one_request(make, bao, wrapped, gateway):
     before = gateway()
     policy = 'path "transit/decrypt/model" { capabilities = ["update"] }'
     provider = make(address=before.address, token=bao.token(policy))
@@ -180,9 +158,7 @@ def test_a_refusal_costs_one_request(
     assert len(paths) <= 12
 
 
-def test_keys_of_others_do_not_fail_a_list(
-    make: Any, bao: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_keys_of_others_do_not_fail_a_list(make, bao, caplog):
     bao.transit("shared", "mine", "yours")
     policy = """
         path "shared/keys" { capabilities = ["list"] }
@@ -196,7 +172,7 @@ def test_keys_of_others_do_not_fail_a_list(
 # Contexts.
 
 
-def test_a_server_that_ignores_the_context_is_refused(make: Any, bao: Any, gateway: Any) -> None:
+def test_a_server_that_ignores_the_context_is_refused(make, bao, gateway):
     """As HashiCorp Vault before 1.13 does."""
     old = gateway()
 
@@ -212,9 +188,7 @@ def test_a_server_that_ignores_the_context_is_refused(make: Any, bao: Any, gatew
     assert not provider.check("model").ok
 
 
-def test_a_warning_that_the_context_was_ignored_is_read(
-    make: Any, bao: Any, wrapped: WrappedKey, gateway: Any
-) -> None:
+def test_a_warning_that_the_context_was_ignored_is_read(make, bao, wrapped, gateway):
     old = gateway()
     text = b'{"data": {"plaintext": "%s"}, "warnings": ["Endpoint ignored these unrecognized ' % (
         b"A" * 43 + b"="
@@ -227,7 +201,7 @@ def test_a_warning_that_the_context_was_ignored_is_read(
 # The development server.
 
 
-def test_the_dev_server_ends_with_a_killed_parent(bao_binary: Path, tmp_path: Path) -> None:
+def test_the_dev_server_ends_with_a_killed_parent(bao_binary, tmp_path):
     command = [sys.executable, "-m", "keymgmt.cli", "vault", "dev", "--directory"]
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
     with subprocess.Popen(

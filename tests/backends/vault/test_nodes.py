@@ -11,13 +11,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 from vaults import JSON, ONE_TRY, approle, errors, opens
 
-from keymgmt.backend import ProviderUnavailable, WrappedKey
+from keymgmt.backend import ProviderUnavailable
 
 
 @pytest.fixture
@@ -34,9 +33,7 @@ def frozen() -> Iterator[Callable[..., str]]:
         each.close()
 
 
-def test_one_healthy_node_among_dead_ones_is_enough(
-    make: Any, bao: Any, wrapped: WrappedKey, frozen: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_one_healthy_node_among_dead_ones_is_enough(make, bao, wrapped, frozen, caplog):
     dead = [frozen() for _ in range(3)]
     provider = make(bao, address=[*dead, bao.address], timeout=8.0, call_timeout=8.0)
     for _ in range(5):
@@ -46,9 +43,7 @@ def test_one_healthy_node_among_dead_ones_is_enough(
     assert not any(bao.address in text for text in passed)
 
 
-def test_a_node_that_had_no_time_is_not_to_blame(
-    make: Any, bao: Any, wrapped: WrappedKey, gateway: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_node_that_had_no_time_is_not_to_blame(make, bao, wrapped, gateway, caplog):
     """The reason that is given is that of the longest try, and the node is asked again at once."""
     slow = gateway()
     slow.before = lambda method, path, body: time.sleep(0.8)
@@ -60,8 +55,8 @@ def test_a_node_that_had_no_time_is_not_to_blame(
 
 
 def test_a_pause_that_outlasts_the_call_does_not_hide_the_reason(
-    make: Any, wrapped: WrappedKey, gateway: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    make, wrapped, gateway, monkeypatch
+):
     import keymgmt_vault._connection as connection
 
     before = gateway()
@@ -72,9 +67,7 @@ def test_a_pause_that_outlasts_the_call_does_not_hide_the_reason(
         make(address=before.address, token="hvs.token", timeout=ONE_TRY).unwrap(wrapped, b"c")
 
 
-def test_many_threads_leave_no_warning(
-    make: Any, bao: Any, wrapped: WrappedKey, gateway: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_many_threads_leave_no_warning(make, bao, wrapped, gateway, caplog):
     before = gateway()
     provider = make(address=before.address, token=bao.root, timeout=30.0, call_timeout=30.0)
     with ThreadPoolExecutor(64) as pool, caplog.at_level(logging.DEBUG):
@@ -84,8 +77,8 @@ def test_many_threads_leave_no_warning(
 
 
 def test_a_connection_that_was_idle_for_long_is_not_trusted(
-    make: Any, bao: Any, wrapped: WrappedKey, gateway: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    make, bao, wrapped, gateway, monkeypatch
+):
     import keymgmt_vault._transport as transport
 
     before = gateway()
@@ -98,9 +91,7 @@ def test_a_connection_that_was_idle_for_long_is_not_trusted(
     assert before.connections == 2
 
 
-def test_a_connection_that_ended_while_idle_is_replaced(
-    make: Any, bao: Any, wrapped: WrappedKey, gateway: Any
-) -> None:
+def test_a_connection_that_ended_while_idle_is_replaced(make, bao, wrapped, gateway):
     """Also where its end comes only after something was sent on it."""
     before = gateway()
     provider = make(address=before.address, token=bao.root, timeout=5.0)
@@ -113,9 +104,7 @@ def test_a_connection_that_ended_while_idle_is_replaced(
     assert before.connections == 5
 
 
-def test_a_secret_that_is_a_fifo_does_not_hang(
-    make: Any, bao: Any, wrapped: WrappedKey, tmp_path: Path
-) -> None:
+def test_a_secret_that_is_a_fifo_does_not_hang(make, bao, wrapped, tmp_path):
     os.mkfifo(tmp_path / "token", 0o600)
     auth = {"method": "token", "token": {"file": str(tmp_path / "token")}}
     with pytest.raises(ProviderUnavailable, match="regular file"):
@@ -138,9 +127,7 @@ def resolve(monkeypatch: pytest.MonkeyPatch, *answers: Any) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
 
 
-def test_an_address_of_a_name_does_not_hide_the_next(
-    make: Any, bao: Any, wrapped: WrappedKey, frozen: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_address_of_a_name_does_not_hide_the_next(make, bao, wrapped, frozen, monkeypatch):
     frozen("127.0.0.2", bao.port)
     resolve(monkeypatch, ["127.0.0.2", "127.0.0.1"])
     address = f"https://vault.example:{bao.port}"
@@ -149,9 +136,7 @@ def test_an_address_of_a_name_does_not_hide_the_next(
         assert opens(provider, wrapped)
 
 
-def test_a_sealed_server_of_a_name_does_not_hide_the_next(
-    make: Any, bao: Any, wrapped: WrappedKey, new_bao: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sealed_server_of_a_name_does_not_hide_the_next(make, bao, wrapped, new_bao, monkeypatch):
     sealed = new_bao(init=False)
     balancer = Balancer(sealed.port, "127.0.0.2", bao.port)
     resolve(monkeypatch, ["127.0.0.2", "127.0.0.1"])
@@ -161,9 +146,7 @@ def test_a_sealed_server_of_a_name_does_not_hide_the_next(
     balancer.close()
 
 
-def test_a_name_service_that_is_not_up_yet_is_waited_for(
-    make: Any, bao: Any, wrapped: WrappedKey, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_name_service_that_is_not_up_yet_is_waited_for(make, bao, wrapped, monkeypatch):
     busy = socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
     resolve(monkeypatch, busy, busy, busy, ["127.0.0.1"])
     assert opens(make(bao, address=f"https://vault.example:{bao.port}"), wrapped)
@@ -208,9 +191,7 @@ class Balancer:
         self.listener.close()
 
 
-def test_a_balancer_before_a_server_that_restarts_is_waited_for(
-    make: Any, bao: Any, wrapped: WrappedKey, secret_file: Any
-) -> None:
+def test_a_balancer_before_a_server_that_restarts_is_waited_for(make, bao, wrapped, secret_file):
     balancer = Balancer(bao.port, refuse=4)
     # A token that is kept alive is looked up after a second, over a connection of its own.
     auth = {"method": "token", "token": secret_file(bao.root), "renew": False}
@@ -224,9 +205,7 @@ def test_a_balancer_before_a_server_that_restarts_is_waited_for(
     balancer.close()
 
 
-def test_a_slow_login_has_the_time_of_the_whole_call(
-    make: Any, bao: Any, wrapped: WrappedKey, gateway: Any, secret_file: Any
-) -> None:
+def test_a_slow_login_has_the_time_of_the_whole_call(make, bao, wrapped, gateway, secret_file):
     before = gateway()
     before.before = lambda method, path, body: time.sleep(1.5 if "login" in path else 0)
     auth = approle(bao, secret_file, "slow", secret_id_num_uses=1)
@@ -237,8 +216,8 @@ def test_a_slow_login_has_the_time_of_the_whole_call(
 
 @pytest.mark.parametrize("named", [True, False])
 def test_a_login_that_a_standby_refused_waits_for_the_leader(
-    make: Any, bao: Any, wrapped: WrappedKey, gateway: Any, secret_file: Any, named: bool
-) -> None:
+    make, bao, wrapped, gateway, secret_file, named
+):
     """One that lags does not know the role yet; it is asked once, and not believed for a minute."""
     standby, other = gateway(), gateway()
     elected = threading.Event()
@@ -272,9 +251,7 @@ def test_a_login_that_a_standby_refused_waits_for_the_leader(
     assert other.count("auth/approle/login") == 1
 
 
-def test_a_lost_login_is_not_sent_again(
-    make: Any, bao: Any, wrapped: WrappedKey, gateway: Any, secret_file: Any
-) -> None:
+def test_a_lost_login_is_not_sent_again(make, bao, wrapped, gateway, secret_file):
     before = gateway()
     before.after = lambda method, path: "login" not in path
     auth = approle(bao, secret_file, "lost", secret_id_num_uses=1)

@@ -22,12 +22,12 @@ MAY = {
 }
 
 
-def test_the_page_has_all_roles() -> None:
+def test_the_page_has_all_roles():
     assert set(ROLES) == set(MAY)
 
 
 @pytest.fixture(scope="module")
-def server(new_bao: Callable[..., Any]) -> Any:
+def server(new_bao) -> Any:
     bao = new_bao()
     bao.transit("transit", "resnet50", "other")
     bao.transit("transit", "publisher", kind="ed25519")
@@ -35,7 +35,7 @@ def server(new_bao: Callable[..., Any]) -> Any:
 
 
 @pytest.mark.parametrize("role", MAY)
-def test_a_role_does_its_work_and_nothing_else(server: Any, make: Any, role: str) -> None:
+def test_a_role_does_its_work_and_nothing_else(server, make, role):
     server.do("POST", "transit/keys/resnet50/rotate", {})
     root = make(server)
     oldest = next(v for v in root.describe_key("resnet50").versions if v.state == "old").version
@@ -89,7 +89,7 @@ def test_a_role_does_its_work_and_nothing_else(server: Any, make: Any, role: str
     assert server.api("GET", "transit/keys/mistyped")[0] == 404
 
 
-def test_a_rewrapper_has_two_roles(server: Any, make: Any) -> None:
+def test_a_rewrapper_has_two_roles(server, make):
     policy = ROLES["edge device"] + ROLES["sealing machine"]
     provider = make(server, token=server.token(policy))
     with Dek.generate() as dek:

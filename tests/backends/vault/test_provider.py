@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -36,7 +35,7 @@ def b64(data: bytes) -> str:
         ("rsa-2048", "RSA-OAEP-256"),
     ],
 )
-def test_every_kind_binds_its_context(make: Any, bao: Any, kind: str, mechanism: str) -> None:
+def test_every_kind_binds_its_context(make, bao, kind, mechanism):
     key = f"kind-{kind}"
     bao.transit("transit", key, kind=kind)
     provider = make(bao)
@@ -63,7 +62,7 @@ def test_every_kind_binds_its_context(make: Any, bao: Any, kind: str, mechanism:
             provider.unwrap(made[0], b"second")
 
 
-def test_the_servers_own_command_opens_a_blob(make: Any, bao: Any) -> None:
+def test_the_servers_own_command_opens_a_blob(make, bao):
     """Without our code: the blob is Transit's ciphertext, the context its additional data."""
     with Dek.generate() as dek:
         wrapped = make(bao).wrap("model", dek, b"the context")
@@ -78,7 +77,7 @@ def test_the_servers_own_command_opens_a_blob(make: Any, bao: Any) -> None:
         assert base64.b64decode(plaintext) == bytes(dek.view())
 
 
-def test_a_large_batch_over_two_keys(make: Any, bao: Any) -> None:
+def test_a_large_batch_over_two_keys(make, bao):
     """More than one request takes, several bad items, each failing alone and in its place."""
     provider = make(bao)
     bao.transit("transit", "batch-a", "batch-b")
@@ -107,7 +106,7 @@ def test_a_large_batch_over_two_keys(make: Any, bao: Any) -> None:
     assert provider.unwrap_batch([]) == []
 
 
-def test_a_large_batch_of_wraps(make: Any, bao: Any) -> None:
+def test_a_large_batch_of_wraps(make, bao):
     """More than one request takes; each data key comes back in its place, for its context alone."""
     provider = make(bao)
     bao.transit("transit", "many")
@@ -122,7 +121,7 @@ def test_a_large_batch_of_wraps(make: Any, bao: Any) -> None:
         provider.wrap_batch("absent", items[:2])
 
 
-def test_native_names(make: Any, bao: Any) -> None:
+def test_native_names(make, bao):
     """The config names the place; the file names only the key."""
     bao.transit("transit", "Model-KEK_2026")
     provider = make(bao, keys={"resnet50": {"name": "Model-KEK_2026"}})
@@ -136,7 +135,7 @@ def test_native_names(make: Any, bao: Any) -> None:
     assert "Model-KEK_2026" not in names
 
 
-def test_what_create_makes(make: Any, bao: Any) -> None:
+def test_what_create_makes(make, bao):
     provider = make(bao)
     info = provider.create_key("careful", "aes256-gcm96", {"auto-rotate": "720h"})
     assert (info.newest, info.purpose, info.kind) == ("1", "wrap", "aes256-gcm96")
@@ -161,19 +160,19 @@ def test_what_create_makes(make: Any, bao: Any) -> None:
     assert "foreign" not in [info.key for info in provider.list_keys()]
 
 
-def test_derived_keys_are_refused(make: Any, bao: Any) -> None:
+def test_derived_keys_are_refused(make, bao):
     """They bind a context of their own, and without it nothing is encrypted."""
     bao.do("POST", "transit/keys/derived", {"type": "aes256-gcm96", "derived": True})
     with Dek.generate() as dek, pytest.raises(UnsupportedOperation, match="derived"):
         make(bao).wrap("derived", dek, b"c")
 
 
-def test_an_empty_engine_has_no_keys(make: Any, bao: Any) -> None:
+def test_an_empty_engine_has_no_keys(make, bao):
     bao.transit("empty")
     assert make(bao, mount="empty").list_keys() == []
 
 
-def test_rsa_signs_where_the_config_says_so(make: Any, bao: Any) -> None:
+def test_rsa_signs_where_the_config_says_so(make, bao):
     bao.transit("transit", "rsa-release", kind="rsa-2048")
     with pytest.raises(UnsupportedOperation, match="does not sign") as caught:
         make(bao).sign("rsa-release", b"message")
@@ -187,7 +186,7 @@ def test_rsa_signs_where_the_config_says_so(make: Any, bao: Any) -> None:
         provider.wrap("rsa-release", dek, b"c")
 
 
-def test_a_large_message_is_signed(make: Any, bao: Any) -> None:
+def test_a_large_message_is_signed(make, bao):
     """The manifest of a model with very many files."""
     bao.transit("transit", "large-ed", kind="ed25519")
     made = make(bao).sign("large-ed", b"m" * 3_000_000)
@@ -202,7 +201,7 @@ def findings(provider: Any, key: str | None = None) -> dict[str, Any]:
     return {finding.name: finding for finding in provider.check(key).findings}
 
 
-def test_doctor_of_a_good_set_up(make: Any, bao: Any) -> None:
+def test_doctor_of_a_good_set_up(make, bao):
     policy = """
         path "transit/decrypt/model" { capabilities = ["update"] }
         path "transit/encrypt/model" { capabilities = ["update"] }
@@ -222,7 +221,7 @@ def test_doctor_of_a_good_set_up(make: Any, bao: Any) -> None:
     assert provider.check("model").ok
 
 
-def test_doctor_of_an_edge_device(make: Any, bao: Any) -> None:
+def test_doctor_of_an_edge_device(make, bao):
     token = bao.token('path "transit/decrypt/model" { capabilities = ["update"] }', ttl="1h")
     provider = make(bao, token=token)
     found = findings(provider, "model")
@@ -232,7 +231,7 @@ def test_doctor_of_an_edge_device(make: Any, bao: Any) -> None:
     assert found["round trip"].status == "skipped"
 
 
-def test_doctor_warns(make: Any, bao: Any, new_bao: Callable[..., Any]) -> None:
+def test_doctor_warns(make, bao, new_bao):
     short = new_bao(days=5)
     short.transit("transit", "model")
     short.do("POST", "transit/keys/open", {"exportable": True})
@@ -252,7 +251,7 @@ def test_doctor_warns(make: Any, bao: Any, new_bao: Callable[..., Any]) -> None:
     assert "it cannot be renewed" in found["login"].hint
 
 
-def test_doctor_of_every_bad_day(make: Any, bao: Any, new_bao: Callable[..., Any]) -> None:
+def test_doctor_of_every_bad_day(make, bao, new_bao):
     fresh = new_bao(init=False)
     health = make(fresh, token="s.none").check("model")
     assert health.findings[0].detail == "it is not initialised"
@@ -266,7 +265,7 @@ def test_doctor_of_every_bad_day(make: Any, bao: Any, new_bao: Callable[..., Any
     assert "secrets enable" in found["key"].hint
 
 
-def test_doctor_of_a_signing_key(make: Any, bao: Any) -> None:
+def test_doctor_of_a_signing_key(make, bao):
     bao.transit("transit", "publisher", kind="ed25519")
     found = findings(make(bao), "publisher")
     assert found["signature"].status == "ok"
@@ -275,7 +274,7 @@ def test_doctor_of_a_signing_key(make: Any, bao: Any) -> None:
         make(bao).public_key("absent")
 
 
-def test_rsa_is_oaep_with_sha256(make: Any, bao: Any) -> None:
+def test_rsa_is_oaep_with_sha256(make, bao):
     """As SPEC.md says, made here from the public key alone, in the shape of InnerKey."""
     from keymgmt.backend import inner_wrap
 

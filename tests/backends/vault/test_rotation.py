@@ -56,7 +56,7 @@ class Services:
 
 
 @pytest.fixture
-def services(bao: Any, tmp_path: Path) -> Services:
+def services(bao, tmp_path) -> Services:
     return Services(bao, tmp_path)
 
 
@@ -68,7 +68,7 @@ def opens(path: Path, config: keymgmt.Config) -> bool:
         return False
 
 
-def test_a_key_under_another_name_is_not_unused(services: Services) -> None:
+def test_a_key_under_another_name_is_not_unused(services):
     tree, plain = services.folder / "tree", services.config("site")
     with services.config("site", alias=True) as sealing, plain:
         services.seal(tree / "m.sealed", ["site:prod"], sealing)
@@ -90,7 +90,7 @@ def test_a_key_under_another_name_is_not_unused(services: Services) -> None:
         assert (need.verdict, need.proved) == ("unknown", False)
 
 
-def test_without_the_right_to_try_nobody_knows(services: Services, bao: Any) -> None:
+def test_without_the_right_to_try_nobody_knows(services, bao):
     tree = services.folder / "tree"
     with services.config("site") as sealing:
         services.seal(tree / "m.sealed", [f"site:{services.al}"], sealing)
@@ -107,7 +107,7 @@ def test_without_the_right_to_try_nobody_knows(services: Services, bao: Any) -> 
 
 
 @pytest.fixture
-def two_sites(services: Services) -> Path:
+def two_sites(services) -> Path:
     """Six models that each of two services opens; both keys have a second version."""
     tree = services.folder / "tree"
     with services.config("site", "other") as sealing:
@@ -136,9 +136,7 @@ def states(done: list[keymgmt.Rewrapped]) -> set[tuple[str, ...]]:
     return {tuple(group.state for group in item.groups) for item in done}
 
 
-def test_a_service_that_is_down_is_told_and_asked_once(
-    services: Services, two_sites: Path, free_port: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_service_that_is_down_is_told_and_asked_once(services, two_sites, free_port, monkeypatch):
     with services.config("site") as alone:
         config = services.config("site", "other", other=down(free_port))
         provider = config.provider("other")
@@ -166,12 +164,7 @@ def test_a_service_that_is_down_is_told_and_asked_once(
 
 
 @pytest.mark.parametrize("resume", [None, "journal"])
-def test_a_service_that_goes_down_in_the_middle(
-    services: Services,
-    gateway: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-    resume: str | None,
-) -> None:
+def test_a_service_that_goes_down_in_the_middle(services, gateway, monkeypatch, resume):
     """What it answered for is done, the rest is told, and the next run does it: nothing twice."""
     journal = {"resume": services.folder / resume} if resume else {}
     monkeypatch.setattr("keymgmt._verbs.rewrap_tree.CHUNK", 4)
@@ -211,7 +204,7 @@ def test_a_service_that_goes_down_in_the_middle(
 @pytest.mark.nightly
 @pytest.mark.once
 @pytest.mark.timeout(900)
-def test_a_rewrap_of_a_tree_killed_at_random_points(services: Services, bao: Any) -> None:
+def test_a_rewrap_of_a_tree_killed_at_random_points(services, bao):
     tree, file = services.folder / "tree", services.folder / "keymgmt.toml"
     file.write_text(
         f'[policy]\nrequire_signature = false\n[providers.site]\nbackend = "vault"\n'
@@ -234,7 +227,7 @@ def test_a_rewrap_of_a_tree_killed_at_random_points(services: Services, bao: Any
     assert not list(tree.rglob(".*"))
 
 
-def test_a_service_that_denies_is_told(services: Services, two_sites: Path, bao: Any) -> None:
+def test_a_service_that_denies_is_told(services, two_sites, bao):
     key = services.al
     rights = (
         f'path "here/keys/{key}" {{ capabilities = ["read"] }} '
@@ -249,9 +242,7 @@ def test_a_service_that_denies_is_told(services: Services, two_sites: Path, bao:
     assert done[0].groups[1].to_json()["class"] == "AccessDenied"
 
 
-def test_no_group_left_is_not_said_of_a_service_that_is_down(
-    services: Services, two_sites: Path, free_port: int
-) -> None:
+def test_no_group_left_is_not_said_of_a_service_that_is_down(services, two_sites, free_port):
     """With --force as the way out, a passing fault would cost the last way in."""
     config = services.config("site", "other", other=down(free_port))
     model = two_sites / "m0.sealed"
@@ -262,7 +253,7 @@ def test_no_group_left_is_not_said_of_a_service_that_is_down(
     assert (model / "keys.json").read_bytes() == before
 
 
-def test_a_rate_limit_is_told_as_what_it_is(services: Services, two_sites: Path, bao: Any) -> None:
+def test_a_rate_limit_is_told_as_what_it_is(services, two_sites, bao):
     """It passes; --force would not, and would cost the last way in."""
     quota = "sys/quotas/rate-limit/rotation"
     model = two_sites / "m0.sealed"
@@ -281,7 +272,7 @@ def test_a_rate_limit_is_told_as_what_it_is(services: Services, two_sites: Path,
     assert "rate limit" in str(done[0].groups[1].error)
 
 
-def test_models_of_another_site_alone_are_no_fault(services: Services) -> None:
+def test_models_of_another_site_alone_are_no_fault(services):
     tree = services.folder / "tree"
     with services.config("site", "other") as sealing, services.config("site") as config:
         provider: Any = sealing.provider("other")
@@ -362,13 +353,7 @@ def damage(path: Path, how: str | None) -> None:
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(models=st.lists(MODEL, min_size=1, max_size=4), alias=st.booleans(), loop=st.booleans())
-def test_nothing_is_lost_that_was_not_listed(
-    bao: Any,
-    tmp_path_factory: pytest.TempPathFactory,
-    models: list[dict[str, Any]],
-    alias: bool,
-    loop: bool,
-) -> None:
+def test_nothing_is_lost_that_was_not_listed(bao, tmp_path_factory, models, alias, loop):
     """A retired version leaves no model that opened before and does not after, unless listed."""
     services = Services(bao, tmp_path_factory.mktemp("retire"))
     tree = services.folder / "tree"

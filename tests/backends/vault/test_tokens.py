@@ -22,7 +22,7 @@ from vaults import JSON, UNWRAP, approle, errors, opens
 from waiting import until
 
 import keymgmt
-from keymgmt.backend import AccessDenied, WrappedKey
+from keymgmt.backend import AccessDenied
 
 
 def tokens(bao: Any) -> set[str]:
@@ -35,9 +35,7 @@ def threads_of_tokens() -> list[threading.Thread]:
 
 
 @pytest.mark.once
-def test_a_token_is_renewed_while_nothing_is_opened(
-    make: Any, bao: Any, wrapped: WrappedKey, secret_file: Any
-) -> None:
+def test_a_token_is_renewed_while_nothing_is_opened(make, bao, wrapped, secret_file):
     auth = approle(bao, secret_file, "idle", token_ttl="3s", secret_id_num_uses=1)
     provider = make(bao, auth=auth)
     assert opens(provider, wrapped)
@@ -47,13 +45,8 @@ def test_a_token_is_renewed_while_nothing_is_opened(
 
 @pytest.mark.once
 def test_a_renewal_that_fails_costs_nobody_an_unwrap(
-    make: Any,
-    bao: Any,
-    wrapped: WrappedKey,
-    gateway: Any,
-    secret_file: Any,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+    make, bao, wrapped, gateway, secret_file, caplog
+):
     before = gateway()
     heals = time.monotonic() + 5.5
 
@@ -75,8 +68,8 @@ def test_a_renewal_that_fails_costs_nobody_an_unwrap(
 
 @pytest.mark.once
 def test_a_token_that_died_is_not_renewed_for_ever(
-    make: Any, bao: Any, wrapped: WrappedKey, gateway: Any, secret_file: Any, caplog: Any
-) -> None:
+    make, bao, wrapped, gateway, secret_file, caplog
+):
     before = gateway()
     before.before = lambda method, path, body: (
         (403, JSON, errors("permission denied")) if path.endswith("renew-self") else None
@@ -91,9 +84,7 @@ def test_a_token_that_died_is_not_renewed_for_ever(
 
 
 @pytest.mark.once
-def test_a_token_that_will_die_is_said_before(
-    make: Any, bao: Any, wrapped: WrappedKey, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_token_that_will_die_is_said_before(make, bao, wrapped, caplog):
     token = bao.token(UNWRAP, ttl="6s", explicit_max_ttl="8s", renewable=True)
     provider = make(bao, token=token)
     said = False
@@ -105,9 +96,7 @@ def test_a_token_that_will_die_is_said_before(
     assert said
 
 
-def test_the_thread_of_a_token_ends_with_its_provider(
-    make: Any, bao: Any, wrapped: WrappedKey, secret_file: Any
-) -> None:
+def test_the_thread_of_a_token_ends_with_its_provider(make, bao, wrapped, secret_file):
     until(lambda: not threads_of_tokens())
     auth = approle(bao, secret_file, "thread")
     provider = make(bao, auth=auth)
@@ -132,9 +121,7 @@ def test_the_thread_of_a_token_ends_with_its_provider(
     until(lambda: not threads_of_tokens())
 
 
-def test_close_revokes_what_this_process_logged_in_for(
-    make: Any, bao: Any, wrapped: WrappedKey, secret_file: Any
-) -> None:
+def test_close_revokes_what_this_process_logged_in_for(make, bao, wrapped, secret_file):
     auth = approle(bao, secret_file, "leaving", token_ttl="1h")
     before = tokens(bao)
     for _ in range(3):
@@ -159,9 +146,7 @@ def test_close_revokes_what_this_process_logged_in_for(
     assert bao.api("GET", "auth/token/lookup-self", token=given)[0] == 200
 
 
-def test_neither_opens_nor_commands_leave_a_token(
-    bao: Any, secret_file: Any, tmp_path: Path
-) -> None:
+def test_neither_opens_nor_commands_leave_a_token(bao, secret_file, tmp_path):
     policy = """
         path "transit/encrypt/model" { capabilities = ["update"] }
         path "transit/decrypt/model" { capabilities = ["update"] }
@@ -202,9 +187,7 @@ def test_neither_opens_nor_commands_leave_a_token(
         assert tokens(bao) <= before, words
 
 
-def test_a_batch_token_leaves_nothing(
-    make: Any, bao: Any, wrapped: WrappedKey, gateway: Any, secret_file: Any
-) -> None:
+def test_a_batch_token_leaves_nothing(make, bao, wrapped, gateway, secret_file):
     before, known = gateway(), tokens(bao)
     auth = approle(bao, secret_file, "batch", token_type="batch")
     provider = make(address=before.address, auth=auth)
@@ -214,9 +197,7 @@ def test_a_batch_token_leaves_nothing(
     assert before.count("auth/token/revoke-self") == 0
 
 
-def test_close_lets_a_call_in_flight_end(
-    make: Any, bao: Any, wrapped: WrappedKey, gateway: Any, secret_file: Any
-) -> None:
+def test_close_lets_a_call_in_flight_end(make, bao, wrapped, gateway, secret_file):
     before = gateway()
     held = threading.Event()
 
@@ -239,8 +220,8 @@ def test_close_lets_a_call_in_flight_end(
 
 
 def test_a_wrong_secret_id_is_not_sent_until_the_role_is_locked(
-    make: Any, bao: Any, wrapped: WrappedKey, gateway: Any, secret_file: Any
-) -> None:
+    make, bao, wrapped, gateway, secret_file
+):
     before = gateway()
     auth = approle(bao, secret_file, "guessed")
     good = Path(auth["secret_id"]["file"]).read_text()
@@ -281,9 +262,7 @@ def test_a_wrong_secret_id_is_not_sent_until_the_role_is_locked(
     assert opens(make(address=before.address, auth=auth), wrapped)
 
 
-def test_workers_that_start_together_send_one_bad_login(
-    make: Any, bao: Any, wrapped: WrappedKey, gateway: Any, secret_file: Any
-) -> None:
+def test_workers_that_start_together_send_one_bad_login(make, bao, wrapped, gateway, secret_file):
     before = gateway()
     auth = approle(bao, secret_file, "herd")
     Path(auth["secret_id"]["file"]).write_text("not-the-secret-id")
@@ -313,9 +292,7 @@ def test_workers_that_start_together_send_one_bad_login(
     assert not old.exists()
 
 
-def test_a_locked_role_names_the_lockout(
-    make: Any, bao: Any, wrapped: WrappedKey, secret_file: Any
-) -> None:
+def test_a_locked_role_names_the_lockout(make, bao, wrapped, secret_file):
     auth = approle(bao, secret_file, "locked-out")
     for _ in range(6):
         role_id = Path(auth["role_id"]["file"]).read_text()
@@ -326,9 +303,7 @@ def test_a_locked_role_names_the_lockout(
     assert "locked the role" in str(caught.value.hint)
 
 
-def test_a_token_of_few_uses_is_used_for_nothing_else(
-    make: Any, bao: Any, wrapped: WrappedKey, gateway: Any, secret_file: Any
-) -> None:
+def test_a_token_of_few_uses_is_used_for_nothing_else(make, bao, wrapped, gateway, secret_file):
     before = gateway()
     provider = make(address=before.address, token=bao.token(UNWRAP, num_uses=2))
     assert opens(provider, wrapped)

@@ -21,7 +21,6 @@ from keymgmt.backend import (
     KeymgmtError,
     ProviderError,
     ProviderUnavailable,
-    WrappedKey,
 )
 
 HTML = {"Content-Type": "text/html"}
@@ -63,15 +62,8 @@ HTML = {"Content-Type": "text/html"}
     ],
 )
 def test_an_answer_that_is_not_the_models_fault(
-    make: Any,
-    wrapped: WrappedKey,
-    gateway: Any,
-    status: int,
-    headers: dict[str, str],
-    body: bytes,
-    says: str,
-    hint: str,
-) -> None:
+    make, wrapped, gateway, status, headers, body, says, hint
+):
     before = gateway()
     before.before = lambda method, path, _: (status, headers, body)
     provider = make(address=before.address, token="hvs.token", timeout=ONE_TRY)
@@ -81,7 +73,7 @@ def test_an_answer_that_is_not_the_models_fault(
     assert hint in str(caught.value.hint)
 
 
-def test_retry_after_is_waited_for(make: Any, bao: Any, wrapped: WrappedKey, gateway: Any) -> None:
+def test_retry_after_is_waited_for(make, bao, wrapped, gateway):
     before = gateway()
     limited = [True]
 
@@ -93,9 +85,7 @@ def test_retry_after_is_waited_for(make: Any, bao: Any, wrapped: WrappedKey, gat
     assert before.count("transit/decrypt/model") == 2
 
 
-def test_an_address_with_a_path_and_slashes_at_the_end(
-    make: Any, bao: Any, wrapped: WrappedKey, gateway: Any
-) -> None:
+def test_an_address_with_a_path_and_slashes_at_the_end(make, bao, wrapped, gateway):
     before = gateway()
     before.prefix = "/site/vault"
     address = f"{before.address}/site/vault/"
@@ -107,21 +97,19 @@ def test_an_address_with_a_path_and_slashes_at_the_end(
     make(bao, namespace="team-b/").create_key("model", "aes256-gcm96", {})
 
 
-def test_a_wrong_namespace(make: Any, bao: Any, wrapped: WrappedKey) -> None:
+def test_a_wrong_namespace(make, bao, wrapped):
     with pytest.raises(ProviderUnavailable, match="no namespace nowhere"):
         make(bao, namespace="nowhere").unwrap(wrapped, b"c")
 
 
-def test_a_policy_with_allowed_parameters(make: Any, bao: Any, wrapped: WrappedKey) -> None:
+def test_a_policy_with_allowed_parameters(make, bao, wrapped):
     policy = UNWRAP.replace("}", 'allowed_parameters = { "ciphertext" = [] } }')
     with pytest.raises(AccessDenied, match="does not allow") as caught:
         make(bao, token=bao.token(policy)).unwrap(wrapped, b"c")
     assert "allowed_parameters" in str(caught.value.hint)
 
 
-def test_a_second_factor(
-    make: Any, bao: Any, wrapped: WrappedKey, gateway: Any, secret_file: Any
-) -> None:
+def test_a_second_factor(make, bao, wrapped, gateway, secret_file):
     before = gateway()
     answer = {"auth": {"client_token": "", "mfa_requirement": {"mfa_request_id": "x"}}}
     before.before = lambda method, path, _: (200, JSON, json.dumps(answer).encode())
@@ -131,9 +119,7 @@ def test_a_second_factor(
     assert "exempt" in str(caught.value.hint)
 
 
-def test_a_certificate_that_is_not_yet_valid(
-    make: Any, bao: Any, authority: Any, new_bao: Any, wrapped: WrappedKey
-) -> None:
+def test_a_certificate_that_is_not_yet_valid(make, bao, authority, new_bao, wrapped):
     early = new_bao(init=False, listens=False, since=datetime.timedelta(days=2))
     with pytest.raises(ProviderUnavailable, match="not yet valid") as caught:
         make(early, token="s.x").unwrap(wrapped, b"c")
@@ -149,7 +135,7 @@ def wrap_secret_id(bao: Any, role: str) -> str:
     return str(json.loads(bao.cli(*command))["wrap_info"]["token"])
 
 
-def test_a_wrapped_secret_id(make: Any, bao: Any, wrapped: WrappedKey, secret_file: Any) -> None:
+def test_a_wrapped_secret_id(make, bao, wrapped, secret_file):
     role_id, _ = bao.approle(UNWRAP, "wrapped")
     place = secret_file(wrap_secret_id(bao, "wrapped"))
     auth = {"method": "approle", "role_id": secret_file(role_id), "secret_id": {"wrapped": place}}
@@ -166,9 +152,7 @@ def test_a_wrapped_secret_id(make: Any, bao: Any, wrapped: WrappedKey, secret_fi
     assert opens(make(bao, auth=auth), wrapped)
 
 
-def test_a_wrapping_token_where_a_secret_id_is_meant(
-    make: Any, bao: Any, wrapped: WrappedKey, secret_file: Any
-) -> None:
+def test_a_wrapping_token_where_a_secret_id_is_meant(make, bao, wrapped, secret_file):
     role_id, _ = bao.approle(UNWRAP, "mistaken")
     place = secret_file(wrap_secret_id(bao, "mistaken"))
     auth = {"method": "approle", "role_id": secret_file(role_id), "secret_id": place}
@@ -178,7 +162,7 @@ def test_a_wrapping_token_where_a_secret_id_is_meant(
 
 
 @pytest.mark.parametrize("mode", [0o440, 0o644])
-def test_a_jwt_as_a_pod_has_it(make: Any, bao: Any, tmp_path: Path, mode: int) -> None:
+def test_a_jwt_as_a_pod_has_it(make, bao, tmp_path, mode):
     """A projected volume: links to a file that others can read, in a folder with the sticky bit."""
     folder = tmp_path / "projected"
     (folder / "..2026").mkdir(parents=True)
@@ -200,9 +184,7 @@ def test_a_jwt_as_a_pod_has_it(make: Any, bao: Any, tmp_path: Path, mode: int) -
 
 
 @pytest.mark.parametrize("way", ["sink", "socket"])
-def test_an_agent_that_has_not_logged_in_yet(
-    make: Any, bao: Any, wrapped: WrappedKey, agent: Path, way: str
-) -> None:
+def test_an_agent_that_has_not_logged_in_yet(make, bao, wrapped, agent, way):
     role_id, secret_id = bao.approle(UNWRAP, f"late-{way}")
 
     def provider(timeout: float) -> Any:
@@ -266,13 +248,8 @@ def echo(method: str, path: str, body: Any) -> Any:
     ],
 )
 def test_no_secret_is_in_an_error_or_its_frames(
-    make: Any,
-    wrapped: WrappedKey,
-    gateway: Any,
-    secret_file: Any,
-    answer: Callable[..., Any],
-    operation: str,
-) -> None:
+    make, wrapped, gateway, secret_file, answer, operation
+):
     before = gateway()
     before.before = answer
     approle = {
