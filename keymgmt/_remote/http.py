@@ -11,22 +11,17 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import logging
 import random
 import re
-import ssl
-import threading
 import time
-import urllib.request
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import IO, TYPE_CHECKING, Any, Final, TypeVar, cast
-from urllib.parse import urljoin, urlsplit
+from typing import IO, TYPE_CHECKING, Final, TypeVar, cast
 
+from keymgmt._remote.connections import CHUNK, Again, Connections, cut_short, sending
 from keymgmt._remote.patience import Patience
-from keymgmt._system.address import is_loopback
-from keymgmt._system.fork import ForkSafe
+from keymgmt._remote.url import need_urllib3, origin_of, redirected, shown
 from keymgmt._system.pages import unwritten
-from keymgmt.errors import ConfigError, KeymgmtError, StorageDenied, StorageUnavailable
+from keymgmt.errors import KeymgmtError, StorageDenied, StorageUnavailable
 
 if TYPE_CHECKING:
     import urllib3
@@ -35,62 +30,17 @@ if TYPE_CHECKING:
     from keymgmt._config.remote import Access, Remote
     from keymgmt._remote.download import Download
 
-__all__ = ["Http", "Reply", "basic", "origin_of", "redirected", "shown"]
+__all__ = ["Http", "Reply", "basic"]
 
 _TRIES: Final = 6
 _BUSY: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 _MOVED: Final = frozenset({301, 302, 303, 307, 308})
 _REDIRECTS: Final = 5
-_CHUNK: Final = 1 << 18
-_CONNECTIONS: Final = 32  # to one host that are kept open
 _CODE: Final = re.compile(rb'(?:"code"\s*:\s*"|<Code>)([A-Za-z_]{2,40})["<]')  # registries, S3
 _MAX_WAIT: Final = 10.0
 _REFUSED_BODY: Final = 1 << 16
 _LIES: Final = "the server, or a proxy on the way, is broken or hostile"
 T = TypeVar("T")
-
-
-class _Again(Exception):
-    """A fault that may pass: the request is made again after ``after`` seconds."""
-
-    def __init__(self, error: KeymgmtError, after: float = 0.0) -> None:
-        super().__init__()
-        self.error, self.after = error, after
-
-
-class _Thread(threading.local):
-    """Whose request this thread is at; None outside of one."""
-
-    patience: Patience | None = None
-
-
-_thread: Final = _Thread()
-
-
-class _Unsigned(logging.Filter):
-    """Keeps what an address is signed with out of the log of urllib3, which has it at DEBUG."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if _thread.patience is not None and isinstance(record.args, tuple):
-            record.args = tuple(
-                arg.partition("?")[0] if isinstance(arg, str) else arg for arg in record.args
-            )
-        return True
-
-
-_unsigned: Final = _Unsigned()
-
-
-class _Socket(ssl.SSLSocket):
-    """A connection whose time limit also holds for a server that sends a byte now and then.
-
-    The timeouts of urllib3 are for one byte, and a header line has many bytes.
-    """
-
-    def recv_into(self, *arguments: Any, **named: Any) -> int:
-        if _thread.patience is not None and _thread.patience.left_to_try < 0:
-            raise TimeoutError
-        return super().recv_into(*arguments, **named)
 
 
 class _Sent:
@@ -127,8 +77,8 @@ class Reply:
         """Parts of the body as they arrive, until its end or one byte more than ``limit``."""
         received = 0
         while received <= limit:
-            with _sending(self.url, self._patience):
-                part = self._raw.read1(min(_CHUNK, limit - received + 1), decode_content=False)
+            with sending(self.url, self._patience):
+                part = self._raw.read1(min(CHUNK, limit - received + 1), decode_content=False)
                 self._patience.moved(len(part))
             if not part:
                 return
@@ -149,64 +99,6 @@ class Reply:
                 return
             done += room
         self.body, self.whole = content[:done], True
-
-
-class _Connections(ForkSafe):
-    """The connections that are made with the same certificates and the same proxy."""
-
-    def __init__(self, access: Access) -> None:
-        """Connect to nobody yet; ConfigError where the certificates cannot be read."""
-        self._access = access
-        try:
-            self._tls = ssl.create_default_context(cafile=access.ca_file)
-        except OSError as error:
-            raise ConfigError(
-                f"cannot read the certificates in {access.ca_file}: {error.strerror or error}",
-                hint="ca_file of [remote] is a file of certificates in PEM",
-            ) from error
-        self._tls.sslsocket_class = _Socket
-        logging.getLogger("urllib3.connectionpool").addFilter(_unsigned)  # counts once
-        super().__init__()
-
-    def _renew(self) -> None:
-        # A child must not write to its parent's connections.
-        self._pools: dict[str, urllib3.PoolManager] = {}
-
-    @classmethod
-    def shared(cls, settings: Remote, access: Access) -> _Connections:
-        """Those that all models of a command share."""
-        file = access.ca_file
-        state = None
-        with contextlib.suppress(OSError):
-            state = file and (file.stat().st_mtime_ns, file.stat().st_size)
-        name = ("connections", file, access.proxy, access.auth == "environment")
-        return settings.kept.get(name, state, lambda: cls(access))
-
-    def to(self, url: str) -> urllib3.PoolManager:
-        """The connections to the host of an address, or to its proxy."""
-        proxy = self._proxy(url)
-        pool = self._pools.get(proxy)
-        if pool is None:
-            kinds: dict[str, Any] = {
-                "ssl_context": self._tls,
-                "maxsize": _CONNECTIONS,
-                "num_pools": 16,
-                "blocksize": _CHUNK,
-            }
-            library = _urllib3()
-            pool = library.ProxyManager(proxy, **kinds) if proxy else library.PoolManager(**kinds)
-            self._pools[proxy] = pool
-        return pool
-
-    def _proxy(self, url: str) -> str:
-        if url.startswith("http://"):
-            return ""  # a proxy would read plain HTTP, and has another loopback
-        if self._access.auth != "environment":
-            return self._access.proxy or ""
-        parts = urlsplit(url)
-        if urllib.request.proxy_bypass(parts.hostname or ""):
-            return ""
-        return self._access.proxy or urllib.request.getproxies().get(parts.scheme, "")
 
 
 class Http:
@@ -238,7 +130,7 @@ class Http:
         self.authorization = ""
         self._origin, self._login = origin_of(url), login
         self._timeout, self._patience = settings.timeout, patience
-        self._connections = _Connections.shared(settings, access)
+        self._connections = Connections.shared(settings, access)
 
     def request(
         self,
@@ -302,7 +194,7 @@ class Http:
                     )
                 download.write(part)
             if download.done < download.size:
-                raise _Again(_cut_short(url))
+                raise Again(cut_short(url))
 
         def work() -> bool:
             headers = (
@@ -326,7 +218,7 @@ class Http:
                 try:
                     self._patience.begin_try(_TRIES - tries)
                     return work()
-                except _Again as again:
+                except Again as again:
                     if progress() > best:
                         best, tries = progress(), 0
                     tries += 1
@@ -362,7 +254,7 @@ class Http:
                     read(reply)
                     return reply
                 refusal_body = b""
-                with contextlib.suppress(_Again):
+                with contextlib.suppress(Again):
                     # The body is read for its error code, and so that the connection can be reused.
                     refusal_body = next(reply.parts(_REFUSED_BODY), b"")
             challenge = reply.headers.get("www-authenticate")
@@ -371,7 +263,7 @@ class Http:
             elif reply.status in _MOVED and method in ("GET", "HEAD"):
                 url = redirected(url, reply.headers.get("location", ""))
             elif reply.status in _BUSY:
-                raise _Again(_refusal(reply, method, refusal_body), _retry_after(reply.headers))
+                raise Again(_refusal(reply, method, refusal_body), _retry_after(reply.headers))
             else:
                 raise _refusal(reply, method, refusal_body)
         raise StorageUnavailable(
@@ -394,7 +286,7 @@ class Http:
         timeout = min(self._timeout, left)
         if body is not None and not isinstance(body, bytes):
             body = _Sent(body, self._patience)
-        with _sending(url, self._patience):
+        with sending(url, self._patience):
             raw = self._connections.to(url).request(
                 method,
                 url,
@@ -403,7 +295,9 @@ class Http:
                 redirect=False,
                 retries=False,
                 preload_content=False,
-                timeout=_urllib3().Timeout(connect=timeout, read=timeout if body is None else left),
+                timeout=need_urllib3().Timeout(
+                    connect=timeout, read=timeout if body is None else left
+                ),
             )
         try:
             yield Reply(raw, url, self._patience)
@@ -414,56 +308,6 @@ class Http:
 def basic(user: str, secret: str) -> str:
     """The ``Authorization`` of a user with a secret (RFC 7617)."""
     return f"Basic {base64.b64encode(f'{user}:{secret}'.encode()).decode()}"
-
-
-def origin_of(url: str) -> tuple[str, str, int]:
-    """Scheme, host and port, which decide whether a login may be sent; ValueError if invalid.
-
-    urllib3, which connects, parses the address: urllib sees another host where a backslash is.
-    """
-    # Without the query: an address that is signed has a long one, which is slow to parse.
-    parts = _urllib3().util.parse_url(url.partition("?")[0])
-    if "\\" in url:
-        raise ValueError
-    return (
-        parts.scheme or "",
-        parts.host or "",
-        parts.port or (443 if parts.scheme == "https" else 80),
-    )
-
-
-def shown(url: str) -> str:
-    """An address for messages, without the query, in which a redirect may have a signature."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-
-
-def _urllib3() -> Any:
-    try:
-        import urllib3
-    except ImportError as error:
-        raise ConfigError(
-            "models elsewhere are read with a package that is not installed: urllib3",
-            hint='pip install "keymgmt[remote]"',
-        ) from error
-    return urllib3
-
-
-def redirected(url: str, location: str) -> str:
-    """The address to which ``url`` redirects; an error where that is not followed."""
-    try:
-        target = urljoin(url, location)
-        scheme, host, _ = origin_of(target)
-    except ValueError as error:
-        raise StorageUnavailable(
-            f"{shown(url)} redirects to what is no address", hint="look who answers at that address"
-        ) from error
-    if scheme == "https" or (scheme == "http" and is_loopback(host) and url.startswith("http://")):
-        return target
-    raise StorageDenied(
-        f"{shown(url)} redirects to {shown(target)}, which is not read",
-        hint="only https:// is followed: look who answers at that address",
-    )
 
 
 def _refusal(reply: Reply, method: str, body: bytes) -> KeymgmtError:
@@ -480,61 +324,6 @@ def _refusal(reply: Reply, method: str, body: bytes) -> KeymgmtError:
     if reply.status in _BUSY:
         hint = "it is busy or broken: try again later"
     return StorageUnavailable(message, hint=hint)
-
-
-def _cut_short(url: str) -> StorageUnavailable:
-    return StorageUnavailable(
-        f"{shown(url)} cut its answer short", hint="the server, or a proxy on the way, ends answers"
-    )
-
-
-@contextlib.contextmanager
-def _sending(url: str, patience: Patience) -> Iterator[None]:
-    """Translate faults of a connection; an invalid certificate is not tried again."""
-    from urllib3 import exceptions
-
-    _thread.patience = patience
-    try:
-        yield
-    except (exceptions.HTTPError, OSError) as error:
-        where = shown(url)
-        if (wrong := _certificate_error(error)) is not None:
-            raise StorageUnavailable(
-                f"the certificate of {where} is refused: {wrong.verify_message}",
-                hint="name the authority that made it: ca_file in [remote]",
-            ) from error
-        hint = "look whether it runs and is reached from here"
-        if isinstance(error, exceptions.LocationParseError | exceptions.LocationValueError):
-            raise StorageUnavailable(
-                f"{where} is no address", hint="look at the location, and at [remote] in the config"
-            ) from error
-        if isinstance(error, exceptions.NewConnectionError | ConnectionRefusedError):
-            message = "is not reached"
-        elif isinstance(error, exceptions.TimeoutError | TimeoutError):
-            if patience.left_to_try < 0:
-                raise _Again(patience.over()) from error
-            message = "did not answer in time"
-        elif isinstance(error.__cause__ or error, exceptions.IncompleteRead):
-            raise _Again(_cut_short(url)) from error
-        elif isinstance(error, exceptions.SSLError):
-            message, hint = "does not speak TLS as it should", "is it plain HTTP, or another port?"
-        else:
-            message = f"broke the connection ({type(error).__name__})"
-        raise _Again(StorageUnavailable(f"{where} {message}", hint=hint)) from error
-    finally:
-        _thread.patience = None
-
-
-def _certificate_error(error: BaseException) -> ssl.SSLCertVerificationError | None:
-    inner: object = error
-    while isinstance(inner, BaseException):
-        if isinstance(inner, ssl.SSLCertVerificationError):
-            return inner
-        reason = getattr(inner, "reason", None)
-        inner = (
-            reason if isinstance(reason, BaseException) else inner.__cause__ or inner.__context__
-        )
-    return None
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:

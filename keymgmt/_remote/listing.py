@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Final
 
 from keymgmt._remote.bucket import bucket_query
 from keymgmt._remote.folder import has_model
-from keymgmt._remote.http import shown
 from keymgmt._remote.location import BUCKETS, Location
+from keymgmt._remote.url import shown
 from keymgmt.errors import ConfigError, SealedModelError, StorageUnavailable
 from keymgmt.sealed.folder import KEYS, MANIFEST
 

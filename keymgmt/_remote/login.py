@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlencode
 
-from keymgmt._remote.http import Http, basic, origin_of, shown
+from keymgmt._remote.http import Http, basic
+from keymgmt._remote.url import origin_of, shown
 from keymgmt._system.address import is_loopback
 from keymgmt._system.strict_json import load_json
 from keymgmt._system.trusted_file import read_file

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Final, Self
 
 from keymgmt._remote.artifact import MAX_ARTIFACT, MEDIA_TYPE, Artifact, Blob, blob_of
 from keymgmt._remote.download import Download
-from keymgmt._remote.http import Http, redirected
+from keymgmt._remote.http import Http
 from keymgmt._remote.login import Login
 from keymgmt._remote.patience import Patience
 from keymgmt._remote.storage import Part
+from keymgmt._remote.url import redirected
 from keymgmt._remote.web import total_of
 from keymgmt._system.fork import ForkSafe
 from keymgmt.errors import ConfigError, IntegrityError, StorageUnavailable

@@ -7,8 +7,9 @@ from http import HTTPStatus as S
 from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
-from keymgmt._remote.http import Http, basic, shown
+from keymgmt._remote.http import Http, basic
 from keymgmt._remote.storage import Part, changed
+from keymgmt._remote.url import shown
 from keymgmt.errors import ConfigError, IntegrityError, StorageUnavailable
 
 if TYPE_CHECKING:
