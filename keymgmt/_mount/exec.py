@@ -315,7 +315,10 @@ class Launch:
         self._become()
         # An interrupt that came in a fork is raised again by a timer (keymgmt/cli/_run.py). The
         # timer would outlive the exec (execve(2)) and end the program: its interrupt comes first.
-        while left := signal.getitimer(signal.ITIMER_REAL)[0]:
+        # A timer without a handler of ours is that of whoever started us, for the program.
+        while callable(signal.getsignal(signal.SIGALRM)) and (
+            left := signal.getitimer(signal.ITIMER_REAL)[0]
+        ):
             time.sleep(left)
         if parent is not None:
             end_with(parent)  # after the change of user, which would undo it (prctl(2))

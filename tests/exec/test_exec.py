@@ -573,3 +573,18 @@ launch.execute_on_memfds(Path("/nowhere"))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 143, done.stderr
+
+
+def test_a_time_limit_of_whoever_started_us_is_the_programs() -> None:
+    """As in ``perl -e 'alarm 60; exec @ARGV' keymgmt exec ...``: an alarm outlives an exec."""
+    program = """
+import signal
+from pathlib import Path
+from keymgmt._mount.exec import Launch
+
+launch = Launch(["sh", "-c", "echo started; exec sleep 60"], print)
+signal.setitimer(signal.ITIMER_REAL, 3)
+launch.execute_on_memfds(Path("/nowhere"))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (-signal.SIGALRM, "started\n"), done.stderr
