@@ -35,9 +35,18 @@ def timed(work: Callable[[], object]) -> Run:
 
 
 def peak_mib() -> float:
+    """The largest RSS of this process until now."""
     # Not ru_maxrss: a child begins with its parent's.
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+    return _status("VmHWM:")
+
+
+def resident_mib() -> float:
+    """The RSS of this process."""
+    return _status("VmRSS:")
+
+
+def _status(name: str) -> float:
+    return int(Path("/proc/self/status").read_text().split(name)[1].split()[0]) / 1024
 
 
 def length(text: str) -> int:
@@ -120,10 +129,8 @@ def site(home: Path) -> dict[str, Path]:
     return {"signed": signed, "unsigned": unsigned}
 
 
-def bars(
-    path: Path, axes: Mapping[str, Mapping[str, float]], unit: str, others: Collection[str] = ()
-) -> None:
-    """Draw a bar chart (SVG): for each title its figures, those of ``others`` in grey."""
+def pyplot() -> Any:
+    """Matplotlib's pyplot, for SVG of text that is the same from the same figures."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -131,6 +138,14 @@ def bars(
     mpl.rcParams["svg.fonttype"] = "none"  # text, not outlines of it: smaller
     from matplotlib import pyplot as plt
 
+    return plt
+
+
+def bars(
+    path: Path, axes: Mapping[str, Mapping[str, float]], unit: str, others: Collection[str] = ()
+) -> None:
+    """Draw a bar chart (SVG): for each title its figures, those of ``others`` in grey."""
+    plt = pyplot()
     longest = max(len(figures) for figures in axes.values())
     size = (max(6, 3.3 * len(axes)), 1.2 + 0.28 * longest)
     figure, grid = plt.subplots(
