@@ -166,7 +166,7 @@ def test_keys_of_others_do_not_fail_a_list(make, bao, caplog):
     """
     provider = make(bao, token=bao.token(policy), mount="shared")
     assert [info.key for info in provider.list_keys()] == ["mine"]
-    assert "read the keys yours" in caplog.text
+    assert "read the key yours" in caplog.text
 
 
 # Contexts.
