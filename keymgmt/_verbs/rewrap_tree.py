@@ -1,10 +1,11 @@
 """Rewrap of many sealed models: in step, with few calls to a key service and many writes at once.
 
 The models of a chunk take each step together, so that their requests to a provider go into one
-call. Writing is mostly waiting for the disk: threads wait for the disk with one chunk while the
-next takes its steps. A model is locked only while its chunk is written, and no lock is waited for
-meanwhile, so two runs over one tree never wait for each other in a circle. A model that another
-process changes is done again under its lock when no other is held.
+call. Writing is mostly waiting for the disk: threads wait for it with one chunk while the next
+takes its steps, and do little else, since they would take turns at the interpreter. A model is
+locked only while its chunk is written, and no lock is waited for meanwhile, so two runs over one
+tree never wait for each other in a circle. A model that another process changes is done again
+under its lock when no other is held.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import queue
 import resource
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
@@ -153,12 +154,10 @@ def _in_chunks(found: Iterable[Place | Result], task: Task) -> Iterator[Result]:
         chunk, following = _Chunk((), task, pool), _Chunk((), task, pool)
         try:
             while True:
-                writing = chunk.write()
+                chunk.write()
                 following = _Chunk(tuple(itertools.islice(found, size)), task, pool)
                 while following.ask():
                     pass
-                while writing:
-                    writing = chunk.write()
                 yield from chunk.results()
                 if not following.models:
                     return
@@ -212,8 +211,8 @@ class _Chunk:
         self._task, self._pool = task, pool
         self.models = [each if isinstance(each, Result) else _Model(each, task) for each in found]
         self._asking = [model for model in self.models if isinstance(model, _Model)]
-        self._writing: list[_Model] = []
-        self._waiting: list[Future[None]] = []
+        self._writing: deque[_Model] = deque()
+        self._threads: list[Future[None]] = []
 
     def ask(self) -> bool:
         """Take each model one step further, but to no write; False where all are as far as that."""
@@ -222,43 +221,40 @@ class _Chunk:
         far = any(isinstance(model.path, str) for model in self._asking)
         each = map if self._task.in_few_calls and not far else self._pool.map
         list(each(_Model.step, self._asking))
-        self._writing += [m for m in self._asking if m.wanted and m.wanted.last]
+        self._writing.extend(m for m in self._asking if m.wanted and m.wanted.last)
         self._asking = [m for m in self._asking if m.wanted and not m.wanted.last]
         _ask(self._task, [model.wanted for model in self._asking if model.wanted])
         return bool(self._asking)
 
-    def write(self) -> bool:
-        """Take each write to its next wait, which begins in threads; False where all are done."""
-        wait(self._waiting)
+    def write(self) -> None:
+        """Lock and write each model up to where it waits for the disk; threads do the rest."""
         for model in self._writing:
             model.step()
-        self._writing = [model for model in self._writing if model.wait]
-        waits = queue.SimpleQueue[_Model]()
-        for model in self._writing:
-            waits.put(model)
         threads = min(_THREADS, len(self._writing))
-        self._waiting = [self._pool.submit(_wait_for, waits) for _ in range(threads)]
-        return bool(self._writing)
+        self._threads = [self._pool.submit(self._finish) for _ in range(threads)]
+
+    def _finish(self) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                model = self._writing.popleft()
+                while model.wait is not None:
+                    model.failure = outcome(model.wait)
+                    model.step()
 
     def results(self) -> Iterator[Result]:
-        """The result of each model, in order."""
+        """The result of each model, in order, when all are written."""
+        for thread in self._threads:
+            thread.result()
         for model in self.models:
             yield model.result(self._task) if isinstance(model, _Model) else model
 
     def close(self) -> None:
         """Leave every unfinished model unchanged and unlocked."""
-        wait(self._waiting)
+        self._writing.clear()
+        wait(self._threads)
         for model in self.models:
             if isinstance(model, _Model):
                 model.steps.close()
-
-
-def _wait_for(models: queue.SimpleQueue[_Model]) -> None:
-    with contextlib.suppress(queue.Empty):
-        while True:
-            model = models.get_nowait()
-            if model.wait is not None:
-                model.failure = outcome(model.wait)
 
 
 def _ask(task: Task, wanted: Sequence[Wanted]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from forks import become_nobody, in_child
+from waiting import until
 
 import keymgmt
 from keymgmt import Config, errors
@@ -550,6 +551,21 @@ def test_no_model_is_locked_while_a_result_is_handed_out(site, tree, monkeypatch
     done.close()
     assert not list(tree.rglob(".*"))
     assert all(group[0] in ("file:a@1", "file:a@2") for group in map(groups, tree.glob("*/m*")))
+
+
+def test_no_model_stays_locked_while_a_key_service_is_asked(site, tree, monkeypatch):
+    """It may hang, and another run waits a minute for a model."""
+    monkeypatch.setattr("keymgmt._verbs.rewrap_tree.CHUNK", 2)
+    site.provider.rotate_key("a")
+    provider = type(site.provider)
+    real = provider.unwrap_batch
+
+    def slow(self, items):
+        until(lambda: not list(tree.rglob(".*")))
+        return real(self, items)
+
+    monkeypatch.setattr(provider, "unwrap_batch", slow)
+    assert all(item.changed for item in keymgmt.rewrap_tree(tree, keys=site.config()))
 
 
 def test_shards_of_a_tree_join_to_the_whole(site, tree, tmp_path):
