@@ -17,6 +17,7 @@ import errno
 import grp
 import os
 import pwd
+import shlex
 import stat
 from pathlib import Path
 from typing import Final, Literal
@@ -147,8 +148,8 @@ def check_trusted(
         error: class of the error.
 
     Raises:
-        KeymgmtError: of the class ``error``; it names the one file, folder or link, and the one
-            ``chmod`` or ``chown`` that mends it.
+        KeymgmtError: of the class ``error``; it names the one file, folder or link, and the way
+            out: the one ``chmod`` or ``chown`` that mends it, but no ``chown`` of a folder above.
     """
     try:
         steps = _steps(path)
@@ -159,7 +160,7 @@ def check_trusted(
         # In a folder with the sticky bit nobody can exchange an entry of another user (chmod(2));
         # the next step looks at who owns the entry.
         sticky = stat.S_ISDIR(info.st_mode) and info.st_mode & stat.S_ISVTX and not last
-        problem = _owner_problem(info) or (
+        problem = _owner_problem(info, above=not last) or (
             None
             if sticky or stat.S_ISLNK(info.st_mode)
             else _mode_problem(step, info, last and private)
@@ -168,7 +169,7 @@ def check_trusted(
             subject = f"the {label} {path}" if last else f"the {label} {path}, in {step},"
             raise error(
                 f"{subject} is refused: {problem[0]}",
-                hint=problem[1].format(path=step) if problem[1] else None,
+                hint=problem[1].format(path=shlex.quote(str(step))),
             )
 
 
@@ -202,7 +203,7 @@ def _is_same(path: Path, info: os.stat_result) -> bool:
         return False
 
 
-def _owner_problem(info: os.stat_result) -> tuple[str, str] | None:
+def _owner_problem(info: os.stat_result, *, above: bool) -> tuple[str, str] | None:
     if info.st_uid == 0:
         return None
     # This is asked before the comparison with this user, who may have the very number that stands
@@ -219,7 +220,11 @@ def _owner_problem(info: os.stat_result) -> tuple[str, str] | None:
         )
     if info.st_uid == os.geteuid():
         return None
-    return f"it belongs to user {info.st_uid}", f"chown {os.geteuid()} {{path}}"
+    said = f"it belongs to user {info.st_uid}"
+    if above:
+        # It may be the home of that user, who would lose it by a chown.
+        return said, "run this as that user, or keep the file in a folder of this user or of root"
+    return said, f"chown {os.geteuid()} {{path}}"
 
 
 def _is_unmapped(user: int) -> bool:

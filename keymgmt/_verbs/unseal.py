@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from keymgmt._remote.location import need_folder
+from keymgmt._remote.location import is_location, need_folder
 from keymgmt._system.files import new_directory, to_system
 from keymgmt._system.free_memory import check_free_memory
 from keymgmt._system.namespace import file_system
@@ -55,11 +55,18 @@ def unseal(
         progress: called with the bytes done and the bytes in all.
 
     Raises:
-        ConfigError: ``directory`` exists, or cannot be written, or is not in memory.
+        ConfigError: ``directory`` exists, or cannot be written, or is not in memory, or is inside
+            of the sealed model.
         KeymgmtError: as ``keymgmt.open``; or the disk is full.
     """
     need_folder(directory, new=True)
     target = Path(directory)
+    inside = Path(os.path.realpath(target.parent)).is_relative_to(os.path.realpath(path))
+    if inside and not is_location(path):
+        raise ConfigError(
+            f"{target} is inside of {path}, and the plain files would go wherever that is copied",
+            hint="name a folder outside of the sealed model",
+        )
     with open_model(path, name=name, keys=keys) as model:
         done, total = 0, model.manifest.size
         try:

@@ -225,6 +225,17 @@ def test_unseal_writes_private_files(site, tree_of):
         keymgmt.unseal(path, out, keys=site.config())
 
 
+@pytest.mark.parametrize("inside", ["plain", "payload/plain", "../link/plain"])
+def test_unseal_into_the_sealed_model_itself_is_refused(site, tree_of, inside):
+    """Whoever ships the folder would ship the plain files with it."""
+    path = site.seal()
+    (path.parent / "link").symlink_to(path)
+    before = tree_of(path)
+    with pytest.raises(errors.ConfigError, match="inside of"):
+        keymgmt.unseal(path, path / inside, keys=site.config())
+    assert tree_of(path) == before
+
+
 def test_unseal_of_a_damaged_model_leaves_nothing(site):
     path = site.seal()
     payload = path / "payload" / "model.xml.floe"
