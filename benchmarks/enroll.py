@@ -24,7 +24,6 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.serialization import Encoding
 from keymgmt_tpm2 import Tpm2Provider, Tpm2Settings
 from keymgmt_tpm2._setup import set_up
@@ -92,13 +91,13 @@ def answer(provider: Tpm2Provider, folder: Path) -> None:
     version = provider.keys.read("dev").newest
 
     def certify(tpm) -> None:
-        ak = _device._attestation_key(tpm)
+        ak = _device.attestation_key(tpm)
         key, session = tpm.load(version.public, version.private), tpm.session()
         for path in folder.glob("*.state"):
             request, secret = _exchange.read_state(path.read_bytes())
             value = _exchange.answer_value(secret, request.digest)
-            attest, (r, s) = tpm.certify(key, ak, value, session)
-            response = _exchange.write_response(attest, encode_dss_signature(r, s))
+            attest, signature = tpm.certify(key, ak, value, session)
+            response = _exchange.write_response(attest, signature)
             path.with_suffix(".response").write_bytes(response)
 
     provider.service.run("answering", certify, seconds=3600)

@@ -165,7 +165,7 @@ def test_its_hints(desk: Any, tcti: str) -> None:
     configured(desk, tcti)
     desk.run(MODEL)
     desk.fails("keymgmt doctor tpm")
-    desk.follow("backends/tpm2", "keymgmt tpm setup {} --create")
+    desk.run("keymgmt tpm setup tpm --create")
     desk.fails("keymgmt keys create tpm:dev")
     desk.follow("backends/tpm2", "keymgmt tpm setup {}")
     configured(desk, tcti, f'srk_name = "{pinned(desk)}"\n')

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from keymgmt.backend import ANCHOR_START, AccessDenied, Finding, Health, KeymgmtError
-from keymgmt_tpm2._errors import POLICY_FAIL, TpmError, translate
+from keymgmt_tpm2._errors import TpmError, translate
 from keymgmt_tpm2._lockout import CLEAR, Lockout
-from keymgmt_tpm2._wrapping import statements
 from keymgmt_tpm2.policy._anchor import check_anchor
-from keymgmt_tpm2.policy._policy import WEAK_HINT, weakness
+from keymgmt_tpm2.policy._authorize import authorize, check_satisfied
+from keymgmt_tpm2.policy._policy import WEAK_HINT
 
 if TYPE_CHECKING:
     from keymgmt_tpm2._connection.service import Service
@@ -108,25 +108,18 @@ def _pcr_banks(tpm: Tpm) -> Finding:
 
 def _root_key(service: Service, tpm: Tpm) -> Finding:
     settings, name = service.settings, "storage root key"
-    handle = tpm.persistent(settings.srk_handle)
-    if handle is None:
-        try:
-            tpm.check_owner_enabled()
-        except TpmError as error:
-            return _failed(name, translate(error, f"nothing at {settings.srk}"))
-        make = f"make it with: keymgmt tpm setup {service.name} --create"
-        return Finding(name, "failed", f"nothing at {settings.srk}", make)
-    actual = tpm.name_of(handle).hex()
-    if settings.srk_name is None:
-        line = f'add to [providers.{service.name}]: srk_name = "{actual}"'
-        return Finding(name, "failed", f"{settings.srk} is {actual}, and no name is pinned", line)
-    if actual != settings.srk_name:
-        return Finding(
-            name,
-            "failed",
-            f"{settings.srk} is {actual}, and the config pins {settings.srk_name}",
-            "this is another TPM, it was cleared, or a device on the bus replaces it",
-        )
+    try:
+        srk = tpm.srk()
+        actual = tpm.name_of(srk).hex()
+        if settings.srk_name is None:
+            detail = f"{settings.srk} is {actual}, and no name is pinned"
+            line = f'add to [providers.{service.name}]: srk_name = "{actual}"'
+            return Finding(name, "failed", detail, line)
+        tpm.check_srk_name(srk)
+    except TpmError as error:
+        return _failed(name, translate(error, f"nothing at {settings.srk}"))
+    except KeymgmtError as error:
+        return _failed(name, error)
     return Finding(name, "ok", f"{settings.srk} is {actual}, as pinned")
 
 
@@ -164,13 +157,9 @@ def _endorsement(tpm: Tpm) -> Finding:
 
 
 def _slots(service: Service, values: dict[int, int]) -> Finding:
-    from keymgmt_tpm2._connection.tcti import is_resource_managed
-
     objects, sessions = values.get(_OBJECTS_FREE, 0), values.get(_SESSIONS_FREE, 0)
-    managed = is_resource_managed(service.settings.tcti)
-    detail = f"{objects} objects and {sessions} sessions free, " + (
-        "with a resource manager" if managed else "without a resource manager"
-    )
+    manager = "with" if service.settings.resource_managed else "without"
+    detail = f"{objects} objects and {sessions} sessions free, {manager} a resource manager"
     if objects < 2 or sessions < 1:
         free = f"free the objects of crashed programs with: keymgmt tpm flush {service.name}"
         return Finding("slots", "warning", detail, free)
@@ -192,20 +181,15 @@ def _key(service: Service, name: str, round_trip: Callable[[str], None] | None) 
         round_trip(name)
         took = (time.perf_counter() - start) * 1000
         detail = f"{detail}: {key.purpose}s, in {took:.0f} ms"
-    if policy.pcrs and (weak := weakness(policy.pcrs)):
+    if weak := policy.weakness:
         return Finding(f"key {name}", "warning", f"{detail}; {weak}", WEAK_HINT)
     return Finding(f"key {name}", "ok", detail)
 
 
 def _check_policy(service: Service, tpm: Tpm, key: TpmKey) -> None:
-    from keymgmt_tpm2.policy._authorize import authorize
-
-    version, label = key.newest, f"the key {key.key!r}"
+    version = key.newest
     session = tpm.session(policy=bool(version.policy.digest))
     tpm.load(version.public, version.private)
-    if not version.policy.digest:
-        return
-    authorize(tpm, session, version.policy, statements(service, version.policy), label)
-    answer = tpm.call("policy_get_digest", session)
-    if bytes(answer) != version.public.policy:
-        raise translate(TpmError(POLICY_FAIL), label)
+    if version.policy.digest:
+        authorize(tpm, session, service, version.policy, f"the key {key.key!r}")
+        check_satisfied(tpm, session, version.public.policy)

@@ -6,14 +6,13 @@ from typing import Annotated
 
 import typer
 
-from keymgmt.backend import ConfigError
 from keymgmt.console import console, print_json
 from keymgmt_tpm2._arguments import Json, Provider, find_provider
 from keymgmt_tpm2._setup import LockoutChange, set_up
 from keymgmt_tpm2.enroll._commands import app as enroll_app
 from keymgmt_tpm2.policy._commands import app as policy_app
 from keymgmt_tpm2.policy._nv_commands import anchor_app, counter_app
-from keymgmt_tpm2.policy._policy import parse_pcrs
+from keymgmt_tpm2.policy._stated import stated_pcrs
 
 __all__ = ["app"]
 
@@ -104,10 +103,7 @@ def pcrs(
     Example:
         keymgmt tpm pcrs tpm --pcr 0,2,7,11 --json
     """
-    try:
-        bank, indices = parse_pcrs(pcr)
-    except ValueError as error:
-        raise ConfigError(f"--pcr: {error}") from error
+    bank, indices = stated_pcrs(pcr, "--pcr")
     state = find_provider(context, provider).pcrs(bank, indices)
     if as_json:
         print_json({"format": "keymgmt-tpm-pcrs/1", **state.to_json()})

@@ -38,7 +38,6 @@ VALUE: Final = 0x084
 SIZE: Final = 0x095
 HANDLE: Final = 0x08B
 FAILURE: Final = 0x101
-NV_AUTHORIZATION: Final = 0x149
 NV_DEFINED: Final = 0x14C
 NO_CONNECTION: Final = 0xA0008
 BUSY: Final = frozenset({0x902, 0x903, 0x904, 0x905, 0x906, 0x908, 0x90A, 0x920, 0x922, 0x923})
@@ -57,34 +56,26 @@ _SLOTS: Final = (
 )
 _ENABLE: Final = "enable it in the firmware's setup, where it is called the TPM or its storage"
 _UNREACHED: Final = "see whether the TPM, or what serves it, is there and runs; else correct tcti"
+_LIBRARY: Final = 0xA0000
+"""Stands for every code of libtss2 itself that is not told apart; it depends on the TCTI."""
+
+
+def _later(message: str, hint: str) -> Fault:
+    return Fault(ProviderUnavailable, message, hint, passing=True)
+
+
 _FAULTS: Final[dict[int, Fault]] = {
-    **dict.fromkeys(BUSY, Fault(ProviderUnavailable, "the TPM is busy", "try again", passing=True)),
-    0x902: Fault(
-        ProviderUnavailable, "the TPM is busy: all its object slots are taken", _SLOTS, passing=True
-    ),
-    0x903: Fault(
-        ProviderUnavailable,
-        "the TPM is busy: all its session slots are taken",
-        _SLOTS,
-        passing=True,
-    ),
-    0x905: Fault(
-        ProviderUnavailable,
+    **dict.fromkeys(BUSY, _later("the TPM is busy", "try again")),
+    0x902: _later("the TPM is busy: all its object slots are taken", _SLOTS),
+    0x903: _later("the TPM is busy: all its session slots are taken", _SLOTS),
+    0x905: _later(
         "the TPM is busy: all its session handles are taken, by sessions that programs saved",
         _SLOTS,
-        passing=True,
     ),
     **dict.fromkeys(
-        _RESET,
-        Fault(
-            ProviderUnavailable,
-            "the TPM was not reached: it was restarted meanwhile",
-            _UNREACHED,
-            passing=True,
-        ),
+        _RESET, _later("the TPM was not reached: it was restarted meanwhile", _UNREACHED)
     ),
-    AUTH_FAIL: Fault(AccessDenied, "the TPM refused an auth value"),
-    BAD_AUTH: Fault(AccessDenied, "the TPM refused an auth value"),
+    **dict.fromkeys(REFUSED, Fault(AccessDenied, "the TPM refused an auth value")),
     HIERARCHY: Fault(ProviderUnavailable, "a hierarchy of the TPM is disabled", _ENABLE),
     0x120: Fault(ProviderUnavailable, "this command of the TPM is disabled", _ENABLE),
     LOCKOUT: Fault(LockedOut, "the TPM is locked after too many wrong PINs"),
@@ -98,7 +89,7 @@ _FAULTS: Final[dict[int, Fault]] = {
         AccessDenied, "a PCR changed while the key was being used", "try again", passing=True
     ),
     0x12F: Fault(AccessDenied, "the key can be used only with its policy"),
-    NV_AUTHORIZATION: Fault(
+    0x149: Fault(
         AccessDenied, "the TPM does not allow this use of the NV index with this authorisation"
     ),
     0x14B: Fault(
@@ -122,24 +113,14 @@ _FAULTS: Final[dict[int, Fault]] = {
     ),
     FAILURE: Fault(ProviderUnavailable, "the TPM reports a failure", "restart the machine"),
     0xA0005: Fault(ProviderUnavailable, "the TPM was not reached: no permission", _UNREACHED),
-    NO_CONNECTION: Fault(
-        ProviderUnavailable,
+    NO_CONNECTION: _later(
         "the TPM was not reached: nobody answers, or tpm2-abrmd serves as many clients as it can",
         _UNREACHED,
-        passing=True,
     ),
-    0xA000A: Fault(
-        ProviderUnavailable,
-        "the TPM was not reached: the connection failed",
-        _UNREACHED,
-        passing=True,
-    ),
+    0xA000A: _later("the TPM was not reached: the connection failed", _UNREACHED),
+    # After an error of libtss2 itself the connection cannot be used any more.
+    _LIBRARY: _later("the TPM was not reached: libtss2 failed", _UNREACHED),
 }
-# After an error of libtss2 itself the connection cannot be used any more; the code depends on the
-# TCTI.
-_LIBRARY: Final = Fault(
-    ProviderUnavailable, "the TPM was not reached: libtss2 failed", _UNREACHED, passing=True
-)
 _UNKNOWN: Final = Fault(
     ProviderUnavailable,
     "the TPM answered with an unknown code",
@@ -159,47 +140,36 @@ _HIERARCHIES: Final = {
     0x101: "owner",
     0x10A: LOCKOUT_HIERARCHY,
     0x10B: "endorsement",
-    0x10C: "platform",
 }
 """ESYS_TR of the hierarchies (tss2_esys.h)."""
 
 
-def _password(hierarchy: str) -> Fault:
-    hint = f"name the source of its password in the provider's table: {hierarchy}_auth"
-    return Fault(AccessDenied, f"the TPM refused the password of the {hierarchy} hierarchy", hint)
+def _refused(whose: str, message: str, hint: str | None = None) -> dict[tuple[str, int], Fault]:
+    return {(whose, code): Fault(AccessDenied, message, hint) for code in REFUSED}
 
 
-def _refused(whose: str, fault: Fault) -> dict[tuple[str, int], Fault]:
-    return {(whose, code): fault for code in REFUSED}
+def _of_hierarchy(name: str) -> dict[tuple[str, int], Fault]:
+    message = f"the TPM refused the password of the {name} hierarchy"
+    hint = f"name the source of its password in the provider's table: {name}_auth"
+    disabled = f"the {name} hierarchy of the TPM is disabled"
+    fault = Fault(ProviderUnavailable, disabled, _ENABLE)
+    return {**_refused(name, message, hint), (name, HIERARCHY): fault}
 
 
 _BY_AUTHORITY: Final[dict[tuple[str, int], Fault]] = {
-    **_refused(
-        PIN, Fault(AccessDenied, "the TPM refused the PIN", "look at the source of the PIN")
-    ),
+    **_refused(PIN, "the TPM refused the PIN", "look at the source of the PIN"),
     **_refused(
         "root key",
-        Fault(
-            AccessDenied,
-            "the storage root key has a password, and keymgmt uses only root keys without one",
-            'name another handle in the config, such as srk = "0x81000010"; then: '
-            "keymgmt tpm setup PROVIDER",
-        ),
+        "the storage root key has a password, and keymgmt uses only root keys without one",
+        'name another handle in the config, such as srk = "0x81000010"; then: '
+        "keymgmt tpm setup PROVIDER",
     ),
-    **_refused("attestation key", Fault(AccessDenied, "the TPM refused the attestation key")),
-    **{
-        refusal: fault
-        for hierarchy in _HIERARCHIES.values()
-        for refusal, fault in {
-            **_refused(hierarchy, _password(hierarchy)),
-            (hierarchy, HIERARCHY): Fault(
-                ProviderUnavailable, f"the {hierarchy} hierarchy of the TPM is disabled", _ENABLE
-            ),
-        }.items()
-    },
+    **_refused("attestation key", "the TPM refused the attestation key"),
+    **_of_hierarchy("owner"),
+    **_of_hierarchy("endorsement"),
+    **_of_hierarchy(LOCKOUT_HIERARCHY),
 }
-_TPM: Final = FaultTable(_FAULTS, unknown=_UNKNOWN, operations=_BY_AUTHORITY)
-_TSS: Final = FaultTable(_FAULTS, unknown=_LIBRARY)
+_TABLE: Final = FaultTable(_FAULTS, unknown=_UNKNOWN, operations=_BY_AUTHORITY)
 
 
 class TpmError(Exception):
@@ -210,9 +180,14 @@ class TpmError(Exception):
         command: the function of ESAPI that it answered.
         arguments: the arguments of that function, in which a hierarchy may stand.
 
-    ``code`` is the base code; ``whose`` the authorisation that was refused, empty if unknown;
-    ``fault`` the meaning; ``lost`` says that the connection is gone and a new one may work;
-    ``auth_sent`` that an auth value was in use, so that trying again may count as a second try.
+    Attributes:
+        code: the base code.
+        row: the code under which the fault table has its meaning.
+        fault: the meaning.
+        whose: the authorisation that was refused, empty if unknown.
+        of_library: whether libtss2 itself failed, so that the connection is broken.
+        lost: whether the connection is broken or its objects are gone, and a new one may work.
+        auth_sent: whether an auth value was in use, so that trying again may count as a second try.
     """
 
     def __init__(self, raw: int, command: str = "", arguments: tuple[object, ...] = ()) -> None:
@@ -220,9 +195,10 @@ class TpmError(Exception):
         self.raw, self.code = raw, base_code(raw)
         self.whose = _whose(raw, command, arguments)
         self.auth_sent = False
-        self.table = _TSS if self.code >= 0x10000 else _TPM
-        self.fault = self.table.find(self.code, self.whose)
-        self.lost = self.code >= 0x10000 or self.code in _RESET
+        self.of_library = self.code >= 0x10000
+        self.row = _LIBRARY if self.of_library and self.code not in _TABLE else self.code
+        self.fault = _TABLE.find(self.row, self.whose)
+        self.lost = self.of_library or self.code in _RESET
 
     @property
     def refused_pin(self) -> bool:
@@ -257,4 +233,4 @@ def base_code(raw: int) -> int:
 
 def translate(error: TpmError, doing: str) -> ProviderError:
     """The error of keymgmt for a TPM's answer; the caller sets its ``__cause__``."""
-    return error.table.error(error.code, doing, error.whose, shown=f"{error.raw:#x}")
+    return _TABLE.error(error.row, doing, error.whose, shown=f"{error.raw:#x}")

@@ -16,7 +16,6 @@ import base64
 import contextlib
 import json
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -40,9 +39,9 @@ from keymgmt.backend import (
 )
 from keymgmt_tpm2._structures import Public
 from keymgmt_tpm2._templates import KINDS, problem_with
-from keymgmt_tpm2.policy._policy import Policy, weakness
+from keymgmt_tpm2.policy._policy import Policy
 
-__all__ = ["KeyDirectory", "TpmKey", "TpmKeyVersion", "read_json"]
+__all__ = ["KeyDirectory", "TpmKey", "TpmKeyVersion", "read_if_there", "read_json"]
 
 FORMAT: Final = "keymgmt.tpm2-key/1"
 MAX_FILE: Final = 1 << 20
@@ -61,10 +60,6 @@ class TpmKeyVersion:
     private: bytes = field(repr=False)
     policy: Policy
     retired: bool = False
-
-    def public_key(self) -> bytes:
-        """In the encoding of recipients: an ECC key's point, an RSA key's SubjectPublicKeyInfo."""
-        return self.public.der() if self.public.curve is None else self.public.point
 
 
 @dataclass(frozen=True)
@@ -116,7 +111,7 @@ class TpmKey:
         newest = self.newest
         detail = {"policy": str(newest.policy), "name": newest.public.name.hex()}
         detail["dictionary_attack_protection"] = "yes" if newest.policy.pin else "no (no PIN)"
-        if newest.policy.pcrs and (weak := weakness(newest.policy.pcrs)):
+        if weak := newest.policy.weakness:
             detail["warning"] = weak
         versions = tuple(KeyVersion(v.version, state(v), v.created) for v in self.versions)
         return KeyInfo(self.key, self.purpose, self.kind, versions, detail)
@@ -277,28 +272,22 @@ def read_json(path: Path, label: str) -> JsonReader | None:
     Raises:
         ProviderUnavailable: others can write it, or it is not a JSON object of at most 1 MiB.
     """
+    content = read_if_there(path, label, "trusted")
     try:
-        content = read_file(
-            path, label=label, limit=MAX_FILE, access="trusted", error=ProviderUnavailable
-        )
-        return load_json(content, f"the {label} {path}", MAX_FILE, canonical=False)
-    except ProviderUnavailable as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            return None
-        raise
+        label = f"the {label} {path}"
+        return None if content is None else load_json(content, label, MAX_FILE, canonical=False)
     except FormatError as error:
         raise ProviderUnavailable(str(error), hint="restore it from a backup") from error
 
 
-_HEX: Final = re.compile(r"[0-9a-f]{64}\.json")
-
-
-def approval_files(directory: Path) -> list[Path]:
-    """The files of installed approvals; empty where their directory is missing."""
-    folder = directory / "approvals"
+def read_if_there(path: Path, label: str, access: Literal["any", "trusted"]) -> bytes | None:
+    """A file of at most 1 MiB, or None where it is missing; ProviderUnavailable."""
     try:
-        return sorted(path for path in folder.iterdir() if _HEX.fullmatch(path.name))
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise ProviderUnavailable(f"cannot list {folder}: {error.strerror}") from error
+        content = read_file(
+            path, label=label, limit=MAX_FILE, access=access, error=ProviderUnavailable
+        )
+    except ProviderUnavailable as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
+    return bytes(content)

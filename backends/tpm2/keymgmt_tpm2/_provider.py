@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Final, Literal
-
-from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 
 from keymgmt.backend import (
     Dek,
@@ -46,8 +44,8 @@ from keymgmt_tpm2._structures import Public, sha256
 from keymgmt_tpm2._templates import KINDS, key_template, problem_with
 from keymgmt_tpm2._wrapping import check_wrapped, recipient_of, unwrap_with, use_key
 from keymgmt_tpm2.policy._anchor import move_anchor, read_anchor
-from keymgmt_tpm2.policy._options import KeyOptions
-from keymgmt_tpm2.policy._policy import PcrState, Policy, weakness
+from keymgmt_tpm2.policy._policy import PcrState, Policy
+from keymgmt_tpm2.policy._stated import read_policy
 
 if TYPE_CHECKING:
     from keymgmt_tpm2._connection.tpm import Tpm
@@ -142,10 +140,10 @@ class Tpm2Provider(
     def sign(self, key: str, message: bytes) -> Signature:
         """See SupportsSigning; ECDSA P-256 with SHA-256."""
         version, digest = self._find(key, "sign").newest, sha256(message)
-        r, s = use_key(
+        signature = use_key(
             self.service, key, version, lambda tpm, h, session: tpm.sign(h, digest, session)
         )
-        return Signature(encode_dss_signature(r, s), version.public.der())
+        return Signature(signature, version.public.der())
 
     def export_recipient(self, key: str) -> Recipient:
         """See SupportsOfflineRecipients; needs no TPM."""
@@ -166,9 +164,9 @@ class Tpm2Provider(
         """See SupportsKeyManagement; the options are those of the class."""
         check_key(key)
         check_kind(kind, KINDS, "tpm2")
-        key_options = KeyOptions.parse(options)
         self._refuse_existing(key)
-        private, public, policy = self._make(key, kind, key_options)
+        policy = read_policy(options, self.pcrs)
+        private, public = self._make(key, kind, policy)
         with self.keys.changing(self.settings.timeout):
             self._refuse_existing(key)
             created = TpmKey(key, kind, ()).with_version(private, public, policy)
@@ -179,22 +177,24 @@ class Tpm2Provider(
         if key in self.keys.names():
             raise key_exists(key, self.keys.path, self.name)
 
-    def _make(self, key: str, kind: str, options: KeyOptions) -> tuple[bytes, Public, Policy]:
-        def operation(tpm: Tpm, pin: bytearray | None) -> tuple[bytes, Public, Policy]:
-            policy = options.policy(tpm.pcrs)
-            if policy.pcrs and (weak := weakness(policy.pcrs)):
-                log.warning("%s:%s: %s", self.name, key, weak)
-            private, public = tpm.create(key_template(kind, policy), pin or bytearray())
+    def _make(self, key: str, kind: str, policy: Policy) -> tuple[bytes, Public]:
+        """The private part and the public area of a new key."""
+        if weak := policy.weakness:
+            log.warning("%s:%s: %s", self.name, key, weak)
+
+        def operation(tpm: Tpm) -> tuple[bytes, Public]:
+            private, public = tpm.create(key_template(kind, policy))
             if problem := problem_with(public, kind, policy):
                 raise ProviderUnavailable(f"the TPM created another key than requested: {problem}")
             tpm.load(public, private)  # see that the key can be loaded again
-            return private, public, policy
+            return private, public
 
-        seconds = max(self.settings.timeout, CREATE_SECONDS)
-        with self.service.pin(key, wanted=options.pin) as pin:
-            return self.service.run(
-                f"making {self.name}:{key}", lambda tpm: operation(tpm, pin), seconds=seconds
-            )
+        return self.service.run(
+            f"making {self.name}:{key}",
+            operation,
+            seconds=max(self.settings.timeout, CREATE_SECONDS),
+            pin_of=key if policy.pin else None,
+        )
 
     def list_keys(self) -> list[KeyInfo]:
         """See SupportsKeyManagement."""
@@ -207,7 +207,10 @@ class Tpm2Provider(
     def rotate_key(self, key: str) -> KeyInfo:
         """See SupportsKeyManagement; keeps the policy, with the present PCR values."""
         old = self._find(key)
-        private, public, policy = self._make(key, old.kind, KeyOptions.of(old.newest.policy))
+        policy = old.newest.policy
+        if policy.pcrs:
+            policy = replace(policy, pcrs=self.pcrs(policy.pcrs.bank, policy.pcrs.indices))
+        private, public = self._make(key, old.kind, policy)
         with self.keys.changing(self.settings.timeout):
             rotated = self._find(key).with_version(private, public, policy)
             self.keys.write(rotated)
@@ -254,15 +257,9 @@ class Tpm2Provider(
         """See KeyProvider; no connection is held."""
         self.service.forget()
 
-    def pcrs(self, bank: str, indices: Iterable[int]) -> PcrState:
+    def pcrs(self, bank: str, indices: Collection[int]) -> PcrState:
         """Present PCR values; KeyNotFound where the TPM has no such bank."""
-        selected = tuple(indices)
-        return self.service.run("reading PCRs", lambda tpm: tpm.pcrs(bank, selected))
-
-    @property
-    def key_directory(self) -> Path:
-        """The directory of key files and approvals."""
-        return self.keys.path
+        return self.service.run("reading PCRs", lambda tpm: tpm.pcrs(bank, indices))
 
     def _find(self, key: str, purpose: str | None = None) -> TpmKey:
         try:

@@ -13,17 +13,10 @@ from keymgmt_tpm2.policy._index import parse_index
 __all__ = ["Tpm2Settings"]
 
 _TCTI: Final = re.compile(r"device:/[!-~]{1,200}|(swtpm|tabrmd|mssim)(:[!-~]{1,200})?")
-_NAME_HASHES: Final = {
-    "0004": 20,
-    "000b": 32,
-    "000c": 48,
-    "000d": 64,
-    "0012": 32,
-    "0027": 32,
-    "0028": 48,
-    "0029": 64,
-}
-"""TPM_ALG_ID of each hash (TCG Algorithm Registry, 4), in hex, and its length in bytes."""
+_NAME: Final = re.compile(
+    "0004[0-9a-f]{40}|00(0b|12|27)[0-9a-f]{64}|00(0c|28)[0-9a-f]{96}|00(0d|29)[0-9a-f]{128}"
+)
+"""TPM_ALG_ID of each hash (TCG Algorithm Registry, 4) and a digest of its length, in hex."""
 
 
 class Tpm2Settings(Settings):
@@ -84,10 +77,7 @@ class Tpm2Settings(Settings):
     @field_validator("srk_name")
     @classmethod
     def _object_name(cls, value: str | None) -> str | None:
-        if value is None:
-            return None
-        length = _NAME_HASHES.get(value[:4], 0)
-        if not length or not re.fullmatch(rf"[0-9a-f]{{{4 + 2 * length}}}", value):
+        if value is not None and not _NAME.fullmatch(value):
             raise ValueError(
                 "a name is 000b and the 64 hex digits of a SHA-256 digest, or the number and "
                 "digest of another hash; see it with: keymgmt tpm setup PROVIDER"
@@ -116,6 +106,11 @@ class Tpm2Settings(Settings):
     def anchor_number(self) -> int:
         """``anchor_index`` as a number."""
         return int(self.anchor_index, 16)
+
+    @property
+    def resource_managed(self) -> bool:
+        """Whether a resource manager behind ``tcti`` frees the objects of a client that ended."""
+        return self.tcti.startswith(("device:/dev/tpmrm", "tabrmd"))
 
     @property
     def srk_handle(self) -> int:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from keymgmt.backend import AccessDenied, ConfigError, KeyNotFound, UnsupportedOperation
+from keymgmt.backend import AccessDenied, ConfigError, UnsupportedOperation
 from keymgmt_tpm2._lockout import Lockout
-from keymgmt_tpm2._structures import root_key_kind, sized
+from keymgmt_tpm2._structures import root_key_kind
 from keymgmt_tpm2._templates import srk_template, trial_template
 
 if TYPE_CHECKING:
-    from typing import Any
-
     from keymgmt_tpm2._connection.tpm import Tpm
     from keymgmt_tpm2._provider import Tpm2Provider
 
@@ -81,68 +78,41 @@ def set_up(
         LockedOut: the root key counts wrong passwords, and one more might lock the TPM; or a
             lockout password was wrong, and none is accepted for a while.
     """
-    settings, service = provider.settings, provider.service
+    settings = provider.settings
 
-    def operation(tpm: Tpm, owner: bytearray | None, lockout: bytearray | None) -> RootKey:
+    def operation(tpm: Tpm) -> RootKey:
         if change:
-            _change_lockout(tpm, change, lockout)
-        handle, created = tpm.persistent(settings.srk_handle), False
-        if handle is None:
+            _change_lockout(tpm, change, given=settings.lockout_auth is not None)
+        created = create and tpm.persistent(settings.srk_handle) is None
+        if created:
             tpm.check_owner_enabled()
-            if not create:
-                raise KeyNotFound(
-                    f"the TPM has no storage root key at {settings.srk}",
-                    hint=f"make it with: keymgmt tpm setup {provider.name} --create",
-                )
-            _make(tpm, settings.srk_handle, kind, owner)
-            handle, created = tpm.persistent(settings.srk_handle), True
-        answer = tpm.call("read_public", handle)
-        public = answer[0]
-        actual = root_key_kind(bytes(public.publicArea.marshal()))
+            session = tpm.session(salted=False)
+            primary = tpm.create_primary("owner", srk_template(kind), session)
+            tpm.make_persistent(primary, settings.srk_handle, session)
+        srk = tpm.srk()
+        actual = root_key_kind(tpm.public_bytes(srk))
         if actual is None:
             raise UnsupportedOperation(
                 f"the object at {settings.srk} is not a storage root key",
                 hint='name another handle in the config, such as srk = "0x81000010"',
             )
         algorithm, counts_tries = actual
-        _try(tpm, counts_tries=counts_tries)
-        name = tpm.name_of(handle).hex()
-        return RootKey(settings.srk, name, algorithm, created, tpm.lockout())
+        if counts_tries:
+            tpm.lockout().check(use_last=False)
+        tpm.try_srk(trial_template())
+        return RootKey(settings.srk, tpm.name_of(srk).hex(), algorithm, created, tpm.lockout())
 
-    with contextlib.ExitStack() as stack:
-        owner = stack.enter_context(service.secret(settings.owner_auth if create else None))
-        lockout = stack.enter_context(service.secret(settings.lockout_auth if change else None))
-        return service.run(
-            "setting up the TPM",
-            lambda tpm: operation(tpm, owner, lockout),
-            seconds=SECONDS,
-            pinned=False,
-            alone=True,
-        )
-
-
-def _make(tpm: Tpm, persistent: int, kind: str, auth: bytearray | None) -> None:
-    from tpm2_pytss import constants as c
-    from tpm2_pytss import types as t
-
-    tpm.set_owner_auth(auth)
-    template = t.TPM2B_PUBLIC.unmarshal(sized(srk_template(kind)))[0]
-    empty = t.TPM2B_SENSITIVE_CREATE()
-    session = tpm.session(salted=False)
-    answer = tpm.call("create_primary", empty, template, c.ESYS_TR.OWNER, session1=session)
-    primary = tpm.opened(answer[0])
-    tpm.call("evict_control", c.ESYS_TR.OWNER, primary, persistent, session1=session)
-
-
-def _try(tpm: Tpm, *, counts_tries: bool) -> None:
-    """Create a small object under the root key, which fails if the root key has a password."""
-    from tpm2_pytss import types as t
-
-    if counts_tries:
-        tpm.lockout().check(use_last=False)
-    template = t.TPM2B_PUBLIC.unmarshal(sized(trial_template()))[0]
-    content = t.TPM2B_SENSITIVE_CREATE(t.TPMS_SENSITIVE_CREATE(data=b"a trial"))
-    tpm.call("create", tpm.srk(), content, template)
+    return provider.service.run(
+        "setting up the TPM",
+        operation,
+        seconds=SECONDS,
+        pinned=False,
+        alone=True,
+        passwords={
+            "owner": settings.owner_auth if create else None,
+            "lockout": settings.lockout_auth if change else None,
+        },
+    )
 
 
 def _check_change(now: Lockout, change: LockoutChange, *, given: bool) -> None:
@@ -166,16 +136,11 @@ def _check_change(now: Lockout, change: LockoutChange, *, given: bool) -> None:
         )
 
 
-def _change_lockout(tpm: Tpm, change: LockoutChange, auth: bytearray | None) -> None:
-    from tpm2_pytss import constants as c
-
-    lockout: Any = c.ESYS_TR.LOCKOUT
-    _check_change(tpm.lockout(), change, given=auth is not None)
-    if auth is not None:
-        tpm.set_auth(lockout, auth)
+def _change_lockout(tpm: Tpm, change: LockoutChange, *, given: bool) -> None:
+    _check_change(tpm.lockout(), change, given=given)
     session = tpm.session(salted=False)
     if change.clear:
-        tpm.call("dictionary_attack_lock_reset", lockout, session1=session)
+        tpm.clear_lockout(session)
     now = tpm.lockout()
     wanted = (
         now.limit if change.tries is None else change.tries,
@@ -183,4 +148,4 @@ def _change_lockout(tpm: Tpm, change: LockoutChange, auth: bytearray | None) -> 
         now.recovery if change.lockout_recovery is None else change.lockout_recovery,
     )
     if wanted != (now.limit, now.interval, now.recovery):
-        tpm.call("dictionary_attack_parameters", *wanted, lock_handle=lockout, session1=session)
+        tpm.set_lockout(*wanted, session)

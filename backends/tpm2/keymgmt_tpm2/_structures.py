@@ -41,7 +41,6 @@ ALG_KEYEDHASH: Final = 0x0008
 ALG_SHA256: Final = 0x000B
 ALG_SHA384: Final = 0x000C
 ALG_NULL: Final = 0x0010
-ALG_RSASSA: Final = 0x0014
 ALG_OAEP: Final = 0x0017
 ALG_ECDSA: Final = 0x0018
 ALG_ECC: Final = 0x0023
@@ -240,6 +239,10 @@ class Public:
         if modulus.bit_length() != self.bits or self.bits not in _RSA_BITS:
             raise ValueError(f"an RSA key whose modulus does not have {self.bits} bits")
         return rsa.RSAPublicNumbers(self.exponent, modulus).public_key()
+
+    def encoded(self) -> bytes:
+        """In the encoding of recipients: an ECC key's point, an RSA key's SubjectPublicKeyInfo."""
+        return self.der() if self.curve is None else self.point
 
     def der(self) -> bytes:
         """The public key as DER SubjectPublicKeyInfo."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from keymgmt.backend import RSA_OAEP_256
 from keymgmt_tpm2 import _structures as s
 from keymgmt_tpm2.policy._policy import Policy
 
@@ -17,6 +18,7 @@ __all__ = [
     "AK_ATTRIBUTES",
     "EK_PROFILES",
     "KINDS",
+    "MECHANISMS",
     "EkProfile",
     "ak_template",
     "attributes_for",
@@ -32,6 +34,8 @@ KINDS: Final[dict[str, Literal["wrap", "sign"]]] = {
     "rsa-2048": "wrap",
     "ecdsa-p256": "sign",
 }
+MECHANISMS: Final = {"ecc-p256": "hpke-p256", "rsa-2048": RSA_OAEP_256}
+"""Kind of a wrapping key -> the mechanism of what is wrapped to it."""
 _BORN_HERE: Final = s.FIXED_TPM | s.FIXED_PARENT | s.SENSITIVE_DATA_ORIGIN
 AK_ATTRIBUTES: Final = _BORN_HERE | s.USER_WITH_AUTH | s.NO_DA | s.RESTRICTED | s.SIGN
 _SRK_ATTRIBUTES: Final = _BORN_HERE | s.USER_WITH_AUTH | s.NO_DA | s.RESTRICTED | s.DECRYPT

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from keymgmt.backend import (
-    RSA_OAEP_256,
     Dek,
-    ProviderUnavailable,
     Recipient,
     UnsupportedOperation,
     UnwrapFailed,
@@ -23,19 +20,17 @@ from keymgmt.backend import (
 )
 from keymgmt_tpm2._errors import FAILURE, SIZE, VALUE, TpmError
 from keymgmt_tpm2._structures import describe_attributes
-from keymgmt_tpm2.policy._approval import Statement, boot_signatures, installed
+from keymgmt_tpm2._templates import MECHANISMS
+from keymgmt_tpm2.policy._authorize import authorize
 
 if TYPE_CHECKING:
     from keymgmt_tpm2._connection.service import Service
     from keymgmt_tpm2._connection.tpm import Tpm
     from keymgmt_tpm2._keys import TpmKey, TpmKeyVersion
-    from keymgmt_tpm2.policy._policy import Policy
 
-__all__ = ["check_wrapped", "recipient_of", "statements", "unwrap_with", "use_key"]
+__all__ = ["check_wrapped", "recipient_of", "unwrap_with", "use_key"]
 
 R = TypeVar("R")
-log: Final = logging.getLogger("keymgmt.tpm2")
-_MECHANISMS: Final = {"ecc-p256": "hpke-p256", "rsa-2048": RSA_OAEP_256}
 _RSA_BYTES: Final = 256
 
 
@@ -43,11 +38,11 @@ def recipient_of(backend: str, key: TpmKey) -> Recipient:
     """The recipient of the newest version of a key, which a device exports."""
     version = key.newest
     return Recipient(
-        _MECHANISMS[key.kind],
+        MECHANISMS[key.kind],
         backend,
         key.key,
         version.version,
-        version.public_key(),
+        version.public.encoded(),
         {
             "tpm_name": version.public.name.hex(),
             "tpm_attributes": describe_attributes(version.public.attributes),
@@ -64,13 +59,13 @@ def check_wrapped(wrapped: WrappedKey, key: TpmKey, version: TpmKeyVersion) -> N
         UnwrapFailed: the wrapped key is malformed.
         WrongKey: the wrapped key is for another key of that name.
     """
-    if wrapped.mechanism != _MECHANISMS[key.kind]:
+    if wrapped.mechanism != MECHANISMS[key.kind]:
         raise UnsupportedOperation(
             f"the key {wrapped.key!r} is {key.kind} and does not unwrap {wrapped.mechanism}"
         )
     if set(wrapped.params) != {"pk"}:
         raise UnwrapFailed(f"{wrapped} is malformed")
-    if wrapped.params["pk"] != public_key_id(version.public_key()):
+    if wrapped.params["pk"] != public_key_id(version.public.encoded()):
         raise WrongKey(
             f"{wrapped} is for another key of that name",
             hint="each device has its own key; seal to the recipient file of this device too",
@@ -88,7 +83,9 @@ def unwrap_with(
     enc, ciphertext = hpke_split(wrapped.mechanism, wrapped.blob)
     z = use_key(service, key.key, version, lambda tpm, h, session: tpm.ecdh(h, enc, session))
     try:
-        return open_with_ecdh(wrapped.mechanism, z, enc, version.public_key(), ciphertext, context)
+        return open_with_ecdh(
+            wrapped.mechanism, z, enc, version.public.encoded(), ciphertext, context
+        )
     finally:
         wipe(z)
 
@@ -118,39 +115,19 @@ def _unwrap_rsa(service: Service, key: TpmKey, version: TpmKeyVersion, blob: byt
         wipe(plain)
 
 
-def statements(service: Service, policy: Policy) -> list[Statement]:
-    """The statements of its approver: installed approvals, and signatures of the booted kernel."""
-    if policy.approver is None:
-        return []
-    ours = [each for each in installed(service.keys.path) if each.approver == policy.approver]
-    try:
-        path = service.settings.pcr_signatures
-        return [*ours, *(boot_signatures(path, policy.approver) if path else ())]
-    except ProviderUnavailable as error:
-        if not ours:
-            raise
-        log.warning("the signatures of the booted kernel cannot be used: %s", error)
-        return list(ours)
-
-
 def use_key(
     service: Service, key: str, version: TpmKeyVersion, use: Callable[[Tpm, Any, Any], R]
 ) -> R:
     """Load a version of a key, satisfy its policy and call ``use(tpm, handle, session)``."""
     policy = version.policy
-    approvals = statements(service, policy)
 
-    def operation(tpm: Tpm, pin: bytearray | None) -> R:
-        from keymgmt_tpm2.policy._authorize import authorize
-
+    def operation(tpm: Tpm) -> R:
         session = tpm.session(policy=bool(policy.digest), once=True)
         handle = tpm.load(version.public, version.private)
-        if pin is not None:
-            tpm.set_pin(handle, pin)
+        tpm.set_pin(handle)
         # The last step before the use: if a PCR changes between the two, both must be repeated.
-        authorize(tpm, session, policy, approvals, f"the key {key!r}")
+        authorize(tpm, session, service, policy, f"the key {key!r}")
         return use(tpm, handle, session)
 
     doing = f"{service.name}:{key}@{version.version}"
-    with service.pin(key, wanted=version.policy.pin) as pin:
-        return service.run(doing, lambda tpm: operation(tpm, pin), alone=pin is not None)
+    return service.run(doing, operation, pin_of=key if policy.pin else None)

@@ -190,18 +190,18 @@ def sign_raise() -> Callable[..., object]:
 
 @pytest.fixture
 def define_with_auth() -> Callable[..., object]:
-    """Define an index as we do, but with an auth value: ``define_with_auth(tpm, place)``."""
+    """Define an index as we do, but with an auth value: ``define_with_auth(tpm, index)``."""
 
-    def define(tpm, place):
+    def define(tpm, index):
         from tpm2_pytss import constants as c
         from tpm2_pytss import types as t
 
         area = t.TPMS_NV_PUBLIC(
-            nvIndex=place.index,
+            nvIndex=index.number,
             nameAlg=c.TPM2_ALG.SHA256,
-            attributes=c.TPMA_NV(place.attributes),
-            authPolicy=place.policy,
-            dataSize=place.size,
+            attributes=c.TPMA_NV(index.attributes),
+            authPolicy=index.policy,
+            dataSize=index.size,
         )
         public, session = t.TPM2B_NV_PUBLIC(nvPublic=area), tpm.session()
         return tpm.call("nv_define_space", b"mine", public, c.ESYS_TR.OWNER, session1=session)

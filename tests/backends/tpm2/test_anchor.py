@@ -15,7 +15,6 @@ from keymgmt_tpm2._errors import TpmError
 from keymgmt_tpm2.policy._anchor import Anchor, create_anchor
 from keymgmt_tpm2.policy._counter import DEFAULT_INDEX, create_counter, read_counter
 from keymgmt_tpm2.policy._index import NV_ANCHOR, NvIndex
-from keymgmt_tpm2.policy._nv import define, undefine
 
 from keymgmt import errors
 from keymgmt._trust.release_memory import ReleaseMemory
@@ -172,7 +171,7 @@ def test_an_approver_lets_it_move_after_an_update(provider, pinned, tmp_path):
     def approve():
         state = provider.pcrs("sha256", [16])
         signature = key.sign(Approval.message(state, None, approver), ec.ECDSA(hashes.SHA256()))
-        _approval.install(provider.key_directory, Approval(state, None, approver, signature))
+        _approval.install(provider.keys.path, Approval(state, None, approver, signature))
 
     with pytest.raises(AccessDenied, match="none of its approver"):
         create_anchor(provider.service, "dev")
@@ -207,8 +206,8 @@ def test_an_owner_who_makes_it_again_in_another_boot_state(provider, pinned, tmp
 
     def again(tpm):
         session = tpm.session()
-        undefine(tpm, INDEX, session)
-        define(tpm, NvIndex(INDEX, NV_ANCHOR, 32, policy.digest), session, "")
+        tpm.nv_undefine(INDEX, session)
+        tpm.nv_define(NvIndex(INDEX, NV_ANCHOR, 32, policy.digest), session, "")
 
     provider.service.run("attacking", again)
     first.path.unlink()
@@ -219,14 +218,14 @@ def test_an_owner_who_makes_it_again_in_another_boot_state(provider, pinned, tmp
     # With another policy it is another one.
     def other(tpm):
         session = tpm.session()
-        undefine(tpm, INDEX, session)
-        handle = define(tpm, NvIndex(INDEX, 0x02060044, 32), session, "")
+        tpm.nv_undefine(INDEX, session)
+        handle = tpm.nv_define(NvIndex(INDEX, 0x02060044, 32), session, "")
         tpm.call("nv_extend", handle, ANCHOR_FIRST, auth_handle=handle)
 
     provider.service.run("attacking", other)
     with pytest.raises(KeyNotFound, match="not the one that the config pins"):
         first.recall()
-    provider.service.run("attacking", lambda tpm: undefine(tpm, INDEX, tpm.session()))
+    provider.service.run("attacking", lambda tpm: tpm.nv_undefine(INDEX, tpm.session()))
     with pytest.raises(KeyNotFound, match="no anchor"):
         first.recall()
 
@@ -236,7 +235,7 @@ def test_a_key_that_is_gone_or_another(provider, pinned):
     bound = pinned("dev")
     provider.rotate_key("dev")
     bound.move_anchor(ANCHOR_START, STEP)  # its older version still says how
-    value, file = bound.anchor(), provider.key_directory / "dev.json"
+    value, file = bound.anchor(), provider.keys.path / "dev.json"
     content = file.read_bytes()
     # One that cannot be read is none that is not there.
     file.write_text("{")
@@ -246,11 +245,11 @@ def test_a_key_that_is_gone_or_another(provider, pinned):
     with pytest.raises(AccessDenied, match="has the policy") as caught:
         bound.move_anchor(value, STEP)
     assert "anchor create tpm:KEY --again" in str(caught.value.hint)
-    shutil.rmtree(provider.key_directory)
+    shutil.rmtree(provider.keys.path)
     with pytest.raises(ProviderUnavailable, match="does not exist"):
         bound.move_anchor(value, STEP)
-    provider.key_directory.mkdir(mode=0o700)
-    (provider.key_directory / "bad.json").write_text("{")
+    provider.keys.path.mkdir(mode=0o700)
+    (provider.keys.path / "bad.json").write_text("{")
     file.write_bytes(content)
     bound.move_anchor(value, STEP)
 
@@ -270,7 +269,7 @@ def test_what_is_at_its_index_and_no_anchor_stays(settings, provider, sign_raise
     from tpm2_pytss import constants as c
 
     def another(tpm):
-        handle = define(tpm, NvIndex(INDEX, 0x00060006, 16), tpm.session(), "")
+        handle = tpm.nv_define(NvIndex(INDEX, 0x00060006, 16), tpm.session(), "")
         tpm.call("nv_write", handle, b"somebody's bytes", 0, auth_handle=c.ESYS_TR.OWNER)
 
     provider.service.run("another program", another)
@@ -298,8 +297,8 @@ def test_an_answer_that_was_lost_when_it_was_made(wire, settings):
 def test_one_that_somebody_made_beforehand_with_an_auth_value(provider, pinned, define_with_auth):
     """An index that was never written has the name of ours, whatever its auth value."""
     provider.create_key("dev", "ecc-p256", {"pcr": "7"})
-    place = Anchor.of(provider.service, provider.keys.read("dev").newest.policy).place
-    provider.service.run("defining", lambda tpm: define_with_auth(tpm, place))
+    index = Anchor.of(provider.service, provider.keys.read("dev").newest.policy).index
+    provider.service.run("defining", lambda tpm: define_with_auth(tpm, index))
     bound = pinned("dev")
     bound.move_anchor(ANCHOR_START, STEP)
     assert bound.anchor() == anchor_after(ANCHOR_START, STEP)

@@ -127,9 +127,11 @@ def test_one_bad_approval_hides_no_good_one(provider, swtpm, dek, signer, tmp_pa
     good = approve(signer, state)
     for place in range(len(bad) + 1):
         tried = [*bad[:place], good, *bad[place:]]
-        monkeypatch.setattr("keymgmt_tpm2._wrapping.installed", lambda path, tried=tried: tried)
+        monkeypatch.setattr(
+            "keymgmt_tpm2.policy._authorize.installed", lambda path, tried=tried: tried
+        )
         assert opens(provider, wrapped)
-    monkeypatch.setattr("keymgmt_tpm2._wrapping.installed", lambda path: bad)
+    monkeypatch.setattr("keymgmt_tpm2.policy._authorize.installed", lambda path: bad)
     with pytest.raises(AccessDenied, match="no approval") as caught:
         provider.unwrap(wrapped, CONTEXT)
     for reason in ("no PCR bank sha384", "no counter 0x01800100", "0x01800101 cannot be read"):
@@ -143,7 +145,7 @@ def test_pcrs_beside_an_approver_hold_whatever_is_approved(provider, dek, signer
     provider.create_key("dev", "ecc-p256", options)
     wrapped = provider.wrap("dev", dek, CONTEXT)
     for state in (provider.pcrs("sha256", [8]), PcrState("sha256", {8: extended(b"update")})):
-        _approval.install(provider.key_directory, approve(signer, state))
+        _approval.install(provider.keys.path, approve(signer, state))
     assert opens(provider, wrapped)
     measure(provider, 8, b"update")
     assert opens(provider, wrapped)
@@ -163,7 +165,7 @@ def test_the_tpm_refuses_other_pcrs_beside_an_approver(
 
     options = {"approver": str(write_public(signer, tmp_path / "a")), "pcr": "7"}
     provider.create_key("dev", "ecc-p256", options)
-    _approval.install(provider.key_directory, approve(signer, provider.pcrs("sha256", [8])))
+    _approval.install(provider.keys.path, approve(signer, provider.pcrs("sha256", [8])))
     wrapped = provider.wrap("dev", dek, CONTEXT)
     measure(provider, 7, b"another key")
     monkeypatch.setattr(_authorize, "compare", lambda wanted, now: "")

@@ -22,6 +22,7 @@ from keymgmt_tpm2._structures import Public, sized
 from keymgmt_tpm2._templates import EK_PROFILES
 from keymgmt_tpm2.enroll._certificates import (
     AttestationError,
+    Makers,
     certifies,
     check_certificate,
     split_file,
@@ -144,7 +145,7 @@ def ours(certificate, anchors, between=(), **options) -> str:
     """What we say, empty if we take it."""
     groups = [list(map(der, group)) for group in (anchors, between)]
     try:
-        check_certificate(der(certificate), SHOWN, *groups, **options)
+        check_certificate(der(certificate), SHOWN, Makers(*groups, **options))
     except AttestationError as error:
         return str(error)
     return ""
@@ -246,7 +247,7 @@ def test_a_key_for_oaep_alone(openssl):
     assert certifies(certificate, SHOWN)
     assert not certifies(certificate, shown)
     with pytest.raises(AttestationError, match="of another endorsement key"):
-        check_certificate(der(certificate), shown, [der(ca(1))])
+        check_certificate(der(certificate), shown, Makers([der(ca(1))]))
 
 
 def sequence(*parts: bytes) -> bytes:

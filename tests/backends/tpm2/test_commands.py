@@ -45,7 +45,7 @@ def approve(provider, tmp_path, stale: int):
     for state in states:
         message = Approval.message(state, None, approver)
         signature = key.sign(message, ec.ECDSA(hashes.SHA256()))
-        _approval.install(provider.key_directory, Approval(state, None, approver, signature))
+        _approval.install(provider.keys.path, Approval(state, None, approver, signature))
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from keymgmt_tpm2 import Tpm2Provider
 from keymgmt_tpm2._errors import TpmError
-from keymgmt_tpm2.policy import _authorize, _counter
+from keymgmt_tpm2.policy import _counter
 from keymgmt_tpm2.policy._approval import Approval
 from keymgmt_tpm2.policy._counter import Raise, create_counter, raise_counter, read_counter
 from keymgmt_tpm2.policy._index import NvIndex
-from keymgmt_tpm2.policy._nv import define, undefine
 from keymgmt_tpm2.policy._policy import (
     Approver,
     Counter,
@@ -24,7 +23,7 @@ from keymgmt_tpm2.policy._policy import (
     increment_hash,
     raise_digest,
 )
-from keymgmt_tpm2.policy._values import read_json_file
+from keymgmt_tpm2.policy._stated import read_json_file
 
 from keymgmt.backend import ConfigError, KeyNotFound, ProviderError
 
@@ -71,7 +70,7 @@ def by_policy(tpm, handle, *steps, approved=None):
         tpm.call(name, *[session if each == "S" else each for each in arguments])
     if approved is not None:
         approver, digest, ref, signature = approved
-        ticket = _authorize.verified(tpm, approver, digest + ref, _authorize.ecdsa(signature))
+        ticket = tpm.verify(approver.structure(), digest + ref, signature)
         tpm.call("policy_authorize", session, digest, approver.structure().name, ticket, ref)
     tpm.call("nv_increment", handle, auth_handle=handle, session1=session)
 
@@ -164,7 +163,7 @@ def test_a_raise_that_was_used_does_nothing_more(provider, value, key, approver,
         digest = first_digest(used.counter, approver)
         approved = (approver, digest, approver.counter_ref, used.first)
         written = ("policy_nv_written", "S", False)
-        new_name = used.counter.place(approver).new_name
+        new_name = used.counter.nv_index(approver).new_name
         command = ("policy_cp_hash", "S", increment_hash(new_name))
         by_policy(tpm, handle, written, command, approved=approved)
 
@@ -195,7 +194,7 @@ def test_a_raise_of_another_counter_of_the_approver_does_not_move_it(
 
         return run
 
-    name = unused.counter.place(approver).name
+    name = unused.counter.nv_index(approver).name
     assert refused(provider, attempt(("policy_cp_hash", "S", increment_hash(name)))) == POLICY_FAIL
     command = ("policy_command_code", "S", c.TPM2_CC.NV_Increment)
     assert refused(provider, attempt(command))  # and that is not what was signed
@@ -231,7 +230,7 @@ def test_an_owner_who_makes_it_again_brings_no_old_value_back(provider, value, k
     """He needs the raise to start it, goes on above, and so outdates and never revives."""
 
     def away(tpm):
-        undefine(tpm, INDEX, tpm.session())
+        tpm.nv_undefine(INDEX, tpm.session())
 
     provider.service.run("undefining", away)
     with pytest.raises(KeyNotFound, match="no counter"):
@@ -239,25 +238,25 @@ def test_an_owner_who_makes_it_again_brings_no_old_value_back(provider, value, k
     assert create_counter(provider, sign_raise(key, 1)) == value + 1
     # One that somebody else may move is not the approver's, so no approval holds by it.
     provider.service.run("undefining", away)
-    place = NvIndex(INDEX, 0x02060012, 8)
+    index = NvIndex(INDEX, 0x02060012, 8)
 
     def own(tpm):
         from tpm2_pytss import constants as c
 
-        handle = define(tpm, place, tpm.session(), "")
+        handle = tpm.nv_define(index, tpm.session(), "")
         tpm.call("nv_increment", handle, auth_handle=c.ESYS_TR.OWNER)
 
     provider.service.run("defining", own)
     with pytest.raises(ConfigError, match="none of ours"):
         raise_counter(provider, sign_raise(key, value + 9))
-    assert sign_raise(key, 1).counter.place(sign_raise(key, 1).approver).name != place.name
+    assert sign_raise(key, 1).counter.nv_index(sign_raise(key, 1).approver).name != index.name
 
 
 def test_one_that_was_never_started_is_started_by_the_next_create(provider, key, sign_raise):
     """As after a power cut between the two."""
     wanted = sign_raise(key, 2)
-    place = wanted.counter.place(wanted.approver)
-    provider.service.run("defining", lambda tpm: define(tpm, place, tpm.session(), ""))
+    index = wanted.counter.nv_index(wanted.approver)
+    provider.service.run("defining", lambda tpm: tpm.nv_define(index, tpm.session(), ""))
     with pytest.raises(KeyNotFound, match="never started"):
         read_counter(provider)
     with pytest.raises(KeyNotFound, match="never started"):
@@ -267,15 +266,15 @@ def test_one_that_was_never_started_is_started_by_the_next_create(provider, key,
 
 def test_one_that_was_cut_after_its_start_goes_on(provider, key, sign_raise, monkeypatch):
     wanted = sign_raise(key, 4)
-    take, taken = _counter._Steps.take, []
+    increment, made = _counter._increment, []
 
-    def cut(self, *args):
-        if taken:
+    def cut(*args):
+        if made:
             raise KeyboardInterrupt
-        taken.append(take(self, *args))
+        made.append(increment(*args))
 
     with monkeypatch.context() as patched:
-        patched.setattr(_counter._Steps, "take", cut)
+        patched.setattr(_counter, "_increment", cut)
         with pytest.raises(KeyboardInterrupt):
             create_counter(provider, wanted)
     assert read_counter(provider) == 1
@@ -288,7 +287,7 @@ def test_one_that_somebody_made_beforehand_with_an_auth_value(
     """An index that was never started has the name of ours, whatever its auth value."""
     wanted = sign_raise(key, 2)
     provider.service.run(
-        "defining", lambda tpm: define_with_auth(tpm, wanted.counter.place(wanted.approver))
+        "defining", lambda tpm: define_with_auth(tpm, wanted.counter.nv_index(wanted.approver))
     )
     assert create_counter(provider, wanted) == 2
 

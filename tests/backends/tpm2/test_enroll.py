@@ -15,9 +15,9 @@ from keymgmt_tpm2 import Tpm2Provider
 from keymgmt_tpm2._structures import Public, sized, u16, u32
 from keymgmt_tpm2._templates import AK_ATTRIBUTES, attributes_for
 from keymgmt_tpm2.enroll import _exchange
-from keymgmt_tpm2.enroll._certificates import AttestationError
+from keymgmt_tpm2.enroll._certificates import AttestationError, Makers
 from keymgmt_tpm2.enroll._device import make_request, respond
-from keymgmt_tpm2.enroll._exchange import Makers, Request, accept, answer_value, challenge
+from keymgmt_tpm2.enroll._exchange import Request, accept, answer_value, challenge
 from keymgmt_tpm2.enroll._office import Decision, ek_id
 from keymgmt_tpm2.policy._policy import Policy
 

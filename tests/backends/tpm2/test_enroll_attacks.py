@@ -15,9 +15,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from keymgmt_tpm2._structures import Public, sized, u32
 from keymgmt_tpm2.enroll import _exchange
-from keymgmt_tpm2.enroll._certificates import AttestationError, split_file
+from keymgmt_tpm2.enroll._certificates import AttestationError, Makers, split_file
 from keymgmt_tpm2.enroll._device import make_request, respond
-from keymgmt_tpm2.enroll._exchange import Makers, Request, accept, challenge
+from keymgmt_tpm2.enroll._exchange import Request, accept, challenge
 from keymgmt_tpm2.enroll._office import Decision, Device, ek_id, read_inventory
 from keymgmt_tpm2.policy._policy import Approver
 
@@ -45,7 +45,6 @@ def enrol(genuine, roots):
 
 def sign_for(genuine, request: Request, sent: bytes) -> bytes:
     """The response of a genuine TPM whose software sends another request than it should."""
-    from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
     from keymgmt_tpm2.enroll import _device
 
     digest, credential, seed = _exchange.read_challenge(sent)
@@ -54,10 +53,10 @@ def sign_for(genuine, request: Request, sent: bytes) -> bytes:
     def operation(tpm):
         secret = _device._activate(tpm, credential, seed, None)
         value = _exchange.answer_value(bytes(secret), digest)
-        return _device._certify(tpm, version, None, value)
+        return _device._certify(tpm, version, value)
 
-    attest, (r, s) = genuine.service.run("attacking", operation)
-    return _exchange.write_response(attest, encode_dss_signature(r, s))
+    attest, signature = genuine.service.run("attacking", operation)
+    return _exchange.write_response(attest, signature)
 
 
 def measure(provider, index: int) -> None:

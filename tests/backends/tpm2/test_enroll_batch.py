@@ -212,7 +212,7 @@ def test_the_office_decides_before_a_folder_is_read(office):
 
 
 def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path):
-    from keymgmt_tpm2.enroll._exchange import Makers
+    from keymgmt_tpm2.enroll._certificates import Makers
 
     from keymgmt.backend import ConfigError
 

@@ -10,12 +10,12 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
-from keymgmt_tpm2 import Tpm2Provider
+from keymgmt_tpm2 import Tpm2Provider, Tpm2Settings
 from keymgmt_tpm2._templates import EK_PROFILES, ak_template
 from keymgmt_tpm2.enroll import _device
-from keymgmt_tpm2.enroll._certificates import AttestationError
+from keymgmt_tpm2.enroll._certificates import AttestationError, Makers
 from keymgmt_tpm2.enroll._device import make_request, respond
-from keymgmt_tpm2.enroll._exchange import Makers, Request, accept, challenge
+from keymgmt_tpm2.enroll._exchange import Request, accept, challenge
 from keymgmt_tpm2.enroll._nv import read_chain, read_nv
 from keymgmt_tpm2.enroll._office import Decision, ek_id
 
@@ -265,7 +265,7 @@ def test_a_response_with_a_pin_waits_for_its_turn(genuine, roots, monkeypatch, p
         return wait(seconds, alone=alone)
 
     # As behind a resource manager, where only a PIN takes turns between processes.
-    monkeypatch.setattr(genuine.service, "_managed", lambda: True)
+    monkeypatch.setattr(Tpm2Settings, "resource_managed", True)
     genuine.create_key("pinned", "ecc-p256", {"pin": "yes"})
     sent = {}
     for key in ("dev", "pinned"):
@@ -283,7 +283,7 @@ def test_an_endorsement_hierarchy_with_a_password(device, maker, tmp_path, make_
 
     hierarchy = c.ESYS_TR.ENDORSEMENT
     run(device, lambda tpm: tpm.call("hierarchy_change_auth", hierarchy, SECRET))
-    with pytest.raises(AccessDenied, match="password of its endorsement hierarchy") as caught:
+    with pytest.raises(AccessDenied, match="password of the endorsement hierarchy") as caught:
         make_request(device, "dev")
     assert "endorsement_auth" in str(caught.value.hint)
     path = tmp_path / "endorsement"
@@ -296,7 +296,7 @@ def test_an_endorsement_hierarchy_with_a_password(device, maker, tmp_path, make_
         assert len(wire.recorded) > 1000
         assert SECRET not in wire.recorded
         path.write_bytes(b"another")
-        with pytest.raises(AccessDenied, match="password of its endorsement hierarchy"):
+        with pytest.raises(AccessDenied, match="password of the endorsement hierarchy"):
             make_request(tapped, "dev")
 
 
@@ -311,16 +311,11 @@ def test_an_attestation_key_whose_statements_hide_the_firmware_is_refused(
     device, maker, monkeypatch
 ):
     """It is genuine, and under the owner: its TPM puts a disguised version into what it signs."""
-    from tpm2_pytss import constants as c
-    from tpm2_pytss import types as t
 
     store(device, EK_PROFILES["L-2"].index, maker.certify(ek_of(device, "L-2").key()))
 
     def under_the_owner(tpm):
-        template = t.TPM2B_PUBLIC.unmarshal(_device.sized(ak_template()))[0]
-        empty = t.TPM2B_SENSITIVE_CREATE()
-        answer = tpm.call("create_primary", empty, template, c.ESYS_TR.OWNER)
-        return tpm.opened(answer[0])
+        return tpm.create_primary("owner", ak_template(), tpm.session())
 
     monkeypatch.setattr(_device, "attestation_key", under_the_owner)
     with pytest.raises(AttestationError, match="not a primary key of the endorsement hierarchy"):

@@ -9,7 +9,7 @@ import pytest
 from eventlog import ACTION, NO_ACTION, SEPARATOR, event, log
 from hypothesis import given
 from hypothesis import strategies as st
-from keymgmt_tpm2.policy._eventlog import read_event_log, replay
+from keymgmt_tpm2.policy._eventlog import read_event_log, read_events, replay
 from programs import run
 
 from keymgmt.backend import ConfigError
@@ -22,18 +22,22 @@ EVENTS = (
 )
 
 
+def replayed(content: bytes, bank: str) -> dict[int, bytes]:
+    return replay(read_events(content, bank), bank)
+
+
 def test_replayed_like_tpm2_tools(tmp_path, require_tool):
     tool = require_tool("tpm2_eventlog", package="tpm2-tools")
     path = tmp_path / "log"
     path.write_bytes(log(*EVENTS))
     shown = run(tool, path, check=True)
     for bank in ("sha1", "sha256"):
-        values = replay(path.read_bytes(), bank)
+        values = replayed(path.read_bytes(), bank)
         assert sorted(values) == [0, 4, 7]
         for value in values.values():
             assert value.hex() in shown.stdout
     state = read_event_log(path, "sha256", [0, 7])
-    assert state.values == {i: replay(path.read_bytes(), "sha256")[i] for i in (0, 7)}
+    assert state.values == {i: replayed(path.read_bytes(), "sha256")[i] for i in (0, 7)}
 
 
 def event_12(index: int, kind: int, data: bytes) -> bytes:
@@ -63,12 +67,12 @@ def test_a_log_of_the_1_2_format(tmp_path, spec):
 def test_the_locality_of_startup_begins_pcr_0():
     startup = event(0, NO_ACTION, b"StartupLocality\0\x03")
     digest = hashlib.sha256(bytes(4)).digest()
-    values = replay(log(startup, event(0, SEPARATOR, bytes(4))), "sha256")
+    values = replayed(log(startup, event(0, SEPARATOR, bytes(4))), "sha256")
     assert values[0] == hashlib.sha256(bytes(31) + b"\x03" + digest).digest()
 
 
 def test_other_events_without_action_extend_nothing():
-    assert replay(log(event(6, NO_ACTION, b"whatever")), "sha256") == {}
+    assert replayed(log(event(6, NO_ACTION, b"whatever")), "sha256") == {}
 
 
 @pytest.mark.parametrize(
@@ -107,6 +111,6 @@ def test_a_bank_and_a_pcr_that_are_not_there(tmp_path):
 def test_any_bytes_are_a_log_or_a_value_error(tail):
     for content in (tail, log() + tail):
         try:
-            replay(content, "sha256")
+            replayed(content, "sha256")
         except ValueError:
             continue

@@ -62,7 +62,7 @@ def objects_in_the_end(provider) -> list[int]:
 
 
 def edit(provider, key, change) -> None:
-    path = provider.key_directory / f"{key}.json"
+    path = provider.keys.path / f"{key}.json"
     data = json.loads(path.read_bytes())
     change(data["versions"][-1])
     path.write_text(json.dumps(data))
@@ -138,7 +138,10 @@ def test_no_root_key(swtpm, tmp_path):
         with pytest.raises(KeyNotFound, match="no storage root key"):
             make_root_key(provider)
         root = next(f for f in provider.check().findings if f.name == "storage root key")
-        assert (root.status, root.detail) == ("failed", "nothing at 0x81000001")
+        assert (root.status, root.detail) == (
+            "failed",
+            "the TPM has no storage root key at 0x81000001",
+        )
 
 
 def test_a_root_key_that_is_not_pinned(provider, wrapped):
@@ -199,9 +202,7 @@ def test_a_tampered_public_part(provider, wrapped):
         edit(provider, "dev", lambda v, p=position: v.update(public=flip(v["public"], p)))
     # Another point of the curve: the TPM refuses it.
     provider.create_key("other", "ecc-p256", {})
-    public = json.loads((provider.key_directory / "other.json").read_bytes())["versions"][0][
-        "public"
-    ]
+    public = json.loads((provider.keys.path / "other.json").read_bytes())["versions"][0]["public"]
     edit(provider, "dev", lambda v: v.update(public=public))
     mixed = provider.wrap("dev", Dek.generate(), CONTEXT)
     with pytest.raises(KeyNotFound, match="damaged"):
@@ -215,16 +216,16 @@ def test_a_tampered_public_part(provider, wrapped):
     "content", [b"", b"{}", b"[]", b"{", b'{"format":"keymgmt.tpm2-key/1"}', b"[" * 100000]
 )
 def test_a_key_file_that_is_none(provider, wrapped, content):
-    (provider.key_directory / "dev.json").write_bytes(content)
+    (provider.keys.path / "dev.json").write_bytes(content)
     with pytest.raises(ProviderUnavailable, match=r"dev\.json"):
         provider.unwrap(wrapped, CONTEXT)
 
 
 def test_a_key_directory_that_others_use(provider, wrapped):
-    provider.key_directory.chmod(0o755)
+    provider.keys.path.chmod(0o755)
     with pytest.raises(ProviderUnavailable, match="others can use it") as caught:
         provider.unwrap(wrapped, CONTEXT)
-    assert caught.value.hint == f"chmod go= {provider.key_directory}"
+    assert caught.value.hint == f"chmod go= {provider.keys.path}"
 
 
 def fill(tpm: Tpm, public, private) -> int:
@@ -290,7 +291,28 @@ def test_what_our_own_killed_processes_left_is_freed(provider, wrapped, dek):
     with provider.unwrap(wrapped, CONTEXT) as again:
         assert again == dek
     assert slots(provider) == ([], [theirs])
-    assert [path.name for path in provider.key_directory.glob(".loaded*")] == []
+    assert [path.name for path in provider.keys.path.glob(".loaded*")] == []
+
+
+def test_what_they_left_is_freed_after_a_connection_that_broke(provider, wrapped, wire, dek):
+    """The first try to free it never reached the TPM."""
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=_die_in_the_middle, args=(provider.settings, wrapped))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    cut = []
+
+    def intercept(command: bytes) -> None:
+        if command[6:10] == bytes.fromhex("00000165") and not cut:  # TPM2_FlushContext
+            cut.append(command)
+            raise EOFError
+
+    wire.intercept = intercept
+    with changed(provider, tcti=wire.tcti) as tapped, tapped.unwrap(wrapped, CONTEXT) as again:
+        assert again == dek
+    assert cut
+    assert slots(provider) == ([], [])
 
 
 def foreign_session(tpm) -> int:

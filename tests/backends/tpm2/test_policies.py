@@ -12,7 +12,6 @@ from keymgmt_tpm2 import Tpm2Provider
 from keymgmt_tpm2.policy import _approval
 from keymgmt_tpm2.policy._approval import Approval
 from keymgmt_tpm2.policy._counter import create_counter, raise_counter, read_counter
-from keymgmt_tpm2.policy._nv import undefine
 from keymgmt_tpm2.policy._policy import (
     Approver,
     Counter,
@@ -105,7 +104,7 @@ def test_offline_digests_are_those_of_the_tpm(provider, approve, approver_key, s
     state = provider.pcrs("sha256", [0, 7, 16])
     counter, approver = Counter(0x01800100, value), approve(state).approver
 
-    place = counter.place(approver)
+    made = counter.nv_index(approver)
 
     def on_tpm(tpm):
         session = tpm.session(policy=True)
@@ -121,7 +120,7 @@ def test_offline_digests_are_those_of_the_tpm(provider, approve, approver_key, s
         raised = bytes(tpm.call("policy_get_digest", session))
         tpm.call("policy_restart", session)
         tpm.call("policy_nv_written", session, written_set=False)
-        tpm.call("policy_cp_hash", session, increment_hash(place.new_name))
+        tpm.call("policy_cp_hash", session, increment_hash(made.new_name))
         return first, second, raised, bytes(tpm.call("policy_get_digest", session))
 
     first, second, raised, started = provider.service.run("test", on_tpm)
@@ -285,12 +284,12 @@ def test_an_update_that_was_approved_locks_nothing_out(provider, dek, approver_p
     with pytest.raises(AccessDenied, match="none of its approver is installed"):
         provider.unwrap(wrapped, CONTEXT)
     before = provider.pcrs("sha256", [7, 16])
-    _approval.install(provider.key_directory, approve(before))
+    _approval.install(provider.keys.path, approve(before))
     assert opens(provider, wrapped)
     # The next state, approved before the update, from values that nobody measured here yet.
     digest = hashlib.sha256(before.values[16] + hashlib.sha256(b"update").digest()).digest()
     after = PcrState("sha256", {7: before.values[7], 16: digest})
-    _approval.install(provider.key_directory, approve(after))
+    _approval.install(provider.keys.path, approve(after))
     assert opens(provider, wrapped)
     extend(provider, 16)
     assert opens(provider, wrapped)
@@ -305,7 +304,7 @@ def test_an_update_that_was_approved_locks_nothing_out(provider, dek, approver_p
 def test_an_approval_needs_its_pin_all_the_same(with_pin, settings, dek, approver_pem, approve):
     with_pin.create_key("dev", "ecc-p256", {"approver": str(approver_pem), "pin": "yes"})
     wrapped = with_pin.wrap("dev", dek, CONTEXT)
-    _approval.install(with_pin.key_directory, approve(with_pin.pcrs("sha256", [7])))
+    _approval.install(with_pin.keys.path, approve(with_pin.pcrs("sha256", [7])))
     assert opens(with_pin, wrapped)
     with (
         Tpm2Provider("tpm", settings) as without,
@@ -321,14 +320,14 @@ def test_raising_the_counter_outdates_an_approval(
     wrapped = provider.wrap("dev", dek, CONTEXT)
     value = create_counter(provider, sign_raise(approver_key, 1))
     state = provider.pcrs("sha256", [7])
-    _approval.install(provider.key_directory, approve(state, Counter(0x01800100, value)))
+    _approval.install(provider.keys.path, approve(state, Counter(0x01800100, value)))
     assert opens(provider, wrapped)
     assert raise_counter(provider, sign_raise(approver_key, value + 1)) == value + 1
     assert read_counter(provider) == value + 1
     with pytest.raises(AccessDenied, match="approval is outdated"):
         provider.unwrap(wrapped, CONTEXT)
     newer = approve(state, Counter(0x01800100, value + 1))
-    _approval.install(provider.key_directory, newer)
+    _approval.install(provider.keys.path, newer)
     assert opens(provider, wrapped)
 
 
@@ -341,16 +340,16 @@ def test_a_counter_that_its_owner_took_away_and_made_again(
     value, state = create_counter(provider, start), provider.pcrs("sha256", [7])
     for number in (value - 1, value):
         approval = approve(state, Counter(0x01800100, number))
-        _approval.install(provider.key_directory, approval)
+        _approval.install(provider.keys.path, approval)
     assert opens(provider, wrapped)
-    provider.service.run("undefining", lambda tpm: undefine(tpm, 0x01800100, tpm.session()))
+    provider.service.run("undefining", lambda tpm: tpm.nv_undefine(0x01800100, tpm.session()))
     with pytest.raises(AccessDenied, match="no counter 0x01800100"):
         provider.unwrap(wrapped, CONTEXT)
     assert create_counter(provider, start) == value + 1
     with pytest.raises(AccessDenied, match="approval is outdated"):
         provider.unwrap(wrapped, CONTEXT)
     newer = approve(state, Counter(0x01800100, value + 1))
-    _approval.install(provider.key_directory, newer)
+    _approval.install(provider.keys.path, newer)
     assert opens(provider, wrapped)
 
 
@@ -368,7 +367,7 @@ def test_a_fleet_shares_a_value(
         for device in (provider, other):
             device.create_key("dev", "ecc-p256", {"approver": str(approver_pem)})
             assert create_counter(device, start) == 12
-            _approval.install(device.key_directory, approval)
+            _approval.install(device.keys.path, approval)
             wrapped = device.wrap("dev", dek, CONTEXT)
             assert opens(device, wrapped)
             assert raise_counter(device, raised) == 13
@@ -382,7 +381,7 @@ def test_a_counter_that_is_not_there(provider, dek, approver_pem, approve):
     provider.create_key("dev", "ecc-p256", {"approver": str(approver_pem)})
     wrapped = provider.wrap("dev", dek, CONTEXT)
     approval = approve(provider.pcrs("sha256", [7]), Counter(0x01800101, 1 << 60))
-    _approval.install(provider.key_directory, approval)
+    _approval.install(provider.keys.path, approval)
     with pytest.raises(AccessDenied, match="no counter 0x01800101"):
         provider.unwrap(wrapped, CONTEXT)
 
@@ -417,7 +416,7 @@ def test_forged_approvals_open_nothing(
     with pytest.raises(ConfigError, match="not signed by the key that it names"):
         bad.check()
     # Even put in place by hand, past our own check: the TPM refuses it.
-    _approval.install(provider.key_directory, bad)
+    _approval.install(provider.keys.path, bad)
     with pytest.raises(AccessDenied, match="the TPM refused the approval"):
         provider.unwrap(wrapped, CONTEXT)
 
@@ -426,18 +425,18 @@ def test_a_ref_narrows_an_approver(provider, dek, approver_pem, approve):
     provider.create_key("dev", "ecc-p256", {"approver": str(approver_pem), "ref": "edge"})
     wrapped = provider.wrap("dev", dek, CONTEXT)
     state = provider.pcrs("sha256", [7])
-    _approval.install(provider.key_directory, approve(state))
+    _approval.install(provider.keys.path, approve(state))
     with pytest.raises(AccessDenied, match="none of its approver"):
         provider.unwrap(wrapped, CONTEXT)
-    _approval.install(provider.key_directory, approve(state, ref="edge"))
+    _approval.install(provider.keys.path, approve(state, ref="edge"))
     assert opens(provider, wrapped)
 
 
 def test_damaged_approvals_are_passed_over(provider, dek, approver_pem, approve):
     provider.create_key("dev", "ecc-p256", {"approver": str(approver_pem)})
     wrapped = provider.wrap("dev", dek, CONTEXT)
-    _approval.install(provider.key_directory, approve(provider.pcrs("sha256", [7])))
-    folder = provider.key_directory / "approvals"
+    _approval.install(provider.keys.path, approve(provider.pcrs("sha256", [7])))
+    folder = provider.keys.path / "approvals"
     for number, content in enumerate((b"", b"{}", b"[]", b'{"format": 1}')):
         path = folder / f"{number:064x}.json"
         path.write_bytes(content)

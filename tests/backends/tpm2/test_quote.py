@@ -18,8 +18,9 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from keymgmt_tpm2._structures import Public, sized, u16, u32
+from keymgmt_tpm2.enroll._certificates import Makers
 from keymgmt_tpm2.enroll._device import attestation_key, make_request, respond
-from keymgmt_tpm2.enroll._exchange import Makers, accept, challenge
+from keymgmt_tpm2.enroll._exchange import accept, challenge
 from keymgmt_tpm2.enroll._office import Decision
 from keymgmt_tpm2.policy._approval import install
 from keymgmt_tpm2.policy._policy import Counter, PcrState
@@ -195,8 +196,6 @@ def test_a_key_that_is_not_restricted_proves_nothing(evidence, policy):
 
 def test_a_certification_is_no_quote(genuine, evidence, policy):
     """What the attestation key says at enrolment is not taken for what a quote says."""
-    from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
-
     version = genuine.keys.read("plain_key").newest
 
     def certify(tpm):
@@ -204,9 +203,9 @@ def test_a_certification_is_no_quote(genuine, evidence, policy):
         ak, key = attestation_key(tpm), tpm.load(version.public, version.private)
         return tpm.certify(key, ak, ASKED, session)
 
-    attest, (r, s) = genuine.service.run("certifying", certify)
+    attest, signature = genuine.service.run("certifying", certify)
     quote = Quote.from_bytes(evidence().quote(ASKED))
-    lie = dataclasses.replace(quote, attest=attest, signature=encode_dss_signature(r, s))
+    lie = dataclasses.replace(quote, attest=attest, signature=signature)
     with pytest.raises(AttestationError, match="something other than a quote"):
         policy().judge(Quote.verify(lie.to_bytes(), ASKED))
 

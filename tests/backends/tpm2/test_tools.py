@@ -38,7 +38,7 @@ def blobs(provider, tmp_path):
     """The parts of a key as tpm2_load takes them."""
 
     def write(key: str) -> tuple:
-        version = json.loads((provider.key_directory / f"{key}.json").read_bytes())["versions"][-1]
+        version = json.loads((provider.keys.path / f"{key}.json").read_bytes())["versions"][-1]
         paths = []
         for name in ("public", "private"):
             raw = base64.b64decode(version[name])

@@ -12,10 +12,11 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-__all__ = ["Journal", "left_loaded"]
+__all__ = ["Journal", "free_left"]
 
 _BOOT: Final = Path("/proc/sys/kernel/random/boot_id")
 _PREFIX: Final = ".loaded-"
@@ -26,7 +27,7 @@ class Journal:
 
     def __init__(self, directory: Path | None) -> None:
         self.kept = directory is not None
-        self._path = (directory or Path()) / f"{_PREFIX}{secrets.token_hex(8)}"
+        self._path = _new_path(directory or Path())
 
     def add(self, handle: int) -> None:
         """Note that a handle of the TPM is in use."""
@@ -48,17 +49,26 @@ class Journal:
                 self._path.unlink(missing_ok=True)
 
 
-def left_loaded(directory: Path) -> list[int]:
-    """Handles that earlier operations left in the TPM; the caller holds the directory."""
-    handles: list[int] = []
+def free_left(directory: Path, free: Callable[[list[int]], object]) -> None:
+    """Free what earlier operations left in the TPM; the caller holds the directory.
+
+    A file goes once all of it is freed, so that a connection that breaks here loses none. It has a
+    new name before it is read: a given-up operation that notes one more object makes a new file.
+    """
     with contextlib.suppress(OSError):
-        for path in directory.glob(f"{_PREFIX}*"):
-            for line in path.read_text("ascii", "replace").splitlines():
+        for path in list(directory.glob(f"{_PREFIX}*")):
+            taken = path.rename(_new_path(directory))
+            handles: list[int] = []
+            for line in taken.read_text("ascii", "replace").splitlines():
                 boot, _, handle = line.partition(" ")
                 with contextlib.suppress(ValueError):
                     handles += [int(handle, 16)] if boot == _boot() else []
-            path.unlink(missing_ok=True)
-    return handles
+            free(handles)
+            taken.unlink(missing_ok=True)
+
+
+def _new_path(directory: Path) -> Path:
+    return directory / f"{_PREFIX}{secrets.token_hex(8)}"
 
 
 def _boot() -> str:

@@ -15,7 +15,8 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from keymgmt.backend import (
@@ -29,7 +30,7 @@ from keymgmt.backend import (
     SecretSource,
     wipe,
 )
-from keymgmt_tpm2._connection.journal import Journal, left_loaded
+from keymgmt_tpm2._connection.journal import Journal, free_left
 from keymgmt_tpm2._errors import (
     BUSY,
     LOCKOUT,
@@ -91,6 +92,8 @@ class Service(ForkSafe):
         seconds: float | None = None,
         pinned: bool = True,
         alone: bool = False,
+        pin_of: str | None = None,
+        passwords: Mapping[str, SecretSource | None] | None = None,
     ) -> R:
         """Run ``operation`` on a new connection, in a thread that is abandoned when time is up.
 
@@ -99,10 +102,16 @@ class Service(ForkSafe):
             operation: may be called again; raises TpmError for an answer of the TPM.
             seconds: time limit of the whole; None for that of the settings.
             pinned: whether the storage root key must be the pinned one.
-            alone: whether other processes that share the key directory must wait meanwhile.
+            alone: whether other processes that share the key directory must wait meanwhile, as they
+                must where a PIN is used.
+            pin_of: the key whose PIN is used.
+            passwords: the hierarchies that authorise it, each with the source of its password, or
+                None where it has none.
 
         Raises:
-            ProviderUnavailable: the TPM was not reached, was busy, or gave no answer in time.
+            ProviderUnavailable: the TPM was not reached, was busy, or gave no answer in time; or
+                the source of a secret cannot be read.
+            AccessDenied: no source of the PIN is configured, or its PIN has more than 32 bytes.
             KeymgmtError: the translated TpmError, or an error of ``operation``.
         """
         settings = self.settings
@@ -112,54 +121,70 @@ class Service(ForkSafe):
                 hint=f"see the line to add with: keymgmt tpm setup {self.name}",
             )
         seconds = seconds or settings.timeout
-        with self._turn(seconds * _IN_LINE, alone=alone or not self._managed()):
+        with contextlib.ExitStack() as stack:
+            secrets = {
+                hierarchy: stack.enter_context(self._secret(source))
+                for hierarchy, source in (passwords or {}).items()
+                if source is not None
+            }
+            pin = None if pin_of is None else stack.enter_context(self._pin(pin_of))
+            alone = alone or pin is not None or not settings.resource_managed
+            stack.enter_context(self._turn(seconds * _IN_LINE, alone=alone))
             deadline = Deadline(seconds, f"the TPM of {self.name!r} ({settings.tcti})")
-            once, pause = True, 0.005
-            while True:
-                try:
-                    return self._once(operation, deadline, pinned)
-                except TpmError as error:
-                    if error.code in BUSY or error.code == PCR_CHANGED or self._is_full(error):
-                        # A call that may take long, as making a key, is told of it as soon.
-                        again = deadline.seconds - deadline.remaining < settings.timeout / 2
-                    else:
-                        # If the answer to a PIN was lost, sending it again may count as a second
-                        # wrong try.
-                        again = (
-                            once and error.fault.passing and not (error.lost and error.auth_sent)
-                        )
-                        once = False
-                    if not again:
-                        raise self._explain(error, doing) from error
-                    if error.code != PCR_CHANGED:
-                        time.sleep(pause)
-                        pause = min(pause * 2, 0.25)
-                except ProviderUnavailable:
-                    if not deadline.remaining:
-                        self._unanswered = time.monotonic()
-                    raise
+            once = partial(
+                self._once, operation, deadline, pinned=pinned, passwords=secrets, pin=pin
+            )
+            return self._repeat(once, deadline, doing)
 
-    def _once(self, operation: Callable[[Tpm], R], deadline: Deadline, pinned: bool) -> R:
+    def _repeat(self, once: Callable[[], R], deadline: Deadline, doing: str) -> R:
+        first, pause = True, 0.005
+        while True:
+            try:
+                return once()
+            except TpmError as error:
+                if error.code in BUSY or error.code == PCR_CHANGED or self._is_full(error):
+                    # A call that may take long, as making a key, is told of it as soon.
+                    limit = min(deadline.seconds, self.settings.timeout)
+                    again = deadline.seconds - deadline.remaining < limit / 2
+                else:
+                    # If the answer to a PIN was lost, sending it again may count as a second wrong
+                    # try.
+                    again = first and error.fault.passing and not (error.lost and error.auth_sent)
+                    first = False
+                if not again:
+                    raise self._explain(error, doing) from error
+                if error.code != PCR_CHANGED:
+                    time.sleep(pause)
+                    pause = min(pause * 2, 0.25)
+            except ProviderUnavailable:
+                if not deadline.remaining:
+                    self._unanswered = time.monotonic()
+                raise
+
+    def _once(
+        self,
+        operation: Callable[[Tpm], R],
+        deadline: Deadline,
+        *,
+        pinned: bool,
+        passwords: Mapping[str, bytearray],
+        pin: bytearray | None,
+    ) -> R:
         from keymgmt_tpm2._connection.tcti import look_for_device
         from keymgmt_tpm2._connection.tpm import Tpm
 
         settings, given_up = self.settings, threading.Event()
-        name = bytes.fromhex(settings.srk_name) if pinned and settings.srk_name else None
         look_for_device(settings.tcti)
-        directory = None if self._managed() or not self.keys.path.is_dir() else self.keys.path
-        # No process uses these objects: those that share the directory wait for their turn.
-        left = left_loaded(directory) if directory else []
+        bare = not settings.resource_managed and self.keys.path.is_dir()
+        directory = self.keys.path if bare else None
 
         def attempt() -> R:
-            with Tpm(
-                settings.tcti,
-                settings.srk_handle,
-                name,
-                given_up,
-                use_last_try=settings.use_last_try,
-                journal=Journal(directory),
-            ) as tpm:
-                tpm.free(left)
+            with Tpm(settings, given_up, Journal(directory), pinned=pinned, pin=pin) as tpm:
+                if directory:
+                    # No process uses these: those that share the directory wait for their turn.
+                    free_left(directory, tpm.free)
+                for hierarchy, password in passwords.items():
+                    tpm.set_password(hierarchy, password)
                 return operation(tpm)
 
         try:
@@ -199,11 +224,6 @@ class Service(ForkSafe):
         """Whether tpm2-abrmd may have all its clients: its refusal does not give the reason."""
         return error.code == NO_CONNECTION and self.settings.tcti.startswith("tabrmd")
 
-    def _managed(self) -> bool:
-        from keymgmt_tpm2._connection.tcti import is_resource_managed
-
-        return is_resource_managed(self.settings.tcti)
-
     def _explain(self, error: TpmError, doing: str) -> KeymgmtError:
         translated = translate(error, doing)
         if error.lost:
@@ -213,7 +233,9 @@ class Service(ForkSafe):
             return translated
         deadline = Deadline(min(self.settings.timeout, _EXPLAIN_SECONDS), "the TPM")
         try:
-            state = self._once(lambda tpm: tpm.lockout(), deadline, pinned=False)
+            state = self._once(
+                lambda tpm: tpm.lockout(), deadline, pinned=False, passwords={}, pin=None
+            )
         except (TpmError, KeymgmtError):
             return translated
         if error.refused_lockout:
@@ -228,38 +250,24 @@ class Service(ForkSafe):
         return AccessDenied(f"{translated}; {state}", hint=translated.hint)
 
     @contextlib.contextmanager
-    def secret(self, source: SecretSource | None) -> Iterator[bytearray | None]:
-        """The secret of a source, wiped at the end; None where no source is configured."""
-        value = self._read(source) if source is not None else None
+    def _secret(self, source: SecretSource) -> Iterator[bytearray]:
+        """The secret of a source, wiped at the end."""
+        value = self._read(source)
         try:
             yield value
         finally:
-            wipe(value or bytearray())
+            wipe(value)
 
     @contextlib.contextmanager
-    def pin(self, key: str, *, wanted: bool) -> Iterator[bytearray | None]:
-        """The PIN of a key, wiped at the end.
-
-        Args:
-            key: name of the key.
-            wanted: whether the key has a PIN; for a key without, the result is None.
-
-        Raises:
-            AccessDenied: no source is configured, its PIN has more than 32 bytes, or ``with`` ended
-                because the TPM refused the PIN.
-            ProviderUnavailable: the source cannot be read.
-        """
-        if not wanted:
-            yield None
-            return
+    def _pin(self, key: str) -> Iterator[bytearray]:
+        """The PIN of a key, wiped at the end; one that the TPM refused is asked for again."""
         source = self.settings.pins.get(key, self.settings.pin)
         if source is None:
             raise AccessDenied(
                 f"the key {key!r} requires a PIN, and [providers.{self.name}] names no source",
                 hint=f'add to that table: pins = {{ {key} = {{ file = "PATH" }} }}',
             )
-        with self.secret(source) as pin:
-            assert pin is not None  # noqa: S101 - source is not None
+        with self._secret(source) as pin:
             if len(pin) > MAX_PIN:
                 raise AccessDenied(
                     f"the PIN from {source} has more than {MAX_PIN} bytes",

@@ -20,12 +20,7 @@ except ImportError as error:
         'then pip install --force-reinstall tpm2-pytss, or "keymgmt[tpm2]" where it is missing',
     ) from error
 
-__all__ = ["ESAPI", "TCTILdr", "TSS2_Exception", "is_resource_managed", "look_for_device"]
-
-
-def is_resource_managed(tcti: str) -> bool:
-    """Whether a resource manager behind this TCTI frees the objects of a client that ended."""
-    return tcti.startswith(("device:/dev/tpmrm", "tabrmd"))
+__all__ = ["ESAPI", "TCTILdr", "TSS2_Exception", "look_for_device"]
 
 
 def look_for_device(tcti: str) -> None:

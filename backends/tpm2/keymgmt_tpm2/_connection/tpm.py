@@ -12,19 +12,24 @@ import contextlib
 import threading
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
+from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from tpm2_pytss import constants as c
 from tpm2_pytss import types as t
 from tpm2_pytss._libtpm2_pytss import ffi
 
-from keymgmt.backend import KeyNotFound, ProviderUnavailable, wipe
+from keymgmt.backend import ConfigError, KeyNotFound, ProviderUnavailable, wipe
 from keymgmt_tpm2._connection.journal import Journal
 from keymgmt_tpm2._connection.tcti import ESAPI, TCTILdr, TSS2_Exception
-from keymgmt_tpm2._errors import HANDLE, HIERARCHY, TpmError
+from keymgmt_tpm2._errors import HANDLE, HIERARCHY, NV_DEFINED, TpmError
 from keymgmt_tpm2._lockout import Lockout
-from keymgmt_tpm2._structures import Public, sized
+from keymgmt_tpm2._structures import ALG_RSA, Public, ecdsa_pair, sha256, sized
 from keymgmt_tpm2.policy._policy import BANKS, PcrState
+
+if TYPE_CHECKING:
+    from keymgmt_tpm2._settings import Tpm2Settings
+    from keymgmt_tpm2.policy._index import NvIndex
 
 __all__ = ["Tpm"]
 
@@ -34,28 +39,20 @@ _SAVED_SESSIONS: Final = 0x03000000
 _HASHES: Final = {0x0004: "sha1", 0x000B: "sha256", 0x000C: "sha384", 0x000D: "sha512"}
 _STARTUP_CLEAR: Final = 0x201
 _OWNER_ENABLED: Final = 0x2
+_NV_CHUNK: Final = 512
 _SETUP_HINT: Final = "see it, or with --create make it: keymgmt tpm setup PROVIDER"
-
-
-def _aes() -> Any:
-    return t.TPMT_SYM_DEF(
-        algorithm=c.TPM2_ALG.AES,
-        keyBits=t.TPMU_SYM_KEY_BITS(aes=128),
-        mode=t.TPMU_SYM_MODE(aes=c.TPM2_ALG.CFB),
-    )
 
 
 class Tpm:
     """A connection and the objects that were loaded over it; the end of ``with`` frees and closes.
 
     Args:
-        tcti: the path to the TPM.
-        srk_handle: persistent handle of the storage root key.
-        srk_name: its pinned name, or None to accept any (set-up and doctor only).
+        settings: the path to the TPM, its storage root key, and whether a PIN may be its last try.
         given_up: set when the caller no longer waits for this operation. Then only commands that
             free loaded objects are sent.
-        use_last_try: whether a PIN may be sent although a wrong PIN would lock the TPM.
         journal: notes the loaded objects.
+        pinned: whether the root key must have the pinned name (not in set-up and doctor).
+        pin: of the key that is used, where it has one.
 
     Raises:
         TpmError: the TPM was not reached.
@@ -63,23 +60,21 @@ class Tpm:
 
     def __init__(
         self,
-        tcti: str,
-        srk_handle: int,
-        srk_name: bytes | None,
+        settings: Tpm2Settings,
         given_up: threading.Event,
+        journal: Journal,
         *,
-        use_last_try: bool = False,
-        journal: Journal | None = None,
+        pinned: bool,
+        pin: bytearray | None,
     ) -> None:
-        self._srk_handle, self._srk_name = srk_handle, srk_name
-        self._given_up, self._use_last_try = given_up, use_last_try
+        self._settings, self._pinned, self._pin = settings, pinned, pin
+        self._given_up, self._journal = given_up, journal
         self._open: list[Any] = []
-        self._journal = journal or Journal(None)
         self._srk: Any = None
         self._auth_set = False
         with contextlib.ExitStack() as stack:
             try:
-                line = TCTILdr.parse(tcti)
+                line = TCTILdr.parse(settings.tcti)
                 stack.callback(line.close)
                 self._esapi = ESAPI(line)
                 stack.callback(self._esapi.close)
@@ -149,22 +144,8 @@ class Tpm:
 
     def load(self, public: Public, private: bytes) -> Any:
         """Load a key under the storage root key; the TPM checks that its parts belong together."""
-        return self.opened(
-            self.call(
-                "load",
-                self.srk(),
-                t.TPM2B_PRIVATE.unmarshal(sized(private))[0],
-                t.TPM2B_PUBLIC.unmarshal(sized(public.raw))[0],
-            )
-        )
-
-    def load_verifier(self, public: Public) -> Any:
-        """Load a public key that verifies signatures for PolicyAuthorize."""
-        # PolicyAuthorize needs the ticket of the verification, which is empty in the NULL
-        # hierarchy, the default.
-        blob = t.TPM2B_PUBLIC.unmarshal(sized(public.raw))[0]
-        handle = self.call("load_external", blob, hierarchy=c.ESYS_TR.OWNER)
-        return self.opened(handle)
+        part = t.TPM2B_PRIVATE.unmarshal(sized(private))[0]
+        return self.opened(self.call("load", self.srk(), part, _public(public.raw)))
 
     def srk(self) -> Any:
         """The storage root key.
@@ -174,22 +155,25 @@ class Tpm:
             ProviderUnavailable: its name is not the pinned one.
         """
         if self._srk is None:
-            handle = self.persistent(self._srk_handle)
+            where = self._settings.srk
+            handle = self.persistent(self._settings.srk_handle)
             if handle is None:
                 self.check_owner_enabled()
-                raise KeyNotFound(
-                    f"the TPM has no storage root key at {self._srk_handle:#010x}",
-                    hint=_SETUP_HINT,
-                )
-            name = self.name_of(handle)
-            if self._srk_name is not None and name != self._srk_name:
-                raise ProviderUnavailable(
-                    f"the storage root key at {self._srk_handle:#010x} is {name.hex()}, "
-                    f"and the config pins {self._srk_name.hex()}",
-                    hint="this is another TPM, it was cleared, or a device on the bus replaces it",
-                )
+                raise KeyNotFound(f"the TPM has no storage root key at {where}", hint=_SETUP_HINT)
+            if self._pinned:
+                self.check_srk_name(handle)
             self._srk = handle
         return self._srk
+
+    def check_srk_name(self, srk: Any) -> None:
+        """ProviderUnavailable unless the storage root key has the pinned name."""
+        name, settings = self.name_of(srk).hex(), self._settings
+        if name != settings.srk_name:
+            raise ProviderUnavailable(
+                f"the storage root key at {settings.srk} is {name}, "
+                f"and the config pins {settings.srk_name}",
+                hint="this is another TPM, it was cleared, or a device on the bus replaces it",
+            )
 
     def persistent(self, handle: int) -> Any:
         """A persistent object or NV index, or None where nothing is at this handle."""
@@ -210,11 +194,15 @@ class Tpm:
         name = self.call("tr_get_name", handle)
         return bytes(name)
 
-    def public_of(self, handle: Any) -> Public:
-        """The public area of a loaded object."""
+    def public_bytes(self, handle: Any) -> bytes:
+        """The TPMT_PUBLIC of a loaded object."""
         answer = self.call("read_public", handle)
         public = answer[0]
-        return Public.parse(bytes(public.publicArea.marshal()))
+        return bytes(public.publicArea.marshal())
+
+    def public_of(self, handle: Any) -> Public:
+        """The public area of a loaded object."""
+        return Public.parse(self.public_bytes(handle))
 
     # Sessions
 
@@ -231,7 +219,7 @@ class Tpm:
                 tpm_key=self.srk() if salted else c.ESYS_TR.NONE,
                 bind=c.ESYS_TR.NONE,
                 session_type=kind,
-                symmetric=_aes(),
+                symmetric="aes128cfb",
                 auth_hash=c.TPM2_ALG.SHA256,
             )
         )
@@ -256,42 +244,49 @@ class Tpm:
         finally:
             _wipe(value)
 
-    def set_pin(self, handle: Any, pin: bytearray) -> None:
-        """Give ESAPI the PIN of the key that is used next.
+    def set_pin(self, handle: Any) -> None:
+        """Give ESAPI the PIN, if there is one, of the key that is used next.
 
         Raises:
             LockedOut: a wrong PIN would lock the TPM, or the TPM is locked.
         """
-        self.lockout().check(use_last=self._use_last_try)
-        self.set_auth(handle, pin)
+        if self._pin is not None:
+            self.lockout().check(use_last=self._settings.use_last_try)
+            self.set_auth(handle, self._pin)
 
-    def set_owner_auth(self, auth: bytearray | None) -> None:
-        """Give ESAPI the owner hierarchy's password, unless it is None."""
-        if auth is not None:
-            self.set_auth(c.ESYS_TR.OWNER, auth)
-
-    def set_endorsement_auth(self, auth: bytearray | None) -> None:
-        """Give ESAPI the endorsement hierarchy's password, unless it is None."""
-        if auth is not None:
-            self.set_auth(c.ESYS_TR.ENDORSEMENT, auth)
+    def set_password(self, hierarchy: str, password: bytearray) -> None:
+        """Give ESAPI the password of the ``owner``, ``endorsement`` or ``lockout`` hierarchy."""
+        self.set_auth(c.ESYS_TR.parse(hierarchy), password)
 
     # Keys
 
-    def create(self, template: bytes, auth: bytearray) -> tuple[bytes, Public]:
-        """Create a key under the storage root key; returns its private part and public area."""
-        sensitive = t.TPM2B_SENSITIVE_CREATE(t.TPMS_SENSITIVE_CREATE(userAuth=bytes(auth)))
+    def create(self, template: bytes) -> tuple[bytes, Public]:
+        """Create a key, with the PIN, under the root key; its private part and public area."""
+        auth = bytes(self._pin or b"")
+        sensitive = t.TPM2B_SENSITIVE_CREATE(t.TPMS_SENSITIVE_CREATE(userAuth=auth))
         try:
             answer = self.call(
-                "create",
-                self.srk(),
-                sensitive,
-                t.TPM2B_PUBLIC.unmarshal(sized(template))[0],
-                session1=self.session(),
+                "create", self.srk(), sensitive, _public(template), session1=self.session()
             )
         finally:
             _wipe(sensitive.sensitive.userAuth)
         private, public = answer[0], answer[1]
         return bytes(private), Public.parse(bytes(public.publicArea.marshal()))
+
+    def try_srk(self, template: bytes) -> None:
+        """Create a small object under the root key, which fails if the root key has a password."""
+        content = t.TPM2B_SENSITIVE_CREATE(t.TPMS_SENSITIVE_CREATE(data=b"a trial"))
+        self.call("create", self.srk(), content, _public(template))
+
+    def create_primary(self, hierarchy: str, template: bytes, session: Any) -> Any:
+        """The loaded primary key of a template, in the ``owner`` or ``endorsement`` hierarchy."""
+        empty, parent = t.TPM2B_SENSITIVE_CREATE(), c.ESYS_TR.parse(hierarchy)
+        answer = self.call("create_primary", empty, _public(template), parent, session1=session)
+        return self.opened(answer[0])
+
+    def make_persistent(self, primary: Any, handle: int, session: Any) -> None:
+        """Keep a primary key of the owner at a persistent handle."""
+        self.call("evict_control", c.ESYS_TR.OWNER, primary, handle, session1=session)
 
     def ecdh(self, key: Any, point: bytes, session: Any) -> bytearray:
         """The x coordinate of private key times point, 32 bytes; the caller wipes it."""
@@ -312,34 +307,108 @@ class Tpm:
         answer = self.use_once(session, "rsa_decrypt", key, ciphertext, scheme, b"")
         return _take(answer)
 
-    def sign(self, key: Any, digest: bytes, session: Any) -> tuple[int, int]:
-        """An ECDSA signature (r, s) over a SHA-256 digest, with the key's own scheme."""
+    def sign(self, key: Any, digest: bytes, session: Any) -> bytes:
+        """An ECDSA signature, in DER, over a SHA-256 digest, with the key's own scheme."""
         scheme = t.TPMT_SIG_SCHEME(scheme=c.TPM2_ALG.NULL)
         ticket = t.TPMT_TK_HASHCHECK(tag=c.TPM2_ST.HASHCHECK, hierarchy=c.TPM2_RH.NULL)
         return _ecdsa(self.use_once(session, "sign", key, digest, scheme, ticket))
+
+    def verify(self, signer: Public, message: bytes, signature: bytes) -> Any:
+        """The ticket for PolicyAuthorize that a key signed a message: ECDSA in DER, or RSASSA."""
+        # In the NULL hierarchy, the default, the ticket is empty.
+        key = self.call("load_external", _public(signer.raw), hierarchy=c.ESYS_TR.OWNER)
+        self.opened(key)
+        try:
+            return self.call(
+                "verify_signature", key, sha256(message), _signature(signer, signature)
+            )
+        finally:
+            self.flush(key)
+
+    def endorsement_session(self) -> Any:
+        """A policy session in which the password of the endorsement hierarchy was proved."""
+        session, hmac = self.session(policy=True), self.session()
+        endorsement = c.ESYS_TR.ENDORSEMENT
+        self.call("policy_secret", endorsement, session, b"", b"", b"", 0, session1=hmac)
+        self.flush(hmac)
+        return session
 
     def activate(self, ak: Any, ek: Any, credential: bytes, seed: bytes, session: Any) -> bytearray:
         """The secret of a credential for this EK and AK; the caller wipes it."""
         return _take(self.call("activate_credential", ak, ek, credential, seed, session2=session))
 
-    def certify(
-        self, key: Any, ak: Any, value: bytes, session: Any
-    ) -> tuple[bytes, tuple[int, int]]:
+    def certify(self, key: Any, ak: Any, value: bytes, session: Any) -> tuple[bytes, bytes]:
         """The TPMS_ATTEST of a key by an attestation key, which holds ``value``; its signature."""
         scheme = t.TPMT_SIG_SCHEME(scheme=c.TPM2_ALG.NULL)
         answer = self.call("certify", key, ak, value, scheme, session1=session)
         attest, signature = answer[0], answer[1]
         return bytes(attest), _ecdsa(signature)
 
-    def quote(
-        self, ak: Any, value: bytes, pcrs: PcrState, session: Any
-    ) -> tuple[bytes, tuple[int, int]]:
+    def quote(self, ak: Any, value: bytes, pcrs: PcrState, session: Any) -> tuple[bytes, bytes]:
         """TPMS_ATTEST of what these PCRs hold now, with ``value`` in it, and its signature."""
         selection = t.TPML_PCR_SELECTION.parse(str(pcrs))
         scheme = t.TPMT_SIG_SCHEME(scheme=c.TPM2_ALG.NULL)
         answer = self.call("quote", ak, selection, value, scheme, session1=session)
         attest, signature = answer[0], answer[1]
         return bytes(attest), _ecdsa(signature)
+
+    # NV indices
+
+    def nv_define(self, index: NvIndex, session: Any, hint: str) -> Any:
+        """Define an index as its owner; its handle.
+
+        One that is there and was never written is defined anew: its name does not say that nobody
+        gave it an auth value.
+
+        Raises:
+            ConfigError: it is in use; with this hint.
+        """
+        there = self.persistent(index.number)
+        if there is not None and self.name_of(there) == index.new_name:
+            self.nv_undefine(index.number, session)
+        area = t.TPMS_NV_PUBLIC(
+            nvIndex=index.number,
+            nameAlg=c.TPM2_ALG.SHA256,
+            attributes=c.TPMA_NV(index.attributes),
+            authPolicy=index.policy,
+            dataSize=index.size,
+        )
+        public = t.TPM2B_NV_PUBLIC(nvPublic=area)
+        try:
+            return self.call("nv_define_space", b"", public, c.ESYS_TR.OWNER, session1=session)
+        except TpmError as error:
+            if error.code == NV_DEFINED:
+                raise ConfigError(f"the NV index {index} is in use", hint=hint) from error
+            raise
+
+    def nv_undefine(self, index: int, session: Any) -> None:
+        """Take an index away, as its owner; nothing where there is none."""
+        handle = self.persistent(index)
+        if handle is not None:
+            self.call("nv_undefine_space", handle, c.ESYS_TR.OWNER, session1=session)
+
+    def nv_attributes(self, handle: Any) -> tuple[int, int]:
+        """TPMA_NV and size in bytes of an index."""
+        answer = self.call("nv_read_public", handle)
+        public = answer[0]
+        area = public.nvPublic
+        return int(area.attributes), int(area.dataSize)
+
+    def nv_read(self, handle: Any) -> bytes:
+        """The content of an index that is read with its own, empty auth value."""
+        _, size = self.nv_attributes(handle)
+        content = b""
+        while len(content) < size:
+            length = min(_NV_CHUNK, size - len(content))
+            part = self.call("nv_read", handle, length, len(content), auth_handle=handle)
+            if not bytes(part):
+                break  # a TPM that returns no bytes would be asked for ever
+            content += bytes(part)
+        return content
+
+    def policy_nv(self, session: Any, handle: Any, operand: bytes) -> None:
+        """PolicyNV in a session: the content of an index is at most ``operand``, both unsigned."""
+        self.call("policy_nv", handle, handle, session, operand, c.TPM2_EO.UNSIGNED_LE, 0)
 
     # State
 
@@ -387,6 +456,15 @@ class Tpm:
         """The number of wrong tries, and how many of them lock the TPM."""
         return Lockout.of(self.properties(0x200))
 
+    def clear_lockout(self, session: Any) -> None:
+        """Forget the counted wrong tries, and unlock."""
+        self.call("dictionary_attack_lock_reset", c.ESYS_TR.LOCKOUT, session1=session)
+
+    def set_lockout(self, limit: int, interval: int, recovery: int, session: Any) -> None:
+        """Set what ``Lockout`` has under these names."""
+        change, times = "dictionary_attack_parameters", (limit, interval, recovery)
+        self.call(change, *times, lock_handle=c.ESYS_TR.LOCKOUT, session1=session)
+
     def properties(self, *groups: int) -> dict[int, int]:
         """TPM_PT values by number: the fixed group (0x100), the variable group (0x200), or both."""
         values: dict[int, int] = {}
@@ -409,12 +487,19 @@ class Tpm:
         return [int(listed[position]) for position in range(len(listed))]
 
     def free(self, handles: Iterable[int]) -> int:
-        """Flush transient objects and sessions of any process; returns how many were flushed."""
+        """Flush transient objects and sessions of any process; returns how many were flushed.
+
+        Raises:
+            TpmError: the connection broke; one that is gone already is passed over.
+        """
         count = 0
         for number in handles:
-            with contextlib.suppress(TpmError):
+            try:
                 self.call("flush_context", self.call("tr_from_tpmpublic", number))
                 count += 1
+            except TpmError as error:
+                if error.of_library:
+                    raise
         return count
 
     def free_all(self) -> int:
@@ -423,11 +508,30 @@ class Tpm:
         return sum(self.free(self.handles(first)) for first in ranges)
 
 
-def _ecdsa(answer: Any) -> tuple[int, int]:
+def _public(raw: bytes) -> Any:
+    return t.TPM2B_PUBLIC.unmarshal(sized(raw))[0]
+
+
+def _signature(signer: Public, signature: bytes) -> Any:
+    if signer.kind == ALG_RSA:
+        made = t.TPMT_SIGNATURE(sigAlg=c.TPM2_ALG.RSASSA)
+        made.signature.rsassa.hash = c.TPM2_ALG.SHA256
+        made.signature.rsassa.sig = signature
+        return made
+    made = t.TPMT_SIGNATURE(sigAlg=c.TPM2_ALG.ECDSA)
+    made.signature.ecdsa.hash = c.TPM2_ALG.SHA256
+    r, s = ecdsa_pair(signature)
+    made.signature.ecdsa.signatureR = r
+    made.signature.ecdsa.signatureS = s
+    return made
+
+
+def _ecdsa(answer: Any) -> bytes:
+    """An ECDSA signature of the TPM, in DER."""
     signature = answer.signature
     pair = signature.ecdsa
     r, s = pair.signatureR, pair.signatureS
-    return int.from_bytes(bytes(r), "big"), int.from_bytes(bytes(s), "big")
+    return encode_dss_signature(int.from_bytes(bytes(r), "big"), int.from_bytes(bytes(s), "big"))
 
 
 def _take(value: Any) -> bytearray:

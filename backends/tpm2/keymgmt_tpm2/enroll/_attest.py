@@ -9,23 +9,20 @@ certificate, AK and key; a key made in software fails at the AK, a software AK a
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import os
 from dataclasses import dataclass
 from typing import Final
 
 from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.decrepit.ciphers.modes import CFB
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.kdf.concatkdf import ConcatKDFHash
+from cryptography.hazmat.primitives.kdf.kbkdf import KBKDFHMAC, CounterLocation, Mode
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-
-try:
-    from cryptography.hazmat.decrepit.ciphers.modes import CFB
-except ImportError:  # before it was moved there
-    from cryptography.hazmat.primitives.ciphers.modes import CFB
 
 from keymgmt_tpm2 import _structures as s
 from keymgmt_tpm2._templates import AK_ATTRIBUTES
@@ -77,27 +74,21 @@ def make_credential(ek: s.Public, ak_name: bytes, secret: bytes) -> tuple[bytes,
         point = ephemeral.public_key().public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
         half = len(point) // 2
         x, y = point[1 : half + 1], point[half + 1 :]
-        # KDFe (Part 1, 11.4.10.3)
-        seed = _hash(used, s.u32(1) + z + b"IDENTITY\0" + x + ek.unique[0])
+        # KDFe (Part 1, 11.4.10.3) is the concatenation KDF of SP 800-56A.
+        seed = ConcatKDFHash(used, used.digest_size, b"IDENTITY\0" + x + ek.unique[0]).derive(z)
         encrypted = s.sized(x) + s.sized(y)
     storage = _kdfa(used, seed, b"STORAGE", ak_name, ek.symmetric_bits)
     encryptor = Cipher(AES(storage), CFB(bytes(16))).encryptor()
     sealed = encryptor.update(s.sized(secret)) + encryptor.finalize()
     integrity = _kdfa(used, seed, b"INTEGRITY", b"", 8 * used.digest_size)
-    return s.sized(_hmac(used, integrity, sealed + ak_name)) + sealed, encrypted
+    outer = hmac.digest(integrity, sealed + ak_name, used.name)
+    return s.sized(outer) + sealed, encrypted
 
 
 def _kdfa(used: hashes.HashAlgorithm, key: bytes, label: bytes, context: bytes, bits: int) -> bytes:
-    """KDFa (Part 1, 11.4.10.2), one block, of which the first ``bits`` are taken."""
-    return _hmac(used, key, s.u32(1) + label + b"\0" + context + s.u32(bits))[: bits // 8]
-
-
-def _hmac(used: hashes.HashAlgorithm, key: bytes, message: bytes) -> bytes:
-    return hmac.digest(key, message, used.name)
-
-
-def _hash(used: hashes.HashAlgorithm, message: bytes) -> bytes:
-    return hashlib.new(used.name, message).digest()
+    """KDFa (Part 1, 11.4.10.2), which is the counter mode of SP 800-108."""
+    counter = Mode.CounterMode, bits // 8, 4, 4, CounterLocation.BeforeFixed
+    return KBKDFHMAC(used, *counter, label, context, None).derive(key)
 
 
 @dataclass(frozen=True)
@@ -131,28 +122,27 @@ class Statement:
         return cls(kind, signer, extra, firmware, reader.take(reader.left))
 
 
-def check_statement(attest: bytes, signature: bytes, ak: s.Public, what: str) -> Statement:
+def check_statement(attest: bytes, signature: bytes, ak: s.Public, kind: str) -> Statement:
     """Check that the AK signed this, and that it is a primary key of the endorsement hierarchy.
 
     Args:
         attest: TPMS_ATTEST.
         signature: DER ECDSA signature over it.
         ak: already checked.
-        what: the statement in a word, for messages: "certification".
+        kind: the statement in a word, for messages: "certification".
 
     Raises:
         AttestationError: any of it is not so.
     """
     public = ak.key()
-    if not isinstance(public, ec.EllipticCurvePublicKey):
-        raise AttestationError("the attestation key is not ECDSA P-256 with SHA-256")
+    assert isinstance(public, ec.EllipticCurvePublicKey)  # noqa: S101 - check_ak
     try:
         public.verify(signature, attest, ec.ECDSA(hashes.SHA256()))
         statement = Statement.parse(attest)
     except InvalidSignature as error:
-        raise AttestationError(f"the attestation key did not sign the {what}") from error
+        raise AttestationError(f"the attestation key did not sign the {kind}") from error
     except ValueError as error:
-        raise AttestationError(f"the {what} is malformed: {error}") from error
+        raise AttestationError(f"the {kind} is malformed: {error}") from error
     # Elsewhere the TPM hides the firmware version from what it signs (Part 1, 36.7). A primary
     # key's qualified name is the hash of its hierarchy and its name (Part 1, 16).
     if statement.signer != s.u16(s.ALG_SHA256) + s.sha256(s.u32(_ENDORSEMENT), ak.name):

@@ -31,7 +31,8 @@ from keymgmt.backend import (
     save_file,
     signatures_file,
 )
-from keymgmt_tpm2.enroll._exchange import Makers, Request, accept, challenge, read_state
+from keymgmt_tpm2.enroll._certificates import Makers
+from keymgmt_tpm2.enroll._exchange import Request, accept, challenge, read_state
 from keymgmt_tpm2.enroll._office import Decision
 
 __all__ = [
@@ -134,7 +135,7 @@ def accept_one(
         # The signature first: a recipient without one must never be left.
         if attester is not None and not _left(beside, lambda c: attester.signed(recipient, c)):
             _save(undo, beside, attester.sign(recipient))
-        if not _left(output, lambda found: found == content):
+        if not _left(output, lambda left: left == content):
             _save(undo, output, content)
         undo.pop_all()
     # The state is for one answer only.

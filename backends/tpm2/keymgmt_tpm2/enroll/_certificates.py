@@ -33,6 +33,7 @@ __all__ = [
     "MAX_CHAIN",
     "AttestationError",
     "Maker",
+    "Makers",
     "certifies",
     "check_certificate",
     "is_like",
@@ -43,7 +44,6 @@ __all__ = [
 
 MAX_CHAIN: Final = 16
 _EK_CERTIFICATE: Final = x509.ObjectIdentifier("2.23.133.8.1")
-_ANY_PURPOSE: Final = x509.ObjectIdentifier("2.5.29.37.0")
 _PEM: Final = re.compile(
     rb"-----BEGIN (?:TRUSTED |X509 )?CERTIFICATE-----(.*?)-----END [A-Z0-9 ]+-----", re.DOTALL
 )
@@ -66,6 +66,21 @@ class Maker:
     anchor: str
 
 
+@dataclass(frozen=True)
+class Makers:
+    """The makers that the office trusts to certify endorsement keys.
+
+    Attributes:
+        anchors: DER certificates that are trusted, roots or intermediates.
+        between: DER certificates that may stand in between, and are trusted for nothing.
+        sha1: whether SHA-1 may sign below an anchor: who can make it collide forges devices.
+    """
+
+    anchors: Sequence[bytes]
+    between: Sequence[bytes] = ()
+    sha1: bool = False
+
+
 class AttestationError(IntegrityError):
     """A statement of a device is not proved; the message names the missing link."""
 
@@ -74,24 +89,24 @@ def split_file(content: bytes) -> list[bytes]:
     """The certificates of a PEM or DER file, in DER; ValueError where there are none."""
     blocks = _PEM.findall(content)
     try:
-        found = [base64.b64decode(b"".join(block.split())) for block in blocks] or [content]
-        for each in found:
+        ders = [base64.b64decode(b"".join(block.split())) for block in blocks] or [content]
+        for each in ders:
             crypto.load_certificate(crypto.FILETYPE_ASN1, each)
     except (crypto.Error, binascii.Error) as error:
         raise ValueError("it has no certificates in PEM or DER") from error
-    return found
+    return ders
 
 
 def split_chain(content: bytes) -> list[bytes]:
     """DER certificates that lie one after the other; ValueError for more than 16, or for others."""
-    found: list[bytes] = []
+    certificates: list[bytes] = []
     while content:
-        if len(found) == MAX_CHAIN or content[:2] != b"\x30\x82":
+        if len(certificates) == MAX_CHAIN or content[:2] != b"\x30\x82":
             raise ValueError("the chain of the TPM is none, or too long")
         end = 4 + int.from_bytes(content[2:4], "big")
-        found += split_file(content[:end])
+        certificates += split_file(content[:end])
         content = content[end:]
-    return found
+    return certificates
 
 
 def load_certificate(data: bytes) -> x509.Certificate:
@@ -134,22 +149,13 @@ def _public_key(certificate: x509.Certificate) -> CertificatePublicKeyTypes:
         raise ValueError(f"the certificate has a key of another kind: {error}") from error
 
 
-def check_certificate(
-    certificate: bytes,
-    ek: s.Public,
-    anchors: Sequence[bytes],
-    intermediates: Sequence[bytes] = (),
-    *,
-    sha1: bool = False,
-) -> Maker:
+def check_certificate(certificate: bytes, ek: s.Public, makers: Makers) -> Maker:
     """Check that a trusted maker certified this endorsement key.
 
     Args:
         certificate: DER, as the TPM holds it (trailing bytes of its NV index are cut off).
         ek: the endorsement key that the device showed.
-        anchors: DER certificates that the office trusts, roots or intermediates.
-        intermediates: DER certificates that may stand in between and are trusted for nothing.
-        sha1: whether SHA-1 may sign below the anchor: who can make it collide forges devices.
+        makers: who is trusted.
 
     Raises:
         AttestationError: no chain, no EK certificate, or one of another key.
@@ -157,11 +163,11 @@ def check_certificate(
     try:
         leaf = load_certificate(certificate)
         _check_leaf(leaf)
-        chain = _chain(leaf, anchors, intermediates)
+        chain = _chain(leaf, makers)
         for issuer in chain[1:]:
             _check_issuer(issuer)
         for each in chain[:-1]:
-            _check_hash(each, sha1)
+            _check_hash(each, makers.sha1)
         same = certifies(leaf, ek)
         named = leaf.issuer.rfc4514_string().encode("ascii", "replace").decode()[:200]
     except ValueError as error:
@@ -177,14 +183,12 @@ def check_certificate(
     )
 
 
-def _chain(
-    leaf: x509.Certificate, anchors: Sequence[bytes], intermediates: Sequence[bytes]
-) -> list[crypto.X509]:
+def _chain(leaf: x509.Certificate, makers: Makers) -> list[crypto.X509]:
     """From the leaf to an anchor, as OpenSSL verified it; ValueError."""
     try:
         trusted, between = (
             [crypto.load_certificate(crypto.FILETYPE_ASN1, each) for each in group]
-            for group in (anchors, intermediates)
+            for group in (makers.anchors, makers.between)
         )
         if is_oaep(leaf):
             return chain_of_oaep(leaf, trusted, between, _build)
@@ -192,7 +196,8 @@ def _chain(
     except crypto.Error as error:
         raise ValueError("a certificate is not readable") from error
     except ValueError as error:
-        raise ValueError(f"{error}{_last_issuer(leaf, [*anchors, *intermediates])}") from error
+        issuer = _last_issuer(leaf, [*makers.anchors, *makers.between])
+        raise ValueError(f"{error}{issuer}") from error
 
 
 def _build(
@@ -221,8 +226,8 @@ def _last_issuer(certificate: x509.Certificate, known: Sequence[bytes]) -> str:
     subjects = {}
     for each in known:
         with contextlib.suppress(*_UNREADABLE):
-            found = x509.load_der_x509_certificate(each)
-            subjects[found.subject] = found
+            issuer = x509.load_der_x509_certificate(each)
+            subjects[issuer.subject] = issuer
     while certificate.issuer in subjects:
         certificate = subjects.pop(certificate.issuer)
     words = certificate.issuer.rfc4514_string()
@@ -250,14 +255,14 @@ def _check_hash(certificate: crypto.X509, sha1: bool) -> None:
 
 def _check_issuer(certificate: crypto.X509) -> None:
     """ValueError unless it may sign certificates of endorsement keys."""
-    found = extensions(crypto.dump_certificate(crypto.FILETYPE_ASN1, certificate))
-    if not re.fullmatch(rb"0.\x01\x01[^\0].*", found.get(BASIC, b""), re.DOTALL):
+    stated = extensions(crypto.dump_certificate(crypto.FILETYPE_ASN1, certificate))
+    if not re.fullmatch(rb"0.\x01\x01[^\0].*", stated.get(BASIC, b""), re.DOTALL):
         raise ValueError(f"{_name(certificate)} is no CA")
-    usage = found.get(KEY_USAGE)
+    usage = stated.get(KEY_USAGE)
     # A BIT STRING: unused bits, then digitalSignature (0) to keyCertSign (5) and on.
     if usage is not None and not int.from_bytes(usage[3:4], "big") & 0x04:
         raise ValueError(f"{_name(certificate)} may not sign certificates (keyUsage)")
-    purposes = found.get(PURPOSES)
+    purposes = stated.get(PURPOSES)
     if purposes is not None:
         ((_, listed),) = elements(purposes)
         allowed = {bytes.fromhex("6781050801"), bytes.fromhex("551d2500")}

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Final, NoReturn
+from typing import Annotated, Final
 
 import typer
 
 from keymgmt.backend import ConfigError, IntegrityError, Recipient, save_file
 from keymgmt.console import clean, console, print_json, print_line
 from keymgmt_tpm2._arguments import Json, find_key, find_signer
-from keymgmt_tpm2.enroll import _batch, _exchange
-from keymgmt_tpm2.enroll._certificates import split_file
+from keymgmt_tpm2.enroll import _batch
+from keymgmt_tpm2.enroll._certificates import Makers, split_file
 from keymgmt_tpm2.enroll._exchange import Request
 from keymgmt_tpm2.enroll._office import Decision, Device, ek_id, parse_ek, read_inventory
-from keymgmt_tpm2.policy._options import read_approver
 from keymgmt_tpm2.policy._policy import Approver, PcrState
-from keymgmt_tpm2.policy._values import read_values, stated_values
+from keymgmt_tpm2.policy._stated import read_approver, read_values, stated_values
 
 __all__ = ["app"]
 
@@ -28,7 +27,7 @@ FORMAT: Final = "keymgmt-tpm-enroll/1"
 
 Key = Annotated[str, typer.Argument(metavar="PROVIDER:KEY", help="A key of this device's TPM.")]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="What to write.")]
-Makers = Annotated[
+MakerFiles = Annotated[
     list[Path],
     typer.Option(
         "--ca",
@@ -104,7 +103,7 @@ def challenge(
             metavar="REQUEST|FOLDER", help="The device's request, or a folder of NAME.request."
         ),
     ],
-    ca: Makers,
+    ca: MakerFiles,
     output: OfficeOutput = None,
     state: State = None,
     intermediate: Intermediates = None,
@@ -119,12 +118,11 @@ def challenge(
         keymgmt tpm enroll challenge devices --ca maker.pem
     """
     makers = _makers(ca, intermediate, allow_sha1=allow_sha1)
-    if file.is_dir():
-        _in_folder(output, state)
+    written = _written(file, output, state)
+    if written is None:
         _tell_all(_batch.challenge_all(file, makers), "challenged", as_json=as_json)
         return
-    output, state = _both(output, state)
-    asked = _batch.challenge_one(file, output, state, makers)
+    asked = _batch.challenge_one(file, *written, makers)
     if as_json:
         print_json({"format": FORMAT, "path": str(output), "state": str(state), **_stated(asked)})
         return
@@ -170,7 +168,7 @@ def accept(
             metavar="RESPONSE|FOLDER", help="The device's response, or a folder of NAME.response."
         ),
     ],
-    ca: Makers,
+    ca: MakerFiles,
     output: OfficeOutput = None,
     state: State = None,
     intermediate: Intermediates = None,
@@ -223,21 +221,20 @@ def accept(
     Example:
         keymgmt tpm enroll accept devices --ca maker.pem --key dev --sign local:enrolment
     """
-    wanted = _policy(pcr, pcr_values, event_log, approver, ref, any_policy=any_policy)
-    devices = _devices(ek, inventory, any_device=any_device)
     makers = _makers(ca, intermediate, allow_sha1=allow_sha1)
     attester = None if sign is None else _batch.Attester(*find_signer(context, sign))
 
     def decide(request: Request | None = None) -> Decision:
-        return Decision(wanted(request), devices(request), key)
+        files = pcr_values, event_log, approver
+        policy = _policy(request, pcr, *files, ref, any_policy=any_policy)
+        return Decision(policy, _devices(request, ek, inventory, any_device=any_device), key)
 
-    if file.is_dir():
-        _in_folder(output, state)
+    written = _written(file, output, state)
+    if written is None:
         done = _batch.accept_all(file, makers, decide(), attester)
         _tell_all(done, "accepted", as_json=as_json)
         return
-    output, state = _both(output, state)
-    request, recipient = _batch.accept_one(file, output, state, makers, decide, attester)
+    request, recipient = _batch.accept_one(file, *written, makers, decide, attester)
     if as_json:
         print_json({"format": FORMAT, "path": str(output), **_stated(request, recipient)})
         return
@@ -254,7 +251,7 @@ def accept(
 def _stated(request: Request, recipient: Recipient | None = None) -> dict[str, object]:
     """What is known of a device: by itself, and once it is enrolled what is signed."""
     shown = recipient or request.recipient
-    said: dict[str, object] = {
+    stated: dict[str, object] = {
         "key": shown.key,
         "version": shown.version,
         "ek": ek_id(request.ek),
@@ -262,8 +259,8 @@ def _stated(request: Request, recipient: Recipient | None = None) -> dict[str, o
         "policy_digest": request.key.policy.hex(),
     }
     if recipient is not None:
-        said |= {"fingerprint": recipient.fingerprint, "attributes": dict(recipient.attributes)}
-    return said
+        stated |= {"fingerprint": recipient.fingerprint, "attributes": dict(recipient.attributes)}
+    return stated
 
 
 def _tell_all(outcomes: Iterable[_batch.Outcome], word: str, *, as_json: bool) -> None:
@@ -272,10 +269,10 @@ def _tell_all(outcomes: Iterable[_batch.Outcome], word: str, *, as_json: bool) -
     if word == "accepted":
         counts["waiting"] = 0
     for each in outcomes:
-        said: dict[str, object] = {"format": FORMAT, "path": str(each.path)}
+        line: dict[str, object] = {"format": FORMAT, "path": str(each.path)}
         if each.error is not None:
             state, error = "failed", each.error
-            said["error"] = error.to_json()
+            line["error"] = error.to_json()
             console(stderr=True).print(f"{clean(each.path)}: {clean(error)}", soft_wrap=True)
         elif each.waiting:
             state = "waiting"
@@ -283,12 +280,12 @@ def _tell_all(outcomes: Iterable[_batch.Outcome], word: str, *, as_json: bool) -
             state = "before"
         else:
             state = word
-            said |= _stated(*each.done)
+            line |= _stated(*each.done)
         counts[state] += 1
         if as_json:
-            print_line({**said, "state": state})
+            print_line({**line, "state": state})
         elif state == word:
-            ek = f", endorsement key {said['ek']}" if word == "challenged" else ""
+            ek = f", endorsement key {line['ek']}" if word == "challenged" else ""
             console().print(f"{clean(each.path)}: {word}{ek}", soft_wrap=True)
     code = IntegrityError.exit_code if counts["failed"] else 0
     if as_json:
@@ -300,18 +297,19 @@ def _tell_all(outcomes: Iterable[_batch.Outcome], word: str, *, as_json: bool) -
         raise typer.Exit(code)
 
 
-def _both(output: Path | None, state: Path | None) -> tuple[Path, Path]:
+def _written(file: Path, output: Path | None, state: Path | None) -> tuple[Path, Path] | None:
+    """Output and state for one file; None for a folder, in which every file has them."""
+    if file.is_dir():
+        if output is not None or state is not None:
+            raise ConfigError("in a folder the files of a device are named after its request")
+        return None
     if output is None or state is None:
         raise ConfigError("one file takes --output FILE and --state FILE")
     return output, state
 
 
-def _in_folder(output: Path | None, state: Path | None) -> None:
-    if output is not None or state is not None:
-        raise ConfigError("in a folder the files of a device are named after its request")
-
-
 def _policy(
+    request: Request | None,
     pcr: str | None,
     pcr_values: Path | None,
     event_log: Path | None,
@@ -319,78 +317,60 @@ def _policy(
     ref: str,
     *,
     any_policy: bool,
-) -> Callable[[Request | None], PcrState | Approver | None]:
+) -> PcrState | Approver | None:
     """What the office wants; the question names what the one request has, where there is one."""
     stated = pcr_values is not None or event_log is not None
     if stated + (approver is not None) + any_policy != 1:
-
-        def ask(request: Request | None) -> NoReturn:
-            has = f" It has: {'; '.join(request.policy.lines())}" if request else ""
-            raise ConfigError(
-                f"which policy must the key have?{has}",
-                hint="one of --pcr-values FILE, --event-log FILE (with --pcr), --approver PEM or "
-                "--any-policy",
-            )
-
-        return ask
-    wanted: PcrState | Approver | None = None
+        has = f" It has: {'; '.join(request.policy.lines())}" if request else ""
+        raise ConfigError(
+            f"which policy must the key have?{has}",
+            hint="one of --pcr-values FILE, --event-log FILE (with --pcr), --approver PEM or "
+            "--any-policy",
+        )
     if approver is not None:
-        wanted = read_approver(approver, ref)
-    elif pcr is None and pcr_values is not None:
-        wanted = read_values(pcr_values)
-    elif stated:
-        wanted = stated_values(pcr or "", pcr_values, event_log)
-    return lambda _: wanted
+        return read_approver(approver, ref)
+    if pcr is None and pcr_values is not None:
+        return read_values(pcr_values)
+    return stated_values(pcr or "", pcr_values, event_log) if stated else None
 
 
 def _devices(
-    ek: str | None, inventory: Path | None, *, any_device: bool
-) -> Callable[[Request | None], Mapping[str, Device] | None]:
+    request: Request | None, ek: str | None, inventory: Path | None, *, any_device: bool
+) -> Mapping[str, Device] | None:
     """Whom the office wants; the question names whose the one request is, where there is one."""
     if (ek is not None) + (inventory is not None) + any_device != 1:
-
-        def ask(request: Request | None) -> NoReturn:
-            found = f" Its endorsement key is {ek_id(request.ek)}" if request else ""
-            raise ConfigError(
-                f"whose TPM is it?{found}",
-                hint="one of --ek SHA256, --inventory CSV or --any-device",
-            )
-
-        return ask
-    devices: Mapping[str, Device] | None = None
+        shown = f" Its endorsement key is {ek_id(request.ek)}" if request else ""
+        raise ConfigError(
+            f"whose TPM is it?{shown}", hint="one of --ek SHA256, --inventory CSV or --any-device"
+        )
     if inventory is not None:
-        devices = read_inventory(inventory)
-    elif ek is not None:
-        named = parse_ek(ek)
-        devices = {named: Device(named)}
-    return lambda _: devices
+        return read_inventory(inventory)
+    return None if ek is None else {(named := parse_ek(ek)): Device(named)}
 
 
-def _makers(
-    ca: list[Path], intermediate: list[Path] | None, *, allow_sha1: bool
-) -> _exchange.Makers:
-    return _exchange.Makers(_certificates(ca), _certificates(intermediate or []), allow_sha1)
+def _makers(ca: list[Path], intermediate: list[Path] | None, *, allow_sha1: bool) -> Makers:
+    return Makers(_certificates(ca), _certificates(intermediate or []), allow_sha1)
 
 
 def _certificates(files: list[Path]) -> list[bytes]:
     """The certificates of all the files, in DER."""
-    found = []
+    certificates = []
     for file in files:
         try:
-            found += split_file(_batch.read_any(file))
+            certificates += split_file(_batch.read_any(file))
         except ValueError as error:
             raise ConfigError(f"{file}: {error}") from error
-    return found
+    return certificates
 
 
 def _ek_certificate(file: Path | None) -> bytes | None:
     if file is None:
         return None
-    found = _certificates([file])
-    if len(found) != 1:
+    certificates = _certificates([file])
+    if len(certificates) != 1:
         raise ConfigError(
-            f"{file} has {len(found)} certificates",
+            f"{file} has {len(certificates)} certificates",
             hint="--ek-certificate is that of the endorsement key alone; its issuers are for the "
             "office, as --intermediate",
         )
-    return found[0]
+    return certificates[0]

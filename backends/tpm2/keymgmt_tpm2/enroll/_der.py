@@ -67,11 +67,11 @@ def _name(content: bytes) -> list[list[tuple[int, bytes]]]:
 
 def extensions(certificate: bytes) -> dict[bytes, bytes]:
     """The extensions by the content of their object identifier; the values are DER."""
-    found: dict[bytes, bytes] = {}
+    values: dict[bytes, bytes] = {}
     for tag, content in tbs_fields(certificate):
         if tag == 0xA3:
             ((_, listed),) = elements(content)
             for _, extension in elements(listed):
                 identifier, *_, value = (part for _, part in elements(extension))
-                found[identifier] = value
-    return found
+                values[identifier] = value
+    return values

@@ -6,10 +6,8 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
-from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
-
 from keymgmt.backend import AccessDenied, FormatError, KeyNotFound, UnsupportedOperation, wipe
-from keymgmt_tpm2._errors import AUTH_FAIL, BAD_AUTH, HANDLE, NO_SUCH_KEYS, TpmError
+from keymgmt_tpm2._errors import HANDLE, NO_SUCH_KEYS, TpmError
 from keymgmt_tpm2._structures import ALG_RSA, USER_WITH_AUTH, Public, sized
 from keymgmt_tpm2._templates import EK_PROFILES, ak_template
 from keymgmt_tpm2.enroll._certificates import certifies, is_like, load_certificate
@@ -47,18 +45,19 @@ def make_request(provider: Tpm2Provider, key: str, ek_certificate: bytes | None 
     recipient = provider.export_recipient(key)
     version = provider.keys.read(key).newest
 
-    def operation(tpm: Tpm, auth: bytearray | None) -> tuple[bytes, bytes, Public, Public]:
-        tpm.set_endorsement_auth(auth)
-        certificate, ek = _endorsement(tpm, ek_certificate)
-        public = tpm.public_of(ek)
+    def operation(tpm: Tpm) -> Request:
+        certificate, handle = _endorsement(tpm, ek_certificate)
+        ek = tpm.public_of(handle)
         tpm.flush_all()
-        return certificate, read_chain(tpm), public, tpm.public_of(attestation_key(tpm))
+        ak, chain = tpm.public_of(attestation_key(tpm)), read_chain(tpm)
+        return Request(certificate, chain, ek, ak, version.public, version.policy, recipient)
 
-    with provider.service.secret(provider.settings.endorsement_auth) as auth:
-        certificate, chain, ek, ak = provider.service.run(
-            "asking who it is", lambda tpm: operation(tpm, auth), seconds=_SECONDS
-        )
-    return Request(certificate, chain, ek, ak, version.public, version.policy, recipient)
+    return provider.service.run(
+        "asking who it is",
+        operation,
+        seconds=_SECONDS,
+        passwords={"endorsement": provider.settings.endorsement_auth},
+    )
 
 
 def respond(
@@ -86,28 +85,22 @@ def respond(
         )
     version = provider.keys.read(key).newest
 
-    def operation(
-        tpm: Tpm, pin: bytearray | None, auth: bytearray | None
-    ) -> tuple[bytes, tuple[int, int]]:
-        tpm.set_endorsement_auth(auth)
+    def operation(tpm: Tpm) -> tuple[bytes, bytes]:
         secret = _activate(tpm, credential, seed, ek_certificate)
         try:
             value = answer_value(bytes(secret), digest)
         finally:
             wipe(secret)
-        return _certify(tpm, version, pin, value)
+        return _certify(tpm, version, value)
 
-    with (
-        provider.service.secret(provider.settings.endorsement_auth) as auth,
-        provider.service.pin(key, wanted=version.policy.pin) as pin,
-    ):
-        attest, (r, s) = provider.service.run(
-            "responding",
-            lambda tpm: operation(tpm, pin, auth),
-            seconds=_SECONDS,
-            alone=pin is not None,
-        )
-    return write_response(attest, encode_dss_signature(r, s))
+    attest, signature = provider.service.run(
+        "responding",
+        operation,
+        seconds=_SECONDS,
+        pin_of=key if version.policy.pin else None,
+        passwords={"endorsement": provider.settings.endorsement_auth},
+    )
+    return write_response(attest, signature)
 
 
 def _endorsement(tpm: Tpm, given: bytes | None) -> tuple[bytes, Any]:
@@ -149,8 +142,6 @@ def _endorsement(tpm: Tpm, given: bytes | None) -> tuple[bytes, Any]:
 
 def _candidates(tpm: Tpm, profiles: Sequence[EkProfile]) -> Iterator[Any]:
     """Endorsement keys of this TPM: persistent ones, then such as it makes from templates."""
-    from tpm2_pytss import types as t
-
     for number in tpm.handles(_EK_HANDLES.start):
         if number in _EK_HANDLES and (handle := tpm.persistent(number)) is not None:
             yield handle
@@ -160,7 +151,7 @@ def _candidates(tpm: Tpm, profiles: Sequence[EkProfile]) -> Iterator[Any]:
         if nonce:
             template = _with_nonce(Public.parse(template), nonce)
         try:
-            made = _primary(tpm, t.TPM2B_PUBLIC.unmarshal(sized(template))[0])
+            made = _primary(tpm, template)
         except TpmError as error:
             if error.code not in NO_SUCH_KEYS:
                 raise
@@ -175,45 +166,24 @@ def _with_nonce(template: Public, nonce: bytes) -> bytes:
     return template.head + sized(nonce.ljust(32, b"\0")) + sized(bytes(32))
 
 
-def _primary(tpm: Tpm, public: Any) -> Any:
-    from tpm2_pytss import constants as c
-    from tpm2_pytss import types as t
-
+def _primary(tpm: Tpm, template: bytes) -> Any:
     session = tpm.session()
-    empty = t.TPM2B_SENSITIVE_CREATE()
-    try:
-        answer = tpm.call("create_primary", empty, public, c.ESYS_TR.ENDORSEMENT, session1=session)
-    except TpmError as error:
-        if error.code in (AUTH_FAIL, BAD_AUTH):
-            raise AccessDenied(
-                "the TPM refused the password of its endorsement hierarchy",
-                hint='say where it is, in its table: endorsement_auth = { file = "PATH" }',
-            ) from error
-        raise
+    handle = tpm.create_primary("endorsement", template, session)
     tpm.flush(session)
-    return tpm.opened(answer[0])
+    return handle
 
 
 def attestation_key(tpm: Tpm) -> Any:
     """The AK: a primary key, so that the TPM makes the same one each time."""
-    from tpm2_pytss import types as t
-
-    return _primary(tpm, t.TPM2B_PUBLIC.unmarshal(sized(ak_template()))[0])
+    return _primary(tpm, ak_template())
 
 
 def _activate(tpm: Tpm, credential: bytes, seed: bytes, given: bytes | None) -> bytearray:
-    from tpm2_pytss import constants as c
-
     _, ek = _endorsement(tpm, given)
     ak = attestation_key(tpm)
     # Encrypted, or the secret would be on the bus in clear.
-    if tpm.public_of(ek).attributes & USER_WITH_AUTH:
-        session = tpm.session()
-    else:
-        session, owner = tpm.session(policy=True), tpm.session()
-        endorsement = c.ESYS_TR.ENDORSEMENT
-        tpm.call("policy_secret", endorsement, session, b"", b"", b"", 0, session1=owner)
-        tpm.flush(owner)
+    by_auth_value = tpm.public_of(ek).attributes & USER_WITH_AUTH
+    session = tpm.session() if by_auth_value else tpm.endorsement_session()
     try:
         return tpm.activate(ak, ek, credential, seed, session)
     except TpmError as error:
@@ -227,15 +197,9 @@ def _activate(tpm: Tpm, credential: bytes, seed: bytes, given: bytes | None) -> 
         tpm.flush_all()
 
 
-def _certify(
-    tpm: Tpm,
-    version: TpmKeyVersion,
-    pin: bytearray | None,
-    value: bytes,
-) -> tuple[bytes, tuple[int, int]]:
+def _certify(tpm: Tpm, version: TpmKeyVersion, value: bytes) -> tuple[bytes, bytes]:
     # Certify takes the key's auth value (its ADMIN role), which its policy need not allow.
     session = tpm.session()
     ak, key = attestation_key(tpm), tpm.load(version.public, version.private)
-    if pin is not None:
-        tpm.set_pin(key, pin)
+    tpm.set_pin(key)
     return tpm.certify(key, ak, value, session)

@@ -17,17 +17,18 @@ import hashlib
 import hmac
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from keymgmt.backend import FormatError, JsonReader, Recipient, load_json
 from keymgmt_tpm2._structures import Public, describe_attributes
-from keymgmt_tpm2._templates import problem_with
+from keymgmt_tpm2._templates import MECHANISMS, problem_with
 from keymgmt_tpm2.enroll._attest import check_ak, check_certification, make_credential
 from keymgmt_tpm2.enroll._certificates import (
     AttestationError,
     Maker,
+    Makers,
     check_certificate,
     split_chain,
 )
@@ -35,7 +36,6 @@ from keymgmt_tpm2.enroll._office import Decision
 from keymgmt_tpm2.policy._policy import Policy
 
 __all__ = [
-    "Makers",
     "Request",
     "accept",
     "answer_value",
@@ -51,7 +51,6 @@ _STATE: Final = "keymgmt.tpm2-enroll-state/1"
 _RESPONSE: Final = "keymgmt.tpm2-enroll-response/1"
 MAX_FILE: Final = 1 << 20
 MAX_PART: Final = 65536
-_KINDS: Final = {"hpke-p256": "ecc-p256", "RSA-OAEP-256": "rsa-2048"}
 _LABEL: Final = b"keymgmt enroll 1\0"
 
 
@@ -119,38 +118,17 @@ class Request:
         # What the TPM brings along of its chain is trusted for nothing, as intermediates are.
         with _malformed("request"):
             between = [*makers.between, *split_chain(self.chain)]
-        maker = check_certificate(
-            self.certificate, self.ek, makers.anchors, between, sha1=makers.sha1
-        )
+        maker = check_certificate(self.certificate, self.ek, replace(makers, between=between))
         check_ak(self.ak)
-        kind = _KINDS.get(self.recipient.kind)
+        kinds = {mechanism: kind for kind, mechanism in MECHANISMS.items()}
+        kind = kinds.get(self.recipient.kind)
         if kind is None or self.recipient.backend != "tpm2":
             raise AttestationError("the recipient is not one of a TPM")
         if problem := problem_with(self.key, kind, self.policy):
             raise AttestationError(f"the key is refused: {problem}")
-        try:
-            public = self.key.der() if self.key.curve is None else self.key.point
-            self.key.key()
-        except ValueError as error:
-            raise AttestationError("the key is no valid public key") from error
-        if public != self.recipient.public_key:
+        if self.key.encoded() != self.recipient.public_key:
             raise AttestationError("the recipient is of another key than the one that is shown")
         return maker
-
-
-@dataclass(frozen=True)
-class Makers:
-    """The makers that the office trusts to certify endorsement keys.
-
-    Attributes:
-        anchors: DER certificates that are trusted, roots or intermediates.
-        between: DER certificates that may stand in between, and are trusted for nothing.
-        sha1: whether SHA-1 may sign below an anchor.
-    """
-
-    anchors: Sequence[bytes]
-    between: Sequence[bytes] = ()
-    sha1: bool = False
 
 
 def challenge(
@@ -262,21 +240,22 @@ def read_state(state: bytes) -> tuple[Request, bytes]:
 
 
 def _dump(data: dict[str, Any]) -> bytes:
+    # The digest of a request is that of these bytes: another spelling answers no older challenge.
     return json.dumps(data, indent=2, sort_keys=True).encode() + b"\n"
 
 
-def _load(content: bytes, expected: str, what: str) -> JsonReader:
-    file = load_json(content, f"the enrolment {what}", MAX_FILE, canonical=False)
+def _load(content: bytes, expected: str, step: str) -> JsonReader:
+    file = load_json(content, f"the enrolment {step}", MAX_FILE, canonical=False)
     file.version(expected, "the files are, in order: request, challenge, response")
     return file
 
 
 @contextlib.contextmanager
-def _malformed(what: str) -> Iterator[None]:
+def _malformed(step: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise FormatError(f"the enrolment {what} is malformed: {error}") from error
+        raise FormatError(f"the enrolment {step} is malformed: {error}") from error
 
 
 def _text(data: bytes) -> str:

@@ -16,7 +16,6 @@ __all__ = ["certificates", "read_chain", "read_nv"]
 
 # "TCG EK Credential Profile", 2.2.1.5.2.
 _CHAIN: Final = range(0x01C00100, 0x01C00200)
-_CHUNK: Final = 512
 
 
 def certificates(tpm: Tpm) -> Iterator[tuple[str, bytes]]:
@@ -40,32 +39,19 @@ def read_chain(tpm: Tpm) -> bytes:
             except TpmError as error:
                 if error.lost or error.fault.passing:
                     raise
-    found: list[bytes] = []
+    issuers: list[bytes] = []
     at = 0
-    while at < len(content) and len(found) < MAX_CHAIN:
+    while at < len(content) and len(issuers) < MAX_CHAIN:
         end = at + 4 + int.from_bytes(content[at + 2 : at + 4], "big")
         try:
-            found += split_chain(content[at:end])
+            issuers += split_chain(content[at:end])
             at = end
         except ValueError:
             at += 1  # padding, or other content of a maker, is no reason to send nothing
-    return b"".join(found)
+    return b"".join(issuers)
 
 
 def read_nv(tpm: Tpm, index: int) -> bytes | None:
     """The content of an NV index, or None where there is no such index; TpmError."""
     handle = tpm.persistent(index)
-    if handle is None:
-        return None
-    answer = tpm.call("nv_read_public", handle)
-    public = answer[0]
-    area = public.nvPublic
-    size, content = int(area.dataSize), b""
-    while len(content) < size:
-        part = tpm.call(
-            "nv_read", handle, min(_CHUNK, size - len(content)), len(content), auth_handle=handle
-        )
-        if not bytes(part):
-            break  # a TPM that returns no bytes would be asked for ever
-        content += bytes(part)
-    return content
+    return None if handle is None else tpm.nv_read(handle)

@@ -118,10 +118,10 @@ def _check_last_link(leaf: x509.Certificate, chain: Sequence[crypto.X509]) -> No
         raise ValueError("unhandled critical extension")
     below = 0  # authorities between the leaf and the one that is looked at
     for authority in chain:
-        found = extensions(_der(authority))
-        if NAMES in found:
+        stated = extensions(_der(authority))
+        if NAMES in stated:
             raise ValueError("name constraints, above a key for RSAES-OAEP alone")
-        ((_, basic),) = elements(found.get(BASIC, b"\x30\0"))
+        ((_, basic),) = elements(stated.get(BASIC, b"\x30\0"))
         limits = [int.from_bytes(content, "big") for tag, content in elements(basic) if tag == 2]
         if limits and below > limits[0]:
             raise ValueError("path length constraint exceeded")

@@ -113,13 +113,13 @@ def _parse_key(text: str) -> tuple[str, str]:
 
 def parse_ek(text: str) -> str:
     """A hash of an endorsement key as a person writes it; ConfigError."""
-    found = re.sub(r"[\s:-]", "", text).lower()
-    if not _EK.fullmatch(found):
+    digits = re.sub(r"[\s:-]", "", text).lower()
+    if not _EK.fullmatch(digits):
         raise ConfigError(
             f"{text[:80]!r} is no hash of an endorsement key",
             hint="64 hex digits, as `tpm enroll challenge` prints them",
         )
-    return found
+    return digits
 
 
 def read_inventory(path: Path) -> dict[str, Device]:

@@ -20,10 +20,8 @@ from keymgmt.backend import (
     ProviderError,
     anchor_after,
 )
-from keymgmt_tpm2._errors import POLICY_FAIL, TpmError
-from keymgmt_tpm2._wrapping import statements
+from keymgmt_tpm2.policy._authorize import authorize, check_satisfied
 from keymgmt_tpm2.policy._index import NV_ANCHOR, NV_ANCHOR_OPEN, NV_WRITTEN, NvIndex
-from keymgmt_tpm2.policy._nv import attributes_of, define, undefine
 from keymgmt_tpm2.policy._policy import Policy
 
 if TYPE_CHECKING:
@@ -40,12 +38,12 @@ class Anchor:
     """An anchor, and the policy that moves it.
 
     Attributes:
-        place: its NV index.
+        index: its NV index.
         policy: of a key, its PIN left out.
         key: the name of that key, or None without one.
     """
 
-    place: NvIndex
+    index: NvIndex
     policy: Policy
     key: str | None = None
 
@@ -54,18 +52,18 @@ class Anchor:
         """The one that a policy makes at the index of the provider's table."""
         policy = replace(policy, pin=False)
         attributes = NV_ANCHOR if policy.digest else NV_ANCHOR_OPEN
-        place = NvIndex(service.settings.anchor_number, attributes, SIZE, policy.digest)
-        return cls(place, policy, key)
+        index = NvIndex(service.settings.anchor_number, attributes, SIZE, policy.digest)
+        return cls(index, policy, key)
 
     @property
     def name(self) -> bytes:
         """The name that the config pins."""
-        return self.place.name
+        return self.index.name
 
     @property
     def moved_by(self) -> str:
         """The condition for moving it, in words."""
-        return str(self.policy) if self.place.policy else "whoever may use this TPM"
+        return str(self.policy) if self.index.policy else "whoever may use this TPM"
 
 
 def create_anchor(service: Service, key: str | None, *, again: bool = False) -> Anchor:
@@ -83,41 +81,39 @@ def create_anchor(service: Service, key: str | None, *, again: bool = False) -> 
         KeyNotFound: there is no such key.
         AccessDenied: the policy does not hold now, or the owner hierarchy has another password.
     """
-    settings = service.settings
     policy = Policy() if key is None else service.keys.read(key).newest.policy
     anchor = Anchor.of(service, policy, key)
-    place = anchor.place
-    if key is not None and not place.policy:
+    if key is not None and not anchor.index.policy:
         asks = "nothing but its PIN" if policy.pin else "nothing"
         raise ConfigError(
             f"the key {key!r} asks for {asks}, so whoever may use this TPM would move the anchor",
             hint="name a key with an approver or PCRs, or none, where that is enough",
         )
 
-    def operation(tpm: Tpm, auth: bytearray | None) -> None:
+    def operation(tpm: Tpm) -> None:
         if _is_made(tpm, service, anchor, again=again):
             return
         session = _session(tpm, service, anchor)  # before anything is taken away
-        tpm.set_owner_auth(auth)
         owner = tpm.session()
-        undefine(tpm, place.index, owner)
-        handle = define(tpm, place, owner, "another program made it meanwhile: find out which")
+        tpm.nv_undefine(anchor.index.number, owner)
+        hint = "another program made it meanwhile: find out which"
+        handle = tpm.nv_define(anchor.index, owner, hint)
         tpm.use_once(session, "nv_extend", handle, ANCHOR_FIRST, auth_handle=handle)
 
-    with service.secret(settings.owner_auth) as auth:
-        service.run(f"making the anchor {place}", lambda tpm: operation(tpm, auth))
+    passwords = {"owner": service.settings.owner_auth}
+    service.run(f"making the anchor {anchor.index}", operation, passwords=passwords)
     return anchor
 
 
 def _is_made(tpm: Tpm, service: Service, anchor: Anchor, *, again: bool) -> bool:
     """Whether it is there and new, as where an answer was lost; else its index may be taken."""
-    handle = tpm.persistent(anchor.place.index)
+    handle = tpm.persistent(anchor.index.number)
     if handle is None:
         return False
-    attributes, size = attributes_of(tpm, handle)
+    attributes, size = tpm.nv_attributes(handle)
     if attributes & ~NV_WRITTEN not in (NV_ANCHOR, NV_ANCHOR_OPEN) or size != SIZE:
         raise ConfigError(
-            f"the NV index {anchor.place} is in use, and is no anchor",
+            f"the NV index {anchor.index} is in use, and is no anchor",
             hint='name another one in the provider\'s table: anchor_index = "0x018001.."',
         )
     if attributes & NV_WRITTEN and not again:
@@ -125,7 +121,7 @@ def _is_made(tpm: Tpm, service: Service, anchor: Anchor, *, again: bool) -> bool
             return True
         bound = attributes & ~NV_WRITTEN == NV_ANCHOR
         raise ConfigError(
-            f"the NV index {anchor.place} is in use: it is an anchor already",
+            f"the NV index {anchor.index} is in use: it is an anchor already",
             hint="if its release memory is to count no more, "
             + _again(service, anchor.key or ("KEY" if bound else None)),
         )
@@ -133,13 +129,13 @@ def _is_made(tpm: Tpm, service: Service, anchor: Anchor, *, again: bool) -> bool
 
 
 def _again(service: Service, key: str | None) -> str:
-    what = f"{service.name}:{key}" if key else service.name
-    return f"make it again with: keymgmt tpm anchor create {what} --again"
+    reference = f"{service.name}:{key}" if key else service.name
+    return f"make it again with: keymgmt tpm anchor create {reference} --again"
 
 
 def read_anchor(service: Service) -> bytes:
     """See SupportsAnchor; the answer is the TPM's own, whatever lies between."""
-    name = _pinned(service)
+    name = _pinned_name(service)
     return service.run(
         "reading the anchor", lambda tpm: _value(tpm, find_anchor(service, tpm, name))
     )
@@ -151,23 +147,21 @@ def check_anchor(service: Service) -> bytes:
     Raises:
         ProviderError: as ``read_anchor`` and ``move_anchor`` raise it.
     """
-    anchor = _known(service, _pinned(service))
+    anchor = _anchor_named(service, _pinned_name(service))
 
     def operation(tpm: Tpm) -> bytes:
         value = _value(tpm, find_anchor(service, tpm, anchor.name))
         session = _session(tpm, service, anchor)
-        if anchor.place.policy and bytes(tpm.call("policy_get_digest", session)) != (
-            anchor.place.policy
-        ):
-            raise TpmError(POLICY_FAIL)
+        if anchor.index.policy:
+            check_satisfied(tpm, session, anchor.index.policy)
         return value
 
-    return service.run(f"looking at the anchor {anchor.place}", operation)
+    return service.run(f"looking at the anchor {anchor.index}", operation)
 
 
 def move_anchor(service: Service, value: bytes, step: bytes) -> None:
     """See SupportsAnchor."""
-    anchor, after = _known(service, _pinned(service)), anchor_after(value, step)
+    anchor, after = _anchor_named(service, _pinned_name(service)), anchor_after(value, step)
 
     def operation(tpm: Tpm) -> None:
         handle = find_anchor(service, tpm, anchor.name)
@@ -195,19 +189,19 @@ def find_anchor(service: Service, tpm: Tpm, name: bytes) -> Any:
     tpm.check_owner_enabled()
     if handle is None:
         problem = f"the TPM has no anchor {settings.anchor_index}"
-    elif attributes_of(tpm, handle)[0] & NV_WRITTEN:
+    elif tpm.nv_attributes(handle)[0] & NV_WRITTEN:
         problem = f"the anchor {settings.anchor_index} is not the one that the config pins"
     else:
         problem = f"the anchor {settings.anchor_index} was made anew and never set up"
     try:
-        key = _known(service, name).key
+        key = _anchor_named(service, name).key
     except ProviderError:
         key = "KEY"
     hint = "if nobody took it away on purpose, find out who did; " + _again(service, key)
     raise KeyNotFound(problem, hint=hint)
 
 
-def _pinned(service: Service) -> bytes:
+def _pinned_name(service: Service) -> bytes:
     if service.settings.anchor is None:
         raise ConfigError(
             f"[providers.{service.name}] has no anchor",
@@ -217,15 +211,15 @@ def _pinned(service: Service) -> bytes:
     return bytes.fromhex(service.settings.anchor)
 
 
-def _known(service: Service, name: bytes) -> Anchor:
+def _anchor_named(service: Service, name: bytes) -> Anchor:
     """The anchor of a name, whose policy a key has.
 
     Raises:
         ProviderError: the key directory or a file in it cannot be read, and no other one has it.
         AccessDenied: no key has it.
     """
-    if (found := Anchor.of(service, Policy())).name == name:
-        return found
+    if (open_anchor := Anchor.of(service, Policy())).name == name:
+        return open_anchor
     service.keys.check_there()
     problem: ProviderError | None = None
     for key in service.keys.names():
@@ -235,8 +229,8 @@ def _known(service: Service, name: bytes) -> Anchor:
             problem = problem or error
             continue
         for version in versions:
-            if (found := Anchor.of(service, version.policy, key)).name == name:
-                return found
+            if (anchor := Anchor.of(service, version.policy, key)).name == name:
+                return anchor
     if problem is not None:
         raise problem
     raise AccessDenied(
@@ -247,17 +241,15 @@ def _known(service: Service, name: bytes) -> Anchor:
 
 def _session(tpm: Tpm, service: Service, anchor: Anchor) -> Any:
     """A session in which the anchor may be moved once."""
-    session = tpm.session(policy=bool(anchor.place.policy), once=True)
-    if anchor.place.policy:
-        from keymgmt_tpm2.policy._authorize import authorize
-
-        said, what = statements(service, anchor.policy), f"{service.name}:{anchor.key}"
+    session = tpm.session(policy=bool(anchor.index.policy), once=True)
+    if anchor.index.policy:
+        reference = f"{service.name}:{anchor.key}"
         closed = (
             "boot into the state it was made in; after an update bind its key to the state of now: "
-            f"keymgmt keys rotate {what}; then make the anchor with it and pin its new name: "
-            f"keymgmt tpm anchor create {what} --again; with an approver neither is needed"
+            f"keymgmt keys rotate {reference}; then make the anchor with it and pin its new name: "
+            f"keymgmt tpm anchor create {reference} --again; with an approver neither is needed"
         )
-        authorize(tpm, session, anchor.policy, said, f"the anchor {anchor.place}", closed)
+        authorize(tpm, session, service, anchor.policy, f"the anchor {anchor.index}", closed)
     return session
 
 

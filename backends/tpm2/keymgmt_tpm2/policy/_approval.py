@@ -14,9 +14,10 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import (
@@ -30,10 +31,9 @@ from keymgmt.backend import (
     JsonReader,
     ProviderError,
     ProviderUnavailable,
-    read_file,
     replace_file,
 )
-from keymgmt_tpm2._keys import approval_files, read_json
+from keymgmt_tpm2._keys import read_if_there, read_json
 from keymgmt_tpm2._structures import ecdsa_pair, sha256
 from keymgmt_tpm2.policy._policy import (
     BANKS,
@@ -45,11 +45,19 @@ from keymgmt_tpm2.policy._policy import (
     parse_pcrs,
 )
 
-__all__ = ["Approval", "BootSignature", "Statement", "boot_signatures", "install", "installed"]
+__all__ = [
+    "AnyApproval",
+    "Approval",
+    "BootSignature",
+    "approval_files",
+    "boot_signatures",
+    "install",
+    "installed",
+]
 
 log: Final = logging.getLogger("keymgmt.tpm2")
 FORMAT: Final = "keymgmt.tpm2-approval/1"
-MAX_FILE: Final = 1 << 20
+_FILE: Final = re.compile(r"[0-9a-f]{64}\.json")
 
 
 @dataclass(frozen=True)
@@ -101,16 +109,19 @@ class Approval:
             return str(self.pcrs)
         return f"{self.pcrs} while counter {self.counter.index:#010x} <= {self.counter.value}"
 
-    def to_bytes(self) -> bytes:
-        """The approval file."""
-        data = {
+    def to_json(self) -> dict[str, Any]:
+        """The content of the approval file."""
+        return {
             "format": FORMAT,
             "state": self.pcrs.to_json(),
             "counter": self.counter.to_json() if self.counter else None,
             "approver": self.approver.to_json(),
             "signature": base64.b64encode(self.signature).decode(),
         }
-        return json.dumps(data, indent=2).encode() + b"\n"
+
+    def to_bytes(self) -> bytes:
+        """The approval file."""
+        return json.dumps(self.to_json(), indent=2).encode() + b"\n"
 
     @classmethod
     def read(cls, data: JsonReader) -> Approval:
@@ -160,7 +171,7 @@ class BootSignature:
         return f"{self.bank}:{','.join(map(str, self.indices))} of the kernel's .pcrsig"
 
 
-Statement: TypeAlias = Approval | BootSignature
+AnyApproval: TypeAlias = Approval | BootSignature
 
 
 def boot_signatures(path: Path, approver: Approver) -> list[BootSignature]:
@@ -173,25 +184,14 @@ def boot_signatures(path: Path, approver: Approver) -> list[BootSignature]:
     """
     if approver.ref:
         return []  # systemd signs with none
-    try:
-        content = read_file(
-            path,
-            label="file of signed PCRs",
-            limit=MAX_FILE,
-            access="any",
-            error=ProviderUnavailable,
-        )
-    except ProviderUnavailable as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            return []
-        raise
+    content = read_if_there(path, "file of signed PCRs", "any")
     # systemd's fingerprint is of the key's own structure, without the algorithm before it.
     key = load_der_public_key(approver.public_key)
-    if not isinstance(key, rsa.RSAPublicKey):
+    if content is None or not isinstance(key, rsa.RSAPublicKey):
         return []
     fingerprint = sha256(key.public_bytes(Encoding.DER, PublicFormat.PKCS1)).hex()
     try:
-        found = [
+        signatures = [
             BootSignature(
                 bank,
                 parse_pcrs(",".join(map(str, entry["pcrs"])))[1],
@@ -199,7 +199,7 @@ def boot_signatures(path: Path, approver: Approver) -> list[BootSignature]:
                 approver,
                 base64.b64decode(entry["sig"], validate=True),
             )
-            for bank, entries in json.loads(bytes(content)).items()
+            for bank, entries in json.loads(content).items()
             if bank in BANKS
             for entry in entries
             if entry["pkfp"] == fingerprint
@@ -211,25 +211,38 @@ def boot_signatures(path: Path, approver: Approver) -> list[BootSignature]:
         ) from error
     # What has another size fits into no structure of a TPM, and must not hide what does.
     fitting = [
-        each for each in found if (len(each.digest), len(each.signature)) == (32, key.key_size // 8)
+        each
+        for each in signatures
+        if (len(each.digest), len(each.signature)) == (32, key.key_size // 8)
     ]
-    if len(fitting) < len(found):
+    if len(fitting) < len(signatures):
         log.warning(
-            "%s: %d entries of another size are passed over", path, len(found) - len(fitting)
+            "%s: %d entries of another size are passed over", path, len(signatures) - len(fitting)
         )
     return fitting
 
 
+def approval_files(directory: Path) -> list[Path]:
+    """The files of installed approvals; empty where their directory is missing."""
+    folder = directory / "approvals"
+    try:
+        return sorted(path for path in folder.iterdir() if _FILE.fullmatch(path.name))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ProviderUnavailable(f"cannot list {folder}: {error.strerror}") from error
+
+
 def installed(directory: Path) -> list[Approval]:
     """Every approval of a key directory that can be read; a damaged one is passed over and said."""
-    found = []
+    approvals = []
     for path in approval_files(directory):
         try:
             if (data := read_json(path, "approval")) is not None:
-                found.append(Approval.read(data))
+                approvals.append(Approval.read(data))
         except (ProviderError, FormatError, ValueError) as error:
             log.warning("the approval %s is passed over: %s", path, error)
-    return found
+    return approvals
 
 
 def install(directory: Path, approval: Approval) -> Path:

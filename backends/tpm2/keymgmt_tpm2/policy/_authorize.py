@@ -9,152 +9,136 @@ hides no other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
-from tpm2_pytss import constants as c
-from tpm2_pytss import types as t
+from keymgmt.backend import AccessDenied, KeyNotFound, ProviderUnavailable
+from keymgmt_tpm2._errors import POLICY_FAIL, POLICY_NV, TpmError
+from keymgmt_tpm2.policy._approval import AnyApproval, boot_signatures, installed
+from keymgmt_tpm2.policy._policy import Counter, PcrState, Policy, compare
 
-from keymgmt.backend import AccessDenied, KeyNotFound
-from keymgmt_tpm2._connection.tpm import Tpm
-from keymgmt_tpm2._errors import POLICY_NV, TpmError
-from keymgmt_tpm2._structures import ecdsa_pair, sha256
-from keymgmt_tpm2.policy._approval import BootSignature, Statement
-from keymgmt_tpm2.policy._policy import Approver, Counter, PcrState, Policy, compare
+if TYPE_CHECKING:
+    from keymgmt_tpm2._connection.service import Service
+    from keymgmt_tpm2._connection.tpm import Tpm
 
-__all__ = ["authorize", "ecdsa", "verified"]
+__all__ = ["authorize", "check_satisfied"]
 
-_SIGN_HINT = (
+log: Final = logging.getLogger("keymgmt.tpm2")
+_SIGN_HINT: Final = (
     "approve this boot state on the approver's machine: keymgmt tpm policy sign APPROVAL "
     "--key FILE --pcr LIST"
 )
-_CLOSED = (
+_CLOSED: Final = (
     "boot into the state it was made in, or open with another group and make a key with signed "
     "policy, which survives updates"
 )
 
 
 def authorize(
-    tpm: Tpm,
-    session: Any,
-    policy: Policy,
-    statements: Sequence[Statement],
-    what: str,
-    closed: str = _CLOSED,
+    tpm: Tpm, session: Any, service: Service, policy: Policy, label: str, closed: str = _CLOSED
 ) -> None:
     """Make a policy session one in which a key with this policy may be used once.
 
     Args:
         tpm: connected; one transient object may be loaded.
         session: a policy session, or any where the policy is *none*.
+        service: of the TPM; it says where the approvals of the policy's approver are.
         policy: of the key.
-        statements: of its approver.
-        what: the key, for messages.
+        label: the key, for messages.
         closed: the hint where PCRs of the policy itself have other values.
 
     Raises:
         AccessDenied: the policy does not hold now; the message names the PCR or the approval.
     """
-    present = _Present(tpm, [*statements, *([policy.pcrs] if policy.pcrs else [])])
-    if policy.pcrs and (difference := compare(policy.pcrs, present.of(policy.pcrs))):
-        raise AccessDenied(
-            f"{what} is bound to another boot state: {difference}",
-            hint=closed,
-        )
+    approvals = _approvals(service, policy)
+    present = _present(tpm, [*approvals, *([policy.pcrs] if policy.pcrs else [])])
+    if policy.pcrs and (difference := compare(policy.pcrs, present[policy.pcrs.bank])):
+        raise AccessDenied(f"{label} is bound to another boot state: {difference}", hint=closed)
     if policy.approver:
-        _use_approval(tpm, session, statements, present, what)
+        _use_one(tpm, session, approvals, present, label)
     if policy.pcrs:
         tpm.call("policy_pcr", session, b"", str(policy.pcrs))
     if policy.pin:
         tpm.call("policy_auth_value", session)
 
 
-class _Present:
-    """The PCRs that anything asks for, each bank read once; a bank may be missing."""
-
-    def __init__(self, tpm: Tpm, wanted: Sequence[Statement | PcrState]) -> None:
-        indices: dict[str, set[int]] = {}
-        for each in wanted:
-            indices.setdefault(each.bank, set()).update(each.indices)
-        self._states: dict[str, PcrState | None] = {}
-        for bank, listed in indices.items():
-            try:
-                self._states[bank] = tpm.pcrs(bank, listed)
-            except KeyNotFound:
-                self._states[bank] = None
-
-    def of(self, wanted: Statement | PcrState) -> PcrState | None:
-        return self._states[wanted.bank]
+def check_satisfied(tpm: Tpm, session: Any, digest: bytes) -> None:
+    """TpmError where the TPM would not use a key with this authPolicy in this session."""
+    answer = tpm.call("policy_get_digest", session)
+    if bytes(answer) != digest:
+        raise TpmError(POLICY_FAIL)
 
 
-def _use_approval(
-    tpm: Tpm, session: Any, statements: Sequence[Statement], present: _Present, what: str
+def _approvals(service: Service, policy: Policy) -> list[AnyApproval]:
+    """Those of its approver: installed ones, and the signatures of the booted kernel."""
+    if policy.approver is None:
+        return []
+    ours = [each for each in installed(service.keys.path) if each.approver == policy.approver]
+    try:
+        path = service.settings.pcr_signatures
+        return [*ours, *(boot_signatures(path, policy.approver) if path else ())]
+    except ProviderUnavailable as error:
+        if not ours:
+            raise
+        log.warning("the signatures of the booted kernel cannot be used: %s", error)
+        return list(ours)
+
+
+def _present(tpm: Tpm, bound: Iterable[AnyApproval | PcrState]) -> dict[str, PcrState | None]:
+    """The PCRs that any of them names, each bank read once; None for a bank that is missing."""
+    indices: dict[str, set[int]] = {}
+    for each in bound:
+        indices.setdefault(each.bank, set()).update(each.indices)
+    states: dict[str, PcrState | None] = {}
+    for bank, listed in indices.items():
+        try:
+            states[bank] = tpm.pcrs(bank, listed)
+        except KeyNotFound:
+            states[bank] = None
+    return states
+
+
+def _use_one(
+    tpm: Tpm,
+    session: Any,
+    approvals: Sequence[AnyApproval],
+    present: Mapping[str, PcrState | None],
+    label: str,
 ) -> None:
-    if not statements:
+    """Put the first approval that holds into the session; AccessDenied where none does."""
+    if not approvals:
         raise AccessDenied(
-            f"{what} wants an approval of the boot state, and none of its approver is installed",
+            f"{label} wants an approval of the boot state, and none of its approver is installed",
             hint="keymgmt tpm policy install PROVIDER FILE",
         )
     reasons: list[str] = []
-    for statement in statements:
-        reason = statement.difference(present.of(statement)) or _try(tpm, session, statement)
+    for approval in approvals:
+        reason = approval.difference(present[approval.bank]) or _try(tpm, session, approval)
         if reason is None:
             return
         reasons.append(reason)
     shown = " | ".join(list(dict.fromkeys(reasons))[:4])
-    raise AccessDenied(f"no approval for {what} holds now: {shown}", hint=_SIGN_HINT)
+    raise AccessDenied(f"no approval for {label} holds now: {shown}", hint=_SIGN_HINT)
 
 
-def _try(tpm: Tpm, session: Any, statement: Statement) -> str | None:
-    """Why the TPM refuses the statement, or None where the session now has it."""
-    ref = statement.approver.ref.encode()
+def _try(tpm: Tpm, session: Any, approval: AnyApproval) -> str | None:
+    """Why the TPM refuses the approval, or None where the session now has it."""
+    key, ref = approval.approver.structure(), approval.approver.ref.encode()
     try:
-        approver = statement.approver
-        ticket = verified(tpm, approver, statement.digest + ref, _signature(statement))
-        tpm.call("policy_pcr", session, b"", f"{statement.bank}:{_listed(statement)}")
-        if statement.counter and (reason := _policy_nv(tpm, session, statement.counter)):
+        ticket = tpm.verify(key, approval.digest + ref, approval.signature)
+        pcrs = f"{approval.bank}:{','.join(map(str, approval.indices))}"
+        tpm.call("policy_pcr", session, b"", pcrs)
+        if approval.counter and (reason := _policy_nv(tpm, session, approval.counter)):
             tpm.call("policy_restart", session)
             return reason
-        name = approver.structure().name
-        tpm.call("policy_authorize", session, statement.digest, name, ticket, ref)
+        tpm.call("policy_authorize", session, approval.digest, key.name, ticket, ref)
     except TpmError as error:
         if error.lost or error.fault.passing:
             raise
         tpm.call("policy_restart", session)
-        return f"the TPM refused the approval of {statement} ({error.raw:#x})"
+        return f"the TPM refused the approval of {approval} ({error.raw:#x})"
     return None
-
-
-def _listed(statement: Statement) -> str:
-    return ",".join(map(str, statement.indices))
-
-
-def _signature(statement: Statement) -> Any:
-    if isinstance(statement, BootSignature):
-        signature = t.TPMT_SIGNATURE(sigAlg=c.TPM2_ALG.RSASSA)
-        signature.signature.rsassa.hash = c.TPM2_ALG.SHA256
-        signature.signature.rsassa.sig = statement.signature
-        return signature
-    return ecdsa(statement.signature)
-
-
-def ecdsa(der: bytes) -> Any:
-    """A TPMT_SIGNATURE of an ECDSA P-256 signature in DER."""
-    signature = t.TPMT_SIGNATURE(sigAlg=c.TPM2_ALG.ECDSA)
-    signature.signature.ecdsa.hash = c.TPM2_ALG.SHA256
-    r, s = ecdsa_pair(der)
-    signature.signature.ecdsa.signatureR = r
-    signature.signature.ecdsa.signatureS = s
-    return signature
-
-
-def verified(tpm: Tpm, approver: Approver, message: bytes, signature: Any) -> Any:
-    """The TPM's ticket that an approver signed a message."""
-    key = tpm.load_verifier(approver.structure())
-    try:
-        return tpm.call("verify_signature", key, sha256(message), signature)
-    finally:
-        tpm.flush(key)
 
 
 def _policy_nv(tpm: Tpm, session: Any, counter: Counter) -> str | None:
@@ -163,8 +147,7 @@ def _policy_nv(tpm: Tpm, session: Any, counter: Counter) -> str | None:
         tpm.check_owner_enabled()
         return f"this TPM has no counter {counter.index:#010x}, which the approval names"
     try:
-        operation = c.TPM2_EO.UNSIGNED_LE
-        tpm.call("policy_nv", index, index, session, counter.operand, operation, 0)
+        tpm.policy_nv(session, index, counter.operand)
     except TpmError as error:
         if error.code == POLICY_NV:
             return f"the approval is outdated: counter {counter.index:#010x} > {counter.value}"

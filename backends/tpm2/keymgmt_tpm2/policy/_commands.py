@@ -22,13 +22,12 @@ from keymgmt.backend import (
 )
 from keymgmt.console import console, print_json
 from keymgmt_tpm2._arguments import Json, Provider, find_provider
-from keymgmt_tpm2._keys import approval_files
 from keymgmt_tpm2.policy import _approval
-from keymgmt_tpm2.policy._approval import Approval
+from keymgmt_tpm2.policy._approval import Approval, approval_files
 from keymgmt_tpm2.policy._index import parse_index
 from keymgmt_tpm2.policy._policy import Approver, Counter, weakness
 from keymgmt_tpm2.policy._signing import ApproverKey, Ref, find_approver
-from keymgmt_tpm2.policy._values import read_json_file, stated_values
+from keymgmt_tpm2.policy._stated import read_json_file, stated_values
 
 __all__ = ["app"]
 
@@ -130,12 +129,12 @@ def install(
     Example:
         keymgmt tpm policy install tpm now.approval
     """
-    found = find_provider(context, provider)
+    device = find_provider(context, provider)
     approvals = [read_json_file(file, "approval", Approval.read) for file in files]
     for approval in approvals:
         approval.check()
     for approval in approvals:
-        _approval.install(found.key_directory, approval)
+        _approval.install(device.keys.path, approval)
         if not as_json:
             console().print(f"installed the approval of {approval}")
     if as_json:
@@ -159,7 +158,7 @@ def remove(
     Example:
         keymgmt tpm policy remove tpm now.approval
     """
-    directory = find_provider(context, provider).key_directory
+    directory = find_provider(context, provider).keys.path
     here = {path.stem: path for path in approval_files(directory)}
     chosen = []
     for text in approvals:
@@ -189,23 +188,25 @@ def list_approvals(context: typer.Context, provider: Provider, as_json: Json = F
     Example:
         keymgmt tpm policy list tpm
     """
-    found = find_provider(context, provider)
+    device = find_provider(context, provider)
     rows = []
-    for approval in _approval.installed(found.key_directory):
+    for approval in _approval.installed(device.keys.path):
         try:
-            now = found.pcrs(approval.bank, approval.indices)
+            now = device.pcrs(approval.bank, approval.indices)
         except KeyNotFound:  # a bank that this TPM has not
             now = None
         rows.append((approval, approval.difference(now)))
     readable = {approval.id for approval, _ in rows}
-    here = [path.stem for path in approval_files(found.key_directory)]
+    here = [path.stem for path in approval_files(device.keys.path)]
     damaged = [name for name in here if name not in readable]
     if as_json:
-        listed = [_stated(each) | {"fits": not said, "differs": said} for each, said in rows]
+        listed = [
+            _stated(each) | {"fits": not differs, "differs": differs} for each, differs in rows
+        ]
         print_json({"format": FORMAT, "approvals": listed, "damaged": damaged})
         return
-    for approval, said in rows:
-        fits = said or "fits the present PCRs"
+    for approval, differs in rows:
+        fits = differs or "fits the present PCRs"
         console().print(f"{approval.id[:_SHOWN]} {approval}: {fits}", soft_wrap=True)
     for name in damaged:
         console().print(f"{name[:_SHOWN]} cannot be read", soft_wrap=True)

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Final
 from keymgmt.backend import ConfigError, JsonReader, KeyNotFound
 from keymgmt_tpm2._structures import ecdsa_pair
 from keymgmt_tpm2.policy._index import NV_COUNTER, NV_WRITTEN, NvIndex
-from keymgmt_tpm2.policy._nv import attributes_of, define
 from keymgmt_tpm2.policy._policy import (
     Approver,
     Counter,
@@ -92,18 +91,18 @@ class Raise:
     def read(cls, data: JsonReader) -> Raise:
         """Reverse ``to_bytes``; ValueError or FormatError."""
         data.version(FORMAT, "a newer keymgmt may have written it")
-        found = cls(
+        signed = cls(
             Counter.read(JsonReader(data.members("counter"), "the counter")),
             Approver.read(JsonReader(data.members("approver"), "the approver")),
             data.base64("first", limit=128),
             data.base64("signature", limit=128),
         )
         data.end()
-        found.approver.check_ecdsa()
-        cls.messages(found.counter, found.approver)
-        for signature in (found.first, found.signature):
+        signed.approver.check_ecdsa()
+        cls.messages(signed.counter, signed.approver)
+        for signature in (signed.first, signed.signature):
             ecdsa_pair(signature)
-        return found
+        return signed
 
 
 def create_counter(provider: Tpm2Provider, wanted: Raise) -> int:
@@ -117,23 +116,21 @@ def create_counter(provider: Tpm2Provider, wanted: Raise) -> int:
         AccessDenied: the owner hierarchy has a password, and it was not or wrongly given.
     """
     wanted.check()
-    place = wanted.counter.place(wanted.approver)
+    index = wanted.counter.nv_index(wanted.approver)
 
-    defined = False
+    def operation(tpm: Tpm) -> int:
+        there = tpm.persistent(index.number)
+        if there is None or tpm.name_of(there) != index.name:
+            hint = "name another when it is signed: --index 0x018001.."
+            tpm.nv_define(index, tpm.session(), hint)
+        return _raise(tpm, index, wanted)
 
-    def operation(tpm: Tpm, auth: bytearray | None) -> int:
-        nonlocal defined
-        there = None if defined else tpm.persistent(place.index)
-        if not defined and (there is None or tpm.name_of(there) != place.name):
-            tpm.set_owner_auth(auth)
-            define(tpm, place, tpm.session(), "name another when it is signed: --index 0x018001..")
-            defined = True  # and is raised by what is tried again
-        return _raise(tpm, place, wanted)
-
-    with provider.service.secret(provider.settings.owner_auth) as auth:
-        return provider.service.run(
-            f"making the counter {place}", lambda tpm: operation(tpm, auth), seconds=SECONDS
-        )
+    return provider.service.run(
+        f"making the counter {index}",
+        operation,
+        seconds=SECONDS,
+        passwords={"owner": provider.settings.owner_auth},
+    )
 
 
 def raise_counter(provider: Tpm2Provider, wanted: Raise) -> int:
@@ -146,29 +143,25 @@ def raise_counter(provider: Tpm2Provider, wanted: Raise) -> int:
         ConfigError: ``wanted`` is not signed by its approver.
     """
     wanted.check()
-    place = wanted.counter.place(wanted.approver)
+    index = wanted.counter.nv_index(wanted.approver)
 
     def operation(tpm: Tpm) -> int:
-        handle = _find(tpm, place.index)
-        if tpm.name_of(handle) != place.name:
+        handle = _find(tpm, index.number)
+        if tpm.name_of(handle) != index.name:
             raise KeyNotFound(
-                f"the counter {place} is not of the approver who signed this",
+                f"the counter {index} is not of the approver who signed this",
                 hint="an approver raises the counters that were made with his raise alone",
             )
-        return _raise(tpm, place, wanted)
+        return _raise(tpm, index, wanted)
 
-    return provider.service.run(f"raising the counter {place}", operation, seconds=SECONDS)
+    return provider.service.run(f"raising the counter {index}", operation, seconds=SECONDS)
 
 
 def read_counter(provider: Tpm2Provider, index: int = DEFAULT_INDEX) -> int:
     """The present value; KeyNotFound where there is no counter."""
-
-    def operation(tpm: Tpm) -> int:
-        value = _value(tpm, _find(tpm, index))
-        assert value is not None  # noqa: S101 - _find
-        return value
-
-    return provider.service.run(f"reading the counter {index:#010x}", operation)
+    return provider.service.run(
+        f"reading the counter {index:#010x}", lambda tpm: _value(tpm, _find(tpm, index))
+    )
 
 
 def _find(tpm: Tpm, index: int) -> Any:
@@ -176,7 +169,7 @@ def _find(tpm: Tpm, index: int) -> Any:
     if handle is None:
         tpm.check_owner_enabled()
         raise KeyNotFound(f"the TPM has no counter {index:#010x}", hint=_CREATE)
-    attributes, size = attributes_of(tpm, handle)
+    attributes, size = tpm.nv_attributes(handle)
     if attributes & ~NV_WRITTEN != NV_COUNTER or size != 8:
         raise ConfigError(
             f"the NV index {index:#010x} is none of ours: attributes {attributes:#010x}",
@@ -187,56 +180,41 @@ def _find(tpm: Tpm, index: int) -> Any:
     return handle
 
 
-def _value(tpm: Tpm, handle: Any) -> int | None:
-    """Its value, or None where it was never written."""
-    attributes, _ = attributes_of(tpm, handle)
+def _value(tpm: Tpm, handle: Any) -> int:
+    return int.from_bytes(tpm.nv_read(handle), "big")
+
+
+def _raise(tpm: Tpm, index: NvIndex, wanted: Raise) -> int:
+    counter, approver = wanted.counter, wanted.approver
+    handle = tpm.persistent(index.number)
+    attributes, _ = tpm.nv_attributes(handle)
     if not attributes & NV_WRITTEN:
-        return None
-    answer = tpm.call("nv_read", handle, 8, 0, auth_handle=handle)
-    return int.from_bytes(bytes(answer), "big")
-
-
-def _raise(tpm: Tpm, place: NvIndex, wanted: Raise) -> int:
-    from tpm2_pytss import constants as c
-
-    def unwritten(session: Any) -> None:
+        approved = _approved(tpm, approver, first_digest(counter, approver), wanted.first)
+        session = tpm.session(policy=True, once=True)
         tpm.call("policy_nv_written", session, written_set=False)
-
-    def lower(session: Any) -> None:
-        operand = Counter(place.index, wanted.counter.value - 1).operand
-        tpm.call("policy_nv", handle, handle, session, operand, c.TPM2_EO.UNSIGNED_LE, 0)
-
-    handle = tpm.persistent(place.index)
-    if _value(tpm, handle) is None:
-        digest = first_digest(wanted.counter, wanted.approver)
-        steps = _Steps(tpm, wanted.approver, digest, wanted.first)
-        steps.take(handle, place.new_name, unwritten)
-        handle = tpm.persistent(place.index)  # its name has changed, which ESAPI does not know
-    value = _value(tpm, handle) or 0
-    if value < wanted.counter.value:
-        digest = raise_digest(wanted.counter, wanted.approver)
-        steps = _Steps(tpm, wanted.approver, digest, wanted.signature)
-        while value < wanted.counter.value:
-            steps.take(handle, place.name, lower)
-            value = _value(tpm, handle) or 0
+        _increment(tpm, session, handle, index.new_name, approved)
+        handle = tpm.persistent(index.number)  # its name has changed, which ESAPI does not know
+    value = _value(tpm, handle)
+    if value < counter.value:
+        # A slow chip checks the signature once for all increments.
+        approved = _approved(tpm, approver, raise_digest(counter, approver), wanted.signature)
+        lower = Counter(counter.index, counter.value - 1).operand
+        while value < counter.value:
+            session = tpm.session(policy=True, once=True)
+            tpm.policy_nv(session, handle, lower)
+            _increment(tpm, session, handle, index.name, approved)
+            value = _value(tpm, handle)
     return value
 
 
-class _Steps:
-    """Increments that an approver signed; a slow chip checks his signature once for all of them."""
+def _approved(tpm: Tpm, approver: Approver, digest: bytes, signature: bytes) -> tuple[Any, ...]:
+    """The arguments of PolicyAuthorize for a digest that the approver signed."""
+    key, ref = approver.structure(), approver.counter_ref
+    return digest, key.name, tpm.verify(key, digest + ref, signature), ref
 
-    def __init__(self, tpm: Tpm, approver: Approver, digest: bytes, signature: bytes) -> None:
-        from keymgmt_tpm2.policy._authorize import ecdsa, verified
 
-        message = digest + approver.counter_ref
-        ticket = verified(tpm, approver, message, ecdsa(signature))
-        self._tpm = tpm
-        self._approved = (digest, approver.structure().name, ticket, approver.counter_ref)
-
-    def take(self, handle: Any, name: bytes, condition: Callable[[Any], None]) -> None:
-        """One of the index ``name``; ``condition`` puts into a policy session what was signed."""
-        session = self._tpm.session(policy=True, once=True)
-        condition(session)
-        self._tpm.call("policy_cp_hash", session, increment_hash(name))
-        self._tpm.call("policy_authorize", session, *self._approved)
-        self._tpm.use_once(session, "nv_increment", handle, auth_handle=handle)
+def _increment(tpm: Tpm, session: Any, handle: Any, name: bytes, approved: tuple[Any, ...]) -> None:
+    """One increment of the index ``name``, in a session that meets the signed condition."""
+    tpm.call("policy_cp_hash", session, increment_hash(name))
+    tpm.call("policy_authorize", session, *approved)
+    tpm.use_once(session, "nv_increment", handle, auth_handle=handle)

@@ -33,7 +33,7 @@ def read_event_log(path: Path, bank: str, indices: Iterable[int]) -> PcrState:
     """The values of some PCRs after everything in the log; ConfigError where it is no log."""
     content = bytes(read_file(path, label="event log", limit=MAX_LOG, access="any"))
     try:
-        values = replay(content, bank)
+        values = replay(read_events(content, bank), bank)
         return PcrState(bank, {index: values[index] for index in indices})
     except KeyError as error:
         raise ConfigError(
@@ -44,10 +44,10 @@ def read_event_log(path: Path, bank: str, indices: Iterable[int]) -> PcrState:
         raise ConfigError(f"{path} is no event log: {error}") from error
 
 
-def replay(content: bytes, bank: str) -> dict[int, bytes]:
-    """Values of the PCRs that the log extends in one bank; ValueError where it is malformed."""
+def replay(events: Iterable[tuple[int, Event]], bank: str) -> dict[int, bytes]:
+    """Values of the PCRs that events extend in one bank."""
     values: dict[int, bytes] = {}
-    for index, event in read_events(content, bank):
+    for index, event in events:
         if event.locality is not None:
             # PCR 0 starts with the locality of TPM2_Startup (PC Client profile, 10.4.5.3).
             values[0] = bytes(len(event.digest) - 1) + event.locality

@@ -44,7 +44,7 @@ def parse_index(text: str) -> int:
 class NvIndex:
     """An NV index: its number, TPMA_NV without *written*, size in bytes and authPolicy."""
 
-    index: int
+    number: int
     attributes: int
     size: int
     policy: bytes = b""
@@ -60,8 +60,8 @@ class NvIndex:
         return self._name(self.attributes)
 
     def _name(self, attributes: int) -> bytes:
-        public = u32(self.index) + u16(ALG_SHA256) + u32(attributes)
+        public = u32(self.number) + u16(ALG_SHA256) + u32(attributes)
         return u16(ALG_SHA256) + sha256(public, sized(self.policy), u16(self.size))
 
     def __str__(self) -> str:
-        return f"{self.index:#010x}"
+        return f"{self.number:#010x}"

@@ -14,9 +14,9 @@ from keymgmt_tpm2.policy import _counter
 from keymgmt_tpm2.policy._anchor import create_anchor
 from keymgmt_tpm2.policy._counter import DEFAULT_INDEX, Raise, read_counter
 from keymgmt_tpm2.policy._index import parse_index
-from keymgmt_tpm2.policy._policy import WEAK_HINT, Counter, weakness
+from keymgmt_tpm2.policy._policy import WEAK_HINT, Counter
 from keymgmt_tpm2.policy._signing import ApproverKey, Ref, find_approver
-from keymgmt_tpm2.policy._values import read_json_file
+from keymgmt_tpm2.policy._stated import read_json_file
 
 __all__ = ["anchor_app", "counter_app"]
 
@@ -143,14 +143,18 @@ def make_anchor(
         keymgmt tpm anchor create tpm:kiosk
     """
     name, colon, key = provider.partition(":")
-    found = find_provider(context, name)
-    before = found.settings.anchor
-    anchor = create_anchor(found.service, check_key(key) if colon else None, again=again)
-    place, pin = anchor.place, anchor.name.hex()
-    pcrs = anchor.policy.pcrs
-    weak = weakness(pcrs) if pcrs else None
+    device = find_provider(context, name)
+    before = device.settings.anchor
+    anchor = create_anchor(device.service, check_key(key) if colon else None, again=again)
+    pin = anchor.name.hex()
+    weak = anchor.policy.weakness
     if as_json:
-        about = {"index": str(place), "name": pin, "moved": False, "value": ANCHOR_START.hex()}
+        about = {
+            "index": str(anchor.index),
+            "name": pin,
+            "moved": False,
+            "value": ANCHOR_START.hex(),
+        }
         print_json({"format": ANCHOR, **about, "moved_by": anchor.moved_by, "warning": weak})
         return
     out = console()
@@ -163,11 +167,11 @@ def make_anchor(
         )
     out.print(f"moved by: {anchor.moved_by}", soft_wrap=True)
     if before == pin:
-        out.print(f"made the anchor {place}; its name is the one that the config pins")
+        out.print(f"made the anchor {anchor.index}; its name is the one that the config pins")
         return
     if before is not None:
         out.print(f"the name is another one than the config pins, {before}", soft_wrap=True)
-    out.print(f"made the anchor {place}; pin it in [providers.{name}]:")
+    out.print(f"made the anchor {anchor.index}; pin it in [providers.{name}]:")
     out.print(f'anchor = "{pin}"')
 
 
@@ -178,10 +182,10 @@ def show_anchor(context: typer.Context, provider: Provider, as_json: Json = Fals
     Example:
         keymgmt tpm anchor show tpm
     """
-    found = find_provider(context, provider)
-    value = found.anchor()
+    device = find_provider(context, provider)
+    value = device.anchor()
     moved = value != ANCHOR_START
-    index, name = found.settings.anchor_index, found.settings.anchor
+    index, name = device.settings.anchor_index, device.settings.anchor
     if as_json:
         about = {"index": index, "name": name, "moved": moved, "value": value.hex()}
         print_json({"format": ANCHOR, **about})

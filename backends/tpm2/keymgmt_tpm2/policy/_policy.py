@@ -110,14 +110,14 @@ class PcrState:
     def __str__(self) -> str:
         return f"{self.bank}:{','.join(map(str, self.indices))}"
 
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the values: in a policy, and in a quote by a key that signs with SHA-256."""
+        return sha256(*(self.values[index] for index in self.indices))
+
     def extend(self, digest: bytes) -> bytes:
         """The policy digest after PolicyPCR."""
-        values = sha256(*(self.values[index] for index in self.indices))
-        return sha256(digest, u32(_CC_PCR), self.selection, values)
-
-    def differences(self, now: PcrState) -> tuple[int, ...]:
-        """The PCRs whose value ``now`` is another one."""
-        return tuple(i for i in self.indices if now.values.get(i) != self.values[i])
+        return sha256(digest, u32(_CC_PCR), self.selection, self.digest)
 
     def to_json(self) -> dict[str, Any]:
         """``{bank, pcrs: {index: hex}}``."""
@@ -148,14 +148,14 @@ class Counter:
         """The value as PolicyNV compares it: 8 bytes, big-endian."""
         return self.value.to_bytes(8, "big")
 
-    def place(self, approver: Approver) -> NvIndex:
+    def nv_index(self, approver: Approver) -> NvIndex:
         """The NV index, which only that approver moves."""
         return NvIndex(self.index, NV_COUNTER, 8, approver.counter_policy)
 
     def extend(self, digest: bytes, approver: Approver) -> bytes:
         """The policy digest after PolicyNV(counter <= value)."""
         arguments = sha256(self.operand, u16(0), u16(_UNSIGNED_LE))
-        return sha256(digest, u32(_CC_NV), arguments, self.place(approver).name)
+        return sha256(digest, u32(_CC_NV), arguments, self.nv_index(approver).name)
 
     def to_json(self) -> dict[str, Any]:
         """``{index, value}``."""
@@ -220,7 +220,7 @@ class Approver:
         """The authPolicy of counters that only this approver moves."""
         return self._authorize(self.counter_ref)
 
-    def check(self, message: bytes, signature: bytes, what: str) -> None:
+    def check(self, message: bytes, signature: bytes, label: str) -> None:
         """ConfigError unless the approver signed; a TPM checks it again."""
         key = self.structure().key()
         assert isinstance(key, ec.EllipticCurvePublicKey)  # noqa: S101 - check_ecdsa
@@ -228,7 +228,7 @@ class Approver:
             key.verify(signature, message, ec.ECDSA(hashes.SHA256()))
         except InvalidSignature as error:
             raise ConfigError(
-                f"the {what} is not signed by the key that it names", hint="have it signed again"
+                f"the {label} is not signed by the key that it names", hint="have it signed again"
             ) from error
 
     def to_json(self) -> dict[str, Any]:
@@ -251,13 +251,14 @@ def approved_digest(pcrs: PcrState, counter: Counter | None, approver: Approver)
 
 def first_digest(counter: Counter, approver: Approver) -> bytes:
     """What an approver signs (followed by the ref) to start a counter: its first increment."""
-    return _increments(sha256(_START, u32(_CC_NV_WRITTEN), b"\0"), counter.place(approver).new_name)
+    unwritten = sha256(_START, u32(_CC_NV_WRITTEN), b"\0")
+    return _increments(unwritten, counter.nv_index(approver).new_name)
 
 
 def raise_digest(counter: Counter, approver: Approver) -> bytes:
     """What an approver signs to raise a counter to ``counter.value``: increments while lower."""
     lower = Counter(counter.index, counter.value - 1)
-    return _increments(lower.extend(_START, approver), counter.place(approver).name)
+    return _increments(lower.extend(_START, approver), counter.nv_index(approver).name)
 
 
 def increment_hash(name: bytes) -> bytes:
@@ -291,6 +292,11 @@ class Policy:
             digest = sha256(digest, u32(_CC_AUTH_VALUE))
         return digest if digest != _START else b""
 
+    @property
+    def weakness(self) -> str | None:
+        """Why its PCRs keep nobody out, or None if they may, or if it has none."""
+        return weakness(self.pcrs) if self.pcrs else None
+
     def __str__(self) -> str:
         words = []
         if self.pcrs:
@@ -308,14 +314,14 @@ class Policy:
 
         The fingerprint is SHA-256 of the key's DER SubjectPublicKeyInfo, in hex.
         """
-        said = []
+        lines = []
         if self.pcrs:
             bank, values = self.pcrs.bank, self.pcrs.values
-            said += [f"PCR {bank}:{i} is {values[i].hex()}" for i in self.pcrs.indices]
+            lines += [f"PCR {bank}:{i} is {values[i].hex()}" for i in self.pcrs.indices]
         if self.approver:
             ref = f", ref {self.approver.ref!r}" if self.approver.ref else ""
-            said.append(f"PCRs approved by {self.approver.fingerprint}{ref}")
-        return [*said, *(["PIN"] if self.pin else [])] or ["none"]
+            lines.append(f"PCRs approved by {self.approver.fingerprint}{ref}")
+        return [*lines, *(["PIN"] if self.pin else [])] or ["none"]
 
     def to_json(self) -> dict[str, Any]:
         """A table with ``pin``, ``pcrs`` and ``approver``."""
@@ -344,7 +350,8 @@ def compare(wanted: PcrState, now: PcrState | None) -> str:
         return f"this TPM has no PCR bank {wanted.bank}"
     return "; ".join(
         f"PCR {i} of {wanted.bank} is {_short(now.values.get(i))}, not {_short(wanted.values[i])}"
-        for i in wanted.differences(now)
+        for i in wanted.indices
+        if now.values.get(i) != wanted.values[i]
     )
 
 

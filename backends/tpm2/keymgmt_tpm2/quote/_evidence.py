@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Final, Self
 
-from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from pydantic import field_validator, model_validator
 
 from keymgmt.backend import ConfigPath, Evidence, ProviderUnavailable, read_file
 from keymgmt_tpm2._connection.service import Service
 from keymgmt_tpm2._keys import KeyDirectory
 from keymgmt_tpm2._settings import Tpm2Settings
+from keymgmt_tpm2.enroll._device import attestation_key
 from keymgmt_tpm2.policy._approval import installed
 from keymgmt_tpm2.policy._policy import parse_pcrs
-from keymgmt_tpm2.quote._file import MAX_APPROVALS, MAX_LOG, Quote, pcr_digest
+from keymgmt_tpm2.quote._file import MAX_APPROVALS, MAX_LOG, Quote
 
 if TYPE_CHECKING:
     from keymgmt_tpm2._connection.tpm import Tpm
@@ -85,29 +86,23 @@ class TpmEvidence(Evidence[TpmEvidenceSettings]):
                 )
             )
         approvals = installed(settings.keys)
-        with self._service.secret(settings.endorsement_auth) as auth:
-            quote = self._service.run("quoting", lambda tpm: self._quote(tpm, auth, report_data))
+        quote = self._service.run(
+            "quoting",
+            lambda tpm: self._quote(tpm, report_data),
+            passwords={"endorsement": settings.endorsement_auth},
+        )
         fitting = [each for each in approvals if not each.difference(quote.state)]
-        return Quote(
-            quote.ak,
-            quote.attest,
-            quote.signature,
-            quote.state,
-            tuple(fitting[:MAX_APPROVALS]),
-            log,
-        ).to_bytes()
+        sent = tuple(fitting[:MAX_APPROVALS])
+        return replace(quote, approvals=sent, event_log=log).to_bytes()
 
-    def _quote(self, tpm: Tpm, auth: bytearray | None, report_data: bytes) -> Quote:
-        from keymgmt_tpm2.enroll._device import attestation_key
-
-        tpm.set_endorsement_auth(auth)
+    def _quote(self, tpm: Tpm, report_data: bytes) -> Quote:
         bank, indices = parse_pcrs(self.settings.pcrs)
         key = attestation_key(tpm)
         for _ in range(_TRIES):
             state, session = tpm.pcrs(bank, indices), tpm.session()
-            attest, (r, s) = tpm.quote(key, report_data, state, session)
+            attest, signature = tpm.quote(key, report_data, state, session)
             tpm.flush(session)
             # A PCR was extended in between, so the values are not those of the quote.
-            if attest.endswith(pcr_digest(state)):
-                return Quote(tpm.public_of(key), attest, encode_dss_signature(r, s), state)
+            if attest.endswith(state.digest):
+                return Quote(tpm.public_of(key), attest, signature, state)
         raise ProviderUnavailable("the PCRs change all the time", hint="try again")

@@ -12,30 +12,24 @@ from __future__ import annotations
 
 import base64
 import hmac
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
-from keymgmt.backend import FormatError, JsonReader, load_json
-from keymgmt_tpm2._structures import Public, Reader, sha256
+from keymgmt.backend import FormatError, JsonReader, dump_json, load_json
+from keymgmt_tpm2._structures import Public, Reader
 from keymgmt_tpm2.enroll._attest import ATTEST_QUOTE, Statement, check_ak, check_statement
 from keymgmt_tpm2.enroll._certificates import AttestationError
 from keymgmt_tpm2.policy._approval import Approval
 from keymgmt_tpm2.policy._policy import PcrState
 
-__all__ = ["MAX_APPROVALS", "MAX_EVIDENCE", "MAX_LOG", "Quote", "pcr_digest"]
+__all__ = ["MAX_APPROVALS", "MAX_EVIDENCE", "MAX_LOG", "Quote"]
 
 _FORMAT: Final = "keymgmt.tpm2-quote/1"
 MAX_LOG: Final = 256 << 10
 MAX_EVIDENCE: Final = 400 << 10
 MAX_PART: Final = 4096
 MAX_APPROVALS: Final = 8
-
-
-def pcr_digest(state: PcrState) -> bytes:
-    """The digest of these values in a quote by a key that signs with SHA-256 (Part 3, 18.4)."""
-    return sha256(*(state.values[index] for index in state.indices))
 
 
 @dataclass(frozen=True)
@@ -66,15 +60,14 @@ class Quote:
             "signature": self.signature,
             "event_log": self.event_log,
         }
-        return json.dumps(
+        return dump_json(
             {
                 "format": _FORMAT,
                 **{name: base64.b64encode(content).decode() for name, content in texts.items()},
                 "state": self.state.to_json(),
-                "approvals": [json.loads(each.to_bytes()) for each in self.approvals],
-            },
-            separators=(",", ":"),
-        ).encode()
+                "approvals": [each.to_json() for each in self.approvals],
+            }
+        )
 
     @classmethod
     def verify(cls, evidence: bytes, report_data: bytes) -> Quote:
@@ -133,7 +126,7 @@ class Quote:
             reader.end()
         except ValueError as error:
             raise AttestationError(f"the quote is malformed: {error}") from error
-        if selection != self.state.selection or digest != pcr_digest(self.state):
+        if selection != self.state.selection or digest != self.state.digest:
             raise AttestationError("the quote is of other PCR values than the evidence lists")
 
 

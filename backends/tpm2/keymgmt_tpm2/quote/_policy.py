@@ -28,9 +28,8 @@ from keymgmt.backend import (
 from keymgmt_tpm2.enroll._certificates import AttestationError
 from keymgmt_tpm2.enroll._office import parse_ek
 from keymgmt_tpm2.policy._eventlog import MAX_LOG, Event, read_events, replay
-from keymgmt_tpm2.policy._options import read_approver
 from keymgmt_tpm2.policy._policy import Approver, PcrState, compare, parse_pcrs, weakness
-from keymgmt_tpm2.policy._values import read_values
+from keymgmt_tpm2.policy._stated import read_approver, read_values
 from keymgmt_tpm2.quote._file import Quote
 
 __all__ = ["DevicePolicy", "Devices"]
@@ -101,10 +100,10 @@ class _Known:
             listed = ",".join(map(str, self.events))
             raise AttestationError(f"the PCRs {self.bank}:{listed} are not all quoted")
         try:
-            values = replay(quote.event_log, self.bank)
             events = list(read_events(quote.event_log, self.bank))
         except ValueError as error:
             raise AttestationError(f"the device sent no event log: {error}") from error
+        values = replay(events, self.bank)
         for index in self.events:
             if values.get(index) != quote.state.values[index]:
                 raise AttestationError(f"the event log is not of what PCR {index} holds")
@@ -204,10 +203,10 @@ def _known(policy: DevicePolicy, pcrs: str) -> _Known:
                 events.get(index, set()).add(event)
         except ValueError as error:
             raise ConfigError(f"{path} is no event log: {error}") from error
-    for index, found in events.items():
-        if not found:
+    for index, measured in events.items():
+        if not measured:
             raise ConfigError(f"no event log of the policy has an event of PCR {index}")
-    return _Known(bank, {index: frozenset(found) for index, found in events.items()})
+    return _Known(bank, {index: frozenset(measured) for index, measured in events.items()})
 
 
 def _enrolled(policy: DevicePolicy) -> dict[str, Mapping[str, str]]:
