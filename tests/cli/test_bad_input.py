@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bits import flip_in
 
 Cli = Callable[..., Any]
 pytest.importorskip("keymgmt_file")
@@ -234,14 +235,8 @@ def test_a_hint_names_what_the_command_has(cli: Cli, site: Path, sealed: Path) -
     assert cli("sign", sealed, "local:publisher").code == 0
 
 
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
 def flipped_payload(sealed: Path) -> None:
-    flip(sealed / "payload" / "weights.bin.floe")
+    flip_in(sealed / "payload" / "weights.bin.floe")
 
 
 def truncated_payload(sealed: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import programs
 import pytest
+from bits import flip_in
 from waiting import until
 
 OTHER = 1234  # a user of no account
@@ -348,9 +349,7 @@ def test_what_stops_it_before_the_program_starts(needs_root, new_site):
     site = new_site()
     assert site.run("--name", "another", *ran).returncode == 4
     payload = site.sealed / "payload" / "sub" / "w.bin.floe"
-    content = bytearray(payload.read_bytes())
-    content[-1] ^= 1
-    payload.write_bytes(content)
+    flip_in(payload)
     damaged = site.run(*ran)
     assert (damaged.returncode, damaged.stdout) == (4, "")
     assert "sub/w.bin" in damaged.stderr

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from bits import flip_in
 
 np = pytest.importorskip("numpy")
 onnx = pytest.importorskip("onnx")
@@ -223,9 +224,7 @@ def test_memory_is_asked_for_first(seal, site, monkeypatch):
 def test_a_damaged_one_hands_out_nothing(seal, site):
     sealed = seal(outside)
     payload = sealed / "payload" / "sub" / "w.data.floe"
-    content = bytearray(payload.read_bytes())
-    content[-1] ^= 1
-    payload.write_bytes(content)
+    flip_in(payload)
     with pytest.raises(IntegrityError):
         ours.load(sealed, keys=site.config())
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from bits import flip_in
 
 np = pytest.importorskip("numpy")
 ours = pytest.importorskip("keymgmt_safetensors")
@@ -235,9 +236,7 @@ def test_what_the_framework_has_no_type_for(seal, site):
 def test_a_damaged_one_hands_out_nothing(seal, site, wiped):
     sealed = seal(write)
     payload = sealed / "payload" / "model.safetensors.floe"
-    content = bytearray(payload.read_bytes())
-    content[-1] ^= 1
-    payload.write_bytes(content)
+    flip_in(payload)
     with pytest.raises(IntegrityError):
         ours.load(sealed, keys=site.config())
     assert wiped

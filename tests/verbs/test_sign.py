@@ -7,6 +7,7 @@ import logging
 import shutil
 
 import pytest
+from bits import flip_in
 
 import keymgmt
 from keymgmt import errors
@@ -50,9 +51,7 @@ def test_the_digests_are_checked_all_the_same(site):
     path = site.seal()
     (path / "signatures.json").unlink()
     payload = path / "payload" / "model.bin.floe"
-    content = bytearray(payload.read_bytes())
-    content[-1] ^= 1
-    payload.write_bytes(content)
+    flip_in(payload)
     for unopened in (False, True):
         with pytest.raises(errors.IntegrityError, match="digest"):
             keymgmt.sign(path, key="local:publisher", unopened=unopened, keys=site.config())

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 import pytest
-from bits import flipped
+from bits import flip_in, flipped
 from keymgmt_openvino import load
 from programs import run_python
 from waiting import until
@@ -63,9 +63,7 @@ def kept(cache) -> Path:
 def damage(sealed) -> None:
     """Weights that no load would accept, so that a load which succeeds did not read them."""
     payload = sealed / "payload" / "magika.bin.floe"
-    content = bytearray(payload.read_bytes())
-    content[1000] ^= 1
-    payload.write_bytes(content)
+    flip_in(payload, 1000)
 
 
 def test_the_second_load_compiles_nothing_and_answers_the_same(sealed, cache, answer):

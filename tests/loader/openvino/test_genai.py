@@ -18,6 +18,7 @@ import keymgmt_openvino  # noqa: F401 - before OpenVINO: no telemetry
 import numpy as np
 import openvino_genai as ov_genai
 import pytest
+from bits import flip_in
 from keymgmt_openvino import genai
 from keymgmt_openvino.genai import load_adapter, load_llm, load_path_pipeline
 from programs import PEAK_KIB, run_python
@@ -259,9 +260,7 @@ def test_configs_that_are_no_json(folder, seal, site):
 def test_broken_weights_leave_zeros(sealed, site, watched, tmp_path):
     damaged = Path(shutil.copytree(sealed, tmp_path / "damaged.sealed"))
     payload = damaged / "payload" / "openvino_model.bin.floe"
-    content = bytearray(payload.read_bytes())
-    content[5000] ^= 1
-    payload.write_bytes(content)
+    flip_in(payload, 5000)
     with pytest.raises(IntegrityError, match=r"openvino_model\.bin"):
         load_llm(damaged, keys=site)
     gc.collect()

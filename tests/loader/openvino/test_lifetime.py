@@ -11,6 +11,7 @@ import time
 import numpy as np
 import openvino as ov
 import pytest
+from bits import flip_in
 from forks import in_child
 from keymgmt_openvino import _memory, load, read
 from keymgmt_openvino._memory import Memory, release
@@ -208,9 +209,7 @@ def test_damaged_weights_leave_zeros(magika_sealed, site, watched, tmp_path):
     damaged = tmp_path / "damaged.sealed"
     shutil.copytree(magika_sealed, damaged)
     payload = damaged / "payload" / "magika.bin.floe"
-    content = bytearray(payload.read_bytes())
-    content[-100] ^= 1
-    payload.write_bytes(content)
+    flip_in(payload, -100)
     with pytest.raises(IntegrityError, match=r"magika\.bin"):
         load(damaged, keys=site)
     (memory,) = watched

@@ -12,6 +12,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from bits import flip_in
 from forks import NOBODY, nobody_can
 
 
@@ -342,9 +343,7 @@ def test_a_damaged_file_is_refused_and_nothing_is_left(tree, site, tmp_path):
     damaged = tmp_path / "damaged.sealed"
     shutil.copytree(tree[1], damaged)
     payload = damaged / "payload" / "sub" / "deeper" / "large.bin.floe"
-    content = bytearray(payload.read_bytes())
-    content[2_000_000] ^= 1
-    payload.write_bytes(content)
+    flip_in(payload, 2_000_000)
     error, opened = lines(
         """
         import gc, os, sys

@@ -16,6 +16,7 @@ import numpy as np
 import openvino as ov
 import openvino_genai as ov_genai
 import pytest
+from bits import flip_in
 from keymgmt_openvino.genai import load_llm, load_vlm
 from programs import run_python
 from waiting import until
@@ -134,9 +135,7 @@ def test_what_genai_refuses_leaves_zeros(broken, folder, seal, site, watched):
 def test_damaged_weights_leave_zeros(sealed, site, watched, tmp_path):
     damaged = Path(shutil.copytree(sealed, tmp_path / "damaged.sealed"))
     payload = damaged / "payload" / "openvino_vision_embeddings_model.bin.floe"
-    content = bytearray(payload.read_bytes())
-    content[5000] ^= 1
-    payload.write_bytes(content)
+    flip_in(payload, 5000)
     with pytest.raises(IntegrityError, match=r"openvino_vision_embeddings_model\.bin"):
         load_vlm(damaged, keys=site)
     gc.collect()
