@@ -51,7 +51,7 @@ class Site:
 
 
 @pytest.fixture(scope="session")
-def tpm(require_tool: RequireTool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def tpm(require_tool, tmp_path_factory) -> Iterator[str]:
     """The TCTI of an emulated TPM."""
     program = require_tool("swtpm", package="swtpm")
     with Swtpm(program, tmp_path_factory.mktemp("tpm")) as tpm:
@@ -59,7 +59,7 @@ def tpm(require_tool: RequireTool, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="session")
-def vault(require_tool: RequireTool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def vault(require_tool, tmp_path_factory) -> Iterator[str]:
     """The provider table of a server that ``keymgmt vault dev`` runs."""
     require_tool("bao")
     home = tmp_path_factory.mktemp("vault")
@@ -74,9 +74,7 @@ def vault(require_tool: RequireTool, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="session")
-def site(
-    softhsm_module: Path, tpm: str, vault: str, tmp_path_factory: pytest.TempPathFactory
-) -> Site:
+def site(softhsm_module, tpm, vault, tmp_path_factory) -> Site:
     folder = tmp_path_factory.mktemp("site")
     (folder / "tokens").mkdir()
     (folder / "softhsm2.conf").write_text(f"directories.tokendir = {folder / 'tokens'}\n")

@@ -11,7 +11,6 @@ import shutil
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -99,17 +98,17 @@ ABSENT: dict[str, tuple[str, Change]] = {
 
 
 @pytest.fixture(scope="module", params=list(ABSENT))
-def case(request: pytest.FixtureRequest) -> str:
+def case(request) -> str:
     name: str = request.param
     return name
 
 
-def test_every_backend_lacks_something() -> None:
+def test_every_backend_lacks_something():
     assert {provider for provider, _ in ABSENT.values()} == set(KEYS)
 
 
 @pytest.mark.once
-def test_what_is_absent_is_the_providers_failure(site: Any, case: str) -> None:
+def test_what_is_absent_is_the_providers_failure(site, case):
     provider, change = ABSENT[case]
     other = "hsm" if provider == "local" else "local"
     model = f"lacks-{provider}.sealed"

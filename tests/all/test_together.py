@@ -20,7 +20,7 @@ def groups(site: Any) -> list[list[str]]:
     return found
 
 
-def test_the_tables_name_four_backends(site: Any) -> None:
+def test_the_tables_name_four_backends(site):
     found = [tomllib.loads(table)["providers"] for table in site.tables.values()]
     backends = {table["backend"] for tables in found for table in tables.values()}
     assert backends == {"file", "pkcs11", "tpm2", "vault"}
@@ -31,21 +31,21 @@ def test_the_tables_name_four_backends(site: Any) -> None:
 @pytest.mark.parametrize(
     "providers", ["tpm site", "hsm", "local", "local tpm", "site hsm", "local tpm site hsm"]
 )
-def test_every_way_in_opens(site: Any, providers: str) -> None:
+def test_every_way_in_opens(site, providers):
     target = f"plain-{providers.replace(' ', '-')}"
     site.run("unseal", "model.sealed", target, providers=providers)
     assert (site.folder / target / "weights.bin").read_bytes() == site.content
 
 
 @pytest.mark.parametrize("provider", ["tpm", "site"])
-def test_half_of_a_group_opens_nothing_and_says_what_is_missing(site: Any, provider: str) -> None:
+def test_half_of_a_group_opens_nothing_and_says_what_is_missing(site, provider):
     said = site.run("verify", "model.sealed", providers=provider, code=4)
     assert "no recipient of resnet50 opens" in said
     for recipient in ("pkcs11:breakglass@", "file:backup@"):
         assert recipient in said
 
 
-def test_doctor_finds_all_four_well(site: Any) -> None:
+def test_doctor_finds_all_four_well(site):
     keys = ["local:backup", "tpm:dev", "site:model", "hsm:breakglass"]
     report = json.loads(site.run("doctor", *keys, "--json"))
     assert report["ok"]
@@ -53,7 +53,7 @@ def test_doctor_finds_all_four_well(site: Any) -> None:
     assert {"local (file)", "tpm (tpm2)", "site (vault)", "hsm (pkcs11)"} == subjects
 
 
-def test_rotation_reaches_every_service(site: Any) -> None:
+def test_rotation_reaches_every_service(site):
     before = groups(site)
     for key in ("local:backup", "tpm:dev", "site:model", "hsm:breakglass"):
         site.run("keys", "rotate", key)

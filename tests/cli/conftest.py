@@ -46,7 +46,7 @@ Cli = Callable[..., Ran]
 
 
 @pytest.fixture(autouse=True)
-def _nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _nowhere(tmp_path, monkeypatch) -> None:
     """No config of the person who runs the tests is found."""
     monkeypatch.delenv("KEYMGMT_CONFIG", raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg"))
@@ -56,7 +56,7 @@ def _nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+def cli(capsys, monkeypatch) -> Cli:
     """Run ``keymgmt ARGUMENTS``."""
 
     def run(*arguments: object) -> Ran:
@@ -72,7 +72,7 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def site(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def site(cli, tmp_path, monkeypatch) -> Path:
     """The working directory after ``keymgmt init .``, with a plain model in ``model/``."""
     pytest.importorskip("keymgmt_file")
     assert cli("init", ".").code == 0
@@ -85,7 +85,7 @@ def site(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def sealed(cli: Cli, site: Path) -> Path:
+def sealed(cli, site) -> Path:
     """``model.sealed`` there, sealed and signed by the config that ``init`` made."""
     ran = cli("seal", "model", "model.sealed", "--name", "resnet50", "--release", "3")
     assert ran.code == 0, ran.err

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 import keymgmt.cli.backends
 
 Cli = Callable[..., Any]
@@ -23,9 +21,7 @@ class Acme(KeyProvider[Settings], SupportsSigning):
 """
 
 
-def test_each_is_isolated_and_explained(
-    cli: Cli, install: Install, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_is_isolated_and_explained(cli, install, monkeypatch):
     monkeypatch.setattr(keymgmt.cli.backends, "SECONDS", 200)
     install("acme-hsm", GROUP, {"acme": "acme_hsm:Acme"}, acme_hsm=ACME)
     broken = {
@@ -51,9 +47,7 @@ def test_each_is_isolated_and_explained(
         assert said in rows[name]["problem"]
 
 
-def test_one_that_hangs_is_given_up(
-    cli: Cli, install: Install, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_that_hangs_is_given_up(cli, install, monkeypatch):
     monkeypatch.setattr(keymgmt.cli.backends, "SECONDS", 3)
     source = "import time; time.sleep(600)"
     install("hangs-hsm", GROUP, {"hangs": "hangs_hsm:Acme"}, hangs_hsm=source)
@@ -61,9 +55,7 @@ def test_one_that_hangs_is_given_up(
     assert "does not end within 3 seconds" in row["problem"]
 
 
-def test_a_name_that_two_provide_shows_both(
-    cli: Cli, install: Install, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_name_that_two_provide_shows_both(cli, install, monkeypatch):
     monkeypatch.setattr(keymgmt.cli.backends, "SECONDS", 200)
     install("acme-hsm", GROUP, {"acme": "acme_hsm:Acme"}, acme_hsm=ACME)
     install("evil-hsm", GROUP, {"acme": "evil_hsm:Acme"}, evil_hsm=ACME)

@@ -208,14 +208,7 @@ def a_tree_without_models(site: Path) -> tuple[object, ...]:
         (a_tree_without_models, 3, "no sealed model", ""),
     ],
 )
-def test_it_is_named_with_the_way_out_and_changes_nothing(
-    cli: Cli,
-    site: Path,
-    make: Callable[[Path], tuple[object, ...]],
-    code: int,
-    said: str,
-    hint: str,
-) -> None:
+def test_it_is_named_with_the_way_out_and_changes_nothing(cli, site, make, code, said, hint):
     arguments = make(site)
     before = snapshot(site)
     ran = cli(*arguments)
@@ -227,7 +220,7 @@ def test_it_is_named_with_the_way_out_and_changes_nothing(
     assert snapshot(site) == before
 
 
-def test_a_hint_names_what_the_command_has(cli: Cli, site: Path, sealed: Path) -> None:
+def test_a_hint_names_what_the_command_has(cli, site, sealed):
     (site / "out.sealed").mkdir()
     assert cli("reseal", sealed, "out.sealed").hint == "name another folder"
     edit(site / "keymgmt.toml", "sign =", "# sign =")
@@ -289,9 +282,7 @@ def changed_policy(sealed: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("command", ["verify", "unseal"])
-def test_a_damaged_model_is_exit_4_and_nothing_is_written(
-    cli: Cli, sealed: Path, damage: Callable[[Path], None], said: str, command: str
-) -> None:
+def test_a_damaged_model_is_exit_4_and_nothing_is_written(cli, sealed, damage, said, command):
     damage(sealed)
     before = snapshot(sealed.parent)
     ran = cli(command, sealed, *(["plain"] if command == "unseal" else []))
@@ -302,7 +293,7 @@ def test_a_damaged_model_is_exit_4_and_nothing_is_written(
     assert not (sealed.parent / "plain").exists()
 
 
-def test_another_publisher_is_exit_4(cli: Cli, sealed: Path) -> None:
+def test_another_publisher_is_exit_4(cli, sealed):
     assert cli("keys", "create", "local:stranger", "--sign").code == 0
     pem = cli("keys", "export", "local:stranger").out
     (sealed.parent / "publisher.pem").write_text(pem)
@@ -311,20 +302,20 @@ def test_another_publisher_is_exit_4(cli: Cli, sealed: Path) -> None:
     assert "is signed by nobody that this config trusts" in ran.error
 
 
-def test_an_older_release_is_exit_4(cli: Cli, sealed: Path) -> None:
+def test_an_older_release_is_exit_4(cli, sealed):
     edit(sealed.parent / "keymgmt.toml", "[policy]", "[policy]\nminimum_release = { resnet50 = 4 }")
     ran = cli("verify", sealed)
     assert ran.code == 4
     assert "release" in ran.error
 
 
-def test_another_name_than_expected_is_exit_4(cli: Cli, sealed: Path) -> None:
+def test_another_name_than_expected_is_exit_4(cli, sealed):
     ran = cli("verify", sealed, "--name", "resnet51")
     assert ran.code == 4
     assert "resnet51" in ran.error
 
 
-def test_a_service_that_is_down_is_exit_6_with_a_table_of_reasons(cli: Cli, sealed: Path) -> None:
+def test_a_service_that_is_down_is_exit_6_with_a_table_of_reasons(cli, sealed):
     (sealed.parent / "keys").rename(sealed.parent / "elsewhere")
     ran = cli("verify", sealed)
     assert ran.code == 6
@@ -333,9 +324,7 @@ def test_a_service_that_is_down_is_exit_6_with_a_table_of_reasons(cli: Cli, seal
         assert cell in ran.err
 
 
-def test_a_key_that_was_lost_is_exit_6_and_one_that_was_retired_exit_5(
-    cli: Cli, sealed: Path
-) -> None:
+def test_a_key_that_was_lost_is_exit_6_and_one_that_was_retired_exit_5(cli, sealed):
     keys = sealed.parent / "keys"
     (keys / "models.jwks").rename(keys / "models.away")
     lost = cli("verify", sealed)
@@ -361,13 +350,13 @@ def test_a_key_that_was_lost_is_exit_6_and_one_that_was_retired_exit_5(
         ("keys", "nothing"),
     ],
 )
-def test_wrong_usage_is_exit_2(cli: Cli, arguments: tuple[str, ...]) -> None:
+def test_wrong_usage_is_exit_2(cli, arguments):
     ran = cli(*arguments)
     assert ran.code == 2
     assert "Traceback" not in ran.err
 
 
-def test_names_from_a_file_cannot_drive_the_terminal(cli: Cli, site: Path) -> None:
+def test_names_from_a_file_cannot_drive_the_terminal(cli, site):
     ran = cli("verify", "\x1b]0;title\x07.sealed")
     assert ran.code == 3
     assert r"\x1b]0;title\x07.sealed: No such file" in ran.error
@@ -375,14 +364,14 @@ def test_names_from_a_file_cannot_drive_the_terminal(cli: Cli, site: Path) -> No
     assert "\x07" not in ran.err
 
 
-def test_a_secret_written_into_the_config_is_refused_and_not_repeated(cli: Cli, site: Path) -> None:
+def test_a_secret_written_into_the_config_is_refused_and_not_repeated(cli, site):
     edit(site / "keymgmt.toml", 'path = "keys"', 'path = "keys"\npassphrase = "hunter2-hunter2"')
     ran = cli("keys", "list")
     assert ran.code == 3
     assert "hunter2" not in ran.err
 
 
-def test_no_key_material_is_ever_printed(cli: Cli, sealed: Path) -> None:
+def test_no_key_material_is_ever_printed(cli, sealed):
     secrets = [
         jwk[member]
         for file in (sealed.parent / "keys").glob("*.jwks")

@@ -20,7 +20,7 @@ Cli = Callable[..., Any]
 Type = Callable[[str, str], None]
 
 
-def test_the_shell_completes_providers_and_keys(cli: Cli, site: Path) -> None:
+def test_the_shell_completes_providers_and_keys(cli, site):
     def complete(words: str) -> str:
         environment = os.environ | {
             "_KEYMGMT_COMPLETE": "complete_zsh",
@@ -37,7 +37,7 @@ def test_the_shell_completes_providers_and_keys(cli: Cli, site: Path) -> None:
 
 
 @pytest.fixture
-def environment(sealed: Path, tmp_path: Path) -> dict[str, str]:
+def environment(sealed, tmp_path) -> dict[str, str]:
     """That of a shell, in a site with a sealed model and a recipient file."""
     program = Path(sys.executable).with_name("keymgmt")
     if not program.exists():
@@ -58,9 +58,7 @@ def install(shell: str, environment: dict[str, str]) -> None:
 
 
 @pytest.fixture
-def type_in(
-    environment: dict[str, str], require_tool: Any, tmp_path: Path
-) -> Iterator[Callable[[str], Type]]:
+def type_in(environment, require_tool, tmp_path) -> Iterator[Callable[[str], Type]]:
     """Start a shell with the completion installed; type into it until something is seen."""
     started = []
 
@@ -100,9 +98,7 @@ def type_in(
 
 
 @pytest.mark.once
-def test_bash_completes_what_stands_after_a_colon_or_at_sign(
-    type_in: Callable[[str], Type],
-) -> None:
+def test_bash_completes_what_stands_after_a_colon_or_at_sign(type_in):
     type_ = type_in("bash")
     type_("keymgmt keys show local:mod\t", "show local:models")
     type_("keymgmt doctor lo\t\t\t", "publisher")
@@ -121,9 +117,7 @@ def test_bash_completes_what_stands_after_a_colon_or_at_sign(
 
 
 @pytest.mark.once
-def test_zsh_completes_at_the_first_tab_after_an_equals_sign_and_shows_apostrophes(
-    type_in: Callable[[str], Type],
-) -> None:
+def test_zsh_completes_at_the_first_tab_after_an_equals_sign_and_shows_apostrophes(type_in):
     type_ = type_in("zsh")
     type_("keymgmt insp\tx", "keymgmt inspect x")
     type_("keymgmt keys \t", "Sign another machine's recipient file")
@@ -152,9 +146,7 @@ def test_zsh_completes_at_the_first_tab_after_an_equals_sign_and_shows_apostroph
         ("true; keymgmt completion f", ["fish"]),
     ],
 )
-def test_fish_completes(
-    environment: dict[str, str], require_tool: Any, typed: str, offered: list[str]
-) -> None:
+def test_fish_completes(environment, require_tool, typed, offered):
     fish = require_tool("fish", package="fish")
     install("fish", environment)
     asked = run(fish, "-c", 'complete --do-complete "$argv"', typed, env=environment, check=True)

@@ -42,22 +42,20 @@ def keymgmt(*arguments: object, **options: Any) -> subprocess.CompletedProcess[s
         ("-c", "nowhere.toml", "keys", "list", "--json", "-c", "{config}"),
     ],
 )
-def test_global_options_stand_anywhere(
-    cli: Cli, site: Path, monkeypatch: pytest.MonkeyPatch, place: tuple[str, ...]
-) -> None:
+def test_global_options_stand_anywhere(cli, site, monkeypatch, place):
     monkeypatch.delenv("KEYMGMT_CONFIG")
     ran = cli(*(word.format(config=site / "keymgmt.toml") for word in place))
     assert ran.code == 0, ran.err
     assert ran.json()["format"] == "keymgmt-keys/1"
 
 
-def test_what_stands_for_another_program_is_not_ours(cli: Cli, site: Path) -> None:
+def test_what_stands_for_another_program_is_not_ours(cli, site):
     ran = cli("keys", "list", "--", "--json")
     assert ran.code == 3
     assert ran.out == ""
 
 
-def test_log_lines_are_json(site: Path) -> None:
+def test_log_lines_are_json(site):
     for place in (("--log-json", "seal"), ("seal", "--log-json", "-v")):
         ran = keymgmt(*place, "model", "out.sealed", "--force", cwd=site)
         lines = [json.loads(line) for line in ran.stderr.splitlines() if line.startswith("{")]
@@ -78,9 +76,7 @@ def test_log_lines_are_json(site: Path) -> None:
         (("file", "lock", "--json", "nobody"), 3, "ConfigError"),
     ],
 )
-def test_an_error_is_one_object_on_stdout(
-    cli: Cli, sealed: Path, arguments: tuple[str, ...], code: int, kind: str
-) -> None:
+def test_an_error_is_one_object_on_stdout(cli, sealed, arguments, code, kind):
     ran = cli(*arguments)
     assert ran.code == code, ran.err
     said = ran.json()
@@ -89,7 +85,7 @@ def test_an_error_is_one_object_on_stdout(
     assert said["error"]["message"] == ran.error
 
 
-def test_why_nothing_opened_is_in_the_json(cli: Cli, sealed: Path) -> None:
+def test_why_nothing_opened_is_in_the_json(cli, sealed):
     (sealed.parent / "keys").rename(sealed.parent / "elsewhere")
     ran = cli("verify", sealed, "--json")
     (attempt,) = ran.json()["error"]["attempts"]
@@ -102,14 +98,14 @@ def test_why_nothing_opened_is_in_the_json(cli: Cli, sealed: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [("help", "keys", "create"), ("keys", "create", "-h")])
-def test_help_in_both_ways_is_the_same(cli: Cli, words: tuple[str, ...]) -> None:
+def test_help_in_both_ways_is_the_same(cli, words):
     ran = cli(*words)
     assert ran.code == 0
     assert ran.out == cli("keys", "create", "--help").out
     assert "Usage: keymgmt keys create [OPTIONS] PROVIDER:KEY\n" in ran.out
 
 
-def test_the_version_in_every_way(cli: Cli) -> None:
+def test_the_version_in_every_way(cli):
     said = cli("--version").out
     assert said == f"keymgmt {version('keymgmt')}\n"
     assert cli("-V").out == cli("version").out == keymgmt("--version").stdout == said
@@ -133,9 +129,7 @@ COMMANDS = {
         (("keys", "create", "-h"), {"keymgmt.cli.keys"}),
     ],
 )
-def test_help_imports_no_provider_no_cryptography_and_no_other_command(
-    arguments: tuple[str, ...], ours: set[str]
-) -> None:
+def test_help_imports_no_provider_no_cryptography_and_no_other_command(arguments, ours):
     """What costs: half of the time was cryptography, pydantic and rich."""
     if arguments[:1] in (("--version",), ("-V",)):
         assert imports_nothing_heavy(arguments, {}, *COMMANDS, "typer")
@@ -145,7 +139,7 @@ def test_help_imports_no_provider_no_cryptography_and_no_other_command(
     assert imports_nothing_heavy((), completing(words), *COMMANDS - ours)
 
 
-def test_the_help_of_the_program_says_of_each_command_what_its_own_help_says() -> None:
+def test_the_help_of_the_program_says_of_each_command_what_its_own_help_says():
     root: Any = typer.main.get_command(keymgmt_cli.app)
     listed = {name: each.help for name, each in root.commands.items()}
     assert {"init", "seal", "keys", "help"} <= listed.keys()
@@ -174,14 +168,12 @@ def imports_nothing_heavy(
     return done.stdout
 
 
-def test_help_of_a_command_of_ours_asks_for_no_other_distribution() -> None:
+def test_help_of_a_command_of_ours_asks_for_no_other_distribution():
     """What reads their metadata imports the package email."""
     assert imports_nothing_heavy(("seal", "--help"), {}, "email")
 
 
-def test_completing_a_provider_reads_the_config_and_no_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_completing_a_provider_reads_the_config_and_no_more(tmp_path, monkeypatch):
     config = tmp_path / "keymgmt.toml"
     config.write_text("".join(f'[providers.l{n}]\nbackend = "file"\n' for n in "ab"))
     for words in ("keymgmt doctor l", f"keymgmt -c {config} keys show l"):
@@ -191,7 +183,7 @@ def test_completing_a_provider_reads_the_config_and_no_more(
         assert "lb" in said
 
 
-def test_what_is_installed_is_looked_for_once(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_installed_is_looked_for_once(cli, monkeypatch):
     """Every distribution of the environment is asked, however many commands there are."""
     asked: list[str] = []
     real = entry_points.announced
@@ -209,14 +201,12 @@ def test_what_is_installed_is_looked_for_once(cli: Cli, monkeypatch: pytest.Monk
         (["file", "--help"], 1),  # of another distribution
     ],
 )
-def test_a_command_that_is_stopped_prints_no_traceback(
-    site: Path, ends_quietly: Callable[..., None], arguments: list[str], moments: int
-) -> None:
+def test_a_command_that_is_stopped_prints_no_traceback(site, ends_quietly, arguments, moments):
     ends_quietly(*arguments, cwd=site, moments=moments)
 
 
 @pytest.mark.parametrize("arguments", [["keys", "list"], ["keys", "list", "--json"]])
-def test_stdout_that_cannot_be_written_is_an_error(site: Path, arguments: list[str]) -> None:
+def test_stdout_that_cannot_be_written_is_an_error(site, arguments):
     with Path("/dev/full").open("w") as full:
         ran = keymgmt(*arguments, stdout=full, cwd=site)
     assert (ran.returncode, ran.stderr.splitlines()[0]) == (
@@ -242,9 +232,7 @@ def leaves(command: Any, words: tuple[str, ...] = ()) -> Any:
 
 
 @pytest.mark.once
-def test_every_help_page_has_an_example_that_can_be_typed(
-    cli: Cli, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_help_page_has_an_example_that_can_be_typed(cli, monkeypatch):
     """At 40 columns too: nothing of an option's name is cut off."""
     monkeypatch.setenv("COLUMNS", "40")
     for words, command in everything():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ Cli = Callable[..., Any]
 pytest.importorskip("keymgmt_file")
 
 
-def test_a_key_is_made_rotated_and_retired(cli: Cli, site: Path) -> None:
+def test_a_key_is_made_rotated_and_retired(cli, site):
     made = cli("keys", "create", "local:edge", "--json").json()
     assert (made["reference"], made["purpose"], made["newest"]) == ("local:edge", "wrap", "1")
     assert cli("keys", "rotate", "local:edge", "--json").json()["newest"] == "2"
@@ -24,7 +23,7 @@ def test_a_key_is_made_rotated_and_retired(cli: Cli, site: Path) -> None:
     assert cli("keys", "show", "local:edge", "--json").json() == retired
 
 
-def test_the_kind_follows_from_what_the_key_is_for(cli: Cli, site: Path) -> None:
+def test_the_kind_follows_from_what_the_key_is_for(cli, site):
     assert cli("keys", "create", "local:pub", "--sign", "--json").json()["purpose"] == "sign"
     assert cli("keys", "create", "local:q", "--kind", "ml-dsa-65", "--json").json()["kind"] == (
         "ml-dsa-65"
@@ -49,8 +48,8 @@ def test_the_kind_follows_from_what_the_key_is_for(cli: Cli, site: Path) -> None
     ],
 )
 def test_a_wrong_argument_is_the_operators_error_and_changes_nothing(
-    cli: Cli, site: Path, arguments: tuple[str, ...], said: str, hint: str
-) -> None:
+    cli, site, arguments, said, hint
+):
     before = {path: path.read_bytes() for path in site.rglob("*") if path.is_file()}
     ran = cli("keys", *arguments)
     assert ran.code == 3, ran.err
@@ -59,14 +58,14 @@ def test_a_wrong_argument_is_the_operators_error_and_changes_nothing(
     assert before == {path: path.read_bytes() for path in site.rglob("*") if path.is_file()}
 
 
-def test_a_missing_key_is_named_with_the_nearest(cli: Cli, site: Path) -> None:
+def test_a_missing_key_is_named_with_the_nearest(cli, site):
     ran = cli("keys", "show", "local:model")
     assert ran.code == 3
     assert "model" in ran.error
     assert "local:models" in ran.hint
 
 
-def test_export_writes_pem_and_replaces_nothing_unasked(cli: Cli, site: Path) -> None:
+def test_export_writes_pem_and_replaces_nothing_unasked(cli, site):
     assert cli("keys", "export", "local:publisher").out == (site / "publisher.pem").read_text()
     (site / "publisher.pem").write_text("mine")
     ran = cli("keys", "export", "local:publisher", "-o", "publisher.pem")
@@ -77,7 +76,7 @@ def test_export_writes_pem_and_replaces_nothing_unasked(cli: Cli, site: Path) ->
     load_pem_public_key((site / "publisher.pem").read_bytes())
 
 
-def test_a_device_exports_a_recipient_to_which_another_machine_seals(cli: Cli, site: Path) -> None:
+def test_a_device_exports_a_recipient_to_which_another_machine_seals(cli, site):
     assert cli("keys", "create", "local:device7", "--kind", "hpke-x25519").code == 0
     exported = cli("keys", "export", "local:device7", "-o", "device7.recipient")
     assert exported.code == 0
@@ -91,7 +90,7 @@ def test_a_device_exports_a_recipient_to_which_another_machine_seals(cli: Cli, s
     assert cli("verify", "d.sealed").code == 0
 
 
-def test_a_recipient_file_may_be_vouched_for_by_a_trusted_signer(cli: Cli, site: Path) -> None:
+def test_a_recipient_file_may_be_vouched_for_by_a_trusted_signer(cli, site):
     assert cli("keys", "create", "local:device7", "--kind", "hpke-x25519").code == 0
     ran = cli("keys", "export", "local:device7", "-o", "d.recipient", "--sign", "local:publisher")
     assert ran.code == 0
@@ -102,9 +101,7 @@ def test_a_recipient_file_may_be_vouched_for_by_a_trusted_signer(cli: Cli, site:
     assert cli("seal", "model", "d.sealed", "--to", "@d.recipient").code == 0
 
 
-def test_a_recipient_file_of_the_config_lies_beside_it(
-    cli: Cli, site: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_recipient_file_of_the_config_lies_beside_it(cli, site, monkeypatch):
     assert cli("keys", "create", "local:device7", "--kind", "hpke-x25519").code == 0
     ran = cli("keys", "export", "local:device7", "-o", "d.recipient", "--sign", "local:publisher")
     assert ran.code == 0
@@ -121,7 +118,7 @@ def test_a_recipient_file_of_the_config_lies_beside_it(
     }
 
 
-def test_usage_says_what_each_version_opens_and_guards_retiring(cli: Cli, sealed: Path) -> None:
+def test_usage_says_what_each_version_opens_and_guards_retiring(cli, sealed):
     assert cli("keys", "rotate", "local:models").code == 0
     shown = cli("keys", "usage", ".", "local:models")
     assert "opens 1 model, is the only way into 1" in shown.out
@@ -136,7 +133,7 @@ def test_usage_says_what_each_version_opens_and_guards_retiring(cli: Cli, sealed
     assert [(row["version"], row["opens"]) for row in rows] == [("2", "1")]
 
 
-def test_what_cannot_be_read_blocks_the_verdict(cli: Cli, sealed: Path) -> None:
+def test_what_cannot_be_read_blocks_the_verdict(cli, sealed):
     assert cli("keys", "rotate", "local:models").code == 0
     (sealed / "keys.json").write_bytes(b"{}")
     ran = cli("keys", "usage", ".", "local:models", "--json")
@@ -147,7 +144,7 @@ def test_what_cannot_be_read_blocks_the_verdict(cli: Cli, sealed: Path) -> None:
     assert "cannot be read" in refused.error
 
 
-def test_listing_shows_the_others_where_one_provider_is_down(cli: Cli, site: Path) -> None:
+def test_listing_shows_the_others_where_one_provider_is_down(cli, site):
     config = site / "keymgmt.toml"
     config.write_text('[providers.gone]\nbackend = "file"\npath = "gone"\n' + config.read_text())
     (site / "gone").mkdir(mode=0o700)
@@ -158,7 +155,7 @@ def test_listing_shows_the_others_where_one_provider_is_down(cli: Cli, site: Pat
     assert "damaged" in ran.error
 
 
-def test_a_recipient_file_of_another_machine_is_vouched_for(cli: Cli, site: Path) -> None:
+def test_a_recipient_file_of_another_machine_is_vouched_for(cli, site):
     cli("keys", "create", "local:device7", "--kind", "hpke-p256")
     exported = cli("keys", "export", "local:device7", "-o", "d.recipient")
     fingerprint = exported.err.split("fingerprint ")[1].strip()
@@ -169,9 +166,7 @@ def test_a_recipient_file_of_another_machine_is_vouched_for(cli: Cli, site: Path
     assert (site / "d.recipient.sig").exists()
 
 
-def test_who_rotates_a_publisher_learns_that_its_own_config_does_not_trust_it(
-    cli: Cli, site: Path
-) -> None:
+def test_who_rotates_a_publisher_learns_that_its_own_config_does_not_trust_it(cli, site):
     ran = cli("keys", "rotate", "local:publisher")
     assert ran.code == 0
     assert "does not trust the newest version of local:publisher" in ran.err
@@ -197,7 +192,7 @@ def test_who_rotates_a_publisher_learns_that_its_own_config_does_not_trust_it(
     assert "warning" not in cli("keys", "rotate", "local:models").err
 
 
-def test_a_name_without_a_release_floor_is_said_when_it_is_sealed(cli: Cli, site: Path) -> None:
+def test_a_name_without_a_release_floor_is_said_when_it_is_sealed(cli, site):
     config = site / "keymgmt.toml"
     config.write_text(
         config.read_text().replace("[policy]\n", "[policy]\nminimum_release = { other = 1 }\n")
@@ -209,7 +204,7 @@ def test_a_name_without_a_release_floor_is_said_when_it_is_sealed(cli: Cli, site
     assert "minimum_release" in ran.json()["refusal"]
 
 
-def test_a_release_that_locks_a_name_for_ever_is_not_taken_just_so(cli: Cli, site: Path) -> None:
+def test_a_release_that_locks_a_name_for_ever_is_not_taken_just_so(cli, site):
     ran = cli("seal", "model", "model.sealed", "--release", str(2**53 - 1))
     assert ran.code == 3
     assert "leaves 0 numbers for later releases" in ran.error
@@ -218,7 +213,7 @@ def test_a_release_that_locks_a_name_for_ever_is_not_taken_just_so(cli: Cli, sit
     assert cli("reseal", "model.sealed", "--release", str(2**53 - 2)).code == 3
 
 
-def test_every_version_of_a_publishers_key_is_exported(cli: Cli, site: Path) -> None:
+def test_every_version_of_a_publishers_key_is_exported(cli, site):
     first = (site / "publisher.pem").read_text()
     assert cli("keys", "rotate", "local:publisher").code == 0
     assert cli("keys", "export", "local:publisher@1").out == first
@@ -233,7 +228,7 @@ def test_every_version_of_a_publishers_key_is_exported(cli: Cli, site: Path) -> 
     assert "local:device7" in ran.hint
 
 
-def test_unknown_is_never_zero(cli: Cli, site: Path, sealed: Path) -> None:
+def test_unknown_is_never_zero(cli, site, sealed):
     assert cli("keys", "rotate", "local:models").code == 0
     (site / "nowhere").symlink_to("gone")
     ran = cli("keys", "usage", ".", "local:models", "--csv")
@@ -249,9 +244,7 @@ def test_unknown_is_never_zero(cli: Cli, site: Path, sealed: Path) -> None:
     assert report["not_referenced"] == [{"backend": "file", "key": "models", "version": "2"}]
 
 
-def test_a_refusal_to_retire_is_enough_for_a_job_to_decide(
-    cli: Cli, site: Path, sealed: Path
-) -> None:
+def test_a_refusal_to_retire_is_enough_for_a_job_to_decide(cli, site, sealed):
     assert cli("keys", "rotate", "local:models").code == 0
     (site / "live").mkdir()
     (site / "live" / "now.sealed").symlink_to(sealed)
@@ -277,7 +270,7 @@ def test_a_refusal_to_retire_is_enough_for_a_job_to_decide(
     assert cli("keys", "retire", "local:models@1", "--names-only").code == 3
 
 
-def test_a_key_is_deleted_when_nothing_needs_it(cli: Cli, sealed: Path) -> None:
+def test_a_key_is_deleted_when_nothing_needs_it(cli, sealed):
     delete = ("keys", "delete", "local:edge", "--yes")
     assert cli("keys", "create", "local:edge").code == 0
     assert cli("rewrap", ".", "--add", "local:edge").code == 0
@@ -307,7 +300,7 @@ def test_a_key_is_deleted_when_nothing_needs_it(cli: Cli, sealed: Path) -> None:
     assert cli("verify", sealed).code == 0
 
 
-def test_a_key_is_not_deleted_by_the_way(cli: Cli, sealed: Path) -> None:
+def test_a_key_is_not_deleted_by_the_way(cli, sealed):
     assert cli("keys", "create", "local:edge").code == 0
     nobody = cli("keys", "delete", "local:edge", "--tree", ".")
     assert (nobody.code, nobody.hint) == (3, "to go on, give --yes")
@@ -356,8 +349,8 @@ class Toy(KeyProvider[Settings]):
     ids=" ".join,
 )
 def test_what_a_backend_cannot_do_is_a_wrong_argument_for_every_command(
-    cli: Cli, site: Path, sealed: Path, install: Callable[..., Path], arguments: tuple[str, ...]
-) -> None:
+    cli, site, sealed, install, arguments
+):
     install("toy-keymgmt", "keymgmt.backends", {"toy": "toy_backend:Toy"}, toy_backend=TOY)
     with (site / "keymgmt.toml").open("a") as config:
         config.write('[providers.toy]\nbackend = "toy"\n')

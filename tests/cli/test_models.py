@@ -24,7 +24,7 @@ Cli = Callable[..., Any]
 pytest.importorskip("keymgmt_file")
 
 
-def test_what_is_sealed_is_unsealed_the_same(cli: Cli, site: Path, sealed: Path) -> None:
+def test_what_is_sealed_is_unsealed_the_same(cli, site, sealed):
     ran = cli("unseal", sealed, "plain")
     assert ran.code == 0
     assert "plaintext" in ran.err
@@ -33,8 +33,8 @@ def test_what_is_sealed_is_unsealed_the_same(cli: Cli, site: Path, sealed: Path)
 
 
 def test_inspect_takes_no_config_and_says_that_nothing_is_verified(
-    cli: Cli, sealed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+    cli, sealed, monkeypatch, tmp_path
+):
     monkeypatch.chdir(tmp_path)
     ran = cli("inspect", sealed)
     assert ran.code == 0
@@ -46,7 +46,7 @@ def test_inspect_takes_no_config_and_says_that_nothing_is_verified(
     assert report["manifest"]["name"] == "resnet50"
 
 
-def test_verify_says_what_was_proved_and_what_was_not(cli: Cli, sealed: Path) -> None:
+def test_verify_says_what_was_proved_and_what_was_not(cli, sealed):
     report = cli("verify", sealed, "--json").json()
     assert {one["name"]: one["status"] for one in report["findings"]} == {
         "signature": "ok",
@@ -61,14 +61,14 @@ def test_verify_says_what_was_proved_and_what_was_not(cli: Cli, sealed: Path) ->
     assert "skipped data key" in ran.out
 
 
-def test_a_second_publisher_signs(cli: Cli, sealed: Path) -> None:
+def test_a_second_publisher_signs(cli, sealed):
     assert cli("keys", "create", "local:second", "--sign").code == 0
     assert cli("sign", sealed, "local:second").code == 0
     assert len(cli("inspect", sealed, "--json").json()["signers"]) == 2
     assert cli("verify", sealed).code == 0
 
 
-def test_rewrap_moves_to_the_newest_version_and_says_so(cli: Cli, sealed: Path) -> None:
+def test_rewrap_moves_to_the_newest_version_and_says_so(cli, sealed):
     assert cli("keys", "rotate", "local:models").code == 0
     before = (sealed / "keys.json").read_bytes()
     assert "would change" in cli("rewrap", sealed, "--dry-run").out
@@ -77,7 +77,7 @@ def test_rewrap_moves_to_the_newest_version_and_says_so(cli: Cli, sealed: Path) 
     assert cli("rewrap", sealed, "--json").json()["changed"] is False
 
 
-def test_rewrap_of_a_tree_counts_and_stops_for_nothing(cli: Cli, site: Path, sealed: Path) -> None:
+def test_rewrap_of_a_tree_counts_and_stops_for_nothing(cli, site, sealed):
     assert cli("seal", "model", "other.sealed").code == 0
     assert cli("keys", "rotate", "local:models").code == 0
     (sealed / "manifest.json").write_bytes(b"[]")
@@ -87,9 +87,7 @@ def test_rewrap_of_a_tree_counts_and_stops_for_nothing(cli: Cli, site: Path, sea
     assert "model.sealed" in ran.err
 
 
-def test_the_json_of_a_run_over_a_tree_is_enough_to_decide(
-    cli: Cli, site: Path, sealed: Path
-) -> None:
+def test_the_json_of_a_run_over_a_tree_is_enough_to_decide(cli, site, sealed):
     assert cli("seal", "model", "other.sealed").code == 0
     assert cli("keys", "rotate", "local:models").code == 0
     (sealed / "manifest.json").write_bytes(b"[]")
@@ -105,7 +103,7 @@ def test_the_json_of_a_run_over_a_tree_is_enough_to_decide(
     assert done["groups"][0]["state"] == "moved"
 
 
-def test_a_shard_of_a_tree(cli: Cli, site: Path, sealed: Path) -> None:
+def test_a_shard_of_a_tree(cli, site, sealed):
     assert cli("seal", "model", "other.sealed").code == 0
     assert cli("keys", "rotate", "local:models").code == 0
     summaries = [
@@ -120,7 +118,7 @@ def test_a_shard_of_a_tree(cli: Cli, site: Path, sealed: Path) -> None:
         assert (ran.code, "--shard is for a tree" in ran.err) == (3, True)
 
 
-def test_a_rewrap_of_a_tree_is_resumed(cli: Cli, site: Path, sealed: Path) -> None:
+def test_a_rewrap_of_a_tree_is_resumed(cli, site, sealed):
     assert cli("seal", "model", "other.sealed").code == 0
     assert cli("keys", "rotate", "local:models").code == 0
     assert "changed 2, failed 0, finished before 0" in cli("rewrap", ".", "--resume", "done").out
@@ -140,9 +138,7 @@ def test_a_rewrap_of_a_tree_is_resumed(cli: Cli, site: Path, sealed: Path) -> No
 @pytest.mark.parametrize(
     "command", [["verify"], ["sign", "--if-signed-by", "publisher.pem"], ["reseal"]]
 )
-def test_every_verb_over_a_tree_takes_a_part(
-    cli: Cli, site: Path, sealed: Path, command: list[str]
-) -> None:
+def test_every_verb_over_a_tree_takes_a_part(cli, site, sealed, command):
     assert cli("seal", "model", "other.sealed").code == 0
     parts = [cli(*command, ".", "--shard", f"{number}/2", "--json") for number in (1, 2)]
     summaries = [json.loads(part.out.splitlines()[-1]) for part in parts]
@@ -150,7 +146,7 @@ def test_every_verb_over_a_tree_takes_a_part(
     assert json.loads(cli(*command, ".", "--json").out.splitlines()[-1])["shard"] is None
 
 
-def test_usage_of_a_part_says_so(cli: Cli, site: Path, sealed: Path) -> None:
+def test_usage_of_a_part_says_so(cli, site, sealed):
     assert cli("seal", "model", "other.sealed").code == 0
     assert cli("keys", "rotate", "local:models").code == 0
     ran = cli("keys", "usage", ".", "local:models", "--shard", "2/2")
@@ -160,7 +156,7 @@ def test_usage_of_a_part_says_so(cli: Cli, site: Path, sealed: Path) -> None:
     assert cli("keys", "usage", ".", "--shard", "0/2").code == 3
 
 
-def test_a_tree_is_signed_verified_and_resealed(cli: Cli, site: Path, sealed: Path) -> None:
+def test_a_tree_is_signed_verified_and_resealed(cli, site, sealed):
     assert cli("keys", "rotate", "local:publisher").code == 0
     refused = cli("sign", ".")
     assert refused.code == 3
@@ -183,7 +179,7 @@ def test_a_tree_is_signed_verified_and_resealed(cli: Cli, site: Path, sealed: Pa
     assert json.loads(ran.out.splitlines()[-1])["exit_code"] == ran.code == 4
 
 
-def test_an_interrupted_reseal_says_how_it_goes_on(cli: Cli, site: Path, sealed: Path) -> None:
+def test_an_interrupted_reseal_says_how_it_goes_on(cli, site, sealed):
     ran = cli("reseal", ".")
     assert "resealed 1" in ran.out
     again = re.search(r"run it again with (--created-before) (\S+)", ran.err)
@@ -196,7 +192,7 @@ def test_an_interrupted_reseal_says_how_it_goes_on(cli: Cli, site: Path, sealed:
     assert cli("reseal", sealed, *again.groups()).code == 3
 
 
-def test_exactly_these_groups_open_it(cli: Cli, site: Path, sealed: Path) -> None:
+def test_exactly_these_groups_open_it(cli, site, sealed):
     assert cli("keys", "create", "local:more").code == 0
     ran = cli("rewrap", sealed, "--set", "local:more")
     assert ran.code == 0
@@ -206,7 +202,7 @@ def test_exactly_these_groups_open_it(cli: Cli, site: Path, sealed: Path) -> Non
     assert refused.code == 3
 
 
-def test_reseal_makes_another_model_of_the_same_content(cli: Cli, site: Path, sealed: Path) -> None:
+def test_reseal_makes_another_model_of_the_same_content(cli, site, sealed):
     old = cli("inspect", sealed, "--json").json()["manifest"]
     new = cli("reseal", sealed, "--json").json()["manifest"]
     assert new["id"] != old["id"]
@@ -216,7 +212,7 @@ def test_reseal_makes_another_model_of_the_same_content(cli: Cli, site: Path, se
     assert (site / "plain" / "weights.bin").read_bytes() == content
 
 
-def test_with_json_nothing_else_is_on_stdout(cli: Cli, site: Path) -> None:
+def test_with_json_nothing_else_is_on_stdout(cli, site):
     sealing = ("seal", "model", "model.sealed", "--json")
     assert cli(*sealing).json()["manifest"]["name"] == "model"
     for command in ("inspect", "verify", "rewrap", "reseal"):
@@ -224,7 +220,7 @@ def test_with_json_nothing_else_is_on_stdout(cli: Cli, site: Path) -> None:
     assert cli("unseal", "model.sealed", "plain", "--json").json()["files"]
 
 
-def test_audit_events_show_with_verbose_and_hold_no_secret(cli: Cli, sealed: Path) -> None:
+def test_audit_events_show_with_verbose_and_hold_no_secret(cli, sealed):
     key_file = json.loads((sealed.parent / "keys" / "models.jwks").read_text())
     command = [sys.executable, "-m", "keymgmt.cli", "-v", "verify", str(sealed)]
     ran = run(*command, cwd=sealed.parent)
@@ -238,7 +234,7 @@ _INTERRUPTS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
 @pytest.mark.parametrize("number", _INTERRUPTS)
-def test_an_interrupted_seal_leaves_nothing(site: Path, number: int) -> None:
+def test_an_interrupted_seal_leaves_nothing(site, number):
     with (site / "model" / "large.bin").open("wb") as file:
         file.truncate(8 << 30)
     before = set(site.iterdir())
@@ -253,7 +249,7 @@ def test_an_interrupted_seal_leaves_nothing(site: Path, number: int) -> None:
     assert set(site.iterdir()) == before
 
 
-def test_a_lost_terminal_leaves_nothing_though_no_progress_can_be_shown(site: Path) -> None:
+def test_a_lost_terminal_leaves_nothing_though_no_progress_can_be_shown(site):
     with (site / "model" / "large.bin").open("wb") as file:
         file.truncate(8 << 30)
     before = set(site.iterdir())
@@ -285,7 +281,7 @@ _run.run([])
 
 
 @pytest.mark.parametrize("number", _INTERRUPTS)
-def test_a_signal_that_comes_during_a_fork_is_not_lost(number: int) -> None:
+def test_a_signal_that_comes_during_a_fork_is_not_lost(number):
     """Python cannot raise there, nor in a ``__del__``, and only tells of what it ignored."""
     command = [sys.executable, "-c", _FORKS, str(int(number))]
     ran = run(*command)
@@ -309,16 +305,14 @@ _run.run([])
 
 
 @pytest.mark.parametrize("number", _INTERRUPTS)
-def test_a_signal_that_a_library_turns_into_its_own_error_is_no_traceback(number: int) -> None:
+def test_a_signal_that_a_library_turns_into_its_own_error_is_no_traceback(number):
     """As pydantic does while it makes a class, which our modules do when they are imported."""
     command = [sys.executable, "-c", _CONVERTS, str(int(number))]
     ran = run(*command)
     assert (ran.returncode, ran.stderr) == (128 + number, "")
 
 
-def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(
-    cli: Cli, site: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(cli, site, monkeypatch):
     monkeypatch.setattr(keymgmt.cli._output, "_LINE_SECONDS", 0.0)
     ran = cli("seal", "model", "model.sealed", "--json")
     assert "sealing: 100 % of 131.1 kB\n" in ran.err
@@ -349,7 +343,7 @@ def run_with_a_terminal_for_stderr(*arguments: str) -> tuple[str, str]:
     return shown.decode(), out
 
 
-def test_progress_is_a_bar_on_a_terminal(site: Path) -> None:
+def test_progress_is_a_bar_on_a_terminal(site):
     shown, out = run_with_a_terminal_for_stderr("seal", "model", "model.sealed", "--json")
     assert "sealing" in shown
     assert "━" in shown
@@ -357,9 +351,7 @@ def test_progress_is_a_bar_on_a_terminal(site: Path) -> None:
 
 
 @pytest.mark.parametrize(("command", "doing"), [("verify", "verifying"), ("reseal", "resealing")])
-def test_progress_over_a_tree_names_the_model_at_hand(
-    cli: Cli, site: Path, monkeypatch: pytest.MonkeyPatch, command: str, doing: str
-) -> None:
+def test_progress_over_a_tree_names_the_model_at_hand(cli, site, monkeypatch, command, doing):
     for name in ("[b]a", "b"):
         (site / "tree").mkdir(exist_ok=True)
         assert cli("seal", "model", f"tree/{name}.sealed").code == 0
@@ -375,7 +367,7 @@ def test_progress_over_a_tree_names_the_model_at_hand(
 
 
 @pytest.mark.parametrize("command", ["verify", "rewrap", "reseal"])
-def test_a_failure_in_a_tree_is_told_once(cli: Cli, site: Path, command: str) -> None:
+def test_a_failure_in_a_tree_is_told_once(cli, site, command):
     (site / "tree").mkdir()
     ran = cli(command, "tree")
     assert ran.err.count("there is no sealed model") == 1
@@ -387,7 +379,7 @@ def test_a_failure_in_a_tree_is_told_once(cli: Cli, site: Path, command: str) ->
     assert ran.err.count("tree/a.sealed: ") == 1
 
 
-def test_sign_names_who_signed_before(cli: Cli, site: Path, sealed: Path) -> None:
+def test_sign_names_who_signed_before(cli, site, sealed):
     ran = cli("sign", sealed)
     assert "was signed by publisher.pem" in ran.err
     assert cli("keys", "create", "local:stranger", "--kind", "ed25519").code == 0
@@ -407,7 +399,7 @@ def test_sign_names_who_signed_before(cli: Cli, site: Path, sealed: Path) -> Non
         assert line["unopened"] is unopened
 
 
-def test_inspect_of_a_folder_names_a_model_below(cli: Cli, sealed: Path) -> None:
+def test_inspect_of_a_folder_names_a_model_below(cli, sealed):
     folder = sealed.parent / "two words"
     folder.mkdir()
     assert cli("inspect", folder).error.endswith("has no manifest.json")
@@ -418,7 +410,7 @@ def test_inspect_of_a_folder_names_a_model_below(cli: Cli, sealed: Path) -> None
     assert ran.hint.endswith(f"keymgmt verify '{folder}'")
 
 
-def test_inspect_says_of_a_signature_that_it_was_not_checked(cli: Cli, sealed: Path) -> None:
+def test_inspect_says_of_a_signature_that_it_was_not_checked(cli, sealed):
     """Anybody can write there who signed, and until when."""
     (line,) = [line for line in cli("inspect", sealed).out.splitlines() if "signed by" in line]
     assert line.endswith("says signatures.json, unchecked")
@@ -427,7 +419,7 @@ def test_inspect_says_of_a_signature_that_it_was_not_checked(cli: Cli, sealed: P
     assert "unchecked" not in made
 
 
-def test_a_publisher_says_until_when_his_signature_counts(cli: Cli, sealed: Path) -> None:
+def test_a_publisher_says_until_when_his_signature_counts(cli, sealed):
     ran = cli("sign", sealed, "--expires", "30d")
     assert ran.code == 0
     assert ", until 20" in ran.out
@@ -441,7 +433,7 @@ def test_a_publisher_says_until_when_his_signature_counts(cli: Cli, sealed: Path
         assert cli("sign", sealed, "--expires", wrong).code == 3
 
 
-def test_a_time_limit_from_the_first_seal_on(cli: Cli, site: Path) -> None:
+def test_a_time_limit_from_the_first_seal_on(cli, site):
     def until() -> str:
         (found,) = cli("inspect", "model.sealed", "--json").json()["expiries"].values()
         return str(found)
@@ -467,7 +459,7 @@ def test_a_time_limit_from_the_first_seal_on(cli: Cli, site: Path) -> None:
     assert not (site / "other.sealed").exists()
 
 
-def test_what_was_hardly_meant_to_be_sealed_is_named(cli: Cli, site: Path) -> None:
+def test_what_was_hardly_meant_to_be_sealed_is_named(cli, site):
     model = site / "model"
     for name in (".env", ".git/config", "sub/id_ed25519", "old.sealed/keys.json", "keys/a.jwks"):
         (model / name).parent.mkdir(parents=True, exist_ok=True)
@@ -490,7 +482,7 @@ def test_what_was_hardly_meant_to_be_sealed_is_named(cli: Cli, site: Path) -> No
     assert files == ["notes.txt", "weights.bin"]
 
 
-def test_a_sealed_folder_is_not_sealed_again(cli: Cli, sealed: Path) -> None:
+def test_a_sealed_folder_is_not_sealed_again(cli, sealed):
     ran = cli("seal", sealed, "again.sealed")
     assert ran.code == 3
     assert ran.error == f"{sealed} is sealed already"
@@ -498,7 +490,7 @@ def test_a_sealed_folder_is_not_sealed_again(cli: Cli, sealed: Path) -> None:
     assert not (sealed.parent / "again.sealed").exists()
 
 
-def test_what_the_loader_will_refuse_is_said_when_it_is_sealed(site: Any, cli: Any) -> None:
+def test_what_the_loader_will_refuse_is_said_when_it_is_sealed(site, cli):
     for name in ("pytorch_model.bin", "a.xml", "b.tflite"):
         Path("other").mkdir(exist_ok=True)
         (Path("other") / name).write_bytes(b"x")
@@ -529,9 +521,7 @@ def test_what_the_loader_will_refuse_is_said_when_it_is_sealed(site: Any, cli: A
     ],
     ids=" ".join,
 )
-def test_a_model_without_its_keys_is_damaged_for_every_verb(
-    cli: Cli, sealed: Path, arguments: tuple[str, ...]
-) -> None:
+def test_a_model_without_its_keys_is_damaged_for_every_verb(cli, sealed, arguments):
     (sealed / "keys.json").unlink()
     ran = cli(*arguments)
     assert ran.code == 4, ran.err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,14 +12,14 @@ from keymgmt import load_config
 from keymgmt.errors import ConfigError
 
 
-def test_the_home_of_nobody(tmp_path: Path) -> None:
+def test_the_home_of_nobody(tmp_path):
     file = tmp_path / "keymgmt.toml"
     file.write_text('[providers.local]\nbackend = "file"\npath = "~nosuchuser/keys"\n')
     with load_config(file) as config, pytest.raises(ConfigError, match="nosuchuser"):
         config.provider("local")
 
 
-def test_a_working_directory_that_was_removed(tmp_path: Path) -> None:
+def test_a_working_directory_that_was_removed(tmp_path):
     file = tmp_path / "keymgmt.toml"
     file.write_text('[providers.local]\nbackend = "file"\npath = "keys"\n')
     gone = tmp_path / "gone"
@@ -47,7 +46,7 @@ keymgmt.unseal("m.sealed", "again", keys=config)
 """
 
 
-def test_a_file_system_encoding_other_than_utf_8(tmp_path: Path) -> None:
+def test_a_file_system_encoding_other_than_utf_8(tmp_path):
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     (tmp_path / "plain").mkdir()
     name = "poids-\u00e9t\u00e9.bin"

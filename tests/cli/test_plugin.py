@@ -9,7 +9,6 @@ import textwrap
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import programs
 import pytest
@@ -19,7 +18,7 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run(tmp_path) -> Run:
     def keymgmt(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-P", "-m", "keymgmt.cli", *map(str, arguments)]
         done = programs.run(*command, cwd=tmp_path)
@@ -30,7 +29,7 @@ def run(tmp_path: Path) -> Run:
 
 
 @pytest.fixture
-def config(tmp_path: Path, run: Run) -> Path:
+def config(tmp_path, run) -> Path:
     path = tmp_path / "site.toml"
     path.write_text('[providers.local]\nbackend = "file"\npath = "keys"\n')
     path.chmod(0o600)
@@ -39,9 +38,7 @@ def config(tmp_path: Path, run: Run) -> Path:
     return path
 
 
-def test_a_good_provider_passes_and_reports(
-    config: Path, run: Run, tmp_path: Path, check_schema: Callable[[Any], str]
-) -> None:
+def test_a_good_provider_passes_and_reports(config, run, tmp_path, check_schema):
     junit, report = tmp_path / "junit.xml", tmp_path / "report.json"
     arguments = ["local", "--config", config, "--junit", junit, "--report", report]
     done = run("plugin", "check", *arguments)
@@ -63,7 +60,7 @@ def test_a_good_provider_passes_and_reports(
     assert versions["distribution"] == "keymgmt-file"
 
 
-def test_no_key_is_made_unless_allowed(config: Path, run: Run) -> None:
+def test_no_key_is_made_unless_allowed(config, run):
     keys = config.parent / "keys"
     before = sorted(path.name for path in keys.iterdir())
     run("plugin", "check", "file", "--config", config)
@@ -75,7 +72,7 @@ def test_no_key_is_made_unless_allowed(config: Path, run: Run) -> None:
     assert sorted(path.name for path in keys.glob("*.jwks")) == ["kek.jwks"]
 
 
-def test_what_was_made_and_cannot_be_deleted_is_named(config: Path, tmp_path: Path) -> None:
+def test_what_was_made_and_cannot_be_deleted_is_named(config, tmp_path):
     program = tmp_path / "cannot_delete.py"
     program.write_text(
         "from keymgmt_file import FileProvider\n"
@@ -100,7 +97,7 @@ def test_what_was_made_and_cannot_be_deleted_is_named(config: Path, tmp_path: Pa
         assert (config.parent / "keys" / f"{name}.jwks").exists()
 
 
-def test_hooks_are_run_when_given(config: Path, run: Run, tmp_path: Path) -> None:
+def test_hooks_are_run_when_given(config, run, tmp_path):
     hooks = tmp_path / "hooks.py"
     hooks.write_text(
         textwrap.dedent(
@@ -138,16 +135,14 @@ def test_hooks_are_run_when_given(config: Path, run: Run, tmp_path: Path) -> Non
         ),
     ],
 )
-def test_bad_hooks_are_refused(
-    config: Path, run: Run, tmp_path: Path, text: str, said: str
-) -> None:
+def test_bad_hooks_are_refused(config, run, tmp_path, text, said):
     hooks = tmp_path / "hooks.py"
     hooks.write_text(text)
     done = run("plugin", "check", "local:kek", "-c", config, "--hooks", hooks, code=3)
     assert said in done.stderr
 
 
-def test_an_unknown_provider_and_a_missing_key(config: Path, run: Run) -> None:
+def test_an_unknown_provider_and_a_missing_key(config, run):
     done = run("plugin", "check", "loca", "-c", config, code=3)
     assert "did you mean 'local'?" in done.stderr
     done = run("plugin", "check", "local:nothing", "-c", config, code=3)
@@ -160,8 +155,8 @@ def test_an_unknown_provider_and_a_missing_key(config: Path, run: Run) -> None:
 
 @pytest.mark.parametrize("on_terminal", [False, True])
 def test_what_the_operator_has_to_mend_ends_it_before_the_first_check(
-    config: Path, run: Run, tmp_path: Path, terminal: Callable[..., Any], on_terminal: bool
-) -> None:
+    config, run, tmp_path, terminal, on_terminal
+):
     config.write_text(config.read_text() + 'passphrase = { prompt = "Passphrase" }\n')
     command = ("plugin", "check", "local", "-c", str(config), "--create-keys")
     said = "cannot ask for 'Passphrase': the checks make many providers"
@@ -174,7 +169,7 @@ def test_what_the_operator_has_to_mend_ends_it_before_the_first_check(
     assert sorted(path.name for path in (tmp_path / "keys").glob("*.jwks")) == ["kek.jwks"]
 
 
-def test_without_pytest_it_says_what_to_install(config: Path) -> None:
+def test_without_pytest_it_says_what_to_install(config):
     code = "import sys; sys.modules['pytest'] = None; from keymgmt.cli import main; main()"
     command = [sys.executable, "-P", "-c", code, "plugin", "check", "local", "-c", str(config)]
     done = programs.run(*command)
@@ -182,7 +177,7 @@ def test_without_pytest_it_says_what_to_install(config: Path) -> None:
     assert 'pip install "keymgmt[testing]"' in done.stderr
 
 
-def test_new_refuses_bad_names_and_full_directories(run: Run, tmp_path: Path) -> None:
+def test_new_refuses_bad_names_and_full_directories(run, tmp_path):
     for name in ("Acme", "../acme"):
         assert "not a name for a backend" in run("plugin", "new", name, code=3).stderr
     assert "exists already" in run("plugin", "new", "file", code=3).stderr

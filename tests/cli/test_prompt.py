@@ -18,7 +18,7 @@ QUESTION = "Passphrase of the models: "
 
 
 @pytest.fixture
-def locked(cli: Cli, site: Path, sealed: Path) -> Path:
+def locked(cli, site, sealed) -> Path:
     """The site with its keys under a passphrase that is asked."""
     file = site / "passphrase"
     file.write_text(PASSPHRASE)
@@ -61,15 +61,11 @@ def locked(cli: Cli, site: Path, sealed: Path) -> Path:
     ],
     ids=" ".join,
 )
-def test_a_question_is_seen_and_waits(
-    asks: Callable[..., None], locked: Path, arguments: tuple[str, ...]
-) -> None:
+def test_a_question_is_seen_and_waits(asks, locked, arguments):
     asks(QUESTION, PASSPHRASE, *arguments, cwd=locked)
 
 
-def test_a_question_that_ends_without_an_answer_is_no_fault_of_the_backend(
-    terminal: Terminal, locked: Path
-) -> None:
+def test_a_question_that_ends_without_an_answer_is_no_fault_of_the_backend(terminal, locked):
     """Ctrl-D."""
     ran = terminal("verify", "model.sealed", cwd=locked)
     ran.until(QUESTION.encode())
@@ -79,9 +75,7 @@ def test_a_question_that_ends_without_an_answer_is_no_fault_of_the_backend(
     assert b"report" not in ran.seen
 
 
-def test_whoever_gives_no_answer_is_not_asked_again_in_the_same_run(
-    terminal: Terminal, locked: Path
-) -> None:
+def test_whoever_gives_no_answer_is_not_asked_again_in_the_same_run(terminal, locked):
     ran = terminal("doctor", "--open", "model.sealed", cwd=locked)
     ran.until(QUESTION.encode())
     os.write(ran.descriptor, b"\x04")
@@ -90,7 +84,7 @@ def test_whoever_gives_no_answer_is_not_asked_again_in_the_same_run(
     assert ran.seen.count(b"no answer to") > 1
 
 
-def test_a_key_is_deleted_by_its_name(terminal: Terminal, cli: Cli, site: Path) -> None:
+def test_a_key_is_deleted_by_its_name(terminal, cli, site):
     for typed, code in (("y", 3), ("local:edg", 3), ("local:edge", 0)):
         cli("keys", "create", "local:edge")
         run = terminal("keys", "delete", "local:edge", "--force", cwd=site)

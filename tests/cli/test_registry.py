@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +13,7 @@ Cli = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def server(
-    require_tool: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RegistryServer]:
+def server(require_tool, tmp_path_factory) -> Iterator[RegistryServer]:
     pytest.importorskip("urllib3")
     program = require_tool("docker-registry", package="docker-registry")
     authority = Authority(tmp_path_factory.mktemp("authority"))
@@ -26,16 +23,14 @@ def server(
 
 
 @pytest.fixture
-def place(server: RegistryServer, site: Path) -> str:
+def place(server, site) -> str:
     with (site / "keymgmt.toml").open("a") as config:
         config.write(f'\n[remote.access."oci://{server.host}"]\n')
         config.write(f'ca_file = "{server.ca_file}"\n')
     return f"oci://{server.host}/{site.parent.name.replace('_', '-').strip('-').lower()}:3"
 
 
-def test_both_print_what_they_did(
-    cli: Cli, place: str, sealed: Path, check_output: Callable[[str], set[str]]
-) -> None:
+def test_both_print_what_they_did(cli, place, sealed, check_output):
     pushed = cli("push", sealed, place)
     assert pushed.code == 0, pushed.err
     assert "resnet50, release 3: 1" in pushed.out
@@ -52,9 +47,7 @@ def test_both_print_what_they_did(
     assert f"{place} is {digest}" in pulled.out
 
 
-def test_errors_have_exit_codes(
-    cli: Cli, place: str, sealed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_errors_have_exit_codes(cli, place, sealed, monkeypatch):
     from keymgmt._remote.http import Http
 
     monkeypatch.setattr(Http, "_wait", lambda *_: False)
@@ -64,9 +57,7 @@ def test_errors_have_exit_codes(
     assert cli("push", sealed, "registry.example/a:1").code == 3
 
 
-def test_the_shell_completes_registries(
-    place: str, site: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_shell_completes_registries(place, site, cli, monkeypatch):
     monkeypatch.setenv("_KEYMGMT_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", "keymgmt push m.sealed oci")
     monkeypatch.setenv("COMP_CWORD", "3")

@@ -18,7 +18,7 @@ Check = Callable[[Any], str]
 SCHEMAS = files("keymgmt") / "schemas"
 
 
-def test_every_format_that_the_core_prints_has_a_schema() -> None:
+def test_every_format_that_the_core_prints_has_a_schema():
     root = Path(keymgmt.__file__).parent
     printed = {
         name
@@ -30,9 +30,7 @@ def test_every_format_that_the_core_prints_has_a_schema() -> None:
     assert {name.replace("/", "-") + ".json" for name in printed} == there
 
 
-def test_every_command_prints_what_its_schema_says(
-    cli: Cli, site: Path, check_output: Callable[[str], set[str]]
-) -> None:
+def test_every_command_prints_what_its_schema_says(cli, site, check_output):
     seen: set[str] = set()
 
     def run(*arguments: object, code: int = 0) -> None:
@@ -84,7 +82,7 @@ def test_every_command_prints_what_its_schema_says(
     }
 
 
-def test_log_lines_are_what_their_schema_says(check_schema: Check) -> None:
+def test_log_lines_are_what_their_schema_says(check_schema):
     record = logging.LogRecord("keymgmt.audit", logging.INFO, "", 0, "%s", ("event=x",), None)
     record.audit = {"event": "wrap", "outcome": "ok"}
     assert check_schema(json.loads(_JsonLines().format(record))) == "keymgmt-log/1"

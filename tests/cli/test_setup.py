@@ -6,7 +6,6 @@ import importlib.metadata
 import stat
 import tomllib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ import keymgmt
 Cli = Callable[..., Any]
 
 
-def test_init_makes_a_config_that_is_safe_from_the_start(cli: Cli, site: Path) -> None:
+def test_init_makes_a_config_that_is_safe_from_the_start(cli, site):
     settings = tomllib.loads((site / "keymgmt.toml").read_text())
     assert settings["policy"] == {"publishers": {"publisher.pem": ["*"]}}
     assert stat.S_IMODE((site / "keys").stat().st_mode) == 0o700
@@ -29,15 +28,13 @@ def test_init_makes_a_config_that_is_safe_from_the_start(cli: Cli, site: Path) -
         assert config.provider("local").check("models").ok
 
 
-def test_init_without_a_directory_is_found_by_every_application(cli: Cli, tmp_path: Path) -> None:
+def test_init_without_a_directory_is_found_by_every_application(cli, tmp_path):
     pytest.importorskip("keymgmt_file")
     assert cli("init").code == 0
     assert keymgmt.load_config().path == tmp_path / "xdg" / "keymgmt" / "keymgmt.toml"
 
 
-def test_a_command_that_is_to_be_copied_is_one_line_however_narrow_the_terminal(
-    terminal: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_a_command_that_is_to_be_copied_is_one_line_however_narrow_the_terminal(terminal, tmp_path):
     pytest.importorskip("keymgmt_file")
     folder = tmp_path / ("deep" * 20)
     ran = terminal("init", folder, cwd=tmp_path)
@@ -46,7 +43,7 @@ def test_a_command_that_is_to_be_copied_is_one_line_however_narrow_the_terminal(
     assert f"Back up {folder}/keys, encrypted".encode() in ran.seen
 
 
-def test_init_replaces_nothing(cli: Cli, site: Path) -> None:
+def test_init_replaces_nothing(cli, site):
     before = {path: path.read_bytes() for path in site.rglob("*") if path.is_file()}
     ran = cli("init", ".")
     assert ran.code == 3
@@ -55,7 +52,7 @@ def test_init_replaces_nothing(cli: Cli, site: Path) -> None:
     assert before == {path: path.read_bytes() for path in site.rglob("*") if path.is_file()}
 
 
-def test_init_goes_on_where_it_was_interrupted_with_the_same_keys(cli: Cli, site: Path) -> None:
+def test_init_goes_on_where_it_was_interrupted_with_the_same_keys(cli, site):
     (site / "keymgmt.toml").unlink()
     before = (site / "keys" / "models.jwks").read_bytes()
     assert cli("init", ".").code == 0
@@ -65,9 +62,7 @@ def test_init_goes_on_where_it_was_interrupted_with_the_same_keys(cli: Cli, site
 @pytest.mark.parametrize(
     "arguments", [("--kek", "a", "--publisher", "a"), ("--kek", "../a"), ("--publisher", "A")]
 )
-def test_init_refuses_bad_key_names_and_makes_nothing(
-    cli: Cli, tmp_path: Path, arguments: tuple[str, ...]
-) -> None:
+def test_init_refuses_bad_key_names_and_makes_nothing(cli, tmp_path, arguments):
     ran = cli("init", ".", *arguments)
     assert ran.code == 3
     assert list((tmp_path / "work").iterdir()) == []
@@ -77,9 +72,7 @@ def test_init_refuses_bad_key_names_and_makes_nothing(
     "arguments",
     [("verify", "."), ("keys", "list"), ("doctor",), ("seal", "model", "y"), ("rewrap", ".")],
 )
-def test_the_working_directory_has_no_authority(
-    cli: Cli, site: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
-) -> None:
+def test_the_working_directory_has_no_authority(cli, site, monkeypatch, arguments):
     """A delivered folder with a config and a module in it: nothing of it is loaded."""
     (site / "keymgmt.toml").write_text(
         '[providers.hsm]\nbackend = "pkcs11"\nmodule = "./evil.so"\ntoken = "t"\n'
@@ -92,9 +85,7 @@ def test_the_working_directory_has_no_authority(
     assert "./keymgmt.toml" not in ran.err
 
 
-def test_a_named_config_comes_first_and_nothing_is_said(
-    cli: Cli, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_named_config_comes_first_and_nothing_is_said(cli, site, tmp_path, monkeypatch):
     other = tmp_path / "other.toml"
     other.write_text('[providers.other]\nbackend = "file"\npath = "work/keys"\n')
     for arguments, environment in ((("--config", other), ""), ((), str(other))):
@@ -104,7 +95,7 @@ def test_a_named_config_comes_first_and_nothing_is_said(
         assert ran.json()["keys"][0]["reference"] == "other:models"
 
 
-def test_backends_shows_what_is_installed_and_what_is_missing(cli: Cli) -> None:
+def test_backends_shows_what_is_installed_and_what_is_missing(cli):
     pytest.importorskip("keymgmt_file")
     (file,) = (row for row in cli("backends", "--json").json()["backends"] if row["name"] == "file")
     assert file["distribution"] == "keymgmt-file"
@@ -115,7 +106,7 @@ def test_backends_shows_what_is_installed_and_what_is_missing(cli: Cli) -> None:
     assert "keymgmt-file" in cli("backends").out
 
 
-def test_doctor_finds_a_new_site_well_and_opens_its_model(cli: Cli, sealed: Path) -> None:
+def test_doctor_finds_a_new_site_well_and_opens_its_model(cli, sealed):
     ran = cli("doctor", "--open", sealed, "--json")
     assert ran.code == 0
     report = ran.json()
@@ -133,9 +124,7 @@ def test_doctor_finds_a_new_site_well_and_opens_its_model(cli: Cli, sealed: Path
         ("model.sealed/manifest.json", "model.sealed"),
     ],
 )
-def test_doctor_names_what_is_wrong_and_looks_at_the_rest(
-    cli: Cli, sealed: Path, broken: str, said: str
-) -> None:
+def test_doctor_names_what_is_wrong_and_looks_at_the_rest(cli, sealed, broken, said):
     file = sealed.parent / broken
     file.write_bytes(b"{")
     ran = cli("doctor", "--open", sealed, "--json")
@@ -146,7 +135,7 @@ def test_doctor_names_what_is_wrong_and_looks_at_the_rest(
     assert "ok" in {f["status"] for f in findings}
 
 
-def test_doctor_says_which_cryptographic_module_runs(cli: Cli, site: Path) -> None:
+def test_doctor_says_which_cryptographic_module_runs(cli, site):
     from cryptography.hazmat.backends.openssl.backend import backend
 
     def module() -> Any:
@@ -162,7 +151,7 @@ def test_doctor_says_which_cryptographic_module_runs(cli: Cli, site: Path) -> No
     assert "A validated module" in module()["hint"]
 
 
-def test_doctor_looks_at_the_release_memory(cli: Cli, site: Path) -> None:
+def test_doctor_looks_at_the_release_memory(cli, site):
     config, memory = site / "keymgmt.toml", site / "releases.json"
     config.write_text(
         config.read_text().replace("[policy]\n", '[policy]\nremember_releases = "releases.json"\n')
@@ -190,9 +179,7 @@ def test_doctor_looks_at_the_release_memory(cli: Cli, site: Path) -> None:
         ('sign = "local"', "not a key reference"),
     ],
 )
-def test_doctor_fails_where_sealing_as_the_config_says_would(
-    cli: Cli, site: Path, seal: str, said: str
-) -> None:
+def test_doctor_fails_where_sealing_as_the_config_says_would(cli, site, seal, said):
     config = site / "keymgmt.toml"
     config.write_text(config.read_text().partition("[seal]")[0] + f"[seal]\n{seal}\n")
     ran = cli("doctor", "--json")
@@ -202,7 +189,7 @@ def test_doctor_fails_where_sealing_as_the_config_says_would(
     assert said in failed[0]["detail"]
 
 
-def test_doctor_warns_where_unsigned_models_open(cli: Cli, site: Path) -> None:
+def test_doctor_warns_where_unsigned_models_open(cli, site):
     (site / "keymgmt.toml").write_text(
         '[providers.local]\nbackend = "file"\npath = "keys"\n[policy]\nrequire_signature = false\n'
     )

@@ -21,7 +21,7 @@ def keymgmt(*arguments: str) -> subprocess.CompletedProcess[str]:
     return run(*command)
 
 
-def test_help_imports_neither_openvino_nor_a_backend() -> None:
+def test_help_imports_neither_openvino_nor_a_backend():
     program = """
 import sys
 from keymgmt.cli import main
@@ -45,7 +45,7 @@ print([name for name in sys.modules if name.startswith(("openvino", "keymgmt_", 
         ("--help", {"pydantic", "cryptography", "hashlib", "rich", "keymgmt._config.config"}),
     ],
 )
-def test_what_costs_time_is_not_imported_to_say_this(option: str, unneeded: set[str]) -> None:
+def test_what_costs_time_is_not_imported_to_say_this(option, unneeded):
     program = f"""
 import sys
 from keymgmt.cli import main
@@ -60,9 +60,7 @@ print(*sys.modules)
     assert not unneeded & set(said.splitlines()[-1].split())
 
 
-def test_a_strangers_command_is_imported_when_it_runs_and_not_for_help(
-    install: Install, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_strangers_command_is_imported_when_it_runs_and_not_for_help(install, monkeypatch):
     source = (
         '"""Look after Acme HSMs.\n\nMore."""\nimport typer\nprint("imported")\n'
         "app = typer.Typer()\n@app.command()\n"
@@ -91,9 +89,7 @@ def test_a_strangers_command_is_imported_when_it_runs_and_not_for_help(
         ("def broken(:", "SyntaxError"),
     ],
 )
-def test_a_broken_command_is_explained_and_breaks_nothing_else(
-    cli: Cli, install: Install, source: str, said: str
-) -> None:
+def test_a_broken_command_is_explained_and_breaks_nothing_else(cli, install, source, said):
     install("acme-keymgmt", GROUP, {"acme": "acme_commands:app"}, acme_commands=source)
     assert cli("--help").code == 0
     ran = cli("acme")
@@ -104,9 +100,7 @@ def test_a_broken_command_is_explained_and_breaks_nothing_else(
     assert "Traceback" not in ran.err
 
 
-def test_a_strangers_command_has_no_option_that_installs_another_programs_completion(
-    cli: Cli, install: Install
-) -> None:
+def test_a_strangers_command_has_no_option_that_installs_another_programs_completion(cli, install):
     source = "import typer\napp = typer.Typer()\n@app.command()\ndef go() -> None: ...\n"
     install("acme-keymgmt", GROUP, {"acme": "acme_commands:app"}, acme_commands=source)
     ran = cli("acme", "--help")
@@ -115,18 +109,14 @@ def test_a_strangers_command_has_no_option_that_installs_another_programs_comple
 
 
 @pytest.mark.parametrize("word", ["ame", "vertify", "Seal"])
-def test_a_misspelt_command_is_answered_with_the_one_that_was_meant(
-    cli: Cli, install: Install, word: str
-) -> None:
+def test_a_misspelt_command_is_answered_with_the_one_that_was_meant(cli, install, word):
     """Those of other distributions too."""
     install("acme-keymgmt", GROUP, {"acme": "acme_commands:app"}, acme_commands="")
     meant = {"ame": "acme", "vertify": "verify", "Seal": "seal"}[word]
     assert f"Did you mean {meant!r}" in cli(word).error
 
 
-def test_completion_in_a_broken_command_says_nothing(
-    install: Install, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_completion_in_a_broken_command_says_nothing(install, monkeypatch):
     """What it printed would stand in the middle of what the person types."""
     install("acme-keymgmt", GROUP, {"acme": "acme_commands:app"}, acme_commands="app = 1")
     monkeypatch.setenv("_KEYMGMT_COMPLETE", "complete_zsh")
@@ -135,7 +125,7 @@ def test_completion_in_a_broken_command_says_nothing(
     assert (ran.stdout, ran.stderr) == ("", "")
 
 
-def test_a_command_provided_twice_is_refused_by_both_names(cli: Cli, install: Install) -> None:
+def test_a_command_provided_twice_is_refused_by_both_names(cli, install):
     source = "import typer\napp = typer.Typer()\n"
     install("acme-one", GROUP, {"acme": "acme_one:app"}, acme_one=source)
     install("acme-two", GROUP, {"acme": "acme_two:app"}, acme_two=source)
@@ -144,7 +134,7 @@ def test_a_command_provided_twice_is_refused_by_both_names(cli: Cli, install: In
     assert "provided twice, by acme-one and acme-two" in ran.error
 
 
-def test_a_stranger_cannot_shadow_a_command_of_ours(cli: Cli, install: Install) -> None:
+def test_a_stranger_cannot_shadow_a_command_of_ours(cli, install):
     trap = "raise RuntimeError('imported')"
     install("evil", GROUP, {"unseal": "evil_commands:app"}, evil_commands=trap)
     ran = cli("unseal", "--help")
@@ -152,7 +142,7 @@ def test_a_stranger_cannot_shadow_a_command_of_ours(cli: Cli, install: Install) 
     assert "sealed model" in ran.out
 
 
-def test_an_unknown_command_is_a_usage_error(cli: Cli) -> None:
+def test_an_unknown_command_is_a_usage_error(cli):
     ran = cli("no-such-command")
     assert ran.code == 2
     assert "No such command" in ran.err
@@ -170,8 +160,8 @@ def test_an_unknown_command_is_a_usage_error(cli: Cli) -> None:
     ],
 )
 def test_a_command_of_ours_that_is_not_installed_is_named_with_its_extra(
-    cli: Cli, monkeypatch: pytest.MonkeyPatch, command: str, extra: str
-) -> None:
+    cli, monkeypatch, command, extra
+):
     monkeypatch.setattr("keymgmt.cli._plugins.announced", dict)
     ran = cli(command)
     assert ran.code == 3

@@ -19,7 +19,7 @@ ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="root alone mounts")
 
 
 @pytest.fixture
-def small(site: Path) -> Iterator[Path]:
+def small(site) -> Iterator[Path]:
     """A file system of 256 KiB, which a sealed model fills."""
     folder = site / "small"
     folder.mkdir()
@@ -31,7 +31,7 @@ def small(site: Path) -> Iterator[Path]:
 
 
 @ROOT
-def test_a_full_disk_names_the_path_that_was_given(cli: Cli, site: Path, small: Path) -> None:
+def test_a_full_disk_names_the_path_that_was_given(cli, site, small):
     (site / "model" / "large.bin").write_bytes(bytes(1 << 20))
     assert cli("seal", "model", "large.sealed").code == 0
     out = small / "out"
@@ -57,7 +57,7 @@ def test_a_full_disk_names_the_path_that_was_given(cli: Cli, site: Path, small: 
 
 
 @ROOT
-def test_a_disk_that_is_full_is_no_fault_of_the_model(cli: Cli, sealed: Path, small: Path) -> None:
+def test_a_disk_that_is_full_is_no_fault_of_the_model(cli, sealed, small):
     shutil.copytree(sealed, small / "a" / sealed.name)
     with contextlib.suppress(OSError), (small / "fill").open("wb", buffering=0) as fill:
         while fill.write(bytes(4096)):
@@ -72,9 +72,7 @@ def test_a_disk_that_is_full_is_no_fault_of_the_model(cli: Cli, sealed: Path, sm
 @pytest.mark.parametrize(
     "name", ["manifest.json", "keys.json", "signatures.json", "payload", "payload/weights.bin.floe"]
 )
-def test_a_file_that_this_user_may_not_read_is_no_damaged_model(
-    sealed: Path, name: str, require_tool: Callable[..., Path]
-) -> None:
+def test_a_file_that_this_user_may_not_read_is_no_damaged_model(sealed, name, require_tool):
     command = [sys.executable, "-m", "keymgmt.cli", "verify", str(sealed)]
     if os.geteuid() == 0:
         capabilities = "-dac_override,-dac_read_search"
@@ -93,7 +91,7 @@ def test_a_file_that_this_user_may_not_read_is_no_damaged_model(
 
 
 @ROOT
-def test_a_file_system_that_is_read_only(cli: Cli, sealed: Path, small: Path) -> None:
+def test_a_file_system_that_is_read_only(cli, sealed, small):
     subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
     ran = cli("seal", "model", small / "out.sealed")
     assert ran.code == 3
@@ -134,9 +132,7 @@ def test_a_file_system_that_is_read_only(cli: Cli, sealed: Path, small: Path) ->
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_a_misspelt_word_is_3_everywhere(
-    cli: Cli, site: Path, arguments: tuple[str, ...], said: str, hint: str
-) -> None:
+def test_a_misspelt_word_is_3_everywhere(cli, site, arguments, said, hint):
     ran = cli(*arguments)
     assert ran.code == 3
     assert said in ran.error
@@ -158,9 +154,7 @@ def test_a_misspelt_word_is_3_everywhere(
         (("completion",), "Missing argument 'bash|zsh|fish'. Choose from: bash, zsh, fish"),
     ],
 )
-def test_a_value_of_another_kind_is_said_in_plain_words(
-    cli: Cli, arguments: tuple[str, ...], said: str
-) -> None:
+def test_a_value_of_another_kind_is_said_in_plain_words(cli, arguments, said):
     ran = cli(*arguments)
     assert ran.code == 2
     assert ran.error.startswith(said)
@@ -170,16 +164,14 @@ def test_a_value_of_another_kind_is_said_in_plain_words(
     )
 
 
-def test_the_variable_that_names_no_config_is_named(
-    cli: Cli, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_variable_that_names_no_config_is_named(cli, monkeypatch):
     monkeypatch.setenv("KEYMGMT_CONFIG", "nothere.toml")
     ran = cli("keys", "list")
     assert ran.code == 3
     assert ran.error == "there is no config nothere.toml, which $KEYMGMT_CONFIG names"
 
 
-def test_keys_that_cannot_be_listed_are_no_empty_table(cli: Cli, site: Path) -> None:
+def test_keys_that_cannot_be_listed_are_no_empty_table(cli, site):
     (site / "keys").rename(site / "elsewhere")
     ran = cli("keys", "list")
     assert (ran.code, ran.out) == (6, "")
@@ -199,9 +191,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize(("name", "shown", "why"), HOSTILE, ids=[repr(h[0])[:12] for h in HOSTILE])
 @pytest.mark.parametrize("verb", ["verify", "unseal", "inspect"])
-def test_a_hostile_name_is_shown_and_does_nothing(
-    cli: Cli, site: Path, verb: str, name: str, shown: str, why: str
-) -> None:
+def test_a_hostile_name_is_shown_and_does_nothing(cli, site, verb, name, shown, why):
     ran = cli(verb, "--", name, *(["out"] if verb == "unseal" else []))
     assert ran.code == 3
     assert ran.err == f"error: cannot open {shown}: {why}\n"
@@ -209,9 +199,7 @@ def test_a_hostile_name_is_shown_and_does_nothing(
 
 
 @pytest.mark.parametrize(("name", "shown", "why"), HOSTILE[:4] + HOSTILE[5:6])
-def test_what_is_given_a_hostile_name_is_written_there(
-    cli: Cli, site: Path, sealed: Path, name: str, shown: str, why: str
-) -> None:
+def test_what_is_given_a_hostile_name_is_written_there(cli, site, sealed, name, shown, why):
     """All that writes: what a killed process left beside it is looked for by its name."""
     for verb in ("unseal", "reseal"):
         ran = cli(verb, sealed, "--", name)
@@ -240,9 +228,7 @@ def test_what_is_given_a_hostile_name_is_written_there(
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_an_empty_path_is_not_the_working_directory(
-    cli: Cli, sealed: Path, arguments: tuple[str, ...], named: str
-) -> None:
+def test_an_empty_path_is_not_the_working_directory(cli, sealed, arguments, named):
     """``keymgmt rewrap "$NOT_SET"`` must not go to work on what lies there."""
     ran = cli(*arguments)
     assert ran.code == 3
@@ -250,12 +236,12 @@ def test_an_empty_path_is_not_the_working_directory(
     assert ran.hint == "is a variable empty that holds it?"
 
 
-def test_an_empty_argument_of_another_program_is_its_own(cli: Cli, sealed: Path) -> None:
+def test_an_empty_argument_of_another_program_is_its_own(cli, sealed):
     ran = cli("exec", sealed, "--", "/nowhere/program", "")
     assert "is empty" not in ran.error
 
 
-def test_without_a_config_it_says_where_it_looked(cli: Cli, tmp_path: Path) -> None:
+def test_without_a_config_it_says_where_it_looked(cli, tmp_path):
     ran = cli("doctor")
     assert ran.code == 3
     assert ran.error == (
@@ -265,7 +251,7 @@ def test_without_a_config_it_says_where_it_looked(cli: Cli, tmp_path: Path) -> N
     assert ran.hint == "make one with: keymgmt init; or name one with -c FILE"
 
 
-def test_a_config_from_a_pipe(site: Path) -> None:
+def test_a_config_from_a_pipe(site):
     """``-c <(...)``: a shell's pipe is no place for a config, and the sentence says so."""
     ran = run("bash", "-c", f"{sys.executable} -m keymgmt doctor -c <(cat keymgmt.toml)", cwd=site)
     assert ran.returncode == 3
@@ -273,7 +259,7 @@ def test_a_config_from_a_pipe(site: Path) -> None:
     assert "hint: " in ran.stderr
 
 
-def test_export_says_what_it_wrote_and_what_comes_next(cli: Cli, site: Path) -> None:
+def test_export_says_what_it_wrote_and_what_comes_next(cli, site):
     ran = cli("keys", "export", "local:publisher", "-o", "p.pem")
     assert ran.err.splitlines() == [
         "wrote p.pem",
@@ -282,9 +268,7 @@ def test_export_says_what_it_wrote_and_what_comes_next(cli: Cli, site: Path) -> 
 
 
 @pytest.mark.parametrize("on_a_terminal", [True, False])
-def test_what_is_exported_ends_its_line_on_a_terminal(
-    cli: Cli, site: Path, on_a_terminal: bool
-) -> None:
+def test_what_is_exported_ends_its_line_on_a_terminal(cli, site, on_a_terminal):
     """In a file the bytes are what they are, since a fingerprint is over them."""
     assert cli("keys", "create", "local:dev", "--kind", "hpke-x25519").code == 0
     assert cli("keys", "export", "local:dev", "-o", "dev.recipient").code == 0
@@ -297,13 +281,13 @@ def test_what_is_exported_ends_its_line_on_a_terminal(
     assert said == (site / "dev.recipient").read_bytes() + b"\r\n" * on_a_terminal
 
 
-def test_init_says_how_its_config_is_used(cli: Cli) -> None:
+def test_init_says_how_its_config_is_used(cli):
     said = cli("init", "my site").out
     assert f"export KEYMGMT_CONFIG='{Path.cwd()}/my site/keymgmt.toml'" in said
 
 
 @ROOT
-def test_a_config_that_this_user_may_not_read(site: Path) -> None:
+def test_a_config_that_this_user_may_not_read(site):
     for folder in (site, *site.parents[:3]):
         folder.chmod(0o755)
     code = (
@@ -320,7 +304,7 @@ def test_a_config_that_this_user_may_not_read(site: Path) -> None:
     ), ran.stderr
 
 
-def test_an_empty_name_of_a_config_is_none(cli: Cli, site: Path) -> None:
+def test_an_empty_name_of_a_config_is_none(cli, site):
     """``--config "$NOT_SET"`` must not take another config, which trusts others."""
     for arguments in (("--config", "", "inspect", "model"), ("inspect", "model", "--config", "")):
         ran = cli(*arguments)
@@ -328,7 +312,7 @@ def test_an_empty_name_of_a_config_is_none(cli: Cli, site: Path) -> None:
         assert ran.error == "--config names no file"
 
 
-def test_what_the_library_warns_of_is_shown_once(cli: Cli, sealed: Path, site: Path) -> None:
+def test_what_the_library_warns_of_is_shown_once(cli, sealed, site):
     config = site / "other.toml"
     gone = '[providers.gone]\nbackend = "file"\npath = "gone"\n\n'
     config.write_text(gone + (site / "keymgmt.toml").read_text())
@@ -341,7 +325,7 @@ def test_what_the_library_warns_of_is_shown_once(cli: Cli, sealed: Path, site: P
 
 
 @pytest.mark.once
-def test_what_an_onnx_names_is_told_before_it_is_sealed(cli: Cli, site: Path) -> None:
+def test_what_an_onnx_names_is_told_before_it_is_sealed(cli, site):
     onnx = pytest.importorskip("onnx")
     helper, tensors = onnx.helper, onnx.TensorProto
     weight = helper.make_tensor("w", tensors.FLOAT, [2], [1.0, 2.0])

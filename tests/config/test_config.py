@@ -45,13 +45,13 @@ class Acme(KeyProvider[AcmeSettings]):
 
 
 @pytest.fixture(autouse=True)
-def _acme(install: Install) -> None:
+def _acme(install) -> None:
     load_backend.cache_clear()
     install("acme-hsm", "keymgmt.backends", {"acme": "acme_hsm:Acme"}, acme_hsm=ACME)
 
 
 @pytest.fixture
-def write(tmp_path: Path) -> Callable[[str], Path]:
+def write(tmp_path) -> Callable[[str], Path]:
     def to(text: str) -> Path:
         path = tmp_path / "keymgmt.toml"
         path.write_text(text)
@@ -87,9 +87,7 @@ GOOD = '[providers.hsm]\nbackend = "acme"\naddress = "a"\n'
         ("[providers.hsm]\nbackend = 'acme'\ndistribution = ['a']", "distribution", None),
     ],
 )
-def test_a_wrong_config_names_file_table_and_key(
-    write: Callable[[str], Path], text: str, said: str, hint: str | None
-) -> None:
+def test_a_wrong_config_names_file_table_and_key(write, text, said, hint):
     path = write(text)
     with pytest.raises(ConfigError) as raised:
         load_config(path)
@@ -116,8 +114,8 @@ def test_a_wrong_config_names_file_table_and_key(
     ],
 )
 def test_wrong_settings_of_a_backend_are_named_too_and_secrets_are_not_repeated(
-    write: Callable[[str], Path], line: str, said: str, hint: str | None
-) -> None:
+    write, line, said, hint
+):
     with load_config(write(GOOD + line)) as config, pytest.raises(ConfigError) as raised:
         config.provider("hsm")
     assert said in str(raised.value)
@@ -129,7 +127,7 @@ WRONG = (3, -1, 1.5, "", "x", True, [], {}, [3], {"a": 3}, {"a": [3]}, {"a": -1}
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=repr)
-def test_no_sentence_is_in_the_words_of_pydantic(wrong: object) -> None:
+def test_no_sentence_is_in_the_words_of_pydantic(wrong):
     """For every setting of ours, and of every backend that is installed here."""
     said = []
     tables = {"policy": Policy, "seal": SealDefaults, "cache": CacheSettings}
@@ -170,25 +168,19 @@ def test_no_sentence_is_in_the_words_of_pydantic(wrong: object) -> None:
         ("cache = { seconds = 'x', uses = 1 }", "[cache] seconds: not a number"),
     ],
 )
-def test_a_wrong_value_is_said_in_the_words_of_toml(
-    write: Callable[[str], Path], text: str, said: str
-) -> None:
+def test_a_wrong_value_is_said_in_the_words_of_toml(write, text, said):
     with pytest.raises(ConfigError) as caught:
         load_config(write(text))
     assert str(caught.value).endswith(said)
 
 
-def test_a_misspelt_key_is_said_rather_than_that_the_right_one_is_missing(
-    write: Callable[[str], Path],
-) -> None:
+def test_a_misspelt_key_is_said_rather_than_that_the_right_one_is_missing(write):
     config = load_config(write('[providers.hsm]\nbackend = "acme"\nadress = "a"\n'))
     with pytest.raises(ConfigError, match="adress: unknown key"):
         config.provider("hsm")
 
 
-def test_relative_paths_are_relative_to_the_file_and_home_is_expanded(
-    write: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_relative_paths_are_relative_to_the_file_and_home_is_expanded(write, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     monkeypatch.chdir("/")
     for given, meant in (
@@ -200,7 +192,7 @@ def test_relative_paths_are_relative_to_the_file_and_home_is_expanded(
             assert config.provider("hsm").settings.ca_file == meant
 
 
-def test_a_config_that_others_can_write_is_refused(write: Callable[[str], Path]) -> None:
+def test_a_config_that_others_can_write_is_refused(write):
     path = write(GOOD)
     for mode in (0o606, 0o602, 0o622):
         path.chmod(mode)
@@ -210,14 +202,14 @@ def test_a_config_that_others_can_write_is_refused(write: Callable[[str], Path])
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
-def test_a_config_of_somebody_else_is_refused(write: Callable[[str], Path]) -> None:
+def test_a_config_of_somebody_else_is_refused(write):
     path = write(GOOD)
     os.chown(path, 12345, 12345)
     with pytest.raises(ConfigError, match="belongs to user 12345"):
         load_config(path)
 
 
-def test_what_is_no_small_file_is_refused_and_never_waited_for(tmp_path: Path) -> None:
+def test_what_is_no_small_file_is_refused_and_never_waited_for(tmp_path):
     os.mkfifo(tmp_path / "fifo", 0o600)
     (tmp_path / "large.toml").write_bytes(b"#" * ((1 << 20) + 1))
     for name, said in (
@@ -233,16 +225,14 @@ def test_what_is_no_small_file_is_refused_and_never_waited_for(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("content", [b"\xff", b"a = ", b"[" * 100_000, b"a = 1\na = 2"])
-def test_what_is_not_toml_is_said(tmp_path: Path, content: bytes) -> None:
+def test_what_is_not_toml_is_said(tmp_path, content):
     path = tmp_path / "keymgmt.toml"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match="is not TOML"):
         load_config(path)
 
 
-def test_the_library_never_reads_the_working_directory(
-    write: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_library_never_reads_the_working_directory(write, tmp_path, monkeypatch):
     named, user = tmp_path / "named.toml", tmp_path / "xdg" / "keymgmt" / "keymgmt.toml"
     monkeypatch.chdir(write(GOOD).parent)
     monkeypatch.delenv("KEYMGMT_CONFIG", raising=False)
@@ -258,15 +248,13 @@ def test_the_library_never_reads_the_working_directory(
     assert load_config().path == named
 
 
-def test_a_byte_order_mark_of_an_editor_is_no_part_of_the_config(tmp_path: Path) -> None:
+def test_a_byte_order_mark_of_an_editor_is_no_part_of_the_config(tmp_path):
     path = tmp_path / "keymgmt.toml"
     path.write_bytes(b"\xef\xbb\xbf" + GOOD.encode())
     assert load_config(path).provider_names
 
 
-def test_a_home_that_is_relative_is_no_home(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_home_that_is_relative_is_no_home(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("KEYMGMT_CONFIG", raising=False)
     monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
@@ -279,7 +267,7 @@ def test_a_home_that_is_relative_is_no_home(
             assert not load_config().path.resolve().is_relative_to(tmp_path)
 
 
-def test_threads_get_one_provider_and_closing_lets_go_of_it(write: Callable[[str], Path]) -> None:
+def test_threads_get_one_provider_and_closing_lets_go_of_it(write):
     config = load_config(write(GOOD))
     made: list[Any] = []
     threads = [
@@ -295,14 +283,14 @@ def test_threads_get_one_provider_and_closing_lets_go_of_it(write: Callable[[str
     assert config.provider("hsm") is not made[0]
 
 
-def test_the_preferred_come_first(write: Callable[[str], Path]) -> None:
+def test_the_preferred_come_first(write):
     text = "[policy]\nprefer = ['b']\n" + "".join(
         f"[providers.{name}]\nbackend = 'acme'\naddress = 'a'\n" for name in "abc"
     )
     assert load_config(write(text)).provider_names == ("b", "a", "c")
 
 
-def test_an_unknown_provider_lists_those_that_are_there() -> None:
+def test_an_unknown_provider_lists_those_that_are_there():
     config = Config({"providers": {"hsm": {"backend": "acme", "address": "a"}}})
     with pytest.raises(ConfigError, match="no provider named 'vault'") as raised:
         config.provider("vault")
@@ -329,8 +317,8 @@ class Odd(KeyProvider):
 
 @pytest.mark.parametrize("table", ['login = { kind = "x" }', 'others = [{ kind = "x" }]', ""])
 def test_variables_with_secrets_are_those_of_the_tables_and_those_that_a_backend_names(
-    write: Callable[[str], Path], install: Callable[..., Path], table: str
-) -> None:
+    write, install, table
+):
     install("odd", "keymgmt.backends", {"odd": "odd_keys:Odd"}, odd_keys=BACKEND)
     path = write(
         f'[providers.a]\nbackend = "odd"\n{table}\n'
@@ -340,9 +328,7 @@ def test_variables_with_secrets_are_those_of_the_tables_and_those_that_a_backend
         assert config.secret_variables == {"PIN"} | ({"ODD_TOKEN"} if table else set())
 
 
-def test_a_wrong_table_hides_no_variables_with_secrets(
-    write: Callable[[str], Path], install: Callable[..., Path]
-) -> None:
+def test_a_wrong_table_hides_no_variables_with_secrets(write, install):
     """A table that is refused was read as one without secrets, beside one that opens the model."""
     install("odd", "keymgmt.backends", {"odd": "odd_keys:Odd"}, odd_keys=BACKEND)
     path = write(
@@ -356,9 +342,7 @@ def test_a_wrong_table_hides_no_variables_with_secrets(
         _ = config.secret_variables
 
 
-def test_a_backend_that_is_there_and_broken_hides_no_variables_with_secrets(
-    write: Callable[[str], Path], install: Callable[..., Path]
-) -> None:
+def test_a_backend_that_is_there_and_broken_hides_no_variables_with_secrets(write, install):
     install("odd", "keymgmt.backends", {"odd": "odd_keys:Odd"}, odd_keys="raise OSError")
     with (
         load_config(write('[providers.b]\nbackend = "odd"\n')) as config,
@@ -367,9 +351,7 @@ def test_a_backend_that_is_there_and_broken_hides_no_variables_with_secrets(
         _ = config.secret_variables
 
 
-def test_that_the_variables_of_a_backend_are_not_known_is_said(
-    write: Callable[[str], Path], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_that_the_variables_of_a_backend_are_not_known_is_said(write, caplog):
     path = write('[providers.b]\nbackend = "not-there"\npin = { env = "PIN" }\n')
     with load_config(path) as config:
         assert config.secret_variables == {"PIN"}
@@ -383,7 +365,7 @@ class ProgramSettings(Settings):
     workers: int = 1
 
 
-def test_a_program_reads_its_settings_as_ours_are_read(tmp_path: Path) -> None:
+def test_a_program_reads_its_settings_as_ours_are_read(tmp_path):
     file = tmp_path / "program.toml"
     with pytest.raises(ConfigError) as raised:
         load_settings(file, ProgramSettings, absent="write one")

@@ -22,7 +22,7 @@ def shown(width: int) -> str:
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
-def test_a_table_that_fits_is_one() -> None:
+def test_a_table_that_fits_is_one():
     assert shown(100) == (
         "key              kind          why\n"
         "local:publisher  ed25519       it opens three models and more  ok\n"
@@ -31,7 +31,7 @@ def test_a_table_that_fits_is_one() -> None:
     assert "local:publisher  ed25519       it opens" in shown(50)
 
 
-def test_where_words_would_be_broken_each_row_is_lines_of_its_own() -> None:
+def test_where_words_would_be_broken_each_row_is_lines_of_its_own():
     assert shown(34) == (
         "key   local:publisher\n"
         "kind  ed25519\n"
@@ -46,6 +46,6 @@ def test_where_words_would_be_broken_each_row_is_lines_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("width", range(30, 100))
-def test_no_word_is_broken_at_any_width(width: int) -> None:
+def test_no_word_is_broken_at_any_width(width):
     words = {word for row in ROWS for cell in row for word in cell.split()}
     assert words <= set(shown(width).split())

@@ -81,7 +81,7 @@ CORE = graph("keymgmt")
 
 
 @pytest.mark.parametrize("module", sorted(CORE))
-def test_the_core_imports_one_way(module: str) -> None:
+def test_the_core_imports_one_way(module):
     if part(module) == "testing":
         allowed = {"testing", "errors", "backend", "_crypto"}
     else:
@@ -96,7 +96,7 @@ def test_the_core_imports_one_way(module: str) -> None:
 @pytest.mark.parametrize(
     "package", sorted({"keymgmt", SERVICE} | BACKENDS | LOADERS | set(COMMANDS))
 )
-def test_no_module_imports_in_a_circle(package: str) -> None:
+def test_no_module_imports_in_a_circle(package):
     edges = graph(package)
     for module, names in edges.items():
         # The package itself is imported with each of its modules, whatever they say.
@@ -108,7 +108,7 @@ def test_no_module_imports_in_a_circle(package: str) -> None:
 @pytest.mark.parametrize(
     "package", sorted({"keymgmt", SERVICE} | BACKENDS | LOADERS | set(COMMANDS))
 )
-def test_nothing_imports_what_may_be_missing(package: str) -> None:
+def test_nothing_imports_what_may_be_missing(package):
     others = (BACKENDS | LOADERS | set(COMMANDS) | {SERVICE}) - {package, COMMANDS.get(package)}
     if package == SERVICE:
         others -= SERVICE_USES
@@ -118,7 +118,7 @@ def test_nothing_imports_what_may_be_missing(package: str) -> None:
 
 
 @pytest.mark.parametrize("package", sorted({SERVICE} | BACKENDS | LOADERS | set(COMMANDS)))
-def test_what_is_imported_of_the_core(package: str) -> None:
+def test_what_is_imported_of_the_core(package):
     under = COMMANDS.get(package, package)
     allowed = {"keymgmt.backend"} if under in BACKENDS else FOR_LOADERS
     if package == SERVICE:
@@ -129,7 +129,7 @@ def test_what_is_imported_of_the_core(package: str) -> None:
                 assert name in allowed | {FOR_COMMANDS}, f"{module} imports {name}"
 
 
-def test_every_module_of_the_core_imports_without_any_backend() -> None:
+def test_every_module_of_the_core_imports_without_any_backend():
     names = [name for name in modules("keymgmt") if not name.endswith("__main__")]
     program = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)\n"
     program += "print([name for name in sys.modules if name.startswith(('openvino', 'keymgmt_'))])"
@@ -138,7 +138,7 @@ def test_every_module_of_the_core_imports_without_any_backend() -> None:
     assert done.stdout == "[]\n"
 
 
-def test_the_version_is_read_when_it_is_asked_for() -> None:
+def test_the_version_is_read_when_it_is_asked_for():
     program = "import keymgmt, sys\nprint('importlib.metadata' in sys.modules)\n"
     program += "print(keymgmt.__version__)\n"
     said = subprocess.check_output([sys.executable, "-c", program], text=True, timeout=60)

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -17,14 +16,14 @@ from keymgmt.errors import ConfigError, FormatError, KeymgmtError
 FORGED = "x\n\x1b[2Jok  signature by release.pem\r\u2028\udcff"
 
 
-def test_every_message_and_hint_is_one_printable_line() -> None:
+def test_every_message_and_hint_is_one_printable_line():
     for error in (KeymgmtError(FORGED, hint=FORGED), FormatError(f"{FORGED} is bad")):
         for text in (str(error), error.hint or ""):
             assert text.isprintable()
     assert clean(FORGED).isprintable()
 
 
-def test_a_config_key_of_very_many_dots_is_refused_at_once(tmp_path: Path) -> None:
+def test_a_config_key_of_very_many_dots_is_refused_at_once(tmp_path):
     path = tmp_path / "keymgmt.toml"
     path.write_text("a" + ".a" * 100_000 + " = 1\n")
     started = time.process_time()
@@ -35,7 +34,7 @@ def test_a_config_key_of_very_many_dots_is_refused_at_once(tmp_path: Path) -> No
     load_config(path).close()
 
 
-def test_two_keys_in_one_pem_are_refused(tmp_path: Path) -> None:
+def test_two_keys_in_one_pem_are_refused(tmp_path):
     from cryptography.hazmat.primitives.asymmetric import ed25519
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
@@ -52,7 +51,7 @@ def test_two_keys_in_one_pem_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_a_terminal_that_cannot_show_a_character(encoding: str, tmp_path: Path) -> None:
+def test_a_terminal_that_cannot_show_a_character(encoding, tmp_path):
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
     command = [sys.executable, "-m", "keymgmt.cli", "inspect", "mod\u00e8le-\u6a21.sealed"]
     done = subprocess.run(command, capture_output=True, env=environment, timeout=60, check=False)

@@ -37,20 +37,20 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_a_public_key_in_the_home_of_nobody(tmp_path: Path) -> None:
+def test_a_public_key_in_the_home_of_nobody(tmp_path):
     file = write(tmp_path / "keymgmt.toml", "")
     with load_config(file) as config, pytest.raises(ConfigError, match="nosuchuser"):
         config.public_key("~nosuchuser/release.pem")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="root alone becomes another user")
-def test_a_user_without_a_home() -> None:
+def test_a_user_without_a_home():
     """A container that runs under a number has no entry in passwd, and may have no HOME."""
     assert "no config file" in run(uid=54321, env={}, cwd="/")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="root alone becomes another user")
-def test_a_config_directory_that_may_not_be_entered(tmp_path: Path) -> None:
+def test_a_config_directory_that_may_not_be_entered(tmp_path):
     closed = tmp_path / "xdg" / "keymgmt"
     closed.mkdir(parents=True)
     write(closed / "keymgmt.toml", "")

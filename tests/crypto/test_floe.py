@@ -38,18 +38,18 @@ def known(path: Path) -> tuple[FloeParameters, bytes, bytes]:
 KNOWN = sorted(VECTORS.glob("*_ct.txt"))
 
 
-def test_known_answers_are_there() -> None:
+def test_known_answers_are_there():
     assert len(KNOWN) == 6
 
 
 @pytest.mark.parametrize("path", KNOWN, ids=lambda path: path.stem)
-def test_known_answer_opens(path: Path) -> None:
+def test_known_answer_opens(path):
     parameters, ciphertext, plaintext = known(path)
     assert whole_floe.decrypt(bytes(32), b"This is AAD", ciphertext, parameters) == plaintext
 
 
 @pytest.mark.parametrize("path", KNOWN, ids=lambda path: path.stem)
-def test_known_answer_opens_backwards(path: Path) -> None:
+def test_known_answer_opens_backwards(path):
     parameters, ciphertext, plaintext = known(path)
     header, body = ciphertext[:74], ciphertext[74:]
     size, step = parameters.segment_length, parameters.plaintext_length
@@ -63,7 +63,7 @@ def test_known_answer_opens_backwards(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", KNOWN[:1] + KNOWN[-1:], ids=lambda path: path.stem)
-def test_known_answer_needs_its_key_aad_and_parameters(path: Path) -> None:
+def test_known_answer_needs_its_key_aad_and_parameters(path):
     parameters, ciphertext, _ = known(path)
     with pytest.raises(IntegrityError):
         whole_floe.decrypt(bytes(31) + b"\1", b"This is AAD", ciphertext, parameters)
@@ -79,7 +79,7 @@ def test_known_answer_needs_its_key_aad_and_parameters(path: Path) -> None:
     segment_length=st.integers(33, 100),
     rotation_bits=st.integers(0, 3),
 )
-def test_round_trip(plaintext: bytes, aad: bytes, segment_length: int, rotation_bits: int) -> None:
+def test_round_trip(plaintext, aad, segment_length, rotation_bits):
     parameters = FloeParameters(segment_length, rotation_bits)
     ciphertext = whole_floe.encrypt(KEY, aad, plaintext, parameters)
     assert len(ciphertext) == floe.ciphertext_length(len(plaintext), segment_length)
@@ -87,7 +87,7 @@ def test_round_trip(plaintext: bytes, aad: bytes, segment_length: int, rotation_
 
 
 @pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 32, 33, 48])
-def test_every_flipped_bit_is_refused(size: int) -> None:
+def test_every_flipped_bit_is_refused(size):
     ciphertext = whole_floe.encrypt(KEY, AAD, bytes(size), SMALL)
     for index in range(len(ciphertext)):
         for bit in (0, 3, 7):
@@ -98,7 +98,7 @@ def test_every_flipped_bit_is_refused(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 16, 17, 32, 48])
-def test_every_truncation_and_extension_is_refused(size: int) -> None:
+def test_every_truncation_and_extension_is_refused(size):
     ciphertext = whole_floe.encrypt(KEY, AAD, bytes(size), SMALL)
     for length in range(len(ciphertext)):
         with pytest.raises(SealedModelError):
@@ -109,7 +109,7 @@ def test_every_truncation_and_extension_is_refused(size: int) -> None:
 
 
 @given(order=st.permutations(range(4)))
-def test_segments_keep_their_places(order: list[int]) -> None:
+def test_segments_keep_their_places(order):
     ciphertext = whole_floe.encrypt(KEY, AAD, bytes(64), SMALL)
     segments = [ciphertext[74 + 48 * i : 74 + 48 * (i + 1)] for i in range(4)]
     moved = ciphertext[:74] + b"".join(segments[i] for i in order)
@@ -120,13 +120,13 @@ def test_segments_keep_their_places(order: list[int]) -> None:
             whole_floe.decrypt(KEY, AAD, moved, SMALL)
 
 
-def test_a_segment_of_another_ciphertext_is_refused() -> None:
+def test_a_segment_of_another_ciphertext_is_refused():
     one, other = (whole_floe.encrypt(KEY, AAD, bytes(64), SMALL) for _ in range(2))
     with pytest.raises(IntegrityError):
         whole_floe.decrypt(KEY, AAD, one[:74] + other[74:], SMALL)
 
 
-def test_an_empty_last_segment_is_of_the_specification() -> None:
+def test_an_empty_last_segment_is_of_the_specification():
     with FloeEncryptor(KEY, AAD, SMALL) as encryptor:
         full, empty = bytearray(48), bytearray(32)
         encryptor.encrypt_segment_into(0, False, bytes(16), full)
@@ -135,7 +135,7 @@ def test_an_empty_last_segment_is_of_the_specification() -> None:
     assert len(encryptor.header + full + empty) != floe.ciphertext_length(16, 48)
 
 
-def test_a_failed_segment_leaves_nothing_in_the_buffer() -> None:
+def test_a_failed_segment_leaves_nothing_in_the_buffer():
     ciphertext = bytearray(whole_floe.encrypt(KEY, AAD, b"secret weights!!", SMALL))
     ciphertext[-1] ^= 1
     out = bytearray(b"?" * 16)
@@ -150,7 +150,7 @@ def test_a_failed_segment_leaves_nothing_in_the_buffer() -> None:
         assert out == bytes(16)
 
 
-def test_threads_share_one_state() -> None:
+def test_threads_share_one_state():
     parameters = FloeParameters(96, rotation_bits=1)
     plaintext = bytes(index % 251 for index in range(64 * 300))
     with FloeEncryptor(KEY, AAD, parameters) as encryptor, ThreadPoolExecutor(4) as pool:
@@ -167,7 +167,7 @@ def test_threads_share_one_state() -> None:
     )
 
 
-def test_a_closed_state_is_of_no_use_and_holds_no_key() -> None:
+def test_a_closed_state_is_of_no_use_and_holds_no_key():
     encryptor = FloeEncryptor(KEY, AAD, SMALL)
     message_key = encryptor._message_key
     assert any(message_key)
@@ -178,7 +178,7 @@ def test_a_closed_state_is_of_no_use_and_holds_no_key() -> None:
         encryptor.encrypt_segment_into(0, True, b"", bytearray(32))
 
 
-def test_a_mistaken_call_is_refused() -> None:
+def test_a_mistaken_call_is_refused():
     with pytest.raises(ValueError, match="32 bytes"):
         whole_floe.encrypt(bytes(16), AAD, b"")
     with FloeEncryptor(KEY, AAD, SMALL) as encryptor:
@@ -196,7 +196,7 @@ def test_a_mistaken_call_is_refused() -> None:
             FloeParameters(length)
 
 
-def test_lengths() -> None:
+def test_lengths():
     assert floe.segment_count(0, 48) == 1
     assert floe.ciphertext_length(0, 48) == 74 + 32
     assert floe.segment_count(16, 48) == 1

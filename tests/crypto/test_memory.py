@@ -14,7 +14,7 @@ from keymgmt.errors import KeymgmtError
 
 
 @pytest.fixture
-def wiped(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+def wiped(monkeypatch) -> list[bytes]:
     """What each memory held after its wipe."""
     seen: list[bytes] = []
 

@@ -488,7 +488,7 @@ def _tables(text: str) -> dict[str, str]:
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
+def desk(tmp_path) -> Iterator[Desk]:
     made = Desk(tmp_path)
     yield made
     made.leave()

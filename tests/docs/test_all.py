@@ -71,11 +71,11 @@ class Services:
 
 
 @pytest.fixture
-def services(desk: Any, require_tool: Callable[..., Path], softhsm_module: Path) -> Services:
+def services(desk, require_tool, softhsm_module) -> Services:
     return Services(desk, require_tool, softhsm_module)
 
 
-def test_a_publishers_key(desk: Any, services: Services) -> None:
+def test_a_publishers_key(desk, services):
     desk.run("echo net > resnet50.xml && echo weights > resnet50.bin")
     token = re.findall(r"auth = .*", services.site)[0]
     desk.stand_ins = {
@@ -119,7 +119,7 @@ def from_python(desk: Any, services: Services) -> None:
     desk.run(f"keymgmt keys export hsm:release -o {desk.config.parent}/release.pub.pem")
 
 
-def test_the_readme(desk: Any, services: Services) -> None:
+def test_the_readme(desk, services):
     desk.prelude = "import numpy\ninputs = [numpy.ones((1, 4), numpy.float32)]\n"
     desk.run_page(
         "README.md",
@@ -132,7 +132,7 @@ def test_the_readme(desk: Any, services: Services) -> None:
     )
 
 
-def test_commands_inside_of_sentences_exist(docs: Any) -> None:
+def test_commands_inside_of_sentences_exist(docs):
     """Such as `keymgmt keys retire`: their subcommands and options are those of the programs."""
     wrong = []
     for page in docs.PAGES:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,7 +31,7 @@ main(["-H", "127.0.0.1", "-p", "0"])
 
 
 @pytest.fixture
-def service(desk: Any, require_tool: Callable[..., Path]) -> str:
+def service(desk, require_tool) -> str:
     """The address of a server that is AWS KMS, AWS STS, and the metadata service of EC2."""
     require_tool("moto_server")
     (desk.folder / "service.py").write_text(MOTO)
@@ -65,18 +63,18 @@ def key_id(desk: Any) -> str:
     return found[1]
 
 
-def test_its_manual(desk: Any, service: str) -> None:
+def test_its_manual(desk, service):
     desk.run(MODEL)
     desk.stand_ins = {INSTANCE: there(service), "KEY-ID": lambda: key_id(desk)}
     desk.run_page("docs/backends/aws.md")
     desk.run("keymgmt verify resnet50.sealed")
 
 
-def test_its_readme(desk: Any) -> None:
+def test_its_readme(desk):
     desk.run_page("backends/aws/README.md")
 
 
-def test_its_hints(desk: Any, service: str) -> None:
+def test_its_hints(desk, service):
     desk.run(MODEL)
     desk.configure(
         f'[providers.cloud]\nbackend = "aws"\nregion = "eu-central-1"\n{there(service)}\n'

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import ssl
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 from loopback import Authority, free_port
@@ -20,7 +18,7 @@ pytestmark = [pytest.mark.once, pytest.mark.timeout(600)]
 
 
 @pytest.fixture
-def port(desk: Any, require_tool: Callable[..., Path], tmp_path: Path) -> Iterator[int]:
+def port(desk, require_tool, tmp_path) -> Iterator[int]:
     """A desk where the broker has its certificate, and the machine an enclave."""
     require_tool("openssl")
     authority, world, port = Authority(tmp_path / "tls"), World(), free_port()
@@ -45,7 +43,7 @@ def port(desk: Any, require_tool: Callable[..., Path], tmp_path: Path) -> Iterat
         yield port
 
 
-def test_the_page(desk: Any, docs: Any, port: int) -> None:
+def test_the_page(desk, docs, port):
     (config,) = (each for each in docs.blocks("docs/broker.md") if each.text.startswith("listen"))
 
     def answers() -> bool:
@@ -70,5 +68,5 @@ def test_the_page(desk: Any, docs: Any, port: int) -> None:
     assert "round trip resnet50" in desk.told["keymgmt doctor proven:resnet50"].said
 
 
-def test_its_readme(desk: Any) -> None:
+def test_its_readme(desk):
     desk.run_page("backends/broker/README.md")

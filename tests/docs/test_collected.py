@@ -53,7 +53,7 @@ def runnable(docs: Any, page: str) -> list[str]:
     return found
 
 
-def test_the_extra_all_has_every_backend_and_the_readme_names_the_loaders_that_it_lacks() -> None:
+def test_the_extra_all_has_every_backend_and_the_readme_names_the_loaders_that_it_lacks():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]
@@ -66,13 +66,13 @@ def test_the_extra_all_has_every_backend_and_the_readme_names_the_loaders_that_i
     assert f"OpenVINO; other runtimes ({named})" in (ROOT / "README.md").read_text()
 
 
-def test_pages_were_found(docs: Any) -> None:
+def test_pages_were_found(docs):
     assert {"README.md", "docs/cli.md", "backends/file/README.md"} <= set(docs.PAGES)
     assert sum(len(docs.blocks(page)) for page in docs.PAGES) > 70
     assert len(docs.hints()) > 80
 
 
-def test_every_block_says_what_it_is(docs: Any) -> None:
+def test_every_block_says_what_it_is(docs):
     """``sh``, ``console``, ``toml`` and ``python`` are run; what is only shown has no command."""
     wrong = []
     for page in docs.PAGES:
@@ -86,14 +86,14 @@ def test_every_block_says_what_it_is(docs: Any) -> None:
     assert not wrong
 
 
-def test_every_page_is_run(docs: Any) -> None:
+def test_every_page_is_run(docs):
     run = {page for page, *_ in calls("run_page")}
     left_out = [each for page in docs.PAGES if page not in run for each in runnable(docs, page)]
     assert not left_out, "a scenario is to run these: tests/docs/README.md says how"
     assert run <= set(docs.PAGES)
 
 
-def test_every_command_in_a_hint_is_followed(docs: Any) -> None:
+def test_every_command_in_a_hint_is_followed(docs):
     followed = {each for each in calls("follow") if len(each) == 2}
     told = {(hint.package, hint.command): hint for hint in docs.hints()}
     left_out = [
@@ -105,7 +105,7 @@ def test_every_command_in_a_hint_is_followed(docs: Any) -> None:
     assert followed <= set(told)
 
 
-def test_what_is_not_run_is_still_there_and_has_a_reason(docs: Any) -> None:
+def test_what_is_not_run_is_still_there_and_has_a_reason(docs):
     there = {(hint.package, hint.command) for hint in docs.hints()}
     for page in docs.PAGES:
         for block in docs.blocks(page):
@@ -120,12 +120,12 @@ def test_what_is_not_run_is_still_there_and_has_a_reason(docs: Any) -> None:
     assert all(each["reason"] for each in docs.not_run())
 
 
-def test_tox_runs_every_scenario() -> None:
+def test_tox_runs_every_scenario():
     settings = (ROOT / "tox.ini").read_text()
     assert not [path.name for path in SCENARIOS if f"/docs/{path.name}" not in settings]
 
 
-def test_the_site_has_room_for_every_page() -> None:
+def test_the_site_has_room_for_every_page():
     """Its table of contents is the start page, and for decisions their own."""
     linked = {
         (page.parent / target).resolve()
@@ -136,7 +136,7 @@ def test_the_site_has_room_for_every_page() -> None:
     assert not left_out, "list it in docs/index.md, below the heading where a reader looks for it"
 
 
-def test_every_error_is_explained() -> None:
+def test_every_error_is_explained():
     """With its exit code, on docs/errors.md; that of CannotUnlock depends."""
     rows = re.findall(
         r"^\| `(\w+)` \| ([\d, or]+) \|", (ROOT / "docs/errors.md").read_text(), re.MULTILINE
@@ -156,7 +156,7 @@ def pages() -> list[str]:
 
 
 @pytest.mark.parametrize("page", pages())
-def test_its_links_lead_somewhere(page: str) -> None:
+def test_its_links_lead_somewhere(page):
     missing = []
     text = (ROOT / page).read_text()
     named = dict(re.findall(r"^\[([^\]]+)\]: (\S+)$", text, re.MULTILINE))
@@ -182,6 +182,6 @@ def _anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", pages())
-def test_the_scripts_that_it_names_are_there(page: str) -> None:
+def test_the_scripts_that_it_names_are_there(page):
     named = re.findall(r"\b(?:benchmarks|examples|docs)/[\w/-]+\.py\b", (ROOT / page).read_text())
     assert [name for name in named if not (ROOT / name).exists()] == []

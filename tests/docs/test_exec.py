@@ -21,12 +21,12 @@ def sealed(desk: Any) -> None:
     desk.run("keymgmt seal model model.sealed --name resnet50")
 
 
-def test_the_page(desk: Any) -> None:
+def test_the_page(desk):
     sealed(desk)
     desk.run_page("docs/exec.md")
 
 
-def test_the_page_on_production(desk: Any) -> None:
+def test_the_page_on_production(desk):
     sealed(desk)
     folder = Path(f"/dev/shm/keymgmt-docs-{os.getpid()}")
     desk.stand_ins = {"/dev/shm/resnet50": str(folder)}
@@ -37,7 +37,7 @@ def test_the_page_on_production(desk: Any) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_a_program_that_is_not_executable(desk: Any) -> None:
+def test_a_program_that_is_not_executable(desk):
     sealed(desk)
     desk.run("printf '#!/bin/sh\\necho it runs\\n' > program")
     desk.run("keymgmt exec model.sealed -- ./program", code=126)

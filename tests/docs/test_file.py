@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,7 +48,7 @@ def opened(desk: Any) -> None:
     asked(desk)
 
 
-def test_its_manual(desk: Any) -> None:
+def test_its_manual(desk):
     desk.stand_ins = {"--fingerprint ...": lambda: f"--fingerprint {told(desk)}"}
     desk.run_page(
         "docs/backends/file.md",
@@ -57,7 +56,7 @@ def test_its_manual(desk: Any) -> None:
     )
 
 
-def test_its_readme(desk: Any) -> None:
+def test_its_readme(desk):
     desk.run("(umask 077; echo correct horse battery > passphrase)")
     desk.stand_ins = {
         '{ credential = "model-keys" }': f'{{ file = "{desk.work}/passphrase" }}',
@@ -67,7 +66,7 @@ def test_its_readme(desk: Any) -> None:
     desk.run_page("backends/file/README.md", given={"Passphrase": lambda: opened(desk)})
 
 
-def test_the_rotation_page(desk: Any) -> None:
+def test_the_rotation_page(desk):
     """With the file backend for both services; a service of another kind changes nothing of it."""
     desk.run(MODEL)
     desk.configure(
@@ -93,7 +92,7 @@ def test_the_rotation_page(desk: Any) -> None:
     assert "LICENSE" in desk.told["keymgmt reseal tree/a.sealed"].err
 
 
-def test_a_fleet(desk: Any) -> None:
+def test_a_fleet(desk):
     desk.run(f"{MODEL} && mkdir models && keymgmt init")
     for name in "abc":
         desk.run(f"keymgmt seal model models/{name}.sealed --name {name}")
@@ -111,17 +110,17 @@ def test_a_fleet(desk: Any) -> None:
     assert usage == {"complete": True, "keys": whole["keys"]}
 
 
-def test_from_plain_files_to_sealed(desk: Any) -> None:
+def test_from_plain_files_to_sealed(desk):
     desk.run("mkdir -p plain/llama && echo '{}' > plain/llama/config.json")
     desk.run("echo net > plain/resnet50.xml && echo weights > plain/resnet50.bin")
     desk.run_page("docs/first-steps.md")
 
 
-def test_the_tutorial(desk: Any) -> None:
+def test_the_tutorial(desk):
     desk.run_page("docs/tutorial.md")
 
 
-def test_a_break_glass_key_and_its_drill(desk: Any) -> None:
+def test_a_break_glass_key_and_its_drill(desk):
     build = desk.home / "build"
     desk.hosts = {"build": {"HOME": str(build)}}
     for command in (
@@ -139,13 +138,13 @@ def test_a_break_glass_key_and_its_drill(desk: Any) -> None:
     assert "local" not in desk.config.read_text()
 
 
-def test_from_python(desk: Any) -> None:
+def test_from_python(desk):
     desk.run("mkdir model && echo weights > model/weights.bin && keymgmt init")
     desk.run("keymgmt seal model model.sealed --name resnet50")
     desk.run_page("docs/python.md")
 
 
-def test_taking_a_new_release(desk: Any) -> None:
+def test_taking_a_new_release(desk):
     desk.run(MODEL)
     desk.run("keymgmt init && mkdir models")
     desk.run("keymgmt seal model models/resnet50.sealed --name resnet50")
@@ -159,7 +158,7 @@ def started(desk: Any) -> None:
     desk.follow("keymgmt", "keymgmt init")
 
 
-def test_hints_about_keys(desk: Any) -> None:
+def test_hints_about_keys(desk):
     started(desk)
     desk.run("keymgmt keys create --help")
     desk.follow("keymgmt", "keymgmt backends")
@@ -206,7 +205,7 @@ def test_hints_about_keys(desk: Any) -> None:
     desk.follow("keymgmt", "keymgmt doctor", code=1)
 
 
-def test_hints_about_models(desk: Any) -> None:
+def test_hints_about_models(desk):
     started(desk)
     desk.run("keymgmt seal model tree/a.sealed --name a", code=None)
     desk.run("mkdir -p tree && keymgmt seal model tree/a.sealed --name a", code=None)
@@ -234,7 +233,7 @@ def test_hints_about_models(desk: Any) -> None:
     desk.follow("keymgmt", "keymgmt keys export PROVIDER:KEY --format pem", **export)
 
 
-def test_registries(desk: Any, require_tool: Any, tmp_path: Path) -> None:
+def test_registries(desk, require_tool, tmp_path):
     pytest.importorskip("urllib3")
     program = require_tool("docker-registry", package="docker-registry")
     authority = Authority(tmp_path / "authority")
@@ -258,7 +257,7 @@ def test_registries(desk: Any, require_tool: Any, tmp_path: Path) -> None:
     desk.run_page("docs/registries.md")
 
 
-def test_models_where_they_lie(desk: Any, require_tool: Any, tmp_path: Path) -> None:
+def test_models_where_they_lie(desk, require_tool, tmp_path):
     pytest.importorskip("obstore")
     from s3 import SECRET, USER, serve_s3
     from webserver import files_of, start_web

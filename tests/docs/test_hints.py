@@ -70,13 +70,13 @@ def hints(docs: Any, *packages: str) -> set[str]:
     return found
 
 
-def test_the_hints_that_touch_trust_are_these(docs: Any) -> None:
+def test_the_hints_that_touch_trust_are_these(docs):
     found = hints(docs, "keymgmt")
     assert len(found) > 100
     assert {hint for hint in found if TRUST.search(hint)} == REVIEWED
 
 
-def test_no_hint_turns_a_check_off(docs: Any) -> None:
+def test_no_hint_turns_a_check_off(docs):
     found = hints(docs)
     assert not [hint for hint in found if FORBIDDEN.search(hint)]
     assert all(hint == clean(hint) for hint in found)

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ def cache() -> str:
 
 
 @pytest.fixture
-def fresh(desk: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def fresh(desk, tmp_path_factory) -> Any:
     """A desk with a new environment; what is ours comes from what was built, and not from PyPI."""
     dist = os.environ.get("KEYMGMT_TEST_DIST")
     if dist is None:
@@ -40,9 +39,7 @@ def fresh(desk: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return desk
 
 
-def test_everything_that_is_to_be_installed_is_there(
-    fresh: Any, docs: Any, require_tool: Callable[..., Path]
-) -> None:
+def test_everything_that_is_to_be_installed_is_there(fresh, docs, require_tool):
     """The words as they stand; what stands in for pip resolves them, and changes nothing."""
     told = {
         command.text
@@ -64,7 +61,7 @@ def test_everything_that_is_to_be_installed_is_there(
         fresh.run(named.removesuffix(", where it is missing"))
 
 
-def test_writing_a_backend(fresh: Any) -> None:
+def test_writing_a_backend(fresh):
     fresh.installs = True
     fresh.prelude = (
         "from abc import ABC\nfrom typing import ClassVar, Generic, TypeVar\n"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -32,7 +31,7 @@ INPUTS = "import numpy\ninputs = [numpy.ones((1, 4), numpy.float32)]\n"
 SEAL = "keymgmt init && keymgmt seal resnet50.xml resnet50.sealed"
 
 
-def test_its_manual(desk: Any) -> None:
+def test_its_manual(desk):
     desk.run(IR)
     desk.prelude = f"from keymgmt_openvino import load\n{INPUTS}"
     desk.stand_ins = {"/var/cache/resnet50": str(desk.work / "compiled")}
@@ -48,19 +47,19 @@ def test_its_manual(desk: Any) -> None:
     desk.run_page("docs/loader.md")
 
 
-def test_the_start_page(desk: Any) -> None:
+def test_the_start_page(desk):
     desk.run(IR)
     desk.prelude = INPUTS
     desk.run_page("docs/index.md")
 
 
-def test_its_readme(desk: Any) -> None:
+def test_its_readme(desk):
     desk.run(f"{IR} && {SEAL}")
     desk.prelude = INPUTS
     desk.run_page("loader/openvino/README.md")
 
 
-def test_language_models(desk: Any) -> None:
+def test_language_models(desk):
     pytest.importorskip("openvino_genai")
     shutil.copytree(MODELS / "tiny-llm", desk.work / "llama")
     shutil.copytree(MODELS / "models" / "llava", desk.work / "llava")
@@ -82,7 +81,7 @@ def test_language_models(desk: Any) -> None:
     )
 
 
-def test_the_demo_shows_what_can_be_run(desk: Any) -> None:
+def test_the_demo_shows_what_can_be_run(desk):
     desk.run(
         "python -c 'from pathlib import Path; from keymgmt_openvino_demo import _magika; "
         '_magika.convert(Path("magika.xml"))\''

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +17,7 @@ PAGES_MODULE = "/usr/lib/softhsm/libsofthsm2.so"
 
 
 @pytest.fixture
-def module(require_tool: Callable[..., Path], softhsm_module: Path, desk: Any) -> str:
+def module(require_tool, softhsm_module, desk) -> str:
     """SoftHSM's module; the config finds its PIN in the working directory."""
     require_tool("softhsm2-util", package="softhsm2")
     require_tool("pkcs11-tool", package="opensc")
@@ -41,7 +39,7 @@ def trial(desk: Any, module: str) -> None:
     desk.run("keymgmt keys create hsm:trial")
 
 
-def test_its_manual(desk: Any, module: str) -> None:
+def test_its_manual(desk, module):
     def pin(name: str) -> str:
         return (desk.work / name).read_text().strip()
 
@@ -73,7 +71,7 @@ def test_its_manual(desk: Any, module: str) -> None:
     )
 
 
-def test_running_an_hsm(desk: Any, docs: Any, module: str) -> None:
+def test_running_an_hsm(desk, docs, module):
     """Ceremony, second token, drill, PIN changes and rotation, with two tokens."""
     tool = f"pkcs11-tool --module {module}"
     beside = desk.config.parent
@@ -142,7 +140,7 @@ def test_running_an_hsm(desk: Any, docs: Any, module: str) -> None:
     )
 
 
-def test_its_readme(desk: Any, module: str) -> None:
+def test_its_readme(desk, module):
     desk.make_token("tokens")
     if module != PAGES_MODULE:
         desk.stand_ins = {PAGES_MODULE: module}
@@ -150,7 +148,7 @@ def test_its_readme(desk: Any, module: str) -> None:
     desk.run("keymgmt doctor hsm")
 
 
-def test_its_hints(desk: Any, module: str) -> None:
+def test_its_hints(desk, module):
     desk.make_token("tokens")
     desk.configure(table(module))
     desk.run("echo net > model.xml && echo weights > model.bin")
@@ -211,7 +209,7 @@ def test_its_hints(desk: Any, module: str) -> None:
     )
 
 
-def test_a_token_without_a_pin(desk: Any, module: str) -> None:
+def test_a_token_without_a_pin(desk, module):
     desk.make_token("tokens")
     desk.configure(table(module))
     tool = f"pkcs11-tool --module {module}"

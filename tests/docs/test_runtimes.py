@@ -18,7 +18,7 @@ def seal(desk: Any, program: str, name: str) -> None:
     desk.run(f"keymgmt init && keymgmt seal {name} {name}.sealed")
 
 
-def test_onnxruntime(desk: Any) -> None:
+def test_onnxruntime(desk):
     pytest.importorskip("keymgmt_onnxruntime")
     pytest.importorskip("onnx")
     desk.prelude = INPUTS
@@ -34,7 +34,7 @@ save(made, "det/det.onnx")
     desk.run_page("loader/onnxruntime/README.md")
 
 
-def test_safetensors(desk: Any) -> None:
+def test_safetensors(desk):
     pytest.importorskip("keymgmt_safetensors")
     pytest.importorskip("safetensors")
     program = """
@@ -46,7 +46,7 @@ save_file({"w": numpy.ones((2, 3), numpy.float32)}, "llm/model.safetensors")
     desk.run_page("loader/safetensors/README.md")
 
 
-def test_tokenizers(desk: Any) -> None:
+def test_tokenizers(desk):
     pytest.importorskip("keymgmt_tokenizers")
     program = """
 from tokenizers import Tokenizer, models

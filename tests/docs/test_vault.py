@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ ADMIN = 'path "transit/*" { capabilities = ["create", "read", "update", "list"] 
 
 
 @pytest.fixture
-def server(desk: Any, require_tool: Callable[..., Path]) -> str:
+def server(desk, require_tool) -> str:
     """The address of a server with TLS as ``bao server -dev`` runs it; commands are the root's."""
     require_tool("bao")
     port = free_port()
@@ -97,7 +96,7 @@ def dev(desk: Any) -> Callable[[Iterator[str]], object]:
     return lambda lines: desk.configure("".join(itertools.islice(lines, 4)))
 
 
-def test_its_manual(desk: Any, server: str) -> None:
+def test_its_manual(desk, server):
     desk.served = {"keymgmt vault dev": dev(desk)}
     desk.stand_ins = {
         '"https://vault-a.example:8200", "https://vault-b.example:8200"': f'"{server}"',
@@ -113,7 +112,7 @@ def test_its_manual(desk: Any, server: str) -> None:
     )
 
 
-def test_its_readmes(desk: Any, server: str) -> None:
+def test_its_readmes(desk, server):
     desk.served = {"keymgmt vault dev": dev(desk)}
     desk.run_page("backends/vault-dev/README.md")
     desk.run("keymgmt doctor site:model")
@@ -140,7 +139,7 @@ def configured(desk: Any, address: str) -> None:
     desk.run(MODEL)
 
 
-def test_its_hints(desk: Any, server: str) -> None:
+def test_its_hints(desk, server):
     configured(desk, server)
     desk.fails("keymgmt keys create site:a")
     desk.follow("backends/vault", "bao secrets enable -path={} transit")
@@ -168,7 +167,7 @@ def test_its_hints(desk: Any, server: str) -> None:
     )
 
 
-def test_the_hints_of_a_new_server(desk: Any, require_tool: Callable[..., Path]) -> None:
+def test_the_hints_of_a_new_server(desk, require_tool):
     """One that nobody has initialised and unsealed yet."""
     require_tool("bao")
     port = free_port()

@@ -203,7 +203,7 @@ def new_site() -> Iterator[Callable[..., Site]]:
 
 
 @pytest.fixture
-def site(new_site: Callable[..., Site]) -> Site:
+def site(new_site) -> Site:
     return new_site()
 
 

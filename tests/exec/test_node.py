@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from programs import run
@@ -33,9 +31,7 @@ def write(folder: Path) -> None:
     subprocess.run([sys.executable, LLAMA, folder / "tiny.gguf"], check=True)
 
 
-def test_it_answers_as_from_the_plain_file(
-    needs_root: None, new_site: Callable[..., Any], require_tool: Callable[..., Path]
-) -> None:
+def test_it_answers_as_from_the_plain_file(needs_root, new_site, require_tool):
     node, npm = require_tool("node"), require_tool("npm")
     site = new_site(write)
     packages = [f"{name}@{VERSION}" for name in ("node-llama-cpp", "@node-llama-cpp/linux-x64")]

@@ -10,7 +10,6 @@ import io
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +82,7 @@ def write_models(folder: Path) -> None:
 
 
 @pytest.fixture
-def runtimes(new_site: Callable[..., Any]) -> Any:
+def runtimes(new_site) -> Any:
     return new_site(write_models)
 
 

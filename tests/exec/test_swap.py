@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,7 +49,7 @@ force_out(ctypes.c_char.from_buffer(memory), len(memory))
 
 
 @pytest.fixture
-def swap(tmp_path: Path, require_tool: Callable[..., Path]) -> Iterator[Callable[[], bool]]:
+def swap(tmp_path, require_tool) -> Iterator[Callable[[], bool]]:
     """Swap to a file; the call switches it off and says whether the canary is in it."""
     file = tmp_path / "swap"
     file.write_bytes(bytes(4 * SIZE))
@@ -76,7 +75,7 @@ def swap(tmp_path: Path, require_tool: Callable[..., Path]) -> Iterator[Callable
 
 
 @pytest.fixture
-def canary(new_site: Callable[..., Any]) -> Any:
+def canary(new_site) -> Any:
     made = new_site(lambda folder: (folder / "canary.bin").write_bytes(CANARY * (SIZE // 4096)))
     shutil.rmtree(made.plain)  # it is in memory too, and could be swapped out
     return made

@@ -35,14 +35,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Config:
+def site(tmp_path_factory) -> Config:
     """A config with the KEK local:models and the publisher local:publisher, as the demo has it."""
     home = tmp_path_factory.mktemp("site") / "home"
     return make_throwaway_keys(home)
 
 
 @pytest.fixture(scope="session")
-def seal(site: Config, tmp_path_factory: pytest.TempPathFactory) -> Seal:
+def seal(site, tmp_path_factory) -> Seal:
     """``seal(path, name)``: the sealed copy of a plaintext model."""
 
     def make(source: Path, name: str) -> Path:
@@ -56,14 +56,14 @@ def seal(site: Config, tmp_path_factory: pytest.TempPathFactory) -> Seal:
 
 
 @pytest.fixture(scope="session")
-def magika_ir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def magika_ir(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("magika") / "magika.xml"
     _magika.convert(path)
     return path
 
 
 @pytest.fixture(scope="session")
-def magika_sealed(magika_ir: Path, seal: Seal) -> Path:
+def magika_sealed(magika_ir, seal) -> Path:
     return seal(magika_ir, "magika")
 
 
@@ -77,7 +77,7 @@ def minilm_directory() -> Path:
 
 
 @pytest.fixture(scope="session")
-def minilm_ir(minilm_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def minilm_ir(minilm_directory, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("minilm") / "minilm.xml"
     script = HERE / "minilm_ir.py"
     subprocess.run([sys.executable, script, minilm_directory, path], check=True)
@@ -117,7 +117,7 @@ class Watched(Memory):
 
 
 @pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> list[Watched]:
+def watched(monkeypatch) -> list[Watched]:
     """Every memory that the loader makes in this test, to be looked at after its end."""
     seen: list[Watched] = []
     monkeypatch.setattr(_memory, "Memory", lambda size: Watched(size, seen))

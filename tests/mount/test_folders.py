@@ -26,15 +26,13 @@ def folder() -> Iterator[folders.MemfdFolder]:
     made.close()
 
 
-def test_nothing_was_changed(folder: folders.MemfdFolder) -> None:
+def test_nothing_was_changed(folder):
     assert (folder.path / "sub" / "model.bin").read_bytes() == b"plain"
     (folder.path / "what-the-program-writes").write_bytes(b"x")
     assert folder.changed() is None
 
 
-def test_a_link_that_was_exchanged_and_put_back(
-    folder: folders.MemfdFolder, tmp_path: Path
-) -> None:
+def test_a_link_that_was_exchanged_and_put_back(folder, tmp_path):
     link, aside = folder.path / "sub" / "model.bin", folder.path / "aside"
     link.rename(aside)
     link.symlink_to(tmp_path / "another")
@@ -45,7 +43,7 @@ def test_a_link_that_was_exchanged_and_put_back(
     assert folder.changed() == "sub/model.bin"
 
 
-def test_a_link_that_was_made_anew(folder: folders.MemfdFolder) -> None:
+def test_a_link_that_was_made_anew(folder):
     link = folder.path / "model.xml"
     target = link.readlink()
     link.unlink()
@@ -53,7 +51,7 @@ def test_a_link_that_was_made_anew(folder: folders.MemfdFolder) -> None:
     assert folder.changed() == "model.xml"
 
 
-def test_what_a_killed_process_left_is_swept_by_the_next() -> None:
+def test_what_a_killed_process_left_is_swept_by_the_next():
     program = (
         "from keymgmt._mount.folders import MemfdFolder\n"
         "made = MemfdFolder()\n"

@@ -35,7 +35,7 @@ def provider() -> MemoryProvider:
     return made
 
 
-def test_a_key_is_tried(provider: MemoryProvider, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_is_tried(provider, monkeypatch):
     provider.create_key("publisher", "ed25519", {})
     try_key(provider, "model")
     try_key(provider, "publisher", "sign")
@@ -50,7 +50,7 @@ def test_a_key_is_tried(provider: MemoryProvider, monkeypatch: pytest.MonkeyPatc
         try_key(provider, "model")
 
 
-def test_a_right_that_a_machine_may_lack_is_no_failure() -> None:
+def test_a_right_that_a_machine_may_lack_is_no_failure():
     denied = AccessDenied("denied", hint="grant it")
     assert Finding.failure("key", denied) == Finding("key", "failed", "denied", "grant it")
     assert Finding.failure("key", denied, may_lack=True).status == "skipped"
@@ -58,7 +58,7 @@ def test_a_right_that_a_machine_may_lack_is_no_failure() -> None:
     assert Finding.failure("key", gone, may_lack=True).status == "failed"
 
 
-def test_what_is_of_another_backend_or_names_no_key_is_refused() -> None:
+def test_what_is_of_another_backend_or_names_no_key_is_refused():
     wrapped = WrappedKey("vault", "model", "1", "m", b"x")
     check_backend(wrapped, "vault")
     with pytest.raises(WrongKey, match="another backend"):
@@ -68,7 +68,7 @@ def test_what_is_of_another_backend_or_names_no_key_is_refused() -> None:
         check_backend(wrapped, "vault")
 
 
-def test_a_mechanism_is_allowed_or_its_error_says_where() -> None:
+def test_a_mechanism_is_allowed_or_its_error_says_where():
     wrapped = WrappedKey("vault", "model", "1", "m", b"x")
     check_mechanism(wrapped, ["m"], ["m", "n"], "site")
     with pytest.raises(UnsupportedOperation) as caught:
@@ -79,7 +79,7 @@ def test_a_mechanism_is_allowed_or_its_error_says_where() -> None:
     assert "known: n" in str(caught.value.hint)
 
 
-def test_an_option_that_is_not_known_is_refused() -> None:
+def test_an_option_that_is_not_known_is_refused():
     check_options({"bits": "2048"}, {"bits": "3072"}, "pkcs11")
     with pytest.raises(ConfigError, match="knows no option 'size'") as caught:
         check_options({"size": "1"}, {"bits": "3072"}, "pkcs11")
@@ -89,7 +89,7 @@ def test_an_option_that_is_not_known_is_refused() -> None:
     assert caught.value.hint == "it takes: none"
 
 
-def test_a_fault_says_whether_it_passes() -> None:
+def test_a_fault_says_whether_it_passes():
     table = FaultTable[str](
         {"busy": Fault(ProviderUnavailable, "it is busy", passing=True)},
         unknown=Fault(ProviderUnavailable, "it failed"),

@@ -38,7 +38,7 @@ def _fresh() -> None:
     load_evidence.cache_clear()
 
 
-def test_a_backend_is_chosen_by_config_alone(install: Install) -> None:
+def test_a_backend_is_chosen_by_config_alone(install):
     install("acme-hsm", GROUP, {"acme": "acme_hsm:Acme"}, acme_hsm=ACME)
     config = Config({"providers": {"hsm": {"backend": "acme", "address": "x"}}})
     provider = config.provider("hsm")
@@ -48,7 +48,7 @@ def test_a_backend_is_chosen_by_config_alone(install: Install) -> None:
     assert (info.distribution, info.version) == ("acme-hsm", "1.0")
 
 
-def test_only_the_named_backend_is_imported(install: Install) -> None:
+def test_only_the_named_backend_is_imported(install):
     install("acme-hsm", GROUP, {"acme": "acme_hsm:Acme"}, acme_hsm=ACME)
     trap = "raise RuntimeError('imported')"
     install("other-hsm", GROUP, {"other": "other_hsm:Other"}, other_hsm=trap)
@@ -78,9 +78,7 @@ def test_only_the_named_backend_is_imported(install: Install) -> None:
         (ACME.replace('backend = "acme"', 'backend = "emca"'), "calls itself 'emca'", "equal"),
     ],
 )
-def test_a_broken_one_is_explained_and_harms_no_other(
-    install: Install, source: str, said: str, hint: str
-) -> None:
+def test_a_broken_one_is_explained_and_harms_no_other(install, source, said, hint):
     install("acme-hsm", GROUP, {"acme": "acme_hsm:Acme"}, acme_hsm=source)
     good = ACME.replace('"acme"', '"good"')
     install("good-hsm", GROUP, {"good": "good_hsm:Acme"}, good_hsm=good)
@@ -91,7 +89,7 @@ def test_a_broken_one_is_explained_and_harms_no_other(
     assert load_backend("good").backend == "good"
 
 
-def test_a_name_that_two_provide_is_refused_until_one_is_named(install: Install) -> None:
+def test_a_name_that_two_provide_is_refused_until_one_is_named(install):
     install("acme-hsm", GROUP, {"acme": "acme_hsm:Acme"}, acme_hsm=ACME)
     trap = "raise RuntimeError('imported')"
     install("evil-hsm", GROUP, {"acme": "evil_hsm:Acme"}, evil_hsm=trap)
@@ -104,7 +102,7 @@ def test_a_name_that_two_provide_is_refused_until_one_is_named(install: Install)
     assert "evil_hsm" not in sys.modules
 
 
-def test_a_package_that_slipped_in_under_the_name_is_refused(install: Install) -> None:
+def test_a_package_that_slipped_in_under_the_name_is_refused(install):
     trap = "raise RuntimeError('imported')"
     install("evil-hsm", GROUP, {"acme": "evil_hsm:Acme"}, evil_hsm=trap)
     with pytest.raises(BackendNotInstalled, match="comes from evil-hsm, but the config allows"):
@@ -120,7 +118,7 @@ def test_a_package_that_slipped_in_under_the_name_is_refused(install: Install) -
         ("../", "short name"),
     ],
 )
-def test_a_missing_one_says_what_to_do(install: Install, name: str, hint: str) -> None:
+def test_a_missing_one_says_what_to_do(install, name, hint):
     install("acme-hsm", GROUP, {"acme": "acme_hsm:Acme"}, acme_hsm=ACME)
     with pytest.raises(BackendNotInstalled, match="is not installed") as raised:
         load_backend(name)
@@ -128,7 +126,7 @@ def test_a_missing_one_says_what_to_do(install: Install, name: str, hint: str) -
 
 
 @pytest.mark.parametrize("name", ["file", "vault", "pkcs11", "tpm2"])
-def test_one_of_ours_that_is_missing_says_the_exact_command(name: str) -> None:
+def test_one_of_ours_that_is_missing_says_the_exact_command(name):
     if name in backends():
         pytest.skip("installed")
     with pytest.raises(BackendNotInstalled) as raised:
@@ -136,9 +134,7 @@ def test_one_of_ours_that_is_missing_says_the_exact_command(name: str) -> None:
     assert raised.value.hint == f'pip install "keymgmt[{name}]"'
 
 
-def test_nothing_is_imported_from_the_working_directory(
-    install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_imported_from_the_working_directory(install, tmp_path, monkeypatch):
     install("acme-hsm", GROUP, {"acme": "acme_hsm:Acme"}, acme_hsm=ACME)
     work = tmp_path / "work"
     work.mkdir()
@@ -165,13 +161,13 @@ class Acme(Evidence[Nothing]):
 """
 
 
-def test_a_kind_of_evidence_is_found_as_a_backend_is(install: Install) -> None:
+def test_a_kind_of_evidence_is_found_as_a_backend_is(install):
     install("acme-proof", "keymgmt.evidence", {"acme": "acme_proof:Acme"}, acme_proof=EVIDENCE)
     kind = load_evidence("acme")
     assert kind(kind.Settings()).quote(b"data") == b"data"
 
 
-def test_evidence_that_is_missing_or_something_else_is_explained(install: Install) -> None:
+def test_evidence_that_is_missing_or_something_else_is_explained(install):
     with pytest.raises(BackendNotInstalled, match="the evidence 'acmes' is not installed"):
         load_evidence("acmes")
     other = EVIDENCE.replace('"acme"', '"emca"')

@@ -58,7 +58,7 @@ def write_distribution(
 
 
 @pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+def install(tmp_path, monkeypatch) -> Install:
     def install(name: str, module: str, code: str = GOOD, **more: str) -> Path:
         folder = write_distribution(tmp_path / module, name, module, code, **more)
         monkeypatch.syspath_prepend(str(folder))
@@ -74,9 +74,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
         ("reg-odd", GOOD + "    api_version = 'x'\n", "speaks version 'x'", "--upgrade keymgmt"),
     ],
 )
-def test_a_broken_one_is_explained_and_breaks_no_other(
-    install: Install, name: str, code: str, said: str, hint: str
-) -> None:
+def test_a_broken_one_is_explained_and_breaks_no_other(install, name, code, said, hint):
     install(name, name.replace("-", "_"), code)
     install("reg-fine", f"reg_fine_beside_{name.replace('-', '_')}")
     with pytest.raises(BackendNotInstalled, match=f"of keymgmt-{name} 1.2.3") as caught:
@@ -86,7 +84,7 @@ def test_a_broken_one_is_explained_and_breaks_no_other(
     assert load_backend("reg-fine").backend == "reg-fine"
 
 
-def test_what_is_not_named_is_not_imported(install: Install, tmp_path: Path) -> None:
+def test_what_is_not_named_is_not_imported(install, tmp_path):
     """So a slow or hostile plugin costs nothing until a config names its backend."""
     mark = tmp_path / "imported"
     install("reg-slow", "reg_slow", f"import time; open({str(mark)!r}, 'w'); time.sleep(60)")
@@ -102,7 +100,7 @@ def test_what_is_not_named_is_not_imported(install: Install, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("written", ["keymgmt-reg-own", "Keymgmt_Reg.Own"])
-def test_distribution_picks_one_however_it_is_spelt(install: Install, written: str) -> None:
+def test_distribution_picks_one_however_it_is_spelt(install, written):
     module = f"reg_own_{len(written)}_{written[0].lower()}_{written[0].isupper()}"
     install("reg-own", module, distribution="keymgmt-reg-own")
     install("reg-own", f"{module}_squat", distribution="typo-squatter")
@@ -112,7 +110,7 @@ def test_distribution_picks_one_however_it_is_spelt(install: Install, written: s
     assert f"{module}_squat" not in sys.modules
 
 
-def test_half_removed_metadata_is_survived(install: Install) -> None:
+def test_half_removed_metadata_is_survived(install):
     folder = install("reg-half", "reg_half")
     next(folder.glob("*.dist-info/METADATA")).unlink()
     (info,) = backends()["reg-half"]
@@ -138,7 +136,7 @@ def ask(here: Path, *start: str, path: Path | None = None) -> str:
     return done.stdout
 
 
-def test_nothing_is_found_in_the_working_directory(tmp_path: Path) -> None:
+def test_nothing_is_found_in_the_working_directory(tmp_path):
     """A downloaded folder may hold a package that calls itself a backend."""
     here = write_distribution(tmp_path / "download", "reg-here", "reg_here", GOOD)
     (here / "reg_ask.py").write_text(ASK)
@@ -152,7 +150,7 @@ def test_nothing_is_found_in_the_working_directory(tmp_path: Path) -> None:
     assert ask(here, str(here / "reg_ask.py")) == "loaded reg_here\n"
 
 
-def test_an_installed_one_is_not_hidden_by_the_working_directory(tmp_path: Path) -> None:
+def test_an_installed_one_is_not_hidden_by_the_working_directory(tmp_path):
     site = write_distribution(tmp_path / "site", "reg-here", "reg_here", GOOD)
     here = tmp_path / "download"
     here.mkdir()
@@ -165,7 +163,7 @@ def test_an_installed_one_is_not_hidden_by_the_working_directory(tmp_path: Path)
     assert ask(here, "-P", "-c", ASK, path=site) == "loaded reg_here\n"
 
 
-def test_no_command_is_found_in_the_working_directory(tmp_path: Path) -> None:
+def test_no_command_is_found_in_the_working_directory(tmp_path):
     here = write_distribution(tmp_path / "download", "reg-here", "reg_here", "print('this ran')")
     (info,) = here.glob("*.dist-info")
     (info / "entry_points.txt").write_text("[keymgmt.commands]\nreg-here = reg_here:app\n")

@@ -19,14 +19,14 @@ def source(base: Path, **place: str) -> SecretSource:
 
 
 @pytest.fixture
-def private(tmp_path: Path) -> Path:
+def private(tmp_path) -> Path:
     path = tmp_path / "pin"
     path.touch(mode=0o600)
     path.write_bytes(b"hunter2\n")
     return path
 
 
-def test_a_private_file_without_its_line_end(private: Path) -> None:
+def test_a_private_file_without_its_line_end(private):
     secret = source(private.parent, file="pin").read()
     assert secret == b"hunter2"
     assert isinstance(secret, bytearray)
@@ -35,7 +35,7 @@ def test_a_private_file_without_its_line_end(private: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o620])
-def test_a_file_that_others_can_use_is_refused(private: Path, mode: int) -> None:
+def test_a_file_that_others_can_use_is_refused(private, mode):
     private.chmod(mode)
     with pytest.raises(ProviderUnavailable, match="is refused: others can use it") as raised:
         source(private.parent, file="pin").read()
@@ -43,13 +43,13 @@ def test_a_file_that_others_can_use_is_refused(private: Path, mode: int) -> None
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
-def test_a_file_of_somebody_else_is_refused(private: Path) -> None:
+def test_a_file_of_somebody_else_is_refused(private):
     os.chown(private, 12345, 12345)
     with pytest.raises(ProviderUnavailable, match="belongs to user 12345"):
         source(private.parent, file="pin").read()
 
 
-def test_what_is_no_small_file_is_refused_and_never_waited_for(private: Path) -> None:
+def test_what_is_no_small_file_is_refused_and_never_waited_for(private):
     os.mkfifo(private.parent / "fifo", 0o600)
     with pytest.raises(ProviderUnavailable, match="is not a regular file"):
         source(private.parent, file="fifo").read()
@@ -63,7 +63,7 @@ def test_what_is_no_small_file_is_refused_and_never_waited_for(private: Path) ->
         source(private.parent, file="missing").read()
 
 
-def test_an_environment_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_environment_variable(tmp_path, monkeypatch):
     place = source(tmp_path, env="ACME_PIN")
     with pytest.raises(ProviderUnavailable, match="ACME_PIN is not set"):
         place.read()
@@ -71,7 +71,7 @@ def test_an_environment_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert place.read() == b"hunter2"
 
 
-def test_a_systemd_credential(private: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_systemd_credential(private, monkeypatch):
     place = source(private.parent, credential="pin")
     monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
     with pytest.raises(ProviderUnavailable, match="no systemd credentials") as raised:
@@ -82,16 +82,14 @@ def test_a_systemd_credential(private: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert place.read() == b"hunter2"
 
 
-def test_a_prompt_needs_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_needs_a_terminal(tmp_path, monkeypatch):
     with Path(os.devnull).open() as nothing:
         monkeypatch.setattr(sys, "stdin", nothing)
         with pytest.raises(ProviderUnavailable, match="not a terminal"):
             source(tmp_path, prompt="PIN of the HSM").read()
 
 
-def test_a_keyring_that_is_not_installed_says_how_to_get_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_keyring_that_is_not_installed_says_how_to_get_it(tmp_path, monkeypatch):
     gone: Any = None
     monkeypatch.setitem(sys.modules, "keyring", gone)
     with pytest.raises(ProviderUnavailable) as raised:
@@ -99,7 +97,7 @@ def test_a_keyring_that_is_not_installed_says_how_to_get_it(
     assert raised.value.hint == 'pip install "keymgmt[keyring]"'
 
 
-def test_the_place_is_shown_and_never_the_secret(private: Path) -> None:
+def test_the_place_is_shown_and_never_the_secret(private):
     place = source(private.parent, file="pin")
     place.read()
     assert str(private) in str(place)

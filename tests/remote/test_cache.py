@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from blake3 import blake3
-from webserver import Serve, files_of
+from webserver import files_of
 
 import keymgmt
 from keymgmt._remote.cache import CachedStorage
@@ -31,9 +31,7 @@ def read(where: str, keys: Any) -> bytes:
         return bytes(model.read("model.bin"))
 
 
-def test_what_was_fetched_is_not_fetched_again(
-    site: Any, sealed: Path, serve: Serve, config: Any
-) -> None:
+def test_what_was_fetched_is_not_fetched_again(site, sealed, serve, config):
     web = serve(files_of(site.root))
     where, keys = f"{web.url}/m.sealed", config(cache=str(site.root / "cache"))
     plain = (site.plain / "model.bin").read_bytes()
@@ -48,9 +46,7 @@ def test_what_was_fetched_is_not_fetched_again(
     assert not any(plain[:64] in content for content, _ in kept)
 
 
-def test_what_is_damaged_is_fetched_again(
-    site: Any, sealed: Path, serve: Serve, config: Any
-) -> None:
+def test_what_is_damaged_is_fetched_again(site, sealed, serve, config):
     web = serve(files_of(site.root))
     where, keys = f"{web.url}/m.sealed", config(cache=str(site.root / "cache"))
     plain = read(where, keys)
@@ -64,7 +60,7 @@ def test_what_is_damaged_is_fetched_again(
     assert fetched(web) == []
 
 
-def test_what_was_forged_is_refused(site: Any, sealed: Path, serve: Serve, config: Any) -> None:
+def test_what_was_forged_is_refused(site, sealed, serve, config):
     web = serve(files_of(site.root))
     where, keys = f"{web.url}/m.sealed", config(cache=str(site.root / "cache"))
     read(where, keys)
@@ -77,9 +73,7 @@ def test_what_was_forged_is_refused(site: Any, sealed: Path, serve: Serve, confi
     assert isinstance(refused.value, IntegrityError)
 
 
-def test_another_file_in_its_place_is_another_part(
-    site: Any, sealed: Path, serve: Serve, config: Any
-) -> None:
+def test_another_file_in_its_place_is_another_part(site, sealed, serve, config):
     web = serve(files_of(site.root))
     where, keys = f"{web.url}/m.sealed", config(cache=str(site.root / "cache"))
     read(where, keys)
@@ -89,7 +83,7 @@ def test_another_file_in_its_place_is_another_part(
     assert fetched(web)
 
 
-def test_others_may_not_look_into_it(site: Any, sealed: Path, serve: Serve, config: Any) -> None:
+def test_others_may_not_look_into_it(site, sealed, serve, config):
     (site.root / "cache").mkdir(mode=0o755)
     with pytest.raises(ConfigError, match="cache"):
         read("http://127.0.0.1:9/m", config(cache=str(site.root / "cache")))
@@ -97,9 +91,7 @@ def test_others_may_not_look_into_it(site: Any, sealed: Path, serve: Serve, conf
         read("http://127.0.0.1:9/m", config(cache=str(site.root / "no" / "cache")))
 
 
-def test_without_a_place_for_it_models_open(
-    site: Any, sealed: Path, serve: Serve, config: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_a_place_for_it_models_open(site, sealed, serve, config, caplog):
     web = serve(files_of(site.root))
     keys = config(cache=str(site.root / "cache"))
     with keymgmt.open(f"{web.url}/m.sealed", keys=keys) as model:
@@ -122,7 +114,7 @@ class Numbers:
         return pin
 
 
-def test_what_was_used_longest_ago_goes_first(tmp_path: Path) -> None:
+def test_what_was_used_longest_ago_goes_first(tmp_path):
     numbers = Numbers()
     cache = CachedStorage(numbers, "https://models.example/m", tmp_path / "cache", 3500)
 
@@ -148,7 +140,7 @@ def _age(file: Path) -> int:
     return file.stat().st_mtime_ns
 
 
-def test_without_a_pin_nothing_is_kept(tmp_path: Path) -> None:
+def test_without_a_pin_nothing_is_kept(tmp_path):
     cache = CachedStorage(Numbers(), "https://models.example/m", tmp_path / "cache", 1 << 20)
     for pin in ("", 'W/"1"', "Wed, 21 Oct 2015 07:28:00 GMT"):
         cache.part("file", 1, 2, pin)

@@ -21,7 +21,7 @@ import pytest
 from bits import flipped
 from loopback import Authority
 from waiting import until
-from webserver import Seen, Serve, Web, reply
+from webserver import Seen, Web, reply
 
 import keymgmt
 from keymgmt._remote.artifact import MEDIA_TYPE, Artifact, Blob, blob_of
@@ -148,20 +148,20 @@ def send(handler: Any, request: Seen, content: bytes) -> None:
 
 
 @pytest.fixture
-def fake(site: Any, serve: Serve, authority: Authority) -> Fake:
+def fake(site, serve, authority) -> Fake:
     made = Fake(site, files_of(site.seal()))
     made.ca_file = authority.ca_file
     made.web = serve(made.answer, tls=True)
     return made
 
 
-def test_it_is_a_registry_if_nothing_is_bent(fake: Fake) -> None:
+def test_it_is_a_registry_if_nothing_is_bent(fake):
     assert fake.pull().state == "new"
     assert {k: v for k, v in files_of(fake.target).items() if k[0] != "."} == fake.files
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "keys.json", "payload/model.bin.floe"])
-def test_another_blob_is_refused(fake: Fake, name: str) -> None:
+def test_another_blob_is_refused(fake, name):
     content = fake.files[name]
     fake.blobs[fake.digest(name)] = content[:-1] + bytes([content[-1] ^ 1])
     fake.refused(IntegrityError, match="than its digest says")
@@ -171,18 +171,18 @@ def test_another_blob_is_refused(fake: Fake, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["keys.json", "payload/model.bin.floe"])
-def test_a_blob_that_is_missing_is_said(fake: Fake, name: str) -> None:
+def test_a_blob_that_is_missing_is_said(fake, name):
     del fake.blobs[fake.digest(name)]
     assert "push the model again" in str(fake.refused(IntegrityError, match="is not whole").hint)
 
 
-def test_another_manifest_than_the_digest_is_refused(fake: Fake) -> None:
+def test_another_manifest_than_the_digest_is_refused(fake):
     place = fake.place.rpartition(":")[0] + "@sha256:" + "a" * 64
     with pytest.raises(IntegrityError, match="another manifest"):
         keymgmt.pull(place, fake.target, keys=fake.write_config())
 
 
-def test_a_digest_that_is_not_that_of_the_answer_is_refused(fake: Fake) -> None:
+def test_a_digest_that_is_not_that_of_the_answer_is_refused(fake):
     def lie(request: Seen, handler: Any) -> bool:
         if "/manifests/" not in request.path:
             return False
@@ -211,18 +211,18 @@ def test_a_digest_that_is_not_that_of_the_answer_is_refused(fake: Fake) -> None:
         b"{" + b" " * (5 << 20) + b"}",
     ],
 )
-def test_what_is_no_sealed_model_is_refused(fake: Fake, manifest: bytes) -> None:
+def test_what_is_no_sealed_model_is_refused(fake, manifest):
     fake.manifest = manifest
     fake.refused(FormatError, StorageUnavailable)
 
 
-def test_an_image_of_a_container_is_refused(fake: Fake) -> None:
+def test_an_image_of_a_container_is_refused(fake):
     fake.describe(lambda said: [layer.pop("annotations") for layer in said["layers"]])
     fake.refused(FormatError, match="no title")
 
 
 @pytest.mark.parametrize("change", ["twice", "shorter", "missing", "huge"])
-def test_layers_that_are_not_those_of_the_model_are_refused(fake: Fake, change: str) -> None:
+def test_layers_that_are_not_those_of_the_model_are_refused(fake, change):
     name = "payload/model.bin.floe"
 
     def bend(said: dict[str, Any]) -> None:
@@ -239,7 +239,7 @@ def test_layers_that_are_not_those_of_the_model_are_refused(fake: Fake, change: 
     assert not [one for one in fake.web.seen if fake.digest(name) in one.path]
 
 
-def test_names_lead_nowhere(fake: Fake, tmp_path: Path) -> None:
+def test_names_lead_nowhere(fake, tmp_path):
     """Titles that leave the folder, or lie beside the model's own, are not written anywhere."""
     evil = b"evil"
     fake.blobs[blob_of(evil).digest] = evil
@@ -255,7 +255,7 @@ def test_names_lead_nowhere(fake: Fake, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*evil*"))
 
 
-def test_files_of_two_models_are_refused(fake: Fake) -> None:
+def test_files_of_two_models_are_refused(fake):
     other = files_of(fake.site.seal(target="n.sealed"))
     fake.blobs[blob_of(other["keys.json"]).digest] = other["keys.json"]
 
@@ -267,7 +267,7 @@ def test_files_of_two_models_are_refused(fake: Fake) -> None:
     fake.refused(IntegrityError, match="another manifest")
 
 
-def test_a_manifest_of_other_files_is_refused(fake: Fake) -> None:
+def test_a_manifest_of_other_files_is_refused(fake):
     """A payload with the right length and the registry's digest, and not the model's."""
     name = "payload/model.bin.floe"
     other = bytes(len(fake.files[name]))
@@ -282,9 +282,7 @@ def test_a_manifest_of_other_files_is_refused(fake: Fake) -> None:
 @pytest.mark.parametrize(
     ("status", "kind"), [(401, StorageDenied), (403, StorageDenied), (404, IntegrityError)]
 )
-def test_a_no_in_the_middle_leaves_nothing(
-    fake: Fake, status: int, kind: type[KeymgmtError]
-) -> None:
+def test_a_no_in_the_middle_leaves_nothing(fake, status, kind):
     digest = fake.digest("payload/model.xml.floe")
 
     def refuse(request: Seen, handler: Any) -> bool:
@@ -297,7 +295,7 @@ def test_a_no_in_the_middle_leaves_nothing(
     fake.refused(kind)
 
 
-def test_who_is_busy_is_asked_again(fake: Fake, quick: list[float]) -> None:
+def test_who_is_busy_is_asked_again(fake, quick):
     def busy(request: Seen, handler: Any) -> bool:
         count[0] += 1
         if count[0] % 2:
@@ -311,7 +309,7 @@ def test_who_is_busy_is_asked_again(fake: Fake, quick: list[float]) -> None:
     assert set(quick) == {3.0}
 
 
-def test_blobs_may_come_from_elsewhere_without_a_login(fake: Fake, serve: Serve, site: Any) -> None:
+def test_blobs_may_come_from_elsewhere_without_a_login(fake, serve, site):
     def elsewhere(request: Seen, handler: Any) -> bool:
         if "/blobs/" not in request.path:
             return False
@@ -333,9 +331,7 @@ def test_blobs_may_come_from_elsewhere_without_a_login(fake: Fake, serve: Serve,
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_answers_that_are_cut_are_put_together(
-    fake: Fake, quick: list[float], ranges: bool
-) -> None:
+def test_answers_that_are_cut_are_put_together(fake, quick, ranges):
     """Where ranges are ignored, a server that gives all of it at last is enough."""
     seen: dict[str, int] = {}
 
@@ -394,7 +390,7 @@ def staged(fake: Fake) -> list[Path]:
 
 
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_a_pull_that_is_stopped_goes_on_where_it_was(fake: Fake, stop: signal.Signals) -> None:
+def test_a_pull_that_is_stopped_goes_on_where_it_was(fake, stop):
     name = "payload/model.bin.floe"
     asked = throttled(fake, name)
     process = fake.start("pull", fake.place, fake.target)
@@ -416,7 +412,7 @@ def test_a_pull_that_is_stopped_goes_on_where_it_was(fake: Fake, stop: signal.Si
     assert not staged(fake)
 
 
-def test_two_pulls_to_one_folder_do_not_mix(fake: Fake) -> None:
+def test_two_pulls_to_one_folder_do_not_mix(fake):
     throttled(fake, "payload/model.bin.floe")
     process = fake.start("pull", fake.place, fake.target)
     until(lambda: bool(staged(fake)) and bool(list(staged(fake)[0].rglob("model.bin.floe"))))
@@ -426,7 +422,7 @@ def test_two_pulls_to_one_folder_do_not_mix(fake: Fake) -> None:
     assert fake.pull().state == "new"
 
 
-def test_a_folder_that_another_user_prepared_is_refused(fake: Fake, monkeypatch: Any) -> None:
+def test_a_folder_that_another_user_prepared_is_refused(fake, monkeypatch):
     asked = throttled(fake, "payload/model.bin.floe")
     process = fake.start("pull", fake.place, fake.target)
     until(lambda: bool(asked))
@@ -442,7 +438,7 @@ def test_a_folder_that_another_user_prepared_is_refused(fake: Fake, monkeypatch:
     fake.refused(ConfigError)
 
 
-def test_a_tag_that_moves_meanwhile_changes_nothing(fake: Fake) -> None:
+def test_a_tag_that_moves_meanwhile_changes_nothing(fake):
     first = dict(fake.files)
     other = Fake(fake.site, files_of(fake.site.seal(target="n.sealed")))
     fake.blobs |= other.blobs
@@ -455,12 +451,12 @@ def test_a_tag_that_moves_meanwhile_changes_nothing(fake: Fake) -> None:
     assert {k: v for k, v in files_of(fake.target).items() if k[0] != "."} == first
 
 
-def test_a_certificate_of_another_is_refused(fake: Fake, serve: Serve, tmp_path: Path) -> None:
+def test_a_certificate_of_another_is_refused(fake, serve, tmp_path):
     fake.web = serve(fake.answer, tls=True, by=Authority(tmp_path / "other"))
     fake.refused(StorageUnavailable, match="certificate")
 
 
-def test_a_disk_that_is_full_is_said_before(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_full_is_said_before(fake, monkeypatch):
     from keymgmt._verbs import pull
 
     class Full:
@@ -471,9 +467,7 @@ def test_a_disk_that_is_full_is_said_before(fake: Fake, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM])
-def test_a_push_that_is_stopped_moves_no_tag(
-    fake: Fake, stop: signal.Signals, tmp_path: Path
-) -> None:
+def test_a_push_that_is_stopped_moves_no_tag(fake, stop, tmp_path):
     """Uploads are answered slowly: the process is killed in the middle of them."""
     stored: dict[str, bytes] = {}
     tags: list[bytes] = []
@@ -515,7 +509,7 @@ def test_a_push_that_is_stopped_moves_no_tag(
     assert blob_of(tags[-1]) == Blob(pushed.digest, len(tags[-1]))
 
 
-def test_an_upload_that_breaks_is_made_again(fake: Fake, quick: list[float]) -> None:
+def test_an_upload_that_breaks_is_made_again(fake, quick):
     """A registry that ends connections in the middle, and one that takes no login elsewhere."""
     stored: dict[str, bytes] = {}
     broken: list[str] = []
@@ -551,7 +545,7 @@ def test_an_upload_that_breaks_is_made_again(fake: Fake, quick: list[float]) -> 
     assert all(done <= total for done, total in told)
 
 
-def test_a_payload_that_is_damaged_is_not_pushed(fake: Fake) -> None:
+def test_a_payload_that_is_damaged_is_not_pushed(fake):
     """Its length is right, and a registry would take any bytes that have the digest of the blob."""
     file = fake.site.root / "m.sealed/payload/model.bin.floe"
     file.write_bytes(flipped(file.read_bytes()))
@@ -561,7 +555,7 @@ def test_a_payload_that_is_damaged_is_not_pushed(fake: Fake) -> None:
     assert {seen.method for seen in fake.web.seen} <= {"GET"}
 
 
-def test_a_payload_that_changes_during_a_push_is_not_stored(fake: Fake) -> None:
+def test_a_payload_that_changes_during_a_push_is_not_stored(fake):
     """A registry that takes every body that is whole, whatever its digest is."""
     file = fake.site.root / "m.sealed/payload/model.bin.floe"
     whole = file.read_bytes()
@@ -587,13 +581,13 @@ def test_a_payload_that_changes_during_a_push_is_not_stored(fake: Fake) -> None:
     assert {len(content) for content in stored}.isdisjoint({len(whole)})
 
 
-def test_a_registry_that_makes_no_repository_is_named(fake: Fake) -> None:
+def test_a_registry_that_makes_no_repository_is_named(fake):
     fake.bend = lambda request, handler: reply(handler, 404) or True
     with pytest.raises(StorageUnavailable, match="no repository models/resnet50"):
         keymgmt.push(fake.site.root / "m.sealed", fake.place, keys=fake.write_config())
 
 
-def test_a_file_of_the_old_model_is_not_written(fake: Fake) -> None:
+def test_a_file_of_the_old_model_is_not_written(fake):
     """An interrupted repair left a second name of a file; a program may have it open."""
     fake.pull()
     file = fake.target / "payload" / "model.bin.floe"
@@ -615,7 +609,7 @@ def test_a_file_of_the_old_model_is_not_written(fake: Fake) -> None:
 
 
 @pytest.mark.parametrize("place", ["http://models.example/upload", "", "https://[/"])
-def test_an_upload_is_sent_nowhere_else(fake: Fake, place: str) -> None:
+def test_an_upload_is_sent_nowhere_else(fake, place):
     def keep(request: Seen, handler: Any) -> bool:
         if request.method == "POST":
             reply(handler, 202, Location=place)
@@ -628,7 +622,7 @@ def test_an_upload_is_sent_nowhere_else(fake: Fake, place: str) -> None:
         keymgmt.push(fake.site.root / "m.sealed", fake.place, keys=fake.write_config())
 
 
-def test_a_tag_that_moves_during_a_push_is_not_moved_back(fake: Fake) -> None:
+def test_a_tag_that_moves_during_a_push_is_not_moved_back(fake):
     stored: set[str] = set()
 
     def keep(request: Seen, handler: Any) -> bool:
@@ -652,7 +646,7 @@ def test_a_tag_that_moves_during_a_push_is_not_moved_back(fake: Fake) -> None:
     assert stored
 
 
-def test_a_child_is_not_held_up_by_a_look_up_of_its_parent(fake: Fake) -> None:
+def test_a_child_is_not_held_up_by_a_look_up_of_its_parent(fake):
     """The tag is looked up once, under a lock that a thread of the parent holds at the fork."""
     looking, go = threading.Event(), threading.Event()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from loopback import Authority
-from webserver import Seen, Serve, reply
+from webserver import Seen, reply
 
 from keymgmt._config.remote import Access
 from keymgmt._remote.http import Http
@@ -47,7 +47,7 @@ def cut(handler: Any, status: int, part: bytes, length: int, **headers: str) -> 
     handler.close_connection = True
 
 
-def test_an_answer_comes_over_tls(serve: Serve, settings: Settings) -> None:
+def test_an_answer_comes_over_tls(serve, settings):
     web = serve(lambda _, handler: reply(handler, 200, b"hello"), tls=True)
     got = client(settings, web.url).request("GET", f"{web.url}/a", limit=10)
     assert (bytes(got.body), got.whole) == (b"hello", True)
@@ -55,9 +55,7 @@ def test_an_answer_comes_over_tls(serve: Serve, settings: Settings) -> None:
     assert (bytes(got.body), got.whole) == (b"hel", False)
 
 
-def test_a_certificate_of_another_authority_is_refused_at_once(
-    serve: Serve, settings: Settings, tmp_path: Any, quick: list[float]
-) -> None:
+def test_a_certificate_of_another_authority_is_refused_at_once(serve, settings, tmp_path, quick):
     web = serve(lambda _, handler: reply(handler, 200), tls=True, by=Authority(tmp_path / "other"))
     with pytest.raises(StorageUnavailable, match="certificate") as refused:
         client(settings, web.url).request("GET", web.url, limit=1)
@@ -65,15 +63,13 @@ def test_a_certificate_of_another_authority_is_refused_at_once(
     assert not quick
 
 
-def test_certificates_that_are_not_there_are_named(settings: Settings, tmp_path: Any) -> None:
+def test_certificates_that_are_not_there_are_named(settings, tmp_path):
     with pytest.raises(ConfigError, match=r"missing\.pem"):
         client(settings, "https://127.0.0.1", ca_file=tmp_path / "missing.pem")
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_who_is_busy_is_asked_again(
-    serve: Serve, settings: Settings, quick: list[float], status: int
-) -> None:
+def test_who_is_busy_is_asked_again(serve, settings, quick, status):
     def answer(request: Seen, handler: Any) -> None:
         if len(web.seen) < 3:
             reply(handler, status, b"later", Retry_After="7")
@@ -85,7 +81,7 @@ def test_who_is_busy_is_asked_again(
     assert quick == [7.0, 7.0]
 
 
-def test_who_stays_busy_is_given_up(serve: Serve, settings: Settings, quick: list[float]) -> None:
+def test_who_stays_busy_is_given_up(serve, settings, quick):
     web = serve(lambda _, handler: reply(handler, 500))
     with pytest.raises(StorageUnavailable, match="says 500"):
         client(settings, web.url).request("GET", web.url, limit=9)
@@ -93,9 +89,7 @@ def test_who_stays_busy_is_given_up(serve: Serve, settings: Settings, quick: lis
 
 
 @pytest.mark.parametrize(("status", "kind"), [(401, StorageDenied), (403, StorageDenied)])
-def test_a_no_is_not_asked_again(
-    serve: Serve, settings: Settings, quick: list[float], status: int, kind: type[Exception]
-) -> None:
+def test_a_no_is_not_asked_again(serve, settings, quick, status, kind):
     web = serve(lambda _, handler: reply(handler, status))
     with pytest.raises(kind):
         client(settings, web.url).request("GET", web.url, limit=9)
@@ -110,30 +104,26 @@ def test_a_no_is_not_asked_again(
         (b"<html>27182818", "403$"),
     ],
 )
-def test_of_what_a_server_says_a_code_is_told(
-    serve: Serve, settings: Settings, body: bytes, said: str
-) -> None:
+def test_of_what_a_server_says_a_code_is_told(serve, settings, body, said):
     web = serve(lambda _, handler: reply(handler, 403, body))
     with pytest.raises(StorageDenied, match=said):
         client(settings, web.url).request("GET", web.url, limit=9)
 
 
-def test_nobody_there_is_said(settings: Settings, quick: list[float]) -> None:
+def test_nobody_there_is_said(settings, quick):
     with pytest.raises(StorageUnavailable, match="not reached"):
         client(settings, "http://127.0.0.1:1").request("GET", "http://127.0.0.1:1/a", limit=9)
     assert len(quick) == 5
 
 
-def test_plain_http_behind_https_is_said(
-    serve: Serve, settings: Settings, quick: list[float]
-) -> None:
+def test_plain_http_behind_https_is_said(serve, settings, quick):
     web = serve(lambda _, handler: reply(handler, 200))
     url = web.url.replace("http:", "https:")
     with pytest.raises(StorageUnavailable, match="does not speak TLS"):
         client(settings, url).request("GET", url, limit=9)
 
 
-def test_a_login_goes_to_its_host_alone(serve: Serve, settings: Settings) -> None:
+def test_a_login_goes_to_its_host_alone(serve, settings):
     other = serve(lambda _, handler: reply(handler, 200, b"there"), tls=True)
     web = serve(
         lambda _, handler: reply(handler, 307, Location=f"{other.url}/x?signed=1"), tls=True
@@ -145,9 +135,7 @@ def test_a_login_goes_to_its_host_alone(serve: Serve, settings: Settings) -> Non
     assert "authorization" not in other.seen[0].headers
 
 
-def test_an_address_that_two_parsers_read_as_two_hosts_gets_no_login(
-    serve: Serve, settings: Settings
-) -> None:
+def test_an_address_that_two_parsers_read_as_two_hosts_gets_no_login(serve, settings):
     other = serve(lambda _, handler: reply(handler, 200, b"there"), tls=True)
     host = other.url.partition("://")[2]
 
@@ -163,7 +151,7 @@ def test_an_address_that_two_parsers_read_as_two_hosts_gets_no_login(
     assert not other.seen
 
 
-def test_a_login_is_made_as_the_host_asks(serve: Serve, settings: Settings) -> None:
+def test_a_login_is_made_as_the_host_asks(serve, settings):
     def answer(request: Seen, handler: Any) -> None:
         if request.headers.get("authorization") == "Basic abc":
             reply(handler, 200, b"in")
@@ -187,22 +175,20 @@ def test_a_login_is_made_as_the_host_asks(serve: Serve, settings: Settings) -> N
 
 
 @pytest.mark.parametrize("target", ["http://models.example/a", "file:///etc/passwd", "ftp://h/a"])
-def test_only_https_is_followed(serve: Serve, settings: Settings, target: str) -> None:
+def test_only_https_is_followed(serve, settings, target):
     web = serve(lambda _, handler: reply(handler, 302, Location=target))
     with pytest.raises(StorageDenied, match="redirects to"):
         client(settings, web.url).request("GET", web.url, limit=9)
 
 
-def test_redirects_end(serve: Serve, settings: Settings) -> None:
+def test_redirects_end(serve, settings):
     web = serve(lambda _, handler: reply(handler, 302, Location="/again"))
     with pytest.raises(StorageUnavailable, match="again and again") as refused:
         client(settings, web.url).request("GET", web.url, limit=9)
     assert refused.value.hint
 
 
-def test_what_a_redirect_was_signed_with_is_not_told(
-    serve: Serve, settings: Settings, quick: list[float]
-) -> None:
+def test_what_a_redirect_was_signed_with_is_not_told(serve, settings, quick):
     target = "http://127.0.0.1:1/a?X-Amz-Signature=27182818"
     web = serve(lambda _, handler: reply(handler, 302, Location=target))
     with pytest.raises(StorageUnavailable) as told:
@@ -210,9 +196,7 @@ def test_what_a_redirect_was_signed_with_is_not_told(
     assert "27182818" not in str(told.value)
 
 
-def test_a_download_goes_on_where_it_was_cut(
-    serve: Serve, settings: Settings, quick: list[float]
-) -> None:
+def test_a_download_goes_on_where_it_was_cut(serve, settings, quick):
     def answer(request: Seen, handler: Any) -> None:
         start = int(request.headers.get("range", "bytes=0-").split("=")[1].split("-")[0])
         part = CONTENT[start : start + 100_000]
@@ -228,9 +212,7 @@ def test_a_download_goes_on_where_it_was_cut(
     assert len(web.seen) == 11
 
 
-def test_a_server_that_ignores_ranges_gives_all_of_it_again(
-    serve: Serve, settings: Settings, quick: list[float]
-) -> None:
+def test_a_server_that_ignores_ranges_gives_all_of_it_again(serve, settings, quick):
     def answer(request: Seen, handler: Any) -> None:
         if len(web.seen) == 1:
             cut(handler, 200, CONTENT[:5000], len(CONTENT))
@@ -244,9 +226,7 @@ def test_a_server_that_ignores_ranges_gives_all_of_it_again(
     assert sink.begun == 2
 
 
-def test_what_an_address_is_signed_with_is_in_no_log(
-    serve: Serve, settings: Settings, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_an_address_is_signed_with_is_in_no_log(serve, settings, caplog):
     def answer(request: Seen, handler: Any) -> None:
         if "Signature" in request.path:
             reply(handler, 200, b"there")
@@ -271,9 +251,7 @@ def test_what_an_address_is_signed_with_is_in_no_log(
         (200, "", CONTENT + b"more", "longer than"),
     ],
 )
-def test_another_answer_than_asked_for_is_refused(
-    serve: Serve, settings: Settings, status: int, ranged: str, body: bytes, said: str
-) -> None:
+def test_another_answer_than_asked_for_is_refused(serve, settings, status, ranged, body, said):
     web = serve(lambda _, handler: reply(handler, status, body, Content_Range=ranged))
     sink = Memory()
     if status == 206:
@@ -283,9 +261,7 @@ def test_another_answer_than_asked_for_is_refused(
     assert refused.value.hint
 
 
-def test_a_server_that_gives_a_byte_now_and_then_is_given_up(
-    serve: Serve, settings: Settings
-) -> None:
+def test_a_server_that_gives_a_byte_now_and_then_is_given_up(serve, settings):
     def answer(request: Seen, handler: Any) -> None:
         reply(handler, 200, b"", Content_Length=str(len(CONTENT)))
         for _ in range(400):
@@ -301,9 +277,7 @@ def test_a_server_that_gives_a_byte_now_and_then_is_given_up(
 @pytest.mark.parametrize(
     "begun", ["X-A: ", "Transfer-Encoding: chunked\r\n\r\n5;"], ids=["header", "chunk"]
 )
-def test_a_server_that_never_ends_a_line_is_given_up(
-    serve: Serve, settings: Settings, begun: str
-) -> None:
+def test_a_server_that_never_ends_a_line_is_given_up(serve, settings, begun):
     def answer(_: Seen, handler: Any) -> None:
         handler.wfile.write(f"HTTP/1.1 200 OK\r\n{begun}".encode())
         for _ in range(400):
@@ -316,9 +290,7 @@ def test_a_server_that_never_ends_a_line_is_given_up(
         client(settings, web.url, timeout=2.0, deadline=2.0).request("GET", web.url, limit=9)
 
 
-def test_a_server_that_says_nothing_is_given_up(
-    serve: Serve, settings: Settings, quick: list[float]
-) -> None:
+def test_a_server_that_says_nothing_is_given_up(serve, settings, quick):
     web = serve(lambda _, handler: time.sleep(2))
     with pytest.raises(StorageUnavailable, match="did not answer in time"):
         client(settings, web.url, timeout=0.2, deadline=60).request("GET", web.url, limit=1)
@@ -326,9 +298,7 @@ def test_a_server_that_says_nothing_is_given_up(
         client(settings, web.url, timeout=9, deadline=0.5).request("GET", web.url, limit=1)
 
 
-def test_proxies_of_the_environment_are_for_who_asks_for_them(
-    serve: Serve, settings: Settings, monkeypatch: pytest.MonkeyPatch, quick: list[float]
-) -> None:
+def test_proxies_of_the_environment_are_for_who_asks_for_them(serve, settings, monkeypatch, quick):
     proxy = serve(lambda _, handler: reply(handler, 200))  # gives no tunnel
     web = serve(lambda _, handler: reply(handler, 200, b"itself"), tls=True)
     monkeypatch.setenv("https_proxy", proxy.url)
@@ -344,13 +314,13 @@ def test_proxies_of_the_environment_are_for_who_asks_for_them(
 
 
 @pytest.mark.parametrize("target", ["https://[/a", "https://h:99999999/a", r"http://h\@localhost/"])
-def test_an_address_that_is_none_is_refused(serve: Serve, settings: Settings, target: str) -> None:
+def test_an_address_that_is_none_is_refused(serve, settings, target):
     web = serve(lambda _, handler: reply(handler, 302, Location=target))
     with pytest.raises(StorageUnavailable, match="no address"):
         client(settings, web.url).request("GET", web.url, limit=1)
 
 
-def test_what_is_for_this_machine_alone_goes_to_no_proxy(serve: Serve, settings: Settings) -> None:
+def test_what_is_for_this_machine_alone_goes_to_no_proxy(serve, settings):
     proxy = serve(lambda _, handler: reply(handler, 200, b"proxy"))
     web = serve(lambda _, handler: reply(handler, 200, b"itself"))
     http = client(settings, web.url, proxy=proxy.url)
@@ -359,16 +329,14 @@ def test_what_is_for_this_machine_alone_goes_to_no_proxy(serve: Serve, settings:
     assert not proxy.seen
 
 
-def test_an_answer_is_taken_as_it_is_and_not_unpacked(serve: Serve, settings: Settings) -> None:
+def test_an_answer_is_taken_as_it_is_and_not_unpacked(serve, settings):
     packed = gzip.compress(bytes(1 << 20))
     web = serve(lambda _, handler: reply(handler, 200, packed, Content_Encoding="gzip"))
     got = client(settings, web.url).request("GET", web.url, limit=1 << 21)
     assert bytes(got.body) == packed
 
 
-def test_a_server_that_gives_a_byte_with_each_connection_is_given_up(
-    serve: Serve, settings: Settings, quick: list[float]
-) -> None:
+def test_a_server_that_gives_a_byte_with_each_connection_is_given_up(serve, settings, quick):
     def answer(request: Seen, handler: Any) -> None:
         start = int(request.headers.get("range", "bytes=0-").partition("=")[2].partition("-")[0])
         if start > 2000:  # what it was before: for ever

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -29,7 +28,7 @@ DIGEST = "sha256:" + "a" * 64
         f"oci://registry.example/resnet50@{DIGEST}",
     ],
 )
-def test_a_location_is_shown_as_it_was_written(text: str) -> None:
+def test_a_location_is_shown_as_it_was_written(text):
     assert is_location(text)
     assert str(Location.parse(text)) == text
 
@@ -54,18 +53,18 @@ def test_a_location_is_shown_as_it_was_written(text: str) -> None:
         "oci://registry.example/resnet50:1\nhost: x",
     ],
 )
-def test_what_is_none_is_refused(text: str) -> None:
+def test_what_is_none_is_refused(text):
     with pytest.raises(ConfigError):
         Location.parse(text)
 
 
-def test_a_login_is_refused_and_not_repeated() -> None:
+def test_a_login_is_refused_and_not_repeated():
     with pytest.raises(ConfigError) as refused:
         Location.parse("https://me:27182818@models.example/a")
     assert "27182818" not in f"{refused.value}{refused.value.hint}"
 
 
-def test_a_slash_that_a_path_lost_is_said() -> None:
+def test_a_slash_that_a_path_lost_is_said():
     with pytest.raises(ConfigError, match="a slash is lost"):
         is_location(Path("s3://bucket/a"))
     assert not is_location(Path("a/b"))
@@ -83,29 +82,27 @@ def test_a_slash_that_a_path_lost_is_said() -> None:
         ({"oci://registry.example": {"proxy": "socks5://proxy.example"}}, "write https://"),
     ],
 )
-def test_a_wrong_table_is_refused(access: dict[str, object], said: str) -> None:
+def test_a_wrong_table_is_refused(access, said):
     with pytest.raises(ConfigError, match=said) as refused:
         Config({"remote": {"access": access}})
     assert "27182818" not in str(refused.value)
 
 
-def test_certificates_and_proxy_hold_for_all(tmp_path: Path) -> None:
+def test_certificates_and_proxy_hold_for_all(tmp_path):
     table = {"ca_file": "ca.pem", "access": {"oci://a.example": {"ca_file": "other.pem"}}}
     remote = Config({"remote": table}, path=tmp_path / "keymgmt.toml").remote
     assert remote.access_to("oci://a.example").ca_file == tmp_path / "other.pem"
     assert remote.access_to("oci://b.example").ca_file == tmp_path / "ca.pem"
 
 
-def test_a_program_does_not_get_the_variables_of_logins() -> None:
+def test_a_program_does_not_get_the_variables_of_logins():
     secret = {"user": "me", "secret": {"env": "REGISTRY_PASSWORD"}}
     config = Config({"remote": {"access": {"oci://a.example": secret}}})
     assert "REGISTRY_PASSWORD" in config.secret_variables
 
 
 @pytest.mark.parametrize("target", ["s3://bucket/a", "oci://h/a:1", Path("s3://bucket/a")])
-def test_what_makes_a_folder_makes_it_on_this_machine(
-    site: Any, sealed: Path, monkeypatch: pytest.MonkeyPatch, target: str | Path
-) -> None:
+def test_what_makes_a_folder_makes_it_on_this_machine(site, sealed, monkeypatch, target):
     """Else it was said to make the folder ``s3:``."""
     monkeypatch.chdir(site.root)
     makers: list[Callable[[], object]] = [

@@ -9,7 +9,6 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -36,15 +35,13 @@ CONTENT = b"what is kept there"
 
 
 @pytest.fixture(autouse=True)
-def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _home(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home" / ".docker").mkdir(parents=True)
 
 
 @pytest.fixture(scope="session")
-def guarded(
-    start_registry: Callable[..., RegistryServer], tmp_path_factory: pytest.TempPathFactory
-) -> RegistryServer:
+def guarded(start_registry, tmp_path_factory) -> RegistryServer:
     """A registry that asks for a password."""
     users = tmp_path_factory.mktemp("users") / "htpasswd"
     users.write_text(USERS)
@@ -52,7 +49,7 @@ def guarded(
 
 
 @pytest.fixture
-def password(tmp_path: Path) -> dict[str, str]:
+def password(tmp_path) -> dict[str, str]:
     file = tmp_path / "password"
     file.touch(mode=0o600)
     file.write_text(PASSWORD)
@@ -82,19 +79,17 @@ def write_docker(tmp_path: Path, **config: Any) -> Path:
     return file
 
 
-def test_a_password_opens_it(guarded: RegistryServer, password: Any) -> None:
+def test_a_password_opens_it(guarded, password):
     works(reach(guarded, user="me", secret=password))
 
 
-def test_without_one_it_says_who_asks(guarded: RegistryServer) -> None:
+def test_without_one_it_says_who_asks(guarded):
     with pytest.raises(StorageDenied, match="asks for a login") as refused:
         reach(guarded).digest()
     assert guarded.host in str(refused.value.hint)
 
 
-def test_a_wrong_one_is_refused_and_not_told(
-    guarded: RegistryServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_wrong_one_is_refused_and_not_told(guarded, tmp_path, caplog):
     caplog.set_level(logging.DEBUG)
     file = tmp_path / "wrong"
     file.touch(mode=0o600)
@@ -109,17 +104,17 @@ def test_a_wrong_one_is_refused_and_not_told(
     assert not [text for text in caplog.messages if "31415926" in text or basic in text]
 
 
-def test_a_secret_that_is_missing_is_said(guarded: RegistryServer) -> None:
+def test_a_secret_that_is_missing_is_said(guarded):
     with pytest.raises(ProviderUnavailable, match="NOT_SET"):
         reach(guarded, user="me", secret={"env": "NOT_SET"}).digest()
 
 
-def test_half_a_login_is_refused() -> None:
+def test_half_a_login_is_refused():
     with pytest.raises(ConfigError, match="both user and secret"):
         Config({"remote": {"access": {"oci://a.example": {"user": "me"}}}})
 
 
-def test_dockers_login_is_for_who_allows_it(guarded: RegistryServer, tmp_path: Path) -> None:
+def test_dockers_login_is_for_who_allows_it(guarded, tmp_path):
     kept = {guarded.host: {"auth": base64.b64encode(f"me:{PASSWORD}".encode()).decode()}}
     write_docker(tmp_path, auths=kept)
     with pytest.raises(StorageDenied, match="asks for a login"):
@@ -133,9 +128,7 @@ def test_dockers_login_is_for_who_allows_it(guarded: RegistryServer, tmp_path: P
 
 
 @pytest.mark.parametrize("key", ["credHelpers", "credsStore"])
-def test_dockers_helper_is_asked(
-    guarded: RegistryServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
-) -> None:
+def test_dockers_helper_is_asked(guarded, tmp_path, monkeypatch, key):
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     helper = tmp_path / "docker-credential-vault"
     answer = json.dumps({"ServerURL": "", "Username": "me", "Secret": PASSWORD})
@@ -158,12 +151,8 @@ def test_dockers_helper_is_asked(
     ],
 )
 def test_a_helper_that_fails_is_named_and_what_it_said_is_not(
-    guarded: RegistryServer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    script: str | None,
-    said: str,
-) -> None:
+    guarded, tmp_path, monkeypatch, script, said
+):
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     if script is not None:
         helper = tmp_path / "docker-credential-vault"
@@ -187,9 +176,7 @@ def test_a_helper_that_fails_is_named_and_what_it_said_is_not(
         '{"credsStore": "../../evil"}',
     ],
 )
-def test_a_docker_config_that_cannot_be_read_is_named(
-    guarded: RegistryServer, tmp_path: Path, content: str
-) -> None:
+def test_a_docker_config_that_cannot_be_read_is_named(guarded, tmp_path, content):
     write_docker(tmp_path).write_text(content.replace("HOST", guarded.host))
     with pytest.raises(StorageDenied) as refused:
         reach(guarded, auth="docker").digest()
@@ -197,9 +184,7 @@ def test_a_docker_config_that_cannot_be_read_is_named(
     assert PASSWORD not in f"{refused.value!r}"
 
 
-def test_a_docker_config_that_others_read_is_refused(
-    guarded: RegistryServer, tmp_path: Path
-) -> None:
+def test_a_docker_config_that_others_read_is_refused(guarded, tmp_path):
     with pytest.raises(StorageDenied, match="docker config"):
         reach(guarded, auth="docker").digest()
     write_docker(tmp_path).chmod(0o644)
@@ -249,14 +234,12 @@ def _base64(content: bytes) -> bytes:
 
 
 @pytest.fixture
-def tokens(authority: Authority, serve: Serve) -> Tokens:
+def tokens(authority, serve) -> Tokens:
     return Tokens(authority, serve)
 
 
 @pytest.fixture
-def with_tokens(
-    tokens: Tokens, authority: Authority, start_registry: Callable[..., RegistryServer]
-) -> RegistryServer:
+def with_tokens(tokens, authority, start_registry) -> RegistryServer:
     """A registry that believes these tokens."""
     return start_registry(
         f"auth:\n  token:\n    realm: {tokens.web.url}/token\n    service: registry\n"
@@ -264,9 +247,7 @@ def with_tokens(
     )
 
 
-def test_a_token_opens_it(
-    with_tokens: RegistryServer, tokens: Tokens, password: Any, tmp_path: Path
-) -> None:
+def test_a_token_opens_it(with_tokens, tokens, password, tmp_path):
     realm = urlsplit(tokens.web.url).netloc
     works(reach(with_tokens, user="me", secret=password, token_server=realm))
     asked = parse_qs(urlsplit(tokens.web.seen[0].path).query)
@@ -279,9 +260,7 @@ def test_a_token_opens_it(
     works(reach(with_tokens, auth="docker", token_server=realm))
 
 
-def test_who_may_only_read_asks_for_no_more(
-    with_tokens: RegistryServer, tokens: Tokens, password: Any
-) -> None:
+def test_who_may_only_read_asks_for_no_more(with_tokens, tokens, password):
     realm = urlsplit(tokens.web.url).netloc
     registry = reach(with_tokens, push=False, user="me", secret=password, token_server=realm)
     assert registry.digest() is None
@@ -290,9 +269,7 @@ def test_who_may_only_read_asks_for_no_more(
         registry.put(blob_of(CONTENT), lambda: io.BytesIO(CONTENT))
 
 
-def test_a_server_of_tokens_that_nobody_named_gets_no_login(
-    with_tokens: RegistryServer, tokens: Tokens, password: Any
-) -> None:
+def test_a_server_of_tokens_that_nobody_named_gets_no_login(with_tokens, tokens, password):
     with pytest.raises(StorageDenied, match="whom the config does not name") as refused:
         reach(with_tokens, user="me", secret=password).digest()
     assert "token_server" in str(refused.value.hint)
@@ -312,9 +289,7 @@ def test_a_server_of_tokens_that_nobody_named_gets_no_login(
         "",
     ],
 )
-def test_another_challenge_is_refused(
-    serve: Serve, authority: Authority, password: Any, challenge: str
-) -> None:
+def test_another_challenge_is_refused(serve, authority, password, challenge):
     web = serve(lambda _, handler: reply(handler, 401, WWW_Authenticate=challenge), tls=True)
     with pytest.raises(StorageDenied) as refused:
         reach(web, ca_file=authority.ca_file, user="me", secret=password).digest()
@@ -324,9 +299,7 @@ def test_another_challenge_is_refused(
 @pytest.mark.parametrize(
     "body", [b"", b"[]", b'{"token": 3}', b'{"token": "a\\r\\nX: y"}', b'{"token": ""}']
 )
-def test_what_is_no_token_is_refused(
-    serve: Serve, authority: Authority, password: Any, body: bytes
-) -> None:
+def test_what_is_no_token_is_refused(serve, authority, password, body):
     def answer(request: Seen, handler: Any) -> None:
         if request.path.startswith("/token"):
             reply(handler, 200, body)
@@ -339,9 +312,7 @@ def test_what_is_no_token_is_refused(
 
 
 @pytest.mark.parametrize("realm", ["http://tokens.example/", r"http://tokens.example\@{}/"])
-def test_a_token_over_plain_http_is_for_this_machine(
-    serve: Serve, password: Any, realm: str
-) -> None:
+def test_a_token_over_plain_http_is_for_this_machine(serve, password, realm):
     def answer(_: Seen, handler: Any) -> None:
         challenge = f'Bearer realm="{realm.format(urlsplit(web.url).netloc)}"'
         reply(handler, 401, WWW_Authenticate=challenge)
@@ -352,7 +323,7 @@ def test_a_token_over_plain_http_is_for_this_machine(
         reach(web, token_server="tokens.example:80", **access).digest()
 
 
-def test_plain_http_is_for_this_machine(serve: Serve, password: Any) -> None:
+def test_plain_http_is_for_this_machine(serve, password):
     def answer(request: Seen, handler: Any) -> None:
         if request.headers.get("authorization") == BASIC:
             reply(handler, 404)

@@ -56,7 +56,7 @@ class Place:
 
 
 @pytest.fixture
-def place(site: Any, registry: Any, request: pytest.FixtureRequest) -> Place:
+def place(site, registry, request) -> Place:
     name = hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:12]
     return Place(site, registry, f"models/{name}")
 
@@ -65,7 +65,7 @@ def content(tree: dict[str, bytes]) -> dict[str, bytes]:
     return {name: data for name, data in tree.items() if name != ".keymgmt.origin"}
 
 
-def test_a_model_goes_there_and_comes_back(place: Place, tree_of: Tree) -> None:
+def test_a_model_goes_there_and_comes_back(place, tree_of):
     sealed = place.site.seal()
     pushed = place.push(sealed)
     assert pushed.moved
@@ -83,7 +83,7 @@ def test_a_model_goes_there_and_comes_back(place: Place, tree_of: Tree) -> None:
     assert keymgmt.pull(by_digest, other, keys=place.config()).digest == pushed.digest
 
 
-def test_what_is_there_is_not_sent_again(place: Place) -> None:
+def test_what_is_there_is_not_sent_again(place):
     sealed = place.site.seal()
     first = place.push(sealed)
     again = place.push(sealed)
@@ -91,7 +91,7 @@ def test_what_is_there_is_not_sent_again(place: Place) -> None:
     assert place.push(sealed, "2").sent == 0
 
 
-def test_after_rewrap_the_keys_alone_move(place: Place, tree_of: Tree) -> None:
+def test_after_rewrap_the_keys_alone_move(place, tree_of):
     sealed = place.site.seal()
     place.push(sealed)
     place.pull()
@@ -111,7 +111,7 @@ def test_after_rewrap_the_keys_alone_move(place: Place, tree_of: Tree) -> None:
     assert tree_of(place.site.root / "pulled") == tree_of(sealed)
 
 
-def test_other_tools_understand_it(place: Place, require_tool: Any, tmp_path: Path) -> None:
+def test_other_tools_understand_it(place, require_tool, tmp_path):
     require_tool("skopeo", package="skopeo")
     sealed = place.site.seal()
     pushed = place.push(sealed)
@@ -141,7 +141,7 @@ def test_other_tools_understand_it(place: Place, require_tool: Any, tmp_path: Pa
     assert place.pull(tag="mirror").digest == pushed.digest
 
 
-def test_a_tag_that_moved_is_not_moved_back(place: Place) -> None:
+def test_a_tag_that_moved_is_not_moved_back(place):
     sealed = place.site.seal()
     place.push(sealed)
     place.pull()
@@ -160,7 +160,7 @@ def test_a_tag_that_moved_is_not_moved_back(place: Place) -> None:
     assert place.push(pulled).moved
 
 
-def test_a_strangers_tag_is_not_moved(place: Place) -> None:
+def test_a_strangers_tag_is_not_moved(place):
     place.push(place.site.seal())
     other = place.site.seal(target="n.sealed")
     with pytest.raises(ConfigError, match="not from it"):
@@ -168,7 +168,7 @@ def test_a_strangers_tag_is_not_moved(place: Place) -> None:
     assert place.push(other, force=True).moved
 
 
-def test_what_was_resealed_is_pushed_to_its_tag(place: Place) -> None:
+def test_what_was_resealed_is_pushed_to_its_tag(place):
     place.push(place.site.seal())
     place.pull()
     pulled = place.site.root / "pulled"
@@ -176,7 +176,7 @@ def test_what_was_resealed_is_pushed_to_its_tag(place: Place) -> None:
     assert place.push(pulled).moved
 
 
-def test_what_was_sealed_elsewhere_is_not_lost(place: Place, tree_of: Tree) -> None:
+def test_what_was_sealed_elsewhere_is_not_lost(place, tree_of):
     """A model that was never pulled, of the same name, is replaced only if that is meant."""
     place.push(place.site.seal(name="resnet50", release=2))
     mine = place.site.seal(target="pulled", name="resnet50", release=1)
@@ -187,7 +187,7 @@ def test_what_was_sealed_elsewhere_is_not_lost(place: Place, tree_of: Tree) -> N
     assert place.pull(force=True).state == "replaced"
 
 
-def test_another_release_takes_the_place(place: Place, tree_of: Tree) -> None:
+def test_another_release_takes_the_place(place, tree_of):
     place.push(place.site.seal(release=1))
     place.pull()
     later = place.site.seal(target="n.sealed", release=2)
@@ -199,7 +199,7 @@ def test_another_release_takes_the_place(place: Place, tree_of: Tree) -> None:
     assert place.pull(force=True).state == "replaced"
 
 
-def test_another_model_does_not_take_the_place(place: Place, tree_of: Tree) -> None:
+def test_another_model_does_not_take_the_place(place, tree_of):
     place.push(place.site.seal(name="resnet50"))
     place.push(place.site.seal(target="n.sealed", name="minilm"), "2")
     place.pull()
@@ -209,7 +209,7 @@ def test_another_model_does_not_take_the_place(place: Place, tree_of: Tree) -> N
     assert tree_of(place.site.root / "pulled") == before
 
 
-def test_what_is_damaged_here_comes_again(place: Place, tree_of: Tree) -> None:
+def test_what_is_damaged_here_comes_again(place, tree_of):
     sealed = place.site.seal()
     place.push(sealed)
     place.pull()
@@ -223,7 +223,7 @@ def test_what_is_damaged_here_comes_again(place: Place, tree_of: Tree) -> None:
     assert (pulled / "payload" / "model.bin.floe").stat().st_ino == inode
 
 
-def test_what_is_no_model_is_not_replaced(place: Place, tree_of: Tree) -> None:
+def test_what_is_no_model_is_not_replaced(place, tree_of):
     place.push(place.site.seal())
     folder = place.site.root / "pulled"
     folder.mkdir()
@@ -238,7 +238,7 @@ def test_what_is_no_model_is_not_replaced(place: Place, tree_of: Tree) -> None:
     assert file.read_text() == "mine"
 
 
-def test_who_is_not_trusted_is_not_pulled(place: Place) -> None:
+def test_who_is_not_trusted_is_not_pulled(place):
     place.push(place.site.seal(sign="local:stranger"))
     with pytest.raises(UntrustedPublisher):
         place.pull()
@@ -247,19 +247,19 @@ def test_who_is_not_trusted_is_not_pulled(place: Place) -> None:
     assert len(place.registry.requests(rf'"GET /v2/{place.repository}/blobs/')) == 3
 
 
-def test_another_name_than_expected_is_refused(place: Place) -> None:
+def test_another_name_than_expected_is_refused(place):
     place.push(place.site.seal(name="resnet50"))
     with pytest.raises(keymgmt.errors.SealedModelError, match="resnet50"):
         keymgmt.pull(place.at(), place.site.root / "x", name="minilm", keys=place.config())
     assert not (place.site.root / "x").exists()
 
 
-def test_what_is_not_there_is_said(place: Place) -> None:
+def test_what_is_not_there_is_said(place):
     with pytest.raises(ConfigError, match="is not there"):
         place.pull()
 
 
-def test_a_push_to_a_digest_or_elsewhere_is_refused(place: Place) -> None:
+def test_a_push_to_a_digest_or_elsewhere_is_refused(place):
     sealed = place.site.seal()
     digest = f"oci://{place.registry.host}/{place.repository}@sha256:{'a' * 64}"
     with pytest.raises(ConfigError, match="is a digest"):
@@ -268,7 +268,7 @@ def test_a_push_to_a_digest_or_elsewhere_is_refused(place: Place) -> None:
         keymgmt.push(sealed, "s3://bucket/a", keys=place.config())
 
 
-def test_a_payload_of_another_length_is_not_pushed(place: Place) -> None:
+def test_a_payload_of_another_length_is_not_pushed(place):
     sealed = place.site.seal()
     with (sealed / "payload" / "model.bin.floe").open("ab") as file:
         file.write(b"more")
@@ -277,7 +277,7 @@ def test_a_payload_of_another_length_is_not_pushed(place: Place) -> None:
     assert not place.registry.requests(f"PUT /v2/{place.repository}/manifests")
 
 
-def test_what_the_registry_lost_is_said_and_pushed_again(place: Place) -> None:
+def test_what_the_registry_lost_is_said_and_pushed_again(place):
     sealed = place.site.seal()
     place.push(sealed)
     payload = (sealed / "payload" / "model.bin.floe").read_bytes()
@@ -291,7 +291,7 @@ def test_what_the_registry_lost_is_said_and_pushed_again(place: Place) -> None:
     assert place.pull().state == "new"
 
 
-def test_it_opens_where_it_lies(place: Place) -> None:
+def test_it_opens_where_it_lies(place):
     sealed = place.site.seal()
     place.push(sealed)
     with keymgmt.open(place.at(), keys=place.config()) as model:
@@ -307,13 +307,13 @@ def test_it_opens_where_it_lies(place: Place) -> None:
         keymgmt.open(place.at("none"), keys=place.config())
 
 
-def test_a_stranger_opens_nowhere(place: Place) -> None:
+def test_a_stranger_opens_nowhere(place):
     place.push(place.site.seal(sign="local:stranger"))
     with pytest.raises(UntrustedPublisher):
         keymgmt.open(place.at(), keys=place.config())
 
 
-def test_nothing_is_changed_in_a_registry_but_by_a_push(place: Place) -> None:
+def test_nothing_is_changed_in_a_registry_but_by_a_push(place):
     place.push(place.site.seal())
     before = place.registry.bytes()
     with pytest.raises(ConfigError) as refused:
@@ -322,7 +322,7 @@ def test_nothing_is_changed_in_a_registry_but_by_a_push(place: Place) -> None:
     assert place.registry.bytes() == before
 
 
-def test_signatures_that_were_lost_here_come_again(place: Place, tree_of: Tree) -> None:
+def test_signatures_that_were_lost_here_come_again(place, tree_of):
     sealed = place.site.seal()
     place.push(sealed)
     place.pull()
@@ -338,9 +338,7 @@ def test_signatures_that_were_lost_here_come_again(place: Place, tree_of: Tree) 
 
 
 @pytest.mark.parametrize("kind", ["oci", "v2s2"])
-def test_an_image_is_no_sealed_model_and_its_tag_is_not_moved(
-    place: Place, require_tool: Any, tmp_path: Path, kind: str
-) -> None:
+def test_an_image_is_no_sealed_model_and_its_tag_is_not_moved(place, require_tool, tmp_path, kind):
     require_tool("skopeo", package="skopeo")
     image = tmp_path / "image"
     (image / "blobs/sha256").mkdir(parents=True)

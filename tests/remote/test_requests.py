@@ -17,7 +17,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from s3 import USER
 from waiting import until
-from webserver import Answer, Seen, Serve, Web, etag_of, files_of, reply
+from webserver import Answer, Seen, Web, etag_of, files_of, reply
 
 import keymgmt
 from keymgmt._remote.folder import RemoteFolder
@@ -62,7 +62,7 @@ def bucket_of(root: Path, connections: set[Any] | None = None) -> Answer:
 
 
 @pytest.fixture
-def bucket(site: Any) -> Path:
+def bucket(site) -> Path:
     """The folder of a bucket with a tree of six models."""
     (site.root / "models/tree").mkdir(parents=True)
     for number in range(6):
@@ -74,9 +74,7 @@ def names(web: Web) -> list[str]:
     return [seen.path.partition("?")[0].removeprefix("/models/") for seen in web.seen]
 
 
-def test_the_models_of_a_tree_share_their_connections(
-    bucket: Path, serve: Serve, config: Config, access: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_models_of_a_tree_share_their_connections(bucket, serve, config, access, monkeypatch):
     """One TLS context and one store that signs for all of them; and all is closed at the end."""
     store = pytest.importorskip("obstore.store")
     connections: set[Any] = set()
@@ -97,9 +95,7 @@ def test_the_models_of_a_tree_share_their_connections(
     until(lambda: all(each.fileno() == -1 for each in connections))
 
 
-def test_models_of_a_web_server_share_their_connections(
-    bucket: Path, serve: Serve, config: Config
-) -> None:
+def test_models_of_a_web_server_share_their_connections(bucket, serve, config):
     connections: set[Any] = set()
     web = serve(bucket_of(bucket, connections), tls=True)
     with config() as keys:
@@ -109,9 +105,7 @@ def test_models_of_a_web_server_share_their_connections(
     until(lambda: all(each.fileno() == -1 for each in connections))
 
 
-def test_a_child_has_connections_of_its_own(
-    bucket: Path, site: Any, serve: Serve, config: Config
-) -> None:
+def test_a_child_has_connections_of_its_own(bucket, site, serve, config):
     connections: set[Any] = set()
     web = serve(bucket_of(bucket, connections), tls=True)
     with config() as keys, keymgmt.open(f"{web.url}/models/tree/1", keys=keys) as model:
@@ -126,9 +120,7 @@ def test_a_child_has_connections_of_its_own(
         assert connections & ours  # whose connections are as good as before
 
 
-def test_the_small_files_are_requested_beside_one_another(
-    bucket: Path, serve: Serve, config: Config
-) -> None:
+def test_the_small_files_are_requested_beside_one_another(bucket, serve, config):
     asked: set[str] = set()
     all_of_them = threading.Event()
     files = bucket_of(bucket)
@@ -145,9 +137,7 @@ def test_the_small_files_are_requested_beside_one_another(
     assert sorted(names(web)) == sorted(f"tree/1/{name}" for name in SMALL)
 
 
-def test_whether_it_is_a_tree_costs_no_request(
-    bucket: Path, serve: Serve, config: Config, access: Any
-) -> None:
+def test_whether_it_is_a_tree_costs_no_request(bucket, serve, config, access):
     web = serve(bucket_of(bucket))
     keys = config(access=access(web.url))
     assert not is_tree("s3://models/tree/1", lambda: keys)
@@ -163,9 +153,7 @@ def test_whether_it_is_a_tree_costs_no_request(
     assert names(web) == ["tree/manifest.json"]
 
 
-def test_the_command_line_requests_each_small_file_once(
-    bucket: Path, serve: Serve, site: Any, access: Any
-) -> None:
+def test_the_command_line_requests_each_small_file_once(bucket, serve, site, access):
     web = serve(bucket_of(bucket))
     secret = access(web.url)["s3://models"]["secret"]["file"]
     file = site.root / "keymgmt.toml"
@@ -184,9 +172,7 @@ def test_the_command_line_requests_each_small_file_once(
     assert sorted(names(web)) == sorted(f"tree/1/{name}" for name in SMALL)
 
 
-def test_a_rewrap_makes_five_requests(
-    bucket: Path, serve: Serve, config: Config, access: Any
-) -> None:
+def test_a_rewrap_makes_five_requests(bucket, serve, config, access):
     web = serve(bucket_of(bucket))
     keys = config(access=access(web.url))
     assert keymgmt.rewrap("s3://models/tree/1", add=["local:b"], keys=keys).changed
@@ -207,7 +193,7 @@ class Large(Storage):
         return Part(memoryview(self.content)[start:end], len(self.content), now)
 
 
-def test_a_small_file_that_is_large_is_read_in_two_requests() -> None:
+def test_a_small_file_that_is_large_is_read_in_two_requests():
     content = bytes(range(256)) * (10 << 10)
     storage = Large(content)
     assert RemoteFolder("m", storage).read("keys.json", 64 << 20) == content
@@ -220,9 +206,7 @@ def test_a_small_file_that_is_large_is_read_in_two_requests() -> None:
     assert storage.asked == 1
 
 
-def test_a_server_that_is_slow_with_every_part_is_given_up(
-    site: Any, serve: Serve, config: Config
-) -> None:
+def test_a_server_that_is_slow_with_every_part_is_given_up(site, serve, config):
     """Each part alone comes in time, and all of them together do not."""
     files = 60
     for number in range(files):
@@ -242,9 +226,7 @@ def test_a_server_that_is_slow_with_every_part_is_given_up(
     assert 3 < len(web.seen) < files
 
 
-def test_a_server_that_drips_every_part_is_given_up(
-    site: Any, sealed: Path, serve: Serve, config: Config, quick: list[float]
-) -> None:
+def test_a_server_that_drips_every_part_is_given_up(site, sealed, serve, config, quick):
     def answer(request: Seen, handler: Any) -> None:
         length = str(1 << 16)
         said = {"Content-Length": length, "Content-Range": f"bytes 0-{(1 << 16) - 1}/{1 << 20}"}
@@ -261,7 +243,7 @@ def test_a_server_that_drips_every_part_is_given_up(
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def clock(monkeypatch) -> list[float]:
     now = [1000.0]
     fake = SimpleNamespace(monotonic=lambda: now[0])
     monkeypatch.setattr("keymgmt._remote.patience.time", fake)
@@ -269,7 +251,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_time_counts_while_something_is_under_way(clock: list[float]) -> None:
+def test_time_counts_while_something_is_under_way(clock):
     patience = Patience(60, "m")
     clock[0] += 1000  # nobody asked for anything
     with patience.waiting():
@@ -290,7 +272,7 @@ def test_time_counts_while_something_is_under_way(clock: list[float]) -> None:
             patience.share(1)
 
 
-def test_nobody_waits_after_the_end(clock: list[float]) -> None:
+def test_nobody_waits_after_the_end(clock):
     patience = Patience(60, "m")
     patience.moved(10)
     patience.end()

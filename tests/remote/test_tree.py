@@ -14,8 +14,8 @@ import obstore
 import programs
 import pytest
 from rounds import rewrap_killed
-from s3 import S3, SECRET, USER
-from webserver import Seen, Serve, reply
+from s3 import SECRET, USER
+from webserver import Seen, reply
 
 import keymgmt
 from keymgmt._verbs.find_models import find_models
@@ -27,13 +27,13 @@ SMALL = ("manifest.json", "signatures.json", "keys.json")
 
 
 @pytest.fixture
-def pages(monkeypatch: pytest.MonkeyPatch) -> None:
+def pages(monkeypatch) -> None:
     """Pages of seven objects."""
     monkeypatch.setattr("keymgmt._remote.listing._KEYS", 7)
 
 
 @pytest.fixture
-def tree(site: Any, sealed: Path, s3: S3) -> str:
+def tree(site, sealed, s3) -> str:
     """The location of a tree of six models, one of them inside of another, and other objects."""
     path = f"fleets/{site.root.name}"
     for name in ("a", "b/one", "b/two +", "b/two +/inner", "c.sealed", "z"):
@@ -52,7 +52,7 @@ def found(trees: Any, config: Any, **more: Any) -> list[Any]:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def asked(monkeypatch) -> list[str]:
     """The addresses that were asked for."""
     from keymgmt._remote.http import Http
 
@@ -67,9 +67,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return urls
 
 
-def test_every_model_is_found_once(
-    pages: None, tree: str, s3: S3, config: Any, access: Any, asked: list[str]
-) -> None:
+def test_every_model_is_found_once(pages, tree, s3, config, access, asked):
     keys = config(access=access(s3.address))
     wanted = [f"{tree}/{name}" for name in NAMES]
     assert sorted(found(tree, keys)) == wanted
@@ -78,18 +76,14 @@ def test_every_model_is_found_once(
     assert found(f"{tree}/a", keys) == [f"{tree}/a"]
 
 
-def test_models_come_before_the_listing_ends(
-    pages: None, tree: str, s3: S3, config: Any, access: Any
-) -> None:
+def test_models_come_before_the_listing_ends(pages, tree, s3, config, access):
     models = find_models(tree, remote=config(access=access(s3.address)).remote)
     assert isinstance(next(models), str)
     s3.put(Path(__file__).parent.parent / "shared", f"{tree.removeprefix('s3://models/')}/zz")
     assert len(list(models)) == 5
 
 
-def test_shards_are_those_of_the_same_tree_in_folders(
-    tree: str, s3: S3, config: Any, access: Any, sealed: Path, tmp_path: Path
-) -> None:
+def test_shards_are_those_of_the_same_tree_in_folders(tree, s3, config, access, sealed, tmp_path):
     from keymgmt._verbs.find_models import Shard
 
     keys = config(access=access(s3.address))
@@ -103,9 +97,7 @@ def test_shards_are_those_of_the_same_tree_in_folders(
         assert part == {n for n in NAMES if shard.has(tmp_path, tmp_path / n)}
 
 
-def test_a_tree_is_rewrapped_and_counted(
-    pages: None, tree: str, s3: S3, config: Any, access: Any
-) -> None:
+def test_a_tree_is_rewrapped_and_counted(pages, tree, s3, config, access):
     keys = config(access=access(s3.address))
     path = tree.removeprefix("s3://models/")
     before = s3.read(f"{path}/z/keys.json")
@@ -128,9 +120,7 @@ def test_a_tree_is_rewrapped_and_counted(
     assert len(keymgmt.inspect(f"{tree}-of-another/m", keys=keys).groups) == 1
 
 
-def test_the_requests_of_a_rewrap(
-    site: Any, tree: str, s3: S3, config: Any, access: Any, asked: list[str]
-) -> None:
+def test_the_requests_of_a_rewrap(site, tree, s3, config, access, asked):
     """Three files are read of a model; a changed one is written, and read back."""
     site.provider.rotate_key("a")
     keys = config(access=access(s3.address))
@@ -140,9 +130,7 @@ def test_the_requests_of_a_rewrap(
         assert len(asked) == 1 + 6 * requests
 
 
-def test_a_rewrap_goes_on_where_it_was(
-    tree: str, s3: S3, config: Any, access: Any, asked: list[str], tmp_path: Path
-) -> None:
+def test_a_rewrap_goes_on_where_it_was(tree, s3, config, access, asked, tmp_path):
     """Of a finished model nothing is requested but its name and ETag, in the listing."""
     keys = config(access=access(s3.address))
 
@@ -164,9 +152,7 @@ def test_a_rewrap_goes_on_where_it_was(
     assert run() == dict.fromkeys(NAMES, True)
 
 
-def test_the_etags_of_a_listing_are_those_of_the_objects(
-    pages: None, tree: str, s3: S3, config: Any, access: Any
-) -> None:
+def test_the_etags_of_a_listing_are_those_of_the_objects(pages, tree, s3, config, access):
     """Also of a model whose two files are on two pages; where they are further apart, of none."""
     from keymgmt._trust.candidate import Candidate
 
@@ -186,9 +172,7 @@ def test_the_etags_of_a_listing_are_those_of_the_objects(
 
 @pytest.mark.nightly
 @pytest.mark.timeout(900)
-def test_a_rewrap_of_a_tree_killed_at_random_points(
-    site: Any, sealed: Path, s3: S3, s3_config: Path
-) -> None:
+def test_a_rewrap_of_a_tree_killed_at_random_points(site, sealed, s3, s3_config):
     path = f"killed/{site.root.name}"
     for number in range(24):
         s3.put(sealed, f"{path}/m{number}")
@@ -202,7 +186,7 @@ def test_a_rewrap_of_a_tree_killed_at_random_points(
     )
 
 
-def test_two_rotations_at_once(site: Any, tree: str, s3: S3, config: Any, access: Any) -> None:
+def test_two_rotations_at_once(site, tree, s3, config, access):
     """Whoever comes second to a model is refused there, looks again, and finds it done."""
     site.provider.rotate_key("a")
     keys = config(access=access(s3.address))
@@ -224,14 +208,8 @@ def test_two_rotations_at_once(site: Any, tree: str, s3: S3, config: Any, access
 
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_second_rewrap_at_the_same_time_is_refused(
-    pages: None,
-    tree: str,
-    s3: S3,
-    config: Any,
-    access: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    times: int,
-) -> None:
+    pages, tree, s3, config, access, monkeypatch, times
+):
     """Another run replaces the groups of one model between our last look and our writing."""
     from keymgmt._remote.folder import RemoteFolder
 
@@ -266,14 +244,14 @@ def test_a_second_rewrap_at_the_same_time_is_refused(
     assert names == ["file:a@1"]
 
 
-def test_a_wrong_login_is_not_an_empty_tree(tree: str, s3: S3, config: Any, access: Any) -> None:
+def test_a_wrong_login_is_not_an_empty_tree(tree, s3, config, access):
     [failure] = found(tree, config(access=access(s3.address, secret="another")))
     assert (failure.path, type(failure.error)) == (tree, StorageDenied)
     assert "403" in str(failure.error)
     assert "Signature=" not in str(failure.error)
 
 
-def test_nothing_below(s3: S3, config: Any, access: Any) -> None:
+def test_nothing_below(s3, config, access):
     [failure] = found("s3://models/nothing", config(access=access(s3.address)))
     assert "there is no sealed model at or below" in str(failure.error)
 
@@ -305,9 +283,7 @@ def page(*names: str, then: str = "", more: str = "", extra: str = "") -> bytes:
         (page("t/b/manifest.json", extra="<A>" + "x" * (16 << 20) + "</A>"), "longer than"),
     ],
 )
-def test_a_page_that_is_none(
-    second: bytes, says: str, serve: Serve, config: Any, access: Any, quick: list[float]
-) -> None:
+def test_a_page_that_is_none(second, says, serve, config, access, quick):
     """What was found before is given, and then the error: it is not the end of the tree."""
 
     def answer(request: Seen, handler: Any) -> None:
@@ -326,16 +302,14 @@ def test_a_page_that_is_none(
 @pytest.mark.parametrize(
     "name", ["t/../manifest.json", "t//manifest.json", "t/a?b/manifest.json", "t/é/manifest.json"]
 )
-def test_a_name_that_is_no_location(name: str, serve: Serve, config: Any, access: Any) -> None:
+def test_a_name_that_is_no_location(name, serve, config, access):
     web = serve(lambda _, handler: reply(handler, 200, page(name, "t/b/manifest.json")))
     failure, good = found("s3://models/t", config(access=access(web.url)))
     assert "is no location of a model" in str(failure.error)
     assert good == "s3://models/t/b"
 
 
-def test_a_listing_that_breaks_off(
-    serve: Serve, config: Any, access: Any, quick: list[float]
-) -> None:
+def test_a_listing_that_breaks_off(serve, config, access, quick):
     def broken(_: Seen, handler: Any) -> None:
         handler.send_response(200)
         handler.send_header("Content-Length", "1000")
@@ -348,7 +322,7 @@ def test_a_listing_that_breaks_off(
 
 
 @pytest.mark.parametrize("origin", ["gs://models", "az://models"])
-def test_other_buckets_are_not_listed(origin: str, config: Any) -> None:
+def test_other_buckets_are_not_listed(origin, config):
     [failure] = found(f"{origin}/t", config())
     assert isinstance(failure.error, ConfigError)
     assert "not in " + origin[:5] in str(failure.error)
@@ -356,7 +330,7 @@ def test_other_buckets_are_not_listed(origin: str, config: Any) -> None:
     assert "not a folder of this machine" in str(failure.error)
 
 
-def test_a_bucket_of_amazon_is_asked_by_its_own_host(config: Any, access: Any) -> None:
+def test_a_bucket_of_amazon_is_asked_by_its_own_host(config, access):
     """Not run against Amazon; where the request goes is looked at."""
     from keymgmt._remote.bucket import bucket_query
     from keymgmt._remote.location import Location
@@ -369,9 +343,7 @@ def test_a_bucket_of_amazon_is_asked_by_its_own_host(config: Any, access: Any) -
     )
 
 
-def test_the_environment_signs_listings(
-    tree: str, s3: S3, config: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_environment_signs_listings(tree, s3, config, monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", USER)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3.address)
@@ -379,7 +351,7 @@ def test_the_environment_signs_listings(
     assert sorted(found(tree, keys)) == [f"{tree}/{name}" for name in NAMES]
 
 
-def test_the_command_line(tree: str, s3_config: Path) -> None:
+def test_the_command_line(tree, s3_config):
     def run(*arguments: str, code: int = 0) -> list[Any]:
         command = [
             sys.executable,

@@ -16,14 +16,13 @@ import programs
 import pytest
 from forks import in_child
 from loopback import Authority
-from webserver import Quirk, Seen, Serve, Web, files_of, reply, serve_range
+from webserver import Quirk, Seen, Web, files_of, reply, serve_range
 
 import keymgmt
 from keymgmt.errors import (
     ConfigError,
     FormatError,
     IntegrityError,
-    KeymgmtError,
     StorageDenied,
     StorageUnavailable,
     UntrustedPublisher,
@@ -47,7 +46,7 @@ def map_payload(web: Web) -> list[Seen]:
     return [seen for seen in web.seen if is_payload(seen)]
 
 
-def test_it_opens_as_from_a_folder(site: Any, sealed: Path, serve: Serve, config: Any) -> None:
+def test_it_opens_as_from_a_folder(site, sealed, serve, config):
     web = serve(files_of(site.root), tls=True)
     with keymgmt.open(f"{web.url}/m.sealed", name="model", keys=config()) as model:
         for file in ("model.xml", "model.bin", "sub/empty"):
@@ -64,7 +63,7 @@ def test_it_opens_as_from_a_folder(site: Any, sealed: Path, serve: Serve, config
     assert not any("authorization" in seen.headers for seen in web.seen)
 
 
-def test_the_signature_comes_before_any_payload(site: Any, serve: Serve, config: Any) -> None:
+def test_the_signature_comes_before_any_payload(site, serve, config):
     site.seal(sign="local:stranger")
     web = serve(files_of(site.root), tls=True)
     with pytest.raises(UntrustedPublisher):
@@ -73,7 +72,7 @@ def test_the_signature_comes_before_any_payload(site: Any, serve: Serve, config:
     assert {seen.path for seen in web.seen} <= {f"/m.sealed/{name}" for name in small}
 
 
-def test_each_byte_is_fetched_once(site: Any, sealed: Path, serve: Serve, config: Any) -> None:
+def test_each_byte_is_fetched_once(site, sealed, serve, config):
     web = serve(files_of(site.root))
     size = (sealed / "payload/model.bin.floe").stat().st_size
     head = 1 << 16
@@ -89,7 +88,7 @@ def test_each_byte_is_fetched_once(site: Any, sealed: Path, serve: Serve, config
         assert len(map_payload(web)) == 1  # all of a small one comes with the first request
 
 
-def test_files_are_begun_in_parallel(site: Any, sealed: Path, serve: Serve, config: Any) -> None:
+def test_files_are_begun_in_parallel(site, sealed, serve, config):
     begun: set[str] = set()
     both = threading.Event()
 
@@ -111,7 +110,7 @@ def test_files_are_begun_in_parallel(site: Any, sealed: Path, serve: Serve, conf
     assert len([seen for seen in map_payload(web) if "=0-" in seen.headers["range"]]) == len(FILES)
 
 
-def test_names_are_quoted(site: Any, serve: Serve, config: Any) -> None:
+def test_names_are_quoted(site, serve, config):
     (site.plain / "a file #1 %41é.bin").write_bytes(b"content")
     site.seal(target="my model.sealed")
     web = serve(files_of(site.root))
@@ -120,7 +119,7 @@ def test_names_are_quoted(site: Any, serve: Serve, config: Any) -> None:
             assert model.read("a file #1 %41é.bin") == b"content"
 
 
-def test_the_command_line(site: Any, sealed: Path, serve: Serve, authority: Authority) -> None:
+def test_the_command_line(site, sealed, serve, authority):
     web = serve(files_of(site.root), tls=True)
     file = site.root / "keymgmt.toml"
     file.write_text(
@@ -152,9 +151,7 @@ def test_the_command_line(site: Any, sealed: Path, serve: Serve, authority: Auth
     ).read_bytes()
 
 
-def test_a_login_is_told_to_its_host_alone(
-    site: Any, sealed: Path, serve: Serve, config: Any, tmp_path: Path
-) -> None:
+def test_a_login_is_told_to_its_host_alone(site, sealed, serve, config, tmp_path):
     elsewhere = serve(files_of(site.root))
 
     def moved(request: Seen, handler: Any, content: bytes) -> bool:
@@ -174,9 +171,7 @@ def test_a_login_is_told_to_its_host_alone(
     assert not any("authorization" in seen.headers for seen in elsewhere.seen)
 
 
-def test_user_and_secret_are_one_login(
-    site: Any, sealed: Path, serve: Serve, config: Any, tmp_path: Path
-) -> None:
+def test_user_and_secret_are_one_login(site, sealed, serve, config, tmp_path):
     def asks(request: Seen, handler: Any, content: bytes) -> bool:
         if request.headers.get("authorization") == "Basic bWU6cGFzcw==":
             return False
@@ -311,16 +306,7 @@ def is_slow(request: Seen, handler: Any, content: bytes) -> bool:
         (redirects_for_ever, StorageUnavailable, "again and again"),
     ],
 )
-def test_a_server_that_does_not_as_it_should(
-    site: Any,
-    sealed: Path,
-    serve: Serve,
-    config: Any,
-    quick: list[float],
-    quirk: Quirk,
-    kind: type[KeymgmtError],
-    said: str,
-) -> None:
+def test_a_server_that_does_not_as_it_should(site, sealed, serve, config, quick, quirk, kind, said):
     web = serve(files_of(site.root, quirk), tls=True)
     buffer = bytearray(len((site.plain / "model.bin").read_bytes()))
     with (
@@ -332,9 +318,7 @@ def test_a_server_that_does_not_as_it_should(
     assert "SECRET" not in str(caught.value) + str(caught.value.hint)
 
 
-def test_a_server_that_is_too_slow(
-    site: Any, sealed: Path, serve: Serve, config: Any, quick: list[float]
-) -> None:
+def test_a_server_that_is_too_slow(site, sealed, serve, config, quick):
     web = serve(files_of(site.root, is_slow))
     with (
         keymgmt.open(f"{web.url}/m.sealed", keys=config(deadline=3)) as model,
@@ -343,9 +327,7 @@ def test_a_server_that_is_too_slow(
         model.read("model.bin")
 
 
-def test_what_passes_is_tried_again(
-    site: Any, sealed: Path, serve: Serve, config: Any, quick: list[float]
-) -> None:
+def test_what_passes_is_tried_again(site, sealed, serve, config, quick):
     troubles: list[Quirk] = [says(503), ends_early, says(429)]
 
     def troubled(request: Seen, handler: Any, content: bytes) -> bool:
@@ -358,15 +340,13 @@ def test_what_passes_is_tried_again(
     assert len(quick) == 3
 
 
-def test_a_wrong_certificate_is_refused(
-    site: Any, sealed: Path, serve: Serve, config: Any, tmp_path: Path
-) -> None:
+def test_a_wrong_certificate_is_refused(site, sealed, serve, config, tmp_path):
     web = serve(files_of(site.root), tls=True, by=Authority(tmp_path / "other"))
     with pytest.raises(StorageUnavailable, match="certificate"):
         keymgmt.open(f"{web.url}/m.sealed", keys=config())
 
 
-def test_where_a_location_is_not_read(site: Any, sealed: Path, config: Any) -> None:
+def test_where_a_location_is_not_read(site, sealed, config):
     with pytest.raises(ConfigError, match="plain HTTP"):
         keymgmt.open("http://models.example/m.sealed", keys=config())
     with pytest.raises(ConfigError, match="a slash is lost"):
@@ -377,13 +357,13 @@ def test_where_a_location_is_not_read(site: Any, sealed: Path, config: Any) -> N
         keymgmt.sign("https://models.example/m.sealed", key="local:publisher", keys=config())
 
 
-def test_a_web_server_takes_no_new_keys(site: Any, sealed: Path, serve: Serve, config: Any) -> None:
+def test_a_web_server_takes_no_new_keys(site, sealed, serve, config):
     web = serve(files_of(site.root))
     with pytest.raises(ConfigError, match="nothing is replaced at"):
         keymgmt.rewrap(f"{web.url}/m.sealed", add=["local:b"], keys=config())
 
 
-def test_a_forked_child_reads_on(site: Any, sealed: Path, serve: Serve, config: Any) -> None:
+def test_a_forked_child_reads_on(site, sealed, serve, config):
     web = serve(files_of(site.root))
     with keymgmt.open(f"{web.url}/m.sealed", keys=config()) as model:
         model.read("model.xml")
@@ -395,9 +375,7 @@ def test_a_forked_child_reads_on(site: Any, sealed: Path, serve: Serve, config: 
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "keys.json", "signatures.json"])
-def test_a_file_that_is_empty_there_is_not_said_to_have_changed(
-    sealed: Path, serve: Serve, config: Any, name: str
-) -> None:
+def test_a_file_that_is_empty_there_is_not_said_to_have_changed(sealed, serve, config, name):
     """Nothing of an empty file is in any range, so servers answer 416."""
     (sealed / name).write_bytes(b"")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,7 +16,7 @@ Seal = Callable[[Callable[[Path], None]], Path]
 
 
 @pytest.fixture
-def seal(site: Any) -> Seal:
+def seal(site) -> Seal:
     """``seal(write)``: the sealed copy, named ``m``, of what ``write`` puts into a folder."""
 
     def make(write: Callable[[Path], None]) -> Path:
@@ -31,7 +30,7 @@ def seal(site: Any) -> Seal:
 
 
 @pytest.fixture
-def wiped(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def wiped(monkeypatch) -> list[int]:
     """The size of each private memory that was wiped in this test."""
     seen: list[int] = []
 

@@ -36,12 +36,12 @@ ROOTS = [
 
 
 @pytest.mark.parametrize("count", range(1, 9))
-def test_known_roots(count: int) -> None:
+def test_known_roots(count):
     leaves = b"".join(leaf_hash("sha256", data) for data in INPUTS[:count])
     assert tree_root("sha256", leaves).hex() == ROOTS[count - 1]
 
 
-def test_blake3_tree_has_the_same_shape() -> None:
+def test_blake3_tree_has_the_same_shape():
     a, b, c = (blake3(b"\0" + data).digest() for data in INPUTS[:3])
     assert [leaf_hash("blake3", data) for data in INPUTS[:3]] == [a, b, c]
     left = blake3(b"\1" + a + b).digest()
@@ -49,12 +49,12 @@ def test_blake3_tree_has_the_same_shape() -> None:
     assert tree_root("blake3", a) == a
 
 
-def test_no_leaf_passes_for_a_node() -> None:
+def test_no_leaf_passes_for_a_node():
     a, b = (hashlib.sha256(b"\0" + data).digest() for data in INPUTS[:2])
     assert leaf_hash("sha256", a + b) != tree_root("sha256", a + b)
 
 
 @pytest.mark.parametrize("leaves", [b"", bytes(31), bytes(33)])
-def test_what_is_no_row_of_hashes_is_refused(leaves: bytes) -> None:
+def test_what_is_no_row_of_hashes_is_refused(leaves):
     with pytest.raises(ValueError, match="leaf"):
         tree_root("sha256", leaves)

@@ -82,26 +82,26 @@ class Sealed:
 
 
 @pytest.fixture(params=SIZES)
-def sealed(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Sealed]:
+def sealed(request, tmp_path) -> Iterator[Sealed]:
     sealed = Sealed(tmp_path, request.param)
     yield sealed
     sealed.close()
 
 
 @pytest.fixture
-def seven(tmp_path: Path) -> Iterator[Sealed]:
+def seven(tmp_path) -> Iterator[Sealed]:
     sealed = Sealed(tmp_path, 7 * STEP - 5)
     yield sealed
     sealed.close()
 
 
-def test_what_is_sealed_is_a_floe_ciphertext(sealed: Sealed) -> None:
+def test_what_is_sealed_is_a_floe_ciphertext(sealed):
     ciphertext = sealed.path.read_bytes()
     assert len(ciphertext) == floe.ciphertext_length(sealed.size, L)
     assert whole_floe.decrypt(KEY, AAD, ciphertext, FloeParameters(L)) == sealed.plaintext
 
 
-def test_all_is_read(sealed: Sealed) -> None:
+def test_all_is_read(sealed):
     for checked in (True, False):
         buffer = bytearray(sealed.size)
         with sealed.reader(checked=checked) as reader:
@@ -111,7 +111,7 @@ def test_all_is_read(sealed: Sealed) -> None:
         assert buffer == sealed.plaintext
 
 
-def test_a_small_file_opens_no_file_of_the_system(seven: Sealed) -> None:
+def test_a_small_file_opens_no_file_of_the_system(seven):
     """Asking for the processors' quota for each took two thirds of the time of a small file."""
     watching = False
     opened: list[object] = []
@@ -130,8 +130,8 @@ def test_a_small_file_opens_no_file_of_the_system(seven: Sealed) -> None:
 
 @pytest.mark.parametrize("cache", ["cold", "half", "cannot tell", "broken"])
 def test_what_is_not_in_the_page_cache_is_fetched_with_what_comes_after_it(
-    seven: Sealed, cache: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    seven, cache, monkeypatch
+):
     asked: list[int] = []
     real = os.preadv
 
@@ -159,7 +159,7 @@ def test_what_is_not_in_the_page_cache_is_fetched_with_what_comes_after_it(
     assert not asked or max(asked) == 8 * L
 
 
-def test_offsets_of_the_descriptors_stay(seven: Sealed) -> None:
+def test_offsets_of_the_descriptors_stay(seven):
     with seven.reader() as reader:
         reader.verify()
     assert os.lseek(seven.fd, 0, os.SEEK_CUR) == 0
@@ -167,7 +167,7 @@ def test_offsets_of_the_descriptors_stay(seven: Sealed) -> None:
 
 
 @pytest.mark.parametrize("digest", ["blake3", "sha256"])
-def test_the_root_is_the_tree_over_header_and_segments(tmp_path: Path, digest: Digest) -> None:
+def test_the_root_is_the_tree_over_header_and_segments(tmp_path, digest):
     sealed = Sealed(tmp_path, 3 * STEP + 1, digest)
     ciphertext = sealed.path.read_bytes()
     parts = [ciphertext[:74]] + [ciphertext[74 + i * L : 74 + (i + 1) * L] for i in range(4)]
@@ -197,7 +197,7 @@ def check_refused(sealed: Sealed, *, checked: bool) -> None:
 
 
 @pytest.mark.parametrize("checked", [True, False])
-def test_any_flipped_byte_is_refused(tmp_path: Path, checked: bool) -> None:
+def test_any_flipped_byte_is_refused(tmp_path, checked):
     sealed = Sealed(tmp_path, 2 * STEP + 3)
     length = sealed.path.stat().st_size
     places = {*range(90), *range(90, length, 41), 74 + L - 1, 74 + L, length - 1}
@@ -212,7 +212,7 @@ def test_any_flipped_byte_is_refused(tmp_path: Path, checked: bool) -> None:
 
 
 @pytest.mark.parametrize("checked", [True, False])
-def test_another_length_is_refused(sealed: Sealed, checked: bool) -> None:
+def test_another_length_is_refused(sealed, checked):
     length = sealed.path.stat().st_size
     for other in {0, 73, 74, 75, length - L, length - 32, length - 1, length + 1, length + 32}:
         if 0 <= other != length:
@@ -223,14 +223,14 @@ def test_another_length_is_refused(sealed: Sealed, checked: bool) -> None:
             os.truncate(sealed.path, length)
 
 
-def test_another_size_is_refused(sealed: Sealed) -> None:
+def test_another_size_is_refused(sealed):
     for size in {sealed.size - 1, sealed.size + 1, sealed.size + STEP} - {-1}:
         with pytest.raises(IntegrityError, match="bytes seal to"):
             PayloadReader(sealed.ciphertext(), size, key=KEY, aad=AAD, segment_length=L)
 
 
 @pytest.mark.parametrize("checked", [True, False])
-def test_swapped_and_repeated_segments_are_refused(seven: Sealed, checked: bool) -> None:
+def test_swapped_and_repeated_segments_are_refused(seven, checked):
     original = seven.path.read_bytes()
     for one, other in [(0, 1), (1, 5), (4, 5)]:
         moved = bytearray(original)
@@ -243,7 +243,7 @@ def test_swapped_and_repeated_segments_are_refused(seven: Sealed, checked: bool)
         check_refused(seven, checked=checked)
 
 
-def test_another_key_context_or_segment_length_is_refused(seven: Sealed) -> None:
+def test_another_key_context_or_segment_length_is_refused(seven):
     with pytest.raises(IntegrityError):
         seven.reader(key=bytes(32))
     with pytest.raises(IntegrityError):
@@ -253,7 +253,7 @@ def test_another_key_context_or_segment_length_is_refused(seven: Sealed) -> None
         PayloadReader(seven.ciphertext(), seven.size, key=KEY, aad=AAD, segment_length=L + 1)
 
 
-def test_a_valid_ciphertext_of_another_root_is_refused_and_wiped(seven: Sealed) -> None:
+def test_a_valid_ciphertext_of_another_root_is_refused_and_wiped(seven):
     """Whoever holds the DEK can forge segments; the digest, under the signature, refuses them."""
     root = seven.root
     forged = seal_payload(
@@ -272,7 +272,7 @@ def test_a_valid_ciphertext_of_another_root_is_refused_and_wiped(seven: Sealed) 
             assert first == bytes(10)
 
 
-def test_random_access_compares_each_segment_with_the_checked_file(seven: Sealed) -> None:
+def test_random_access_compares_each_segment_with_the_checked_file(seven):
     with seven.reader() as reader, reader.open() as file:
         assert file.read(10) == seven.plaintext[:10]
         other = seal_payload(
@@ -290,7 +290,7 @@ def test_random_access_compares_each_segment_with_the_checked_file(seven: Sealed
             file.read(10)
 
 
-def test_a_damaged_segment_stops_random_access_only_there_without_digests(seven: Sealed) -> None:
+def test_a_damaged_segment_stops_random_access_only_there_without_digests(seven):
     seven.flip(74 + 3 * L + 100)
     with seven.reader(checked=False) as reader, reader.open() as file:
         assert file.read(STEP) == seven.plaintext[:STEP]
@@ -301,7 +301,7 @@ def test_a_damaged_segment_stops_random_access_only_there_without_digests(seven:
         assert file.read() == seven.plaintext[-5:]
 
 
-def test_random_access_equals_the_plaintext(sealed: Sealed) -> None:
+def test_random_access_equals_the_plaintext(sealed):
     rng = random.Random(1)
     whole = io.BytesIO(sealed.plaintext)
     with sealed.reader() as reader, reader.open() as file:
@@ -323,7 +323,7 @@ def test_random_access_equals_the_plaintext(sealed: Sealed) -> None:
         file.read(1)
 
 
-def test_threads_read_one_payload_at_once(seven: Sealed) -> None:
+def test_threads_read_one_payload_at_once(seven):
     wrong: list[object] = []
     with seven.reader() as reader:
 
@@ -347,7 +347,7 @@ def test_threads_read_one_payload_at_once(seven: Sealed) -> None:
     assert wrong == []
 
 
-def test_a_failure_in_one_segment_wipes_the_whole_buffer(seven: Sealed) -> None:
+def test_a_failure_in_one_segment_wipes_the_whole_buffer(seven):
     seven.flip(74 + 6 * L + 20)
     buffer = bytearray(b"?" * seven.size)
     with seven.reader(checked=False) as reader, pytest.raises(IntegrityError, match="segment 6"):
@@ -356,7 +356,7 @@ def test_a_failure_in_one_segment_wipes_the_whole_buffer(seven: Sealed) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupt_wipes_the_buffer(seven: Sealed, error: type[BaseException]) -> None:
+def test_an_interrupt_wipes_the_buffer(seven, error):
     def progress(done: int) -> None:
         raise error
 
@@ -370,7 +370,7 @@ def test_an_interrupt_wipes_the_buffer(seven: Sealed, error: type[BaseException]
     assert buffer == seven.plaintext
 
 
-def test_progress_ends_at_the_size(sealed: Sealed) -> None:
+def test_progress_ends_at_the_size(sealed):
     told: list[int] = []
     with sealed.reader() as reader:
         reader.read_into(bytearray(sealed.size), told.append)
@@ -378,7 +378,7 @@ def test_progress_ends_at_the_size(sealed: Sealed) -> None:
     assert told[-1] == sealed.size
 
 
-def test_a_buffer_of_another_length_is_refused(seven: Sealed) -> None:
+def test_a_buffer_of_another_length_is_refused(seven):
     with seven.reader() as reader:
         for length in (0, seven.size - 1, seven.size + 1):
             with pytest.raises(ValueError, match="buffer"):
@@ -387,7 +387,7 @@ def test_a_buffer_of_another_length_is_refused(seven: Sealed) -> None:
             reader.read_into(bytes(seven.size))
 
 
-def test_a_closed_reader_reads_nothing(seven: Sealed) -> None:
+def test_a_closed_reader_reads_nothing(seven):
     reader = seven.reader()
     reader.close()
     reader.close()
@@ -397,7 +397,7 @@ def test_a_closed_reader_reads_nothing(seven: Sealed) -> None:
     assert buffer == bytes(seven.size)
 
 
-def test_a_source_that_changes_is_refused(tmp_path: Path) -> None:
+def test_a_source_that_changes_is_refused(tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(bytes(5 * STEP))
     with source.open("rb") as file, target.open("wb") as out:
@@ -428,7 +428,7 @@ def test_a_source_that_changes_is_refused(tmp_path: Path) -> None:
                 seal(source.stat().st_size, change)
 
 
-def test_an_error_of_reading_names_the_source_and_not_the_target(tmp_path: Path) -> None:
+def test_an_error_of_reading_names_the_source_and_not_the_target(tmp_path):
     source = tmp_path / "source"
     source.write_bytes(bytes(STEP))
     # A file that is open for writing alone cannot be read, as a bad disk cannot.
@@ -450,7 +450,7 @@ def test_an_error_of_reading_names_the_source_and_not_the_target(tmp_path: Path)
             os.close(unreadable)
 
 
-def test_a_full_disk_is_the_systems_error(seven: Sealed) -> None:
+def test_a_full_disk_is_the_systems_error(seven):
     with open("/dev/full", "wb") as full, pytest.raises(OSError, match="No space"):  # noqa: PTH123
         seal_payload(
             seven.source_fd,
@@ -482,7 +482,7 @@ print(peak_kib() - before)
 """
 
 
-def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_file(tmp_path):
     size = 300 << 20
     with (tmp_path / "sparse").open("wb") as file:
         file.truncate(size)
@@ -491,7 +491,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     assert int(result.stdout) < (16 + 8 * cores) * 1024  # KiB
 
 
-def test_an_error_holds_nothing_of_its_caller_once_it_was_handled(seven: Sealed) -> None:
+def test_an_error_holds_nothing_of_its_caller_once_it_was_handled(seven):
     """Or a model whose load failed would stay in memory until the collector comes by."""
 
     class Held:

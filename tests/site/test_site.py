@@ -35,23 +35,23 @@ return wide;
 
 
 @pytest.fixture(scope="module")
-def pages(built: Path) -> dict[Path, str]:
+def pages(built) -> dict[Path, str]:
     return {file: file.read_text("utf-8") for file in sorted(built.rglob("*.html"))}
 
 
 @pytest.fixture
-def names(built: Path, pages: dict[Path, str]) -> list[str]:
+def names(built, pages) -> list[str]:
     return [str(file.relative_to(built)) for file in pages]
 
 
-def test_every_page_is_there(names: list[str]) -> None:
+def test_every_page_is_there(names):
     wanted = {str(file.relative_to(DOCS).with_suffix(".html")) for file in DOCS.rglob("*.md")}
     wanted |= {"keymgmt/sealed/SPEC.html", "CHANGELOG.html", "schemas.html", "search.html"}
     wanted |= {"commands/rewrap.html", "commands/tpm.html", "python/keymgmt_openvino.html"}
     assert wanted <= set(names)
 
 
-def test_links_inside_lead_somewhere(pages: dict[Path, str]) -> None:
+def test_links_inside_lead_somewhere(pages):
     missing = []
     for file, text in pages.items():
         for link in set(re.findall(r'(?:href|src)="([^"]+)"', text)):
@@ -65,7 +65,7 @@ def test_links_inside_lead_somewhere(pages: dict[Path, str]) -> None:
     assert not missing
 
 
-def test_every_public_name_is_explained(built: Path, pages: dict[Path, str]) -> None:
+def test_every_public_name_is_explained(built, pages):
     shown = {file: text for file, text in pages.items() if file.parent == built / "python"}
     assert len(shown) > 10
     anchors = {anchor for text in shown.values() for anchor in re.findall(r'id="([\w.]+)"', text)}
@@ -75,7 +75,7 @@ def test_every_public_name_is_explained(built: Path, pages: dict[Path, str]) -> 
         assert left_out <= set(errors.__all__), "errors are on the page of their own"
 
 
-def test_no_page_is_wider_than_a_telephone(browser: Any, names: list[str]) -> None:
+def test_no_page_is_wider_than_a_telephone(browser, names):
     browser.be(*TELEPHONE)
     too_wide = {}
     for name in names:
@@ -92,7 +92,7 @@ def brightness(browser: Any) -> int:
 
 
 @pytest.mark.parametrize("size", [TELEPHONE, DESK])
-def test_it_is_light_or_dark_as_the_reader_prefers(browser: Any, size: tuple[int, int]) -> None:
+def test_it_is_light_or_dark_as_the_reader_prefers(browser, size):
     browser.be(*size, "light")
     browser.open("index.html")
     assert brightness(browser) > 600
@@ -104,14 +104,14 @@ def test_it_is_light_or_dark_as_the_reader_prefers(browser: Any, size: tuple[int
     assert browser.complaints() == []
 
 
-def test_the_picture_is_shown(browser: Any) -> None:
+def test_the_picture_is_shown(browser):
     browser.be(*DESK)
     browser.open("index.html")
     assert browser.run("return document.querySelector('article img').clientWidth") > 500
 
 
 @pytest.mark.parametrize("size", [TELEPHONE, DESK])
-def test_search_finds(browser: Any, size: tuple[int, int]) -> None:
+def test_search_finds(browser, size):
     from selenium.webdriver.support.ui import WebDriverWait
 
     browser.be(*size)
@@ -125,7 +125,7 @@ def test_search_finds(browser: Any, size: tuple[int, int]) -> None:
     assert browser.complaints() == []
 
 
-def test_the_picture_is_that_of_the_demo() -> None:
+def test_the_picture_is_that_of_the_demo():
     make_demo = load_script(DOCS / "make_demo.py")
     drawn = make_demo.PICTURE.read_text("utf-8")
     assert "@font-face" not in drawn
@@ -135,7 +135,7 @@ def test_the_picture_is_that_of_the_demo() -> None:
 
 
 @pytest.mark.nightly
-def test_links_to_other_hosts(built: Path, tmp_path: Path) -> None:
+def test_links_to_other_hosts(built, tmp_path):
     try:
         socket.getaddrinfo("github.com", 443)
     except OSError:

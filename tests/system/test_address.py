@@ -10,7 +10,7 @@ from keymgmt._system.address import is_loopback, split_address
 @pytest.mark.parametrize(
     "host", ["127.0.0.1", "127.9.9.9", "127.0.0.1:80", "::1", "[::1]", "[::1]:443"]
 )
-def test_addresses_of_this_machine(host: str) -> None:
+def test_addresses_of_this_machine(host):
     assert is_loopback(host)
 
 
@@ -18,11 +18,11 @@ def test_addresses_of_this_machine(host: str) -> None:
     "host",
     ["", "localhost", "localhost:80", "127.0.0.1.example", "192.0.2.1", "::2", "[::1", "1", "a@b"],
 )
-def test_a_name_is_not_this_machine_since_others_may_say_what_it_stands_for(host: str) -> None:
+def test_a_name_is_not_this_machine_since_others_may_say_what_it_stands_for(host):
     assert not is_loopback(host)
 
 
-def test_an_address_is_split_and_plain_http_is_for_this_machine() -> None:
+def test_an_address_is_split_and_plain_http_is_for_this_machine():
     assert split_address("https://site.example:8443/path", "no").port == 8443
     assert split_address("http://[::1]:80", "no").hostname == "::1"
     assert split_address("http://169.254.169.254", "no", ["169.254.169.254"]).scheme == "http"
@@ -41,7 +41,7 @@ def test_an_address_is_split_and_plain_http_is_for_this_machine() -> None:
         ("http://:SECRET@site.example", "^no login here$"),
     ],
 )
-def test_an_address_that_cannot_be_used(text: str, message: str) -> None:
+def test_an_address_that_cannot_be_used(text, message):
     with pytest.raises(ValueError, match=message) as caught:
         split_address(text, "no login here")
     assert "SECRET" not in str(caught.value)

@@ -18,7 +18,7 @@ FILE = 200 * MIB
 
 
 @pytest.fixture
-def new_group(request: pytest.FixtureRequest) -> Iterator[Path]:
+def new_group(request) -> Iterator[Path]:
     """A new group of a controller with a group in it, both removed at the end."""
     # Where both versions are mounted, version 1 has the controller.
     root = [folder for version, folder in sorted(groups(request.param)) if version == 1] or [
@@ -65,9 +65,7 @@ print(before, free_memory())
 
 @pytest.mark.parametrize("new_group", ["memory"], indirect=True)
 @pytest.mark.parametrize("inner", ["", "inner"])
-def test_page_cache_is_free_and_a_parents_limit_is_ours(
-    inner: str, new_group: Path, tmp_path: Path
-) -> None:
+def test_page_cache_is_free_and_a_parents_limit_is_ours(inner, new_group, tmp_path):
     limit(new_group, memory_limit_in_bytes=400 * MIB, memory_max=400 * MIB)
     content = tmp_path / "content"
     content.write_bytes(bytes(FILE))
@@ -85,12 +83,12 @@ QUOTA = "from keymgmt._system.cgroup import cpus; print(cpus())"
 
 @pytest.mark.parametrize("new_group", ["cpu"], indirect=True)
 @pytest.mark.parametrize("inner", ["", "inner"])
-def test_a_quota_of_processors(inner: str, new_group: Path) -> None:
+def test_a_quota_of_processors(inner, new_group):
     limit(new_group, cpu_cfs_quota_us=50_000, cpu_max="50000 100000")
     assert run_in(new_group / inner, QUOTA) == [1]
 
 
-def test_the_quota_is_read_once_in_each_process() -> None:
+def test_the_quota_is_read_once_in_each_process():
     program = """
 import os, sys
 from keymgmt._system.cgroup import cpus

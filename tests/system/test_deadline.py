@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Callable
 
 import pytest
 
@@ -13,14 +12,14 @@ from keymgmt._system.deadline import Deadline, begin, within
 from keymgmt.errors import ProviderUnavailable
 
 
-def test_what_a_call_gives_or_raises() -> None:
+def test_what_a_call_gives_or_raises():
     assert within(60, "a test", lambda: 7) == 7
     assert within(60, "a test", lambda: None) is None
     with pytest.raises(ZeroDivisionError):
         within(60, "a test", lambda: 1 // 0)
 
 
-def test_two_calls_run_beside_each_other() -> None:
+def test_two_calls_run_beside_each_other():
     met = threading.Barrier(2, timeout=60)
     assert sorted(wait() >= 0 for wait in [begin(met.wait), begin(met.wait)]) == [True, True]
     failed = begin(lambda: 1 // 0)
@@ -29,9 +28,7 @@ def test_two_calls_run_beside_each_other() -> None:
 
 
 @pytest.mark.parametrize("run", [lambda call: within(60, "a test", call), lambda c: begin(c)()])
-def test_nothing_of_a_call_that_failed_is_kept_once_its_error_is_handled(
-    run: Callable[[Callable[[], object]], object],
-) -> None:
+def test_nothing_of_a_call_that_failed_is_kept_once_its_error_is_handled(run):
     class Secret:
         pass
 
@@ -52,7 +49,7 @@ def test_nothing_of_a_call_that_failed_is_kept_once_its_error_is_handled(
         gc.enable()
 
 
-def test_one_thread_serves_calls_one_after_the_other() -> None:
+def test_one_thread_serves_calls_one_after_the_other():
     within(60, "a test", lambda: None)
     before = threading.active_count()
     served = {within(60, "a test", threading.get_ident) for _ in range(200)}
@@ -61,7 +58,7 @@ def test_one_thread_serves_calls_one_after_the_other() -> None:
     assert threading.active_count() == before
 
 
-def test_a_call_that_hangs_is_left_behind_and_its_thread_serves_again() -> None:
+def test_a_call_that_hangs_is_left_behind_and_its_thread_serves_again():
     go_on, done = threading.Event(), threading.Event()
 
     def hang() -> int:
@@ -76,14 +73,14 @@ def test_a_call_that_hangs_is_left_behind_and_its_thread_serves_again() -> None:
     assert done.wait(60)
 
 
-def test_a_deadline_that_is_over_begins_nothing() -> None:
+def test_a_deadline_that_is_over_begins_nothing():
     deadline, begun = Deadline(0.0, "a test"), []
     with pytest.raises(ProviderUnavailable):
         deadline.run(lambda: begun.append(1))
     assert begun == []
 
 
-def test_a_lock_is_waited_for_until_the_time_is_over() -> None:
+def test_a_lock_is_waited_for_until_the_time_is_over():
     lock = threading.Lock()
     with Deadline(60, "a test").hold(lock):
         assert lock.locked()

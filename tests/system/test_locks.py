@@ -6,14 +6,13 @@ import os
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 
 from keymgmt._system.locks import lock_file
 
 
-def test_one_at_a_time(tmp_path: Path) -> None:
+def test_one_at_a_time(tmp_path):
     inside: list[int] = []
 
     def work() -> None:
@@ -31,7 +30,7 @@ def test_one_at_a_time(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_whoever_waits_too_long_is_told(tmp_path: Path) -> None:
+def test_whoever_waits_too_long_is_told(tmp_path):
     with (
         lock_file(tmp_path / "lock", 0),
         pytest.raises(TimeoutError, match="another process held its lock for 0 seconds"),
@@ -42,7 +41,7 @@ def test_whoever_waits_too_long_is_told(tmp_path: Path) -> None:
         assert (tmp_path / "lock").stat().st_mode & 0o777 == 0o600
 
 
-def test_a_process_that_was_forked_meanwhile_does_not_go_on_holding_it(tmp_path: Path) -> None:
+def test_a_process_that_was_forked_meanwhile_does_not_go_on_holding_it(tmp_path):
     with lock_file(tmp_path / "lock", 0):
         child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
         forked = os.fork()
@@ -59,7 +58,7 @@ def test_a_process_that_was_forked_meanwhile_does_not_go_on_holding_it(tmp_path:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
-def test_who_may_only_read_the_folder_cannot_hold_it(tmp_path: Path) -> None:
+def test_who_may_only_read_the_folder_cannot_hold_it(tmp_path):
     program = """if True:
         import fcntl, os, sys
         os.setresuid(12345, 12345, 12345)

@@ -22,7 +22,7 @@ def fresh(size: int) -> mmap.mmap:
 
 @pytest.mark.parametrize("skip", [0, 16, 4096 + 16, 1 << 20])
 @pytest.mark.parametrize("part", [1 << 16, (1 << 20) - 32, BLOCK, 5 << 20])
-def test_fresh_memory_is_there_once_all_parts_were_asked_for(skip: int, part: int) -> None:
+def test_fresh_memory_is_there_once_all_parts_were_asked_for(skip, part):
     if tuple(int(number) for number in os.uname().release.split(".")[:2]) < (5, 14):
         pytest.skip("MADV_POPULATE_WRITE is of Linux 5.14")
     size = 64 << 20
@@ -44,7 +44,7 @@ def test_fresh_memory_is_there_once_all_parts_were_asked_for(skip: int, part: in
 
 @pytest.mark.parametrize("start", [0, 1, 4095, 4096, 5000, BLOCK - 1, BLOCK])
 @pytest.mark.parametrize("length", [0, 1, 4096, 16384, 16385, 100_000, 2 * BLOCK + 1])
-def test_nothing_changes_in_it_or_around_it(start: int, length: int) -> None:
+def test_nothing_changes_in_it_or_around_it(start, length):
     memory = fresh(8 * BLOCK)
     memory[: len(memory) // 2 : 7] = b"x" * len(range(0, len(memory) // 2, 7))
     content = memory[:]
@@ -54,11 +54,11 @@ def test_nothing_changes_in_it_or_around_it(start: int, length: int) -> None:
     assert part.nbytes == length
 
 
-def test_a_part_is_writable_memory_of_the_buffer() -> None:
+def test_a_part_is_writable_memory_of_the_buffer():
     memory = fresh(2 * BLOCK)
     FreshMemory(memoryview(memory)).part(BLOCK, 4)[:] = b"left"
     assert memory[BLOCK : BLOCK + 4] == b"left"
 
 
-def test_an_empty_buffer_has_an_empty_part() -> None:
+def test_an_empty_buffer_has_an_empty_part():
     assert FreshMemory(memoryview(bytearray())).part(0, 0).nbytes == 0

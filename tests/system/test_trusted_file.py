@@ -25,7 +25,7 @@ def read(path: Path, access: str = "trusted", **options: object) -> bytearray:
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Path:
+def file(tmp_path) -> Path:
     folder = tmp_path / "folder"
     folder.mkdir(mode=0o755)
     path = folder / "file"
@@ -35,12 +35,12 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("access", ["any", "trusted"])
-def test_a_file_of_ours_is_read(file: Path, access: str) -> None:
+def test_a_file_of_ours_is_read(file, access):
     assert read(file, access) == b"content"
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o002, 0o022])
-def test_what_a_umask_makes(tmp_path: Path, umask: int) -> None:
+def test_what_a_umask_makes(tmp_path, umask):
     before = os.umask(umask)
     try:
         folder = tmp_path / "made"
@@ -65,7 +65,7 @@ def test_what_a_umask_makes(tmp_path: Path, umask: int) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o666, 0o646, 0o602])
-def test_a_file_that_others_can_write_is_refused(file: Path, mode: int) -> None:
+def test_a_file_that_others_can_write_is_refused(file, mode):
     file.chmod(mode)
     with pytest.raises(ConfigError, match="is refused: others can write it") as raised:
         read(file)
@@ -74,14 +74,14 @@ def test_a_file_that_others_can_write_is_refused(file: Path, mode: int) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660])
-def test_a_private_file_is_nobody_elses(file: Path, mode: int) -> None:
+def test_a_private_file_is_nobody_elses(file, mode):
     file.chmod(mode)
     with pytest.raises(ProviderUnavailable, match="others can use it") as raised:
         read(file, "private", error=ProviderUnavailable)
     assert raised.value.hint == f"chmod go= {file}"
 
 
-def test_the_group_of_others(file: Path) -> None:
+def test_the_group_of_others(file):
     groups = [each.gr_gid for each in grp.getgrall() if each.gr_gid != os.getegid()]
     if os.geteuid() != 0:
         pytest.skip("only root gives files to any group")
@@ -93,7 +93,7 @@ def test_the_group_of_others(file: Path) -> None:
 
 
 @root_only
-def test_a_folder_of_another_user_on_the_way(file: Path) -> None:
+def test_a_folder_of_another_user_on_the_way(file):
     os.chown(file.parent, 12345, -1)
     with pytest.raises(
         ConfigError, match=r"in .*folder, is refused: it belongs to user 12345"
@@ -103,7 +103,7 @@ def test_a_folder_of_another_user_on_the_way(file: Path) -> None:
     assert "chown" not in str(raised.value.hint)
 
 
-def test_a_sticky_folder_keeps_what_is_ours(tmp_path: Path) -> None:
+def test_a_sticky_folder_keeps_what_is_ours(tmp_path):
     shared = tmp_path / "shared"
     shared.mkdir()
     shared.chmod(0o1777)
@@ -115,7 +115,7 @@ def test_a_sticky_folder_keeps_what_is_ours(tmp_path: Path) -> None:
 
 
 @root_only
-def test_a_link_that_another_user_planted_in_a_sticky_folder(tmp_path: Path, file: Path) -> None:
+def test_a_link_that_another_user_planted_in_a_sticky_folder(tmp_path, file):
     shared = tmp_path / "shared"
     shared.mkdir()
     shared.chmod(0o1777)
@@ -127,7 +127,7 @@ def test_a_link_that_another_user_planted_in_a_sticky_folder(tmp_path: Path, fil
         read(link)
 
 
-def test_a_chain_of_links_is_followed_and_each_is_looked_at(tmp_path: Path, file: Path) -> None:
+def test_a_chain_of_links_is_followed_and_each_is_looked_at(tmp_path, file):
     open_folder = tmp_path / "open"
     open_folder.mkdir()
     (open_folder / "second").symlink_to(Path("..") / "folder" / "file")
@@ -138,7 +138,7 @@ def test_a_chain_of_links_is_followed_and_each_is_looked_at(tmp_path: Path, file
         read(tmp_path / "first")
 
 
-def test_what_lies_above_the_target_of_a_link(tmp_path: Path, file: Path) -> None:
+def test_what_lies_above_the_target_of_a_link(tmp_path, file):
     """``link/..`` is the folder above what the link points to, and not the one that holds it."""
     (tmp_path / "good").mkdir()
     (tmp_path / "good" / "file").write_bytes(b"good")
@@ -153,7 +153,7 @@ def test_what_lies_above_the_target_of_a_link(tmp_path: Path, file: Path) -> Non
 
 
 @pytest.mark.parametrize("above", [False, True])
-def test_an_access_list_is_no_group_of_ones_own(file: Path, above: bool) -> None:
+def test_an_access_list_is_no_group_of_ones_own(file, above):
     place = file.parent if above else file
     entries = [(1, 7, -1), (2, 7, 12050), (4, 7, -1), (16, 7, -1), (32, 4, -1)]
     content = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *each) for each in entries)
@@ -166,7 +166,7 @@ def test_an_access_list_is_no_group_of_ones_own(file: Path, above: bool) -> None
     assert raised.value.hint == f"setfacl -b {place}"
 
 
-def test_links_in_a_circle_end(tmp_path: Path) -> None:
+def test_links_in_a_circle_end(tmp_path):
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
     with pytest.raises(ConfigError, match="cannot read the config"):
@@ -174,7 +174,7 @@ def test_links_in_a_circle_end(tmp_path: Path) -> None:
 
 
 @root_only
-def test_a_bind_mount_of_another_owner(tmp_path: Path, file: Path) -> None:
+def test_a_bind_mount_of_another_owner(tmp_path, file):
     program = """if True:
         import os, subprocess, sys
         from pathlib import Path
@@ -203,13 +203,13 @@ def test_a_bind_mount_of_another_owner(tmp_path: Path, file: Path) -> None:
 
 
 @pytest.mark.parametrize("access", ["any", "trusted", "private"])
-def test_a_fifo_does_not_block(tmp_path: Path, access: str) -> None:
+def test_a_fifo_does_not_block(tmp_path, access):
     os.mkfifo(tmp_path / "fifo", 0o600)
     with pytest.raises(ConfigError, match="not a regular file"):
         read(tmp_path / "fifo", access)
 
 
-def test_bounds_and_absence(file: Path) -> None:
+def test_bounds_and_absence(file):
     file.write_bytes(b"x" * 101)
     with pytest.raises(ConfigError, match="larger than 100 bytes"):
         read(file)
@@ -221,7 +221,7 @@ def test_bounds_and_absence(file: Path) -> None:
         read(Path("a\0b"))
 
 
-def test_a_file_that_is_exchanged_all_the_time_is_never_mixed(tmp_path: Path) -> None:
+def test_a_file_that_is_exchanged_all_the_time_is_never_mixed(tmp_path):
     file, end = tmp_path / "file", threading.Event()
     file.write_bytes(b"a" * 50)
 
@@ -247,7 +247,7 @@ def test_a_file_that_is_exchanged_all_the_time_is_never_mixed(tmp_path: Path) ->
         thread.join()
 
 
-def test_what_the_kernel_makes_as_it_is_read() -> None:
+def test_what_the_kernel_makes_as_it_is_read():
     """It says that it has no bytes: sysfs, configfs, securityfs."""
     path = Path("/proc/self/limits")
     assert path.stat().st_size == 0

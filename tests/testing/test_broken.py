@@ -65,7 +65,7 @@ def make_contract(kind: type[MemoryProvider], *, spawn: bool = False) -> type[Pr
             service.answering = True
 
         @pytest.fixture
-        def provider_factory(self, service: MemoryService) -> ProviderFactory:
+        def provider_factory(self, service) -> ProviderFactory:
             settings = kind.Settings(service=service.name, keys=["kit"], timeout=0.1)
             return lambda: kind("memory", settings)
 
@@ -86,15 +86,15 @@ def make_contract(kind: type[MemoryProvider], *, spawn: bool = False) -> type[Pr
             return [TOKEN]
 
         @pytest.fixture
-        def break_service(self, service: MemoryService) -> Hook:
+        def break_service(self, service) -> Hook:
             return lambda: setattr(service, "up", False)
 
         @pytest.fixture
-        def hang_service(self, service: MemoryService) -> Hook:
+        def hang_service(self, service) -> Hook:
             return lambda: setattr(service, "answering", False)
 
         @pytest.fixture
-        def heal_service(self, service: MemoryService) -> Hook:
+        def heal_service(self, service) -> Hook:
             def heal() -> None:
                 service.up = True
                 service.answering = True
@@ -102,11 +102,11 @@ def make_contract(kind: type[MemoryProvider], *, spawn: bool = False) -> type[Pr
             return heal
 
         @pytest.fixture
-        def expire_login(self, service: MemoryService) -> Hook:
+        def expire_login(self, service) -> Hook:
             return lambda: setattr(service, "epoch", service.epoch + 1)
 
         @pytest.fixture
-        def denied_factory(self, service: MemoryService) -> ProviderFactory:
+        def denied_factory(self, service) -> ProviderFactory:
             service.denied.add("nobody")
             settings = kind.Settings(service=service.name, user="nobody", timeout=0.1)
             return lambda: kind("memory", settings)
@@ -706,7 +706,7 @@ def run_checks(number: int) -> list[Result]:
 
 
 @pytest.fixture(scope="module")
-def checked(request: pytest.FixtureRequest) -> Iterator[dict[int, Future[list[Result]]]]:
+def checked(request) -> Iterator[dict[int, Future[list[Result]]]]:
     """The checks of each defect; beside one another, since most of their time is waiting."""
     chosen = [
         item.callspec.params["number"]
@@ -720,9 +720,7 @@ def checked(request: pytest.FixtureRequest) -> Iterator[dict[int, Future[list[Re
 
 @pytest.mark.once
 @pytest.mark.parametrize("number", range(len(BROKEN)), ids=[kind.__name__ for kind, _ in BROKEN])
-def test_each_defect_is_caught_by_its_checks(
-    checked: dict[int, Future[list[Result]]], number: int
-) -> None:
+def test_each_defect_is_caught_by_its_checks(checked, number):
     failed = {r.name: r for r in checked[number].result() if r.outcome == "failed"}
     assert set(failed) == BROKEN[number][1], [f"{r.name}: {r.reason}" for r in failed.values()]
     for result in failed.values():
@@ -730,13 +728,11 @@ def test_each_defect_is_caught_by_its_checks(
         assert f"demanded: {result.demands}" in result.reason
 
 
-def test_there_are_enough_defects() -> None:
+def test_there_are_enough_defects():
     assert len({kind for kind, _ in BROKEN}) >= 15
 
 
-def test_state_of_one_process_is_caught_by_spawning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_state_of_one_process_is_caught_by_spawning(tmp_path, monkeypatch):
     (tmp_path / "kit_spawn_defect.py").write_text(
         textwrap.dedent(
             """
@@ -764,9 +760,7 @@ def test_state_of_one_process_is_caught_by_spawning(
     assert {result.name for result in results if result.outcome == "failed"} == {"test_spawn"}
 
 
-def test_an_import_of_our_internals_is_caught(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_import_of_our_internals_is_caught(tmp_path, monkeypatch):
     (tmp_path / "kit_import_defect.py").write_text(
         "from keymgmt.testing.fakes import MemoryProvider\n"
         "class P(MemoryProvider):\n"
@@ -787,7 +781,7 @@ def test_an_import_of_our_internals_is_caught(
 
 
 @pytest.mark.parametrize("lacking", [["old"], ["old", "aes256", "ed25519"]])
-def test_a_kind_that_this_service_lacks_is_told(lacking: list[str]) -> None:
+def test_a_kind_that_this_service_lacks_is_told(lacking):
     """One module of many lacks a kind: that is no defect of the backend. To make none is one."""
 
     class Lacking(MemoryProvider):
@@ -804,7 +798,7 @@ def test_a_kind_that_this_service_lacks_is_told(lacking: list[str]) -> None:
     assert "the module makes no key of kind old" in check.reason
 
 
-def test_every_check_can_fail_and_says_what_and_why_and_where() -> None:
+def test_every_check_can_fail_and_says_what_and_why_and_where():
     """A check that no defect makes fail may be one that cannot; without a defect all pass."""
     results: list[Result] = run_contract(make_contract(MemoryProvider, spawn=True))
     caught = {check for _, checks in BROKEN for check in checks} | {"test_spawn"}

@@ -6,7 +6,6 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,7 +28,7 @@ def provider() -> Iterator[MemoryProvider]:
 
 
 @pytest.fixture
-def memory(provider: MemoryProvider, tmp_path: Path) -> ReleaseMemory:
+def memory(provider, tmp_path) -> ReleaseMemory:
     return ReleaseMemory(tmp_path / "releases.json", lambda call: call(provider), "safe")
 
 
@@ -53,7 +52,7 @@ def cut(memory: ReleaseMemory, *, moved: bool) -> ReleaseMemory:
     return ReleaseMemory(memory.path, ask, memory.provider)
 
 
-def test_an_older_file_and_none_are_noticed(memory: ReleaseMemory) -> None:
+def test_an_older_file_and_none_are_noticed(memory):
     memory.remember("a", 1)
     old = memory.path.read_bytes()
     memory.remember("a", 2)
@@ -73,7 +72,7 @@ def test_an_older_file_and_none_are_noticed(memory: ReleaseMemory) -> None:
     assert memory.recall().releases == {"a": 2, "b": 1}
 
 
-def test_a_file_that_somebody_wrote_is_noticed(memory: ReleaseMemory) -> None:
+def test_a_file_that_somebody_wrote_is_noticed(memory):
     """Without moving the anchor nobody makes a file that counts, whatever he knows."""
     memory.remember("a", 1)
     memory.remember("a", 2)
@@ -99,9 +98,7 @@ def test_a_file_that_somebody_wrote_is_noticed(memory: ReleaseMemory) -> None:
 
 @pytest.mark.parametrize("before", [0, 1, 2])
 @pytest.mark.parametrize("moved", [False, True])
-def test_a_power_cut_leaves_one_that_counts(
-    memory: ReleaseMemory, before: int, *, moved: bool
-) -> None:
+def test_a_power_cut_leaves_one_that_counts(memory, before, *, moved):
     for release in range(before):
         memory.remember("a", release)
     held = memory.recall().releases
@@ -114,7 +111,7 @@ def test_a_power_cut_leaves_one_that_counts(
     assert memory.recall().releases == {"a": 10, "b": 1}
 
 
-def test_what_a_power_cut_left_cannot_be_put_back_later(memory: ReleaseMemory) -> None:
+def test_what_a_power_cut_left_cannot_be_put_back_later(memory):
     """A file that was written and not yet bound is no second newest file."""
     memory.remember("a", 1)
     good = memory.path.read_bytes()
@@ -128,7 +125,7 @@ def test_what_a_power_cut_left_cannot_be_put_back_later(memory: ReleaseMemory) -
         memory.recall()
 
 
-def test_a_plain_file_is_taken_over(memory: ReleaseMemory) -> None:
+def test_a_plain_file_is_taken_over(memory):
     ReleaseMemory(memory.path).remember("a", 3)
     assert memory.recall().releases == {"a": 3}
     memory.remember("b", 1)
@@ -138,9 +135,7 @@ def test_a_plain_file_is_taken_over(memory: ReleaseMemory) -> None:
     assert "anchor =" in str(caught.value.hint)
 
 
-def test_an_anchor_that_is_set_up_again_takes_the_file_that_is_there(
-    memory: ReleaseMemory, provider: MemoryProvider
-) -> None:
+def test_an_anchor_that_is_set_up_again_takes_the_file_that_is_there(memory, provider):
     memory.remember("a", 3)
     memory.remember("a", 4)
     provider.service.anchor = MemoryService("another").anchor
@@ -150,9 +145,7 @@ def test_an_anchor_that_is_set_up_again_takes_the_file_that_is_there(
 
 
 @pytest.mark.parametrize("how", ["a plain file", "set up again", "a cut at the first"])
-def test_the_next_open_binds_what_is_there(
-    memory: ReleaseMemory, provider: MemoryProvider, how: str
-) -> None:
+def test_the_next_open_binds_what_is_there(memory, provider, how):
     """Also where it says nothing new: until it is bound, an old file and none would be taken."""
     plain = ReleaseMemory(memory.path)
     if how == "a cut at the first":
@@ -180,9 +173,7 @@ def test_the_next_open_binds_what_is_there(
         memory.recall()
 
 
-def test_one_who_waited_for_the_lock_in_vain_says_no_rollback(
-    memory: ReleaseMemory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_who_waited_for_the_lock_in_vain_says_no_rollback(memory, monkeypatch):
     memory.remember("a", 1)
     memory.remember("a", 2)
     provider_value = memory.anchor(lambda provider: provider.anchor())  # type: ignore[misc]
@@ -201,9 +192,7 @@ def test_one_who_waited_for_the_lock_in_vain_says_no_rollback(
     assert "can write" not in str(caught.value.hint)
 
 
-def test_one_that_could_not_be_read_again_is_not_written(
-    memory: ReleaseMemory, provider: MemoryProvider, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_that_could_not_be_read_again_is_not_written(memory, provider, monkeypatch):
     memory.remember("a", 1)
     memory.remember("a", 2)
     monkeypatch.setattr(release_memory, "MAX_FILE", memory.path.stat().st_size + 100)
@@ -214,9 +203,7 @@ def test_one_that_could_not_be_read_again_is_not_written(
     assert memory.recall().releases == {"a": 2}
 
 
-def test_an_anchor_that_is_not_reached_is_no_empty_memory(
-    memory: ReleaseMemory, provider: MemoryProvider
-) -> None:
+def test_an_anchor_that_is_not_reached_is_no_empty_memory(memory, provider):
     memory.remember("a", 3)
     provider.service.up = False
     with pytest.raises(errors.ProviderUnavailable):
@@ -225,9 +212,7 @@ def test_an_anchor_that_is_not_reached_is_no_empty_memory(
         memory.remember("a", 4)
 
 
-def test_one_that_moves_twice_while_it_is_looked_at(
-    memory: ReleaseMemory, provider: MemoryProvider
-) -> None:
+def test_one_that_moves_twice_while_it_is_looked_at(memory, provider):
     """Whoever saw the anchor before and the file after looks again."""
     memory.remember("a", 1)
     others = iter((8, 9))
@@ -241,7 +226,7 @@ def test_one_that_moves_twice_while_it_is_looked_at(
     assert ReleaseMemory(memory.path, ask, "safe").recall().releases == {"a": 9}
 
 
-def test_many_at_once(memory: ReleaseMemory) -> None:
+def test_many_at_once(memory):
     """Nobody takes another one's step for a file that was put back."""
 
     def work(number: int) -> None:
@@ -254,9 +239,7 @@ def test_many_at_once(memory: ReleaseMemory) -> None:
     assert memory.recall().releases == {f"model-{number}": 7 for number in range(4)}
 
 
-def test_a_time_moves_the_anchor_once_a_day(
-    memory: ReleaseMemory, provider: MemoryProvider, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_time_moves_the_anchor_once_a_day(memory, provider, monkeypatch):
     def at(text: str) -> bytes:
         monkeypatch.setattr(release_memory, "utc_text", lambda _: text)
         memory.remember("a", 1, time=True)
@@ -270,7 +253,7 @@ def test_a_time_moves_the_anchor_once_a_day(
 @pytest.mark.parametrize(
     ("anchor", "says"), [("nobody", "no provider named"), ("local", "keeps no anchor")]
 )
-def test_an_anchor_that_cannot_be(site: Any, anchor: str, says: str) -> None:
+def test_an_anchor_that_cannot_be(site, anchor, says):
     import keymgmt
 
     table = {"file": str(site.root / "releases.json"), "anchor": anchor}
@@ -278,7 +261,7 @@ def test_an_anchor_that_cannot_be(site: Any, anchor: str, says: str) -> None:
         keymgmt.open(site.seal(), keys=site.config(remember_releases=table))
 
 
-def test_a_table_and_a_path_mean_the_same(tmp_path: Path) -> None:
+def test_a_table_and_a_path_mean_the_same(tmp_path):
     for value in ("r.json", {"file": "r.json"}):
         config = Config({"policy": {"remember_releases": value}}, path=tmp_path / "k.toml")
         found = config.policy.remember_releases

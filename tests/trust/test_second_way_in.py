@@ -18,7 +18,7 @@ from keymgmt import Config, errors
 
 
 @pytest.fixture
-def model(site: Any) -> Path:
+def model(site) -> Path:
     """Opens with ``first:a``, else with ``second:b``."""
     folder = site.root / "second"
     shutil.copytree(site.root / "keys", folder)
@@ -95,9 +95,7 @@ KINDS = [
 
 
 @pytest.mark.parametrize("absence", KINDS, ids=lambda kind: kind.__name__)
-def test_each_kind_of_absence(
-    site: Any, model: Path, absence: Callable[[Any], Config], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_each_kind_of_absence(site, model, absence, caplog):
     config = absence(site)
     with (
         caplog.at_level(logging.INFO, "keymgmt"),
@@ -128,7 +126,7 @@ def absence_again(site: Any, config: Config) -> Config:
 
 
 @pytest.mark.parametrize("absence", KINDS, ids=lambda kind: kind.__name__)
-def test_a_config_can_refuse_it(site: Any, model: Path, absence: Callable[[Any], Config]) -> None:
+def test_a_config_can_refuse_it(site, model, absence):
     data = {
         "providers": absence(site)._tables,
         "policy": site.policy | {"fallback": "refuse"},
@@ -140,9 +138,7 @@ def test_a_config_can_refuse_it(site: Any, model: Path, absence: Callable[[Any],
     assert caught.value.hint
 
 
-def test_a_machine_whose_own_key_works_hears_nothing(
-    site: Any, model: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_machine_whose_own_key_works_hears_nothing(site, model, caplog):
     with (
         caplog.at_level(logging.INFO, "keymgmt"),
         keymgmt.open(model, keys=make(site)) as opened,
@@ -157,9 +153,7 @@ def test_a_machine_whose_own_key_works_hears_nothing(
 
 
 @pytest.mark.parametrize("absence", [no_folder, open_key_file], ids=lambda kind: kind.__name__)
-def test_sealing_and_signing_never_fall_back(
-    site: Any, model: Path, absence: Callable[[Any], Config]
-) -> None:
+def test_sealing_and_signing_never_fall_back(site, model, absence):
     config = absence(site)
     with pytest.raises(errors.ProviderError):
         site.seal("first:a", "second:b", keys=config, sign="second:publisher", target="n.sealed")
@@ -169,9 +163,7 @@ def test_sealing_and_signing_never_fall_back(
 
 
 @pytest.mark.parametrize("absence", [make, *KINDS], ids=lambda kind: kind.__name__)
-def test_no_error_keeps_the_callers_frames_alive(
-    site: Any, model: Path, absence: Callable[[Any], Config]
-) -> None:
+def test_no_error_keeps_the_callers_frames_alive(site, model, absence):
     """Whoever opens a model has its memory in variables, to be wiped when the last user is gone."""
 
     class Memory:

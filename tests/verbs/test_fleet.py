@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ MODELS = 40
 
 
 @pytest.fixture
-def tree(site: Any) -> Path:
+def tree(site) -> Path:
     """Models whose key has a second version; a config of the command is beside it."""
     (site.root / "tree").mkdir()
     first = site.seal(target="tree/m0.sealed")
@@ -43,7 +43,7 @@ def tree(site: Any) -> Path:
 
 
 @pytest.fixture
-def environment(site: Any) -> dict[str, str]:
+def environment(site) -> dict[str, str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {**os.environ, "KEYMGMT_CONFIG": str(site.root / "keymgmt.toml"), "PATH": path}
 
@@ -56,9 +56,7 @@ def check_rotated(tree: Path) -> None:
     assert not list(tree.rglob(".*"))
 
 
-def test_with_gnu_parallel(
-    tree: Path, environment: dict[str, str], require_tool: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_with_gnu_parallel(tree, environment, require_tool, tmp_path):
     require_tool("parallel", package="parallel")
     require_tool("jq", package="jq")
     command = ["sh", FLEET / "rotate.sh", tree, "4"]
@@ -87,7 +85,7 @@ def test_with_gnu_parallel(
     check_rotated(tree)
 
 
-def test_the_indexed_job(tree: Path, environment: dict[str, str]) -> None:
+def test_the_indexed_job(tree, environment):
     yaml = pytest.importorskip("yaml")
     job = yaml.safe_load((FLEET / "job.yaml").read_text())
     spec = job["spec"]
@@ -112,7 +110,7 @@ def test_the_indexed_job(tree: Path, environment: dict[str, str]) -> None:
     check_rotated(tree)
 
 
-def test_the_job_is_valid() -> None:
+def test_the_job_is_valid():
     validate = pytest.importorskip("kubernetes_validate")
     yaml = pytest.importorskip("yaml")
     job = yaml.safe_load((FLEET / "job.yaml").read_text())
@@ -120,7 +118,7 @@ def test_the_job_is_valid() -> None:
 
 
 @pytest.fixture
-def cluster(tmp_path: Path, environment: dict[str, str]) -> Iterator[Any]:
+def cluster(tmp_path, environment) -> Iterator[Any]:
     """A Dask scheduler and two workers, each a process; its address, and the workers."""
     pytest.importorskip("distributed")
     authority = Authority(tmp_path / "authority")
@@ -149,9 +147,7 @@ def cluster(tmp_path: Path, environment: dict[str, str]) -> Iterator[Any]:
 
 
 @pytest.mark.nightly
-def test_with_dask_and_a_worker_that_is_killed(
-    tree: Path, cluster: Any, environment: dict[str, str]
-) -> None:
+def test_with_dask_and_a_worker_that_is_killed(tree, cluster, environment):
     address, workers, (ca, cert, key) = cluster
     command = [sys.executable, FLEET / "dask_rotate.py", address, tree, "--parts", "8"]
     command += ["--ca", ca, "--cert", cert, "--key", key]
@@ -173,9 +169,7 @@ def test_with_dask_and_a_worker_that_is_killed(
 
 
 @pytest.mark.nightly
-def test_without_a_certificate_nobody_reaches_the_scheduler(
-    tree: Path, cluster: Any, tmp_path: Path, environment: dict[str, str]
-) -> None:
+def test_without_a_certificate_nobody_reaches_the_scheduler(tree, cluster, tmp_path, environment):
     address, _, (ca, _, _) = cluster
     other = Authority(tmp_path / "other", "another authority")
     cert, key = other.issue("stranger", peer=True)

@@ -163,7 +163,7 @@ def test_there_are_enough():
 
 
 @pytest.mark.once
-def test_the_generator_makes_them(tmp_path: Path) -> None:
+def test_the_generator_makes_them(tmp_path):
     """Whoever changes the format makes the vectors anew, and sees what else changed."""
     generator = VECTORS.parent / "generate.py"
     subprocess.run([sys.executable, generator, tmp_path / "made"], check=True, timeout=120)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def core(tmp_path_factory) -> Path:
     """The wheel of the core: tox built it already, at a desk it is built here."""
     folder = os.environ.get("KEYMGMT_TEST_DIST")
     if folder is None:
@@ -30,7 +30,7 @@ def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def fresh(core: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def fresh(core, tmp_path_factory) -> Path:
     """An environment with the core alone."""
     fresh = tmp_path_factory.mktemp("fresh")
     _run(fresh, "uv", "venv", "--quiet", "--python", sys.executable, "--clear", fresh)
@@ -46,9 +46,7 @@ def _run(folder: Path, *command: object) -> str:
 
 
 @pytest.mark.parametrize(("name", "options"), [("acme-site", ()), ("acme-kms", ("--http",))])
-def test_a_new_backend_builds_installs_and_keeps_the_contract(
-    fresh: Path, tmp_path: Path, name: str, options: tuple[str, ...]
-) -> None:
+def test_a_new_backend_builds_installs_and_keeps_the_contract(fresh, tmp_path, name, options):
     # In the checkout of another project, whose settings and fixtures are not for it.
     (tmp_path / "conftest.py").write_text("raise SystemExit('the conftest of another project')")
     (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\naddopts = '--no-such'")
@@ -76,7 +74,7 @@ def test_a_new_backend_builds_installs_and_keeps_the_contract(
     assert f"keymgmt-{name}" in shown
 
 
-def test_a_new_backend_is_checked_as_it_is_installed(fresh: Path, tmp_path: Path) -> None:
+def test_a_new_backend_is_checked_as_it_is_installed(fresh, tmp_path):
     _run(tmp_path, fresh / "bin" / "keymgmt", "plugin", "new", "acme-toy", "new")
     _run(tmp_path, "uv", "pip", "install", "-q", "--python", fresh / "bin" / "python", "./new")
     keys = {name: {"1": secrets.token_hex(32)} for name in ("kek", "other")}

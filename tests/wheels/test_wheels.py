@@ -30,7 +30,7 @@ PROJECTS = {
 
 
 @pytest.fixture(scope="module")
-def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dist(tmp_path_factory) -> Path:
     """The folder of everything built: tox built it already, at a desk it is built here."""
     if built := os.environ.get("KEYMGMT_TEST_DIST"):
         return Path(built)
@@ -48,12 +48,12 @@ def wheel_of(dist: Path, project: str) -> Path:
     return wheel
 
 
-def test_everything_is_built(dist: Path) -> None:
+def test_everything_is_built(dist):
     assert len(list(dist.glob("*.whl"))) == len(list(dist.glob("*.tar.gz"))) == len(PROJECTS)
 
 
 @pytest.mark.nightly
-def test_the_same_tree_gives_the_same_files(dist: Path, tmp_path: Path) -> None:
+def test_the_same_tree_gives_the_same_files(dist, tmp_path):
     """Elsewhere, at another time, by a user with another umask."""
     for name in ("pyproject.toml", "uv.lock", "CHANGELOG.md", "README.md", "LICENSE", ".gitignore"):
         shutil.copy(ROOT / name, tmp_path / name)
@@ -72,7 +72,7 @@ def test_the_same_tree_gives_the_same_files(dist: Path, tmp_path: Path) -> None:
     ] == []
 
 
-def test_what_they_need_is_listed_with_its_hashes(dist: Path) -> None:
+def test_what_they_need_is_listed_with_its_hashes(dist):
     """The versions of uv.lock, as a CycloneDX document."""
     (path,) = dist.glob("*.cdx.json")
     listed = json.loads(path.read_bytes())
@@ -93,9 +93,7 @@ def test_what_they_need_is_listed_with_its_hashes(dist: Path) -> None:
 
 
 @pytest.mark.parametrize("project", PROJECTS)
-def test_a_wheel_holds_its_own_modules_all_of_them_and_nothing_else(
-    dist: Path, project: str
-) -> None:
+def test_a_wheel_holds_its_own_modules_all_of_them_and_nothing_else(dist, project):
     package = package_of(project)
     with zipfile.ZipFile(wheel_of(dist, project)) as wheel:
         names = wheel.namelist()
@@ -108,7 +106,7 @@ def test_a_wheel_holds_its_own_modules_all_of_them_and_nothing_else(
 
 
 @pytest.mark.parametrize("project", PROJECTS)
-def test_a_source_distribution_holds_its_package_only(dist: Path, project: str) -> None:
+def test_a_source_distribution_holds_its_package_only(dist, project):
     package = package_of(project)
     (path,) = dist.glob(f"{package}-[0-9]*.tar.gz")
     with tarfile.open(path) as archive:
@@ -122,7 +120,7 @@ def metadata_of(dist: Path, project: str) -> Message:
         return message_from_bytes(wheel.read(name))
 
 
-def test_one_version_for_all(dist: Path) -> None:
+def test_one_version_for_all(dist):
     every = [metadata_of(dist, project) for project in PROJECTS]
     (version,) = {metadata["Version"] for metadata in every}
     # Ours go together: a backend of another version was tested with another core.
@@ -133,7 +131,7 @@ def test_one_version_for_all(dist: Path) -> None:
 
 
 @pytest.mark.parametrize("project", PROJECTS)
-def test_what_an_index_shows_of_it(dist: Path, project: str) -> None:
+def test_what_an_index_shows_of_it(dist, project):
     metadata = metadata_of(dist, project)
     assert metadata["Name"] == project
     assert metadata["Summary"]
@@ -154,7 +152,7 @@ def test_what_an_index_shows_of_it(dist: Path, project: str) -> None:
     assert bare == [], "a page that is not in the wheel is a link"
 
 
-def test_pip_installs_the_wheels_without_uv(dist: Path, tmp_path: Path) -> None:
+def test_pip_installs_the_wheels_without_uv(dist, tmp_path):
     base = Path(sys.base_prefix, "bin", f"python3.{sys.version_info.minor}")
     subprocess.run([base, "-m", "venv", tmp_path / "venv"], check=True, timeout=300)
     python = tmp_path / "venv" / "bin" / "python"
@@ -172,7 +170,7 @@ def test_pip_installs_the_wheels_without_uv(dist: Path, tmp_path: Path) -> None:
     assert done.stdout.startswith("keymgmt 0.")
 
 
-def test_an_office_enrols_devices_without_the_tpm_library(dist: Path, tmp_path: Path) -> None:
+def test_an_office_enrols_devices_without_the_tpm_library(dist, tmp_path):
     """With wheels alone: no compiler, no libtss2, and no sources that would ask for them.
 
     office/ holds what one swtpm was asked and answered; its maker's certificate ends in 2067.

@@ -38,12 +38,12 @@ def versions(root: Path) -> set[str]:
     return found | {each["version"] for each in lock if each["name"] in PROJECTS}
 
 
-def test_there_is_one_version() -> None:
+def test_there_is_one_version():
     assert len(versions(ROOT)) == 1
 
 
 @pytest.fixture
-def clone(tmp_path: Path) -> Path:
+def clone(tmp_path) -> Path:
     """The files of the tree, as a repository of their own."""
     listed = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True)
     for name in listed.split("\0"):
@@ -66,7 +66,7 @@ def release(clone: Path, version: str) -> subprocess.CompletedProcess[str]:
     return programs.run(*command, cwd=clone, env=os.environ | {"PATH": ":".join(path)}, timeout=280)
 
 
-def test_a_release_sets_every_version_and_builds_it(clone: Path) -> None:
+def test_a_release_sets_every_version_and_builds_it(clone):
     done = release(clone, "9.8.7")
     assert done.returncode == 0, done.stderr
     assert versions(clone) == {"9.8.7"}
@@ -92,9 +92,7 @@ def test_a_release_sets_every_version_and_builds_it(clone: Path) -> None:
         ("9.8.7", ("NEW.md", "new"), "commit these first"),
     ],
 )
-def test_what_is_no_release_changes_nothing(
-    clone: Path, version: str, harm: tuple[str, str] | None, said: str
-) -> None:
+def test_what_is_no_release_changes_nothing(clone, version, harm, said):
     if harm:
         (clone / harm[0]).write_text(harm[1])
     before = versions(clone)
@@ -105,25 +103,25 @@ def test_what_is_no_release_changes_nothing(
     assert not (clone / "dist").exists()
 
 
-def test_no_file_is_committed_that_git_ignores() -> None:
+def test_no_file_is_committed_that_git_ignores():
     command = ["git", "ls-files", "--cached", "--ignored", "--exclude-standard"]
     assert subprocess.check_output(command, cwd=ROOT, text=True) == ""
 
 
-def test_every_folder_of_tests_is_run_by_tox() -> None:
+def test_every_folder_of_tests_is_run_by_tox():
     settings = (ROOT / "tox.ini").read_text()
     folders = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
     missing = {name for name in folders if f"{{[run]tests}}/{name}" not in settings}
     assert not missing, f"tox.ini runs nothing of tests/{missing}"
 
 
-def test_every_distribution_is_installed_anew_by_tox() -> None:
+def test_every_distribution_is_installed_anew_by_tox():
     """Or a test would run with the wheel of an earlier run, which has the same version."""
     settings = (ROOT / "tox.ini").read_text()
     assert set(re.findall(r"--reinstall-package (keymgmt\S*)\n", settings)) == set(PROJECTS)
 
 
-def test_the_pythons_that_are_named_are_those_that_are_tested() -> None:
+def test_the_pythons_that_are_named_are_those_that_are_tested():
     text = (ROOT / "pyproject.toml").read_text()
     named = re.findall(r"Python :: (3\.\d+)", text)
     assert named == ["3.11", "3.12", "3.13", "3.14"]
@@ -134,12 +132,12 @@ def test_the_pythons_that_are_named_are_those_that_are_tested() -> None:
     assert [cell.strip() for cell in head.split("|")] == named
 
 
-def test_the_table_of_environments_is_that_of_tox() -> None:
+def test_the_table_of_environments_is_that_of_tox():
     (names,) = re.findall(r"py3\{[\d,]+\}-\{(.*)\}", (ROOT / "tox.ini").read_text())
     assert re.findall(r"^\| `([\w-]+)` \|(?: ✓ \|){4}", README, re.MULTILINE) == names.split(",")
 
 
-def test_the_hooks_find_nothing(clone: Path) -> None:
+def test_the_hooks_find_nothing(clone):
     done = programs.run(
         "uvx", "--quiet", "pre-commit", "run", "--all-files", cwd=clone, timeout=280
     )
@@ -156,7 +154,7 @@ def test_the_hooks_find_nothing(clone: Path) -> None:
         ("dependabot", "dependabot.yml"),
     ],
 )
-def test_github_understands_its_files(schema: str, files: str) -> None:
+def test_github_understands_its_files(schema, files):
     found = sorted((ROOT / ".github").glob(files))
     assert found
     command = ["uvx", "--quiet", "check-jsonschema", "--builtin-schema", f"vendor.{schema}"]
@@ -164,13 +162,13 @@ def test_github_understands_its_files(schema: str, files: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_report_brings_what_doctor_says() -> None:
+def test_a_report_brings_what_doctor_says():
     forms = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml"))
     assert len(forms) == 3
     assert all(re.search(r"`keymgmt doctor [^`]*--json`", form.read_text()) for form in forms)
 
 
-def test_a_python_that_is_named_and_not_here_fails_ci_and_is_skipped_at_a_desk(clone: Path) -> None:
+def test_a_python_that_is_named_and_not_here_fails_ci_and_is_skipped_at_a_desk(clone):
     """Its classifier is what counts; here one of a Python that no system has."""
     project = clone / "pyproject.toml"
     project.write_text(project.read_text().replace(":: 3.14", ":: 3.99"))
@@ -181,7 +179,7 @@ def test_a_python_that_is_named_and_not_here_fails_ci_and_is_skipped_at_a_desk(c
         assert (done.returncode, "tox" in done.stdout) == (code, code == 0), done.stderr
 
 
-def test_benchmarks_are_compared(tmp_path: Path) -> None:
+def test_benchmarks_are_compared(tmp_path):
     old = {"a": {"load": [{"seconds": s, "cpu": 1.0} for s in (1.0, 1.1, 1.2)]}, "gone": [{"x": 1}]}
     new = {"a": {"load": [{"seconds": s, "cpu": 1.0} for s in (2.0, 2.2, 2.4)]}}
     for name, runs, cores in (("old.json", old, 2), ("new.json", new, 4)):
@@ -199,7 +197,7 @@ def test_benchmarks_are_compared(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def poor(tmp_path: Path) -> dict[str, str]:
+def poor(tmp_path) -> dict[str, str]:
     """The environment of who is neither root nor has sudo, on a machine that lacks all packages."""
     tools = tmp_path / "bin"
     tools.mkdir()
@@ -217,17 +215,13 @@ ASK = "neither root nor sudo: ask somebody who may for: apt-get install "
 
 
 @pytest.mark.parametrize("program", ["uv", "test"])
-def test_who_may_not_install_is_told_what_to_ask_for(
-    clone: Path, poor: dict[str, str], program: str
-) -> None:
+def test_who_may_not_install_is_told_what_to_ask_for(clone, poor, program):
     done = programs.run(clone / ".ci" / program, env=poor)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"{ASK}python3-venv\n"
 
 
-def test_where_nothing_can_be_built_the_last_line_says_what_is_missing(
-    clone: Path, poor: dict[str, str]
-) -> None:
+def test_where_nothing_can_be_built_the_last_line_says_what_is_missing(clone, poor):
     uv = Path(poor["PATH"], "uv")
     uv.write_text("#!/bin/sh\necho fatal error: Python.h >&2; exit 1\n")
     uv.chmod(0o755)
@@ -238,7 +232,7 @@ def test_where_nothing_can_be_built_the_last_line_says_what_is_missing(
     assert end.startswith("make: *** ")
 
 
-def test_the_packages_that_are_installed_are_named() -> None:
+def test_the_packages_that_are_installed_are_named():
     lists = re.findall(r"    set -- ((?:.*\\\n)*.*)\n", (ROOT / ".ci" / "packages").read_text())
     packages = set(" ".join(lists).replace("\\", "").split()) - {'"$@"'}
     assert {"softhsm2", "chromium"} <= packages
@@ -246,7 +240,7 @@ def test_the_packages_that_are_installed_are_named() -> None:
 
 
 @pytest.fixture
-def make(clone: Path, tmp_path: Path) -> Callable[..., str]:
+def make(clone, tmp_path) -> Callable[..., str]:
     """``make``, with a home without any cache, and no more on the path than the system has."""
     (tmp_path / "home").mkdir()
     ours = ("UV_", "PYTHON", "VIRTUAL_ENV", "PYENV", "TOX_", "KEYMGMT_", "XDG_")
@@ -267,9 +261,7 @@ def make(clone: Path, tmp_path: Path) -> Callable[..., str]:
 
 @pytest.mark.nightly
 @pytest.mark.timeout(2400)
-def test_the_commands_of_contributing_work_on_a_fresh_machine(
-    clone: Path, make: Callable[..., str]
-) -> None:
+def test_the_commands_of_contributing_work_on_a_fresh_machine(clone, make):
     page = (ROOT / "CONTRIBUTING.md").read_text()
     assert re.findall(r"^\$ make (\w+)  ", page, re.MULTILINE)[:2] == ["venv", "check"]
     make("venv")
@@ -281,7 +273,7 @@ def test_the_commands_of_contributing_work_on_a_fresh_machine(
 
 @pytest.mark.nightly
 @pytest.mark.timeout(2400)
-def test_the_two_commands_of_the_readme_work_on_a_fresh_machine(make: Callable[..., str]) -> None:
+def test_the_two_commands_of_the_readme_work_on_a_fresh_machine(make):
     assert "make demo" in README
     assert "make test" in README
     assert make("demo")

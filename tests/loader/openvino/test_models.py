@@ -12,7 +12,6 @@ from keymgmt_openvino import load, read
 from keymgmt_openvino_demo import _magika
 
 import keymgmt
-from keymgmt import Config
 
 
 def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
@@ -112,7 +111,7 @@ def test_options_reach_openvino(magika_sealed, site):
         assert model.compiled.get_property("INFERENCE_NUM_THREADS") == 1
 
 
-def test_wrong_name_is_refused(magika_sealed, site: Config):
+def test_wrong_name_is_refused(magika_sealed, site):
     with pytest.raises(keymgmt.errors.KeymgmtError) as caught:
         load(magika_sealed, name="resnet50", keys=site)
     assert "resnet50" in str(caught.value)
