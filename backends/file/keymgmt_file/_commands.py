@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from keymgmt.backend import ConfigError, SecretSource
-from keymgmt.console import clean, console
+from keymgmt.console import clean, console, print_json
 from keymgmt_file._keys import KeyFiles
 from keymgmt_file._passphrase import Passphrase
 from keymgmt_file._provider import FileProvider
@@ -22,13 +23,17 @@ Provider = Annotated[
     typer.Argument(help="Provider in the config; may be left out if only one has this backend."),
 ]
 
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
 Weak = Annotated[
     bool, typer.Option("--weak", help="Accept a passphrase of fewer than 15 characters.")
 ]
 
 
 @app.command()
-def lock(context: typer.Context, provider: Provider = None, weak: Weak = False) -> None:
+def lock(
+    context: typer.Context, provider: Provider = None, weak: Weak = False, as_json: Json = False
+) -> None:
     """Lock all key files with the passphrase that the config names.
 
     Example:
@@ -37,29 +42,30 @@ def lock(context: typer.Context, provider: Provider = None, weak: Weak = False) 
     files = _find(context, provider)
     files.passphrase.weak = weak
     count = files.lock()
-    _say(f"locked {count} key files in {files.path}")
+    facts = {"path": str(files.path), "files": count}
+    _say(f"locked {count} key files in {files.path}", "lock", facts, as_json=as_json)
     if count:
-        _say(
+        _note(
             "The unlocked files may still be on the disk and in backups; "
-            "rotate the keys if that matters.",
-            note=True,
+            "rotate the keys if that matters."
         )
 
 
 @app.command()
-def unlock(context: typer.Context, provider: Provider = None) -> None:
+def unlock(context: typer.Context, provider: Provider = None, as_json: Json = False) -> None:
     """Take the passphrase off all key files.
 
     Example:
         keymgmt file unlock local
     """
     files = _find(context, provider)
-    _say(f"unlocked {files.unlock()} key files in {files.path}")
+    count = files.unlock()
+    facts = {"path": str(files.path), "files": count}
+    _say(f"unlocked {count} key files in {files.path}", "unlock", facts, as_json=as_json)
     if files.passphrase.source is not None:
-        _say(
+        _note(
             f"The config still names a passphrase; remove it from [providers.{files.provider}], "
-            "or the next key that is created or rotated is locked again.",
-            note=True,
+            "or the next key that is created or rotated is locked again."
         )
 
 
@@ -72,6 +78,7 @@ def passwd(
         typer.Option(help="Private file with the new passphrase; without it, keymgmt asks."),
     ] = None,
     weak: Weak = False,
+    as_json: Json = False,
 ) -> None:
     """Change the passphrase of a locked key directory.
 
@@ -83,16 +90,18 @@ def passwd(
     new = Passphrase(new_source, files.provider, "passwd")
     new.weak = weak
     files.change_passphrase(new)
-    _say(f"changed the passphrase of {files.path}")
+    facts = {"path": str(files.path)}
+    _say(f"changed the passphrase of {files.path}", "passwd", facts, as_json=as_json)
     source = files.passphrase.source
     if source is not None and not source.prompt:
-        _say(f"Put the new passphrase into its source in the config: {source}", note=True)
+        _note(f"Put the new passphrase into its source in the config: {source}")
 
 
 @app.command()
 def accept(
     context: typer.Context,
     key: Annotated[str, typer.Argument(metavar="PROVIDER:KEY", help="The key whose file it is.")],
+    as_json: Json = False,
 ) -> None:
     """Accept a key file that is not the newest of its key, and add a new version to it.
 
@@ -107,11 +116,20 @@ def accept(
     with files.changing():
         keys = files.find(name)
         files.add_version(keys)
-    _say(f"made version {keys.newest} of the key {key}")
+    facts = {"path": str(files.path), "key": key, "version": str(keys.newest)}
+    _say(f"made version {keys.newest} of the key {key}", "accept", facts, as_json=as_json)
 
 
-def _say(text: str, *, note: bool = False) -> None:
-    console(stderr=note).print(clean(text), soft_wrap=True)
+def _say(text: str, command: str, facts: Mapping[str, object], *, as_json: bool) -> None:
+    """Print what was done: as a sentence, or the facts as JSON."""
+    if as_json:
+        print_json({"format": "keymgmt-file/1", "command": command, **facts})
+    else:
+        console().print(clean(text), soft_wrap=True)
+
+
+def _note(text: str) -> None:
+    console(stderr=True).print(clean(text), soft_wrap=True)
 
 
 def _find(context: typer.Context, name: str | None) -> KeyFiles:

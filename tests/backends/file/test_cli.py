@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import subprocess
@@ -169,6 +170,33 @@ def test_accept_a_key_file_that_was_restored(site):
     assert (said.returncode, said.stdout) == (0, "made version 3 of the key local:release\n")
     assert [each.version for each in files.describe_key("release").versions] == ["1", "3"]
     assert run(site, "accept", "local").returncode == 3
+
+
+def test_json_of_each_command_says_what_was_done(site, check_output):
+    secret_file(site, "old", "correct horse battery")
+    secret_file(site, "new", "another battery staple")
+    add_passphrase(site, '{ file = "old" }')
+    done = []
+    for arguments in (
+        ("lock",),
+        ("passwd", "--new-file", str(site / "new")),
+        ("unlock",),
+        ("accept", "local:release"),
+    ):
+        if arguments == ("unlock",):
+            add_passphrase(site, '{ file = "new" }')
+        result = run(site, *arguments, "--json")
+        assert result.returncode == 0, result.stderr
+        assert check_output(result.stdout) == {"keymgmt-file/1"}
+        said = json.loads(result.stdout)
+        assert said["path"] == str(site / "keys")
+        done.append((said["command"], said.get("files"), said.get("key"), said.get("version")))
+    assert done == [
+        ("lock", 2, None, None),
+        ("passwd", None, None, None),
+        ("unlock", 2, None, None),
+        ("accept", None, "local:release", "2"),
+    ]
 
 
 def test_which_provider(site):
