@@ -116,11 +116,11 @@ def show(
         return
     manifest = inspection.manifest
     out = console()
-    shown = clean(inspection.path)
+    shown, typed = clean(inspection.path), clean(shlex.quote(str(inspection.path)))
     out.print(Text(shown, style="bold"))
     if not verified:
         out.print(
-            Text(f"nothing here is verified: `keymgmt verify {shown}` proves it", style="yellow")
+            Text(f"nothing here is verified: `keymgmt verify {typed}` proves it", style="yellow")
         )
     facts = [
         ("name", manifest.name),

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -228,6 +229,13 @@ def test_audit_events_show_with_verbose_and_hold_no_secret(cli, sealed):
     assert key_file["keys"][0]["k"] not in ran.stdout + ran.stderr
     quiet = run(*(command[:3] + command[4:]), cwd=sealed.parent)
     assert "event=" not in quiet.stderr
+
+
+def test_inspect_prints_a_command_that_can_be_copied(cli: Cli, sealed: Path) -> None:
+    sealed.rename(sealed.with_name("press 4; true.sealed"))
+    out = cli("inspect", "press 4; true.sealed").out
+    command = out.partition("`keymgmt ")[2].partition("`")[0]
+    assert cli(*shlex.split(command)).code == 0
 
 
 _INTERRUPTS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
