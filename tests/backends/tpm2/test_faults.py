@@ -320,12 +320,12 @@ def test_what_they_left_is_freed_after_a_connection_that_broke(provider, wrapped
     assert slots(provider) == ([], [])
 
 
-def foreign_session(tpm) -> int:
+def start_session(tpm):
+    """A session as another program starts it."""
     from tpm2_pytss import constants as c
     from tpm2_pytss import types as t
 
-    before = tpm.handles(0x02000000)
-    tpm.call(
+    return tpm.call(
         "start_auth_session",
         tpm_key=c.ESYS_TR.NONE,
         bind=c.ESYS_TR.NONE,
@@ -333,29 +333,28 @@ def foreign_session(tpm) -> int:
         symmetric=t.TPMT_SYM_DEF(algorithm=c.TPM2_ALG.NULL),
         auth_hash=c.TPM2_ALG.SHA256,
     )
+
+
+def until_refused(call) -> int:
+    """Call until the TPM refuses; its code."""
+    from keymgmt_tpm2._errors import TpmError
+
+    while True:
+        try:
+            call()
+        except TpmError as error:
+            return error.code
+
+
+def foreign_session(tpm) -> int:
+    before = tpm.handles(0x02000000)
+    start_session(tpm)
     return next(each for each in tpm.handles(0x02000000) if each not in before)
 
 
 def test_flush_frees_the_sessions_that_others_saved(provider, wrapped):
-    from keymgmt_tpm2._errors import TpmError
-    from tpm2_pytss import constants as c
-    from tpm2_pytss import types as t
-
     def save(tpm):
-        options = {
-            "tpm_key": c.ESYS_TR.NONE,
-            "bind": c.ESYS_TR.NONE,
-            "session_type": c.TPM2_SE.HMAC,
-            "symmetric": t.TPMT_SYM_DEF(algorithm=c.TPM2_ALG.NULL),
-            "auth_hash": c.TPM2_ALG.SHA256,
-        }
-        code = 0
-        while not code:
-            try:
-                tpm.call("context_save", tpm.call("start_auth_session", **options))
-            except TpmError as error:
-                code = error.code
-        return code
+        return until_refused(lambda: tpm.call("context_save", start_session(tpm)))
 
     assert provider.service.run("saving", save, pinned=False) == 0x905
     with (
@@ -389,26 +388,8 @@ def test_waiting_in_line_is_not_a_calls_own_time(provider, wrapped, wire):
 
 
 def test_session_slots_that_somebody_else_holds(provider, wrapped):
-    from keymgmt_tpm2._errors import TpmError
-
     def take(tpm):
-        from tpm2_pytss import constants as c
-        from tpm2_pytss import types as t
-
-        code = 0
-        while not code:
-            try:
-                tpm.call(
-                    "start_auth_session",
-                    tpm_key=c.ESYS_TR.NONE,
-                    bind=c.ESYS_TR.NONE,
-                    session_type=c.TPM2_SE.HMAC,
-                    symmetric=t.TPMT_SYM_DEF(algorithm=c.TPM2_ALG.NULL),
-                    auth_hash=c.TPM2_ALG.SHA256,
-                )
-            except TpmError as error:
-                code = error.code
-        assert code in (0x903, 0x905)
+        assert until_refused(lambda: start_session(tpm)) in (0x903, 0x905)
 
     provider.service.run("fill", take)
     with (
@@ -420,17 +401,21 @@ def test_session_slots_that_somebody_else_holds(provider, wrapped):
     provider.unwrap(wrapped, CONTEXT).wipe()
 
 
+def begin_with(event, at, monkeypatch) -> None:
+    """Have something happen as a step of a call begins for the first time."""
+    step, begun = getattr(Tpm, at), []
+
+    def begin(tpm, *args, **options):
+        if not begun:
+            begun.append(event())
+        return step(tpm, *args, **options)
+
+    monkeypatch.setattr(Tpm, at, begin)
+
+
 @pytest.mark.parametrize("at", ["load", "session", "ecdh"])
 def test_a_tpm_killed_in_the_middle(provider, wrapped, swtpm, dek, monkeypatch, at):
-    original, killed = getattr(Tpm, at), []
-
-    def kill(tpm, *args, **options):
-        if not killed:
-            killed.append(1)
-            swtpm.kill()
-        return original(tpm, *args, **options)
-
-    monkeypatch.setattr(Tpm, at, kill)
+    begin_with(swtpm.kill, at, monkeypatch)
     with pytest.raises(ProviderUnavailable, match="not reached"):
         provider.unwrap(wrapped, CONTEXT)
     swtpm.start()
@@ -440,15 +425,7 @@ def test_a_tpm_killed_in_the_middle(provider, wrapped, swtpm, dek, monkeypatch, 
 
 @pytest.mark.parametrize("at", ["load", "session", "ecdh"])
 def test_a_tpm_restarted_in_the_middle(provider, wrapped, swtpm, dek, monkeypatch, at):
-    original, restarted = getattr(Tpm, at), []
-
-    def restart(tpm, *args, **options):
-        if not restarted:
-            restarted.append(1)
-            swtpm.restart()
-        return original(tpm, *args, **options)
-
-    monkeypatch.setattr(Tpm, at, restart)
+    begin_with(swtpm.restart, at, monkeypatch)
     with provider.unwrap(wrapped, CONTEXT) as again:
         assert again == dek
     assert slots(provider) == ([], [])
@@ -457,16 +434,8 @@ def test_a_tpm_restarted_in_the_middle(provider, wrapped, swtpm, dek, monkeypatc
 @pytest.mark.parametrize("at", ["load", "session", "ecdh"])
 def test_a_tpm_stopped_in_the_middle(provider, wrapped, swtpm, dek, monkeypatch, at):
     """The call comes back, and what the TPM still did for it is freed later."""
-    original, hung = getattr(Tpm, at), []
-
-    def hang(tpm, *args, **options):
-        if not hung:
-            hung.append(1)
-            swtpm.hang()
-        return original(tpm, *args, **options)
-
     with changed(provider, timeout=1.0) as hasty:
-        monkeypatch.setattr(Tpm, at, hang)
+        begin_with(swtpm.hang, at, monkeypatch)
         start = time.monotonic()
         with pytest.raises(ProviderUnavailable, match="gave no answer within"):
             hasty.unwrap(wrapped, CONTEXT)
@@ -497,16 +466,11 @@ def test_an_interrupt_ends_a_call_that_hangs(provider, wrapped, swtpm, dek, capf
 
 @pytest.mark.parametrize("at", ["load", "session", "ecdh"])
 def test_an_interrupt_in_the_middle(provider, wrapped, swtpm, dek, monkeypatch, at):
-    original, hung = getattr(Tpm, at), []
+    def hang():
+        swtpm.hang()
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
 
-    def hang(tpm, *args, **options):
-        if not hung:
-            hung.append(1)
-            swtpm.hang()
-            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
-        return original(tpm, *args, **options)
-
-    monkeypatch.setattr(Tpm, at, hang)
+    begin_with(hang, at, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         provider.unwrap(wrapped, CONTEXT)
     swtpm.resume()
