@@ -19,7 +19,9 @@ from keymgmt.backend import (
 __all__ = ["FAULTS", "damaged", "translated"]
 
 _DENIED: Final = Fault(
-    AccessDenied, "permission denied", "run as the owner of the key directory, who may write in it"
+    AccessDenied,
+    "permission denied",
+    "run as the owner of the key directory, to whom every file in it belongs, .lock too",
 )
 _NO_DIRECTORY: Final = Fault(ProviderUnavailable, "it is not a directory", "correct `path`")
 _FULL: Final = Fault(
@@ -72,6 +74,8 @@ def translated(label: str, operation: str = "") -> Iterator[None]:
             raise
         code = cause.errno or 0
         name = errno.errorcode.get(code, str(code))
+        if code in (errno.EACCES, errno.EPERM) and str(cause.filename or "") not in label:
+            label = f"{label}: {cause.filename}"
         raise FAULTS.error(code, label, operation, shown=name) from cause
 
 

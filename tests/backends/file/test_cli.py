@@ -199,6 +199,21 @@ def test_json_of_each_command_says_what_was_done(site, check_output):
     ]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_a_lock_of_another_user_is_named(site, require_tool):
+    """As a command leaves it that was run with sudo."""
+    files = FileProvider("local", FileSettings(path=site / "keys"))
+    os.chown(files.key_files.path / ".lock", 12345, -1)
+    capabilities = "-dac_override,-dac_read_search,-fowner"
+    setpriv = str(require_tool("setpriv", package="util-linux"))
+    limits = (f"--inh-caps={capabilities}", f"--bounding-set={capabilities}")
+    line = [*command(site)[:-1], "keys", "rotate", "local:release"]
+    said = programs.run(setpriv, *limits, *line)
+    assert said.returncode == 5
+    assert f"{site / 'keys' / '.lock'}: permission denied (EACCES)" in said.stderr
+    assert ".lock too" in said.stderr
+
+
 def test_which_provider(site):
     result = run(site, "lock", "lokal")
     assert result.returncode == 3
