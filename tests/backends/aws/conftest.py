@@ -10,15 +10,16 @@ from __future__ import annotations
 import os
 import secrets
 import signal
-import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from loopback import free_port
 from scripts import load_script
 from waiting import until_it_listens
+from webserver import Seen, reply, serving
 
 from keymgmt.backend import KeyProvider
 
@@ -33,9 +34,7 @@ class Moto:
     """One moto server process; ``client`` talks to it without our code."""
 
     def __init__(self, program: Path, directory: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         environment = {"HOME": str(directory), "PATH": os.environ["PATH"]}
         self.process = subprocess.Popen(
             [program, "-H", "127.0.0.1", "-p", str(port)],
@@ -152,3 +151,36 @@ def make(kms, secret_file) -> Iterator[Make]:
     yield provider
     for one in made:
         one.close()
+
+
+@pytest.fixture
+def static(kms, secret_file) -> dict[str, Any]:
+    name, secret = kms.user
+    return {
+        "method": "static",
+        "access_key_id": secret_file(name),
+        "secret_access_key": secret_file(secret),
+    }
+
+
+@pytest.fixture
+def metadata() -> Iterator[Any]:
+    """A metadata service: ``answers`` are path -> text; ``seen`` are path and headers."""
+
+    class Service:
+        answers: dict[str, str]
+        redirect = ""
+        seen: list[tuple[str, str, dict[str, str]]]
+
+    service = Service()
+    service.answers, service.seen = {}, []
+
+    def answer(request: Seen, handler: Any) -> None:
+        service.seen.append((request.method, request.path, dict(handler.headers.items())))
+        body = service.answers.get(f"{request.method} {request.path}")
+        status = 307 if service.redirect else 404 if body is None else 200
+        reply(handler, status, (body or "").encode(), Location=service.redirect)
+
+    with serving(answer) as web:
+        service.address = web.url  # type: ignore[attr-defined]
+        yield service
