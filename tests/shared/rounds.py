@@ -51,6 +51,7 @@ class Rounds:
 
     def __init__(self, work: str, config: Path, *words: object) -> None:
         """``work`` is Python that has ``config``, ``words``, and ``last``: the word of a round."""
+        self._longest = 0.0
         self._process = subprocess.Popen(
             [sys.executable, "-c", _SCRIPT, work, str(config), *map(str, words)],
             stdin=subprocess.PIPE,
@@ -58,8 +59,21 @@ class Rounds:
             text=True,
         )
 
-    def run(self, delay: float, last: str = "") -> tuple[int, float]:
-        """The exit code of a round, and how long it took; from 0 on, killed after ``delay`` s."""
+    def whole(self, last: str = "") -> int:
+        """The exit code of a round that is let be; the first says how long it takes."""
+        status, took = self._run(-1, last)
+        self._longest = self._longest or took
+        return status
+
+    def killed(self, last: str = "") -> int:
+        """The exit code of a round that is killed at some moment, unless it has ended by then."""
+        delay = random.uniform(0, self._longest * 1.2)
+        status, _ = self._run(delay, last)
+        if status == 0:  # it takes no longer than that on this machine by now
+            self._longest = min(self._longest, delay)
+        return status
+
+    def _run(self, delay: float, last: str) -> tuple[int, float]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(f"{delay} {last}\n")
@@ -105,14 +119,11 @@ def rewrap_killed(
 
         [(version, models)] = of_versions().items()
         rotate()
-        status, whole = process.run(-1)
-        assert status == 0
+        assert process.whole() == 0
         for number in range(int(version) + 2, int(version) + 2 + rounds):
             rotate()
             old, new = str(number - 1), str(number)
-            status, _ = process.run(
-                random.uniform(0, whole * 1.2), random.choice(["", str(journal)])
-            )
+            status = process.killed(random.choice(["", str(journal)]))
             assert status in (0, -signal.SIGKILL)
             killed += status == -signal.SIGKILL
             state = of_versions()
@@ -122,8 +133,7 @@ def rewrap_killed(
             assert {item.exit_code for item in tried if isinstance(item, keymgmt.Rewrapped)} == {0}
             begun += len(state) == 2
             done = {path: read(path) for path in state.get(new, [])}
-            status, _ = process.run(-1, random.choice(["", str(journal)]))
-            assert status == 0
+            assert process.whole(random.choice(["", str(journal)])) == 0
             assert of_versions().keys() == {new}
             assert all(read(path) == content for path, content in done.items())
         assert killed > rounds // 5

@@ -46,14 +46,13 @@ def test_seal_killed_at_random_points(site, config_file):
     target = site.root / "k.sealed"
     config = keymgmt.load_config(config_file)
     with Rounds(SEAL, config_file, site.plain, target) as rounds:
-        status, whole = rounds.run(-1)
-        assert status == 0
+        assert rounds.whole() == 0
         killed = 0
         for _ in range(ROUNDS):
             if random.random() < 0.5:
                 shutil.rmtree(target, ignore_errors=True)
             existed = target.exists()
-            status, _ = rounds.run(random.uniform(0, whole * 1.2))
+            status = rounds.killed()
             killed += status == -signal.SIGKILL
             assert status in (0, -signal.SIGKILL)
             assert target.exists() or not existed
@@ -61,25 +60,24 @@ def test_seal_killed_at_random_points(site, config_file):
                 with keymgmt.open(target, keys=config) as model:
                     assert model.read("model.bin") == (site.plain / "model.bin").read_bytes()
         assert killed > ROUNDS // 5
-        assert rounds.run(-1)[0] == 0
+        assert rounds.whole() == 0
     assert left_behind(site.root) == []
 
 
 def test_unseal_killed_at_random_points(site, config_file, tree_of):
     path, target = site.seal(), site.root / "plain"
     with Rounds(UNSEAL, config_file, path, target) as rounds:
-        status, whole = rounds.run(-1)
-        assert status == 0
+        assert rounds.whole() == 0
         killed = 0
         for _ in range(ROUNDS):
             shutil.rmtree(target, ignore_errors=True)
-            status, _ = rounds.run(random.uniform(0, whole * 1.2))
+            status = rounds.killed()
             killed += status == -signal.SIGKILL
             if target.exists():
                 assert tree_of(target) == tree_of(site.plain)
         assert killed > ROUNDS // 5
         shutil.rmtree(target, ignore_errors=True)
-        assert rounds.run(-1)[0] == 0
+        assert rounds.whole() == 0
     assert left_behind(site.root) == [], "plaintext that a kill left is swept up by the next"
 
 
