@@ -74,8 +74,8 @@ def seed(name: str) -> None:
     keymgmt._system.files._temporary = _temporary
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+def _temporary(name: str) -> str:
+    return f".{name}.{secrets.token_hex(8)}.tmp"
 
 
 SITE = HERE / "site"
@@ -134,7 +134,7 @@ def build(
         file = plain / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(data)
-        contents[path] = Content(len(data), PlainFile.of(file, file.stat()).open)
+        contents[path] = Content(path, len(data), PlainFile.of(file, file.stat()).open)
     DEK = Dek.generate()
     write_sealed(
         out,
