@@ -148,9 +148,9 @@ def test_whether_it_is_a_tree_costs_no_request(bucket, serve, config, access):
     (bucket / "tree/1/manifest.json").write_bytes(b"{}")
     with pytest.raises(SealedModelError):
         keymgmt.inspect("s3://models/tree/1", keys=keys)
-    web.seen.clear()
     assert is_tree("s3://models/tree", lambda: keys)
-    assert names(web) == ["tree/manifest.json"]
+    # The other files of the model that was refused may still be asked for.
+    assert [name for name in names(web) if "/1/" not in name] == ["tree/manifest.json"]
 
 
 def test_the_command_line_requests_each_small_file_once(bucket, serve, site, access):
