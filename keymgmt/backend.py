@@ -67,6 +67,7 @@ from keymgmt._system.audit import audit
 from keymgmt._system.deadline import Deadline, within
 from keymgmt._system.files import make_folder, replace_file, save_file, sync_directory, target_of
 from keymgmt._system.fork import ForkSafe
+from keymgmt._system.home import expand_home
 from keymgmt._system.locks import lock_file
 from keymgmt._system.strict_json import JsonReader, dump_json, load_json
 from keymgmt._system.trusted_file import check_trusted, read_file
@@ -146,6 +147,7 @@ __all__ = [
     "check_retirable",
     "check_trusted",
     "dump_json",
+    "expand_home",
     "fill_random",
     "find_signer",
     "hpke_generate",

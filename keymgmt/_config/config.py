@@ -31,9 +31,10 @@ from keymgmt._providers.contract import KeyProvider, Settings
 from keymgmt._providers.names import is_name
 from keymgmt._providers.recipient_file import plain_fingerprint
 from keymgmt._providers.registry import backends, load_backend
-from keymgmt._providers.secret_source import CREDENTIALS, ConfigPath, expand_home
+from keymgmt._providers.secret_source import CREDENTIALS, ConfigPath
 from keymgmt._system.closing import Closing
 from keymgmt._system.fork import ForkSafe
+from keymgmt._system.home import expand_home
 from keymgmt._system.trusted_file import read_file
 from keymgmt.errors import ConfigError
 

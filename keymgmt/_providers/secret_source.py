@@ -12,11 +12,12 @@ from pydantic import BeforeValidator, ValidationInfo, model_validator
 
 from keymgmt._crypto.dek import wipe
 from keymgmt._providers.contract import Settings
+from keymgmt._system.home import expand_home
 from keymgmt._system.terminal import asking
 from keymgmt._system.trusted_file import Access, read_file
 from keymgmt.errors import ProviderUnavailable
 
-__all__ = ["CREDENTIALS", "ConfigPath", "SecretSource", "expand_home", "read_projected"]
+__all__ = ["CREDENTIALS", "ConfigPath", "SecretSource", "read_projected"]
 
 CREDENTIALS: Final = "CREDENTIALS_DIRECTORY"  # systemd.exec(5)
 MAX_SECRET: Final = 65536
@@ -30,14 +31,6 @@ def _resolve(value: object, info: ValidationInfo) -> object:
     base = (info.context or {}).get("base")
     path = expand_home(value)
     return path if path.is_absolute() or base is None else Path(base) / path
-
-
-def expand_home(text: str) -> Path:
-    """A path with its leading ``~`` or ``~user`` expanded; ValueError where there is no home."""
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as error:
-        raise ValueError(f"there is no home directory for {text!r}") from error
 
 
 ConfigPath = Annotated[Path, BeforeValidator(_resolve)]

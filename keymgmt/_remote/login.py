@@ -22,6 +22,7 @@ from urllib.parse import urlencode
 from keymgmt._remote.http import Http, basic
 from keymgmt._remote.url import origin_of, shown
 from keymgmt._system.address import is_loopback
+from keymgmt._system.home import expand_home
 from keymgmt._system.strict_json import load_json
 from keymgmt._system.trusted_file import read_file
 from keymgmt.errors import FormatError, StorageDenied, StorageUnavailable
@@ -154,7 +155,7 @@ class Login:
 def _docker_login(file: Path | None, host: str) -> _Credentials | None:
     """The login that ``docker login`` keeps for a host, in its file or with a credential helper."""
     name = _HUB if host in _HUB_HOSTS else host
-    file = file or Path.home() / ".docker" / "config.json"
+    file = file or expand_home("~/.docker/config.json", StorageDenied)
     hint = f"docker login {host}, or name the file that it wrote: docker_config"
     content = read_file(
         file, label="docker config", limit=_LIMIT, access="private", error=StorageDenied, hint=hint

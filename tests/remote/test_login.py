@@ -192,6 +192,14 @@ def test_a_docker_config_that_others_read_is_refused(guarded, tmp_path):
         reach(guarded, auth="docker").digest()
 
 
+def test_a_relative_home_has_no_docker_config(guarded, tmp_path, monkeypatch):
+    write_docker(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", ".")
+    with pytest.raises(StorageDenied, match="no home directory"):
+        reach(guarded, auth="docker").digest()
+
+
 class Tokens:
     """A server of tokens that a real registry accepts: JWT, ES256, with its certificate."""
 

@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from keymgmt.backend import ProviderUnavailable, check_trusted, read_projected
+from keymgmt.backend import ProviderUnavailable, check_trusted, expand_home, read_projected
 from keymgmt_aws._settings import (
     Auth,
     ContainerAuth,
@@ -78,8 +78,9 @@ def _by_botocore(auth: ProfileAuth | EnvironmentAuth, settings: AwsSettings) -> 
         hint = "name a method in auth"
     else:
         files = {
-            "config_file": auth.config_file or Path("~/.aws/config").expanduser(),
-            "credentials_file": auth.credentials_file or Path("~/.aws/credentials").expanduser(),
+            "config_file": auth.config_file or expand_home("~/.aws/config", ProviderUnavailable),
+            "credentials_file": auth.credentials_file
+            or expand_home("~/.aws/credentials", ProviderUnavailable),
         }
         for name, file in files.items():
             if file.exists():
