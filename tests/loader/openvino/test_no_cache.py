@@ -78,12 +78,13 @@ EVERYTHING = """
 import json, sys
 import keymgmt_openvino  # before OpenVINO: no telemetry
 from pathlib import Path
-sys.path.insert(0, str(Path(sys.argv[1]).parent))
+here = Path(sys.argv[1])
+sys.path[:0] = map(str, (here.parent, here.parents[2] / "shared"))
 from test_no_cache import DEVICES, SPELLINGS
 from keymgmt_openvino import load
 from keymgmt_openvino.genai import load_draft_model, load_llm
 from keymgmt.errors import ConfigError
-_, here, verb, sealed, keys, folder = sys.argv
+verb, sealed, keys, folder = sys.argv[2:]
 for spelling, options in SPELLINGS.items():
     for device in DEVICES:
         try:
