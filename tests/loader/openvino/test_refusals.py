@@ -138,7 +138,7 @@ def test_damage_and_strangers(magika_sealed, tmp_path, site):
         load(cut, keys=site)
     with make_throwaway_keys(tmp_path / "other") as other, pytest.raises(UntrustedPublisher):
         load(magika_sealed, keys=other)
-    shutil.copy(site.base / "publisher.pem", tmp_path / "other" / "publisher.pem")
+    shutil.copy(site.path.parent / "publisher.pem", tmp_path / "other" / "publisher.pem")
     with (
         keymgmt.load_config(tmp_path / "other" / "keymgmt.toml") as thief,
         pytest.raises(CannotUnlock),
