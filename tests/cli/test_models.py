@@ -241,6 +241,14 @@ def test_inspect_prints_a_command_that_can_be_copied(cli: Cli, sealed: Path) -> 
 _INTERRUPTS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
+@pytest.fixture(autouse=True)
+def _hears_a_hangup():
+    """What is started here ends by SIGHUP, also where nohup started the tests."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", _INTERRUPTS)
 def test_an_interrupted_seal_leaves_nothing(site, number):
     with (site / "model" / "large.bin").open("wb") as file:
