@@ -36,7 +36,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "shared"))
 
-from measure import add_json, finish, machine, median, resident_mib, table, timed
+from measure import add_json, finish, machine, median, pyplot, resident_mib, table, timed
 
 import keymgmt
 from keymgmt._crypto.signatures import PublicKey
@@ -219,8 +219,6 @@ def measure(
 
 def plot(path: Path, results: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
     """Draw models a second of each verb, and the memory of a rewrap while the models go by."""
-    from measure import pyplot
-
     plt = pyplot()
     figure, (rates, memory) = plt.subplots(
         1, 2, figsize=(9, 1.5 + 0.7 * len(results)), layout="constrained"
@@ -265,6 +263,8 @@ def main() -> None:
         found = one(case, Path(home), tree, None if shard == "-" else shard, options.models)
         print(json.dumps(found))
         return
+    if options.plot:
+        pyplot()  # says now, and not after the work, that matplotlib is not installed
     results: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for kind in options.services:
         with (
@@ -294,8 +294,6 @@ def main() -> None:
         for case, each in runs.items()
     ]
     print(table(["", "verb", "models/s", "CPU ms each", "peak MiB"], rows))
-    if options.plot:
-        plot(options.plot, results)
     without = {
         name: {
             case: [{what: run[what] for what in figures} for run in each]
@@ -304,6 +302,8 @@ def main() -> None:
         for name, runs in results.items()
     }
     finish(options.json, {**machine("keymgmt"), "models": options.models}, without)
+    if options.plot:
+        plot(options.plot, results)
 
 
 if __name__ == "__main__":
