@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn, TypeVar
 
 import typer
 
@@ -37,7 +37,7 @@ __all__ = [
     "print_finding",
     "print_warning",
     "progress",
-    "tell_failure",
+    "tell_failures",
     "tell_refusal",
     "tell_tree",
     "worst",
@@ -51,6 +51,7 @@ _MANY: Final = 100
 _FEW_RELEASES: Final = 1 << 32
 _REFUSES: Final = "this config would not open it"
 _UNKNOWN: Final = "whether this config would open it could not be checked"
+T = TypeVar("T")
 
 
 def _print(out: Console, label: str, style: str, text: object) -> None:
@@ -190,7 +191,7 @@ def tell_refusal(refused: KeymgmtError | None) -> None:
         print_warning(refused, _UNKNOWN if unknown else _REFUSES)
 
 
-def tell_failure(failure: Failure, form: str, *, as_json: bool) -> None:
+def _tell_failure(failure: Failure, form: str, *, as_json: bool) -> None:
     """Print the failure of one of many models: on stderr, and as a line of JSON if asked."""
     error = failure.error
     if as_json:
@@ -226,6 +227,36 @@ def _is_tree(path: str, config: Callable[[], Config] | None) -> bool:
     return os.path.isdir(path) and not is_model(Path(path))  # noqa: PTH112
 
 
+def tell_failures(
+    results: Iterable[T | Failure],
+    tick: Ticks,
+    form: str,
+    failed: list[Failure],
+    *,
+    as_json: bool,
+) -> Iterator[T]:
+    """What was done of a tree; the failures are printed, and added to ``failed``.
+
+    The first is held back: if no model is done, it is the error of the command, and raised.
+    """
+    from keymgmt._verbs.find_models import Failure
+
+    done = False
+    for item in results:
+        tick()
+        if isinstance(item, Failure):
+            failed.append(item)
+            if as_json or done or len(failed) > 1:
+                _tell_failure(item, form, as_json=as_json)
+            continue
+        if failed and not done and not as_json:
+            _tell_failure(failed[0], form, as_json=False)
+        done = True
+        yield item
+    if failed and not done and not as_json:
+        raise failed[0].error
+
+
 def tell_tree(
     work: Callable[[InTree], Iterable[Done | Failure]],
     doing: str,
@@ -238,21 +269,10 @@ def tell_tree(
 
     ``work`` gives the results. It gets a function by which it shows its progress within a model.
     """
-    from keymgmt._verbs.find_models import Failure
-
     states: Counter[str] = Counter()
     failed: list[Failure] = []
     with counter(doing) as tick:
-        for item in work(tick.within):
-            tick()
-            if isinstance(item, Failure):
-                failed.append(item)
-                # The first is held back: if no model is done, it is the error of the command.
-                if as_json or states or len(failed) > 1:
-                    tell_failure(item, form, as_json=as_json)
-                continue
-            if failed and not states and not as_json:
-                tell_failure(failed[0], form, as_json=False)
+        for item in tell_failures(work(tick.within), tick, form, failed, as_json=as_json):
             states[item.state] += 1
             if as_json:
                 print_line({"format": form, **item.to_json()})
@@ -262,8 +282,6 @@ def tell_tree(
                 say(f"{item.path}: {_REFUSES}: {item.detail['refusal']}", stderr=True)
     code = worst({failure.error.exit_code for failure in failed})
     models = states.total()
-    if failed and not models and not as_json:
-        raise failed[0].error
     if as_json:
         counts = {"models": models, "failed": len(failed), "states": dict(states)}
         print_line({"format": form, **counts, "shard": shard, "exit_code": code})

@@ -10,7 +10,7 @@ import typer
 import keymgmt
 from keymgmt.cli._options import Json, Model, Name, complete_registry
 from keymgmt.cli._output import progress, tell_refusal
-from keymgmt.console import clean, console, print_json
+from keymgmt.console import print_json, say
 
 __all__ = ["pull", "push"]
 
@@ -50,8 +50,8 @@ def push(
         print_json({"format": "keymgmt-push/1", **pushed.to_json()})
         return
     did = f"{_size(pushed.sent)} sent" + ("" if pushed.moved else ", the tag was right already")
-    message = f"{clean(pushed.manifest.name)}, release {pushed.manifest.release}: {did}"
-    console().print(f"{message}\n{clean(pushed.location)} is {pushed.digest}", soft_wrap=True)
+    say(f"{pushed.manifest.name}, release {pushed.manifest.release}: {did}")
+    say(f"{pushed.location} is {pushed.digest}")
 
 
 def pull(
@@ -86,9 +86,9 @@ def pull(
     if as_json:
         print_json({"format": "keymgmt-pull/1", **pulled.to_json()})
         return
-    message = f"{clean(pulled.manifest.name)}, release {pulled.manifest.release}: {pulled.state}"
-    console().print(f"{message}, {_size(pulled.received)} received", soft_wrap=True)
-    console().print(f"{clean(pulled.location)} is {pulled.digest}", soft_wrap=True)
+    message = f"{pulled.manifest.name}, release {pulled.manifest.release}: {pulled.state}"
+    say(f"{message}, {_size(pulled.received)} received")
+    say(f"{pulled.location} is {pulled.digest}")
 
 
 def _size(count: int) -> str:

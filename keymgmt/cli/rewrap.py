@@ -31,12 +31,12 @@ from keymgmt.cli._output import (
     counter,
     is_tree,
     progress,
-    tell_failure,
+    tell_failures,
     tell_tree,
     worst,
 )
 from keymgmt.cli.inspect import show
-from keymgmt.console import clean, console, print_json, print_line
+from keymgmt.console import console, print_json, print_line, say
 from keymgmt.errors import ConfigError
 from keymgmt.sealed.times import utc_text
 
@@ -142,17 +142,8 @@ def _tree(path: str, options: dict[str, Any], *, dry_run: bool, as_json: bool) -
     models = changed = skipped = 0
     failed: list[keymgmt.Failure] = []
     with counter("rewrapping") as tick:
-        for item in keymgmt.rewrap_tree(path, **options):
-            tick()
-            if isinstance(item, keymgmt.Failure):
-                failed.append(item)
-                codes.add(item.error.exit_code)
-                # The first is held back: if no model is done, it is the error of the command.
-                if as_json or models or len(failed) > 1:
-                    tell_failure(item, FORMAT, as_json=as_json)
-                continue
-            if failed and not models and not as_json:
-                tell_failure(failed[0], FORMAT, as_json=False)
+        results = keymgmt.rewrap_tree(path, **options)
+        for item in tell_failures(results, tick, FORMAT, failed, as_json=as_json):
             models += 1
             changed += item.changed
             skipped += item.skipped
@@ -162,9 +153,7 @@ def _tree(path: str, options: dict[str, Any], *, dry_run: bool, as_json: bool) -
                 print_line({"format": FORMAT, **item.to_json()})
             elif item.changed or item.exit_code:
                 _tell(item, dry_run=dry_run)
-    code = worst(codes)
-    if failed and not models and not as_json:
-        raise failed[0].error
+    code = worst(codes | {failure.error.exit_code for failure in failed})
     if as_json:
         print_line(
             {
@@ -194,24 +183,19 @@ def _tree(path: str, options: dict[str, Any], *, dry_run: bool, as_json: bool) -
 def _tell(done: Rewrapped, *, dry_run: bool) -> None:
     from keymgmt._verbs.rewrap_groups import EXIT_CODES
 
-    out = console()
     word = ("would change" if dry_run else "changed") if done.changed else "nothing changed"
-    out.print(f"{clean(done.path)}: {word}", soft_wrap=True)
+    say(f"{done.path}: {word}")
     for group in done.groups:
         tested = "opens here" if group.tested else "not tested here"
         if group.state in ("dropped", "foreign", *EXIT_CODES):
             tested = ""
         notes = ", ".join(filter(None, [tested, group.note]))
-        line = f"  {group.state:11} {clean(group.group)}" + (f" ({clean(notes)})" if notes else "")
-        out.print(line, soft_wrap=True)
+        say(f"  {group.state:11} {group.group}" + (f" ({notes})" if notes else ""))
         if group.error is not None and group.state in EXIT_CODES:
             text = " ".join(filter(None, [str(group.error), group.error.hint]))
-            console(stderr=True).print(f"{clean(done.path)}: {clean(text)}", soft_wrap=True)
+            say(f"{done.path}: {text}", stderr=True)
     for left in done.left:
-        console(stderr=True).print(
-            f"{clean(done.path)}: {clean(left)} is left, with a key that was dropped",
-            soft_wrap=True,
-        )
+        say(f"{done.path}: {left} is left, with a key that was dropped", stderr=True)
 
 
 def reseal(
@@ -253,8 +237,8 @@ def reseal(
             raise ConfigError("OUT.sealed, --name and --release are for one model, and not a tree")
         if created_before is None:
             begin = utc_text(datetime.now(UTC) + timedelta(seconds=1))
-            said = f"where this is interrupted, run it again with --created-before {begin}"
-            console(stderr=True).print(said, soft_wrap=True)
+            again = f"where this is interrupted, run it again with --created-before {begin}"
+            say(again, stderr=True)
         work = partial(
             keymgmt.reseal_tree,
             model,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from keymgmt.backend import ConfigError, SecretSource
-from keymgmt.console import clean, console, print_json
+from keymgmt.console import print_json, say
 from keymgmt_file._keys import KeyFiles
 from keymgmt_file._passphrase import Passphrase
 from keymgmt_file._provider import FileProvider
@@ -45,9 +45,10 @@ def lock(
     facts = {"path": str(files.path), "files": count}
     _say(f"locked {count} key files in {files.path}", "lock", facts, as_json=as_json)
     if count:
-        _note(
+        say(
             "The unlocked files may still be on the disk and in backups; "
-            "rotate the keys if that matters."
+            "rotate the keys if that matters.",
+            stderr=True,
         )
 
 
@@ -63,9 +64,10 @@ def unlock(context: typer.Context, provider: Provider = None, as_json: Json = Fa
     facts = {"path": str(files.path), "files": count}
     _say(f"unlocked {count} key files in {files.path}", "unlock", facts, as_json=as_json)
     if files.passphrase.source is not None:
-        _note(
+        say(
             f"The config still names a passphrase; remove it from [providers.{files.provider}], "
-            "or the next key that is created or rotated is locked again."
+            "or the next key that is created or rotated is locked again.",
+            stderr=True,
         )
 
 
@@ -94,7 +96,7 @@ def passwd(
     _say(f"changed the passphrase of {files.path}", "passwd", facts, as_json=as_json)
     source = files.passphrase.source
     if source is not None and not source.prompt:
-        _note(f"Put the new passphrase into its source in the config: {source}")
+        say(f"Put the new passphrase into its source in the config: {source}", stderr=True)
 
 
 @app.command()
@@ -125,11 +127,7 @@ def _say(text: str, command: str, facts: Mapping[str, object], *, as_json: bool)
     if as_json:
         print_json({"format": "keymgmt-file/1", "command": command, **facts})
     else:
-        console().print(clean(text), soft_wrap=True)
-
-
-def _note(text: str) -> None:
-    console(stderr=True).print(clean(text), soft_wrap=True)
+        say(text)
 
 
 def _find(context: typer.Context, name: str | None) -> KeyFiles:
