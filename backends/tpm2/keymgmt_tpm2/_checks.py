@@ -48,7 +48,7 @@ def examine(service: Service, key: str | None, round_trip: Callable[[str], None]
             where = f"{service.keys.path}: no keys yet"
             findings.append(Finding("key directory", "warning", where, make))
     except KeymgmtError as error:
-        return Health((*findings, _failed("TPM", error)))
+        return Health((*findings, Finding.failure("TPM", error)))
     if service.settings.anchor is not None:
         where = service.settings.anchor_index
         try:
@@ -60,17 +60,13 @@ def examine(service: Service, key: str | None, round_trip: Callable[[str], None]
             else:
                 findings.append(Finding("anchor", "ok", f"{where}, as pinned, and can be moved"))
         except KeymgmtError as error:
-            findings.append(_failed("anchor", error))
+            findings.append(Finding.failure("anchor", error))
     for name in names:
         try:
             findings.append(_key(service, name, round_trip if key is not None else None))
         except KeymgmtError as error:
-            findings.append(_failed(f"key {name}", error))
+            findings.append(Finding.failure(f"key {name}", error))
     return Health(tuple(findings))
-
-
-def _failed(name: str, error: KeymgmtError) -> Finding:
-    return Finding(name, "failed", str(error), error.hint)
 
 
 def _tpm(service: Service, tpm: Tpm) -> list[Finding]:
@@ -117,9 +113,9 @@ def _root_key(service: Service, tpm: Tpm) -> Finding:
             return Finding(name, "failed", detail, line)
         tpm.check_srk_name(srk)
     except TpmError as error:
-        return _failed(name, translate(error, f"nothing at {settings.srk}"))
+        return Finding.failure(name, translate(error, f"nothing at {settings.srk}"))
     except KeymgmtError as error:
-        return _failed(name, error)
+        return Finding.failure(name, error)
     return Finding(name, "ok", f"{settings.srk} is {actual}, as pinned")
 
 
