@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -223,17 +222,7 @@ def test_a_server_that_is_gone(config, access, quick):
 
 def test_the_command_line(place, s3_config):
     def run(*arguments: str) -> Any:
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "keymgmt",
-            "-c",
-            str(s3_config),
-            *arguments,
-            "--json",
-        ]
-        done = programs.run(*command)
+        done = programs.run_keymgmt("-c", s3_config, *arguments, "--json")
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -353,17 +352,7 @@ def test_the_environment_signs_listings(tree, s3, config, monkeypatch):
 
 def test_the_command_line(tree, s3_config):
     def run(*arguments: str, code: int = 0) -> list[Any]:
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "keymgmt",
-            "-c",
-            str(s3_config),
-            *arguments,
-            "--json",
-        ]
-        done = programs.run(*command)
+        done = programs.run_keymgmt("-c", s3_config, *arguments, "--json")
         assert done.returncode == code, done.stderr
         if arguments[0] == "keys":
             return [json.loads(done.stdout)]

@@ -12,6 +12,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +31,7 @@ L = 1024
 STEP = L - 32
 KEY = bytes(range(32))
 AAD = b"files/weights.bin"
+seal = partial(seal_payload, key=KEY, aad=AAD, segment_length=L)
 SIZES = [0, 1, STEP - 1, STEP, STEP + 1, 2 * STEP, 2 * STEP + 1, 7 * STEP - 1, 7 * STEP + 13]
 Digest = Literal["blake3", "sha256"]
 
@@ -45,9 +47,7 @@ class Sealed:
         source.write_bytes(self.plaintext)
         self.source_fd = os.open(source, os.O_RDONLY)
         self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT)
-        self.root = seal_payload(
-            self.source_fd, size, self.fd, key=KEY, aad=AAD, segment_length=L, digest=digest
-        )
+        self.root = seal(self.source_fd, size, self.fd, digest=digest)
 
     @property
     def size(self) -> int:
@@ -256,9 +256,7 @@ def test_another_key_context_or_segment_length_is_refused(seven):
 def test_a_valid_ciphertext_of_another_root_is_refused_and_wiped(seven):
     """Whoever holds the DEK can forge segments; the digest, under the signature, refuses them."""
     root = seven.root
-    forged = seal_payload(
-        seven.source_fd, seven.size, seven.fd, key=KEY, aad=AAD, segment_length=L, digest="blake3"
-    )
+    forged = seal(seven.source_fd, seven.size, seven.fd, digest="blake3")
     assert forged != root
     buffer = bytearray(b"?" * seven.size)
     with seven.reader() as reader:
@@ -275,15 +273,7 @@ def test_a_valid_ciphertext_of_another_root_is_refused_and_wiped(seven):
 def test_random_access_compares_each_segment_with_the_checked_file(seven):
     with seven.reader() as reader, reader.open() as file:
         assert file.read(10) == seven.plaintext[:10]
-        other = seal_payload(
-            seven.source_fd,
-            seven.size,
-            seven.fd,
-            key=KEY,
-            aad=AAD,
-            segment_length=L,
-            digest="blake3",
-        )
+        other = seal(seven.source_fd, seven.size, seven.fd, digest="blake3")
         assert other != seven.root
         file.seek(3 * STEP)
         with pytest.raises(IntegrityError):
@@ -402,30 +392,27 @@ def test_a_source_that_changes_is_refused(tmp_path):
     source.write_bytes(bytes(5 * STEP))
     with source.open("rb") as file, target.open("wb") as out:
 
-        def seal(size: int, change: int | None = None) -> None:
+        def changing(size: int, change: int | None = None) -> None:
             def progress(done: int) -> None:
                 if change is not None:
                     os.truncate(source, change)
 
-            seal_payload(
+            seal(
                 file.fileno(),
                 size,
                 out.fileno(),
-                key=KEY,
-                aad=AAD,
-                segment_length=L,
                 digest="blake3",
                 name="weights.bin",
                 progress=progress,
             )
 
-        seal(5 * STEP)
+        changing(5 * STEP)
         for size in (5 * STEP - 1, 5 * STEP + 1):
             with pytest.raises(ConfigError, match=r"weights\.bin changed"):
-                seal(size)
+                changing(size)
         for change in (STEP, 6 * STEP):
             with pytest.raises(ConfigError, match=r"weights\.bin changed"):
-                seal(source.stat().st_size, change)
+                changing(source.stat().st_size, change)
 
 
 def test_an_error_of_reading_names_the_source_and_not_the_target(tmp_path):
@@ -436,13 +423,10 @@ def test_an_error_of_reading_names_the_source_and_not_the_target(tmp_path):
         unreadable = os.open(source, os.O_WRONLY)
         try:
             with pytest.raises(OSError, match=r"Bad file descriptor: 'weights\.bin'"):
-                seal_payload(
+                seal(
                     unreadable,
                     STEP,
                     out.fileno(),
-                    key=KEY,
-                    aad=AAD,
-                    segment_length=L,
                     digest="blake3",
                     name="weights.bin",
                 )
